@@ -1,0 +1,9 @@
+"""Parameter-efficient fine-tuning of convolutional networks on edge devices, as an extension to Hugging Face PEFT.
+
+Importing this package makes its tuners known to PEFT.
+"""
+
+from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel, restat
+
+__version__ = "0.1.0"
+__all__ = ["ConvLoraConfig", "ConvLoraLayer", "ConvLoraModel", "restat"]

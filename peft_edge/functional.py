@@ -1,0 +1,88 @@
+"""Tensor arithmetic of the adapters: no modules, no PEFT.
+
+A kernel W of shape (C_out, C_in/g, *kernel) is read as a matrix (C_out, K) with K = C_in/g * prod(kernel). LoRA (Hu et
+al. 2021, arXiv 2106.09685) adds s B A to it, with A of K columns and r rows and B of r columns and C_out rows. For one
+group that is the chain of a full and a 1x1 convolution; for a depthwise convolution A holds r spatial kernels that all
+channels share. DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) then gives every output channel a trained length.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributed.nn.functional import all_reduce
+
+
+def lowrank_kernel(lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, shape: torch.Size) -> Tensor:
+    """The kernel update s B A, reshaped to the kernel's shape.
+
+    Args:
+        lora_a: (r, ...) with K elements a row.
+        lora_b: (C_out, r) with any number of trailing ones.
+        scaling: s.
+        shape: (C_out, C_in/g, *kernel) of the result.
+    """
+    return (lora_b.flatten(1) @ lora_a.flatten(1)).view(shape) * scaling
+
+
+def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
+    """The factor that gives each output channel of `kernel` its DoRA length, shaped to broadcast over the kernel.
+
+    The norm is a constant to autograd (DoRA, section 4.3).
+
+    Args:
+        kernel: (C_out, C_in/g, *kernel).
+        magnitude: C_out elements in any shape.
+    """
+    norm = kernel.detach().flatten(1).norm(dim=1).to(magnitude.dtype)
+    # An all-zero channel has no direction: its scaled kernel stays zero instead of becoming NaN.
+    scale = magnitude.flatten() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
+    return scale.view(-1, *[1] * (kernel.dim() - 1))
+
+
+def synchronised_batch_norm(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    momentum: float,
+    eps: float,
+) -> Tensor:
+    """Batch normalisation by the statistics over all processes; `torch.nn.SyncBatchNorm` has no CPU form.
+
+    Updates the running statistics in place, as `F.batch_norm` does.
+
+    Args:
+        x: (B, C, *size), of any B in each process.
+        running_mean: (C,).
+        running_var: (C,).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        momentum: share of this batch in the running statistics.
+        eps: added to the variance.
+
+    Raises:
+        ValueError: if there is one value a channel in all, which has no variance.
+    """
+    dims = [0, *range(2, x.dim())]
+    shape = [1, -1, *[1] * (x.dim() - 2)]
+    values = x.to(running_mean.dtype)
+    size = values.new_full((1,), values.numel() / values.shape[1])
+    total = all_reduce(torch.cat([values.sum(dims), size]))
+    count = total[-1]
+    mean = total[:-1] / count
+    centred = values - mean.view(shape)
+    # A second exchange: the difference of mean square and squared mean loses all digits where the mean is large.
+    var = all_reduce(centred.square().sum(dims)) / count
+    with torch.no_grad():
+        if count <= 1:
+            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+        running_mean.lerp_(mean, momentum)
+        running_var.lerp_(var * count / (count - 1), momentum)
+    y = centred * torch.rsqrt(var + eps).view(shape)
+    if weight is not None:
+        y = y * weight.view(shape)
+    if bias is not None:
+        y = y + bias.view(shape)
+    return y.to(x.dtype)

@@ -1,0 +1,1 @@
+"""PEFT tuners for convolutional networks."""

@@ -1,0 +1,275 @@
+"""The convolution with low-rank adapters."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils.warning import PeftWarning
+from timm.layers import Conv2dSame
+from timm.layers.conv2d_same import conv2d_same
+from torch import Tensor, nn
+
+from peft_edge.functional import dora_scale, lowrank_kernel
+from peft_edge.roles import Convolution
+
+_DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
+_PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)}
+
+
+def _convolve(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`conv(x)` with other parameters: stride, padding mode and timm's same-padding are the layer's own."""
+    if isinstance(conv, Conv2dSame):
+        return conv2d_same(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
+    return conv._conv_forward(x, weight, bias)
+
+
+class ConvLoraLayer(nn.Module, LoraLayer):
+    """A convolution whose kernel is its base layer's plus the low-rank updates of the active adapters.
+
+    The kernels are added first and one convolution runs. For one group the parameters have the shapes and names of
+    PEFT's own LoRA convolution: `lora_A` is (r, C_in/g, *kernel), `lora_B` is (C_out, r, 1, ...), the DoRA magnitude
+    (1, C_out, 1, ...).
+
+    Args:
+        base_layer: a `Conv1d`, `Conv2d`, `Conv3d` or timm `Conv2dSame`, possibly wrapped by another PEFT tuner.
+        adapter_name: the first adapter's name.
+        config: its configuration.
+        r: its rank, any positive number.
+        lora_alpha: the update is scaled by `lora_alpha / r`, or `lora_alpha / sqrt(r)` with `use_rslora`.
+        target_name: the layer's name in the model, for error messages.
+
+    Raises:
+        ValueError: if the rank is not positive, or the base layer computes something else than a plain convolution
+            of its weight, such as a weight-standardised one.
+    """
+
+    if TYPE_CHECKING:
+        # torch declares every attribute set elsewhere a tensor or a module; PEFT's are dictionaries and methods.
+        def __getattr__(self, name: str) -> Any: ...
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        config: LoraConfig,
+        r: int,
+        lora_alpha: int,
+        target_name: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__()
+        LoraLayer.__init__(self, base_layer)
+        conv = self.get_base_layer()
+        if type(conv).forward not in _PLAIN_FORWARDS or type(conv)._conv_forward not in {
+            cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+        }:
+            raise ValueError(
+                f"Cannot adapt layer {target_name!r}: {type(conv).__name__} is not a plain convolution of its weight "
+                "(it transforms the weight or the input first), so a merged adapter would compute something else. "
+                f"Leave it out with exclude_modules=[{target_name!r}]."
+            )
+        self._active_adapter = adapter_name
+        self._unmerged: tuple[Tensor, Tensor | None] | None = None
+        self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
+
+    @property
+    def lora_variants(self) -> dict[tuple[str, ...], type | None]:
+        """The LoRA variants that apply to convolutions, for PEFT to choose from."""
+        return {(): None, ("use_dora",): _DORA_VARIANTS[len(self.get_base_layer().kernel_size)]}
+
+    def update_layer(
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: Any
+    ) -> None:
+        """Adds an adapter, or starts it anew.
+
+        Raises:
+            ValueError: if `r` is not a positive integer.
+        """
+        if not isinstance(r, int) or r <= 0:
+            raise ValueError(
+                f"`r` should be a positive integer value but the value passed is {r} (layer {target_name!r})"
+            )
+        conv = self.get_base_layer()
+        if config.lora_bias and conv.bias is None:
+            warnings.warn(
+                f"`lora_bias=True` was passed but layer {target_name!r} has no bias, so this adapter cannot be merged.",
+                PeftWarning,
+                stacklevel=2,
+            )
+        variant = self.resolve_lora_variant(config=config)
+        if variant is not None:
+            self.lora_variant[adapter_name] = variant
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.use_rslora[adapter_name] = config.use_rslora
+        self.use_dora[adapter_name] = config.use_dora
+        self.lora_bias[adapter_name] = config.lora_bias
+        self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
+        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        conv_cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(conv.kernel_size) - 1]
+        self.lora_A[adapter_name] = conv_cls(conv.in_channels // conv.groups, r, conv.kernel_size, bias=False)
+        self.lora_B[adapter_name] = conv_cls(r, conv.out_channels, 1, bias=config.lora_bias)
+        # The initialisations that start from the base weight are defined for linear layers; as in PEFT, a convolution
+        # in the same adapter takes the usual start where that leaves the model's output as it is.
+        init = True if config.init_lora_weights == "lora_ga" else config.init_lora_weights
+        if init:
+            self.reset_lora_parameters(adapter_name, init)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        if variant is not None:
+            variant.init(self, adapter_name=adapter_name, config=config)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """The adapter's scaled kernel update, (C_out, C_in/g, *kernel), without DoRA's factor."""
+        return lowrank_kernel(
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.scaling[adapter],
+            self.get_base_layer().weight.shape,
+        )
+
+    def _compose(self, adapters: Iterable[str]) -> tuple[Tensor, Tensor | None]:
+        """Kernel and bias of the base layer with `adapters` applied in turn, at the adapters' precision."""
+        conv = self.get_base_layer()
+        base_kernel, bias = (conv.weight, conv.bias) if self._unmerged is None else self._unmerged
+        kernel = base_kernel
+        for adapter in adapters:
+            delta = self.get_delta_weight(adapter)
+            kernel = kernel + delta
+            if self.use_dora[adapter]:
+                magnitude = self.lora_magnitude_vector[adapter].weight
+                kernel = kernel * dora_scale(base_kernel + delta, magnitude)
+            if self.lora_bias[adapter]:
+                update = self.lora_B[adapter].bias * self.scaling[adapter]
+                bias = update if bias is None else bias + update
+        return kernel, bias
+
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+        conv = self.get_base_layer()
+        dtype = conv.weight.dtype
+        return _convolve(conv, x, kernel.to(dtype), None if bias is None else bias.to(dtype))
+
+    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+        """Maps (B, C_in, *size) as the base layer does.
+
+        Args:
+            x: the input.
+            *args: for the base layer.
+            adapter_names: one adapter for each sample, `"__base__"` for none (evaluation only).
+            **kwargs: for the base layer.
+        """
+        self._check_forward_args(x, adapter_names=adapter_names)
+        if self.disable_adapters and self.merged:
+            self.unmerge()
+        if adapter_names is not None and not self.disable_adapters:
+            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+        adapters = [name for name in self.active_adapters if name in self.lora_A]
+        if self.disable_adapters or self.merged or not adapters:
+            return self.base_layer(x, *args, **kwargs)
+        kernel, bias = self._compose(adapters)
+        dropouts = [self.lora_dropout[name] for name in adapters]
+        has_dropout = self.training and any(isinstance(dropout, nn.Dropout) for dropout in dropouts)
+        if not has_dropout and not isinstance(self.base_layer, BaseTunerLayer):
+            return self._convolve(x, kernel, bias)
+        return self._two_branch_forward(x, adapters, *args, **kwargs)
+
+    def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+        """The base layer's output plus a convolution for each adapter's own change of the kernel.
+
+        For inputs that differ between the branches, and for a base layer that is itself another tuner's.
+        """
+        result = self.base_layer(x, *args, **kwargs)
+        kernel, _ = self._compose([])
+        for end, adapter in enumerate(adapters, start=1):
+            next_kernel, _ = self._compose(adapters[:end])
+            bias = self.lora_B[adapter].bias
+            bias = None if bias is None else bias * self.scaling[adapter]
+            result = result + self._convolve(self.lora_dropout[adapter](x), next_kernel - kernel, bias)
+            kernel = next_kernel
+        return result
+
+    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
+        result = self.base_layer(x)
+        for adapter in sorted(set(adapter_names) & set(self.lora_A)):
+            rows = [row for row, name in enumerate(adapter_names) if name == adapter]
+            result[rows] = self._two_branch_forward(x[rows], [adapter])
+        return result
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Puts the adapters' kernels into the base layer, for every number of groups.
+
+        Args:
+            safe_merge: check the result for NaN and infinity before the base layer changes.
+            adapter_names: what to merge, by default the active adapters.
+
+        Raises:
+            ValueError: if `safe_merge` finds a value that is not finite.
+            RuntimeError: if an adapter has a bias and the base layer has none.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
+        if not names:
+            return
+        conv = self.get_base_layer()
+        if conv.bias is None and any(self.lora_bias[name] for name in names):
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
+        with torch.no_grad():
+            kernel, bias = self._compose([*self.merged_adapters, *names])
+            for value in (kernel, bias) if safe_merge else ():
+                if value is not None and not torch.isfinite(value).all():
+                    raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
+            if self._unmerged is None:
+                self._unmerged = (conv.weight.data, None if conv.bias is None else conv.bias.data)
+            conv.weight.data = kernel.to(conv.weight.dtype)
+            if bias is not None:
+                conv.bias.data = bias.to(conv.bias.dtype)
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Puts the base layer's own parameters back, bit for bit."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        conv = self.get_base_layer()
+        weight, bias = self._unmerged
+        conv.weight.data = weight.to(conv.weight)
+        if bias is not None:
+            conv.bias.data = bias.to(conv.bias)
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """Whether PEFT can read the adapter's change off `get_delta_weight`."""
+        return not self.use_dora.get(adapter_name, False)
+
+    def __repr__(self) -> str:
+        return "conv_lora." + super().__repr__()
+
+
+def pad_rank(model: nn.Module, rank: int) -> bool:
+    """Pads the adapters of every `ConvLoraLayer` with zeros to `rank`, and says whether there was one.
+
+    Raises:
+        ValueError: if an adapter has a larger rank.
+    """
+    layers = [module for module in model.modules() if isinstance(module, ConvLoraLayer)]
+    for layer in layers:
+        for name in layer.lora_A:
+            lora_a, lora_b = layer.lora_A[name], layer.lora_B[name]
+            missing = rank - lora_a.weight.shape[0]
+            if missing < 0:
+                raise ValueError(
+                    f"Cannot pad adapter {name!r} to rank {rank}: it has rank {lora_a.weight.shape[0]}. "
+                    "Pass the largest rank of all the adapters as target_rank."
+                )
+            lora_a.weight.data = torch.cat([lora_a.weight, lora_a.weight.new_zeros(missing, *lora_a.weight.shape[1:])])
+            zeros = lora_b.weight.new_zeros(len(lora_b.weight), missing, *lora_b.weight.shape[2:])
+            lora_b.weight.data = torch.cat([lora_b.weight, zeros], dim=1)
+            lora_a.out_channels = lora_b.in_channels = rank
+    return bool(layers)

@@ -1,0 +1,162 @@
+"""How ConvLoRA adapters get into a model."""
+
+from __future__ import annotations
+
+import difflib
+from types import SimpleNamespace
+from typing import Any
+
+import torch.nn.functional as F
+from peft.config import PeftConfig
+from peft.tuners.lora import LoraModel
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch import Tensor, nn
+
+from peft_edge.roles import ROLES, modules_with_role
+from peft_edge.tuners.conv_lora.config import ConvLoraConfig
+from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
+from peft_edge.tuners.conv_lora.norm import BatchNormLayer
+
+
+class _ConvLoraInjection(BaseTuner):
+    """What ConvLoRA adds to PEFT's injection of LoRA, for models of this tuner alone and for mixed ones."""
+
+    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
+        super()._prepare_model(peft_config, model)
+        if isinstance(peft_config, ConvLoraConfig):
+            _resolve_roles(peft_config, model)
+            _check_targets(peft_config, model)
+        self._norm_names = {name for name, module in model.named_modules() if _has_statistics(module)}
+
+    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
+        found = super()._check_target_module_exists(peft_config, key)
+        if found or isinstance(found, _ExcludedModule) or not isinstance(peft_config, ConvLoraConfig):
+            return found
+        return key in self._norm_names
+
+    def _create_and_replace(
+        self,
+        peft_config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **kwargs: Any,
+    ) -> None:
+        super()._create_and_replace(
+            peft_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
+        )
+        if isinstance(peft_config, ConvLoraConfig) and peft_config.freeze_a:
+            layer = getattr(parent, target_name)
+            layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
+            layer._freeze_non_trainable_peft_weights(adapter_name)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, BatchNormLayer):
+            # PEFT moves the new layer to its base weight's device, which a BatchNorm may lack; ours is there already.
+            setattr(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
+
+
+class ConvLoraModel(_ConvLoraInjection, LoraModel):
+    """A model with ConvLoRA adapters, as `get_peft_model` and `PeftModel.from_pretrained` build it.
+
+    Args:
+        model: the model to adapt.
+        peft_config: a `ConvLoraConfig`, or several by adapter name.
+        adapter_name: the adapter's name.
+        low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded afterwards.
+
+    Raises:
+        ValueError: if no module matches `target_modules`, or a matching one cannot be adapted.
+    """
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+    ) -> None:
+        """As PEFT's; the new adapter's BatchNorm state is the base model's plus the weighted changes."""
+        if adapter_name in self.peft_config:
+            return
+        super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
+        for layer in self.modules():
+            if isinstance(layer, BatchNormLayer) and adapter_name in layer.lora_norm:
+                layer.combine(adapters, weights, into=adapter_name)
+
+    def _svd_generalized_task_arithmetic_weighted_adapter(
+        self,
+        combination_type: str,
+        adapters: list[str],
+        weights: list[float],
+        new_rank: int,
+        target: nn.Module,
+        target_lora_A: Tensor,
+        target_lora_B: Tensor,
+        *args: Any,
+        **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:
+        if not isinstance(target, ConvLoraLayer):
+            return super()._svd_generalized_task_arithmetic_weighted_adapter(
+                combination_type, adapters, weights, new_rank, target, target_lora_A, target_lora_B, *args, **kwargs
+            )
+        # PEFT factors matrices; it would take a kernel for a stack of them.
+        matrices = SimpleNamespace(
+            lora_A=target.lora_A,
+            lora_embedding_A={},
+            get_delta_weight=lambda name: target.get_delta_weight(name).flatten(1),
+        )
+        rank = min(new_rank, *target.weight.flatten(1).shape)
+        lora_a, lora_b = super()._svd_generalized_task_arithmetic_weighted_adapter(
+            combination_type, adapters, weights, rank, matrices, target_lora_A, target_lora_B, *args, **kwargs
+        )
+        missing = new_rank - rank
+        lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
+        return lora_a.reshape(target_lora_A.shape), lora_b.reshape(target_lora_B.shape)
+
+
+class ConvLoraMixedModel(_ConvLoraInjection, MixedModel):
+    """The base of a `PeftMixedModel` that may hold ConvLoRA adapters beside PEFT's own."""
+
+
+def _has_statistics(module: nn.Module) -> bool:
+    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+    return isinstance(base, nn.modules.batchnorm._BatchNorm) and base.running_mean is not None
+
+
+def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
+    """Replaces the roles in `config.target_modules` by the names of the modules that have them."""
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
+    module_names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    roles = {target for target in config.target_modules if target in ROLES and target not in module_names}
+    names = {name for role in roles for name in modules_with_role(model, role)}
+    if config.layers_to_transform is not None:
+        # PEFT takes a whole name as it is and looks at the layer's number only where the end of a name matched.
+        by_suffix = SimpleNamespace(
+            target_modules={name.rpartition(".")[2] for name in names},
+            layers_to_transform=config.layers_to_transform,
+            layers_pattern=config.layers_pattern,
+        )
+        names = {name for name in names if check_target_module_exists(by_suffix, name)}
+    config.target_modules = (set(config.target_modules) - roles) | names  # type: ignore[assignment]
+
+
+def _check_targets(config: ConvLoraConfig, model: nn.Module) -> None:
+    """Raises a ValueError if no module matches: PEFT cannot tell, as BatchNorm layers always match."""
+    targets = config.target_modules
+    if targets is None or targets in (DUMMY_TARGET_MODULES, "all-linear"):
+        return
+    names = [name for name, _ in model.named_modules()]
+    if any(check_target_module_exists(config, name) for name in names if name):
+        return
+    wanted = [targets] if isinstance(targets, str) else sorted(targets)
+    known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
+    close = [match for target in wanted for match in difflib.get_close_matches(target, known, n=1)]
+    raise ValueError(
+        f"Target modules {targets} not found in the base model. Please check the target modules and try again: "
+        f"expected module names, a regular expression or layer roles ({', '.join(ROLES)})"
+        + (f"; did you mean {' or '.join(map(repr, close))}?" if close else ".")
+    )
