@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import difflib
+import re
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -130,18 +132,26 @@ def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
     """Replaces the roles in `config.target_modules` by the names of the modules that have them."""
     if config.target_modules is None or isinstance(config.target_modules, str):
         return
-    module_names = {name.rpartition(".")[2] for name, _ in model.named_modules()}
-    roles = {target for target in config.target_modules if target in ROLES and target not in module_names}
-    names = {name for role in roles for name in modules_with_role(model, role)}
+    keys = [name for name, _ in model.named_modules() if name]
+    roles = set(config.target_modules) & set(ROLES) - {key.rpartition(".")[2] for key in keys}
+    if not roles:
+        return
+    with_role = {name for role in roles for name in modules_with_role(model, role)}
     if config.layers_to_transform is not None:
-        # PEFT takes a whole name as it is and looks at the layer's number only where the end of a name matched.
-        by_suffix = SimpleNamespace(
-            target_modules={name.rpartition(".")[2] for name in names},
-            layers_to_transform=config.layers_to_transform,
-            layers_pattern=config.layers_pattern,
-        )
-        names = {name for name in names if check_target_module_exists(by_suffix, name)}
-    config.target_modules = (set(config.target_modules) - roles) | names  # type: ignore[assignment]
+        # PEFT takes a whole name as it is, and looks at the layer's number only where the end of a name matched.
+        ends = [name.rpartition(".")[2] for name in with_role]
+        with_role &= set(_matches(replace(config, target_modules=ends), keys))
+    named = [target for target in config.target_modules if target not in roles]
+    wanted = with_role.union(_matches(replace(config, target_modules=named), keys))
+    config.target_modules = {*named, *with_role}  # type: ignore[assignment]
+    if wanted != with_role.union(_matches(config, keys)):
+        # A name without a dot, such as `conv1`, is to PEFT also the end of others: then only a pattern is exact.
+        config.layers_to_transform = config.layers_pattern = None
+        config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _matches(config: ConvLoraConfig, keys: list[str]) -> list[str]:
+    return [key for key in keys if check_target_module_exists(config, key)]
 
 
 def _check_targets(config: ConvLoraConfig, model: nn.Module) -> None:
@@ -149,8 +159,8 @@ def _check_targets(config: ConvLoraConfig, model: nn.Module) -> None:
     targets = config.target_modules
     if targets is None or targets in (DUMMY_TARGET_MODULES, "all-linear"):
         return
-    names = [name for name, _ in model.named_modules()]
-    if any(check_target_module_exists(config, name) for name in names if name):
+    names = [name for name, _ in model.named_modules() if name]
+    if _matches(config, names):
         return
     wanted = [targets] if isinstance(targets, str) else sorted(targets)
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]

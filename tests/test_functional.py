@@ -1,0 +1,101 @@
+"""The kernel arithmetic against convolutions, and the synchronised normalisation against the plain one."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+
+from peft_edge.functional import dora_scale, lowrank_kernel, synchronised_batch_norm
+
+
+def test_dense_kernel_is_the_chain_of_two_convolutions() -> None:
+    x, a, b = (torch.randn(shape, dtype=torch.float64) for shape in [(2, 3, 9, 9), (4, 3, 3, 3), (8, 4, 1, 1)])
+
+    kernel = lowrank_kernel(a, b, 0.5, torch.Size([8, 3, 3, 3]))
+
+    torch.testing.assert_close(F.conv2d(x, kernel, stride=2), 0.5 * F.conv2d(F.conv2d(x, a, stride=2), b))
+
+
+def test_depthwise_kernel_mixes_shared_spatial_kernels() -> None:
+    a, b = torch.randn(2, 1, 3, 3), torch.randn(6, 2, 1, 1)
+
+    kernel = lowrank_kernel(a, b, 2.0, torch.Size([6, 1, 3, 3]))
+
+    for channel in range(6):
+        expected = 2.0 * (b[channel, 0] * a[0] + b[channel, 1] * a[1])
+        torch.testing.assert_close(kernel[channel], expected)
+
+
+def test_dora_scale_gives_each_channel_its_length_and_no_gradient_to_the_norm() -> None:
+    kernel = torch.randn(5, 3, 2, 2, requires_grad=True)
+    magnitude = torch.rand(1, 5, 1, 1, requires_grad=True)
+
+    scaled = kernel * dora_scale(kernel, magnitude)
+    scaled.sum().backward()
+
+    torch.testing.assert_close(scaled.flatten(1).norm(dim=1), magnitude.flatten())
+    length = kernel.detach().flatten(1).norm(dim=1)
+    torch.testing.assert_close(kernel.grad, (magnitude.flatten() / length).view(5, 1, 1, 1).expand_as(kernel).detach())
+    torch.testing.assert_close(magnitude.grad.flatten(), kernel.detach().flatten(1).sum(1) / length)
+
+
+def test_dora_scale_keeps_a_zero_channel_zero() -> None:
+    kernel = torch.zeros(2, 3, 1, 1)
+
+    assert (kernel * dora_scale(kernel, torch.zeros(2)) == 0).all()
+
+
+def _batch_norm_in_two_processes(
+    rank: int, port: int, x: torch.Tensor, target: torch.Tensor, results: mp.Queue
+) -> None:
+    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+    x, target = x.split([5, 3])[rank].clone().requires_grad_(), target.split([5, 3])[rank]
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    weight = torch.arange(1.0, 5.0, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(4, dtype=x.dtype, requires_grad=True)
+    y = synchronised_batch_norm(x, mean, var, weight, bias, momentum=0.3, eps=1e-5)
+    (y * target).sum().backward()
+    results.put((rank, [t.detach().numpy() for t in (y, x.grad, weight.grad, bias.grad, mean, var)]))
+    dist.destroy_process_group()
+
+
+@pytest.mark.distributed
+def test_two_processes_normalise_like_one_with_the_whole_batch() -> None:
+    # A large mean beside a small deviation shows lost digits.
+    x = torch.randn(8, 4, 3, 3, dtype=torch.float64) + 1e3
+    target = torch.randn_like(x)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    context = mp.get_context("spawn")
+    results = context.SimpleQueue()
+    processes = [
+        context.Process(target=_batch_norm_in_two_processes, args=(rank, port, x, target, results)) for rank in range(2)
+    ]
+    for process in processes:
+        process.start()
+    parts = dict(results.get() for _ in processes)
+    for process in processes:
+        process.join()
+    y, x_grad = (torch.cat([torch.from_numpy(parts[rank][i]) for rank in range(2)]) for i in range(2))
+    weight_grad, bias_grad = (sum(torch.from_numpy(parts[rank][i]) for rank in range(2)) for i in (2, 3))
+
+    whole = x.clone().requires_grad_()
+    mean, var = torch.zeros(4, dtype=x.dtype), torch.ones(4, dtype=x.dtype)
+    weight = torch.arange(1.0, 5.0, dtype=x.dtype, requires_grad=True)
+    bias = torch.zeros(4, dtype=x.dtype, requires_grad=True)
+    expected = F.batch_norm(whole, mean, var, weight, bias, training=True, momentum=0.3)
+    (expected * target).sum().backward()
+
+    torch.testing.assert_close(y, expected.detach())
+    torch.testing.assert_close(x_grad, whole.grad)
+    torch.testing.assert_close(weight_grad, weight.grad)
+    torch.testing.assert_close(bias_grad, bias.grad)
+    for rank in range(2):
+        torch.testing.assert_close(torch.from_numpy(parts[rank][4]), mean)
+        torch.testing.assert_close(torch.from_numpy(parts[rank][5]), var)

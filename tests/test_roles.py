@@ -1,0 +1,59 @@
+"""Layer roles against the structure that the papers of the networks describe."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from peft_edge.roles import ROLES, modules_with_role, named_convolutions
+
+
+def test_mobilenetv2_has_the_layers_of_its_paper() -> None:
+    model = timm.create_model("mobilenetv2_100")
+    count = {role: len(modules_with_role(model, role)) for role in ROLES}
+
+    # Sandler et al. 2018, table 2: a stem, 17 blocks of which 16 expand, and a head convolution.
+    assert count == {"all-conv": 52, "depthwise": 17, "dense": 35, "pointwise": 34, "expand": 17, "project": 17}
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv4_conv_small_050", "resnet26t", "repvgg_a0"])
+def test_roles_partition_the_convolutions(name: str) -> None:
+    model = timm.create_model(name)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    roles = {role: set(modules_with_role(model, role)) for role in ROLES}
+
+    assert modules_with_role(model, "all-conv") == names
+    assert roles["dense"].isdisjoint(roles["depthwise"])
+    assert roles["expand"].isdisjoint(roles["project"])
+    assert roles["expand"] | roles["project"] <= roles["pointwise"] <= roles["dense"]
+
+
+def test_squeeze_excite_neither_expands_nor_projects() -> None:
+    model = timm.create_model("mobilenetv3_small_050")
+    squeeze_excite = {name for name in modules_with_role(model, "pointwise") if ".se." in name}
+
+    assert len(squeeze_excite) == 18
+    assert squeeze_excite.isdisjoint(modules_with_role(model, "expand") + modules_with_role(model, "project"))
+
+
+def test_a_bottleneck_without_norms_still_expands_and_projects() -> None:
+    block = nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 8, 1))
+
+    assert modules_with_role(block, "expand") == ["0"]
+    assert modules_with_role(block, "project") == ["2"]
+
+
+def test_names_stay_those_of_the_unadapted_model() -> None:
+    model = timm.create_model("resnet18")
+    before = [(name, roles) for name, _, roles in named_convolutions(model)]
+
+    get_peft_model(model, LoraConfig(target_modules=["conv1"], modules_to_save=["fc"]))
+
+    assert [(name, roles) for name, _, roles in named_convolutions(model)] == before
+
+
+def test_unknown_role_is_named_with_the_known_ones() -> None:
+    with pytest.raises(ValueError, match=r"'depthwize'.*depthwise"):
+        modules_with_role(nn.Conv2d(1, 1, 1), "depthwize")
