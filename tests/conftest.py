@@ -1,0 +1,46 @@
+"""What every test shares: no network, one thread, a fixed seed, and a small backbone."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+
+# Read once at import by the libraries below, so they are set first; child processes inherit them.
+_hf_home = tempfile.TemporaryDirectory(prefix="peft-edge-tests-")
+os.environ.update(
+    HF_HOME=_hf_home.name,
+    HF_HUB_OFFLINE="1",
+    HF_DATASETS_OFFLINE="1",
+    OMP_NUM_THREADS="1",
+    TOKENIZERS_PARALLELISM="false",
+)
+
+import pytest  # noqa: E402
+import timm  # noqa: E402
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers import set_seed  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    _hf_home.cleanup()
+
+
+@pytest.fixture(autouse=True)
+def fixed_seed() -> None:
+    """Python, NumPy and torch start every test from the same state."""
+    set_seed(0)
+
+
+@pytest.fixture
+def tiny_backbone() -> nn.Module:
+    """A MobileNetV2 of 0.4 M parameters for ten classes, random weights, in eval mode."""
+    return timm.create_model("mobilenetv2_035", num_classes=10).eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    """Four random 32-pixel images."""
+    return torch.randn(4, 3, 32, 32)
