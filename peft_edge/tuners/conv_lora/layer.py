@@ -99,7 +99,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):
         conv = self.get_base_layer()
         if config.lora_bias and conv.bias is None:
             warnings.warn(
-                f"`lora_bias=True` was passed but layer {target_name!r} has no bias, so this adapter cannot be merged.",
+                f"`lora_bias=True` was passed but the targeted layer of type {type(conv).__name__} has no bias. "
+                f"This means that merging LoRA weights won't be possible (layer {target_name!r}).",
                 PeftWarning,
                 stacklevel=2,
             )

@@ -157,7 +157,7 @@ def _matches(config: ConvLoraConfig, keys: list[str]) -> list[str]:
 def _check_targets(config: ConvLoraConfig, model: nn.Module) -> None:
     """Raises a ValueError if no module matches: PEFT cannot tell, as BatchNorm layers always match."""
     targets = config.target_modules
-    if targets is None or targets in (DUMMY_TARGET_MODULES, "all-linear"):
+    if targets is None or targets in (DUMMY_TARGET_MODULES, "all-linear") or config.target_parameters:
         return
     names = [name for name, _ in model.named_modules() if name]
     if _matches(config, names):

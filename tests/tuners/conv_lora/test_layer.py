@@ -201,7 +201,7 @@ def test_bias_of_the_adapter_is_merged() -> None:
 
 
 def test_bias_of_the_adapter_without_one_in_the_layer_cannot_be_merged() -> None:
-    with pytest.warns(UserWarning, match="'conv' has no bias"):
+    with pytest.warns(UserWarning, match=r"Conv2d has no bias.*layer 'conv'"):
         model = _adapt(CONVS["strided"](), lora_bias=True)
 
     with pytest.raises(RuntimeError, match="base layer has no bias"):
