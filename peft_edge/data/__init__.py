@@ -1,0 +1,9 @@
+"""Tasks: labelled images from a source, and from a target that has shifted."""
+
+from peft_edge.data.load import load_task
+from peft_edge.data.loader import build_loader
+from peft_edge.data.shifts import SHIFTS
+from peft_edge.data.task import Domain, Task
+from peft_edge.data.transforms import build_transform
+
+__all__ = ["SHIFTS", "Domain", "Task", "build_loader", "build_transform", "load_task"]

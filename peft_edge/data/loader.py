@@ -1,0 +1,137 @@
+"""Batches of tensors from a dataset, in an order and with augmentations that only the seed, epoch and image decide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from datasets import Dataset, Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+from torch.utils.data import Dataset as TorchDataset
+
+Key = tuple[int, int]
+"""An epoch, and the index of an image."""
+
+
+class EpochSampler(Sampler[Key]):
+    """Visits every image once, in an order that follows from the seed and the epoch.
+
+    The epoch travels with each index, so that an image's augmentation needs no state in a worker process. Accelerate's
+    loaders call `set_epoch`; without Accelerate, call `loader.sampler.set_epoch(epoch)` before each epoch.
+
+    Args:
+        size: The number of images.
+        shuffle: Whether the order is random.
+        seed: Together with the epoch, the source of the order.
+    """
+
+    def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
+        self.size = size
+        self.shuffle = shuffle
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        """Chooses the order of the next iteration."""
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __iter__(self) -> Iterator[Key]:
+        epoch = self.epoch
+        order = np.random.default_rng([self.seed, epoch]).permutation(self.size) if self.shuffle else range(self.size)
+        return ((epoch, int(index)) for index in order)
+
+
+class TransformedImages(TorchDataset[dict[str, Tensor]]):
+    """A dataset that yields whole batches: `pixel_values` (B, 3, H, W) and `labels` (B,).
+
+    Args:
+        dataset: A dataset with the columns `image` and `label`.
+        transform: From a Pillow image to a (3, H, W) tensor.
+        seed: With the epoch and the index, the source of the random choices in `transform`.
+    """
+
+    def __init__(self, dataset: Dataset, transform: Callable[[Any], Tensor], *, seed: int) -> None:
+        self.dataset = dataset
+        self.transform = transform
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitems__(self, keys: list[Key]) -> dict[str, Tensor]:
+        rows = self._read([index for _, index in keys])
+        with torch.random.fork_rng(devices=[]):
+            pixel_values = [self._transformed(image, key) for image, key in zip(rows["image"], keys, strict=True)]
+        return {"pixel_values": torch.stack(pixel_values), "labels": torch.tensor(rows["label"])}
+
+    def _transformed(self, image: Any, key: Key) -> Tensor:
+        state = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)
+        torch.default_generator.manual_seed(int(state[0]))
+        return self.transform(image)
+
+    def _read(self, indices: list[int]) -> dict[str, Any]:
+        try:
+            return self.dataset[indices]
+        except (OSError, SyntaxError) as error:
+            raise ValueError(self._unreadable(indices)) from error
+
+    def _unreadable(self, indices: list[int]) -> str:
+        """Pillow's error does not say which file of the batch it could not read."""
+        for index in indices:
+            try:
+                self.dataset[index]
+            except (OSError, SyntaxError) as error:
+                raw = self.dataset.with_format(None).cast_column("image", Image(decode=False))[index]["image"]
+                return f"cannot read image {index}, {raw['path'] or 'held in memory'}: {error}; replace or remove it"
+        return "an image could not be read, but could on a second try: check the disk"
+
+
+def _as_is(batch: Any) -> Any:
+    return batch
+
+
+def build_loader(
+    dataset: Dataset,
+    transform: Callable[[Any], Tensor],
+    *,
+    batch_size: int,
+    shuffle: bool,
+    seed: int,
+    num_workers: int = 0,
+) -> DataLoader:
+    """Builds a loader whose batches are the same in every run with the same seed.
+
+    With Accelerate, pass it through `prepare` with `split_batches=True`, so that a batch is the same whatever the
+    number of processes, and call `loader.set_epoch(epoch)` before each epoch, also before `skip_first_batches`.
+
+    Args:
+        dataset: A dataset with the columns `image` and `label`.
+        transform: From a Pillow image to a (3, H, W) tensor, for example from `build_transform`.
+        batch_size: The number of images in a batch, over all processes.
+        shuffle: For training: another order in each epoch, and an incomplete last batch is left out.
+        seed: The source of the order and of the random choices in `transform`.
+        num_workers: The number of processes that read images; 0 reads them in this one. It changes no batch.
+
+    Returns:
+        A loader of `{"pixel_values": (B, 3, H, W) float, "labels": (B,) int64}`.
+
+    Raises:
+        ValueError: There are fewer images than one training batch.
+    """
+    if shuffle and len(dataset) < batch_size:
+        raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
+    return DataLoader(
+        TransformedImages(dataset, transform, seed=seed),
+        batch_size=batch_size,
+        sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=seed),
+        num_workers=num_workers,
+        persistent_workers=num_workers > 0,
+        collate_fn=_as_is,
+        drop_last=shuffle,
+    )

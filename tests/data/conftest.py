@@ -1,0 +1,46 @@
+"""Small image folders and data sets."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from datasets import Dataset
+from PIL import Image
+
+from peft_edge.data.arrays import dataset_from_arrays
+
+ImageFolder = Callable[..., Path]
+
+
+@pytest.fixture
+def image_folder(tmp_path: Path) -> ImageFolder:
+    """Makes a folder of random 20 x 16 PNG images, one subfolder for each class."""
+
+    def make(name: str, classes: list[str], *, count: int = 12, splits: tuple[str, ...] = ("",)) -> Path:
+        rng = np.random.default_rng(len(name))
+        for split in splits:
+            for label in classes:
+                folder = tmp_path / name / split / label
+                folder.mkdir(parents=True)
+                for index in range(count):
+                    image = rng.integers(0, 256, (16, 20, 3), dtype=np.uint8)
+                    Image.fromarray(image).save(folder / f"{index}.png")
+        return tmp_path / name
+
+    return make
+
+
+@pytest.fixture
+def random_images() -> Callable[..., Dataset]:
+    """Makes a data set of random 16-pixel images, of each class in turn."""
+
+    def make(count: int, class_names: list[str], *, seed: int = 0) -> Dataset:
+        generator = torch.Generator().manual_seed(seed)
+        images = torch.randint(256, (count, 16, 16, 3), generator=generator, dtype=torch.uint8)
+        return dataset_from_arrays(images, torch.arange(count) % len(class_names), class_names)
+
+    return make

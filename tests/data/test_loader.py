@@ -1,0 +1,147 @@
+from __future__ import annotations
+
+import gc
+import re
+from collections.abc import Callable, Iterable
+
+import pytest
+import torch
+from accelerate.data_loader import prepare_data_loader, skip_first_batches
+from datasets import Dataset
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torchvision.transforms.v2 import functional as F
+
+from peft_edge.data import build_loader, load_task
+
+from .conftest import ImageFolder
+
+Batch = dict[str, Tensor]
+
+
+def noisy(image: Image.Image) -> Tensor:
+    """Stands for a random augmentation."""
+    return F.pil_to_tensor(image) / 255 + torch.rand(())
+
+
+@pytest.fixture
+def loader(random_images: Callable[..., Dataset]) -> Callable[..., DataLoader]:
+    def make(**options: object) -> DataLoader:
+        options = {"batch_size": 8, "shuffle": True, "seed": 0} | options
+        return build_loader(random_images(50, ["a", "b", "c"]), noisy, **options)
+
+    return make
+
+
+def epochs(loader: DataLoader, count: int = 2) -> list[Batch]:
+    batches = []
+    for epoch in range(count):
+        (loader if hasattr(loader, "set_epoch") else loader.sampler).set_epoch(epoch)
+        batches += list(loader)
+    return batches
+
+
+def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
+    for one, other in zip(found, expected, strict=True):
+        assert torch.equal(one["labels"], other["labels"])
+        assert torch.equal(one["pixel_values"], other["pixel_values"])
+
+
+def test_batches_are_what_a_training_loop_expects(loader: Callable[..., DataLoader]) -> None:
+    batches = list(loader())
+    assert [tuple(batch["pixel_values"].shape) for batch in batches] == [(8, 3, 16, 16)] * 6
+    assert batches[0]["pixel_values"].dtype == torch.float32
+    assert batches[0]["labels"].dtype == torch.int64
+
+
+def test_evaluation_sees_every_image_in_order(
+    loader: Callable[..., DataLoader], random_images: Callable[..., Dataset]
+) -> None:
+    labels = torch.cat([batch["labels"] for batch in loader(shuffle=False)])
+    assert labels.tolist() == random_images(50, ["a", "b", "c"])["label"][:]
+
+
+def test_an_epoch_visits_each_image_once_and_the_next_in_another_order(
+    random_images: Callable[..., Dataset],
+) -> None:
+    images = random_images(48, ["a", "b"])
+    batches = epochs(build_loader(images, F.pil_to_tensor, batch_size=8, shuffle=True, seed=0))
+    first, second = (
+        [image.numpy().tobytes() for b in part for image in b["pixel_values"]] for part in (batches[:6], batches[6:])
+    )
+    everything = sorted(F.pil_to_tensor(image).numpy().tobytes() for image in images["image"])
+    assert sorted(first) == sorted(second) == everything
+    assert first != second
+
+
+def test_the_seed_decides_order_and_augmentation(loader: Callable[..., DataLoader]) -> None:
+    torch.manual_seed(1)
+    expected = epochs(loader())
+    torch.manual_seed(2)
+    assert_same(epochs(loader()), expected)
+    assert not torch.equal(epochs(loader(seed=1))[0]["labels"], expected[0]["labels"])
+
+
+def test_augmentation_differs_between_epochs_and_images(loader: Callable[..., DataLoader]) -> None:
+    batches = epochs(loader(shuffle=False, batch_size=50))
+    offsets = [batch["pixel_values"].flatten(1).min(dim=1).values for batch in batches]
+    assert not torch.equal(offsets[0], offsets[1])
+    assert offsets[0].std() > 0.1
+
+
+def test_the_global_random_state_is_left_alone(loader: Callable[..., DataLoader]) -> None:
+    batches = iter(loader())
+    state = torch.get_rng_state()
+    next(batches)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_worker_processes_change_nothing(loader: Callable[..., DataLoader]) -> None:
+    assert_same(epochs(loader(num_workers=2)), epochs(loader()))
+
+
+def test_two_processes_share_the_batches_of_one(loader: Callable[..., DataLoader]) -> None:
+    halves = [
+        epochs(prepare_data_loader(loader(), num_processes=2, process_index=index, split_batches=True))
+        for index in (0, 1)
+    ]
+    joined = [{key: torch.cat([one[key], other[key]]) for key in one} for one, other in zip(*halves, strict=True)]
+    assert_same(joined, epochs(prepare_data_loader(loader(), num_processes=1, split_batches=True)))
+    assert_same(joined, epochs(loader()))
+
+
+@pytest.mark.parametrize("num_processes", [1, 2])
+def test_resuming_in_the_middle_of_an_epoch_is_exact(num_processes: int, loader: Callable[..., DataLoader]) -> None:
+    def prepared() -> DataLoader:
+        return prepare_data_loader(loader(), num_processes=num_processes, process_index=0, split_batches=True)
+
+    whole = epochs(prepared())
+    resumed = prepared()
+    resumed.set_epoch(1)
+    assert_same(skip_first_batches(resumed, 4), whole[6 + 4 :])
+
+
+def test_fewer_images_than_a_training_batch_are_refused(loader: Callable[..., DataLoader]) -> None:
+    with pytest.raises(ValueError, match="50 images do not fill one batch of 64: lower batch_size"):
+        loader(batch_size=64)
+
+
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # by Pillow, of the file it could not read
+@pytest.mark.parametrize("shift", ["invert", "gaussian_noise"])
+def test_a_file_whose_pixels_are_damaged_is_named(shift: str, image_folder: ImageFolder) -> None:
+    folder = image_folder("pets", ["cat", "dog"], count=20)
+    broken = folder / "dog" / "x.jpg"
+    Image.radial_gradient("L").save(broken)
+    # The header is whole, so only decoding the pixels shows the damage.
+    broken.write_bytes(broken.read_bytes()[:1500])
+    task = load_task(str(folder), shift=shift)
+    messages = []
+    for split in [*vars(task.source).values(), *vars(task.target).values()]:
+        try:
+            list(build_loader(split, noisy, batch_size=8, shuffle=False, seed=0))
+        except ValueError as error:
+            messages.append(str(error))
+    assert messages
+    assert all(re.search(r"cannot read image \d+, .*dog/x\.jpg: .*truncated", message) for message in messages)
+    gc.collect()

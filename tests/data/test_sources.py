@@ -1,0 +1,121 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
+from datasets import Image as ImageFeature
+from PIL import Image
+
+from peft_edge.data import sources
+from peft_edge.data.sources import domain_from_splits, read_splits
+
+from .conftest import ImageFolder
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[DatasetDict], None]:
+    """Lets every name on the Hub stand for the given data set."""
+
+    def serve(splits: DatasetDict) -> None:
+        monkeypatch.setattr(sources, "load_dataset", lambda name, subset: splits)
+
+    return serve
+
+
+def png(value: int) -> dict[str, bytes | None]:
+    file = io.BytesIO()
+    Image.new("L", (4, 4), value).save(file, "PNG")
+    return {"bytes": file.getvalue(), "path": None}
+
+
+def test_a_folder_is_read_with_the_names_of_its_subfolders(image_folder: ImageFolder) -> None:
+    folder = image_folder("pets", ["dog", "cat"])
+    train = read_splits(str(folder))["train"]
+    assert train.features == Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    assert len(train) == 24
+    images = {np.asarray(Image.open(path)).tobytes() for path in (folder / "dog").iterdir()}
+    assert {np.asarray(row["image"]).tobytes() for row in train if row["label"] == 1} == images
+
+
+def test_missing_splits_are_carved_from_the_training_images(image_folder: ImageFolder) -> None:
+    splits = read_splits(str(image_folder("pets", ["cat", "dog"], count=50)))
+    domain = domain_from_splits("pets", splits, train_split="train", seed=0)
+    assert [len(split) for split in vars(domain).values()] == [70, 10, 20]
+
+
+def test_splits_that_are_there_are_used(image_folder: ImageFolder) -> None:
+    splits = read_splits(str(image_folder("pets", ["cat", "dog"], splits=("train", "validation", "test"))))
+    domain = domain_from_splits("pets", splits, train_split="train", seed=0)
+    assert vars(domain) == dict(splits)
+
+
+def test_columns_are_found_by_their_features(hub: Callable, random_images: Callable[..., Dataset]) -> None:
+    dataset = random_images(6, ["a", "b"]).rename_columns({"image": "img", "label": "fine"})
+    hub(DatasetDict(train=dataset.add_column("width", [16] * 6)))
+    assert read_splits("owner/data")["train"].column_names == ["image", "label"]
+
+
+def test_a_choice_of_columns_is_the_users(hub: Callable, random_images: Callable[..., Dataset]) -> None:
+    dataset = random_images(6, ["a", "b"])
+    coarse = Dataset.from_dict({"coarse": [1, 0] * 3}, Features({"coarse": ClassLabel(names=["x", "y"])}))
+    hub(DatasetDict(train=dataset.add_column("coarse", coarse["coarse"][:], feature=coarse.features["coarse"])))
+    with pytest.raises(ValueError, match="2 columns that could be the label: set label_column to one of label, coarse"):
+        read_splits("owner/data")
+    assert read_splits("owner/data", label_column="coarse")["train"]["label"][:] == [1, 0] * 3
+
+
+@pytest.mark.parametrize(("values", "names"), [([10, 2, 10], ["2", "10"]), (["x", "b", "x"], ["b", "x"])])
+def test_plain_labels_become_the_same_classes_in_every_split(hub: Callable, values: list, names: list[str]) -> None:
+    features = Features({"image": ImageFeature(), "label": Value("string" if isinstance(values[0], str) else "int64")})
+    train, test = (
+        Dataset.from_dict({"image": [png(0)] * len(part), "label": part}, features) for part in (values, values[:1])
+    )
+    hub(DatasetDict(train=train, test=test))
+    splits = read_splits("owner/data")
+    assert splits["train"].features["label"].names == splits["test"].features["label"].names == names
+    assert splits["train"]["label"][:] == [1, 0, 1]
+    assert splits["test"]["label"][:] == [1]
+
+
+def test_a_split_with_hidden_labels_is_left_out(hub: Callable, random_images: Callable[..., Dataset]) -> None:
+    features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
+    hidden = Dataset.from_dict({"image": [png(0)], "label": [-1]}, features)
+    hub(DatasetDict(train=random_images(6, ["a", "b"]), test=hidden))
+    assert list(read_splits("owner/data")) == ["train"]
+
+
+def test_a_missing_split_is_named_with_those_there_are(image_folder: ImageFolder) -> None:
+    splits = read_splits(str(image_folder("pets", ["cat", "dog"], splits=("train", "test"))))
+    with pytest.raises(ValueError, match="no labelled split 'day': name one of train, test"):
+        domain_from_splits("pets", splits, train_split="day", seed=0)
+
+
+def test_a_missing_column_is_named_with_those_there_are(image_folder: ImageFolder) -> None:
+    with pytest.raises(ValueError, match="no column 'picture': set image_column to one of image"):
+        read_splits(str(image_folder("pets", ["cat", "dog"])), image_column="picture")
+
+
+def test_a_folder_with_one_class_is_refused(image_folder: ImageFolder) -> None:
+    with pytest.raises(ValueError, match="one class, 'cat'; expected at least two"):
+        read_splits(str(image_folder("pets", ["cat"])))
+
+
+def test_a_folder_without_images_is_refused(tmp_path) -> None:
+    with pytest.raises(ValueError, match="holds no images"):
+        read_splits(str(tmp_path))
+
+
+@pytest.mark.parametrize("damage", [b"", b"not an image", "truncated"])
+def test_a_broken_file_is_named(damage: bytes | str, image_folder: ImageFolder) -> None:
+    path = image_folder("pets", ["cat", "dog"]) / "dog" / "3.png"
+    path.write_bytes(path.read_bytes()[:500] if damage == "truncated" else damage)
+    with pytest.raises(ValueError, match=r"cannot read the image file .*dog/3\.png"):
+        read_splits(str(path.parents[1]))
+
+
+def test_a_name_the_hub_does_not_have_is_refused() -> None:
+    with pytest.raises(ValueError, match="cannot load the data 'owner/nothing'"):
+        read_splits("owner/nothing")
