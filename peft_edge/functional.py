@@ -68,18 +68,20 @@ def synchronised_batch_norm(
     dims = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     values = x.to(running_mean.dtype)
-    size = values.new_full((1,), values.numel() / values.shape[1])
-    total = all_reduce(torch.cat([values.sum(dims), size]))
+    size = torch.tensor([values.numel() / values.shape[1]], dtype=torch.float64, device=x.device)
+    # In double precision, so that the split of the batch over the processes does not show in the statistics.
+    total = all_reduce(torch.cat([values.sum(dims, dtype=torch.float64), size]))
     count = total[-1]
-    mean = total[:-1] / count
+    mean = (total[:-1] / count).to(values.dtype)
     centred = values - mean.view(shape)
     # A second exchange: the difference of mean square and squared mean loses all digits where the mean is large.
-    var = all_reduce(centred.square().sum(dims)) / count
+    square_sum = all_reduce(centred.square().sum(dims, dtype=torch.float64))
+    var = (square_sum / count).to(values.dtype)
     with torch.no_grad():
         if count <= 1:
             raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
         running_mean.lerp_(mean, momentum)
-        running_var.lerp_(var * count / (count - 1), momentum)
+        running_var.lerp_((square_sum / (count - 1)).to(var.dtype), momentum)
     y = centred * torch.rsqrt(var + eps).view(shape)
     if weight is not None:
         y = y * weight.view(shape)

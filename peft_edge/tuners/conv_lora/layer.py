@@ -21,6 +21,7 @@ from peft_edge.roles import Convolution
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)}
+_PLAIN_CONV_FORWARDS = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
 
 
 def _convolve(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -67,9 +68,9 @@ class ConvLoraLayer(nn.Module, LoraLayer):
         super().__init__()
         LoraLayer.__init__(self, base_layer)
         conv = self.get_base_layer()
-        if type(conv).forward not in _PLAIN_FORWARDS or type(conv)._conv_forward not in {
-            cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)
-        }:
+        is_plain = type(conv).forward in _PLAIN_FORWARDS and type(conv)._conv_forward in _PLAIN_CONV_FORWARDS
+        # A weight that is no parameter is computed from others: torch's parametrisations and weight_norm.
+        if not is_plain or "weight" not in conv._parameters:
             raise ValueError(
                 f"Cannot adapt layer {target_name!r}: {type(conv).__name__} is not a plain convolution of its weight "
                 "(it transforms the weight or the input first), so a merged adapter would compute something else. "

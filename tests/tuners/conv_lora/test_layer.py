@@ -11,6 +11,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
 from peft_edge import ConvLoraConfig
 
@@ -247,7 +248,9 @@ def test_rank_must_be_positive_for_every_adapter(rank: int) -> None:
         model.add_adapter("second", ConvLoraConfig(r=rank, target_modules=["conv"]))
 
 
-@pytest.mark.parametrize("conv_cls", [StdConv2d, ScaledStdConv2d])
-def test_a_layer_that_is_not_a_plain_convolution_is_refused_by_name(conv_cls: type[nn.Conv2d]) -> None:
-    with pytest.raises(ValueError, match=rf"'conv': {conv_cls.__name__} is not a plain convolution.*exclude_modules"):
-        _adapt(conv_cls(4, 6, 3))
+@pytest.mark.parametrize("conv", [StdConv2d(4, 6, 3), ScaledStdConv2d(4, 6, 3), weight_norm(nn.Conv2d(4, 6, 3))])
+def test_a_layer_that_is_not_a_plain_convolution_is_refused_by_name(conv: nn.Module) -> None:
+    name = type(conv).__name__
+
+    with pytest.raises(ValueError, match=rf"'conv': {name} is not a plain convolution.*exclude_modules"):
+        _adapt(conv)

@@ -1,0 +1,209 @@
+"""The keys of a run: their types, ranges, defaults and meaning."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+
+from peft_edge.roles import ROLES
+
+Count = Annotated[int, Field(ge=0)]
+PositiveCount = Annotated[int, Field(ge=1)]
+NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+
+
+def _as_list(value: Any) -> Any:
+    return value if isinstance(value, list) else [value]
+
+
+class Section(BaseModel):
+    """A group of keys; unknown keys are errors, and a value is never converted to another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
+
+
+class BackboneConfig(Section):
+    """The network and the weights it starts from."""
+
+    name: str = "mobilenetv3_small_050"
+    """A timm model name, or the id of a timm model on the Hub."""
+
+    pretrained: bool = False
+    """Start from timm's pretrained weights."""
+
+    checkpoint: str | None = None
+    """Start from these weights: a folder written by `save_backbone`, or a .safetensors file."""
+
+    small_images: bool = False
+    """Keep more resolution in the network, for images of about 32 to 64 pixels."""
+
+
+class DataConfig(Section):
+    """The task: images of a source, images of a target, and what shifted between them."""
+
+    name: str = "digits"
+    """`digits`, `shapes`, a Hugging Face dataset, or a folder with one subfolder a class."""
+
+    shift: str = "blend"
+    """What makes the target differ: a corruption, another split of the data set, or another data set or folder."""
+
+    severity: Annotated[int, Field(ge=1, le=5)] | None = None
+    """How strong the corruption is, where it comes in degrees."""
+
+    image_size: PositiveCount = 48
+    """Height and width in pixels of what the network sees."""
+
+    adaptation_size: PositiveCount = 512
+    """The largest number of images to adapt with."""
+
+    subset: str | None = None
+    """The configuration of a Hugging Face dataset."""
+
+    train_split: str = "train"
+    """The split to train on."""
+
+    image_column: str | None = None
+    """The column of images, where there are several."""
+
+    label_column: str | None = None
+    """The column of classes, where there are several."""
+
+
+class AdapterConfig(Section):
+    """The low-rank adapter, for the methods that have one; the names are those of `ConvLoraConfig`."""
+
+    r: PositiveCount = 4
+    """Rank."""
+
+    lora_alpha: Positive = 8
+    """The update is scaled by lora_alpha / r."""
+
+    lora_dropout: Share = 0.0
+    """Share of the adapter's input that is dropped in training."""
+
+    target_modules: str | list[str] = "all-conv"
+    """The adapted layers: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
+
+    norm: Literal["frozen", "restat", "stats", "affine"] = "stats"
+    """What the adapter changes in the BatchNorm layers."""
+
+
+class SourceConfig(Section):
+    """Training of the source model: SGD with Nesterov momentum, a one-cycle schedule, no decay of norms and biases."""
+
+    epochs: Count = 12
+    """Passes over the source images; 0 takes the backbone's weights as they are."""
+
+    batch_size: PositiveCount = 32
+    """Images per step."""
+
+    learning_rate: Positive = 0.1
+    """The peak of the one-cycle schedule."""
+
+    momentum: Share = 0.9
+    """Nesterov momentum."""
+
+    weight_decay: NonNegative = 5e-4
+    """Decay of the weights of convolutions and linear layers."""
+
+
+class TrainingConfig(Section):
+    """Adaptation to the target: AdamW with warm-up and a cosine schedule."""
+
+    epochs: PositiveCount = 10
+    """Passes over the target's training images."""
+
+    batch_size: PositiveCount = 32
+    """Images per optimizer step, over all processes and accumulation steps together."""
+
+    learning_rate: Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1)] = [1e-2]
+    """A number, or a list: each is tried with the whole budget, and the target's validation split chooses."""
+
+    weight_decay: NonNegative = 0.0
+    """Decoupled weight decay."""
+
+    warmup_steps: Count = 10
+    """Optimizer steps until the learning rate is reached."""
+
+    max_grad_norm: Positive | None = None
+    """Gradients are clipped to this norm."""
+
+    gradient_accumulation_steps: PositiveCount = 1
+    """A batch is worked off in this many parts, to save memory."""
+
+    mixed_precision: Literal["no", "fp16", "bf16"] = "no"
+    """Type of the activations in training and evaluation."""
+
+    eval_batch_size: PositiveCount = 128
+    """Images per evaluation step, over all processes."""
+
+    checkpoint_every_steps: PositiveCount = 50
+    """Optimizer steps between checkpoints; a run that dies loses at most these."""
+
+    keep_checkpoints: PositiveCount = 2
+    """How many of the newest checkpoints stay on the disk."""
+
+
+class RunConfig(Section):
+    """One run: adapt a source model to a target with one method."""
+
+    output_dir: str
+    """Where everything goes: the adapter, the record, checkpoints and logs."""
+
+    method: str = "lora"
+    """How the model is adapted."""
+
+    seed: Count = 0
+    """Seed of the splits, the weights and the order of the images."""
+
+    cache_dir: str | None = None
+    """Where source models are kept for other runs; by default `cache` beside output_dir."""
+
+    cpu: bool = False
+    """Stay on the CPU even where there is a GPU."""
+
+    num_threads: PositiveCount = 1
+    """CPU threads of each process. Another number gives other rounding, and so another source model."""
+
+    num_workers: Count = 0
+    """Processes that read images, for each training process."""
+
+    trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
+    """Where curves are sent."""
+
+    backbone: BackboneConfig = BackboneConfig()
+    data: DataConfig = DataConfig()
+    adapter: AdapterConfig = AdapterConfig()
+    source: SourceConfig = SourceConfig()
+    training: TrainingConfig = TrainingConfig()
+
+
+def conflicts(config: RunConfig) -> list[tuple[str, str]]:
+    """Returns the combinations of valid values that cannot work: a key each, and what is wrong with it."""
+    backbone, training, target = config.backbone, config.training, config.adapter.target_modules
+    found = []
+    if backbone.pretrained and backbone.checkpoint is not None:
+        found.append(("backbone.checkpoint", "cannot be given together with backbone.pretrained: choose one"))
+    if config.source.epochs == 0 and not (backbone.pretrained or backbone.checkpoint is not None):
+        found.append(
+            (
+                "source.epochs",
+                "is 0 and the weights are random: set backbone.pretrained or backbone.checkpoint, or train the source",
+            )
+        )
+    if training.batch_size % training.gradient_accumulation_steps:
+        found.append(
+            (
+                "training.batch_size",
+                f"({training.batch_size}) cannot be divided into training.gradient_accumulation_steps "
+                f"({training.gradient_accumulation_steps}) equal parts",
+            )
+        )
+    if training.mixed_precision == "fp16" and config.cpu:
+        found.append(("training.mixed_precision", "fp16 needs a GPU: use bf16, or leave cpu out"))
+    if isinstance(target, str) and "-" in target and target not in ROLES:
+        found.append(("adapter.target_modules", f"{target!r} is no role; the roles are {', '.join(ROLES)}"))
+    return found

@@ -1,0 +1,72 @@
+"""Files and folders that are written whole or not at all, and one clear error when the disk is full."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+_NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# What torch.save says of a failed write, whatever the reason the system gave.
+_TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
+
+
+@contextmanager
+def written_whole(path: Path) -> Iterator[Path]:
+    """Yields a temporary path beside `path`; the file or folder written there takes its name when the block ends.
+
+    When the block fails, `path` is left as it was. A process that is killed leaves the temporary path, which the next
+    attempt clears.
+
+    Raises:
+        OSError: The disk is full; the message names `path` and the bytes that are left.
+    """
+    unfinished = unfinished_path(path)
+    remove(unfinished)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield unfinished
+        if path.is_dir():
+            # A folder can only be renamed onto an empty one, so the old one steps aside first.
+            replaced = path.with_name(f".{path.name}.replaced")
+            remove(replaced)
+            path.rename(replaced)
+            unfinished.rename(path)
+            remove(replaced)
+        else:
+            unfinished.replace(path)
+    except Exception as error:
+        free_bytes = shutil.disk_usage(path.parent).free
+        remove(unfinished)
+        if not is_disk_full(error):
+            raise
+        raise OSError(
+            errno.ENOSPC,
+            f"no space to write {path}: {free_bytes:,} bytes are free there. Nothing that was saved before is lost: "
+            "free some space and run the same command again",
+        ) from error
+
+
+def unfinished_path(path: Path) -> Path:
+    """Where :func:`written_whole` lets `path` be written first."""
+    return path.with_name(f".{path.name}.unfinished")
+
+
+def remove(path: Path) -> None:
+    """Deletes a file or a folder with all it holds, if it exists."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """Whether a write failed for want of space: a full disk, a quota, or the system's limit on the size of a file."""
+    if isinstance(error, OSError) and error.errno in _NO_SPACE:
+        return True
+    # safetensors and torch keep the system's message at most.
+    texts = [*map(os.strerror, _NO_SPACE), *_TORCH_WRITE_ERRORS]
+    return any(text in str(error) for text in texts)

@@ -1,0 +1,76 @@
+"""Checkpoints from which a run goes on as if it had never stopped."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+
+from peft_edge.files import remove, unfinished_path, written_whole
+
+
+@dataclass
+class Progress:
+    """How far a training has come."""
+
+    num_processes: int
+    """Processes of the run."""
+
+    step: int = 0
+    """Optimizer steps done."""
+
+    train_time: float = 0.0
+    """Seconds spent in them."""
+
+    loss_sum: float = 0.0
+    """Sum of the losses of the current epoch."""
+
+    metrics: list[dict[str, Any]] = field(default_factory=list)
+    """What each finished epoch gave."""
+
+
+def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> None:
+    """Writes `folder/step_<n>` whole, then deletes all but the newest `keep` checkpoints. All processes call it.
+
+    Raises:
+        OSError: The checkpoint cannot be written; the ones before it stay.
+    """
+    path = folder / f"step_{progress.step:08d}"
+    is_writer = accelerator.is_main_process
+    with written_whole(path) if is_writer else nullcontext(unfinished_path(path)) as unfinished:
+        # The main process has cleared the place before others write to it, and names it when all are done.
+        accelerator.wait_for_everyone()
+        accelerator.save_state(str(unfinished))
+        if is_writer:
+            (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
+        accelerator.wait_for_everyone()
+    if is_writer:
+        for old in _checkpoints(folder)[:-keep]:
+            remove(old)
+
+
+def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
+    """Puts the newest checkpoint into everything that the accelerator has prepared; without one, nothing changes.
+
+    Raises:
+        ValueError: The checkpoint is of a run with another number of processes.
+    """
+    found = _checkpoints(folder)
+    if not found:
+        return Progress(accelerator.num_processes)
+    progress = Progress(**json.loads((found[-1] / "progress.json").read_text(encoding="utf-8")))
+    if progress.num_processes != accelerator.num_processes:
+        raise ValueError(
+            f"{found[-1]} is the checkpoint of a run with --num_processes {progress.num_processes}, and this one has "
+            f"{accelerator.num_processes}: start it with the same number, or choose another output_dir"
+        )
+    accelerator.load_state(str(found[-1]))
+    return progress
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(folder.glob("step_*"))

@@ -1,0 +1,95 @@
+"""The folder of a run: whose it is, and what it holds when the run is over."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from accelerate import Accelerator
+
+from peft_edge.config import ConfigError, RunConfig, flatten, to_yaml
+from peft_edge.files import remove, written_whole
+from peft_edge.records import SUCCESS, Record
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """`output_dir`, which belongs to the one run whose configuration it holds. Only the main process writes to it."""
+
+    path: Path
+    """The folder."""
+
+    accelerator: Accelerator
+    """The run's."""
+
+    is_resumed: bool
+    """Whether the run was started before."""
+
+    @property
+    def record(self) -> Record | None:
+        """The record of the run, if it has succeeded."""
+        file = self.path / "record.json"
+        record = Record.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        return record if record is not None and record.train_info.status == SUCCESS else None
+
+    def write_record(self, record: Record) -> None:
+        """Writes `record.json`; with that of a success, what only an unfinished run needs goes away."""
+        if self.accelerator.is_main_process:
+            with written_whole(self.path / "record.json") as unfinished:
+                unfinished.write_text(record.to_json(), encoding="utf-8")
+            if record.train_info.status == SUCCESS:
+                remove(self.path / "candidates")
+                remove(self.path / "checkpoints")
+
+    def publish(self, update: Path) -> Path:
+        """Copies the chosen adapter or model to where users look for it, and returns that folder."""
+        published = self.path / update.name
+        if self.accelerator.is_main_process:
+            with written_whole(published) as unfinished:
+                shutil.copytree(update, unfinished)
+        self.accelerator.wait_for_everyone()
+        return published
+
+
+def open_run(config: RunConfig, accelerator: Accelerator) -> RunFolder:
+    """Makes `output_dir` the folder of this run, or goes on with the one that this run has begun there.
+
+    Raises:
+        ConfigError: The folder holds another run, or files of something else.
+        OSError: It cannot be written.
+    """
+    path = Path(config.output_dir)
+    is_resumed = accelerator.is_main_process and _is_begun(config, path)
+    if accelerator.is_main_process and not is_resumed:
+        with written_whole(path / "config.yaml") as unfinished:
+            unfinished.write_text(to_yaml(config), encoding="utf-8")
+    accelerator.wait_for_everyone()
+    return RunFolder(path, accelerator, is_resumed)
+
+
+def _is_begun(config: RunConfig, path: Path) -> bool:
+    if not path.exists() or not any(path.iterdir()):
+        return False
+    try:
+        begun = flatten(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+    except FileNotFoundError as error:
+        raise ConfigError(f"output_dir: {path} is not empty and holds no run: choose another folder") from error
+    differences = _differences(begun, flatten(yaml.safe_load(to_yaml(config))))
+    if differences:
+        raise ConfigError(
+            "\n  ".join([f"output_dir: {path} holds another run. Choose another folder, or delete it:", *differences])
+        )
+    return True
+
+
+def _differences(begun: dict[str, Any], asked: dict[str, Any]) -> list[str]:
+    """One line for each key in which two runs differ; the folder itself may have been moved."""
+    keys = sorted((begun.keys() | asked.keys()) - {"output_dir"})
+    return [
+        f"{key} is {begun.get(key)!r} there and {asked.get(key)!r} here"
+        for key in keys
+        if begun.get(key) != asked.get(key)
+    ]

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import errno
+import resource
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from peft_edge.files import written_whole
+
+
+def test_file_and_folder_take_their_place(tmp_path: Path) -> None:
+    with written_whole(tmp_path / "deep" / "a.txt") as unfinished:
+        unfinished.write_text("a")
+    with written_whole(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "b.txt").write_text("b")
+    assert (tmp_path / "deep" / "a.txt").read_text() == "a"
+    assert (tmp_path / "folder" / "b.txt").read_text() == "b"
+
+
+def test_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old.txt").write_text("old")
+    with written_whole(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+        (unfinished / "new.txt").write_text("new")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("old")
+    with pytest.raises(RuntimeError, match="stopped"), written_whole(tmp_path / "a.txt") as unfinished:  # noqa: PT012
+        unfinished.write_text("half")
+        raise RuntimeError("stopped")
+    assert (tmp_path / "a.txt").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+    killed = """
+import os, pathlib, sys
+from peft_edge.files import written_whole
+with written_whole(pathlib.Path(sys.argv[1])) as unfinished:
+    unfinished.mkdir()
+    (unfinished / "half.txt").write_text("half")
+    os.kill(os.getpid(), 9)
+"""
+    process = subprocess.run([sys.executable, "-c", killed, str(tmp_path / "folder")], check=False)
+    assert process.returncode == -signal.SIGKILL
+    assert not (tmp_path / "folder").exists()
+    assert len(list(tmp_path.iterdir())) == 1
+    with written_whole(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert not list((tmp_path / "folder").iterdir())
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda path: path.write_bytes(bytes(400_000)),
+        lambda path: save_file({"a": torch.zeros(100_000)}, path),
+        lambda path: torch.save({"a": torch.zeros(100_000)}, path),
+    ],
+    ids=["plain", "safetensors", "torch"],
+)
+def test_no_space_is_one_clear_error(tmp_path: Path, write: Callable[[Path], None]) -> None:
+    (tmp_path / "a").write_text("old")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
+    try:
+        with pytest.raises(OSError, match=r"no space to write .*a: [\d,]+ bytes are free") as caught:  # noqa: SIM117
+            with written_whole(tmp_path / "a") as unfinished:
+                write(unfinished)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert caught.value.errno == errno.ENOSPC
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]

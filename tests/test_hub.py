@@ -1,0 +1,154 @@
+from __future__ import annotations
+
+import json
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from peft_edge import ConvLoraConfig
+from peft_edge.backbones import load_backbone, save_backbone
+from peft_edge.hub import load_pretrained, save_adapter
+
+NAME = "mobilenetv2_035"
+
+
+def adapted(base: nn.Module) -> PeftModel:
+    """An adapter whose weights, head and BatchNorm statistics have all moved."""
+    config = ConvLoraConfig(r=2, target_modules="all-conv", modules_to_save=["classifier"])
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    for _ in range(2):
+        model(torch.randn(8, 3, 32, 32)).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    return model.eval()
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor]:
+    """A saved adapter, images, and what the model answered to them."""
+    folder = tmp_path_factory.mktemp("hub")
+    torch.manual_seed(0)
+    save_backbone(load_backbone(NAME, num_classes=7), folder / "base")
+    model = adapted(load_backbone(str(folder / "base")))
+    save_adapter(model, folder / "adapter")
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        return folder / "adapter", images, model(images)
+
+
+@pytest.fixture
+def copied(saved: tuple[Path, Tensor, Tensor], tmp_path: Path) -> Path:
+    """A copy of the adapter that a test may damage."""
+    for file in saved[0].iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    return tmp_path
+
+
+@torch.no_grad()
+def test_backbone_and_adapter_come_back_in_one_call(saved: tuple[Path, Tensor, Tensor]) -> None:
+    folder, images, expected = saved
+    model = load_pretrained(folder)
+    assert not model.training
+    assert torch.equal(model(images), expected)
+
+
+@torch.no_grad()
+def test_own_backbone_is_used(saved: tuple[Path, Tensor, Tensor]) -> None:
+    folder, images, expected = saved
+    base = load_backbone(str(folder.parent / "base"))
+    assert torch.equal(load_pretrained(folder, base=base)(images), expected)
+
+
+def test_head_of_another_size_is_replaced(tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    model = adapted(base)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.warns(UserWarning, match="random weights"):
+        reloaded = load_pretrained(tmp_path / "adapter")
+    assert reloaded(torch.randn(1, 3, 32, 32)).shape == (1, 3)
+
+
+def test_card_shows_the_lines_that_load_it(saved: tuple[Path, Tensor, Tensor]) -> None:
+    card = (saved[0] / "README.md").read_text()
+    assert "import peft_edge\nmodel = peft_edge.load_pretrained(" in card
+    assert "library_name: peft" in card.split("---")[1]
+    assert str(saved[0].parent) not in card
+
+
+def test_saving_again_replaces_the_adapter(tmp_path: Path) -> None:
+    model = adapted(load_backbone(NAME, num_classes=3))
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "left_over.txt").write_text("")
+    save_adapter(model, tmp_path / "adapter")
+    assert [path.name for path in tmp_path.iterdir()] == ["adapter"]
+    assert {path.name for path in (tmp_path / "adapter").iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+
+
+@pytest.mark.parametrize("adapter", ["no/such/adapter", "/no/such/folder", "none"])
+def test_missing_adapter(adapter: str) -> None:
+    with pytest.raises(FileNotFoundError, match=f"{adapter}: expected the folder of an adapter"):
+        load_pretrained(adapter)
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_missing_file_is_named(copied: Path, name: str) -> None:
+    (copied / name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{name} is missing"):
+        load_pretrained(copied)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.999])
+def test_truncated_adapter_is_named(copied: Path, share: float) -> None:
+    file = copied / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[: int(share * file.stat().st_size)])
+    with pytest.raises(ValueError, match=r"adapter_model.safetensors is truncated or damaged: \d+ bytes"):
+        load_pretrained(copied)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", "{}"])
+def test_damaged_configuration_is_named(copied: Path, text: str) -> None:
+    (copied / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=r"adapter_config.json: expected the configuration of an adapter"):
+        load_pretrained(copied)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet10t", "mobilenetv3_small_050"])
+def test_adapter_for_another_backbone(saved: tuple[Path, Tensor, Tensor], name: str) -> None:
+    base = load_backbone(name, num_classes=7)
+    with pytest.raises(
+        ValueError, match=rf"the adapter does not fit this backbone: .*It was made for .*{saved[0].parent}"
+    ):
+        load_pretrained(saved[0], base=base)
+
+
+@pytest.mark.parametrize("problem", ["is not in the adapter", "has no place in this backbone"])
+def test_tensor_that_does_not_fit_is_named(copied: Path, problem: str) -> None:
+    file = copied / "adapter_model.safetensors"
+    tensors = load_file(file)
+    name = next(iter(tensors))
+    if problem == "is not in the adapter":
+        del tensors[name]
+    else:
+        name = "base_model.model.conv_stem_2.lora_A.weight"
+        tensors[name] = torch.zeros(1)
+    save_file(tensors, file)
+    with pytest.raises(ValueError, match=f"{name} {problem}"), warnings.catch_warnings():
+        load_pretrained(copied)
+
+
+def test_backbone_that_has_gone_is_named(copied: Path) -> None:
+    config = json.loads((copied / "adapter_config.json").read_text())
+    config["base_model_name_or_path"] = str(copied / "gone")
+    (copied / "adapter_config.json").write_text(json.dumps(config))
+    with pytest.raises(FileNotFoundError, match=r"gone, the backbone of .* is not there: put it back, or pass"):
+        load_pretrained(copied)

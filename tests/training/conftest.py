@@ -1,0 +1,58 @@
+"""Short runs of train.py, which share one source model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+
+import train
+from peft_edge.records import Record
+
+SHORT = [
+    "backbone.name=mobilenetv3_small_050",
+    "data.name=digits",
+    "data.image_size=32",
+    "data.adaptation_size=64",
+    "source.epochs=1",
+    "training.epochs=2",
+    "training.warmup_steps=1",
+    "training.learning_rate=1e-2",
+    "training.checkpoint_every_steps=1",
+    "trackers=[]",
+    "--cpu",
+]
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the first run's settings for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sources")
+
+
+@pytest.fixture
+def arguments(cache: Path) -> list[str]:
+    return [*SHORT, f"cache_dir={cache}"]
+
+
+@pytest.fixture
+def run(arguments: list[str]) -> Callable[..., Record]:
+    """Runs train.py in this process and returns the record."""
+
+    def run(output_dir: Path, *overrides: str) -> Record:
+        AcceleratorState._reset_state(reset_partial_state=True)
+        train.main([*arguments, f"output_dir={output_dir}", *overrides])
+        return Record.from_json((output_dir / "record.json").read_text())
+
+    return run

@@ -1,0 +1,50 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from peft_edge.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+
+
+def prepared() -> tuple[Accelerator, nn.Module]:
+    accelerator = Accelerator(cpu=True)
+    accelerator.free_memory()
+    model = nn.Linear(2, 2)
+    return accelerator, accelerator.prepare(model, torch.optim.AdamW(model.parameters()))[0]
+
+
+def test_newest_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+    accelerator, model = prepared()
+    for step in (9, 10, 11):
+        save_checkpoint(accelerator, tmp_path, Progress(1, step, loss_sum=0.1, metrics=[{"step": step}]), keep=2)
+    weight, draw = model.weight.detach().clone(), torch.rand(3)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000010", "step_00000011"]
+
+    with torch.no_grad():
+        model.weight.zero_()
+    assert load_checkpoint(accelerator, tmp_path) == Progress(1, 11, loss_sum=0.1, metrics=[{"step": 11}])
+    assert torch.equal(model.weight, weight)
+    assert torch.equal(torch.rand(3), draw)
+
+
+def test_nothing_to_load_is_a_start(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    assert load_checkpoint(accelerator, tmp_path / "none") == Progress(1)
+
+
+def test_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    (tmp_path / ".step_00000006.unfinished").mkdir()
+    assert load_checkpoint(accelerator, tmp_path).step == 3
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(num_processes=2, step=3), keep=2)
+    with pytest.raises(ValueError, match="a run with --num_processes 2, and this one has 1"):
+        load_checkpoint(accelerator, tmp_path)

@@ -1,0 +1,96 @@
+"""Runs in processes of their own: killed ones, and several at once."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_edge.records import Record
+
+ROOT = Path(__file__).parents[2]
+IN_DOUBLE = str(Path(__file__).with_name("double_precision.py"))
+
+
+def start(arguments: list[str], output_dir: Path, *launcher: str, script: str = "train.py") -> subprocess.Popen[str]:
+    command = [sys.executable, *launcher, script, *arguments, f"output_dir={output_dir}"]
+    return subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def finish(process: subprocess.Popen[str]) -> None:
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 0, errors
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def processes_of(folder: Path) -> str:
+    record = Record.from_json((folder / "record.json").read_text())
+    return record.meta_info.system_info["num_processes"]
+
+
+@pytest.mark.slow
+def test_killed_run_goes_on_to_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
+    options = [*arguments, "training.epochs=6", "training.checkpoint_every_steps=3", "adapter.lora_dropout=0.1"]
+    finish(start(options, tmp_path / "whole"))
+
+    killed = start(options, tmp_path / "killed")
+    checkpoints = tmp_path / "killed" / "checkpoints" / "lr_0.01"
+    deadline = time.monotonic() + 400
+    while not list(checkpoints.glob("step_*")):
+        assert killed.poll() is None, killed.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(killed.pid, signal.SIGKILL)
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
+    assert not (tmp_path / "killed" / "adapter").exists()
+
+    finish(start(options, tmp_path / "killed"))
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "killed")
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+@pytest.mark.distributed
+def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: Path) -> None:
+    """In double precision: in single, Adam makes of rounding steps of up to the learning rate, also in one process."""
+    finish(start(arguments, tmp_path / "one", script=IN_DOUBLE))
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
+    finish(start(arguments, tmp_path / "two", *launcher, script=IN_DOUBLE))
+    # Accelerate may run fewer processes than asked for, and then this would compare one with one.
+    assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
+    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    assert {tensor.dtype for tensor in one.values()} == {torch.float64, torch.int64}
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("training.epochs=0", "training.epochs: should be greater"), ("data.shift=blent", "blend")],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    arguments: list[str], tmp_path: Path, argument: str, message: str
+) -> None:
+    process = start([*arguments, argument], tmp_path / "run")
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 2
+    assert message in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,42 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from peft_edge.backbones import fingerprint
+from peft_edge.config import RunConfig, load_config
+from peft_edge.data import Task, load_task
+from peft_edge.training import source
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def task() -> Task:
+    return load_task("digits", shift="invert", image_size=32)
+
+
+def config_for(folder: Path, *overrides: str) -> RunConfig:
+    return load_config(
+        [f"output_dir={folder / 'run'}", "data.image_size=32", "source.epochs=1", "source.batch_size=350", *overrides]
+    )
+
+
+def test_model_is_trained_once_and_then_shared(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = source.source_model(config_for(tmp_path), task, CPU)
+    assert Path(first.name_or_path).parent == tmp_path / "cache" / "sources"
+    assert fingerprint(first) != fingerprint(source.new_backbone(config_for(tmp_path), task.num_classes))
+    monkeypatch.setattr(source, "_train", None)
+    # Neither the method nor the target is part of what made it.
+    again = source.source_model(config_for(tmp_path, "method=full", "training.epochs=3"), task, CPU)
+    assert fingerprint(again) == fingerprint(first)
+    with pytest.raises(TypeError, match="not callable"):
+        source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
+
+
+def test_failed_training_leaves_nothing_in_the_cache(tmp_path: Path, task: Task) -> None:
+    with pytest.raises(ValueError, match=r"the source model diverged in epoch 1 .*: lower source.learning_rate"):
+        source.source_model(config_for(tmp_path, "source.learning_rate=1e30"), task, CPU)
+    assert [path.suffix for path in (tmp_path / "cache" / "sources").iterdir()] in ([], [".lock"])

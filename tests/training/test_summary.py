@@ -1,0 +1,52 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from accelerate import Accelerator
+
+from peft_edge.config import load_config
+from peft_edge.records import CANCELED, FAILED, MetaInfo, Record, RunInfo, TrainInfo
+from peft_edge.training.run_folder import open_run
+from peft_edge.training.summary import failure_recorded, table
+
+
+@pytest.mark.parametrize(("error", "status"), [(RuntimeError("lost"), FAILED), (KeyboardInterrupt(), CANCELED)])
+def test_run_that_stops_leaves_a_record(tmp_path: Path, error: BaseException, status: str) -> None:
+    config = load_config([f"output_dir={tmp_path / 'run'}"])
+    run = open_run(config, Accelerator(cpu=True))
+    with pytest.raises(type(error)), failure_recorded(config, run, 0.0):
+        raise error
+    record = Record.from_json((tmp_path / "run" / "record.json").read_text())
+    assert record.train_info.status == status
+    assert type(error).__name__ in record.run_info.error_msg
+    assert record.run_info.created_at == "1970-01-01T00:00:00+00:00"
+    assert run.record is None
+
+
+def test_table_shows_gain_loss_and_cost() -> None:
+    results = {
+        "test accuracy": 0.75,
+        "source test accuracy": 0.9,
+        "test accuracy without update": 0.25,
+        "source test accuracy without update": 0.95,
+    }
+    record = Record(
+        run_info=RunInfo(created_at="", experiment_name="lora/a", train_config={"method": "lora"}),
+        train_info=TrainInfo(
+            status="success",
+            train_time=12.34,
+            file_size=4000,
+            num_trainable_params=1000,
+            num_total_params=20000,
+            metrics=[results],
+            sweep=[{"learning_rate": 0.01, "valid accuracy": 0.7}],
+            checks={"merged_max_logit_difference": 2e-6},
+        ),
+        meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
+    )
+    lines = table(record).splitlines()
+    assert lines[0].split() == ["target", "source", "trained", "share", "bytes", "seconds"]
+    assert lines[1].split() == ["no", "update", "0.250", "0.950", "0", "0", "%", "0", "0"]
+    assert lines[2].split() == ["lora", "0.750", "0.900", "1,000", "5.0", "%", "4,000", "12.3"]
+    assert lines[3:] == ["learning rate 0.01: validation accuracy 0.700", "merged max logit difference: 2.0e-06"]
