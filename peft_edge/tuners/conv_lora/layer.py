@@ -31,6 +31,26 @@ def _convolve(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None)
     return conv._conv_forward(x, weight, bias)
 
 
+def check_convolution(conv: Any, name: str) -> None:
+    """Checks that a layer is a plain convolution of its weight.
+
+    Args:
+        conv: a `Conv1d`, `Conv2d` or `Conv3d`.
+        name: its name in the model.
+
+    Raises:
+        ValueError: if it is not, naming it.
+    """
+    is_plain = type(conv).forward in _PLAIN_FORWARDS and type(conv)._conv_forward in _PLAIN_CONV_FORWARDS
+    # A weight that is no parameter is computed from others: torch's parametrisations and weight_norm.
+    if not is_plain or "weight" not in conv._parameters:
+        raise ValueError(
+            f"Cannot adapt layer {name!r}: {type(conv).__name__} is not a plain convolution of its weight (it "
+            "transforms the weight or the input first), so a merged adapter would compute something else. Leave it out "
+            f"with exclude_modules=[{name!r}]."
+        )
+
+
 class ConvLoraLayer(nn.Module, LoraLayer):
     """A convolution whose kernel is its base layer's plus the low-rank updates of the active adapters.
 
@@ -47,8 +67,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):
         target_name: the layer's name in the model, for error messages.
 
     Raises:
-        ValueError: if the rank is not positive, or the base layer computes something else than a plain convolution
-            of its weight, such as a weight-standardised one.
+        ValueError: if the rank is not positive, or the base layer is not a plain convolution of its weight (a
+            weight-standardised one is not).
     """
 
     if TYPE_CHECKING:
@@ -67,15 +87,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
-        conv = self.get_base_layer()
-        is_plain = type(conv).forward in _PLAIN_FORWARDS and type(conv)._conv_forward in _PLAIN_CONV_FORWARDS
-        # A weight that is no parameter is computed from others: torch's parametrisations and weight_norm.
-        if not is_plain or "weight" not in conv._parameters:
-            raise ValueError(
-                f"Cannot adapt layer {target_name!r}: {type(conv).__name__} is not a plain convolution of its weight "
-                "(it transforms the weight or the input first), so a merged adapter would compute something else. "
-                f"Leave it out with exclude_modules=[{target_name!r}]."
-            )
+        check_convolution(self.get_base_layer(), target_name)
         self._active_adapter = adapter_name
         self._unmerged: tuple[Tensor, Tensor | None] | None = None
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)

@@ -9,34 +9,55 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
+from peft import PeftType
 from peft.config import PeftConfig
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft.utils import AuxiliaryTrainingWrapper, _get_submodules
+from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
-from peft_edge.roles import ROLES, modules_with_role
+from peft_edge.roles import ROLES, Convolution, modules_with_role
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
-from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
-from peft_edge.tuners.conv_lora.norm import BatchNormLayer
+from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_convolution
+from peft_edge.tuners.conv_lora.norm import BatchNormLayer, check_batch_norm
 
 
 class _ConvLoraInjection(BaseTuner):
     """What ConvLoRA adds to PEFT's injection of LoRA, for models of this tuner alone and for mixed ones."""
 
-    def _prepare_model(self, peft_config: PeftConfig, model: nn.Module) -> None:
-        super()._prepare_model(peft_config, model)
-        if isinstance(peft_config, ConvLoraConfig):
-            _resolve_roles(peft_config, model)
-            _check_targets(peft_config, model)
-        self._norm_names = {name for name, module in model.named_modules() if _has_statistics(module)}
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """As PEFT's, with roles resolved before and BatchNorm layers adapted after it.
 
-    def _check_target_module_exists(self, peft_config: PeftConfig, key: str) -> Any:
-        found = super()._check_target_module_exists(peft_config, key)
-        if found or isinstance(found, _ExcludedModule) or not isinstance(peft_config, ConvLoraConfig):
-            return found
-        return key in self._norm_names
+        PEFT would not know the difference between a layer that the user named and a BatchNorm layer that comes along.
+
+        Raises:
+            NoMatchingPeftModuleError: if no module matches.
+            ValueError: if a matching module cannot be adapted; nothing is changed then.
+        """
+        config = self.peft_config[adapter_name]
+        if not isinstance(config, ConvLoraConfig):
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+            return
+        _resolve_roles(config, model)
+        norms = _norm_names(config, model)
+        _check_layers(config, model, norms)
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        except NoMatchingPeftModuleError as error:
+            raise NoMatchingPeftModuleError(f"{error} {_hint(config, model)}") from error
+        for name in norms:
+            parent, target, target_name = _get_submodules(model, name)
+            is_new = not isinstance(target, BatchNormLayer)
+            self._create_and_replace(config, adapter_name, target, target_name, parent, current_key=name)
+            if is_new:
+                getattr(parent, target_name).set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
+        # PEFT knows by the type which tuners Mamba's fused layers would pass over.
+        as_lora = SimpleNamespace(peft_type=PeftType.LORA)
+        super()._check_target_module_compatiblity(as_lora, model, target_name)
 
     def _create_and_replace(
         self,
@@ -74,7 +95,8 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded afterwards.
 
     Raises:
-        ValueError: if no module matches `target_modules`, or a matching one cannot be adapted.
+        NoMatchingPeftModuleError: if no module matches `target_modules`.
+        ValueError: if a matching one cannot be adapted.
     """
 
     def add_weighted_adapter(
@@ -123,9 +145,33 @@ class ConvLoraMixedModel(_ConvLoraInjection, MixedModel):
     """The base of a `PeftMixedModel` that may hold ConvLoRA adapters beside PEFT's own."""
 
 
-def _has_statistics(module: nn.Module) -> bool:
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, nn.modules.batchnorm._BatchNorm) and base.running_mean is not None
+def _base_layer(module: nn.Module) -> Any:
+    return module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
+
+
+def _norm_names(config: ConvLoraConfig, model: nn.Module) -> list[str]:
+    """The BatchNorm layers with running statistics that are neither excluded nor a part of something saved whole."""
+    names: list[str] = []
+    within: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if name.startswith(within):
+            continue
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            within += (f"{name}.",)
+        base = _base_layer(module)
+        is_excluded = isinstance(check_target_module_exists(config, name), _ExcludedModule)
+        if isinstance(base, nn.modules.batchnorm._BatchNorm) and base.running_mean is not None and not is_excluded:
+            names.append(name)
+    return names
+
+
+def _check_layers(config: ConvLoraConfig, model: nn.Module, norms: list[str]) -> None:
+    for name, module in model.named_modules():
+        base = _base_layer(module)
+        if name in norms:
+            check_batch_norm(base, name)
+        elif isinstance(base, Convolution) and check_target_module_exists(config, name):
+            check_convolution(base, name)
 
 
 def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
@@ -137,6 +183,11 @@ def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
     if not roles:
         return
     with_role = {name for role in roles for name in modules_with_role(model, role)}
+    if not with_role and roles == set(config.target_modules):
+        raise NoMatchingPeftModuleError(
+            f"Target modules {sorted(roles)} not found in the base model: {type(model).__name__} has no such "
+            "convolution. Choose another role, or name the modules."
+        )
     if config.layers_to_transform is not None:
         # PEFT takes a whole name as it is, and looks at the layer's number only where the end of a name matched.
         ends = [name.rpartition(".")[2] for name in with_role]
@@ -154,19 +205,13 @@ def _matches(config: ConvLoraConfig, keys: list[str]) -> list[str]:
     return [key for key in keys if check_target_module_exists(config, key)]
 
 
-def _check_targets(config: ConvLoraConfig, model: nn.Module) -> None:
-    """Raises a ValueError if no module matches: PEFT cannot tell, as BatchNorm layers always match."""
-    targets = config.target_modules
-    if targets is None or targets in (DUMMY_TARGET_MODULES, "all-linear") or config.target_parameters:
-        return
+def _hint(config: ConvLoraConfig, model: nn.Module) -> str:
+    """What the user may have meant where nothing matched."""
+    targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
-    if _matches(config, names):
-        return
-    wanted = [targets] if isinstance(targets, str) else sorted(targets)
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
+    wanted = [targets] if isinstance(targets, str) else sorted(set(targets) - set(known))
     close = [match for target in wanted for match in difflib.get_close_matches(target, known, n=1)]
-    raise ValueError(
-        f"Target modules {targets} not found in the base model. Please check the target modules and try again: "
-        f"expected module names, a regular expression or layer roles ({', '.join(ROLES)})"
-        + (f"; did you mean {' or '.join(map(repr, close))}?" if close else ".")
+    return f"The layer roles are {', '.join(ROLES)}." + (
+        f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
     )

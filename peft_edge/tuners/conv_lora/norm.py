@@ -61,6 +61,23 @@ class NormState(nn.Module):
             self.register_parameter(name, nn.Parameter(copies[name]) if trains else None)
 
 
+def check_batch_norm(norm: nn.Module, name: str) -> None:
+    """Checks that a layer is batch normalisation and at most an activation.
+
+    Args:
+        norm: a BatchNorm layer.
+        name: its name in the model.
+
+    Raises:
+        ValueError: if it is not, naming it.
+    """
+    if type(norm).forward not in _PLAIN_FORWARDS:
+        raise ValueError(
+            f"Cannot adapt layer {name!r}: {type(norm).__name__} is not a plain batch normalisation. "
+            f"Leave it out with exclude_modules=[{name!r}]."
+        )
+
+
 _BASE = NormState(nn.BatchNorm1d(1), "frozen")
 
 
@@ -91,12 +108,7 @@ class BatchNormLayer(nn.Module, LoraLayer):
     ) -> None:
         super().__init__()
         LoraLayer.__init__(self, base_layer)
-        base = self.get_base_layer()
-        if type(base).forward not in _PLAIN_FORWARDS:
-            raise ValueError(
-                f"Cannot adapt layer {target_name!r}: {type(base).__name__} is not a plain batch normalisation. "
-                f"Leave it out with exclude_modules=[{target_name!r}]."
-            )
+        check_batch_norm(self.get_base_layer(), target_name)
         self.lora_norm = nn.ModuleDict()
         self._active_adapter = adapter_name
         self.estimating = False
@@ -116,8 +128,10 @@ class BatchNormLayer(nn.Module, LoraLayer):
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = 1.0
-        self.lora_norm[adapter_name] = NormState(self.get_base_layer(), config.norm)
-        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        state = NormState(self.get_base_layer(), config.norm)
+        # The other adapters' requires_grad stays as the user has set it.
+        state.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
+        self.lora_norm[adapter_name] = state
 
     def _get(self, state: NormState, name: str) -> Any:
         own = getattr(state, name)

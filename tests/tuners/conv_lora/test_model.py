@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,7 +20,9 @@ from peft import (
     set_peft_model_state_dict,
 )
 from peft.tuners.lora import Linear
+from peft.utils.error import NoMatchingPeftModuleError
 from safetensors.torch import load_file, save_file
+from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from peft_edge import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
@@ -149,10 +152,47 @@ def test_rank_and_alpha_patterns(tiny_backbone: nn.Module) -> None:
 def test_unknown_role_is_named_with_the_nearest(tiny_backbone: nn.Module, target: str | list[str]) -> None:
     before = [name for name, _ in tiny_backbone.named_modules()]
 
-    with pytest.raises(ValueError, match=r"depthwize.* not found.*all-conv, dense.*did you mean 'depthwise'"):
+    with pytest.raises(ValueError, match=r"depthwize.* not found.*all-conv, dense.*Did you mean 'depthwise'"):
         get_peft_model(tiny_backbone, config(target_modules=target))
 
     assert [name for name, _ in tiny_backbone.named_modules()] == before
+
+
+def test_a_role_that_the_model_lacks_is_named() -> None:
+    with pytest.raises(NoMatchingPeftModuleError, match=r"\['depthwise'\] not found.* has no such convolution"):
+        get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 3)), config(target_modules="depthwise"))
+
+
+def test_pefts_own_message_where_everything_is_excluded(tiny_backbone: nn.Module) -> None:
+    with pytest.raises(NoMatchingPeftModuleError, match="mismatched target modules and excluded modules"):
+        get_peft_model(tiny_backbone, config(target_modules=["conv_stem"], exclude_modules=["conv_stem"]))
+
+
+def test_a_refused_layer_leaves_the_model_as_it_was() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), StdConv2d(8, 8, 3))
+
+    with pytest.raises(ValueError, match=r"'2': StdConv2d is not a plain convolution"):
+        get_peft_model(model, config())
+
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, StdConv2d]
+
+
+def test_adding_an_adapter_leaves_the_others_as_frozen_as_they_were(tiny_backbone: nn.Module) -> None:
+    model = get_peft_model(tiny_backbone, config(norm="affine"))
+    model.set_requires_grad("default", requires_grad=False)
+
+    model.add_adapter("other", config(norm="affine"))
+
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def test_layers_that_mamba_would_pass_over_are_refused() -> None:
+    model = nn.Sequential()
+    model.config = SimpleNamespace(model_type="mamba")
+    model.conv1d = nn.Conv1d(4, 4, 3)
+
+    with pytest.raises(ValueError, match="'conv1d' is incompatible with Mamba"):
+        get_peft_model(model, config())
 
 
 def test_modules_to_save_travel_along(tiny_backbone: nn.Module, images: Tensor, tmp_path: Path) -> None:
