@@ -134,4 +134,7 @@ def build_loader(
         persistent_workers=num_workers > 0,
         collate_fn=_as_is,
         drop_last=shuffle,
+        # Every iterator draws a seed for its workers. Drawn from the random numbers of training, it would change those
+        # of a run that is resumed in the middle of an epoch.
+        generator=torch.Generator(),
     )

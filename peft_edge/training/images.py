@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from datasets import Dataset
 from timm.data import resolve_model_data_config
 from torch import nn
@@ -26,10 +25,6 @@ def _batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, train: 
     size = config.data.image_size
     data_config = {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
     transform = build_transform(data_config, train=train)
-    loader = build_loader(
+    return build_loader(
         images, transform, batch_size=batch_size, shuffle=train, seed=config.seed, num_workers=config.num_workers
     )
-    # Every iterator draws a seed for its workers; drawn from the random numbers of training, a run that is resumed in
-    # the middle of an epoch would see other ones.
-    loader.generator = torch.Generator()
-    return loader

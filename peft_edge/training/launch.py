@@ -29,7 +29,8 @@ def start(config: RunConfig) -> Accelerator:
     # Resuming gives the same bits only if every operation does.
     torch.backends.cudnn.deterministic = True
     accelerator = Accelerator(
-        cpu=config.cpu,
+        # Said outright where there is nothing else: several processes find each other only then.
+        cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=config.training.mixed_precision,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "logs")),

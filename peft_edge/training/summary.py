@@ -149,7 +149,7 @@ def table(record: Record) -> str:
     run, train = record.run_info, record.train_info
     results = train.metrics[-1]
     rows = [
-        ("", "target", "source", "trained", "share", "bytes", "seconds"),
+        ("test accuracy on", "target", "source", "trained parameters", "of the model", "saved bytes", "seconds"),
         ("no update", f"{results[_TARGET_BEFORE]:.3f}", f"{results[_SOURCE_BEFORE]:.3f}", "0", "0 %", "0", "0"),
     ]
     if train.num_trainable_params and train.num_total_params:
