@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> None:
 
     with training.failure_recorded(config, run, started):
         # Data: a source, a target, and what shifted between them.
-        training.check_adapter(config)
         task = load_task(**config.data.model_dump(), seed=config.seed)
+        training.check_adaptation(config, task)
 
         # The source model: trained once, then shared by every run that asks for the same one.
         source = training.source_model(config, task, accelerator.device)
@@ -48,10 +48,10 @@ def main(arguments: Sequence[str]) -> None:
         # What users get is what was saved, so that is what is tested.
         update, checks = None, {}
         if best is not None:
-            update = run.publish(best.update)
-            reloaded = training.load_update(update, accelerator.device)
+            reloaded = training.load_update(best.update, accelerator.device)
             checks = training.check_saved(reloaded, training.first_images(config, source, task), best.logits)
             after = training.test_accuracies(reloaded, config, task, accelerator)
+            update = run.publish(best.update)
 
         record = training.build_record(
             config,

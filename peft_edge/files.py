@@ -34,7 +34,11 @@ def written_whole(path: Path) -> Iterator[Path]:
             replaced = path.with_name(f".{path.name}.replaced")
             remove(replaced)
             path.rename(replaced)
-            unfinished.rename(path)
+            try:
+                unfinished.rename(path)
+            except OSError:
+                replaced.rename(path)
+                raise
             remove(replaced)
         else:
             unfinished.replace(path)

@@ -8,9 +8,11 @@ channels share. DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) then gives every
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
+import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.nn.functional import all_reduce
 
 
 def lowrank_kernel(lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, shape: torch.Size) -> Tensor:
@@ -38,6 +40,20 @@ def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
     # An all-zero channel has no direction: its scaled kernel stays zero instead of becoming NaN.
     scale = magnitude.flatten() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return scale.view(-1, *[1] * (kernel.dim() - 1))
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """The sum of a tensor over all processes; its gradient is the sum of theirs."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, gradients[0])
 
 
 def synchronised_batch_norm(
@@ -70,12 +86,12 @@ def synchronised_batch_norm(
     values = x.to(running_mean.dtype)
     size = torch.tensor([values.numel() / values.shape[1]], dtype=torch.float64, device=x.device)
     # In double precision, so that the split of the batch over the processes does not show in the statistics.
-    total = all_reduce(torch.cat([values.sum(dims, dtype=torch.float64), size]))
+    total = _SumOverProcesses.apply(torch.cat([values.sum(dims, dtype=torch.float64), size]))
     count = total[-1]
     mean = (total[:-1] / count).to(values.dtype)
     centred = values - mean.view(shape)
     # A second exchange: the difference of mean square and squared mean loses all digits where the mean is large.
-    square_sum = all_reduce(centred.square().sum(dims, dtype=torch.float64))
+    square_sum = _SumOverProcesses.apply(centred.square().sum(dims, dtype=torch.float64))
     var = (square_sum / count).to(values.dtype)
     with torch.no_grad():
         if count <= 1:

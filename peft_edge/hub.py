@@ -57,7 +57,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         OSError: The folder cannot be written.
     """
     config = model.peft_config[model.active_adapter]
-    base = config.base_model_name_or_path
+    base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or "unknown"
     card = _CARD.format(
         # The Hub only takes its own ids there, not paths.
         base_model=f"base_model: {base}\n" if base.startswith("timm/") else "",
@@ -66,7 +66,10 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     )
     with written_whole(Path(folder)) as unfinished:
         # Without the argument, PEFT asks the Hub how large the base model's vocabulary is.
-        model.save_pretrained(str(unfinished), save_embedding_layers=False)
+        model.save_pretrained(str(unfinished), selected_adapters=[model.active_adapter], save_embedding_layers=False)
+        # PEFT puts an adapter that is not called "default" into a folder of its name.
+        for file in list(unfinished.glob(f"{model.active_adapter}/*")):
+            file.rename(unfinished / file.name)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
 
 
@@ -98,8 +101,8 @@ def load_pretrained(
             # PEFT warns of missing tensors and passes over those that are too many; below, both are errors.
             warnings.filterwarnings("ignore", message="Found missing adapter keys")
             model = PeftModel.from_pretrained(base, folder)
-    except (ValueError, RuntimeError) as error:
-        raise ValueError(_misfit(folder, base_name, " ".join(str(error).split()))) from error
+    except (ValueError, RuntimeError, KeyError, TypeError) as error:
+        raise ValueError(_misfit(folder, base_name, " ".join(f"{type(error).__name__}: {error}".split()))) from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     if differing := sorted(expected.keys() ^ shapes.keys()):
         name = differing[0]

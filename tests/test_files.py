@@ -85,3 +85,13 @@ def test_no_space_is_one_clear_error(tmp_path: Path, write: Callable[[Path], Non
     assert caught.value.errno == errno.ENOSPC
     assert (tmp_path / "a").read_text() == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+def test_folder_whose_replacement_vanishes_comes_back(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old.txt").write_text("old")
+
+    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "folder"):
+        pass
+
+    assert (tmp_path / "folder" / "old.txt").read_text() == "old"

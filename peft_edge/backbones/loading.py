@@ -168,7 +168,8 @@ def _download(repo_id: str, file_name: str) -> Path:
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise OSError(
             f"{file_name} of {repo_id!r} is not in the local cache and could not be fetched from the Hub: {error}\n"
-            "Without network, pass checkpoint=<folder written by save_backbone, or .safetensors file>."
+            "Without network, pass checkpoint=<folder written by save_backbone, or .safetensors file>, or "
+            "pretrained=False for random weights (backbone.checkpoint and backbone.pretrained in a configuration)."
         ) from error
 
 

@@ -44,11 +44,16 @@ def load_config(arguments: Sequence[str], *, choices: Mapping[str, Collection[st
     values, origins, errors = _collect(arguments)
     config, invalid = _validate(values)
     for key, message in [*invalid, *_outside(config, choices or {}), *conflicts(config)]:
-        errors.append(f"{key}: {message} ({origins.get(key, 'not given')})")
+        errors.append(f"{key}: {message} ({_origin(key, origins)})")
     if errors:
         noun = "error" if len(errors) == 1 else "errors"
         raise ConfigError("\n  ".join([f"{len(errors)} {noun} in the configuration:", *errors]))
     return config
+
+
+def _origin(key: str, origins: Mapping[str, str]) -> str:
+    """Where a key comes from, or the first key of a section."""
+    return next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -120,6 +125,8 @@ def _read_file(path: Path) -> dict[str, Any]:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except OSError as error:
         raise ConfigError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"cannot read {path}: {error}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}

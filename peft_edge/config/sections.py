@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
@@ -51,7 +52,7 @@ class DataConfig(Section):
     """What makes the target differ: a corruption, another split of the data set, or another data set or folder."""
 
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """How strong the corruption is, where it comes in degrees."""
+    """How strong the corruption is, 1 to 5, where it comes in degrees; 5 by default."""
 
     image_size: PositiveCount = 48
     """Height and width in pixels of what the network sees."""
@@ -88,7 +89,7 @@ class AdapterConfig(Section):
     """The adapted layers: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
 
     norm: Literal["frozen", "restat", "stats", "affine"] = "stats"
-    """What the adapter changes in the BatchNorm layers."""
+    """What the adapter changes in the BatchNorm layers: frozen, restat, stats or affine."""
 
 
 class SourceConfig(Section):
@@ -135,7 +136,7 @@ class TrainingConfig(Section):
     """A batch is worked off in this many parts, to save memory."""
 
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Type of the activations in training and evaluation."""
+    """Type of the activations in training and evaluation: no, fp16 or bf16."""
 
     eval_batch_size: PositiveCount = 128
     """Images per evaluation step, over all processes."""
@@ -154,7 +155,7 @@ class RunConfig(Section):
     """Where everything goes: the adapter, the record, checkpoints and logs."""
 
     method: str = "lora"
-    """How the model is adapted."""
+    """How the model is adapted: none, head, full, lora, lora-fa or dora."""
 
     seed: Count = 0
     """Seed of the splits, the weights and the order of the images."""
@@ -172,7 +173,7 @@ class RunConfig(Section):
     """Processes that read images, for each training process."""
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
-    """Where curves are sent."""
+    """Where curves are sent: any of tensorboard, wandb and trackio."""
 
     backbone: BackboneConfig = BackboneConfig()
     data: DataConfig = DataConfig()
@@ -206,4 +207,9 @@ def conflicts(config: RunConfig) -> list[tuple[str, str]]:
         found.append(("training.mixed_precision", "fp16 needs a GPU: use bf16, or leave cpu out"))
     if isinstance(target, str) and "-" in target and target not in ROLES:
         found.append(("adapter.target_modules", f"{target!r} is no role; the roles are {', '.join(ROLES)}"))
+    if isinstance(target, str):
+        try:
+            re.compile(target)
+        except re.error as error:
+            found.append(("adapter.target_modules", f"{target!r} is no regular expression: {error}"))
     return found

@@ -85,13 +85,23 @@ def load_task(
     elif shift in splits:
         target = domain_from_splits(name, DatasetDict(train=splits[shift]), train_split="train", seed=seed)
     else:
-        splits = _with_classes_of(name, class_names, shift, read_splits(shift, subset=subset, **columns))
+        splits = _with_classes_of(name, class_names, shift, _read_target(shift, subset=subset, **columns))
         target = domain_from_splits(shift, splits, train_split=train_split, seed=seed)
     if len(target.train) > adaptation_size:
         target = replace(target, train=carve(target.train, adaptation_size, seed=seed)[1])
     if corruption:
         target = Domain(**{key: corruption.shift_dataset(split) for key, split in vars(target).items()})
     return Task(name=name, shift=shift, class_names=class_names, source=source, target=target)
+
+
+def _read_target(shift: str, **options: str | None) -> DatasetDict:
+    try:
+        return read_splits(shift, **options)
+    except ValueError as error:
+        raise ValueError(
+            f"shift {shift!r} is neither a corruption ({', '.join(SHIFTS)}), nor a split of the data, nor data that "
+            f"can be read: {error}"
+        ) from error
 
 
 def _refuse_misspelt(kind: str, name: str, known: Iterable[str]) -> None:

@@ -77,9 +77,13 @@ def domain_from_splits(name: str, splits: DatasetDict, *, train_split: str, seed
 
 
 def _read_folder(folder: Path) -> DatasetDict:
+    # Only folders of exactly these names are splits; left to itself, the builder takes any `test` in any name for one.
+    names = [name for name in ("train", *VALIDATION_NAMES, "test") if (folder / name).is_dir()]
+    is_split = "train" in names and all(child.name in names for child in folder.iterdir() if child.is_dir())
+    files = {name: f"{name}/**" for name in names} if is_split else {"train": "**"}
     try:
-        splits = load_dataset("imagefolder", data_dir=str(folder.resolve()), drop_labels=False)
-    except FileNotFoundError as error:
+        splits = load_dataset("imagefolder", data_dir=str(folder.resolve()), data_files=files, drop_labels=False)
+    except (FileNotFoundError, ValueError) as error:
         raise ValueError(
             f"the folder {str(folder)!r} holds no images: expected one subfolder for each class"
         ) from error

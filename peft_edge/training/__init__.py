@@ -1,6 +1,6 @@
 """The stages of a run: make or find the source model, adapt it, evaluate it, and write down what came of it."""
 
-from peft_edge.training.adaptation import Candidate, adapt, check_adapter
+from peft_edge.training.adaptation import Candidate, adapt, check_adaptation
 from peft_edge.training.evaluation import check_saved, first_images, load_update, test_accuracies
 from peft_edge.training.launch import start, start_trackers
 from peft_edge.training.run_folder import RunFolder, open_run
@@ -12,7 +12,7 @@ __all__ = [
     "RunFolder",
     "adapt",
     "build_record",
-    "check_adapter",
+    "check_adaptation",
     "check_saved",
     "failure_recorded",
     "first_images",

@@ -60,13 +60,23 @@ class Candidate:
         return load_file(self.folder / "logits.safetensors")["logits"]
 
 
-def check_adapter(config: RunConfig) -> None:
-    """Tries the method on the backbone, so that a mistake shows before the source model is trained.
+def check_adaptation(config: RunConfig, task: Task) -> None:
+    """Tries what the adaptation needs, so that a mistake shows before the source model is trained.
 
     Raises:
-        ValueError: The backbone is unknown, or the adapter does not fit it.
+        ValueError: The adapter does not fit the backbone, there are fewer images than one batch, or the warm-up takes
+            all the steps.
     """
-    prepare_model(new_backbone(config, num_classes=2), config.method, config.adapter.model_dump())
+    model = prepare_model(new_backbone(config, task.num_classes), config.method, config.adapter.model_dump())
+    settings = config.training
+    batches = training_batches(config, model, task.target.train, batch_size=settings.batch_size)
+    steps, images = settings.epochs * len(batches), len(task.target.train)
+    if config.method != "none" and settings.warmup_steps >= steps:
+        raise ValueError(
+            f"training.warmup_steps: {settings.warmup_steps} take all of the {steps} steps that {images} images in "
+            f"batches of {settings.batch_size} make in {settings.epochs} epochs: lower training.warmup_steps or "
+            "training.batch_size, or raise training.epochs"
+        )
 
 
 def adapt(
@@ -86,7 +96,7 @@ def adapt(
         ValueError: The adapter does not fit the backbone, or the warm-up takes all the steps.
         OSError: A checkpoint or the result cannot be written.
     """
-    name = f"lr_{learning_rate:g}"
+    name = f"lr_{learning_rate}"
     folder, checkpoints = run / "candidates" / name, run / "checkpoints" / name
     if not folder.exists():
         set_seed(config.seed)
@@ -99,8 +109,6 @@ def adapt(
             restat(model, (batch["pixel_values"].to(accelerator.device) for batch in batches))
         optimizer = AdamW(_trainable(model), lr=learning_rate, weight_decay=settings.weight_decay)
         total_steps = settings.epochs * len(batches)
-        if settings.warmup_steps >= total_steps:
-            raise ValueError(f"training.warmup_steps: {settings.warmup_steps} take all of the {total_steps} steps")
         schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
         prepared = accelerator.prepare(model, optimizer, schedule, batches, validation)
         progress = train(*prepared, settings=settings, accelerator=accelerator, checkpoints=checkpoints, name=name)

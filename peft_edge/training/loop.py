@@ -54,7 +54,11 @@ def train(
     progress = load_checkpoint(accelerator, checkpoints)
     total_steps = settings.epochs * len(batches)
     with tqdm(
-        desc=name, total=total_steps, initial=progress.step, unit="step", disable=not accelerator.is_main_process
+        desc=f"adapting, {name}",
+        total=total_steps,
+        initial=progress.step,
+        unit="step",
+        disable=not accelerator.is_main_process,
     ) as bar:
         while progress.step < total_steps:
             epoch, done = divmod(progress.step, len(batches))

@@ -11,8 +11,10 @@ import yaml
 from accelerate import Accelerator
 
 from peft_edge.config import ConfigError, RunConfig, flatten, to_yaml
-from peft_edge.files import remove, written_whole
+from peft_edge.files import remove, unfinished_path, written_whole
 from peft_edge.records import SUCCESS, Record
+
+_RESULTS = ("checkpoints", "candidates", "adapter", "model")
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,10 @@ class RunFolder:
     def record(self) -> Record | None:
         """The record of the run, if it has succeeded."""
         file = self.path / "record.json"
-        record = Record.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        try:
+            record = Record.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+        except ValueError as error:
+            raise ValueError(f"{file} is damaged: delete it, and the run is finished anew ({error})") from error
         return record if record is not None and record.train_info.status == SUCCESS else None
 
     def write_record(self, record: Record) -> None:
@@ -71,13 +76,20 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> RunFolder:
 
 
 def _is_begun(config: RunConfig, path: Path) -> bool:
-    if not path.exists() or not any(path.iterdir()):
+    file = path / "config.yaml"
+    # A run that was killed in its first moment leaves only the unfinished file.
+    if not path.exists() or not {entry.name for entry in path.iterdir()} - {unfinished_path(file).name}:
         return False
     try:
-        begun = flatten(yaml.safe_load((path / "config.yaml").read_text(encoding="utf-8")))
+        begun = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(f"output_dir: {path} is not empty and holds no run: choose another folder") from error
+    except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"output_dir: {file} is damaged: choose another folder, or delete it ({error})") from error
     differences = _differences(begun, flatten(yaml.safe_load(to_yaml(config))))
+    if differences and not any((path / name).exists() for name in _RESULTS):
+        # A run that failed before it had anything to keep, as one with a mistake in its configuration does.
+        return False
     if differences:
         raise ConfigError(
             "\n  ".join([f"output_dir: {path} holds another run. Choose another folder, or delete it:", *differences])

@@ -48,13 +48,15 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
         OSError: The cache cannot be written.
     """
     model = new_backbone(config, task.num_classes)
-    if config.source.epochs > 0:
+    # Weights of the Hub as they are need no copy: their name loads them anywhere.
+    if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
         folder = _cache_folder(config) / "sources" / _recipe(config, task, model, device)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # A lock of the system's: it is free again when its process dies.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.exists():
-                _train(model, config, task, device)
+                if config.source.epochs > 0:
+                    _train(model, config, task, device)
                 with written_whole(folder) as unfinished:
                     save_backbone(model, unfinished)
         model = load_backbone(str(folder))
@@ -98,7 +100,14 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
         nesterov=recipe.momentum > 0,
     )
     total_steps = recipe.epochs * len(batches)
-    schedule = OneCycleLR(optimizer, recipe.learning_rate, total_steps, pct_start=0.2, cycle_momentum=False)
+    if total_steps < 2:
+        raise ValueError(
+            f"source.epochs: {len(task.source.train)} images in batches of {recipe.batch_size} make {total_steps} "
+            f"steps in {recipe.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
+        )
+    # torch divides by the length of the way up, which a fifth of five steps makes zero.
+    pct_start = 0.4 if total_steps == 5 else 0.2
+    schedule = OneCycleLR(optimizer, recipe.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     sampler: Any = batches.sampler
     with tqdm(total=total_steps, desc="source model", unit="step") as bar:
         for epoch in range(recipe.epochs):

@@ -24,6 +24,7 @@ from peft_edge.records import CANCELED, FAILED, SUCCESS, MetaInfo, Record, RunIn
 from peft_edge.training.adaptation import Candidate
 from peft_edge.training.run_folder import RunFolder
 
+_DIFFERENCE = "_max_logit_difference"
 _PACKAGES = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers")
 _TARGET, _SOURCE = "test accuracy", "source test accuracy"
 _TARGET_BEFORE, _SOURCE_BEFORE = f"{_TARGET} without update", f"{_SOURCE} without update"
@@ -149,7 +150,15 @@ def table(record: Record) -> str:
     run, train = record.run_info, record.train_info
     results = train.metrics[-1]
     rows = [
-        ("test accuracy on", "target", "source", "trained parameters", "of the model", "saved bytes", "seconds"),
+        (
+            "test accuracy on",
+            "target",
+            "source",
+            "trained parameters",
+            "of the model",
+            "saved bytes",
+            "training seconds",
+        ),
         ("no update", f"{results[_TARGET_BEFORE]:.3f}", f"{results[_SOURCE_BEFORE]:.3f}", "0", "0 %", "0", "0"),
     ]
     if train.num_trainable_params and train.num_total_params:
@@ -167,5 +176,6 @@ def table(record: Record) -> str:
     for tried in train.sweep:
         lines.append(f"learning rate {tried['learning_rate']:g}: validation accuracy {tried['valid accuracy']:.3f}")
     for name, difference in train.checks.items():
-        lines.append(f"{name.replace('_', ' ')}: {difference:.1e}")
+        what = name.removesuffix(_DIFFERENCE)
+        lines.append(f"saved update, {what}: largest difference of a logit {difference:.1e}")
     return "\n".join(lines)

@@ -40,6 +40,22 @@ def test_a_folder_is_read_with_the_names_of_its_subfolders(image_folder: ImageFo
     assert {np.asarray(row["image"]).tobytes() for row in train if row["label"] == 1} == images
 
 
+@pytest.mark.parametrize("names", [["train", "train station", "dog"], ["test", "val"]])
+def test_class_folders_that_are_called_like_splits_are_classes(image_folder: ImageFolder, names: list[str]) -> None:
+    splits = read_splits(str(image_folder("pets", names)))
+
+    assert splits["train"].features["label"].names == sorted(names)
+    assert len(splits["train"]) == 12 * len(names)
+
+
+def test_files_that_are_called_like_splits_stay_in_their_class(image_folder: ImageFolder) -> None:
+    folder = image_folder("pets", ["cat", "dog"])
+    for path in list((folder / "cat").iterdir())[:4]:
+        path.rename(path.with_name(f"test_{path.name}"))
+
+    assert len(read_splits(str(folder))["train"]) == 24
+
+
 def test_missing_splits_are_carved_from_the_training_images(image_folder: ImageFolder) -> None:
     splits = read_splits(str(image_folder("pets", ["cat", "dog"], count=50)))
     domain = domain_from_splits("pets", splits, train_split="train", seed=0)

@@ -30,12 +30,44 @@ def test_a_folder_may_be_moved(tmp_path: Path) -> None:
 def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     open_run(config_for(tmp_path / "run", "training.epochs=2"), accelerator)
+    (tmp_path / "run" / "checkpoints").mkdir()
     before = (tmp_path / "run" / "config.yaml").read_bytes()
     with pytest.raises(ConfigError, match="holds another run") as caught:
         open_run(config_for(tmp_path / "run", "training.epochs=3", "seed=1"), accelerator)
     assert "training.epochs is 2 there and 3 here" in str(caught.value)
     assert "seed is 0 there and 1 here" in str(caught.value)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+def test_folder_of_a_run_that_has_left_nothing_is_taken_over(tmp_path: Path) -> None:
+    open_run(config_for(tmp_path / "run", "backbone.name=mistyped"), Accelerator(cpu=True))
+
+    run = open_run(config_for(tmp_path / "run"), Accelerator(cpu=True))
+
+    assert not run.is_resumed
+    assert "mistyped" not in (tmp_path / "run" / "config.yaml").read_text()
+
+
+def test_run_killed_while_it_wrote_its_first_file_starts_again(tmp_path: Path) -> None:
+    (tmp_path / ".config.yaml.unfinished").write_text("output_")
+
+    assert not open_run(config_for(tmp_path), Accelerator(cpu=True)).is_resumed
+
+
+@pytest.mark.parametrize("content", ["", "- a", "a: [", "\x00"])
+def test_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
+    (tmp_path / "config.yaml").write_text(content)
+
+    with pytest.raises(ConfigError, match=r"config.yaml is damaged"):
+        open_run(config_for(tmp_path), Accelerator(cpu=True))
+
+
+def test_damaged_record_is_named(tmp_path: Path) -> None:
+    run = open_run(config_for(tmp_path), Accelerator(cpu=True))
+    (tmp_path / "record.json").write_text('{"run_info"')
+
+    with pytest.raises(ValueError, match=r"record.json is damaged: delete it"):
+        _ = run.record
 
 
 def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:

@@ -46,8 +46,11 @@ def test_table_shows_gain_loss_and_cost() -> None:
         meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
     )
     lines = table(record).splitlines()
-    header = "test accuracy on  target  source  trained parameters  of the model  saved bytes  seconds"
+    header = "test accuracy on  target  source  trained parameters  of the model  saved bytes  training seconds"
     assert lines[0].split() == header.split()
     assert lines[1].split() == ["no", "update", "0.250", "0.950", "0", "0", "%", "0", "0"]
     assert lines[2].split() == ["lora", "0.750", "0.900", "1,000", "5.0", "%", "4,000", "12.3"]
-    assert lines[3:] == ["learning rate 0.01: validation accuracy 0.700", "merged max logit difference: 2.0e-06"]
+    assert lines[3:] == [
+        "learning rate 0.01: validation accuracy 0.700",
+        "saved update, merged: largest difference of a logit 2.0e-06",
+    ]

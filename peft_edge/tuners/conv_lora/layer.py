@@ -51,6 +51,20 @@ def check_convolution(conv: Any, name: str) -> None:
         )
 
 
+def check_rank(r: int, name: str) -> None:
+    """Checks that a rank is a positive integer.
+
+    Args:
+        r: the rank.
+        name: the layer's name in the model.
+
+    Raises:
+        ValueError: if it is not, naming the layer.
+    """
+    if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
+        raise ValueError(f"`r` should be a positive integer value but the value passed is {r} (layer {name!r})")
+
+
 class ConvLoraLayer(nn.Module, LoraLayer):
     """A convolution whose kernel is its base layer's plus the low-rank updates of the active adapters.
 
@@ -105,10 +119,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):
         Raises:
             ValueError: if `r` is not a positive integer.
         """
-        if not isinstance(r, int) or r <= 0:
-            raise ValueError(
-                f"`r` should be a positive integer value but the value passed is {r} (layer {target_name!r})"
-            )
+        check_rank(r, target_name)
         conv = self.get_base_layer()
         if config.lora_bias and conv.bias is None:
             warnings.warn(
@@ -126,7 +137,8 @@ class ConvLoraLayer(nn.Module, LoraLayer):
         self.use_dora[adapter_name] = config.use_dora
         self.lora_bias[adapter_name] = config.lora_bias
         self.scaling[adapter_name] = lora_alpha / (math.sqrt(r) if config.use_rslora else r)
-        self.lora_dropout[adapter_name] = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        dropout = nn.Dropout(config.lora_dropout) if config.lora_dropout else nn.Identity()
+        self.lora_dropout[adapter_name] = dropout.train(self.training)
         conv_cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(conv.kernel_size) - 1]
         self.lora_A[adapter_name] = conv_cls(conv.in_channels // conv.groups, r, conv.kernel_size, bias=False)
         self.lora_B[adapter_name] = conv_cls(r, conv.out_channels, 1, bias=config.lora_bias)
@@ -152,7 +164,10 @@ class ConvLoraLayer(nn.Module, LoraLayer):
     def _compose(self, adapters: Iterable[str]) -> tuple[Tensor, Tensor | None]:
         """Kernel and bias of the base layer with `adapters` applied in turn, at the adapters' precision."""
         conv = self.get_base_layer()
-        base_kernel, bias = (conv.weight, conv.bias) if self._unmerged is None else self._unmerged
+        base_kernel, bias = conv.weight, conv.bias
+        if self._unmerged is not None:
+            # The model may have moved since.
+            base_kernel, bias = (None if value is None else value.to(conv.weight.device) for value in self._unmerged)
         kernel = base_kernel
         for adapter in adapters:
             delta = self.get_delta_weight(adapter)

@@ -16,11 +16,12 @@ from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper, _get_submodules
 from peft.utils.error import NoMatchingPeftModuleError
+from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peft_edge.roles import ROLES, Convolution, modules_with_role
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
-from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_convolution
+from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_convolution, check_rank
 from peft_edge.tuners.conv_lora.norm import BatchNormLayer, check_batch_norm
 
 
@@ -40,6 +41,8 @@ class _ConvLoraInjection(BaseTuner):
         if not isinstance(config, ConvLoraConfig):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
+        # First, so that a configuration without target_modules gets PEFT's defaults for the model, or PEFT's error.
+        self._prepare_adapter_config(config, self.get_model_config(model))
         _resolve_roles(config, model)
         norms = _norm_names(config, model)
         _check_layers(config, model, norms)
@@ -83,6 +86,8 @@ class _ConvLoraInjection(BaseTuner):
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
+        # A model in eval mode must not start to drop out and to normalise by the batch.
+        new_module.train(child.training)
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
@@ -172,6 +177,8 @@ def _check_layers(config: ConvLoraConfig, model: nn.Module, norms: list[str]) ->
             check_batch_norm(base, name)
         elif isinstance(base, Convolution) and check_target_module_exists(config, name):
             check_convolution(base, name)
+            pattern = get_pattern_key(config.rank_pattern.keys(), name)
+            check_rank(config.rank_pattern.get(pattern, config.r), name)
 
 
 def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
@@ -179,7 +186,12 @@ def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
     if config.target_modules is None or isinstance(config.target_modules, str):
         return
     keys = [name for name, _ in model.named_modules() if name]
-    roles = set(config.target_modules) & set(ROLES) - {key.rpartition(".")[2] for key in keys}
+    ends = {key.rpartition(".")[2] for key in keys}
+    for target in config.target_modules:
+        close = difflib.get_close_matches(target, ROLES, n=1, cutoff=0.8)
+        if close and target not in ROLES and target not in ends and target not in keys:
+            raise ValueError(f"target_modules: {target!r} is no layer role and no module; did you mean {close[0]!r}?")
+    roles = set(config.target_modules) & set(ROLES) - ends
     if not roles:
         return
     with_role = {name for role in roles for name in modules_with_role(model, role)}
@@ -190,8 +202,8 @@ def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
         )
     if config.layers_to_transform is not None:
         # PEFT takes a whole name as it is, and looks at the layer's number only where the end of a name matched.
-        ends = [name.rpartition(".")[2] for name in with_role]
-        with_role &= set(_matches(replace(config, target_modules=ends), keys))
+        by_end = [name.rpartition(".")[2] for name in with_role]
+        with_role &= set(_matches(replace(config, target_modules=by_end), keys))
     named = [target for target in config.target_modules if target not in roles]
     wanted = with_role.union(_matches(replace(config, target_modules=named), keys))
     config.target_modules = {*named, *with_role}  # type: ignore[assignment]
@@ -212,6 +224,5 @@ def _hint(config: ConvLoraConfig, model: nn.Module) -> str:
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
     wanted = [targets] if isinstance(targets, str) else sorted(set(targets) - set(known))
     close = [match for target in wanted for match in difflib.get_close_matches(target, known, n=1)]
-    return f"The layer roles are {', '.join(ROLES)}." + (
-        f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
-    )
+    question = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+    return f"Found target_modules={config.target_modules}; the layer roles are {', '.join(ROLES)}.{question}"

@@ -26,6 +26,7 @@ from timm.layers import StdConv2d
 from torch import Tensor, nn
 
 from peft_edge import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
+from peft_edge.tuners.conv_lora import BatchNormLayer
 from tests.tuners.conv_lora.support import config, shifted
 
 
@@ -152,7 +153,7 @@ def test_rank_and_alpha_patterns(tiny_backbone: nn.Module) -> None:
 def test_unknown_role_is_named_with_the_nearest(tiny_backbone: nn.Module, target: str | list[str]) -> None:
     before = [name for name, _ in tiny_backbone.named_modules()]
 
-    with pytest.raises(ValueError, match=r"depthwize.* not found.*all-conv, dense.*Did you mean 'depthwise'"):
+    with pytest.raises(ValueError, match=r"depthwize.*(?i:did you mean) 'depthwise'"):
         get_peft_model(tiny_backbone, config(target_modules=target))
 
     assert [name for name, _ in tiny_backbone.named_modules()] == before
@@ -184,6 +185,37 @@ def test_adding_an_adapter_leaves_the_others_as_frozen_as_they_were(tiny_backbon
     model.add_adapter("other", config(norm="affine"))
 
     assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+_MODAL = (ConvLoraLayer, BatchNormLayer, nn.Dropout, nn.BatchNorm2d)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_are_in_the_mode_of_the_model(tiny_backbone: nn.Module, training: bool) -> None:
+    model = get_peft_model(tiny_backbone.train(training), config(lora_dropout=0.5, norm="affine"))
+    model.add_adapter("other", config(lora_dropout=0.5))
+
+    assert {module.training for module in model.modules() if isinstance(module, _MODAL)} == {training}
+
+
+@pytest.mark.parametrize("rank", [0, True])
+def test_a_wrong_rank_of_one_layer_leaves_the_model_as_it_was(tiny_backbone: nn.Module, rank: int) -> None:
+    before = list(tiny_backbone.state_dict())
+
+    with pytest.raises(ValueError, match=rf"value passed is {rank} \(layer 'conv_head'\)"):
+        get_peft_model(tiny_backbone, config(rank_pattern={"conv_head": rank}))
+
+    assert list(tiny_backbone.state_dict()) == before
+
+
+def test_without_targets_pefts_own_error(tiny_backbone: nn.Module) -> None:
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        get_peft_model(tiny_backbone, ConvLoraConfig())
+
+
+def test_a_misspelt_role_beside_a_right_one_is_named(tiny_backbone: nn.Module) -> None:
+    with pytest.raises(ValueError, match="'all-convs' is no layer role and no module; did you mean 'all-conv'"):
+        get_peft_model(tiny_backbone, config(target_modules=["depthwise", "all-convs"]))
 
 
 def test_layers_that_mamba_would_pass_over_are_refused() -> None:
