@@ -183,14 +183,11 @@ def _check_layers(config: ConvLoraConfig, model: nn.Module, norms: list[str]) ->
 
 def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
     """Replaces the roles in `config.target_modules` by the names of the modules that have them."""
-    if config.target_modules is None or isinstance(config.target_modules, str):
-        return
     keys = [name for name, _ in model.named_modules() if name]
     ends = {key.rpartition(".")[2] for key in keys}
-    for target in config.target_modules:
-        close = difflib.get_close_matches(target, ROLES, n=1, cutoff=0.8)
-        if close and target not in ROLES and target not in ends and target not in keys:
-            raise ValueError(f"target_modules: {target!r} is no layer role and no module; did you mean {close[0]!r}?")
+    _refuse_misspelt_roles(config, keys, ends)
+    if config.target_modules is None or isinstance(config.target_modules, str):
+        return
     roles = set(config.target_modules) & set(ROLES) - ends
     if not roles:
         return
@@ -211,6 +208,17 @@ def _resolve_roles(config: ConvLoraConfig, model: nn.Module) -> None:
         # A name without a dot, such as `conv1`, is to PEFT also the end of others: then only a pattern is exact.
         config.layers_to_transform = config.layers_pattern = None
         config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
+
+
+def _refuse_misspelt_roles(config: ConvLoraConfig, keys: list[str], ends: set[str]) -> None:
+    """PEFT passes over a target that matches nothing as long as another one does."""
+    if isinstance(config.target_modules, str):
+        unknown = set() if _matches(config, keys) else {config.target_modules}
+    else:
+        unknown = set(config.target_modules or ()) - {*ROLES, *keys, *ends}
+    for target in sorted(unknown):
+        if close := difflib.get_close_matches(target, ROLES, n=1, cutoff=0.8):
+            raise ValueError(f"target_modules: {target!r} is no layer role and no module; did you mean {close[0]!r}?")
 
 
 def _matches(config: ConvLoraConfig, keys: list[str]) -> list[str]:
