@@ -93,7 +93,7 @@ def adapt(
         run: The run's folder.
 
     Raises:
-        ValueError: The adapter does not fit the backbone, or the warm-up takes all the steps.
+        ValueError: The adapter does not fit the backbone.
         OSError: A checkpoint or the result cannot be written.
     """
     name = f"lr_{learning_rate}"
