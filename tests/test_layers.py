@@ -30,13 +30,15 @@ LAYERS = {
     "peft_edge/hub.py": 2,
     "peft_edge/methods.py": 2,
     "peft_edge/profiling/callback.py": 2,
-    "peft_edge/bench.py": 3,
-    "peft_edge/plan.py": 3,
-    "peft_edge/report.py": 3,
-    "peft_edge/study.py": 3,
-    "peft_edge/training/": 3,
-    "peft_edge/cli.py": 4,
-    "train.py": 4,
+    "peft_edge/profiling/analysis.py": 3,
+    "peft_edge/profiling/__init__.py": 3,  # gathers the names of its folder
+    "peft_edge/bench.py": 4,
+    "peft_edge/plan.py": 4,
+    "peft_edge/report.py": 4,
+    "peft_edge/study.py": 4,
+    "peft_edge/training/": 4,
+    "peft_edge/cli.py": 5,
+    "train.py": 5,
 }
 
 SOURCES = sorted(
@@ -89,7 +91,7 @@ def violations(source: str, code: str) -> list[str]:
     found = []
     for target in sorted(imported_sources(source, code)):
         if target == "peft_edge/__init__.py":
-            if layer_of(source) < 4:
+            if layer_of(source) < 5:
                 found.append(f"{source} imports the public interface, which stands above it: import the module itself")
         elif layer_of(target) > layer_of(source):
             found.append(f"{source} (layer {layer_of(source)}) imports upwards: {target} (layer {layer_of(target)})")

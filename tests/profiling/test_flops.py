@@ -1,0 +1,187 @@
+from __future__ import annotations
+
+import logging
+from math import prod
+from typing import Any
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint_sequential
+from torch.utils.flop_counter import FlopCounterMode
+
+from peft_edge.profiling.flops import FlopCounter, Flops, count_flops
+from peft_edge.profiling.step import take_step
+from peft_edge.roles import modules_with_role
+
+# What LoRA (r = 4, all dense convolutions, batch 2, 224 px) saves against full fine-tuning, in percent: as the source
+# study counts, and exactly.
+REDUCTIONS = {
+    "resnet18": (30, 30),
+    "mobilenetv2_100": (88, 24),
+    "mobilenetv3_large_100": (91, 24),
+    "mobilenetv3_small_100": (93, 21),
+}
+FVCORE_BACKBONES = [
+    "mobilenetv1_100",
+    "mobilenetv2_100",
+    "mobilenetv3_small_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_lite0",
+    "mnasnet_100",
+    "fbnetc_100",
+    "ghostnet_050",
+    "tinynet_e",
+    "repvgg_a0",
+]
+
+
+@pytest.mark.parametrize("stride", [1, 2, 3])
+@pytest.mark.parametrize("dilation", [1, 2])
+@pytest.mark.parametrize("groups", [1, 4, 16, 32])
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_a_convolution_costs_its_multiply_adds_and_its_backward_twice_that(
+    dims: int, groups: int, dilation: int, stride: int
+) -> None:
+    first = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 32, 1)
+    kind = type(first)
+    model = nn.Sequential(first, kind(32, 64, 3, stride=stride, padding=1, dilation=dilation, groups=groups))
+    x = torch.empty(2, 3, *[9, 10, 11][:dims])
+    counted = count_flops(model, x)
+    with torch.no_grad():
+        positions = prod(model(x).shape[2:])
+    multiply_adds = 2 * positions * 64 * (32 // groups) * 3**dims  # of a batch of two
+    assert counted.by_module["1"].forward == 2 * multiply_adds
+    assert counted.by_module["1"].backward == 4 * multiply_adds
+    # The first layer has no gradient of its input.
+    assert counted.by_module["0"].backward == counted.by_module["0"].forward
+
+
+@pytest.mark.parametrize("groups", [1, 4, 16, 32])
+@pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+def test_a_transposed_convolution_costs_one_kernel_for_each_input_position(
+    stride: int, dilation: int, groups: int
+) -> None:
+    layer = nn.ConvTranspose2d(32, 64, 3, stride=stride, dilation=dilation, output_padding=stride - 1, groups=groups)
+    counted = count_flops(nn.Sequential(nn.Conv2d(3, 32, 1), layer), torch.empty(2, 3, 9, 10))
+    multiply_adds = 2 * 9 * 10 * 32 * (64 // groups) * 9
+    assert counted.by_module["1"].forward == 2 * multiply_adds
+    assert counted.by_module["1"].backward == 4 * multiply_adds
+
+
+def test_what_is_frozen_costs_no_gradient_of_its_kernel_and_what_comes_before_none_at_all() -> None:
+    model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1, groups=groups) for groups in (1, 8, 8, 2)])
+    for trained in range(4):
+        model.requires_grad_(False)
+        model[trained].requires_grad_(True)
+        counted = count_flops(model, torch.empty(2, 8, 6, 6))
+        ratios = [counted.by_module[str(layer)].backward / counted.by_module[str(layer)].forward for layer in range(4)]
+        assert ratios == [0.0] * trained + [1.0] * (4 - trained)
+
+
+@pytest.mark.parametrize(("name", "stock"), [("mobilenetv2_100", 19.5), ("mobilenetv3_small_100", 34)])
+def test_the_backward_of_a_mobile_network_costs_two_forwards_where_torch_counts_many(name: str, stock: float) -> None:
+    model = timm.create_model(name).train()
+    x = torch.empty(2, 3, 224, 224)
+    counted = count_flops(model, x)
+    assert 1.9 < counted.backward / counted.forward <= 2.0
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        loss = model.to("meta")(x.to("meta")).mean()
+        forward = counter.get_total_flops()
+        loss.backward()
+    assert (counter.get_total_flops() - forward) / forward == pytest.approx(stock, abs=0.6)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("name", FVCORE_BACKBONES)
+def test_the_forward_costs_what_fvcore_counts(name: str) -> None:
+    from fvcore.nn import FlopCountAnalysis
+
+    logging.getLogger("fvcore").setLevel(logging.ERROR)
+    model = timm.create_model(name).eval()
+    x = torch.zeros(1, 3, 224, 224)
+    multiply_adds = FlopCountAnalysis(model, x).by_operator()
+    assert count_flops(model, x).forward == pytest.approx(
+        2 * (multiply_adds["conv"] + multiply_adds["linear"]), rel=1e-3
+    )
+
+
+@pytest.mark.parametrize("name", REDUCTIONS)
+def test_the_reductions_of_the_source_study_and_the_exact_ones(name: str) -> None:
+    x = torch.empty(2, 3, 224, 224)
+    full = timm.create_model(name).train()
+    config = LoraConfig(r=4, target_modules=modules_with_role(full, "dense"))
+    lora = get_peft_model(timm.create_model(name), config).train()
+    reductions = []
+    for accounting in ("source-study", "exact"):
+        of_lora, of_full = (count_flops(model, x, accounting=accounting) for model in (lora, full))
+        reductions.append(100 * (1 - (of_lora.forward + of_lora.backward) / (of_full.forward + of_full.backward)))
+    assert reductions == pytest.approx(REDUCTIONS[name], abs=1)
+
+
+def test_the_parts_add_up(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
+    optimizer = torch.optim.AdamW(tiny_backbone.parameters())
+    labels = torch.zeros(4, dtype=torch.long)
+    counted = count_flops(
+        tiny_backbone.train(), images, optimizer=optimizer, loss_fn=lambda logits: F.cross_entropy(logits, labels)
+    )
+    columns = list(vars(Flops()))
+    for column in columns:
+        by_operator = sum(getattr(flops, column) for flops in counted.by_operator.values())
+        assert by_operator == getattr(counted, column) > 0
+    children = [name for name, _ in tiny_backbone.named_children() if name in counted.by_module]
+    for column in ("forward", "backward", "elementwise_forward", "elementwise_backward"):
+        assert sum(getattr(counted.by_module[name], column) for name in children) == getattr(
+            counted.by_module[""], column
+        )
+    assert counted.by_module[""].forward == counted.forward
+    # The loss stands outside the model.
+    assert counted.by_module[""].elementwise_forward < counted.elementwise_forward
+
+
+def test_a_fake_step_counts_what_a_real_one_does_and_changes_nothing(
+    tiny_backbone: nn.Module, images: torch.Tensor
+) -> None:
+    tiny_backbone.train()
+    optimizer = torch.optim.AdamW(tiny_backbone.parameters())
+    before = {name: tensor.clone() for name, tensor in tiny_backbone.state_dict().items()}
+    random_state = torch.get_rng_state()
+
+    counted = count_flops(tiny_backbone, images, optimizer=optimizer)
+
+    torch.testing.assert_close(dict(tiny_backbone.state_dict()), before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+    assert not optimizer.state
+    assert all(parameter.grad is None for parameter in tiny_backbone.parameters())
+
+    take_step(tiny_backbone, images, optimizer, None)
+    with FlopCounter(tiny_backbone) as counter:
+        take_step(tiny_backbone, images, optimizer, None)
+    assert counter.result() == counted
+
+
+def test_checkpointing_computes_the_forward_again() -> None:
+    layers = nn.Sequential(nn.Conv2d(3, 8, 1), *[nn.Sequential(nn.Conv2d(8, 8, 3), nn.Sigmoid()) for _ in range(4)])
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = layers
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return checkpoint_sequential(layers[1:], 4, layers[0](x), use_reentrant=False)
+
+    x = torch.empty(2, 3, 20, 20)
+    plain, checkpointed = count_flops(layers, x), count_flops(Checkpointed(), x)
+    assert checkpointed.forward == plain.forward
+    # The last of the four segments is not checkpointed.
+    again = sum(plain.by_module[str(layer)].forward for layer in (1, 2, 3))
+    assert checkpointed.backward == plain.backward + again
+
+
+def test_an_unknown_accounting_is_named(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
+    with pytest.raises(ValueError, match="accounting is 'study', expected one of exact, source-study"):
+        count_flops(tiny_backbone, images, accounting="study")
