@@ -90,12 +90,95 @@ class MetaInfo:
 
 
 @dataclass(kw_only=True)
+class StepProfile:
+    """What a training step costs one process: the whole step, or the layers of one LoRA rank in it.
+
+    FLOPs and memory are those of one step, the one with the highest peak of all that were sampled; times are medians.
+    """
+
+    process_index: int
+    """Which process, counted from 0."""
+
+    scope: str
+    """`step`, the whole step, or `layers`, the layers whose adapter has the rank `lora_rank`."""
+
+    lora_rank: int | None = None
+    """The rank of the adapters; null where there are none, and for a whole step where there are several ranks."""
+
+    steps: int = 0
+    """How many steps were sampled."""
+
+    flops_forward: int | None = None
+    """Convolutions, matrix products and attention, in the forward pass and the loss; a multiply-add is two."""
+
+    flops_backward: int | None = None
+    """The same in the backward pass."""
+
+    flops_optimizer: int | None = None
+    """All arithmetic of the update, clipping included; null for layers."""
+
+    flops_elementwise_forward: int | None = None
+    """Activations, normalisation, pooling, sums: everything else of the forward pass."""
+
+    flops_elementwise_backward: int | None = None
+    """The same of the backward pass."""
+
+    forward_s: float | None = None
+    """Seconds from the model's start to the start of the backward pass, the loss included; null for layers."""
+
+    backward_s: float | None = None
+    """Seconds of the backward pass, clipping included; null for layers."""
+
+    optimizer_s: float | None = None
+    """Seconds of the optimizer's step; null for layers."""
+
+    samples_per_s: float | None = None
+    """Samples of this process in a second of the three together; null for layers."""
+
+    memory_peak_bytes: int | None = None
+    """The most bytes of tensors that were alive at once; for layers, theirs at that moment."""
+
+    memory_parameters_bytes: int | None = None
+    """Parameters, trained or not, at the peak."""
+
+    memory_buffers_bytes: int | None = None
+    """Buffers at the peak."""
+
+    memory_gradients_bytes: int | None = None
+    """Gradients of parameters at the peak."""
+
+    memory_activations_bytes: int | None = None
+    """What the forward pass made and the backward pass still needs, at the peak."""
+
+    memory_temporaries_bytes: int | None = None
+    """Everything else at the peak."""
+
+    memory_optimizer_bytes: int | None = None
+    """The optimizer's state at the peak."""
+
+    memory_forward_end_bytes: int | None = None
+    """Bytes of all kinds at the end of the forward pass."""
+
+    cuda_peak_bytes: int | None = None
+    """The most bytes that CUDA's allocator had given out in the step; null for layers, and on other devices."""
+
+    peak_rss_bytes: int | None = None
+    """The most physical memory that the process had in the step, or until then where the system only tells that."""
+
+    adapter_bytes: int | None = None
+    """What the tensors of the saved adapter take; without an adapter, the trained parameters."""
+
+
+@dataclass(kw_only=True)
 class Record:
     """One run."""
 
     run_info: RunInfo
     train_info: TrainInfo
     meta_info: MetaInfo
+
+    profile: list[StepProfile] = field(default_factory=list)
+    """What a step costs, for each process and each LoRA rank; of a run that failed, what was measured until then."""
 
     def to_json(self) -> str:
         """Returns the record as JSON text."""
@@ -111,7 +194,8 @@ class Record:
         blocks = json.loads(text)
         kinds = {"run_info": RunInfo, "train_info": TrainInfo, "meta_info": MetaInfo}
         try:
-            return cls(**{name: kinds[name](**block) for name, block in blocks.items()})
+            profile = [StepProfile(**row) for row in blocks.pop("profile", [])]
+            return cls(**{name: kinds[name](**block) for name, block in blocks.items()}, profile=profile)
         except (AttributeError, KeyError, TypeError) as error:
             expected = {name: [entry.name for entry in fields(kind)] for name, kind in kinds.items()}
             raise ValueError(f"not a record: {error}; expected the blocks and fields {expected}") from error

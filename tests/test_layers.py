@@ -31,6 +31,7 @@ LAYERS = {
     "peft_edge/methods.py": 2,
     "peft_edge/profiling/callback.py": 2,
     "peft_edge/profiling/analysis.py": 3,
+    "peft_edge/profiling/comparison.py": 3,
     "peft_edge/profiling/__init__.py": 3,  # gathers the names of its folder
     "peft_edge/bench.py": 4,
     "peft_edge/plan.py": 4,

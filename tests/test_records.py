@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peft_edge.records import SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
+from peft_edge.records import SUCCESS, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
 
 
 @pytest.fixture
@@ -17,6 +17,7 @@ def record() -> Record:
         meta_info=MetaInfo(
             model_info={}, dataset_info={}, package_info={"peft-version": "0"}, system_info={}, pytorch_info=""
         ),
+        profile=[StepProfile(process_index=1, scope="layers", lora_rank=4, flops_forward=10, forward_s=0.5)],
     )
 
 
@@ -46,13 +47,26 @@ def test_what_was_not_measured_is_null(record: Record) -> None:
     assert train_info["file_size"] is None
 
 
+def test_profile_names_process_and_rank(record: Record) -> None:
+    (row,) = json.loads(record.to_json())["profile"]
+    assert (row["process_index"], row["lora_rank"], row["flops_forward"]) == (1, 4, 10)
+    assert row["memory_peak_bytes"] is None
+    assert "rank" not in row
+
+
+def test_record_without_a_profile_is_read(record: Record) -> None:
+    blocks = json.loads(record.to_json())
+    del blocks["profile"]
+    assert Record.from_json(json.dumps(blocks)).profile == []
+
+
 def test_nan_is_refused(record: Record) -> None:
     record.train_info.train_time = float("nan")
     with pytest.raises(ValueError, match="JSON compliant"):
         record.to_json()
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"run_info": {}}', '{"other": {}}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"run_info": {}}', '{"other": {}}', '{"profile": [{"rank": 4}]}'])
 def test_damaged_record_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json's own error for the first
         Record.from_json(text)

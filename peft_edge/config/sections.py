@@ -148,6 +148,16 @@ class TrainingConfig(Section):
     """How many of the newest checkpoints stay on the disk."""
 
 
+class ProfilingConfig(Section):
+    """What adaptation costs: FLOPs, memory and seconds of a sample of its steps, in the record and the trackers."""
+
+    every_n_steps: Count = 1000
+    """Optimizer steps from one sample to the next, beginning with the second step; 0 for no samples."""
+
+    trace: bool = False
+    """Write torch.profiler's trace of one step of each process to output_dir/traces."""
+
+
 class RunConfig(Section):
     """One run: adapt a source model to a target with one method."""
 
@@ -180,6 +190,7 @@ class RunConfig(Section):
     adapter: AdapterConfig = AdapterConfig()
     source: SourceConfig = SourceConfig()
     training: TrainingConfig = TrainingConfig()
+    profiling: ProfilingConfig = ProfilingConfig()
 
 
 def conflicts(config: RunConfig) -> list[tuple[str, str]]:

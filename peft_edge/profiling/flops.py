@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import defaultdict
-from collections.abc import Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, Literal, get_args
@@ -13,10 +13,11 @@ from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_edge.profiling.formulas import NORMALISATIONS, aten, convolution_backward, elementwise_formulas
-from peft_edge.profiling.location import OPTIMIZER, StepLocation
+from peft_edge.profiling.location import OPTIMIZER, StepLocation, ancestors
 from peft_edge.profiling.step import Inputs, LossFn, fake_copy, take_step
 
 Accounting = Literal["exact", "source-study"]
+ACCOUNTINGS = get_args(Accounting)
 _NORMALISATIONS = {getattr(aten, name) for name in NORMALISATIONS if hasattr(aten, name)}
 
 
@@ -65,8 +66,8 @@ class FlopCounter:
     """
 
     def __init__(self, model: nn.Module, accounting: Accounting = "exact") -> None:
-        if accounting not in get_args(Accounting):
-            raise ValueError(f"accounting is {accounting!r}, expected one of {', '.join(get_args(Accounting))}")
+        if accounting not in ACCOUNTINGS:
+            raise ValueError(f"accounting is {accounting!r}, expected one of {', '.join(ACCOUNTINGS)}")
         self._is_exact = accounting == "exact"
         corrected = {aten.convolution_backward: convolution_backward} if self._is_exact else {}
         self._mode = FlopCounterMode(display=False, custom_mapping={**elementwise_formulas(), **corrected})
@@ -84,28 +85,18 @@ class FlopCounter:
 
     def result(self) -> FlopCount:
         """Returns what has been counted since the block was entered."""
-        counts: dict[Any, dict[Any, int]] = self._mode.flop_counts
-        by_module: dict[str, list[tuple[str, Any, int]]] = defaultdict(list)
-        by_operator: dict[str, list[tuple[str, Any, int]]] = defaultdict(list)
-        total: list[tuple[str, Any, int]] = []
-        for (phase, module), by_packet in counts.items():
+        places: dict[Any, dict[Any, int]] = self._mode.flop_counts
+        total = FlopCount()
+        by_module: dict[str, Flops] = defaultdict(Flops)
+        by_operator: dict[str, Flops] = defaultdict(Flops)
+        for (phase, module), by_packet in places.items():
             for packet, flops in by_packet.items():
-                if module is not None:
-                    by_module[module].append((phase, packet, flops))
-                else:
-                    total.append((phase, packet, flops))
-                    by_operator[str(packet)].append((phase, packet, flops))
-        return FlopCount(
-            **vars(self._sum(total)),
-            by_module={name: self._sum(entries) for name, entries in by_module.items()},
-            by_operator={name: self._sum(entries) for name, entries in by_operator.items()},
-        )
-
-    def _sum(self, entries: Iterable[tuple[str, Any, int]]) -> Flops:
-        columns: dict[str, int] = defaultdict(int)
-        for phase, packet, flops in entries:
-            columns[phase if phase == OPTIMIZER or self._is_main(packet) else f"elementwise_{phase}"] += flops
-        return Flops(**columns)
+                is_main = phase == OPTIMIZER or self._is_main(packet)
+                column = phase if is_main else f"elementwise_{phase}"
+                modules = [by_module[name] for name in ancestors(module)]
+                for entry in (total, by_operator[str(packet)], *modules):
+                    setattr(entry, column, getattr(entry, column) + flops)
+        return dataclasses.replace(total, by_module=dict(by_module), by_operator=dict(by_operator))
 
     def _is_main(self, packet: Any) -> bool:
         return packet not in elementwise_formulas() or (not self._is_exact and packet in _NORMALISATIONS)

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from math import prod
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import conv_flop_count
 
 aten = torch.ops.aten
@@ -43,7 +43,7 @@ def convolution_backward(
     return forward * (output_mask[0] + output_mask[1])
 
 
-def _scaled_sum(*shapes: Any, alpha: float = 1, **options: Any) -> int:
+def _scaled_sum(*arguments: Any, alpha: float = 1, **options: Any) -> int:
     return 1 if alpha == 1 else 2
 
 
@@ -163,24 +163,32 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _of_largest(operations: int | Formula) -> Formula:
-    def formula(*shapes: Any, out_shape: Any = None, **options: Any) -> int:
-        per_element = operations(*shapes, **options) if callable(operations) else operations
-        return per_element * max(_sizes((*shapes, *options.values(), out_shape)), default=0)
+    def formula(*arguments: Any, out_val: Any = None, **options: Any) -> int:
+        per_element = operations(*arguments, **options) if callable(operations) else operations
+        return per_element * max(_sizes((*arguments, out_val)), default=0)
 
-    return formula
+    return _of_tensors(formula)
 
 
 def _of_lists(operations: int | Formula) -> Formula:
-    def formula(tensors: Any, *shapes: Any, out_shape: Any = None, **options: Any) -> int:
-        per_element = operations(tensors, *shapes, **options) if callable(operations) else operations
+    def formula(tensors: Any, *arguments: Any, out_val: Any = None, **options: Any) -> int:
+        per_element = operations(tensors, *arguments, **options) if callable(operations) else operations
         return per_element * sum(_sizes(tensors))
 
+    return _of_tensors(formula)
+
+
+def _of_tensors(formula: Any) -> Formula:
+    # What torch sets on formulas that take tensors, not shapes: taking the shapes out costs more than many operators.
+    formula._get_raw = True
     return formula
 
 
-def _sizes(tree: Any) -> list[int]:
-    if isinstance(tree, torch.Size):
-        return [prod(tree)]
-    if isinstance(tree, list | tuple):
-        return [size for branch in tree for size in _sizes(branch)]
-    return []
+def _sizes(values: Any) -> list[int]:
+    sizes = []
+    for value in values:
+        if isinstance(value, Tensor):
+            sizes.append(value.numel())
+        elif isinstance(value, list | tuple):
+            sizes += _sizes(value)
+    return sizes

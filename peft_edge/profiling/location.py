@@ -35,7 +35,7 @@ class StepLocation:
         self._running: list[str | None] = []
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
-        self._optimizers = 0
+        self._updates: list[int] = []
         self._last_phase = FORWARD
         self._hooks = ExitStack()
 
@@ -58,9 +58,11 @@ class StepLocation:
 
         What runs between the backward pass and the next forward (clipping, scaling, zeroing) counts as the optimizer's.
         """
-        if self._optimizers:
+        backward_pass = torch._C._current_graph_task_id()
+        # An update may be made inside a backward pass, and a backward pass inside an update, by a closure.
+        if self._updates and self._updates[-1] == backward_pass and not self._running:
             self._last_phase = OPTIMIZER
-        elif torch._C._current_graph_task_id() != -1:
+        elif backward_pass != -1:
             self._last_phase = BACKWARD
         elif self._last_phase == BACKWARD:
             self._last_phase = OPTIMIZER
@@ -82,9 +84,8 @@ class StepLocation:
 
     @property
     def parents(self) -> set[tuple[str, str | None]]:
-        """The phase with each module that the operator is inside of, and with None, which stands for all there is."""
-        phase, module = self.locate()
-        return {(phase, None), *((phase, name) for name in ancestors(module))}
+        """The place of the operator, under which `FlopCounterMode` enters it."""
+        return {self.locate()}
 
     def _remember(self, module: str | None) -> None:
         # Autograd makes an operator's node before it dispatches it; an operator without one finds an older number.
@@ -105,10 +106,10 @@ class StepLocation:
             self._running.pop()
 
     def _enter_optimizer(self, *arguments: Any) -> None:
-        self._optimizers += 1
+        self._updates.append(torch._C._current_graph_task_id())
 
     def _leave_optimizer(self, *arguments: Any) -> None:
-        self._optimizers -= 1
+        self._updates.pop()
 
 
 def ancestors(module: str | None) -> Iterator[str]:

@@ -82,6 +82,8 @@ def fake_copy(
     memo: dict[int, Any] = {id(leaf): _fake_state(leaf, mode) for leaf in state if isinstance(leaf, Tensor)}
     memo |= {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
     model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
+    # A tokenizer's mapping is no dict, and torch would not look inside.
+    inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return mode, model_copy, optimizer_copy, tree_map_only(Tensor, lambda tensor: _fake(tensor, mode), inputs)
 
 

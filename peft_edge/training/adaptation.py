@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from peft_edge.config import RunConfig
 from peft_edge.data import Task
 from peft_edge.files import remove, written_whole
 from peft_edge.methods import prepare_model
+from peft_edge.records import StepProfile
 from peft_edge.training.evaluation import first_images, logits, save_update
 from peft_edge.training.images import evaluation_batches, training_batches
 from peft_edge.training.loop import train
@@ -48,6 +49,9 @@ class Candidate:
 
     metrics: list[dict[str, Any]]
     """One entry an epoch."""
+
+    profile: list[StepProfile]
+    """What a step cost, for each process and each LoRA rank."""
 
     @property
     def update(self) -> Path:
@@ -97,7 +101,7 @@ def adapt(
         OSError: A checkpoint or the result cannot be written.
     """
     name = f"lr_{learning_rate}"
-    folder, checkpoints = run / "candidates" / name, run / "checkpoints" / name
+    folder = run / "candidates" / name
     if not folder.exists():
         set_seed(config.seed)
         model = prepare_model(copy.deepcopy(source), config.method, config.adapter.model_dump())
@@ -111,21 +115,25 @@ def adapt(
         total_steps = settings.epochs * len(batches)
         schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
         prepared = accelerator.prepare(model, optimizer, schedule, batches, validation)
-        progress = train(*prepared, settings=settings, accelerator=accelerator, checkpoints=checkpoints, name=name)
+        progress, profile = train(*prepared, config=config, accelerator=accelerator, run=run, name=name)
         figures = {
             "learning_rate": learning_rate,
             "validation_accuracy": progress.metrics[-1]["valid accuracy"],
             "num_trainable_params": num_trainable_params,
             "train_time": progress.train_time,
             "metrics": progress.metrics,
+            "profile": [asdict(row) for row in profile],
         }
         if accelerator.is_main_process:
             trained = accelerator.unwrap_model(prepared[0], keep_fp32_wrapper=False)
             _save(trained, first_images(config, source, task), figures, folder)
-            remove(checkpoints)
+            remove(run / "checkpoints" / name)
+            remove(run / "profile" / name)
         accelerator.free_memory()
     accelerator.wait_for_everyone()
-    return Candidate(folder=folder, **json.loads((folder / "candidate.json").read_text(encoding="utf-8")))
+    figures = json.loads((folder / "candidate.json").read_text(encoding="utf-8"))
+    profile = [StepProfile(**row) for row in figures.pop("profile")]
+    return Candidate(folder=folder, profile=profile, **figures)
 
 
 def _trainable(model: nn.Module) -> list[nn.Parameter]:

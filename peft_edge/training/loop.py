@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable, Mapping
+from contextlib import closing
 from pathlib import Path
 
 import torch
@@ -13,8 +15,11 @@ from accelerate.scheduler import AcceleratedScheduler
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
+from transformers import TrainerControl, TrainerState
 
-from peft_edge.config import TrainingConfig
+from peft_edge.config import RunConfig
+from peft_edge.profiling.callback import ProfilingCallback
+from peft_edge.records import StepProfile
 from peft_edge.training.checkpoints import Progress, load_checkpoint, save_checkpoint
 from peft_edge.training.evaluation import accuracy
 
@@ -26,12 +31,12 @@ def train(
     batches: DataLoaderShard,
     validation: DataLoaderShard,
     *,
-    settings: TrainingConfig,
+    config: RunConfig,
     accelerator: Accelerator,
-    checkpoints: Path,
+    run: Path,
     name: str,
-) -> Progress:
-    """Trains for `settings.epochs`, from the newest checkpoint if there is one, to the same bits as without the stop.
+) -> tuple[Progress, list[StepProfile]]:
+    """Trains for `training.epochs`, from the newest checkpoint if there is one, to the same bits as without the stop.
 
     Args:
         model: Prepared by the accelerator, as are the four that follow.
@@ -39,45 +44,73 @@ def train(
         schedule: Stepped once per optimizer step, whatever the number of processes.
         batches: Each is worked off in one optimizer step.
         validation: Evaluated after each epoch.
-        settings: Epochs, clipping and checkpoints.
+        config: Epochs, clipping, checkpoints and profiling are taken from it.
         accelerator: The run's.
-        checkpoints: Folder of this training's checkpoints.
-        name: What trackers and the progress bar call this training.
+        run: The run's folder.
+        name: What this training is called in it, and by trackers and the progress bar.
 
     Returns:
-        The steps done, their seconds, and the figures of each epoch.
+        The steps done, their seconds and the figures of each epoch; and what a step costs each process.
 
     Raises:
         OSError: A checkpoint cannot be written.
         ValueError: A checkpoint does not belong to this training.
     """
+    settings, checkpoints = config.training, run / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
     total_steps = settings.epochs * len(batches)
-    with tqdm(
-        desc=f"adapting, {name}",
-        total=total_steps,
-        initial=progress.step,
-        unit="step",
-        disable=not accelerator.is_main_process,
-    ) as bar:
+
+    def log(figures: Mapping[str, float]) -> None:
+        accelerator.log({f"{name}/{key}": value for key, value in figures.items()}, step=progress.step)
+
+    # The events are those of which transformers' Trainer would tell.
+    profiling = ProfilingCallback(
+        config.profiling.every_n_steps,
+        output_dir=run,
+        name=name,
+        log=log,
+        trace=config.profiling.trace,
+        show_table=False,
+    )
+    state, control = TrainerState(global_step=progress.step), TrainerControl()
+    unwrapped = accelerator.unwrap_model(model)
+
+    def tell(event: str) -> None:
+        getattr(profiling, event)(None, state, control, model=unwrapped, optimizer=optimizer)
+
+    with (
+        closing(profiling),
+        tqdm(
+            desc=f"adapting, {name}",
+            total=total_steps,
+            initial=progress.step,
+            unit="step",
+            disable=not accelerator.is_main_process,
+        ) as bar,
+    ):
+        tell("on_train_begin")
         while progress.step < total_steps:
             epoch, done = divmod(progress.step, len(batches))
             model.train()
             batches.set_epoch(epoch)
             for batch in skip_first_batches(batches, done):
                 started = time.perf_counter()
-                progress.loss_sum += _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm)
+                tell("on_step_begin")
+                loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, tell)
+                progress.step = state.global_step = progress.step + 1
+                tell("on_step_end")
+                progress.loss_sum += accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += time.perf_counter() - started
-                progress.step += 1
                 bar.update()
                 if progress.step % len(batches) == 0:
                     figures = _end_epoch(progress, len(batches), accuracy(model, validation, accelerator))
                     bar.set_postfix(figures)
                     figures["learning rate"] = schedule.get_last_lr()[0]
-                    accelerator.log({f"{name}/{key}": value for key, value in figures.items()}, step=progress.step)
+                    log(figures)
                 if progress.step % settings.checkpoint_every_steps == 0 and progress.step < total_steps:
                     save_checkpoint(accelerator, checkpoints, progress, keep=settings.keep_checkpoints)
-    return progress
+        tell("on_train_end")
+    return progress, profiling.rows
 
 
 def _step(
@@ -87,8 +120,9 @@ def _step(
     batch: dict[str, Tensor],
     accelerator: Accelerator,
     max_grad_norm: float | None,
-) -> float:
-    """One optimizer step; returns the mean loss of the batch over all processes."""
+    tell: Callable[[str], None],
+) -> Tensor:
+    """One optimizer step; returns the mean loss of this process's part of the batch."""
     parts = accelerator.gradient_accumulation_steps
     batch_loss = torch.zeros((), device=accelerator.device)
     for images, labels in zip(batch["pixel_values"].chunk(parts), batch["labels"].chunk(parts), strict=True):
@@ -97,11 +131,14 @@ def _step(
             accelerator.backward(loss)
             if max_grad_norm is not None and accelerator.sync_gradients:
                 accelerator.clip_grad_norm_(model.parameters(), max_grad_norm)
+            tell("on_pre_optimizer_step" if accelerator.sync_gradients else "on_substep_end")
             optimizer.step()
+            if accelerator.sync_gradients:
+                tell("on_optimizer_step")
             schedule.step()
             optimizer.zero_grad()
         batch_loss += loss.detach() / parts
-    return accelerator.reduce(batch_loss, reduction="mean").item()
+    return batch_loss
 
 
 def _end_epoch(progress: Progress, steps: int, valid_accuracy: float) -> dict[str, float]:

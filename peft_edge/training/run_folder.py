@@ -46,8 +46,8 @@ class RunFolder:
             with written_whole(self.path / "record.json") as unfinished:
                 unfinished.write_text(record.to_json(), encoding="utf-8")
             if record.train_info.status == SUCCESS:
-                remove(self.path / "candidates")
-                remove(self.path / "checkpoints")
+                for name in ("candidates", "checkpoints", "profile"):
+                    remove(self.path / name)
 
     def publish(self, update: Path) -> Path:
         """Copies the chosen adapter or model to where users look for it, and returns that folder."""

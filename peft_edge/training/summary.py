@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import platform
+import signal
+import sys
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -20,6 +22,8 @@ from torch import nn
 from peft_edge.backbones import fingerprint
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
+from peft_edge.profiling.callback import read_profile
+from peft_edge.profiling.tables import profile_table, text_table
 from peft_edge.records import CANCELED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
 from peft_edge.training.adaptation import Candidate
 from peft_edge.training.run_folder import RunFolder
@@ -89,15 +93,22 @@ def build_record(
             model_info={"sha": fingerprint(source), "created_at": None},
             dataset_info={task.name: {"sha": task.fingerprint, "created_at": None}},
         ),
+        profile=best.profile if best else [],
     )
 
 
 @contextmanager
 def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Iterator[None]:
-    """Writes the record of a run that stops with an error; started again, the run goes on and replaces it."""
+    """Writes the record of a run that stops with an error; started again, the run goes on and replaces it.
+
+    A launcher that finds one process dead terminates the others (SIGTERM), which is an error here like any other.
+    """
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         yield
     except BaseException as error:
+        # From here on only the record is left to be written.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
         status = CANCELED if isinstance(error, KeyboardInterrupt) else FAILED
         message = "".join(traceback.format_exception(error))
         # A full disk may be why the run stops.
@@ -107,9 +118,12 @@ def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Itera
                     run_info=_run_info(config, started, error_msg=message),
                     train_info=TrainInfo(status=status),
                     meta_info=_meta_info(config, model_info={}, dataset_info={}),
+                    profile=read_profile(run.path / "profile"),
                 )
             )
         raise
+    finally:
+        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
 
 
 def _run_info(config: RunConfig, started: float, **known: Any) -> RunInfo:
@@ -171,11 +185,12 @@ def table(record: Record) -> str:
             f"{train.train_time:.1f}",
         )
         rows.append((run.train_config["method"], *figures))
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+    lines = [text_table(rows)]
     for tried in train.sweep:
         lines.append(f"learning rate {tried['learning_rate']:g}: validation accuracy {tried['valid accuracy']:.3f}")
     for name, difference in train.checks.items():
         what = name.removesuffix(_DIFFERENCE)
         lines.append(f"saved update, {what}: largest difference of a logit {difference:.1e}")
+    if record.profile:
+        lines += ["", "a training step:", profile_table(record.profile)]
     return "\n".join(lines)

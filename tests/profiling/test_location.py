@@ -96,6 +96,22 @@ def test_an_update_inside_the_backward_is_the_optimizers() -> None:
     assert {phase for phase, _ in log.where("mm")} == {FORWARD, BACKWARD}
 
 
+def test_a_step_inside_the_update_keeps_its_phases() -> None:
+    model = nn.Linear(3, 2, bias=False)
+    optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = model(torch.ones(4, 3)).mean()
+        loss.backward()
+        return loss
+
+    with Log(model) as log:
+        optimizer.step(closure)
+    assert log.where("mm") == [(FORWARD, ""), (BACKWARD, "")]
+    assert {phase for phase, _ in log.where("cat")} == {OPTIMIZER}
+
+
 def test_a_module_that_fails_is_left() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     with Log(model) as log:

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
 
 from peft_edge.records import SUCCESS, Record
 
@@ -24,6 +25,9 @@ def test_run_leaves_an_adapter_a_record_and_a_table(
     assert train.metrics[-2]["valid accuracy"] == max(tried["valid accuracy"] for tried in train.sweep)
     assert train.checks["reloaded_max_logit_difference"] == 0
     assert train.checks["merged_max_logit_difference"] < 1e-4
+    assert [(row.scope, row.lora_rank, row.steps) for row in record.profile] == [("step", 4, 1), ("layers", 4, 1)]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert record.profile[0].adapter_bytes == sum(tensor.nbytes for tensor in saved.values())
     printed = capsys.readouterr().out
     assert f"{train.num_trainable_params:,}" in printed
     assert f"{train.file_size:,}" in printed

@@ -1,15 +1,27 @@
 from __future__ import annotations
 
+import copy
 import resource
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
+from peft import get_peft_model
 from safetensors.torch import load_file
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import AdamW
+from torch.utils.data import DataLoader
+from transformers import Trainer, TrainingArguments, get_constant_schedule
 
-from peft_edge.records import FAILED, Record
+from peft_edge import ConvLoraConfig
+from peft_edge.config import load_config
+from peft_edge.profiling.callback import ProfilingCallback
+from peft_edge.records import FAILED, Record, StepProfile
 from peft_edge.training import loop
+from peft_edge.training.launch import start
 
 Run = Callable[..., Record]
 
@@ -65,3 +77,81 @@ def test_accumulation_changes_memory_not_the_result(run: Run, tmp_path: Path) ->
     one, four = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "four")
     for name in one:
         torch.testing.assert_close(four[name], one[name], atol=1e-4, rtol=1e-3)
+
+
+@pytest.fixture
+def network(tiny_backbone: nn.Module) -> nn.Module:
+    """With adapters of two ranks."""
+    config = ConvLoraConfig(r=2, rank_pattern={"blocks.1.0.conv_pw": 4}, target_modules="pointwise")
+    return get_peft_model(tiny_backbone, config)
+
+
+DATA = [{"pixel_values": torch.zeros(3, 32, 32), "labels": label} for label in range(6)] * 4
+
+
+def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list[StepProfile]:
+    """Three steps of eight images."""
+    AcceleratorState._reset_state(reset_partial_state=True)
+    given = ["training.epochs=1", "training.max_grad_norm=1.0", "training.batch_size=8", "trackers=[]", "--cpu"]
+    config = load_config([f"output_dir={folder}", *given, *overrides])
+    accelerator = start(config)
+    optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
+    batches = DataLoader(DATA, batch_size=8)
+    prepared = accelerator.prepare(network, optimizer, get_constant_schedule(optimizer), batches, batches)
+    return loop.train(*prepared, config=config, accelerator=accelerator, run=folder, name="a")[1]
+
+
+class ImageTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return F.cross_entropy(model(inputs["pixel_values"]), inputs["labels"])
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_trainer_gives_the_same_figures_as_our_loop(network: nn.Module, tmp_path: Path, parts: int) -> None:
+    ours = train_in_our_loop(copy.deepcopy(network), tmp_path, f"training.gradient_accumulation_steps={parts}")
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        per_device_train_batch_size=8 // parts,
+        gradient_accumulation_steps=parts,
+        max_steps=3,
+        max_grad_norm=1.0,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
+    callback = ProfilingCallback()
+    trainer = ImageTrainer(
+        network,
+        arguments,
+        train_dataset=DATA,
+        optimizers=(optimizer, get_constant_schedule(optimizer)),
+        callbacks=[callback],
+    )
+    trainer.train()
+
+    assert [(row.scope, row.lora_rank) for row in ours] == [("step", None), ("layers", 2), ("layers", 4)]
+    for our, other in zip(ours, callback.rows, strict=True):
+        for name, value in vars(our).items():
+            if name.startswith("flops_elementwise") or name == "flops_optimizer":
+                # Each loop scales and sums up the loss, a single number, in its own way.
+                assert getattr(other, name) == pytest.approx(value, abs=4 * parts), name
+            elif name.startswith("memory_"):
+                assert getattr(other, name) == pytest.approx(value, abs=16), name
+            elif not name.endswith("_s") and name != "peak_rss_bytes":
+                assert getattr(other, name) == value, name
+
+
+def test_profiling_can_be_turned_off(network: nn.Module, tmp_path: Path) -> None:
+    assert train_in_our_loop(network, tmp_path, "profiling.every_n_steps=0", "profiling.trace=true") == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_step_is_traced_on_request(network: nn.Module, tmp_path: Path) -> None:
+    longer = ["training.epochs=2", "profiling.trace=true"]
+    train_in_our_loop(network, tmp_path, *longer)
+    assert (tmp_path / "traces" / "a" / "process_0.json").exists()

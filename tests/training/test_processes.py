@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -9,13 +10,22 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_edge.records import Record
+from peft_edge.profiling.callback import read_profile
+from peft_edge.records import FAILED, Record, StepProfile
 
 ROOT = Path(__file__).parents[2]
+TWO_PROCESSES = (
+    "-m",
+    "torch.distributed.run",
+    "--nproc_per_node=2",
+    "--rdzv_backend=c10d",
+    "--rdzv_endpoint=localhost:0",
+)
 IN_DOUBLE = str(Path(__file__).with_name("double_precision.py"))
 
 
@@ -34,8 +44,15 @@ def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def processes_of(folder: Path) -> str:
-    record = Record.from_json((folder / "record.json").read_text())
-    return record.meta_info.system_info["num_processes"]
+    return record_of(folder).meta_info.system_info["num_processes"]
+
+
+def record_of(folder: Path) -> Record:
+    return Record.from_json((folder / "record.json").read_text())
+
+
+def steps_of(profile: list[StepProfile]) -> list[StepProfile]:
+    return [row for row in profile if row.scope == "step"]
 
 
 @pytest.mark.slow
@@ -64,14 +81,7 @@ def test_killed_run_goes_on_to_the_same_bits(arguments: list[str], tmp_path: Pat
 def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: Path) -> None:
     """In double precision: in single, Adam makes of rounding steps of up to the learning rate, also in one process."""
     finish(start(arguments, tmp_path / "one", script=IN_DOUBLE))
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-    ]
-    finish(start(arguments, tmp_path / "two", *launcher, script=IN_DOUBLE))
+    finish(start(arguments, tmp_path / "two", *TWO_PROCESSES, script=IN_DOUBLE))
     # Accelerate may run fewer processes than asked for, and then this would compare one with one.
     assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
@@ -79,6 +89,32 @@ def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: P
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-9, rtol=1e-9)
+    (whole,), (first, second) = (steps_of(record_of(tmp_path / name).profile) for name in ("one", "two"))
+    assert [row.process_index for row in (whole, first, second)] == [0, 0, 1]
+    assert first.forward_s != second.forward_s
+    # Half of the images, and each process makes all kernels.
+    assert whole.flops_forward / 2 < first.flops_forward == second.flops_forward < whole.flops_forward
+
+
+@pytest.mark.distributed
+def test_killed_process_leaves_the_figures_of_the_other(arguments: list[str], tmp_path: Path) -> None:
+    run = start([*arguments, "training.epochs=1000", "training.checkpoint_every_steps=1000"], tmp_path, *TWO_PROCESSES)
+    files = [tmp_path / "profile" / "lr_0.01" / f"process_{index}.json" for index in (0, 1)]
+    deadline = time.monotonic() + 400
+    while not all(file.exists() and json.loads(file.read_text())["times"] for file in files):
+        assert run.poll() is None, run.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    processes = psutil.Process(run.pid).children(recursive=True)
+    next(process for process in processes if process.environ().get("RANK") == "1").kill()
+    run.communicate(timeout=100)
+
+    record = record_of(tmp_path)
+    assert record.train_info.status == FAILED
+    (other, _) = steps_of(record.profile)
+    assert other.process_index == 0
+    assert None not in (other.flops_forward, other.forward_s, other.memory_peak_bytes, other.peak_rss_bytes)
+    assert steps_of(read_profile(tmp_path / "profile"))[0] == other
 
 
 @pytest.mark.slow

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import json
+import os
+import signal
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 from accelerate import Accelerator
 
 from peft_edge.config import load_config
-from peft_edge.records import CANCELED, FAILED, MetaInfo, Record, RunInfo, TrainInfo
+from peft_edge.records import CANCELED, FAILED, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
 from peft_edge.training.run_folder import open_run
 from peft_edge.training.summary import failure_recorded, table
 
@@ -22,6 +26,29 @@ def test_run_that_stops_leaves_a_record(tmp_path: Path, error: BaseException, st
     assert type(error).__name__ in record.run_info.error_msg
     assert record.run_info.created_at == "1970-01-01T00:00:00+00:00"
     assert run.record is None
+
+
+def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path: Path) -> None:
+    config = load_config([f"output_dir={tmp_path}"])
+    run = open_run(config, Accelerator(cpu=True))
+    rows = [StepProfile(process_index=index, scope="step", steps=1) for index in (10, 2)]
+    (tmp_path / "profile" / "lr_0.01").mkdir(parents=True)
+    for row in rows:
+        file = tmp_path / "profile" / "lr_0.01" / f"process_{row.process_index}.json"
+        file.write_text(json.dumps({"rows": [asdict(row)], "times": []}))
+    with pytest.raises(RuntimeError), failure_recorded(config, run, 0.0):
+        raise RuntimeError("lost")
+    assert Record.from_json((tmp_path / "record.json").read_text()).profile == rows[::-1]
+
+
+def test_run_that_is_terminated_leaves_a_record(tmp_path: Path) -> None:
+    config = load_config([f"output_dir={tmp_path}"])
+    run = open_run(config, Accelerator(cpu=True))
+    with pytest.raises(SystemExit) as caught, failure_recorded(config, run, 0.0):
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert caught.value.code == 128 + signal.SIGTERM
+    assert Record.from_json((tmp_path / "record.json").read_text()).train_info.status == FAILED
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
 def test_table_shows_gain_loss_and_cost() -> None:
@@ -44,13 +71,17 @@ def test_table_shows_gain_loss_and_cost() -> None:
             checks={"merged_max_logit_difference": 2e-6},
         ),
         meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
+        profile=[StepProfile(process_index=0, scope="step", forward_s=0.0123)],
     )
     lines = table(record).splitlines()
     header = "test accuracy on  target  source  trained parameters  of the model  saved bytes  training seconds"
     assert lines[0].split() == header.split()
     assert lines[1].split() == ["no", "update", "0.250", "0.950", "0", "0", "%", "0", "0"]
     assert lines[2].split() == ["lora", "0.750", "0.900", "1,000", "5.0", "%", "4,000", "12.3"]
-    assert lines[3:] == [
+    assert lines[3:7] == [
         "learning rate 0.01: validation accuracy 0.700",
         "saved update, merged: largest difference of a logit 2.0e-06",
+        "",
+        "a training step:",
     ]
+    assert "12.3" in lines[8]

@@ -1,0 +1,127 @@
+"""What a method costs on a network, from shapes alone: in seconds, and without the network's memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim import AdamW, Optimizer
+
+from peft_edge.backbones import load_backbone
+from peft_edge.methods import prepare_model
+from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
+from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
+from peft_edge.profiling.rows import step_rows
+from peft_edge.profiling.step import Inputs, fake_copy, take_step
+from peft_edge.records import StepProfile
+
+
+@dataclass(frozen=True, kw_only=True)
+class Analysis:
+    """The cost of one training step, and of the update it trains."""
+
+    flops: FlopCount
+    """Floating-point operations."""
+
+    memory: MemoryProfile
+    """Bytes at the peak and at the end of the forward pass; what only a real process has is None."""
+
+    profile: list[StepProfile]
+    """The same as rows of a record: the step, and the layers of each LoRA rank."""
+
+    num_trainable_params: int
+    """Parameters that are trained."""
+
+    num_total_params: int
+    """Parameters of the network with its adapter."""
+
+
+def analyse(
+    backbone: str | nn.Module,
+    method: str | PeftConfig,
+    *,
+    lora_rank: int | None = None,
+    batch_size: int = 16,
+    image_size: int = 224,
+    sequence_length: int = 512,
+    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = AdamW,
+    adapter: Mapping[str, Any] | None = None,
+    accounting: Accounting = "exact",
+) -> Analysis:
+    """Analyses the second training step of a method under fake tensors; the first one allocates the optimizer's state.
+
+    Args:
+        backbone: A timm model name; or any model, also one on the meta device, that takes images of shape (B, 3, H, W)
+            or, as a transformers text model, tokens. It is copied.
+        method: A key of `METHODS`, or any PEFT configuration, such as PEFT's own `LoraConfig`.
+        lora_rank: Rank of the adapters; None for the method's default or the rank of the configuration.
+        batch_size: Images or sequences in the step.
+        image_size: Height and width in pixels.
+        sequence_length: Tokens in a sequence.
+        optimizer: Makes the optimizer of the trained parameters; None for a step without.
+        adapter: Further arguments of `ConvLoraConfig`, for a method given by name; every convolution is adapted unless
+            they hold `target_modules`.
+        accounting: See `FlopCounter`.
+
+    Raises:
+        ValueError: The method or the accounting is unknown, the adapter does not fit the network, or the step depends
+            on a tensor's values.
+    """
+    model = load_backbone(backbone) if isinstance(backbone, str) else copy.deepcopy(backbone)
+    model = _prepare(model, method, lora_rank, adapter or {}).train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    real_optimizer = optimizer(trained) if optimizer is not None and trained else None
+    inputs = _inputs(model, batch_size, image_size, sequence_length)
+    mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
+    flops = FlopCounter(fake_model, accounting)
+    memory = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
+    with mode:
+        if fake_optimizer is not None:
+            take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
+        with flops, memory:
+            take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
+    return Analysis(
+        flops=flops.result(),
+        memory=memory.result(),
+        profile=step_rows(model, flops.result(), memory.result(), process_index=0),
+        num_trainable_params=sum(parameter.numel() for parameter in trained),
+        num_total_params=sum(parameter.numel() for parameter in model.parameters()),
+    )
+
+
+def _prepare(
+    model: nn.Module, method: str | PeftConfig, lora_rank: int | None, adapter: Mapping[str, Any]
+) -> nn.Module:
+    if isinstance(method, str):
+        rank = {} if lora_rank is None else {"r": lora_rank, "lora_alpha": 2 * lora_rank}
+        return prepare_model(model, method, {"target_modules": "all-conv", **rank, **adapter})
+    if adapter:
+        raise ValueError(f"adapter ({', '.join(adapter)}) goes with a method's name: set it in the configuration")
+    if lora_rank is not None and not hasattr(method, "r"):
+        raise ValueError(f"lora_rank is {lora_rank}, and a {type(method).__name__} has no rank: leave it out")
+    return get_peft_model(model, method if lora_rank is None else dataclasses.replace(method, r=lora_rank))
+
+
+def _inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:
+    if getattr(model, "main_input_name", None) == "input_ids":
+        return {"input_ids": torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")}
+    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    return torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")
+
+
+def classification_loss(output: Any) -> Tensor:
+    """Cross-entropy of an image's or every token's logits, which is what these networks are trained with."""
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(
+            f"the network returns {type(output).__name__}, expected a tensor or logits: take a model with a head"
+        )
+    logits = logits.float().flatten(0, -2)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))

@@ -1,0 +1,60 @@
+"""The costs of several methods on one network, side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import nn
+from torch.optim import SGD, AdamW, Optimizer
+from tqdm.auto import tqdm
+
+from peft_edge.profiling.analysis import analyse
+from peft_edge.profiling.flops import Accounting
+from peft_edge.records import StepProfile
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "adamw": AdamW,
+    "sgd": SGD,
+    "sgd-momentum": lambda parameters: SGD(parameters, momentum=0.9),
+}
+"""By name, with torch's defaults."""
+
+
+def compare_methods(
+    backbone: str | nn.Module,
+    methods: Sequence[str],
+    *,
+    lora_ranks: Sequence[int],
+    target_modules: str = "all-conv",
+    batch_size: int = 16,
+    image_size: int = 224,
+    optimizer: str = "adamw",
+    accounting: Accounting = "exact",
+) -> dict[str, StepProfile]:
+    """Analyses every method, at every rank where it has one; see `analyse` for the arguments.
+
+    Returns:
+        The cost of a step by `method`, or `method, rank r`.
+
+    Raises:
+        ValueError: See `analyse`.
+    """
+    costs: dict[str, StepProfile] = {}
+    with tqdm([(method, lora_rank) for method in methods for lora_rank in lora_ranks], unit="step", leave=False) as bar:
+        for method, lora_rank in bar:
+            if method in costs:
+                continue
+            bar.set_description(f"analysing {method}")
+            analysis = analyse(
+                backbone,
+                method,
+                lora_rank=lora_rank,
+                batch_size=batch_size,
+                image_size=image_size,
+                optimizer=OPTIMIZERS[optimizer],
+                adapter={"target_modules": target_modules},
+                accounting=accounting,
+            )
+            cost = analysis.profile[0]
+            costs[method if cost.lora_rank is None else f"{method}, rank {cost.lora_rank}"] = cost
+    return costs

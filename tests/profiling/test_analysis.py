@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import resource
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig
+from torch import nn
+from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
+
+from peft_edge.profiling.analysis import analyse
+from peft_edge.profiling.flops import count_flops
+from peft_edge.roles import modules_with_role
+
+SMALL = {"batch_size": 4, "image_size": 64}
+
+
+def test_a_method_is_analysed_by_name(tiny_backbone: nn.Module) -> None:
+    before = {name: tensor.clone() for name, tensor in tiny_backbone.state_dict().items()}
+    full, head, none = (analyse(tiny_backbone, method, **SMALL) for method in ("full", "head", "none"))
+    size = sum(parameter.numel() for parameter in tiny_backbone.parameters())
+    classifier = 1280 * 10 + 10
+    assert [analysis.num_trainable_params for analysis in (full, head, none)] == [size, classifier, 0]
+    assert [analysis.profile[0].adapter_bytes for analysis in (full, head, none)] == [4 * size, 4 * classifier, 0]
+    # The gradient of a linear layer costs what its forward costs, and nothing before it is trained.
+    assert [head.flops.backward, none.flops.backward] == [2 * 4 * 1280 * 10, 0]
+    # AdamW's two moments and a counter for each parameter; none where nothing is trained.
+    moments = [analysis.memory.forward_end["optimizer"] for analysis in (full, head, none)]
+    assert moments == [8 * size + 4 * len(list(tiny_backbone.parameters())), 8 * classifier + 8, 0]
+    assert (
+        full.flops.forward
+        == head.flops.forward
+        == none.flops.forward
+        == count_flops(tiny_backbone, torch.empty(4, 3, 64, 64)).forward
+    )
+    torch.testing.assert_close(dict(tiny_backbone.state_dict()), before, rtol=0, atol=0)
+    assert all(parameter.requires_grad for parameter in tiny_backbone.parameters())
+
+
+@pytest.mark.parametrize("lora_rank", [1, 8])
+def test_adapters_of_a_rank(tiny_backbone: nn.Module, lora_rank: int) -> None:
+    analysis = analyse(
+        tiny_backbone, "lora", lora_rank=lora_rank, adapter={"target_modules": "depthwise", "norm": "frozen"}, **SMALL
+    )
+    channels = [
+        tiny_backbone.get_submodule(name).out_channels for name in modules_with_role(tiny_backbone, "depthwise")
+    ]
+    adapters = sum(lora_rank * (count + 9) for count in channels)
+    assert analysis.num_trainable_params == adapters + 1280 * 10 + 10
+    assert [(row.scope, row.lora_rank) for row in analysis.profile] == [("step", lora_rank), ("layers", lora_rank)]
+    assert [row.adapter_bytes for row in analysis.profile] == [4 * analysis.num_trainable_params, 4 * adapters]
+
+
+def test_peft_configurations_are_methods(tiny_backbone: nn.Module) -> None:
+    config = LoraConfig(r=2, target_modules=["conv_head"])
+    by_config = analyse(tiny_backbone, config, **SMALL)
+    by_rank = analyse(tiny_backbone, config, lora_rank=6, **SMALL)
+    layer = tiny_backbone.conv_head
+    assert by_config.num_trainable_params == 2 * (layer.in_channels + layer.out_channels)
+    assert by_rank.num_trainable_params == 3 * by_config.num_trainable_params
+    assert config.r == 2
+
+
+def test_memory_on_mobilenetv2_is_that_of_the_design() -> None:
+    """1227 MiB for full fine-tuning, 1225 for PEFT's LoRA and 1759 for its DoRA: measured once, on real tensors."""
+    backbone = timm.create_model("mobilenetv2_100")
+    names = modules_with_role(backbone, "dense")
+    lora, dora = (LoraConfig(r=4, target_modules=names, use_dora=use_dora) for use_dora in (False, True))
+    peaks = [analyse(backbone, method).memory.peak_bytes / 2**20 for method in ("full", lora, dora)]
+    assert peaks == pytest.approx([1227, 1225, 1759], rel=0.02)
+
+
+def test_a_language_model_of_seven_billion_parameters_takes_no_memory() -> None:
+    with torch.device("meta"):
+        model = LlamaForCausalLM(LlamaConfig())
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    analysis = analyse(model, LoraConfig(r=8, target_modules=["q_proj", "v_proj"]), batch_size=1, sequence_length=128)
+    assert analysis.num_total_params - analysis.num_trainable_params == 6_738_415_616
+    assert analysis.num_trainable_params == 32 * 2 * 8 * (4096 + 4096)
+    assert analysis.memory.peak["parameters"] == 4 * analysis.num_total_params
+    # Every weight but the embedding's multiplies every token once.
+    weights = 6_738_415_616 - 32000 * 4096 - 65 * 4096
+    attention = 32 * 2 * 2 * 128 * 128 * 4096
+    adapters = 2 * 128 * analysis.num_trainable_params
+    assert analysis.flops.forward == 2 * 128 * weights + attention + adapters
+    # In KiB; the weights alone would take 26 million.
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 500_000
+
+
+BERT = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
+
+
+def test_an_encoder_with_a_head_is_trained_like_any_model() -> None:
+    analysis = analyse(BertForSequenceClassification(BERT), "full", batch_size=2, sequence_length=16)
+    assert analysis.flops.backward > analysis.flops.forward > 0
+
+
+def test_a_model_without_a_head_is_named() -> None:
+    with pytest.raises(ValueError, match=r"BaseModelOutput.*, expected a tensor or logits: take a model with a head"):
+        analyse(BertModel(BERT), "full", batch_size=2, sequence_length=16)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "message"),
+    [
+        ("lorra", {}, "unknown method 'lorra'; the nearest is 'lora'"),
+        ("lora", {"adapter": {"target_modules": "depth-wise"}}, "depth-wise"),
+        (LoraConfig(target_modules=["conv_head"]), {"adapter": {"r": 3}}, "set it in the configuration"),
+        ("full", {"accounting": "paper"}, "expected one of exact, source-study"),
+    ],
+)
+def test_wrong_arguments_are_named(tiny_backbone: nn.Module, method: object, options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        analyse(tiny_backbone, method, **SMALL, **options)

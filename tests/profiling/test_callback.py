@@ -1,0 +1,196 @@
+from __future__ import annotations
+
+import inspect
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from torch import nn
+from torch.nn import functional as F
+from torch.optim import SGD, Optimizer
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
+from transformers import Trainer, TrainerControl, TrainerState, TrainingArguments
+
+from peft_edge.config import RunConfig
+from peft_edge.profiling.callback import ProfilingCallback, read_profile
+from peft_edge.profiling.tables import profile_table
+from peft_edge.records import StepProfile
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def network() -> nn.Module:
+    return nn.Sequential(nn.Linear(4, 3), nn.Dropout(0.5), nn.Linear(3, 2))
+
+
+def train(
+    callback: ProfilingCallback,
+    steps: int,
+    *,
+    model: nn.Module | None = None,
+    done: int = 0,
+    sizes: Sequence[int] = (6,),
+) -> list[str]:
+    """Trains as `Trainer` does, and returns what each step was: counted, timed, or neither."""
+    model = model or network()
+    optimizer: Optimizer = SGD(model.parameters(), lr=0.1)
+    state, control = TrainerState(global_step=done), TrainerControl()
+    kinds = []
+
+    def tell(event: str) -> None:
+        getattr(callback, event)(None, state, control, model=model, optimizer=optimizer)
+
+    with closing(callback):
+        tell("on_train_begin")
+        for state.global_step in range(done + 1, steps + 1):
+            tell("on_step_begin")
+            kinds.append("c" if _get_current_dispatch_mode_stack() else "t" if model._forward_hooks else "-")
+            size = sizes[(state.global_step - 1) % len(sizes)]
+            F.mse_loss(model(torch.randn(size, 4)), torch.randn(size, 2)).backward()
+            tell("on_pre_optimizer_step")
+            optimizer.step()
+            tell("on_optimizer_step")
+            optimizer.zero_grad()
+            tell("on_step_end")
+        tell("on_train_end")
+    return kinds
+
+
+@pytest.mark.parametrize(
+    ("every_n_steps", "kinds"), [(5, "-ct---ct---c"), (2, "-ctctctctctc"), (1, "-ctctctctctc"), (0, "-" * 12)]
+)
+def test_two_steps_in_every_so_many_are_measured(tmp_path: Path, every_n_steps: int, kinds: str) -> None:
+    callback = ProfilingCallback(every_n_steps, output_dir=tmp_path)
+    assert "".join(train(callback, 12)) == kinds
+    assert [row.steps for row in callback.rows] == [kinds.count("c")] * (every_n_steps > 0)
+
+
+def test_the_default_is_that_of_the_configuration() -> None:
+    default = inspect.signature(ProfilingCallback).parameters["every_n_steps"].default
+    assert default == RunConfig(output_dir="a").profiling.every_n_steps
+
+
+def test_negative_interval_is_refused() -> None:
+    with pytest.raises(ValueError, match="every_n_steps is -1"):
+        ProfilingCallback(-1)
+
+
+def test_what_is_trained_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+    trained = []
+    for every_n_steps in (0, 1):
+        torch.manual_seed(0)
+        model = network()
+        train(ProfilingCallback(every_n_steps, output_dir=tmp_path), 6, model=model)
+        trained.append(model.state_dict())
+    assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
+
+
+def test_files_and_the_table_hold_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = ProfilingCallback(output_dir=tmp_path, name="lr_0.01")
+    train(callback, 3)
+    (row,) = callback.rows
+    # The input of the first layer needs no gradient.
+    assert (row.flops_forward, row.flops_backward) == (2 * 6 * (12 + 6), 2 * 6 * (12 + 6 + 6))
+    assert None not in (row.forward_s, row.backward_s, row.optimizer_s, row.samples_per_s)
+    assert read_profile(tmp_path) == [row]
+    whole = json.loads((tmp_path / "profile" / "lr_0.01.json").read_text())
+    assert [StepProfile(**entry) for entry in whole] == [row]
+    assert {path.name for path in tmp_path.rglob("*.json")} == {"lr_0.01.json", "process_0.json"}
+    assert profile_table([row]) in capsys.readouterr().out
+
+
+def test_times_are_medians_and_memory_is_that_of_the_highest_peak(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    callback = ProfilingCallback(1, output_dir=tmp_path)
+    logged: list[dict[str, float]] = []
+    monkeypatch.setattr(callback, "_log", logged.append)
+    # Every second step is counted.
+    train(callback, 7, sizes=[1, 2, 1, 6, 1, 4, 1])
+    (row,) = callback.rows
+    assert row.steps == 3
+    assert [entry["profile/flops_forward"] for entry in logged] == [36 * 2, 36 * 6, 36 * 4]
+    assert row.flops_forward == 36 * 6
+    assert row.memory_peak_bytes == max(entry["profile/memory_peak_bytes"] for entry in logged)
+    assert row.forward_s == sorted(entry["profile/forward_s"] for entry in logged)[1]
+
+
+def test_resumed_training_goes_on_with_its_figures_and_a_new_one_does_not(tmp_path: Path) -> None:
+    train(ProfilingCallback(output_dir=tmp_path), 3)
+    (tmp_path / "profile" / "process_1.json").write_text("of a process that is no more")
+    resumed = ProfilingCallback(output_dir=tmp_path)
+    train(resumed, 6, done=3)
+    assert [row.steps for row in resumed.rows] == [2]
+    assert len(json.loads((tmp_path / "profile" / "process_0.json").read_text())["times"]) == 2
+
+    anew = ProfilingCallback(output_dir=tmp_path)
+    train(anew, 3)
+    assert [row.steps for row in anew.rows] == [1]
+    assert [row.process_index for row in read_profile(tmp_path)] == [0]
+
+
+def test_training_that_fails_while_it_is_counted_leaves_no_mode_behind(tmp_path: Path) -> None:
+    failing = network()
+    failing.register_forward_hook(lambda *arguments: 1 / 0 if _get_current_dispatch_mode_stack() else None)
+    with pytest.raises(ZeroDivisionError):
+        train(ProfilingCallback(output_dir=tmp_path), 3, model=failing)
+    assert not _get_current_dispatch_mode_stack()
+
+
+def test_trace_is_written_on_request(tmp_path: Path) -> None:
+    train(ProfilingCallback(output_dir=tmp_path, name="a", trace=True), 4)
+    trace = json.loads((tmp_path / "traces" / "a" / "process_0.json").read_text())
+    assert any(event.get("name") == "aten::linear" for event in trace["traceEvents"])
+
+
+class RegressionTrainer(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return F.mse_loss(model(inputs["x"]), inputs["y"])
+
+
+@pytest.fixture
+def trainer(tmp_path: Path) -> Trainer:
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path),
+        use_cpu=True,
+        max_steps=3,
+        per_device_train_batch_size=6,
+        logging_steps=1,
+        save_strategy="no",
+        report_to=[],
+        remove_unused_columns=False,
+        disable_tqdm=True,
+    )
+    data = [{"x": torch.randn(4), "y": torch.randn(2)} for _ in range(18)]
+    return RegressionTrainer(network(), arguments, train_dataset=data)
+
+
+def test_trainer_logs_the_figures_beside_its_own(trainer: Trainer, tmp_path: Path) -> None:
+    callback = ProfilingCallback(log=trainer.log)
+    trainer.add_callback(callback)
+    trainer.train()
+    assert [entry["step"] for entry in trainer.state.log_history if "loss" in entry] == [1, 2, 3]
+    (figures,) = (entry for entry in trainer.state.log_history if "profile/forward_s" in entry)
+    assert figures["step"] == 3
+    assert figures["profile/flops_forward"] == callback.rows[0].flops_forward == 2 * 6 * (12 + 6)
+    assert json.loads((tmp_path / "profile.json").read_text())[0]["process_index"] == 0
+
+
+def test_after_a_trainer_that_failed_the_next_training_is_clean(trainer: Trainer, tmp_path: Path) -> None:
+    trainer.add_callback(ProfilingCallback())
+    handle = trainer.model.register_forward_hook(
+        lambda *arguments: 1 / 0 if _get_current_dispatch_mode_stack() else None
+    )
+    with pytest.raises(ZeroDivisionError):
+        trainer.train()
+    handle.remove()
+    assert _get_current_dispatch_mode_stack()
+    assert train(ProfilingCallback(output_dir=tmp_path), 3) == ["-", "c", "t"]

@@ -1,0 +1,25 @@
+from __future__ import annotations
+
+import pytest
+
+from peft_edge.profiling.analysis import analyse
+from peft_edge.profiling.comparison import OPTIMIZERS, compare_methods
+
+SMALL = {"batch_size": 2, "image_size": 32}
+
+
+def test_methods_with_adapters_are_analysed_at_every_rank_and_others_once() -> None:
+    costs = compare_methods("mobilenetv2_035", ["head", "lora", "full"], lora_ranks=[1, 3], **SMALL)
+    assert list(costs) == ["head", "lora, rank 1", "lora, rank 3", "full"]
+    assert [cost.lora_rank for cost in costs.values()] == [None, 1, 3, None]
+    alone = analyse("mobilenetv2_035", "lora", lora_rank=3, **SMALL).profile[0]
+    assert costs["lora, rank 3"] == alone
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("sgd", 0), ("sgd-momentum", 1)])
+def test_the_optimizer_decides_on_the_state(optimizer: str, moments: int) -> None:
+    assert optimizer in OPTIMIZERS
+    (cost,) = compare_methods("mobilenetv2_035", ["head"], lora_ranks=[1], optimizer=optimizer, **SMALL).values()
+    weights = (1280 * 1000 + 1000) * 4
+    counters = 8 if optimizer == "adamw" else 0  # of the steps of weight and bias
+    assert cost.memory_optimizer_bytes == moments * weights + counters

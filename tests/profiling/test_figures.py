@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from peft_edge.profiling.figures import save_cost_figure
+from peft_edge.records import StepProfile
+
+COSTS = {
+    "full": StepProfile(
+        process_index=0,
+        scope="step",
+        flops_forward=10**10,
+        flops_backward=2 * 10**10,
+        flops_optimizer=10**8,
+        memory_parameters_bytes=2**24,
+        memory_activations_bytes=2**30,
+    ),
+    "lora, rank 4": StepProfile(process_index=0, scope="step", lora_rank=4, memory_activations_bytes=2**29),
+}
+
+
+@pytest.mark.parametrize("ending", ["png", "svg"])
+def test_the_same_costs_are_the_same_picture_and_other_costs_another(tmp_path: Path, ending: str) -> None:
+    pictures = []
+    for costs in (COSTS, COSTS, {**COSTS, "head": COSTS["full"]}):
+        save_cost_figure(costs, tmp_path / f"costs.{ending}", title="a network")
+        pictures.append((tmp_path / f"costs.{ending}").read_bytes())
+    assert pictures[0] == pictures[1] != pictures[2]
+    assert [path.name for path in tmp_path.iterdir()] == [f"costs.{ending}"]
+
+
+def test_a_picture_names_what_it_shows(tmp_path: Path) -> None:
+    save_cost_figure(COSTS, tmp_path / "costs.svg", title="a network")
+    text = (tmp_path / "costs.svg").read_text(encoding="utf-8")
+    for label in ("a network", "full", "lora, rank 4", "[MiB]", "[GFLOP]", "activations", "elementwise, backward"):
+        assert label in text
+
+
+def test_bars_are_as_long_as_their_bytes(tmp_path: Path) -> None:
+    save_cost_figure(COSTS, tmp_path / "costs.png", title="a network")
+    picture = Image.open(tmp_path / "costs.png").convert("RGB")
+    blue = (0x00, 0x72, 0xB2)
+    left_half = picture.crop((0, 0, picture.width // 2, picture.height))
+    pixels = left_half.load()
+    rows = (sum(pixels[x, y] == blue for x in range(left_half.width)) for y in range(left_half.height))
+    # The two bars and the patch in the legend.
+    _, shorter, longer = sorted(set(rows) - {0})
+    assert longer == pytest.approx(2 * shorter, rel=0.02)
+
+
+def test_an_unknown_ending_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"costs\.gif has the ending '\.gif', expected one of \.png, \.svg, \.pdf"):
+        save_cost_figure(COSTS, tmp_path / "costs.gif", title="a network")

@@ -1,0 +1,317 @@
+"""Memory of training steps against closed formulas, torch's own tracker, and the figures measured for the design."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import Tensor, nn
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.optim import SGD, AdamW
+from torch.utils.checkpoint import checkpoint
+
+from peft_edge.profiling.memory import MemoryTracker, track_memory
+from peft_edge.profiling.step import take_step
+from peft_edge.profiling.storages import KINDS
+from peft_edge.roles import modules_with_role
+
+MIB = 2**20
+BATCH, WIDTH = 32, 16
+MAP = BATCH * WIDTH * 4  # bytes of an activation
+LAYER = (WIDTH * WIDTH + WIDTH) * 4  # bytes of a Linear's parameters
+SCALARS = 8  # the loss, and the one that its gradient starts from
+
+
+def chain(layers: int = 3, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
+    return nn.Sequential(*(part for _ in range(layers) for part in (nn.Linear(WIDTH, WIDTH), activation())))
+
+
+def bytes_of(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors)
+
+
+def small_cnn() -> nn.Module:
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(inplace=True), nn.Conv2d(8, 8, 3, groups=8), nn.Hardswish()),
+        *(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 10)),
+    )
+
+
+@pytest.fixture
+def inputs() -> Tensor:
+    return torch.randn(BATCH, WIDTH)
+
+
+def test_chain_keeps_the_inputs_and_the_outputs_of_its_activations(inputs: Tensor) -> None:
+    model = chain(3)
+    profile = track_memory(model, inputs, optimizer=AdamW(model.parameters()))
+
+    # A Linear keeps its input and a ReLU its output, which is the same tensor; AdamW has two averages, and counts.
+    parts = {"parameters": 3 * LAYER, "optimizer": 2 * 3 * LAYER + 6 * 4, "activations": 4 * MAP + SCALARS}
+    assert profile.forward_end == {**dict.fromkeys(KINDS, 0), **parts}
+    assert profile.forward_end_bytes == sum(parts.values())
+    assert profile.start_bytes == 3 * LAYER + 3 * LAYER + parts["optimizer"] + MAP  # with the first step's gradients
+
+
+def test_frozen_layers_before_the_first_trained_one_keep_nothing(inputs: Tensor) -> None:
+    model = chain(3)
+    model[:4].requires_grad_(False)
+    profile = track_memory(model, inputs, optimizer=AdamW(model[4:].parameters()))
+
+    assert profile.forward_end["activations"] == 3 * MAP + SCALARS  # inputs, the last layer's, its ReLU's output
+    assert profile.forward_end["parameters"] == 3 * LAYER
+    assert profile.forward_end["optimizer"] == 2 * LAYER + 2 * 4
+
+
+@pytest.mark.parametrize(("inplace", "peak_bytes"), [(True, LAYER + 2 * MAP + 4), (False, LAYER + 3 * MAP)])
+def test_in_place_activations_have_no_storage_of_their_own(inputs: Tensor, inplace: bool, peak_bytes: int) -> None:
+    model = chain(1, lambda: nn.ReLU(inplace)).requires_grad_(False)
+
+    assert track_memory(model, inputs).peak_bytes == peak_bytes
+
+
+def test_without_a_backward_pass_the_activations_are_what_is_left(inputs: Tensor) -> None:
+    model = chain(3).requires_grad_(False)
+    profile = track_memory(model, inputs)
+    assert profile.forward_end == {**dict.fromkeys(KINDS, 0), "parameters": 3 * LAYER, "activations": MAP}
+    assert profile.peak["temporaries"] == 2 * MAP
+
+    with MemoryTracker(model, inputs=inputs) as tracker:
+        output = model(inputs)
+    left = tracker.result()
+    assert left.forward_end["activations"] == MAP + output.nbytes
+    del output
+    assert tracker.result() == left
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointed_blocks_keep_their_inputs_only(use_reentrant: bool) -> None:
+    class Checkpointed(nn.Sequential):
+        def forward(self, x: Tensor) -> Tensor:
+            for block in self:
+                x = checkpoint(block, x, use_reentrant=use_reentrant)
+            return x
+
+    blocks = [chain(4) for _ in range(3)]
+    inputs = torch.randn(BATCH, WIDTH, requires_grad=True)
+    profile = track_memory(Checkpointed(*blocks), inputs)
+    plain = track_memory(nn.Sequential(*blocks), inputs)
+
+    assert profile.forward_end["activations"] == 3 * MAP + SCALARS
+    assert plain.forward_end["activations"] == 13 * MAP + SCALARS
+    # The last block again, with the gradients of its output: made in the backward pass, they are temporaries.
+    assert profile.peak["temporaries"] >= 4 * MAP
+    assert profile.peak_bytes < plain.peak_bytes
+
+
+class MaskReLU(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: torch.autograd.function.FunctionCtx, x: Tensor) -> Tensor:
+        ctx.save_for_backward(x > 0)
+        return x.clamp(min=0)
+
+    @staticmethod
+    def backward(ctx: torch.autograd.function.FunctionCtx, grad: Tensor) -> Tensor:
+        (mask,) = ctx.saved_tensors
+        return grad * mask
+
+
+def test_custom_functions_keep_what_they_save() -> None:
+    class Masked(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return MaskReLU.apply(x * 2)
+
+    images = torch.randn(BATCH, WIDTH, requires_grad=True)
+    profile = track_memory(Masked(), images)
+
+    assert profile.forward_end["activations"] == MAP + MAP // 4 + SCALARS
+    assert profile.forward_end_by_module[""]["activations"] == MAP // 4
+
+
+def test_tied_and_viewed_parameters_count_once(inputs: Tensor) -> None:
+    model = nn.ModuleDict({"a": chain(2), "b": chain(1)})
+    model["a"][2].weight = model["a"][0].weight
+    weight_bytes = WIDTH * WIDTH * 4
+    with MemoryTracker(model) as tracker:
+        for _ in range(2):
+            (model["a"](inputs) + model["b"](inputs)).sum().backward()
+    profile = tracker.result()
+    assert profile.start_bytes == 3 * LAYER - weight_bytes
+    for kind in ("parameters", "gradients"):
+        assert profile.forward_end[kind] == 3 * LAYER - weight_bytes
+        assert profile.forward_end_by_module["a"][kind] == 2 * LAYER - weight_bytes
+        for layer in ("a.0", "a.2"):
+            assert profile.forward_end_by_module[layer][kind] == LAYER - weight_bytes
+
+    flat = torch.randn(2 * WIDTH * WIDTH)
+    for layer, part in ((model["a"][0], flat[: WIDTH * WIDTH]), (model["b"][0], flat[WIDTH * WIDTH :])):
+        layer.weight = nn.Parameter(part.view(WIDTH, WIDTH))
+    with MemoryTracker(model) as tracker:
+        pass
+    profile = tracker.result()
+    assert profile.peak["parameters"] == bytes_of(model.parameters())
+    assert profile.peak_by_module["a.0"]["parameters"] == WIDTH * 4
+
+
+def test_accumulated_gradients_are_there_when_the_next_batch_is(inputs: Tensor) -> None:
+    model = chain(2)
+    model[0].requires_grad_(False)
+    with MemoryTracker(model, inputs=inputs) as tracker:
+        for part in inputs.chunk(2):
+            model(part).mean().backward()
+        model.zero_grad()
+    profile = tracker.result()
+
+    assert profile.forward_end["gradients"] == LAYER
+    # The whole batch, of which the halves are views, and half a batch of two layers' outputs.
+    assert profile.forward_end["activations"] == MAP + 2 * MAP // 2 + SCALARS
+
+
+def test_several_steps_have_the_peak_of_the_largest(inputs: Tensor) -> None:
+    model = chain(3)
+    optimizer = AdamW(model.parameters())
+    expected = track_memory(model, inputs, optimizer=optimizer)
+    with MemoryTracker(model, optimizer, inputs) as tracker:
+        for batch_size in (8, BATCH, 8):
+            take_step(model, inputs[:batch_size], optimizer, None)
+    profile = tracker.result()
+
+    assert profile.peak == expected.peak
+    assert profile.forward_end == expected.forward_end
+
+
+def test_modules_add_up_to_the_model() -> None:
+    model = small_cnn()
+    profile = track_memory(model, torch.randn(4, 3, 16, 16), optimizer=AdamW(model.parameters()))
+
+    for total, by_module in (
+        (profile.peak, profile.peak_by_module),
+        (profile.forward_end, profile.forward_end_by_module),
+    ):
+        assert by_module.keys() == {name for name, _ in model.named_modules()}
+        for kind in KINDS:
+            assert by_module[""][kind] == sum(by_module[name][kind] for name, _ in model.named_children())
+        for kind in ("parameters", "buffers", "gradients", "optimizer"):
+            assert by_module[""][kind] == total[kind]
+    assert sum(profile.peak.values()) == profile.peak_bytes
+    # The first convolution's output, kept by the BatchNorm that follows it.
+    assert profile.forward_end_by_module["0"]["activations"] == 4 * 8 * 14 * 14 * 4
+
+
+@pytest.mark.parametrize("optimizer", [SGD, AdamW])
+def test_peak_of_a_wholly_trained_model_is_that_of_torchs_tracker(optimizer: type[SGD] | type[AdamW]) -> None:
+    model, images = small_cnn(), torch.randn(8, 3, 32, 32)
+    profile = track_memory(model, images, optimizer=optimizer(model.parameters(), lr=0.1))
+
+    theirs = optimizer(model.parameters(), lr=0.1)
+    take_step(model, images, theirs, None)
+    tracker = MemTracker()
+    tracker.track_external(model, theirs, images)
+    with tracker:
+        take_step(model, images, theirs, None)
+    (expected,) = tracker.get_tracker_snapshot("peak").values()
+
+    assert profile.peak_bytes == expected["Total"]
+    assert profile.peak["parameters"] == expected["Parameter"]
+    assert profile.peak["buffers"] == expected["Buffer"]
+    assert profile.peak["optimizer"] == expected["Optstate"]
+
+
+def test_fake_and_real_steps_agree() -> None:
+    model = get_peft_model(small_cnn(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["7"], use_dora=True))
+    images = torch.randn(8, 3, 32, 32)
+    optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    real = track_memory(model, images, optimizer=optimizer)
+    fake = track_memory(model, images, optimizer=optimizer, fake=True)
+
+    assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+    assert fake.forward_end == real.forward_end
+    assert fake.forward_end_by_module == real.forward_end_by_module
+    assert (fake.peak_rss_bytes, fake.rss_growth_bytes, fake.cuda_peak_bytes) == (None, None, None)
+    assert real.peak_rss_bytes is not None
+
+
+def test_a_failure_inside_the_block_leaves_no_trace(inputs: Tensor) -> None:
+    model = chain(2)
+    tracker = MemoryTracker(model, inputs=inputs)
+    hook = model[2].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError), tracker:
+        model(inputs)
+    before = tracker.result()
+    hook.remove()
+    model(inputs).sum().backward()
+
+    assert tracker.result() == before
+    assert before.peak_bytes == 2 * LAYER + 3 * MAP
+    assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
+
+
+def test_tracking_leaves_model_optimizer_and_random_numbers_as_they_are() -> None:
+    model = nn.Sequential(small_cnn(), nn.Dropout())
+    optimizer = AdamW(model.parameters())
+    images = torch.randn(4, 3, 16, 16)
+    take_step(model, images, optimizer, None)
+    before = copy.deepcopy((model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()]))
+    random_state = torch.get_rng_state()
+
+    for fake in (False, True):
+        track_memory(model, images, optimizer=optimizer, fake=fake)
+
+    after = (model.state_dict(), optimizer.state_dict(), [p.grad for p in model.parameters()])
+    torch.testing.assert_close(after, before, rtol=0, atol=0)
+    assert torch.equal(torch.get_rng_state(), random_state)
+
+
+def test_tensors_that_nobody_told_of_count_from_their_first_use(inputs: Tensor) -> None:
+    model, labels = chain(1), torch.randn(BATCH, WIDTH)
+    profile = track_memory(model, inputs, loss_fn=lambda output: (output * labels).mean())
+
+    assert profile.start_bytes == 2 * LAYER + MAP
+    assert profile.forward_end["activations"] == 3 * MAP + SCALARS  # inputs, the ReLU's output, labels
+
+
+def mobilenet(method: str) -> nn.Module:
+    model = timm.create_model("mobilenetv2_100", num_classes=10)
+    if method != "full":
+        dense = modules_with_role(model, "dense")
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=dense, use_dora=method == "dora"))
+    return model.train()
+
+
+FIGURES = [("full", 1227), ("lora", 1225), ("dora", 1759)]
+
+
+@pytest.mark.parametrize(("method", "peak_mib"), FIGURES)
+def test_figures_of_the_design(method: str, peak_mib: int) -> None:
+    model = mobilenet(method)
+    optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    profile = track_memory(model, torch.empty(16, 3, 224, 224, device="meta"), optimizer=optimizer, fake=True)
+
+    assert profile.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "peak_mib"), FIGURES)
+def test_figures_of_the_design_are_those_of_a_real_step(method: str, peak_mib: int) -> None:
+    model, images = mobilenet(method), torch.randn(16, 3, 224, 224)
+    optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    real = track_memory(model, images, optimizer=optimizer)
+    fake = track_memory(model, images, optimizer=optimizer, fake=True)
+
+    assert real.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+    assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_on_cuda_the_allocator_says_the_like() -> None:
+    model, images = small_cnn().cuda(), torch.randn(64, 3, 64, 64, device="cuda")
+    profile = track_memory(model, images, optimizer=AdamW(model.parameters()))
+    on_cpu = track_memory(model.cpu(), images.cpu())
+
+    assert profile.forward_end["activations"] == pytest.approx(on_cpu.forward_end["activations"], rel=0.01)
+    assert profile.cuda_peak_bytes is not None
+    assert profile.cuda_peak_bytes >= profile.peak_bytes

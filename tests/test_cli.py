@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_edge.cli import main
+from peft_edge.profiling.analysis import analyse
+from peft_edge.profiling.tables import cost_table
+from peft_edge.records import StepProfile
+
+PROFILE = ["profile", "--backbone", "mobilenetv2_035", "--batch-size", "2", "--image-size", "32"]
+
+
+def test_profile_prints_a_line_for_each_method_and_rank_and_writes_the_same_figures(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    json_file, picture = tmp_path / "costs.json", tmp_path / "costs.png"
+    ranks = ["--lora-rank", "2", "4", "--target-modules", "conv_head"]
+    main([*PROFILE, "--method", "head", "lora", *ranks, "--json", str(json_file), "--picture", str(picture)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("One training step of mobilenetv2_035, batch 2, 32 px, adamw\n")
+
+    written = json.loads(json_file.read_text(encoding="utf-8"))
+    costs = {name: StepProfile(**cost) for name, cost in written["costs"].items()}
+    assert list(costs) == ["head", "lora, rank 2", "lora, rank 4"]
+    assert cost_table(costs) in printed
+    analysed = analyse("mobilenetv2_035", "head", batch_size=2, image_size=32).profile[0]
+    assert costs["head"] == analysed
+    assert (written["backbone"], written["batch_size"], written["accounting"]) == ("mobilenetv2_035", 2, "exact")
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_figures_are_printed_on_request_and_the_accounting_of_the_source_study_counts_more(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    backward = []
+    for accounting in ("exact", "source-study"):
+        main([*PROFILE, "--method", "full", "--json", "-", "--accounting", accounting])
+        backward.append(json.loads(capsys.readouterr().out)["costs"]["full"]["flops_backward"])
+    assert backward[1] > 4 * backward[0]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "required: {profile}"),
+        (["profile"], "--backbone"),
+        ([*PROFILE, "--method", "lorra"], "invalid choice: 'lorra'"),
+        ([*PROFILE, "--lora-rank", "0"], "0 is not at least 1"),
+        ([*PROFILE, "--target-modules", "depth-wise"], "depth-wise"),
+        (["profile", "--backbone", "mobilenet_v2"], "The nearest are"),
+        ([*PROFILE, "--method", "head", "--picture", "costs.gif"], "expected one of .png, .svg, .pdf"),
+        ([*PROFILE, "--method", "head", "--json", "/dev/null/costs.json"], "/dev/null"),
+    ],
+)
+def test_wrong_arguments_end_with_one_message(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(arguments)
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err
