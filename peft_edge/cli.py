@@ -47,10 +47,8 @@ def _add_profile(commands: Any) -> None:
     parser.add_argument("--image-size", type=_positive, default=224, help="height and width in pixels")
     parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="with torch's defaults")
     parser.add_argument("--accounting", default="exact", choices=ACCOUNTINGS, help="how FLOPs are counted")
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the figures here; - prints them instead of the table"
-    )
-    parser.add_argument("--picture", metavar="FILE", help="also draw them here: a .png, .svg or .pdf file")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here too; - prints them instead of the table")
+    parser.add_argument("--picture", metavar="FILE", type=_picture, help="draw them: a .png, .svg or .pdf file")
     parser.set_defaults(run=_profile)
 
 
@@ -65,9 +63,8 @@ def _profile(options: argparse.Namespace) -> None:
         optimizer=options.optimizer,
         accounting=options.accounting,
     )
-    setting = {
-        name: vars(options)[name] for name in ("backbone", "batch_size", "image_size", "optimizer", "accounting")
-    }
+    names = ("backbone", "target_modules", "batch_size", "image_size", "optimizer", "accounting")
+    setting = {name: getattr(options, name) for name in names}
     text = json.dumps({**setting, "costs": {name: asdict(cost) for name, cost in costs.items()}}, indent=2) + "\n"
     title = f"{options.backbone}, batch {options.batch_size}, {options.image_size} px, {options.optimizer}"
     if options.json == "-":

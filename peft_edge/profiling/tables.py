@@ -2,60 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from peft_edge.records import StepProfile
 
-# Columns that are compared with one another have one unit: the largest in which the largest of them is at least ten.
-_GROUPS: tuple[tuple[Mapping[str, float], Mapping[str, Sequence[str]]], ...] = (
-    (
-        {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1},
-        {
-            "forward": ["flops_forward"],
-            "backward": ["flops_backward"],
-            "elementwise": ["flops_elementwise_forward", "flops_elementwise_backward"],
-            "optimizer": ["flops_optimizer"],
-        },
-    ),
-    ({"ms": 1e-3}, {"forward": ["forward_s"], "backward": ["backward_s"], "optimizer": ["optimizer_s"]}),
-    ({"per s": 1}, {"samples": ["samples_per_s"]}),
-    (
-        {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1},
-        {
-            "peak": ["memory_peak_bytes"],
-            "parameters": ["memory_parameters_bytes", "memory_buffers_bytes"],
-            "gradients": ["memory_gradients_bytes"],
-            "activations": ["memory_activations_bytes"],
-            "temporaries": ["memory_temporaries_bytes"],
-            "optimizer": ["memory_optimizer_bytes"],
-        },
-    ),
-    ({"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}, {"update": ["adapter_bytes"]}),
+_FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
+_BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
+_ARITHMETIC = {
+    "forward": ["flops_forward"],
+    "backward": ["flops_backward"],
+    "elementwise": ["flops_elementwise_forward", "flops_elementwise_backward"],
+    "optimizer": ["flops_optimizer"],
+}
+_TIME = {"forward": ["forward_s"], "backward": ["backward_s"], "optimizer": ["optimizer_s"]}
+_MEMORY = {
+    "peak": ["memory_peak_bytes"],
+    "parameters": ["memory_parameters_bytes", "memory_buffers_bytes"],
+    "gradients": ["memory_gradients_bytes"],
+    "activations": ["memory_activations_bytes"],
+    "temporaries": ["memory_temporaries_bytes"],
+    "optimizer": ["memory_optimizer_bytes"],
+}
+# Two tables, one below the other, so that lines are not too long. The columns of a group, which are compared with one
+# another, have one unit: the largest in which the largest of them is at least ten.
+_TABLES: tuple[tuple[tuple[Mapping[str, float], Mapping[str, Sequence[str]]], ...], ...] = (
+    ((_FLOPS, _ARITHMETIC), ({"ms": 1e-3}, _TIME), ({"per s": 1}, {"samples": ["samples_per_s"]})),
+    ((_BYTES, _MEMORY), (_BYTES, {"update": ["adapter_bytes"]})),
 )
 
 
 def cost_table(costs: Mapping[str, StepProfile]) -> str:
-    """Returns what steps cost as lines of text: arithmetic, time, memory at the peak with its kinds, and saved bytes.
+    """Returns what steps cost as lines of text: arithmetic and time, and below memory at the peak and saved bytes.
 
     Columns of which nothing was measured are left out; in others, a dash stands for what was not.
 
     Args:
         costs: By the name that heads the line.
     """
-    columns = [["", "", *costs]]
-    for units, group in _GROUPS:
-        sums = {title: [_sum(cost, names) for cost in costs.values()] for title, names in group.items()}
-        largest = max((value for values in sums.values() for value in values if value is not None), default=None)
-        if largest is None:
-            continue
-        unit, size = next(((unit, size) for unit, size in units.items() if largest >= 10 * size), [*units.items()][-1])
-        for title, values in sums.items():
-            columns.append([unit, title, *("-" if value is None else _short(value / size) for value in values)])
-    return text_table(list(zip(*columns, strict=True)))
+    tables = []
+    for groups in _TABLES:
+        columns = [column for units, group in groups for column in _columns(costs.values(), units, group)]
+        if columns:
+            tables.append(text_table(list(zip(["", "", *costs], *columns, strict=True))))
+    return "\n\n".join(tables)
+
+
+def _columns(
+    costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
+) -> Iterator[list[str]]:
+    sums = {title: [_sum(cost, names) for cost in costs] for title, names in group.items()}
+    largest = max((value for values in sums.values() for value in values if value is not None), default=None)
+    if largest is None:
+        return
+    unit, size = next(((unit, size) for unit, size in units.items() if largest >= 10 * size), [*units.items()][-1])
+    for title, values in sums.items():
+        yield [unit, title, *("-" if value is None else _short(value / size) for value in values)]
 
 
 def profile_table(rows: Sequence[StepProfile]) -> str:
-    """Returns `cost_table` for the rows of a record, named by process and LoRA rank."""
+    """Returns `cost_table` for the rows of a record: a process's step, and below it the layers of each LoRA rank."""
     return cost_table({_name(row): row for row in rows})
 
 
@@ -76,5 +81,4 @@ def _short(value: float) -> str:
 
 
 def _name(row: StepProfile) -> str:
-    what = "step" if row.scope == "step" else f"layers of rank {row.lora_rank}"
-    return f"process {row.process_index}, {what}"
+    return f"process {row.process_index}" + (f", rank {row.lora_rank}" if row.scope == "layers" else "")

@@ -84,4 +84,4 @@ def test_table_shows_gain_loss_and_cost() -> None:
         "",
         "a training step:",
     ]
-    assert "12.3" in lines[8]
+    assert "12.3" in lines[9]
