@@ -12,7 +12,8 @@ from typing import Any
 
 from peft_edge.files import written_whole
 from peft_edge.methods import METHODS
-from peft_edge.profiling.comparison import OPTIMIZERS, compare_methods
+from peft_edge.profiling.analysis import OPTIMIZERS
+from peft_edge.profiling.comparison import compare_methods
 from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
 from peft_edge.profiling.tables import cost_table

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -12,15 +11,22 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import AdamW, Optimizer
+from torch.optim import SGD, AdamW, Optimizer
 
 from peft_edge.backbones import load_backbone
 from peft_edge.methods import prepare_model
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
 from peft_edge.profiling.rows import step_rows
-from peft_edge.profiling.step import Inputs, fake_copy, take_step
+from peft_edge.profiling.step import Inputs, fake_copy, meta_copy, take_step
 from peft_edge.records import StepProfile
+
+OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
+    "adamw": AdamW,
+    "sgd": SGD,
+    "sgd-momentum": lambda parameters: SGD(parameters, momentum=0.9),
+}
+"""By name, with torch's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +57,7 @@ def analyse(
     batch_size: int = 16,
     image_size: int = 224,
     sequence_length: int = 512,
-    optimizer: Callable[[list[nn.Parameter]], Optimizer] | None = AdamW,
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None = "adamw",
     adapter: Mapping[str, Any] | None = None,
     accounting: Accounting = "exact",
 ) -> Analysis:
@@ -59,25 +65,25 @@ def analyse(
 
     Args:
         backbone: A timm model name; or any model, also one on the meta device, that takes images of shape (B, 3, H, W)
-            or, as a transformers text model, tokens. It is copied.
+            or, as a transformers text model, tokens. It is left as it is.
         method: A key of `METHODS`, or any PEFT configuration, such as PEFT's own `LoraConfig`.
         lora_rank: Rank of the adapters; None for the method's default or the rank of the configuration.
         batch_size: Images or sequences in the step.
         image_size: Height and width in pixels.
         sequence_length: Tokens in a sequence.
-        optimizer: Makes the optimizer of the trained parameters; None for a step without.
+        optimizer: A key of `OPTIMIZERS`, or what makes an optimizer of the trained parameters; None for a step without.
         adapter: Further arguments of `ConvLoraConfig`, for a method given by name; every convolution is adapted unless
             they hold `target_modules`.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: The method or the accounting is unknown, the adapter does not fit the network, or the step depends
-            on a tensor's values.
+        ValueError: The method, the optimizer or the accounting is unknown, the adapter does not fit the network, or the
+            step depends on a tensor's values.
     """
-    model = load_backbone(backbone) if isinstance(backbone, str) else copy.deepcopy(backbone)
+    model = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
     model = _prepare(model, method, lora_rank, adapter or {}).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    real_optimizer = optimizer(trained) if optimizer is not None and trained else None
+    real_optimizer = _optimizer(optimizer, trained)
     inputs = _inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
     flops = FlopCounter(fake_model, accounting)
@@ -107,6 +113,16 @@ def _prepare(
     if lora_rank is not None and not hasattr(method, "r"):
         raise ValueError(f"lora_rank is {lora_rank}, and a {type(method).__name__} has no rank: leave it out")
     return get_peft_model(model, method if lora_rank is None else dataclasses.replace(method, r=lora_rank))
+
+
+def _optimizer(
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None, trained: list[nn.Parameter]
+) -> Optimizer | None:
+    if isinstance(optimizer, str):
+        if optimizer not in OPTIMIZERS:
+            raise ValueError(f"unknown optimizer {optimizer!r}. There are: {', '.join(OPTIMIZERS)}")
+        optimizer = OPTIMIZERS[optimizer]
+    return optimizer(trained) if optimizer is not None and trained else None
 
 
 def _inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:

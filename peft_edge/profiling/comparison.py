@@ -2,22 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from torch import nn
-from torch.optim import SGD, AdamW, Optimizer
 from tqdm.auto import tqdm
 
 from peft_edge.profiling.analysis import analyse
 from peft_edge.profiling.flops import Accounting
 from peft_edge.records import StepProfile
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-    "adamw": AdamW,
-    "sgd": SGD,
-    "sgd-momentum": lambda parameters: SGD(parameters, momentum=0.9),
-}
-"""By name, with torch's defaults."""
 
 
 def compare_methods(
@@ -51,7 +43,7 @@ def compare_methods(
                 lora_rank=lora_rank,
                 batch_size=batch_size,
                 image_size=image_size,
-                optimizer=OPTIMIZERS[optimizer],
+                optimizer=optimizer,
                 adapter={"target_modules": target_modules},
                 accounting=accounting,
             )

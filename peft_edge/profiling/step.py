@@ -87,6 +87,14 @@ def fake_copy(
     return mode, model_copy, optimizer_copy, tree_map_only(Tensor, lambda tensor: _fake(tensor, mode), inputs)
 
 
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Returns a copy on the meta device, which takes no memory; tied parameters stay tied."""
+    memo: dict[int, Any] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)
+
+
 def _fake_state(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
     if tensor.dim() or not tensor.is_cpu:
         return _fake(tensor, mode)

@@ -107,6 +107,7 @@ def test_a_model_without_a_head_is_named() -> None:
         ("lorra", {}, "unknown method 'lorra'; the nearest is 'lora'"),
         ("lora", {"adapter": {"target_modules": "depth-wise"}}, "depth-wise"),
         (LoraConfig(target_modules=["conv_head"]), {"adapter": {"r": 3}}, "set it in the configuration"),
+        ("full", {"optimizer": "adam"}, "unknown optimizer 'adam'. There are: adamw, sgd, sgd-momentum"),
         ("full", {"accounting": "paper"}, "expected one of exact, source-study"),
     ],
 )

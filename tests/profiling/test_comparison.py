@@ -2,8 +2,8 @@ from __future__ import annotations
 
 import pytest
 
-from peft_edge.profiling.analysis import analyse
-from peft_edge.profiling.comparison import OPTIMIZERS, compare_methods
+from peft_edge.profiling.analysis import OPTIMIZERS, analyse
+from peft_edge.profiling.comparison import compare_methods
 
 SMALL = {"batch_size": 2, "image_size": 32}
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from peft_edge.profiling.step import fake_copy, take_step
+from peft_edge.profiling.step import fake_copy, meta_copy, take_step
 
 
 class Tied(nn.Module):
@@ -76,6 +76,17 @@ def test_ties_stay_and_meta_tensors_become_cpu_tensors(device: str) -> None:
     _, copy, _, _ = fake_copy(model, None, torch.ones(2, 4))
     assert copy.first.weight is copy.second.weight
     assert {tensor.device.type for tensor in copy.state_dict().values()} == {"cpu"}
+
+
+def test_a_meta_copy_has_the_same_tensors_without_their_memory() -> None:
+    model = Tied()
+    model.first.bias.requires_grad_(False)
+    copy = meta_copy(model)
+    assert {tensor.device.type for tensor in copy.state_dict().values()} == {"meta"}
+    assert {tensor.device.type for tensor in model.state_dict().values()} == {"cpu"}
+    assert copy.first.weight is copy.second.weight
+    kinds = [{n: (type(t), t.shape, t.requires_grad) for n, t in m.named_parameters()} for m in (model, copy)]
+    assert kinds[0] == kinds[1]
 
 
 def test_views_stay_views_of_one_storage() -> None:
