@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from peft_edge import __version__
+from peft_edge.backbones import load_backbone
 from peft_edge.files import written_whole
 from peft_edge.methods import METHODS
 from peft_edge.profiling.analysis import OPTIMIZERS
@@ -18,12 +21,14 @@ from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
 from peft_edge.profiling.tables import cost_table
 from peft_edge.roles import ROLES
+from peft_edge.tuners.conv_lora.norm import Norm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the command with these arguments, by default those of the process."""
     parser = argparse.ArgumentParser(prog="peft-edge", description="Parameter-efficient fine-tuning for edge CNNs.")
-    commands = parser.add_subparsers(title="commands", required=True)
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_profile(commands)
     options = parser.parse_args(arguments)
     try:
@@ -40,34 +45,47 @@ def _add_profile(commands: Any) -> None:
         "the step runs on tensors that have a shape and no values, in seconds and without the network's memory.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--backbone", required=True, help="a timm model name, such as mobilenetv2_100")
-    parser.add_argument("--method", nargs="+", default=["full", "lora"], choices=METHODS, help="one or several")
-    parser.add_argument("--lora-rank", nargs="+", type=_positive, default=[4], help="one or several")
-    parser.add_argument("--target-modules", default="all-conv", help=f"adapted layers: {', '.join(ROLES)}, or a regex")
-    parser.add_argument("--batch-size", type=_positive, default=16, help="images in the step")
-    parser.add_argument("--image-size", type=_positive, default=224, help="height and width in pixels")
-    parser.add_argument("--optimizer", default="adamw", choices=OPTIMIZERS, help="with torch's defaults")
-    parser.add_argument("--accounting", default="exact", choices=ACCOUNTINGS, help="how FLOPs are counted")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here too; - prints them instead of the table")
-    parser.add_argument("--picture", metavar="FILE", type=_picture, help="draw them: a .png, .svg or .pdf file")
+    add = parser.add_argument
+    add("--backbone", required=True, help="a timm model name, or the folder of a saved model")
+    add("--num-classes", type=positive_integer, help="outputs of the head that is trained; timm's if not given")
+    add("--method", nargs="+", default=["full", "lora"], choices=METHODS, help="one or several")
+    add("--lora-rank", nargs="+", type=positive_integer, default=[4], help="one or several")
+    add(
+        "--target-modules",
+        type=_pattern,
+        default="all-conv",
+        help=f"{', '.join(ROLES)}, or a regular expression",
+    )
+    add("--norm", default="stats", choices=get_args(Norm), help="what adapters change in the BatchNorm layers")
+    add("--batch-size", type=positive_integer, default=16, help="images in the step")
+    add("--image-size", type=positive_integer, default=224, help="height and width in pixels")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="with torch's defaults")
+    add("--accounting", default="exact", choices=ACCOUNTINGS, help="how FLOPs are counted")
+    add("--json", metavar="FILE", type=_file, help="write the figures, too; - prints them and no table")
+    add("--picture", metavar="FILE", type=_picture, help="draw them, too: a .png, .svg or .pdf file")
     parser.set_defaults(run=_profile)
 
 
 def _profile(options: argparse.Namespace) -> None:
+    backbone = load_backbone(options.backbone, options.num_classes)
     costs = compare_methods(
-        options.backbone,
+        backbone,
         options.method,
         lora_ranks=options.lora_rank,
-        target_modules=options.target_modules,
+        adapter={"target_modules": options.target_modules, "norm": options.norm},
         batch_size=options.batch_size,
         image_size=options.image_size,
         optimizer=options.optimizer,
         accounting=options.accounting,
     )
-    names = ("backbone", "target_modules", "batch_size", "image_size", "optimizer", "accounting")
-    setting = {name: getattr(options, name) for name in names}
+    num_classes = backbone.num_classes
+    names = ("backbone", "target_modules", "norm", "batch_size", "image_size", "optimizer", "accounting")
+    setting = {"num_classes": num_classes, **{name: getattr(options, name) for name in names}}
     text = json.dumps({**setting, "costs": {name: asdict(cost) for name, cost in costs.items()}}, indent=2) + "\n"
-    title = f"{options.backbone}, batch {options.batch_size}, {options.image_size} px, {options.optimizer}"
+    title = (
+        f"{options.backbone}, {num_classes} classes, batch {options.batch_size}, {options.image_size} px, "
+        f"{options.optimizer}"
+    )
     if options.json == "-":
         sys.stdout.write(text)
     else:
@@ -79,7 +97,8 @@ def _profile(options: argparse.Namespace) -> None:
         save_cost_figure(costs, options.picture, title=title)
 
 
-def _positive(text: str) -> int:
+def positive_integer(text: str) -> int:
+    """Reads an argument; argparse names this function in its message."""
     value = int(text)
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
@@ -91,3 +110,17 @@ def _picture(text: str) -> Path:
     if path.suffix not in FORMATS:
         raise argparse.ArgumentTypeError(f"{text} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
     return path
+
+
+def _pattern(text: str) -> str:
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no role and no regular expression: {error}") from error
+    return text
+
+
+def _file(text: str) -> str:
+    if Path(text).is_dir():
+        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
+    return text

@@ -22,14 +22,15 @@ def written_whole(path: Path) -> Iterator[Path]:
     attempt clears.
 
     Raises:
-        OSError: The disk is full; the message names `path` and the bytes that are left.
+        OSError: The disk is full; the message names `path` and the bytes that are left. Or a file was written where a
+            folder is, which stays.
     """
     unfinished = unfinished_path(path)
     remove(unfinished)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
-        if path.is_dir():
+        if path.is_dir() and unfinished.is_dir():
             # A folder can only be renamed onto an empty one, so the old one steps aside first.
             replaced = path.with_name(f".{path.name}.replaced")
             remove(replaced)

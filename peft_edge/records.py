@@ -108,6 +108,9 @@ class StepProfile:
     steps: int = 0
     """How many steps were sampled."""
 
+    num_trainable_params: int | None = None
+    """Parameters that are trained; for layers, theirs."""
+
     flops_forward: int | None = None
     """Convolutions, matrix products and attention, in the forward pass and the loss; a multiply-add is two."""
 
@@ -137,6 +140,9 @@ class StepProfile:
 
     memory_peak_bytes: int | None = None
     """The most bytes of tensors that were alive at once; for layers, theirs at that moment."""
+
+    memory_peak_phase: str | None = None
+    """The phase in which that was: `forward`, `backward` or `optimizer`; null for layers."""
 
     memory_parameters_bytes: int | None = None
     """Parameters, trained or not, at the peak."""

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import pytest
 
+from peft_edge.backbones import load_backbone
 from peft_edge.cli import main
 from peft_edge.profiling.analysis import analyse
 from peft_edge.profiling.tables import cost_table
 from peft_edge.records import StepProfile
 
-PROFILE = ["profile", "--backbone", "mobilenetv2_035", "--batch-size", "2", "--image-size", "32"]
+PROFILE = ["profile", "--backbone", "mobilenetv2_035", "--batch-size", "2", "--image-size", "32", "--num-classes", "10"]
 
 
 def test_profile_prints_a_line_for_each_method_and_rank_and_writes_the_same_figures(
@@ -20,13 +21,13 @@ def test_profile_prints_a_line_for_each_method_and_rank_and_writes_the_same_figu
     ranks = ["--lora-rank", "2", "4", "--target-modules", "conv_head"]
     main([*PROFILE, "--method", "head", "lora", *ranks, "--json", str(json_file), "--picture", str(picture)])
     printed = capsys.readouterr().out
-    assert printed.startswith("One training step of mobilenetv2_035, batch 2, 32 px, adamw\n")
+    assert printed.startswith("One training step of mobilenetv2_035, 10 classes, batch 2, 32 px, adamw\n")
 
     written = json.loads(json_file.read_text(encoding="utf-8"))
     costs = {name: StepProfile(**cost) for name, cost in written["costs"].items()}
     assert list(costs) == ["head", "lora, rank 2", "lora, rank 4"]
     assert cost_table(costs) in printed
-    analysed = analyse("mobilenetv2_035", "head", batch_size=2, image_size=32).profile[0]
+    analysed = analyse(load_backbone("mobilenetv2_035", 10), "head", batch_size=2, image_size=32).profile[0]
     assert costs["head"] == analysed
     assert (written["backbone"], written["batch_size"], written["accounting"]) == ("mobilenetv2_035", 2, "exact")
     assert picture.read_bytes().startswith(b"\x89PNG")
@@ -45,10 +46,14 @@ def test_figures_are_printed_on_request_and_the_accounting_of_the_source_study_c
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ([], "required: {profile}"),
+        ([], "required: command"),
         (["profile"], "--backbone"),
         ([*PROFILE, "--method", "lorra"], "invalid choice: 'lorra'"),
         ([*PROFILE, "--lora-rank", "0"], "0 is not at least 1"),
+        ([*PROFILE, "--lora-rank", "four"], "invalid positive_integer value: 'four'"),
+        ([*PROFILE, "--target-modules", "("], "'(' is no role and no regular expression"),
+        ([*PROFILE, "--json", "."], ". is a folder: name a file"),
+        (["profile", "--backbone", "inception_v3", "--image-size", "32", "--method", "head"], "(16, 3, 32, 32)"),
         ([*PROFILE, "--target-modules", "depth-wise"], "depth-wise"),
         (["profile", "--backbone", "mobilenet_v2"], "The nearest are"),
         ([*PROFILE, "--method", "head", "--picture", "costs.gif"], "expected one of .png, .svg, .pdf"),

@@ -35,6 +35,15 @@ def test_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "old.txt").write_text("old")
+    with pytest.raises(IsADirectoryError), written_whole(tmp_path / "folder") as unfinished:
+        unfinished.write_text("new")
+    assert [path.name for path in (tmp_path / "folder").iterdir()] == ["old.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
 def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(RuntimeError, match="stopped"), written_whole(tmp_path / "a.txt") as unfinished:  # noqa: PT012

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import SGD, AdamW, Optimizer
+from torch.utils._pytree import tree_leaves
 
 from peft_edge.backbones import load_backbone
 from peft_edge.methods import prepare_model
@@ -51,7 +53,7 @@ class Analysis:
 
 def analyse(
     backbone: str | nn.Module,
-    method: str | PeftConfig,
+    method: str | PeftConfig | None,
     *,
     lora_rank: int | None = None,
     batch_size: int = 16,
@@ -59,6 +61,7 @@ def analyse(
     sequence_length: int = 512,
     optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None = "adamw",
     adapter: Mapping[str, Any] | None = None,
+    inputs: Inputs | None = None,
     accounting: Accounting = "exact",
 ) -> Analysis:
     """Analyses the second training step of a method under fake tensors; the first one allocates the optimizer's state.
@@ -66,7 +69,8 @@ def analyse(
     Args:
         backbone: A timm model name; or any model, also one on the meta device, that takes images of shape (B, 3, H, W)
             or, as a transformers text model, tokens. It is left as it is.
-        method: A key of `METHODS`, or any PEFT configuration, such as PEFT's own `LoraConfig`.
+        method: A key of `METHODS`, for timm's models; a PEFT configuration, such as PEFT's own `LoraConfig`; or None,
+            to train what requires a gradient in the model as it is.
         lora_rank: Rank of the adapters; None for the method's default or the rank of the configuration.
         batch_size: Images or sequences in the step.
         image_size: Height and width in pixels.
@@ -74,21 +78,26 @@ def analyse(
         optimizer: A key of `OPTIMIZERS`, or what makes an optimizer of the trained parameters; None for a step without.
         adapter: Further arguments of `ConvLoraConfig`, for a method given by name; every convolution is adapted unless
             they hold `target_modules`.
+        inputs: What the model is called with, in the place of images or tokens: a tensor or a tuple for positional
+            arguments, a mapping for keyword arguments; tensors may be on the meta device.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: The method, the optimizer or the accounting is unknown, the adapter does not fit the network, or the
-            step depends on a tensor's values.
+        ValueError: The method, the optimizer or the accounting is unknown, the adapter does not fit the network, the
+            network cannot run on such inputs, or the step depends on a tensor's values, as that of some other methods
+            of PEFT does.
+        TypeError: A method is given by name, and needs to know the head of a model that is not timm's.
     """
     model = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
     model = _prepare(model, method, lora_rank, adapter or {}).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     real_optimizer = _optimizer(optimizer, trained)
-    inputs = _inputs(model, batch_size, image_size, sequence_length)
+    if inputs is None:
+        inputs = _inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
     flops = FlopCounter(fake_model, accounting)
     memory = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
-    with mode:
+    with _explained(inputs), mode:
         if fake_optimizer is not None:
             take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
         with flops, memory:
@@ -102,16 +111,27 @@ def analyse(
     )
 
 
+@contextmanager
+def _explained(inputs: Inputs) -> Iterator[None]:
+    try:
+        yield
+    except RuntimeError as error:
+        shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
+        raise ValueError(f"the network cannot take a step on inputs of the shape {shapes}: {error}") from error
+
+
 def _prepare(
-    model: nn.Module, method: str | PeftConfig, lora_rank: int | None, adapter: Mapping[str, Any]
+    model: nn.Module, method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, Any]
 ) -> nn.Module:
     if isinstance(method, str):
         rank = {} if lora_rank is None else {"r": lora_rank, "lora_alpha": 2 * lora_rank}
         return prepare_model(model, method, {"target_modules": "all-conv", **rank, **adapter})
     if adapter:
         raise ValueError(f"adapter ({', '.join(adapter)}) goes with a method's name: set it in the configuration")
+    if method is None:
+        return model
     if lora_rank is not None and not hasattr(method, "r"):
-        raise ValueError(f"lora_rank is {lora_rank}, and a {type(method).__name__} has no rank: leave it out")
+        raise ValueError(f"lora_rank is {lora_rank}, and {type(method).__name__} has no rank: leave it out")
     return get_peft_model(model, method if lora_rank is None else dataclasses.replace(method, r=lora_rank))
 
 

@@ -11,11 +11,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any, ClassVar
 
+import torch
 from accelerate import PartialState
 from accelerate.utils import gather_object
 from torch import nn
 from torch.optim import Optimizer
-from torch.profiler import profile
+from torch.profiler import ProfilerActivity, profile
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from peft_edge.files import remove, written_whole
@@ -24,7 +25,8 @@ from peft_edge.profiling.sampling import CountedStep, StepTimes, TimedStep
 from peft_edge.profiling.tables import profile_table
 from peft_edge.records import StepProfile
 
-_LABELS = ("process_index", "scope", "lora_rank", "steps")
+_LOGGED_OF_LAYERS = ("flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes")
+_NOT_LOGGED = ("process_index", "scope", "lora_rank", "steps", "memory_peak_phase")
 _TIMES = [entry.name for entry in fields(StepTimes)]
 
 
@@ -197,12 +199,11 @@ class ProfilingCallback(TrainerCallback):
     def _send(self, rows: list[StepProfile], control: TrainerControl) -> None:
         if self._log is None or not PartialState().is_main_process:
             return
-        figures = {}
+        figures: dict[str, float] = {}
         for row in rows:
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
-            for name, value in asdict(row).items():
-                if name not in _LABELS and value is not None:
-                    figures[f"{prefix}/{name}"] = value
+            names = _LOGGED_OF_LAYERS if row.scope == "layers" else asdict(row).keys() - _NOT_LOGGED
+            figures |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
         # Trainer takes its `log` for the step's own, which would then be left out.
         should_log = control.should_log
         self._log(figures)
@@ -228,7 +229,9 @@ def _write(path: Path, content: Any) -> None:
 
 @contextmanager
 def _traced(path: Path) -> Iterator[None]:
-    with profile() as profiler:
+    # Asked for by default, CUDA is complained of where there is none.
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
+    with profile(activities=activities) as profiler:
         yield
     with written_whole(path) as unfinished:
         profiler.export_chrome_trace(str(unfinished))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
@@ -17,7 +18,7 @@ def compare_methods(
     methods: Sequence[str],
     *,
     lora_ranks: Sequence[int],
-    target_modules: str = "all-conv",
+    adapter: Mapping[str, Any] | None = None,
     batch_size: int = 16,
     image_size: int = 224,
     optimizer: str = "adamw",
@@ -32,7 +33,8 @@ def compare_methods(
         ValueError: See `analyse`.
     """
     costs: dict[str, StepProfile] = {}
-    with tqdm([(method, lora_rank) for method in methods for lora_rank in lora_ranks], unit="step", leave=False) as bar:
+    pairs = [(method, lora_rank) for method in methods for lora_rank in lora_ranks]
+    with tqdm(pairs, unit="step", leave=False, disable=None) as bar:
         for method, lora_rank in bar:
             if method in costs:
                 continue
@@ -44,7 +46,7 @@ def compare_methods(
                 batch_size=batch_size,
                 image_size=image_size,
                 optimizer=optimizer,
-                adapter={"target_modules": target_modules},
+                adapter=adapter,
                 accounting=accounting,
             )
             cost = analysis.profile[0]

@@ -45,10 +45,10 @@ class Flops:
 class FlopCount(Flops):
     """Floating-point operations of a step in total, by module and by operator."""
 
-    by_module: dict[str, Flops] = field(default_factory=dict)
+    by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
     """By name in `named_modules`, with what is inside of it; `""` is the model without the loss and the optimizer."""
 
-    by_operator: dict[str, Flops] = field(default_factory=dict)
+    by_operator: dict[str, Flops] = field(default_factory=dict, repr=False)
     """By torch's name, such as `aten.convolution_backward`."""
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -50,20 +50,22 @@ class MemoryProfile:
     """The most that was alive at one time."""
     peak: KindBytes
     """What that was, by kind."""
+    peak_phase: str
+    """The phase in which it was reached: `forward`, `backward` or `optimizer`."""
     forward_end_bytes: int
     """What was alive when the forward pass ended; of several, the one with the most."""
     forward_end: KindBytes
     """What that was, by kind."""
     start_bytes: int
     """What was alive at the start: model, gradients, optimizer state and inputs."""
-    peak_by_module: dict[str, KindBytes]
+    peak_by_module: dict[str, KindBytes] = field(repr=False)
     """For each module, `""` being the model, its part of the peak, with its submodules'.
 
     Parameters, their gradients and optimizer state belong to the module that holds the parameter, or to the innermost
     one around all that do, and the rest to the module whose operators made it. What no module made (inputs, the loss,
     the optimizer's temporaries) is in the totals only.
     """
-    forward_end_by_module: dict[str, KindBytes]
+    forward_end_by_module: dict[str, KindBytes] = field(repr=False)
     """Likewise at the end of the forward pass."""
     cuda_peak_bytes: int | None = None
     """The most that the CUDA allocator had given out; None without CUDA, and from a tracker alone, as the next two."""
@@ -144,6 +146,7 @@ class MemoryTracker(TorchDispatchMode):
         return MemoryProfile(
             peak_bytes=totals[peak_at],
             peak=peak,
+            peak_phase=self._log.phase_of(peak_at),
             forward_end_bytes=totals[forward_end_at],
             forward_end=forward_end,
             start_bytes=totals[self._start],

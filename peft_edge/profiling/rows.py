@@ -33,9 +33,11 @@ def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, proc
             process_index=process_index,
             scope="step",
             lora_rank=next(iter(layers_of)) if len(layers_of) == 1 else None,
+            num_trainable_params=_trained([model]),
             **_flops([flops]),
             flops_optimizer=flops.optimizer,
             **_memory([memory.peak]),
+            memory_peak_phase=memory.peak_phase,
             memory_forward_end_bytes=memory.forward_end_bytes,
             cuda_peak_bytes=memory.cuda_peak_bytes,
             peak_rss_bytes=memory.peak_rss_bytes,
@@ -49,6 +51,7 @@ def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, proc
                 process_index=process_index,
                 scope="layers",
                 lora_rank=lora_rank,
+                num_trainable_params=_trained([model.get_submodule(layer) for layer in layers]),
                 **_flops([flops.by_module[layer] for layer in layers if layer in flops.by_module]),
                 **_memory([memory.peak_by_module[layer] for layer in layers]),
                 memory_forward_end_bytes=sum(sum(memory.forward_end_by_module[layer].values()) for layer in layers),
@@ -56,6 +59,11 @@ def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, proc
             )
         )
     return rows
+
+
+def _trained(modules: list[nn.Module]) -> int:
+    trained = {parameter for module in modules for parameter in module.parameters() if parameter.requires_grad}
+    return sum(parameter.numel() for parameter in trained)
 
 
 def _flops(counts: Sequence[Flops]) -> dict[str, Any]:

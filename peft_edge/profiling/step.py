@@ -60,8 +60,8 @@ class _FakeMode(FakeTensorMode):
         super().__exit__(kind, error, trace)
         if isinstance(error, DataDependentOutputException):
             raise ValueError(
-                f"the step reads the value of a tensor ({error.func}), and an analysis has only shapes: choose an "
-                "optimizer and a model that do not, or measure a real step"
+                f"the step reads the value of a tensor ({error.func}), as some optimizers and methods of PEFT do, and "
+                "an analysis has only shapes: choose others, or measure a real step by FlopCounter and MemoryTracker"
             ) from error
 
 

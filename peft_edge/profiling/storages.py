@@ -47,19 +47,23 @@ class StorageLog:
         self.module: str | None = None
         self._devices = devices
         self._live: dict[int, Storage] = {}
-        self._events: list[tuple[Storage, int]] = []
+        self._events: list[tuple[Storage, int, str]] = []
 
     def __len__(self) -> int:
         return len(self._events)
 
     def totals(self) -> list[int]:
         """Returns the bytes alive before the first event and after each."""
-        return [0, *accumulate(change for _, change in self._events)]
+        return [0, *accumulate(change for _, change, _ in self._events)]
+
+    def phase_of(self, events: int) -> str:
+        """Returns the phase that the last of so many events was in."""
+        return self._events[events - 1][2] if events else FORWARD
 
     def alive(self, events: int) -> Counter[tuple[str | None, str]]:
         """Returns the bytes alive after so many events, by module and kind."""
         alive: Counter[tuple[str | None, str]] = Counter()
-        for storage, change in self._events[:events]:
+        for storage, change, _ in self._events[:events]:
             alive[storage.module, storage.kind] += change
         return alive
 
@@ -106,13 +110,13 @@ class StorageLog:
             entry.key, entry.bytes, entry.kind = key, 0, TEMPORARIES
             entry.phase, entry.module = self.phase, self.module
         if size != entry.bytes:
-            self._events.append((entry, size - entry.bytes))
+            self._events.append((entry, size - entry.bytes, self.phase))
             entry.bytes = size
         return entry
 
     def _log_death(self, entry: Storage) -> None:
         del self._live[entry.key]
-        self._events.append((entry, -entry.bytes))
+        self._events.append((entry, -entry.bytes, self.phase))
 
 
 def innermost_around(module: str | None, other: str | None) -> str | None:

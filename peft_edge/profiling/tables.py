@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from peft_edge.records import StepProfile
 
+_PARAMETERS = {"M": 1e6, "k": 1e3, "": 1}
 _FLOPS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTES = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _ARITHMETIC = {
@@ -24,11 +25,20 @@ _MEMORY = {
     "optimizer": ["memory_optimizer_bytes"],
 }
 # Two tables, one below the other, so that lines are not too long. The columns of a group, which are compared with one
-# another, have one unit: the largest in which the largest of them is at least ten.
-_TABLES: tuple[tuple[tuple[Mapping[str, float], Mapping[str, Sequence[str]]], ...], ...] = (
-    ((_FLOPS, _ARITHMETIC), ({"ms": 1e-3}, _TIME), ({"per s": 1}, {"samples": ["samples_per_s"]})),
-    ((_BYTES, _MEMORY), (_BYTES, {"update": ["adapter_bytes"]})),
-)
+# another, have one unit: the largest in which the largest of them is at least ten. Without units they are words.
+_TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
+    "arithmetic and time of a training step": (
+        (_FLOPS, _ARITHMETIC),
+        ({"ms": 1e-3}, _TIME),
+        ({"per s": 1}, {"samples": ["samples_per_s"]}),
+    ),
+    "memory when it is at its peak, and the update": (
+        ({}, {"peak in": ["memory_peak_phase"]}),
+        (_BYTES, _MEMORY),
+        (_PARAMETERS, {"trained": ["num_trainable_params"]}),
+        (_BYTES, {"saved": ["adapter_bytes"]}),
+    ),
+}
 
 
 def cost_table(costs: Mapping[str, StepProfile]) -> str:
@@ -40,16 +50,20 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
         costs: By the name that heads the line.
     """
     tables = []
-    for groups in _TABLES:
+    for caption, groups in _TABLES.items():
         columns = [column for units, group in groups for column in _columns(costs.values(), units, group)]
         if columns:
-            tables.append(text_table(list(zip(["", "", *costs], *columns, strict=True))))
+            tables.append(f"{caption}\n{text_table(list(zip(['', '', *costs], *columns, strict=True)))}")
     return "\n\n".join(tables)
 
 
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
+    if not units:
+        words = {title: [getattr(cost, name) for cost in costs] for title, (name,) in group.items()}
+        yield from (["", title, *(word or "-" for word in column)] for title, column in words.items() if any(column))
+        return
     sums = {title: [_sum(cost, names) for cost in costs] for title, names in group.items()}
     largest = max((value for values in sums.values() for value in values if value is not None), default=None)
     if largest is None:
@@ -77,8 +91,10 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 def _short(value: float) -> str:
     """Three digits, or all of those before the point."""
+    if 0 < value < 0.01:
+        return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"
 
 
 def _name(row: StepProfile) -> str:
-    return f"process {row.process_index}" + (f", rank {row.lora_rank}" if row.scope == "layers" else "")
+    return f"process {row.process_index}" + (f", layers of rank {row.lora_rank}" if row.scope == "layers" else "")

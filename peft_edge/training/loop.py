@@ -94,13 +94,16 @@ def train(
             model.train()
             batches.set_epoch(epoch)
             for batch in skip_first_batches(batches, done):
-                started = time.perf_counter()
                 tell("on_step_begin")
+                started = time.perf_counter()
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, tell)
+                seconds = time.perf_counter() - started
                 progress.step = state.global_step = progress.step + 1
                 tell("on_step_end")
+                # Reading the loss waits for the device, so it belongs to the step; what profiling writes does not.
+                started = time.perf_counter()
                 progress.loss_sum += accelerator.reduce(loss, reduction="mean").item()
-                progress.train_time += time.perf_counter() - started
+                progress.train_time += seconds + time.perf_counter() - started
                 bar.update()
                 if progress.step % len(batches) == 0:
                     figures = _end_epoch(progress, len(batches), accuracy(model, validation, accelerator))

@@ -192,5 +192,5 @@ def table(record: Record) -> str:
         what = name.removesuffix(_DIFFERENCE)
         lines.append(f"saved update, {what}: largest difference of a logit {difference:.1e}")
     if record.profile:
-        lines += ["", "a training step:", profile_table(record.profile)]
+        lines += ["", profile_table(record.profile)]
     return "\n".join(lines)

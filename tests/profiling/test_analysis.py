@@ -52,6 +52,26 @@ def test_adapters_of_a_rank(tiny_backbone: nn.Module, lora_rank: int) -> None:
     assert [row.adapter_bytes for row in analysis.profile] == [4 * analysis.num_trainable_params, 4 * adapters]
 
 
+def test_a_model_is_analysed_as_it_is_with_inputs_of_its_own() -> None:
+    class Product(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.left, self.right = nn.Linear(6, 5), nn.Linear(7, 5).requires_grad_(False)
+
+        def forward(self, left: torch.Tensor, *, right: torch.Tensor) -> torch.Tensor:
+            return self.left(left) * self.right(right)
+
+    inputs = {"left": torch.empty(3, 6), "right": torch.empty(3, 7, device="meta")}
+    analysis = analyse(Product(), None, inputs=inputs)
+    assert (analysis.flops.forward, analysis.flops.backward) == (2 * 3 * 5 * (6 + 7), 2 * 3 * 5 * 6)
+    assert analysis.num_trainable_params == 6 * 5 + 5
+
+
+def test_inputs_that_do_not_fit_are_named(tiny_backbone: nn.Module) -> None:
+    with pytest.raises(ValueError, match=r"cannot take a step on inputs of the shape \[\(2, 1, 8, 8\)\]"):
+        analyse(tiny_backbone, "full", inputs=torch.empty(2, 1, 8, 8))
+
+
 def test_peft_configurations_are_methods(tiny_backbone: nn.Module) -> None:
     config = LoraConfig(r=2, target_modules=["conv_head"])
     by_config = analyse(tiny_backbone, config, **SMALL)

@@ -19,29 +19,45 @@ def test_columns_that_are_compared_have_one_unit_with_three_digits() -> None:
             flops_elementwise_backward=1_200_000_000,
             flops_optimizer=49_000_000,
             memory_peak_bytes=1246 * 2**20,
+            memory_peak_phase="backward",
+            num_trainable_params=3_500_000,
             memory_gradients_bytes=0,
             adapter_bytes=5 * 2**10,
         ),
         "head": StepProfile(process_index=0, scope="step", flops_forward=10**9, memory_peak_bytes=2**20),
     }
-    arithmetic, memory = (list(map(str.split, table.splitlines())) for table in cost_table(costs).split("\n\n"))
-    assert arithmetic == [
+    tables = (table.splitlines() for table in cost_table(costs).split("\n\n"))
+    (caption, *arithmetic), (caption_of_memory, *memory) = tables
+    assert caption == "arithmetic and time of a training step"
+    assert caption_of_memory == "memory when it is at its peak, and the update"
+    assert list(map(str.split, arithmetic)) == [
         ["GFLOP"] * 4,
         ["forward", "backward", "elementwise", "optimizer"],
         ["full", "9.62", "18.9", "1.80", "0.05"],
         ["head", "1.00", *"---"],
     ]
-    assert memory == [
-        [*["MiB"] * 6, "B"],
-        ["peak", "parameters", "gradients", "activations", "temporaries", "optimizer", "update"],
-        ["full", "1,246", "-", "0", "-", "-", "-", "5,120"],
-        ["head", "1.00", *"------"],
+    assert list(map(str.split, memory)) == [
+        [*["MiB"] * 6, "k", "B"],
+        [
+            "peak",
+            "in",
+            "peak",
+            "parameters",
+            "gradients",
+            "activations",
+            "temporaries",
+            "optimizer",
+            "trained",
+            "saved",
+        ],
+        ["full", "backward", "1,246", "-", "0", "-", "-", "-", "3,500", "5,120"],
+        ["head", "-", "1.00", *"-------"],
     ]
 
 
 def test_what_nobody_measured_has_no_column() -> None:
     table = cost_table({"a": StepProfile(process_index=0, scope="step", forward_s=0.0123, samples_per_s=1234.5)})
-    units, titles, line = (line.split() for line in table.splitlines())
+    units, titles, line = (line.split() for line in table.splitlines()[1:])
     assert units == ["ms", "ms", "ms", "per", "s"]
     assert titles == ["forward", "backward", "optimizer", "samples"]
     assert line == ["a", "12.3", "-", "-", "1,234"]
@@ -52,9 +68,9 @@ def test_a_profile_has_a_line_for_each_process_and_rank() -> None:
         StepProfile(process_index=0, scope="step", flops_forward=2),
         StepProfile(process_index=11, scope="layers", lora_rank=4, flops_forward=1),
     ]
-    unit, title, *lines = profile_table(rows).splitlines()
+    _, unit, title, *lines = profile_table(rows).splitlines()
     assert (unit.split(), title.split()) == (["FLOP"] * 4, ["forward", "backward", "elementwise", "optimizer"])
     assert [line.split("  ")[0].strip() for line in (line.strip() for line in lines)] == [
         "process 0",
-        "process 11, rank 4",
+        "process 11, layers of rank 4",
     ]

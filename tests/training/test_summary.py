@@ -82,6 +82,6 @@ def test_table_shows_gain_loss_and_cost() -> None:
         "learning rate 0.01: validation accuracy 0.700",
         "saved update, merged: largest difference of a logit 2.0e-06",
         "",
-        "a training step:",
+        "arithmetic and time of a training step",
     ]
     assert "12.3" in lines[9]
