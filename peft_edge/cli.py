@@ -35,6 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
+    except KeyboardInterrupt:
+        parser.exit(130)
 
 
 def _add_profile(commands: Any) -> None:
@@ -91,10 +93,18 @@ def _profile(options: argparse.Namespace) -> None:
     else:
         print(f"One training step of {title}\n\n{cost_table(costs)}")
         if options.json is not None:
-            with written_whole(Path(options.json)) as unfinished:
-                unfinished.write_text(text, encoding="utf-8")
+            _write(Path(options.json), text)
     if options.picture is not None:
         save_cost_figure(costs, options.picture, title=title)
+
+
+def _write(path: Path, text: str) -> None:
+    if path.exists() and not path.is_file():
+        # A device or a pipe: written to, not replaced.
+        path.write_text(text, encoding="utf-8")
+        return
+    with written_whole(path.resolve()) as unfinished:
+        unfinished.write_text(text, encoding="utf-8")
 
 
 def positive_integer(text: str) -> int:

@@ -43,6 +43,16 @@ def test_figures_are_printed_on_request_and_the_accounting_of_the_source_study_c
     assert backward[1] > 4 * backward[0]
 
 
+def test_a_pipe_is_written_to_and_a_link_followed(tmp_path: Path) -> None:
+    head = [*PROFILE, "--method", "head", "--json"]
+    main([*head, "/dev/null"])
+    assert Path("/dev/null").is_char_device()
+    (tmp_path / "link.json").symlink_to(tmp_path / "costs.json")
+    main([*head, str(tmp_path / "link.json")])
+    assert (tmp_path / "link.json").is_symlink()
+    assert json.loads((tmp_path / "costs.json").read_text(encoding="utf-8"))["num_classes"] == 10
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

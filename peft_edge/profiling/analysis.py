@@ -88,6 +88,8 @@ def analyse(
             of PEFT does.
         TypeError: A method is given by name, and needs to know the head of a model that is not timm's.
     """
+    if batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     model = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
     model = _prepare(model, method, lora_rank, adapter or {}).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -148,7 +150,8 @@ def _optimizer(
 def _inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:
     if getattr(model, "main_input_name", None) == "input_ids":
         return {"input_ids": torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")}
-    dtype = next(parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = next(floating, torch.float32)
     return torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -41,6 +42,9 @@ class ProfilingCallback(TrainerCallback):
     stays readable whatever happens to the others; a training that is resumed goes on from there. At the end the main
     process prints a table of all processes and writes `<output_dir>/profile/<name>.json`; without a name these are
     `profile/process_<index>.json` and `profile.json`.
+
+    A step that torch.compile has compiled is counted as it is without; one that must be compiled whole (`fullgraph`)
+    cannot be counted, and needs `every_n_steps=0`.
 
     Curves for the trackers, in `transformers.Trainer`:
 
@@ -116,11 +120,10 @@ class ProfilingCallback(TrainerCallback):
             if process.is_main_process:
                 for old in self._folder.glob("process_*.json"):
                     remove(old)
+                remove(self._whole_file)
             process.wait_for_everyone()
         elif self._file.exists():
-            content = json.loads(self._file.read_text(encoding="utf-8"))
-            rows, times = content["rows"], content["times"]
-            self._begin([StepProfile(**row) for row in rows], [StepTimes(**seconds) for seconds in times])
+            self._begin(*_read(self._file))
 
     def on_step_begin(
         self,
@@ -132,7 +135,8 @@ class ProfilingCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Begins to measure the step, if it is one of a sample."""
-        if self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0:
+        is_due = self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0
+        if is_due and not self._planned:
             self._planned.extend((CountedStep(model, optimizer), TimedStep(model)))
             if self._trace and self._steps_begun == 1:
                 self._planned.append(_traced(self._root / "traces" / self._name / self._file.name))
@@ -176,9 +180,18 @@ class ProfilingCallback(TrainerCallback):
             return
         self.rows = gather_object(self.rows)
         if PartialState().is_main_process and self.rows:
-            _write(self._folder.with_name(f"{self._folder.name}.json"), [asdict(row) for row in self.rows])
+            _write(self._whole_file, [asdict(row) for row in self.rows])
             if self._show_table:
                 print(profile_table(self.rows))
+
+    @property
+    def is_measuring(self) -> bool:
+        """Whether the step that is running is measured, and takes longer than others."""
+        return self._step is not None
+
+    @property
+    def _whole_file(self) -> Path:
+        return self._folder.with_name(f"{self._folder.name}.json")
 
     @property
     def _file(self) -> Path:
@@ -202,7 +215,7 @@ class ProfilingCallback(TrainerCallback):
         figures: dict[str, float] = {}
         for row in rows:
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
-            names = _LOGGED_OF_LAYERS if row.scope == "layers" else asdict(row).keys() - _NOT_LOGGED
+            names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in asdict(row) if n not in _NOT_LOGGED]
             figures |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
         # Trainer takes its `log` for the step's own, which would then be left out.
         should_log = control.should_log
@@ -212,9 +225,18 @@ class ProfilingCallback(TrainerCallback):
 
 def read_profile(folder: Path) -> list[StepProfile]:
     """Returns what the processes of a training have left below `folder`, finished or not."""
-    contents = [json.loads(file.read_text(encoding="utf-8")) for file in folder.rglob("process_*.json")]
-    rows = [StepProfile(**row) for content in contents for row in content["rows"]]
+    rows = [row for file in folder.rglob("process_*.json") for row in _read(file)[0]]
     return sorted(rows, key=lambda row: row.process_index)
+
+
+def _read(file: Path) -> tuple[list[StepProfile], list[StepTimes]]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+        return [StepProfile(**row) for row in content["rows"]], [StepTimes(**seconds) for seconds in content["times"]]
+    except (ValueError, TypeError, KeyError) as error:
+        # No training, and no report of why one has failed, shall fail for its figures.
+        warnings.warn(f"{file} is damaged, and what it holds is left out: {error}", stacklevel=2)
+        return [], []
 
 
 def _median(values: list[float | None]) -> float | None:

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.utils.flop_counter import FlopCounterMode
 
-from peft_edge.profiling.formulas import NORMALISATIONS, aten, convolution_backward, elementwise_formulas
+from peft_edge.profiling.formulas import NORMALISATIONS, PRODUCTS, aten, convolution_backward, elementwise_formulas
 from peft_edge.profiling.location import OPTIMIZER, StepLocation, ancestors
 from peft_edge.profiling.step import Inputs, LossFn, fake_copy, take_step
 
@@ -70,7 +70,7 @@ class FlopCounter:
             raise ValueError(f"accounting is {accounting!r}, expected one of {', '.join(ACCOUNTINGS)}")
         self._is_exact = accounting == "exact"
         corrected = {aten.convolution_backward: convolution_backward} if self._is_exact else {}
-        self._mode = FlopCounterMode(display=False, custom_mapping={**elementwise_formulas(), **corrected})
+        self._mode = FlopCounterMode(display=False, custom_mapping={**elementwise_formulas(), **PRODUCTS, **corrected})
         # It has the interface of torch's tracker, which would not tell the phases apart.
         location: Any = StepLocation(model)
         self._mode.mod_tracker = location

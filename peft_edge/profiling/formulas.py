@@ -2,14 +2,16 @@
 
 A multiply-add is two operations. Convolutions, matrix products and attention have torch's own formulas
 (`torch.utils.flop_counter`), except for the backward of a convolution, which torch overcounts by the number of groups.
-Everything else is elementwise: so many operations for each element of the operator's largest tensor, and one where
-nothing else is written here. Moving data (copies, views, indexing, selection) is no arithmetic.
+What torch tags as pointwise or as a reduction, and what is listed here, is elementwise: so many operations for each
+element of the operator's largest tensor. Moving data (copies, views, indexing, selection) is no arithmetic, and what is
+neither tagged nor listed (recurrent layers fused for the CPU, for example) counts none.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -69,6 +71,27 @@ def _sgd(*arguments: Any, weight_decay: float, momentum: float, nesterov: bool, 
     return 2 + 2 * (weight_decay != 0) + 2 * (momentum != 0) + 2 * nesterov
 
 
+def _vector_product(x: list[int], y: list[int], *arguments: Any, **options: Any) -> int:
+    return 2 * prod(x)
+
+
+def _added_vector_product(total: list[int], x: list[int], y: list[int], *arguments: Any, **options: Any) -> int:
+    return 2 * prod(x)
+
+
+def _added_products(total: list[int], x: list[int], y: list[int], *arguments: Any, **options: Any) -> int:
+    return 2 * prod(x) * y[-1]
+
+
+PRODUCTS: dict[Any, Formula] = {
+    aten.mv: _vector_product,
+    aten.dot: _vector_product,
+    aten.vdot: _vector_product,
+    aten.addmv: _added_vector_product,
+    aten.addbmm: _added_products,
+}
+"""Products that torch has no formula for."""
+
 NORMALISATIONS: dict[str, int | Formula] = {
     # As fvcore counts them: mean, variance, shift and scale come to five in training.
     "native_batch_norm": _training_flag(5, training=5, evaluation=2),
@@ -103,22 +126,47 @@ _OPERATIONS: dict[str, int | Formula] = {
         (
             "_adaptive_avg_pool2d",
             "_adaptive_avg_pool2d_backward",
+            "_prelu_kernel",
+            "_prelu_kernel_backward",
+            "adaptive_max_pool2d",
+            "adaptive_max_pool2d_backward",
             "avg_pool2d",
             "avg_pool2d_backward",
-            "max_pool2d_with_indices",
-            "max_pool2d_with_indices_backward",
+            "avg_pool3d",
+            "avg_pool3d_backward",
+            "binary_cross_entropy",
+            "binary_cross_entropy_backward",
+            "cumsum",
             "elu_backward",
             "embedding_dense_backward",
+            "glu",
+            "glu_backward",
             "hardsigmoid_backward",
             "hardswish",
             "hardswish_backward",
             "hardtanh_backward",
+            "huber_loss",
+            "huber_loss_backward",
             "leaky_relu_backward",
+            "log_sigmoid_backward",
+            "log_sigmoid_forward",
+            "max_pool2d_with_indices",
+            "max_pool2d_with_indices_backward",
+            "max_pool3d_with_indices",
+            "max_pool3d_with_indices_backward",
+            "mish_backward",
+            "mse_loss",
+            "mse_loss_backward",
             "native_dropout",
             "nll_loss_forward",
+            "smooth_l1_loss",
+            "smooth_l1_loss_backward",
             "softplus_backward",
+            "upsample_bicubic2d",
+            "upsample_bicubic2d_backward",
             "upsample_bilinear2d",
             "upsample_bilinear2d_backward",
+            "upsample_nearest2d_backward",
         ),
         1,
     ),

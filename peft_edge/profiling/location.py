@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from bisect import bisect_right
 from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
@@ -32,6 +33,10 @@ class StepLocation:
 
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
+        self._holders = {
+            parameter: name for name, module in model.named_modules() for parameter in module.parameters(recurse=False)
+        }
+        self._thread = threading.get_ident()
         self._running: list[str | None] = []
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
@@ -64,6 +69,8 @@ class StepLocation:
             self._last_phase = OPTIMIZER
         elif backward_pass != -1:
             self._last_phase = BACKWARD
+        elif self._running:
+            self._last_phase = FORWARD
         elif self._last_phase == BACKWARD:
             self._last_phase = OPTIMIZER
         return self._last_phase
@@ -78,8 +85,7 @@ class StepLocation:
         if phase == FORWARD:
             self._remember(None)
         elif phase == BACKWARD and (node := torch._C._current_autograd_node()) is not None:
-            position = bisect_right(self._numbers, node._sequence_nr()) - 1
-            return phase, self._owners[position] if position >= 0 else None
+            return phase, self._owner(node)
         return phase, None
 
     @property
@@ -87,7 +93,17 @@ class StepLocation:
         """The place of the operator, under which `FlopCounterMode` enters it."""
         return {self.locate()}
 
+    def _owner(self, node: Any) -> str | None:
+        if isinstance(parameter := getattr(node, "variable", None), Tensor):
+            # The node that adds to a parameter's gradient has no number.
+            return self._holders.get(parameter)
+        position = bisect_right(self._numbers, node._sequence_nr()) - 1
+        return self._owners[position] if position >= 0 else None
+
     def _remember(self, module: str | None) -> None:
+        # Every thread has numbers of its own, and on CUDA the backward pass, with what it computes again, has a thread.
+        if threading.get_ident() != self._thread:
+            return
         # Autograd makes an operator's node before it dispatches it; an operator without one finds an older number.
         number = torch.autograd._get_sequence_nr() - 1
         if not self._numbers or number > self._numbers[-1]:
@@ -95,8 +111,6 @@ class StepLocation:
             self._owners.append(module)
 
     def _enter_module(self, module: nn.Module, inputs: Any) -> None:
-        if torch._C._current_graph_task_id() == -1:
-            self._last_phase = FORWARD
         outer = self._running[-1] if self._running else None
         self._running.append(self._names.get(module, outer))
 

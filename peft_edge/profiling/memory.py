@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from peft_edge.profiling.location import BACKWARD, FORWARD, StepLocation, ancestors
 from peft_edge.profiling.process_memory import ProcessPeak
-from peft_edge.profiling.step import Inputs, LossFn, fake_copy, take_step
+from peft_edge.profiling.step import Inputs, LossFn, copy_together, fake_copy, take_step
 from peft_edge.profiling.storages import (
     BUFFERS,
     GRADIENTS,
@@ -89,6 +89,8 @@ class MemoryTracker(TorchDispatchMode):
         optimizer: Of which the state is to be told from the optimizer's temporaries.
         inputs: What the model will be called with. Tensors that nobody tells of are counted from their first use.
     """
+
+    supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
@@ -183,8 +185,11 @@ class MemoryTracker(TorchDispatchMode):
                         self._log.claim(leaf, OPTIMIZER_STATE, self._owners.get(parameter))
 
     def _claim_gradient(self, parameter: Tensor) -> None:
-        if parameter.grad is not None:
-            self._log.claim(parameter.grad, GRADIENTS, self._owners[parameter])
+        if parameter.grad is None:
+            return
+        gradient = parameter.grad
+        for part in (gradient._indices(), gradient._values()) if gradient.is_sparse else (gradient,):
+            self._log.claim(part, GRADIENTS, self._owners[parameter])
 
 
 def track_memory(
@@ -208,7 +213,8 @@ def track_memory(
         fake: Whether to run on fake tensors, which takes no memory and little time, and has no figures of the process.
 
     Raises:
-        ValueError: The loss is no scalar, or the output holds nothing that a loss could be made of.
+        ValueError: The loss is no scalar, the output holds nothing that a loss could be made of, or model and optimizer
+            cannot be copied.
     """
     device = next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
     allocated_before = 0 if device is None else torch.cuda.memory_allocated(device)
@@ -218,7 +224,8 @@ def track_memory(
             mode, model, optimizer, inputs = fake_copy(model, optimizer, inputs)
             surroundings.enter_context(mode)
         else:
-            model, optimizer, inputs = copy.deepcopy((model, optimizer, inputs))
+            model, optimizer = copy_together(model, optimizer, {})
+            inputs = copy.deepcopy(inputs)
             surroundings.enter_context(torch.random.fork_rng(devices=[] if device is None else [device]))
         take_step(model, inputs, optimizer, loss_fn)
         with nullcontext() if fake else process, MemoryTracker(model, optimizer, inputs) as tracker:

@@ -81,10 +81,44 @@ def fake_copy(
     # What deepcopy finds in its memo it does not copy.
     memo: dict[int, Any] = {id(leaf): _fake_state(leaf, mode) for leaf in state if isinstance(leaf, Tensor)}
     memo |= {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
-    model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
+    model_copy, optimizer_copy = copy_together(model, optimizer, memo)
     # A tokenizer's mapping is no dict, and torch would not look inside.
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return mode, model_copy, optimizer_copy, tree_map_only(Tensor, lambda tensor: _fake(tensor, mode), inputs)
+
+
+def copy_together(
+    model: nn.Module, optimizer: Optimizer | None, memo: dict[int, Any]
+) -> tuple[nn.Module, Optimizer | None]:
+    """Copies a model and the optimizer of its parameters.
+
+    Args:
+        model: To be copied.
+        optimizer: To be copied, with those of its attributes that torch's optimizers do not have.
+        memo: As `copy.deepcopy` takes it: what is not to be copied, by identity.
+
+    Raises:
+        ValueError: The optimizer trains parameters that are not the model's, or one of the two cannot be copied.
+    """
+    parameters = set(model.parameters())
+    groups = [] if optimizer is None else optimizer.param_groups
+    if any(parameter not in parameters for group in groups for parameter in group["params"]):
+        raise ValueError(
+            "the optimizer trains parameters that are not the model's: if they are those of the loss, make the loss a "
+            "part of the model"
+        )
+    try:
+        model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
+        if optimizer_copy is not None:
+            # torch pickles its own attributes only.
+            missing = vars(optimizer).keys() - vars(optimizer_copy).keys()
+            vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
+    except Exception as error:
+        raise ValueError(
+            f"{type(model).__name__} and {type(optimizer).__name__} cannot be copied ({error}): measure a real step of "
+            "them, inside of FlopCounter and MemoryTracker"
+        ) from error
+    return model_copy, optimizer_copy
 
 
 def meta_copy(model: nn.Module) -> nn.Module:

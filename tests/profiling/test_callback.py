@@ -137,6 +137,30 @@ def test_resumed_training_goes_on_with_its_figures_and_a_new_one_does_not(tmp_pa
     assert [row.process_index for row in read_profile(tmp_path)] == [0]
 
 
+def test_damaged_figures_are_left_out_with_a_warning(tmp_path: Path) -> None:
+    train(ProfilingCallback(output_dir=tmp_path), 3)
+    (tmp_path / "profile" / "process_1.json").write_text('{"rows": [{"unknown": 1}], "times": []}')
+    with pytest.warns(UserWarning, match=r"process_1\.json is damaged"):
+        assert [row.process_index for row in read_profile(tmp_path)] == [0]
+    (tmp_path / "profile" / "process_0.json").write_text("")
+    resumed = ProfilingCallback(output_dir=tmp_path)
+    with pytest.warns(UserWarning, match=r"process_0\.json is damaged"):
+        train(resumed, 6, done=3)
+    assert [row.steps for row in resumed.rows] == [1]
+
+
+def test_no_more_measurements_are_planned_than_taken(tmp_path: Path) -> None:
+    callback = ProfilingCallback(1, output_dir=tmp_path)
+    train(callback, 12)
+    assert len(callback._planned) <= 1
+
+
+def test_a_training_too_short_to_be_measured_leaves_no_figures_of_another(tmp_path: Path) -> None:
+    train(ProfilingCallback(output_dir=tmp_path), 3)
+    train(ProfilingCallback(output_dir=tmp_path), 1)
+    assert not list(tmp_path.rglob("*.json"))
+
+
 def test_training_that_fails_while_it_is_counted_leaves_no_mode_behind(tmp_path: Path) -> None:
     failing = network()
     failing.register_forward_hook(lambda *arguments: 1 / 0 if _get_current_dispatch_mode_stack() else None)

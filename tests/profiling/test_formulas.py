@@ -44,6 +44,41 @@ def test_elementwise_operators_cost_so_much_an_element(function: Any, forward: i
     assert (counted.elementwise_forward, counted.elementwise_backward) == (forward, backward)
 
 
+@pytest.mark.parametrize(
+    ("function", "shapes", "products"),
+    [
+        (torch.mv, [(7, 5), (5,)], 7 * 5),
+        (torch.dot, [(7,), (7,)], 7),
+        (torch.addmv, [(7,), (7, 5), (5,)], 7 * 5),
+        (torch.addbmm, [(7, 6), (3, 7, 5), (3, 5, 6)], 3 * 7 * 5 * 6),
+    ],
+)
+def test_products_cost_their_multiply_adds(function: Any, shapes: list[tuple[int, ...]], products: int) -> None:
+    assert count(lambda *tensors: function(*tensors).detach(), *shapes).forward == 2 * products
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: F.max_pool2d(x, 2),
+        lambda x: F.avg_pool2d(x, 2),
+        lambda x: F.adaptive_max_pool2d(x, 2),
+        lambda x: F.interpolate(x, scale_factor=0.5, mode="bilinear"),
+        lambda x: F.interpolate(x, scale_factor=0.5, mode="bicubic"),
+        lambda x: F.mse_loss(x, torch.zeros_like(x)),
+        lambda x: F.smooth_l1_loss(x, torch.zeros_like(x)),
+        F.mish,
+        F.logsigmoid,
+        lambda x: F.prelu(x, torch.ones(1)),
+        lambda x: F.dropout(x, 0.5),
+    ],
+)
+def test_both_passes_read_or_write_every_element(function: Any) -> None:
+    counted = count(function, (3, 4, 5, 6))
+    assert counted.elementwise_forward >= SIZE
+    assert counted.elementwise_backward >= SIZE
+
+
 def test_a_sum_reads_its_input_and_a_broadcast_writes_its_output() -> None:
     assert count(lambda x: x.detach().sum(), (7, 5)).elementwise_forward == 35
     assert count(lambda x, y: x.detach() * y.detach(), (7, 1), (1, 5)).elementwise_forward == 35

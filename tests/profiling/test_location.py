@@ -112,6 +112,30 @@ def test_a_step_inside_the_update_keeps_its_phases() -> None:
     assert {phase for phase, _ in log.where("cat")} == {OPTIMIZER}
 
 
+def test_after_a_gradient_inside_the_forward_it_is_the_forward_still() -> None:
+    class Force(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            (slope,) = torch.autograd.grad((x @ self.weight).sum(), x, create_graph=True)
+            return slope.exp()
+
+    model = Force()
+    with Log(model) as log:
+        model(torch.ones(2, 3, requires_grad=True)).sum().backward()
+    assert log.where("exp") == [(FORWARD, "")]
+
+
+def test_gradients_are_added_up_in_the_module_that_holds_the_parameter() -> None:
+    model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
+    with Log(model) as log:
+        for _ in range(2):
+            model(torch.ones(4, 3)).sum().backward()
+    assert sorted(log.where("add_")) == [(BACKWARD, "0"), (BACKWARD, "1")]
+
+
 def test_a_module_that_fails_is_left() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     with Log(model) as log:

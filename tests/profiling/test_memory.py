@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -130,6 +131,32 @@ def test_custom_functions_keep_what_they_save() -> None:
 
     assert profile.forward_end["activations"] == MAP + MAP // 4 + SCALARS
     assert profile.forward_end_by_module[""]["activations"] == MAP // 4
+
+
+def test_a_batch_that_nobody_told_of_belongs_to_no_module() -> None:
+    model = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
+    with MemoryTracker(model) as tracker:
+        model(torch.randn(BATCH, WIDTH))
+        batch = torch.from_numpy(np.ones((BATCH, WIDTH), dtype=np.float32))
+        outputs = model(batch)
+    profile = tracker.result()
+    assert profile.forward_end["activations"] == batch.nbytes + outputs.nbytes
+    assert profile.forward_end_by_module[""]["activations"] == outputs.nbytes
+
+
+def test_sparse_gradients_are_gradients() -> None:
+    model = nn.Embedding(100, 16, sparse=True)
+    with MemoryTracker(model) as tracker:
+        model(torch.arange(5)).sum().backward()
+        torch.zeros(1000)  # the peak, after the backward pass
+    assert tracker.result().peak["gradients"] == 5 * 16 * 4 + 5 * 8
+
+
+def test_higher_order_operators_are_let_through() -> None:
+    with MemoryTracker(nn.Linear(1, 1)) as tracker:
+        sines = torch.cond(torch.tensor(True), torch.sin, torch.cos, (torch.ones(300),))
+    assert torch.equal(sines, torch.ones(300).sin())
+    assert tracker.result().peak_bytes >= 2 * 300 * 4
 
 
 def test_tied_and_viewed_parameters_count_once(inputs: Tensor) -> None:

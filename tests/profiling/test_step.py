@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from types import SimpleNamespace
 
 import pytest
@@ -92,6 +93,42 @@ def test_a_meta_copy_has_the_same_tensors_without_their_memory() -> None:
 def test_views_stay_views_of_one_storage() -> None:
     _, copy, _, _ = fake_copy(Tied(), None, torch.ones(2, 4))
     assert copy.part.untyped_storage()._cdata == copy.whole.untyped_storage()._cdata
+
+
+class Slow(torch.optim.SGD):
+    """Steps every other time."""
+
+    def __init__(self, parameters: object, lr: float) -> None:
+        super().__init__(parameters, lr=lr)
+        self.turn = torch.zeros(2)
+
+    def step(self, closure: None = None) -> None:
+        self.turn += 1
+        super().step()
+
+
+def test_attributes_of_an_optimizer_are_copied_too() -> None:
+    model = nn.Linear(4, 4)
+    optimizer = Slow(model.parameters(), lr=0.1)
+    mode, copy, optimizer_copy, x = fake_copy(model, optimizer, torch.ones(2, 4))
+    with mode:
+        take_step(copy, x, optimizer_copy, None)
+    assert torch.equal(optimizer.turn, torch.zeros(2))
+
+
+def test_parameters_outside_the_model_are_named_and_stay_as_they_are() -> None:
+    model, loss = nn.Linear(4, 4), nn.Linear(4, 1)
+    optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
+    with pytest.raises(ValueError, match=r"parameters that are not the model's: .* make the loss a part of the model"):
+        fake_copy(model, optimizer, torch.ones(2, 4))
+    assert loss.weight.grad is None
+
+
+def test_what_cannot_be_copied_is_named() -> None:
+    model = nn.Linear(4, 4)
+    model.lock = threading.Lock()
+    with pytest.raises(ValueError, match=r"Linear and NoneType cannot be copied .* measure a real step"):
+        fake_copy(model, None, torch.ones(2, 4))
 
 
 def test_a_step_that_reads_values_is_named() -> None:
