@@ -110,8 +110,8 @@ def copy_together(
     try:
         model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
         if optimizer_copy is not None:
-            # torch pickles its own attributes only.
-            missing = vars(optimizer).keys() - vars(optimizer_copy).keys()
+            # torch pickles its own attributes only. A schedule sets one, `step`, that would step the original.
+            missing = vars(optimizer).keys() - vars(optimizer_copy).keys() - {"step"}
             vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
     except Exception as error:
         raise ValueError(

@@ -116,6 +116,19 @@ def test_attributes_of_an_optimizer_are_copied_too() -> None:
     assert torch.equal(optimizer.turn, torch.zeros(2))
 
 
+def test_the_step_of_a_schedule_is_not_taken() -> None:
+    model = nn.Linear(4, 4)
+    before = model.weight.detach().clone()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    schedule = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    mode, copy, optimizer_copy, x = fake_copy(model, optimizer, torch.ones(2, 4))
+    with mode:
+        take_step(copy, x, optimizer_copy, None)
+    assert torch.equal(model.weight, before)
+    assert not getattr(schedule.optimizer, "_opt_called", False)
+    assert optimizer_copy.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
+
+
 def test_parameters_outside_the_model_are_named_and_stay_as_they_are() -> None:
     model, loss = nn.Linear(4, 4), nn.Linear(4, 1)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
