@@ -84,8 +84,7 @@ def analyse(
 
     Raises:
         ValueError: The method, the optimizer or the accounting is unknown, the adapter does not fit the network, the
-            network cannot run on such inputs, or the step depends on a tensor's values, as that of some other methods
-            of PEFT does.
+            network cannot run on such inputs, or the step depends on a tensor's values.
         TypeError: A method is given by name, and needs to know the head of a model that is not timm's.
     """
     if batch_size < 1:

@@ -56,12 +56,19 @@ def _default_loss(output: Any) -> Tensor:
 
 
 class _FakeMode(FakeTensorMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.rand.default and list(args[0]) == [1]:
+            # Methods of PEFT draw one number and look at it, to drop a module now and then: here none is dropped.
+            with self:
+                return torch.tensor([1.0])
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         super().__exit__(kind, error, trace)
         if isinstance(error, DataDependentOutputException):
             raise ValueError(
-                f"the step reads the value of a tensor ({error.func}), as some optimizers and methods of PEFT do, and "
-                "an analysis has only shapes: choose others, or measure a real step by FlopCounter and MemoryTracker"
+                f"the step reads the value of a tensor ({error.func}), as some optimizers do, and an analysis has only "
+                "shapes: choose others, or measure a real step by FlopCounter and MemoryTracker"
             ) from error
 
 

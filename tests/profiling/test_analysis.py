@@ -5,7 +5,7 @@ import resource
 import pytest
 import timm
 import torch
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
@@ -80,6 +80,12 @@ def test_peft_configurations_are_methods(tiny_backbone: nn.Module) -> None:
     assert by_config.num_trainable_params == 2 * (layer.in_channels + layer.out_channels)
     assert by_rank.num_trainable_params == 3 * by_config.num_trainable_params
     assert config.r == 2
+
+
+@pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
+def test_methods_that_drop_modules_at_random_drop_none(tiny_backbone: nn.Module, kind: type[PeftConfig]) -> None:
+    analysis = analyse(tiny_backbone, kind(r=2, target_modules=["conv_head"], module_dropout=0.9), **SMALL)
+    assert analysis.flops.optimizer >= 13 * analysis.num_trainable_params > 0
 
 
 def test_memory_on_mobilenetv2_is_that_of_the_design() -> None:
