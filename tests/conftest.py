@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 # Read once at import by the libraries below, so they are set first; child processes inherit them.
 _hf_home = tempfile.TemporaryDirectory(prefix="peft-edge-tests-")
@@ -19,7 +21,7 @@ import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
-from transformers import set_seed  # noqa: E402
+from transformers import TrainingArguments, set_seed  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -44,3 +46,22 @@ def tiny_backbone() -> nn.Module:
 def images() -> torch.Tensor:
     """Four random 32-pixel images."""
     return torch.randn(4, 3, 32, 32)
+
+
+@pytest.fixture
+def trainer_arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
+    """Makes the arguments of a Trainer that takes three steps on the CPU and writes nothing of its own."""
+
+    def make(**options: object) -> TrainingArguments:
+        return TrainingArguments(
+            output_dir=str(tmp_path),
+            use_cpu=True,
+            max_steps=3,
+            save_strategy="no",
+            report_to=[],
+            remove_unused_columns=False,
+            disable_tqdm=True,
+            **options,
+        )
+
+    return make

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
 
@@ -181,18 +181,8 @@ class RegressionTrainer(Trainer):
 
 
 @pytest.fixture
-def trainer(tmp_path: Path) -> Trainer:
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        max_steps=3,
-        per_device_train_batch_size=6,
-        logging_steps=1,
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
-    )
+def trainer(trainer_arguments: Callable[..., TrainingArguments]) -> Trainer:
+    arguments = trainer_arguments(per_device_train_batch_size=6, logging_steps=1)
     data = [{"x": torch.randn(4), "y": torch.randn(2)} for _ in range(18)]
     return RegressionTrainer(network(), arguments, train_dataset=data)
 

@@ -107,21 +107,14 @@ class ImageTrainer(Trainer):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_trainer_gives_the_same_figures_as_our_loop(network: nn.Module, tmp_path: Path, parts: int) -> None:
+def test_trainer_gives_the_same_figures_as_our_loop(
+    network: nn.Module, tmp_path: Path, trainer_arguments: Callable[..., TrainingArguments], parts: int
+) -> None:
     ours = train_in_our_loop(copy.deepcopy(network), tmp_path, f"training.gradient_accumulation_steps={parts}")
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    arguments = TrainingArguments(
-        output_dir=str(tmp_path),
-        use_cpu=True,
-        per_device_train_batch_size=8 // parts,
-        gradient_accumulation_steps=parts,
-        max_steps=3,
-        max_grad_norm=1.0,
-        save_strategy="no",
-        report_to=[],
-        remove_unused_columns=False,
-        disable_tqdm=True,
+    arguments = trainer_arguments(
+        per_device_train_batch_size=8 // parts, gradient_accumulation_steps=parts, max_grad_norm=1.0
     )
     optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
     callback = ProfilingCallback()
