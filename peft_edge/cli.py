@@ -44,7 +44,7 @@ def _add_profile(commands: Any) -> None:
         "profile",
         help="what a training step costs, without training",
         description="Prints FLOPs and memory of one training step for each method and LoRA rank. Nothing is computed: "
-        "the step runs on tensors that have a shape and no values, in seconds and without the network's memory.",
+        "the step runs on tensors that have a shape and no values, in seconds and in no more memory than the weights.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument

@@ -1,4 +1,4 @@
-"""What a method costs on a network, from shapes alone: in seconds, and without the network's memory."""
+"""What a method costs on a network, from shapes alone: in seconds, and without the memory of a step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from peft_edge.methods import prepare_model
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
 from peft_edge.profiling.rows import step_rows
-from peft_edge.profiling.step import Inputs, fake_copy, meta_copy, take_step
+from peft_edge.profiling.step import Inputs, fake_copy, logits_of, meta_copy, take_step
 from peft_edge.records import StepProfile
 
 OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
@@ -96,17 +96,18 @@ def analyse(
     if inputs is None:
         inputs = _inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
-    flops = FlopCounter(fake_model, accounting)
-    memory = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
+    counter = FlopCounter(fake_model, accounting)
+    tracker = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
     with _explained(inputs), mode:
         if fake_optimizer is not None:
             take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
-        with flops, memory:
+        with counter, tracker:
             take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
+    flops, memory = counter.result(), tracker.result()
     return Analysis(
-        flops=flops.result(),
-        memory=memory.result(),
-        profile=step_rows(model, flops.result(), memory.result(), process_index=0),
+        flops=flops,
+        memory=memory,
+        profile=step_rows(model, flops, memory, process_index=0),
         num_trainable_params=sum(parameter.numel() for parameter in trained),
         num_total_params=sum(parameter.numel() for parameter in model.parameters()),
     )
@@ -156,10 +157,5 @@ def _inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length:
 
 def classification_loss(output: Any) -> Tensor:
     """Cross-entropy of an image's or every token's logits, which is what these networks are trained with."""
-    logits = getattr(output, "logits", output)
-    if not isinstance(logits, Tensor):
-        raise ValueError(
-            f"the network returns {type(output).__name__}, expected a tensor or logits: take a model with a head"
-        )
-    logits = logits.float().flatten(0, -2)
+    logits = logits_of(output, advice="take a model with a head").float().flatten(0, -2)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))

@@ -34,7 +34,7 @@ class StepLocation:
     def __init__(self, model: nn.Module) -> None:
         self._names = {module: name for name, module in model.named_modules()}
         self._holders = {
-            parameter: name for name, module in model.named_modules() for parameter in module.parameters(recurse=False)
+            parameter: name for module, name in self._names.items() for parameter in module.parameters(recurse=False)
         }
         self._thread = threading.get_ident()
         self._running: list[str | None] = []

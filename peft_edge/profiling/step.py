@@ -49,10 +49,19 @@ def _call(model: nn.Module, inputs: Inputs) -> Any:
 def _default_loss(output: Any) -> Tensor:
     if getattr(output, "loss", None) is not None:
         return output.loss
-    output = getattr(output, "logits", output)
-    if not isinstance(output, Tensor):
-        raise ValueError(f"the model returns {type(output).__name__}, expected a tensor or logits: pass loss_fn")
-    return output.float().mean()
+    return logits_of(output, advice="pass loss_fn").float().mean()
+
+
+def logits_of(output: Any, *, advice: str) -> Tensor:
+    """Returns the model's output, or the logits in it.
+
+    Raises:
+        ValueError: It is neither; the message ends with the advice.
+    """
+    logits = getattr(output, "logits", output)
+    if not isinstance(logits, Tensor):
+        raise ValueError(f"the model returns {type(output).__name__}, expected a tensor or logits: {advice}")
+    return logits
 
 
 class _FakeMode(FakeTensorMode):
