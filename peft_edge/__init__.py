@@ -5,7 +5,19 @@ Importing this package makes its tuners known to PEFT.
 
 from peft_edge.backbones import load_backbone
 from peft_edge.hub import load_pretrained
-from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel, restat
+from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, ConvAdapterModel
+from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
+from peft_edge.tuners.restat import restat
 
 __version__ = "0.1.0"
-__all__ = ["ConvLoraConfig", "ConvLoraLayer", "ConvLoraModel", "load_backbone", "load_pretrained", "restat"]
+__all__ = [
+    "ConvAdapterConfig",
+    "ConvAdapterLayer",
+    "ConvAdapterModel",
+    "ConvLoraConfig",
+    "ConvLoraLayer",
+    "ConvLoraModel",
+    "load_backbone",
+    "load_pretrained",
+    "restat",
+]

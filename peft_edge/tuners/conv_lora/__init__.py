@@ -3,11 +3,9 @@
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, pad_rank
 from peft_edge.tuners.conv_lora.model import ConvLoraMixedModel, ConvLoraModel
-from peft_edge.tuners.conv_lora.norm import BatchNormLayer
-from peft_edge.tuners.conv_lora.restat import restat
 from peft_edge.tuners.registry import add_peft_type, allow_hotswap, allow_mixed, register
 
-__all__ = ["BatchNormLayer", "ConvLoraConfig", "ConvLoraLayer", "ConvLoraModel", "restat"]
+__all__ = ["ConvLoraConfig", "ConvLoraLayer", "ConvLoraModel"]
 
 _CONV_LORA = add_peft_type("CONV_LORA")
 register(_CONV_LORA, ConvLoraConfig, ConvLoraModel, prefix=ConvLoraModel.prefix)

@@ -10,7 +10,8 @@ from torch import nn
 
 from peft_edge.roles import ROLES
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
-from peft_edge.tuners.conv_lora.norm import BatchNormLayer, Norm
+from peft_edge.tuners.conv_lora.norm import LoraBatchNormLayer
+from peft_edge.tuners.norm import Norm
 from peft_edge.tuners.registry import add_peft_type
 
 
@@ -56,7 +57,7 @@ class ConvLoraConfig(LoraConfig):
                 nn.Conv1d: ConvLoraLayer,
                 nn.Conv2d: ConvLoraLayer,
                 nn.Conv3d: ConvLoraLayer,
-                nn.modules.batchnorm._BatchNorm: BatchNormLayer,
+                nn.modules.batchnorm._BatchNorm: LoraBatchNormLayer,
             }
         )
 

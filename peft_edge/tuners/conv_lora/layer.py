@@ -10,45 +10,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, variants
-from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
-from timm.layers import Conv2dSame
-from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 
 from peft_edge.functional import dora_scale, lowrank_kernel
-from peft_edge.roles import Convolution
+from peft_edge.tuners.convolution import KernelAdapter, check_convolution, convolve
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
-_PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame)}
-_PLAIN_CONV_FORWARDS = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-
-
-def _convolve(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv(x)` with other parameters: stride, padding mode and timm's same-padding are the layer's own."""
-    if isinstance(conv, Conv2dSame):
-        return conv2d_same(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return conv._conv_forward(x, weight, bias)
-
-
-def check_convolution(conv: Any, name: str) -> None:
-    """Checks that a layer is a plain convolution of its weight.
-
-    Args:
-        conv: a `Conv1d`, `Conv2d` or `Conv3d`.
-        name: its name in the model.
-
-    Raises:
-        ValueError: if it is not, naming it.
-    """
-    is_plain = type(conv).forward in _PLAIN_FORWARDS and type(conv)._conv_forward in _PLAIN_CONV_FORWARDS
-    # A weight that is no parameter is computed from others: torch's parametrisations and weight_norm.
-    if not is_plain or "weight" not in conv._parameters:
-        raise ValueError(
-            f"Cannot adapt layer {name!r}: {type(conv).__name__} is not a plain convolution of its weight (it "
-            "transforms the weight or the input first), so a merged adapter would compute something else. Leave it out "
-            f"with exclude_modules=[{name!r}]."
-        )
 
 
 def check_rank(r: int, name: str) -> None:
@@ -65,7 +34,7 @@ def check_rank(r: int, name: str) -> None:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r} (layer {name!r})")
 
 
-class ConvLoraLayer(nn.Module, LoraLayer):
+class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
     """A convolution whose kernel is its base layer's plus the low-rank updates of the active adapters.
 
     The kernels are added first and one convolution runs. For one group the parameters have the shapes and names of
@@ -103,7 +72,6 @@ class ConvLoraLayer(nn.Module, LoraLayer):
         LoraLayer.__init__(self, base_layer)
         check_convolution(self.get_base_layer(), target_name)
         self._active_adapter = adapter_name
-        self._unmerged: tuple[Tensor, Tensor | None] | None = None
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
 
     @property
@@ -161,13 +129,11 @@ class ConvLoraLayer(nn.Module, LoraLayer):
             self.get_base_layer().weight.shape,
         )
 
+    def _own_adapters(self) -> Iterable[str]:
+        return self.lora_A
+
     def _compose(self, adapters: Iterable[str]) -> tuple[Tensor, Tensor | None]:
-        """Kernel and bias of the base layer with `adapters` applied in turn, at the adapters' precision."""
-        conv = self.get_base_layer()
-        base_kernel, bias = conv.weight, conv.bias
-        if self._unmerged is not None:
-            # The model may have moved since.
-            base_kernel, bias = (None if value is None else value.to(conv.weight.device) for value in self._unmerged)
+        base_kernel, bias = self._base_parameters()
         kernel = base_kernel
         for adapter in adapters:
             delta = self.get_delta_weight(adapter)
@@ -183,7 +149,7 @@ class ConvLoraLayer(nn.Module, LoraLayer):
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.get_base_layer()
         dtype = conv.weight.dtype
-        return _convolve(conv, x, kernel.to(dtype), None if bias is None else bias.to(dtype))
+        return convolve(conv, x, kernel.to(dtype), None if bias is None else bias.to(dtype))
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Maps (B, C_in, *size) as the base layer does.
@@ -230,48 +196,6 @@ class ConvLoraLayer(nn.Module, LoraLayer):
             rows = [row for row, name in enumerate(adapter_names) if name == adapter]
             result[rows] = self._two_branch_forward(x[rows], [adapter])
         return result
-
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Puts the adapters' kernels into the base layer, for every number of groups.
-
-        Args:
-            safe_merge: check the result for NaN and infinity before the base layer changes.
-            adapter_names: what to merge, by default the active adapters.
-
-        Raises:
-            ValueError: if `safe_merge` finds a value that is not finite.
-            RuntimeError: if an adapter has a bias and the base layer has none.
-        """
-        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.lora_A]
-        if not names:
-            return
-        conv = self.get_base_layer()
-        if conv.bias is None and any(self.lora_bias[name] for name in names):
-            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
-        with torch.no_grad():
-            kernel, bias = self._compose([*self.merged_adapters, *names])
-            for value in (kernel, bias) if safe_merge else ():
-                if value is not None and not torch.isfinite(value).all():
-                    raise ValueError(f"NaNs detected in the merged weights. The adapter {names[-1]} seems to be broken")
-            if self._unmerged is None:
-                self._unmerged = (conv.weight.data, None if conv.bias is None else conv.bias.data)
-            conv.weight.data = kernel.to(conv.weight.dtype)
-            if bias is not None:
-                conv.bias.data = bias.to(conv.bias.dtype)
-        self.merged_adapters.extend(names)
-
-    def unmerge(self) -> None:
-        """Puts the base layer's own parameters back, bit for bit."""
-        if self._unmerged is None:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        conv = self.get_base_layer()
-        weight, bias = self._unmerged
-        conv.weight.data = weight.to(conv.weight)
-        if bias is not None:
-            conv.bias.data = bias.to(conv.bias)
-        self._unmerged = None
-        self.merged_adapters.clear()
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """Whether PEFT can read the adapter's change off `get_delta_weight`."""

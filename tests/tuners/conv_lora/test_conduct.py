@@ -18,7 +18,7 @@ from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotsw
 from torch import Tensor, nn
 
 from peft_edge import ConvLoraLayer
-from tests.tuners.conv_lora.support import config, shifted
+from tests.tuners.support import lora_config, shifted
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
@@ -41,7 +41,7 @@ COMBINATIONS = {
 
 @pytest.mark.parametrize("combination", sorted(COMBINATIONS))
 def test_weighted_adapters(adapted: nn.Module, images: Tensor, combination: str) -> None:
-    adapted.add_adapter("dark", config())
+    adapted.add_adapter("dark", lora_config())
     adapted.set_adapter("dark")
     shifted(adapted, images, 0.1)
 
@@ -59,8 +59,8 @@ def test_weighted_adapters(adapted: nn.Module, images: Tensor, combination: str)
 
 
 def test_svd_of_small_kernels_is_padded_to_the_rank(tiny_backbone: nn.Module) -> None:
-    model = get_peft_model(tiny_backbone, config(target_modules="depthwise", r=6))
-    model.add_adapter("other", config(target_modules="depthwise", r=6))
+    model = get_peft_model(tiny_backbone, lora_config(target_modules="depthwise", r=6))
+    model.add_adapter("other", lora_config(target_modules="depthwise", r=6))
 
     model.add_weighted_adapter(["default", "other"], [1.0, -0.5], "both", combination_type="svd", svd_rank=16)
 
@@ -72,7 +72,7 @@ def test_svd_of_small_kernels_is_padded_to_the_rank(tiny_backbone: nn.Module) ->
 
 def test_mixed_model_holds_ours_beside_pefts(tiny_backbone: nn.Module, images: Tensor) -> None:
     expected = tiny_backbone(images)
-    model = get_peft_model(tiny_backbone, config(target_modules="depthwise"), mixed=True)
+    model = get_peft_model(tiny_backbone, lora_config(target_modules="depthwise"), mixed=True)
     model.add_adapter("loha", LoHaConfig(target_modules=["conv_pw"], init_weights=False))
     model.set_adapter(["default", "loha"])
     shifted(model, images)
@@ -86,7 +86,7 @@ def test_mixed_model_holds_ours_beside_pefts(tiny_backbone: nn.Module, images: T
 
 
 def _saved(tiny_backbone: nn.Module, images: Tensor, folder: Path, scale: float, **kwargs: object) -> Tensor:
-    model = shifted(get_peft_model(copy.deepcopy(tiny_backbone), config(**kwargs)), images, scale)
+    model = shifted(get_peft_model(copy.deepcopy(tiny_backbone), lora_config(**kwargs)), images, scale)
     model.save_pretrained(folder)
     return model(images)
 
@@ -103,6 +103,7 @@ def test_hotswap_to_another_rank(tiny_backbone: nn.Module, images: Tensor, tmp_p
     torch.testing.assert_close(model(images), first, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_hotswap_of_a_compiled_model_does_not_recompile(small: nn.Module, images: Tensor, tmp_path: Path) -> None:
     first = _saved(small, images, tmp_path / "first", 2.0, r=2)
     second = _saved(small, images, tmp_path / "second", 0.1, r=5, lora_alpha=3)
@@ -118,15 +119,16 @@ def test_hotswap_of_a_compiled_model_does_not_recompile(small: nn.Module, images
 
 def test_hotswap_to_another_norm_is_refused(tiny_backbone: nn.Module, images: Tensor, tmp_path: Path) -> None:
     _saved(tiny_backbone, images, tmp_path / "affine", 2.0, norm="affine")
-    model = get_peft_model(tiny_backbone, config())
+    model = get_peft_model(tiny_backbone, lora_config())
 
     with pytest.raises(ValueError, match="incompatible: for norm"):
         hotswap_adapter(model, tmp_path / "affine", "default", torch_device="cpu")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("use_dora", [False, True])
 def test_compiles_as_one_graph_for_training(small: nn.Module, images: Tensor, use_dora: bool) -> None:
-    model = get_peft_model(small, config(norm="affine", use_dora=use_dora)).train()
+    model = get_peft_model(small, lora_config(norm="affine", use_dora=use_dora)).train()
     plain = copy.deepcopy(model)
 
     torch.compile(model, backend="aot_eager", fullgraph=True)(images).square().sum().backward()
@@ -149,7 +151,7 @@ def test_autocast(adapted: nn.Module, images: Tensor) -> None:
 
 
 def test_gradient_checkpointing_of_timm(tiny_backbone: nn.Module, images: Tensor) -> None:
-    model = get_peft_model(tiny_backbone, config(norm="affine")).train()
+    model = get_peft_model(tiny_backbone, lora_config(norm="affine")).train()
     plain = copy.deepcopy(model)
     model.base_model.model.set_grad_checkpointing()
 

@@ -1,228 +1,155 @@
-"""BatchNorm with an adapter's own statistics, against torch's BatchNorm."""
+"""Adapters of norms and head alone: `target_modules=DUMMY_TARGET_MODULES`, PEFT's word for no target."""
 
 from __future__ import annotations
 
 import copy
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
-from peft import get_peft_model
-from timm.layers import BatchNormAct2d
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.optim.swa_utils import update_bn
 
-from peft_edge import ConvLoraConfig
-from peft_edge.tuners.conv_lora import BatchNormLayer
-
-
-class _Net(nn.Module):
-    def __init__(self, norm: nn.Module | None = None) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(3, 4, 1)
-        self.norm = norm or nn.BatchNorm2d(4)
-        nn.init.normal_(self.norm.weight)
-        nn.init.normal_(self.norm.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.conv(x))
+from peft_edge import ConvLoraConfig, restat
+from tests.tuners.support import shifted
 
 
-def _adapt(net: nn.Module, norm: str = "stats") -> nn.Module:
-    return get_peft_model(net, ConvLoraConfig(target_modules=["conv"], norm=norm))
+def _adapt(model: nn.Module, norm: str, bias: str = "none") -> PeftModel:
+    config = ConvLoraConfig(target_modules=DUMMY_TARGET_MODULES, norm=norm, bias=bias, modules_to_save=["classifier"])
+    return get_peft_model(model, config)
 
 
-@pytest.fixture
-def x() -> Tensor:
-    return torch.randn(8, 3, 5, 5) * 2 + 1
+def _moved(model: nn.Module, images: Tensor) -> nn.Module:
+    """The model after all that it trains has moved."""
+    model.train()(images).square().mean().backward()
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            assert parameter.grad is not None
+            parameter.data.add_(torch.randn_like(parameter) / 10)
+    return shifted(model, images)
 
 
-@pytest.mark.parametrize("norm", ["stats", "affine"])
-@pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None), BatchNormAct2d(4)])
-def test_trains_as_torchs_own(layer: nn.Module, norm: str, x: Tensor) -> None:
-    reference = _Net(copy.deepcopy(layer)).train()
-    model = _adapt(copy.deepcopy(reference), norm).train()
+def test_names_of_what_is_saved(small: nn.Module) -> None:
+    """Adapters that are on the Hub must load for ever."""
+    saved = get_peft_model_state_dict(_adapt(small, "affine"))
 
-    for _ in range(3):
-        expected, got = reference(x), model(x)
-        torch.testing.assert_close(got, expected)
-    got.square().sum().backward()
-    expected.square().sum().backward()
-
-    adapted = model.base_model.model.norm
-    state = adapted.lora_norm["default"]
-    for name in ("running_mean", "running_var"):
-        torch.testing.assert_close(getattr(state, name), getattr(reference.norm, name))
-    if norm == "affine":
-        torch.testing.assert_close(state.weight.grad, reference.norm.weight.grad)
-        torch.testing.assert_close(state.bias.grad, reference.norm.bias.grad)
-    assert adapted.base_layer.weight.grad is None
-    torch.testing.assert_close(model.eval()(x), reference.eval()(x))
-
-
-@pytest.mark.parametrize("norm", ["frozen", "restat"])
-def test_base_statistics_hold_while_training(norm: str, x: Tensor) -> None:
-    net = _Net().eval()
-    expected = net(x)
-
-    model = _adapt(net, norm).train()
-
-    torch.testing.assert_close(model(x), expected)
-    torch.testing.assert_close(model(x), expected)
-
-
-def test_base_layer_never_changes(x: Tensor) -> None:
-    model = _adapt(_Net(), "affine").train()
-    before = copy.deepcopy(model.base_model.model.norm.base_layer.state_dict())
-
-    model(x)
-    with model.disable_adapter():
-        model(x)
-
-    for name, value in model.base_model.model.norm.base_layer.state_dict().items():
-        assert torch.equal(value, before[name])
-
-
-def test_trainable_parameters_are_those_the_mode_names() -> None:
-    names = {
-        norm: {name for name, p in _adapt(_Net(), norm).named_parameters() if p.requires_grad and "lora_norm" in name}
-        for norm in ("frozen", "restat", "stats", "affine")
+    assert {key.partition("bn1.")[2] for key in saved if key.startswith("base_model.model.bn1.")} == {
+        f"lora_norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     }
-    prefix = "base_model.model.norm.lora_norm.default"
-
-    assert names == {"frozen": set(), "restat": set(), "stats": set(), "affine": {f"{prefix}.weight", f"{prefix}.bias"}}
 
 
-def test_saved_entries_are_those_the_mode_changes() -> None:
-    from peft import get_peft_model_state_dict
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.parametrize("norm", ["frozen", "restat", "stats", "affine"])
+def test_saved_loaded_and_merged(small: nn.Module, images: Tensor, tmp_path: Path, norm: str, bias: str) -> None:
+    model = _moved(_adapt(copy.deepcopy(small), norm, bias), images)
+    expected = model(images)
+    assert not torch.allclose(expected, small(images), atol=1e-2)
 
-    statistics = {"running_mean", "running_var", "num_batches_tracked"}
-    expected = {"frozen": set(), "restat": statistics, "stats": statistics, "affine": statistics | {"weight", "bias"}}
-    for norm, names in expected.items():
-        saved = get_peft_model_state_dict(_adapt(_Net(), norm))
-        assert {key.rpartition(".")[2] for key in saved if "lora_norm" in key} == names
+    model.save_pretrained(tmp_path)
 
-
-def _two_domains(x: Tensor) -> nn.Module:
-    model = _adapt(_Net(), "affine").train()
-    model.add_adapter("dark", ConvLoraConfig(target_modules=["conv"], norm="stats", init_lora_weights=False))
-    for name, batch in {"default": x, "dark": x * 0.1}.items():
-        model.set_adapter(name)
-        for _ in range(5):
-            model(batch)
-    nn.init.normal_(model.base_model.model.norm.lora_norm["default"].weight)
-    return model.eval()
-
-
-def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
-    outputs = {}
-    for name in ("default", "dark"):
-        model.set_adapter(name)
-        outputs[name] = model(x)
-    with model.disable_adapter():
-        outputs["__base__"] = model(x)
-    return outputs
-
-
-def test_every_adapter_has_its_own_and_mixed_batches_use_each(x: Tensor) -> None:
-    model = _two_domains(x)
-    outputs = _outputs(model, x)
-    names = ["default", "dark", "__base__", "dark", "default", "__base__", "dark", "default"]
-
-    mixed = model(x, adapter_names=names)
-
-    assert not torch.allclose(outputs["default"], outputs["dark"])
-    torch.testing.assert_close(mixed, torch.stack([outputs[name][row] for row, name in enumerate(names)]))
-
-
-def test_of_several_active_adapters_the_last_one_normalises(x: Tensor) -> None:
-    model = _two_domains(x)
-    layer = model.base_model.model.norm
-    y = torch.randn(8, 4, 5, 5)
-    model.base_model.set_adapter(["default", "dark"])
-    together = layer(y)
-    model.set_adapter("dark")
-
-    torch.testing.assert_close(together, layer(y))
-
-
-def test_merging_and_unmerging(x: Tensor) -> None:
-    model = _two_domains(x)
-    outputs = _outputs(model, x)
-    base = copy.deepcopy(model.base_model.model.norm.base_layer.state_dict())
-    for name in ("default", "dark"):
-        model.set_adapter(name)
-        model.merge_adapter(safe_merge=True)
-        torch.testing.assert_close(model(x), outputs[name])
-        model.unmerge_adapter()
-        torch.testing.assert_close(model(x), outputs[name])
-    for name, value in model.base_model.model.norm.base_layer.state_dict().items():
-        assert torch.equal(value, base[name])
+    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(small), tmp_path)(images), expected)
     merged = model.merge_and_unload()
-    assert type(merged.norm) is nn.BatchNorm2d
-    torch.testing.assert_close(merged(x), outputs["dark"])
+    assert merged.state_dict().keys() == small.state_dict().keys()
+    torch.testing.assert_close(merged(images), expected)
 
 
-def test_deleting_leaves_the_other(x: Tensor) -> None:
-    model = _two_domains(x)
-    expected = _outputs(model, x)["default"]
+@pytest.mark.parametrize(
+    ("norm", "bias", "ends"),
+    [
+        ("stats", "none", {"classifier.modules_to_save.default"}),
+        ("affine", "none", {"classifier.modules_to_save.default", "lora_norm.default"}),
+        ("stats", "all", {"classifier.modules_to_save.default", "base_layer"}),
+        ("affine", "all", {"classifier.modules_to_save.default", "lora_norm.default"}),
+    ],
+)
+def test_what_is_trained(tiny_backbone: nn.Module, norm: str, bias: str, ends: set[str]) -> None:
+    trained = [name for name, p in _adapt(tiny_backbone, norm, bias).named_parameters() if p.requires_grad]
 
+    assert {end for end in ends if any(end in name for name in trained)} == ends
+    assert all(any(end in name for end in ends) for name in trained)
+    # MobileNetV2 has no biases but those of its 52 norms and of the head.
+    assert sum(name.endswith(".bias") for name in trained) == (1 if (norm, bias) == ("stats", "none") else 53)
+
+
+def test_statistics_alone_are_re_estimated(tiny_backbone: nn.Module, images: Tensor) -> None:
+    reference = copy.deepcopy(tiny_backbone)
+    model = _adapt(tiny_backbone, "restat")
+
+    restat(model, [images, images * 2])
+    update_bn([images, images * 2], reference)
+
+    torch.testing.assert_close(model(images), reference.eval()(images))
+
+
+def test_several_adapters(small: nn.Module, images: Tensor) -> None:
+    model = _moved(_adapt(small, "affine"), images)
+    first = model(images)
+    model.add_adapter(
+        "dark",
+        ConvLoraConfig(target_modules=DUMMY_TARGET_MODULES, norm="stats", modules_to_save=["classifier"]),
+    )
+    model.set_adapter("dark")
+    second = shifted(model, images, 0.1)(images)
+
+    mixed = model(images, adapter_names=["default", "dark", "dark", "default"])
+    torch.testing.assert_close(mixed, torch.stack([first[0], second[1], second[2], first[3]]), atol=1e-4, rtol=1e-4)
     model.set_adapter("default")
     model.delete_adapter("dark")
-
-    assert list(model.base_model.model.norm.lora_norm) == ["default"]
-    torch.testing.assert_close(model(x), expected)
+    assert torch.equal(model(images), first)
 
 
-def test_gradient_checkpointing_counts_a_batch_once(x: Tensor) -> None:
-    model = _adapt(_Net(), "affine").train()
-    plain = copy.deepcopy(model)
+_TWO_PROCESSES = """
+import copy
+import sys
+import timm
+import torch
+import torch.distributed as dist
+from peft import get_peft_model
+from peft.utils.constants import DUMMY_TARGET_MODULES
+from torch.nn.parallel import DistributedDataParallel
+from peft_edge import ConvLoraConfig
 
-    y, expected = checkpoint(model, x, use_reentrant=False), plain(x)
-    y.square().sum().backward()
-    expected.square().sum().backward()
-
-    for name, value in plain.state_dict().items():
-        torch.testing.assert_close(model.state_dict()[name], value)
-    for (name, got), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
-        assert (got.grad is None) == (wanted.grad is None), name
-        if wanted.grad is not None:
-            torch.testing.assert_close(got.grad, wanted.grad)
-
-
-def test_half_precision_statistics_keep_moving() -> None:
-    model = _adapt(_Net().bfloat16()).train()
-    x = torch.ones(8, 3, 4, 4, dtype=torch.bfloat16)
-    for _ in range(500):
-        y = model(x)
-
-    conv = model.base_model.model.conv(x).float().mean((0, 2, 3))
-    assert y.dtype == torch.bfloat16
-    torch.testing.assert_close(model.base_model.model.norm.lora_norm["default"].running_mean, conv)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+config = ConvLoraConfig(
+    target_modules=DUMMY_TARGET_MODULES, norm="affine", bias="all", modules_to_save=["classifier"]
+)
+model = get_peft_model(timm.create_model("test_efficientnet", num_classes=10), config).double().train()
+images = torch.randn(8, 3, 32, 32, dtype=torch.float64) + 1
 
 
-def test_layers_without_weight_are_adapted(x: Tensor) -> None:
-    net = nn.Sequential()
-    net.conv, net.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)
-    model = _adapt(net, "affine").train()
-
-    model(x)
-
-    assert isinstance(model.base_model.model.norm, BatchNormLayer)
-    assert model.base_model.model.norm.lora_norm["default"].num_batches_tracked == 1
+def train(model, batch):
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(batch).square().mean().backward()
+        optimizer.step()
 
 
-def test_an_unknown_normalisation_is_refused_by_name() -> None:
-    class Other(nn.BatchNorm2d):
-        def forward(self, x: Tensor) -> Tensor:
-            return super().forward(x) ** 2
+whole = copy.deepcopy(model)
+train(whole, images)
+dist.init_process_group("gloo")
+train(DistributedDataParallel(model, broadcast_buffers=False), images.chunk(2)[dist.get_rank()])
+for (name, got), wanted in zip(model.state_dict().items(), whole.state_dict().values()):
+    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9, msg=name)
+dist.destroy_process_group()
+"""
 
-    with pytest.raises(ValueError, match=r"'norm': Other is not a plain batch normalisation.*exclude_modules"):
-        _adapt(_Net(Other(4)))
 
+@pytest.mark.distributed
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    script = tmp_path / "train.py"
+    script.write_text(_TWO_PROCESSES)
+    launcher = [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node=2",
+        "--rdzv_backend=c10d",
+        "--rdzv_endpoint=localhost:0",
+    ]
 
-def test_every_batch_norm_of_a_timm_model_is_adapted(tiny_backbone: nn.Module) -> None:
-    count = sum(isinstance(module, nn.BatchNorm2d) for module in tiny_backbone.modules())
-
-    model = get_peft_model(tiny_backbone, ConvLoraConfig(target_modules=["conv_stem"]))
-
-    assert sum(isinstance(module, BatchNormLayer) for module in model.modules()) == count == 52
+    subprocess.run([sys.executable, *launcher, str(script)], check=True, timeout=200)

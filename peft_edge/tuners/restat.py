@@ -8,7 +8,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from peft_edge.tuners.conv_lora.norm import BatchNormLayer
+from peft_edge.tuners.norm import BatchNormLayer
 
 
 @torch.no_grad()
@@ -18,7 +18,7 @@ def restat(model: nn.Module, batches: Iterable[Tensor]) -> None:
     Every batch counts alike. Dropout is off meanwhile, and weights do not change.
 
     Args:
-        model: a model with ConvLoRA adapters.
+        model: a model with ConvLoRA or ConvAdapter adapters.
         batches: inputs of the model, each (B, C, H, W) with B > 1, on the model's device.
 
     Raises:
@@ -32,7 +32,7 @@ def restat(model: nn.Module, batches: Iterable[Tensor]) -> None:
     if not layers:
         raise ValueError(
             "restat: no active adapter has BatchNorm statistics of its own. Pass a model with BatchNorm layers, "
-            'adapted with ConvLoraConfig(norm="restat"), "stats" or "affine", and not merged.'
+            'adapted with norm="restat", "stats" or "affine", and not merged.'
         )
     training = model.training
     states = [layer.current_state() for layer in layers]

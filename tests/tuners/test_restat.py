@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import timm
 import torch
-from peft import get_peft_model
+from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from torch.optim.swa_utils import update_bn
 
-from peft_edge import ConvLoraConfig, restat
+from peft_edge import restat
+
+Adapt = Callable[..., nn.Module]
 
 
 @pytest.fixture
@@ -19,13 +22,14 @@ def batches() -> list[torch.Tensor]:
     return [torch.randn(6, 3, 32, 32) * 0.3 + 0.5 for _ in range(3)]
 
 
-def _adapt(model: nn.Module, norm: str = "restat") -> nn.Module:
-    return get_peft_model(model, ConvLoraConfig(target_modules="depthwise", norm=norm))
+@pytest.fixture
+def adapt(config_cls: type[PeftConfig]) -> Adapt:
+    return lambda model, norm="restat": get_peft_model(model, config_cls(target_modules="depthwise", norm=norm))
 
 
-def test_equals_update_bn_of_torch(tiny_backbone: nn.Module, batches: list[torch.Tensor]) -> None:
+def test_equals_update_bn_of_torch(adapt: Adapt, tiny_backbone: nn.Module, batches: list[torch.Tensor]) -> None:
     reference = copy.deepcopy(tiny_backbone)
-    model = _adapt(tiny_backbone).train()
+    model = adapt(tiny_backbone).train()
 
     restat(model, batches)
     update_bn(batches, reference)
@@ -36,12 +40,10 @@ def test_equals_update_bn_of_torch(tiny_backbone: nn.Module, batches: list[torch
 
 
 def test_statistics_are_then_frozen_and_travel_with_the_adapter(
-    tiny_backbone: nn.Module, batches: list[torch.Tensor], tmp_path: object
+    adapt: Adapt, tiny_backbone: nn.Module, batches: list[torch.Tensor], tmp_path: object
 ) -> None:
-    from peft import PeftModel
-
     fresh = copy.deepcopy(tiny_backbone)
-    model = _adapt(tiny_backbone)
+    model = adapt(tiny_backbone)
     restat(model, batches)
     expected = model.eval()(batches[0])
 
@@ -53,9 +55,9 @@ def test_statistics_are_then_frozen_and_travel_with_the_adapter(
 
 
 def test_a_failing_batch_leaves_the_statistics_as_they_were(
-    tiny_backbone: nn.Module, batches: list[torch.Tensor]
+    adapt: Adapt, tiny_backbone: nn.Module, batches: list[torch.Tensor]
 ) -> None:
-    model = _adapt(tiny_backbone)
+    model = adapt(tiny_backbone)
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
     with pytest.raises(RuntimeError, match="expected input"):
@@ -65,13 +67,13 @@ def test_a_failing_batch_leaves_the_statistics_as_they_were(
         assert torch.equal(value, before[name]), name
 
 
-def test_nothing_to_estimate_is_an_error(tiny_backbone: nn.Module, batches: list[torch.Tensor]) -> None:
+def test_nothing_to_estimate_is_an_error(adapt: Adapt, tiny_backbone: nn.Module, batches: list[torch.Tensor]) -> None:
     with pytest.raises(ValueError, match="no active adapter has BatchNorm statistics"):
-        restat(_adapt(tiny_backbone, "frozen"), batches)
+        restat(adapt(tiny_backbone, "frozen"), batches)
     with pytest.raises(ValueError, match="no active adapter"):
         restat(timm.create_model("mobilenetv2_035"), batches)
 
 
-def test_no_batch_is_an_error(tiny_backbone: nn.Module) -> None:
+def test_no_batch_is_an_error(adapt: Adapt, tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match="got no batch"):
-        restat(_adapt(tiny_backbone), [])
+        restat(adapt(tiny_backbone), [])

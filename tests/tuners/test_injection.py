@@ -1,0 +1,102 @@
+"""Adapters in a model, for every tuner: what is new, what stays, and what is saved and loaded again."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import (
+    PeftConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    inject_adapter_in_model,
+    set_peft_model_state_dict,
+)
+from peft.tuners.tuners_utils import BaseTunerLayer
+from timm.layers import StdConv2d
+from torch import Tensor, nn
+
+from tests.tuners.support import shifted
+
+
+def test_an_untrained_adapter_changes_nothing(
+    config_cls: type[PeftConfig], tiny_backbone: nn.Module, images: Tensor
+) -> None:
+    model = get_peft_model(copy.deepcopy(tiny_backbone), config_cls(target_modules="all-conv")).eval()
+
+    assert torch.equal(model(images), tiny_backbone(images))
+
+
+def test_a_refused_layer_leaves_the_model_as_it_was(config: Callable[..., PeftConfig]) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), StdConv2d(8, 8, 3))
+
+    with pytest.raises(ValueError, match=r"'2': StdConv2d is not a plain convolution"):
+        get_peft_model(model, config())
+
+    assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, StdConv2d]
+
+
+def test_adding_an_adapter_leaves_the_others_as_frozen_as_they_were(
+    config: Callable[..., PeftConfig], tiny_backbone: nn.Module
+) -> None:
+    model = get_peft_model(tiny_backbone, config(norm="affine"))
+    model.set_requires_grad("default", requires_grad=False)
+
+    model.add_adapter("other", config(norm="affine"))
+
+    assert not [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_layers_are_in_the_mode_of_the_model(
+    config: Callable[..., PeftConfig], tiny_backbone: nn.Module, training: bool
+) -> None:
+    model = get_peft_model(tiny_backbone.train(training), config(norm="affine"))
+    model.add_adapter("other", config())
+
+    assert {module.training for module in model.modules() if isinstance(module, BaseTunerLayer | nn.BatchNorm2d)} == {
+        training
+    }
+
+
+def test_modules_to_save_travel_along(
+    config: Callable[..., PeftConfig], tiny_backbone: nn.Module, images: Tensor, tmp_path: Path
+) -> None:
+    model = get_peft_model(copy.deepcopy(tiny_backbone), config(modules_to_save=["classifier"]))
+    nn.init.normal_(model.base_model.model.classifier.modules_to_save["default"].weight)
+    expected = shifted(model, images)(images)
+    model.save_pretrained(tmp_path)
+
+    assert torch.equal(PeftModel.from_pretrained(tiny_backbone, tmp_path)(images), expected)
+
+
+@pytest.mark.parametrize("norm", ["stats", "affine"])
+def test_low_cpu_mem_usage(
+    config: Callable[..., PeftConfig], tiny_backbone: nn.Module, images: Tensor, tmp_path: Path, norm: str
+) -> None:
+    model = shifted(get_peft_model(copy.deepcopy(tiny_backbone), config(norm=norm)), images)
+    model.save_pretrained(tmp_path)
+
+    loaded = PeftModel.from_pretrained(tiny_backbone, tmp_path, low_cpu_mem_usage=True)
+
+    expected = model.state_dict()
+    assert all(torch.equal(value, expected[name]) for name, value in loaded.state_dict().items())
+    # At another address, a tensor may be read in another order.
+    torch.testing.assert_close(loaded.eval()(images), model(images), atol=1e-4, rtol=1e-4)
+
+
+def test_injection_without_a_peft_model(
+    config: Callable[..., PeftConfig], tiny_backbone: nn.Module, images: Tensor
+) -> None:
+    adapted = shifted(get_peft_model(copy.deepcopy(tiny_backbone), config()), images)
+    state = get_peft_model_state_dict(adapted)
+    injected = inject_adapter_in_model(config(), tiny_backbone)
+
+    outcome = set_peft_model_state_dict(injected, state)
+
+    assert not outcome.unexpected_keys
+    assert torch.equal(injected.eval()(images), adapted(images))

@@ -1,0 +1,60 @@
+"""Batches in which every sample has its own adapter, for every tuner."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from peft import PeftConfig, get_peft_model
+from torch import Tensor, nn
+
+from tests.tuners.support import shifted
+
+Config = Callable[..., PeftConfig]
+
+
+@pytest.fixture
+def model(config: Config, small: nn.Module, images: Tensor) -> nn.Module:
+    """A model with two adapters that have little in common, and heads of their own."""
+    model = get_peft_model(small, config(modules_to_save=["classifier"]))
+    model.add_adapter("dark", config(modules_to_save=["classifier"], target_modules="pointwise", norm="affine"))
+    for name, scale in {"default": 2.0, "dark": 0.1}.items():
+        model.set_adapter(name)
+        nn.init.normal_(model.base_model.model.classifier.modules_to_save[name].weight)
+        shifted(model, images, scale)
+    return model
+
+
+def test_every_sample_gets_what_its_adapter_gives(model: nn.Module, images: Tensor) -> None:
+    expected = {}
+    for name in ("default", "dark"):
+        model.set_adapter(name)
+        expected[name] = model(images)
+    with model.disable_adapter():
+        expected["__base__"] = model(images)
+    names = ["dark", "__base__", "default", "dark"]
+
+    mixed = model(images, adapter_names=names)
+
+    assert not torch.allclose(expected["default"], expected["dark"], atol=1e-2)
+    wanted = torch.stack([expected[name][row] for row, name in enumerate(names)])
+    torch.testing.assert_close(mixed, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(model(images), expected["dark"])
+
+
+def test_wrong_names_are_refused(model: nn.Module, images: Tensor) -> None:
+    with pytest.raises(ValueError, match=r"non-existing adapter.*: bright, light"):
+        model(images, adapter_names=["light", "bright", "dark", "dark"])
+    with pytest.raises(ValueError, match="got 3 and 4"):
+        model(images, adapter_names=["dark"] * 3)
+    with pytest.raises(ValueError, match="in training mode"):
+        model.train()(images, adapter_names=["dark"] * 4)
+
+
+def test_merged_adapters_are_refused(config: Config, small: nn.Module, images: Tensor) -> None:
+    model = get_peft_model(small, config(target_modules="dense")).eval()
+    model.merge_adapter()
+
+    with pytest.raises(ValueError, match="unmerge_adapter"):
+        model(images, adapter_names=["default"] * 4)
