@@ -1,0 +1,14 @@
+"""Optimizers, and which parameters they treat in which way."""
+
+from peft_edge.optim.backward import update_in_backward
+from peft_edge.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
+from peft_edge.optim.param_groups import decay_groups, galore_param_groups
+
+__all__ = [
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreSGD",
+    "decay_groups",
+    "galore_param_groups",
+    "update_in_backward",
+]

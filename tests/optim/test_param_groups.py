@@ -1,0 +1,117 @@
+"""Every trained parameter is in one group, and in the right one."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from peft import get_peft_model
+from torch import nn
+
+from peft_edge.optim import decay_groups, galore_param_groups
+from peft_edge.tuners.conv_lora import ConvLoraConfig
+
+
+def names_of(group: dict[str, Any], model: nn.Module) -> set[str]:
+    names = {parameter: name for name, parameter in model.named_parameters()}
+    return {names[parameter] for parameter in group["params"]}
+
+
+def test_decays_kernels_and_matrices_but_no_vector(tiny_backbone: nn.Module) -> None:
+    tiny_backbone.conv_stem.requires_grad_(False)
+
+    decayed, others = decay_groups(tiny_backbone, 0.1)
+
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+    assert names_of(decayed, tiny_backbone) == {
+        f"{name}.weight"
+        for name, module in tiny_backbone.named_modules()
+        if isinstance(module, nn.Conv2d | nn.Linear) and name != "conv_stem"
+    }
+    trained = {name for name, parameter in tiny_backbone.named_parameters() if parameter.requires_grad}
+    assert names_of(others, tiny_backbone) == trained - names_of(decayed, tiny_backbone)
+
+
+def test_leaves_empty_groups_out() -> None:
+    assert len(decay_groups(nn.Linear(3, 3, bias=False), 0.1)) == 1
+    assert decay_groups(nn.Linear(3, 3).requires_grad_(False), 0.1) == []
+
+
+def test_the_lengths_of_dora_are_not_decayed(tiny_backbone: nn.Module) -> None:
+    model = get_peft_model(tiny_backbone, ConvLoraConfig(r=2, target_modules="pointwise", use_dora=True, norm="affine"))
+
+    decayed, others = decay_groups(model, 0.1)
+
+    assert {name.rsplit(".", 2)[-2] for name in names_of(decayed, model)} <= {"default", "lora_A", "lora_B"}
+    assert any("lora_magnitude_vector" in name for name in names_of(others, model))
+    assert not any("lora_A" in name or "lora_B" in name for name in names_of(others, model))
+
+
+def test_projects_dense_kernels_larger_than_the_rank(tiny_backbone: nn.Module) -> None:
+    projected, decayed, others = galore_param_groups(tiny_backbone, rank=8, weight_decay=0.1)
+
+    assert {key: value for key, value in projected.items() if key != "params"} == {
+        "rank": 8,
+        "update_proj_gap": 200,
+        "scale": 0.25,
+        "proj_type": "std",
+        "weight_decay": 0.1,
+    }
+    assert names_of(projected, tiny_backbone) == {
+        f"{name}.weight"
+        for name, module in tiny_backbone.named_modules()
+        if isinstance(module, nn.Conv2d) and module.groups == 1 and min(module.weight.flatten(1).shape) > 8
+    }
+    in_groups = [parameter for group in (projected, decayed, others) for parameter in group["params"]]
+    assert len(in_groups) == len(set(in_groups)) == len(list(tiny_backbone.parameters()))
+    assert "classifier.weight" in names_of(decayed, tiny_backbone)
+    assert any(".conv_dw." in name for name in names_of(decayed, tiny_backbone))
+    assert {"rank", "scale"}.isdisjoint(decayed.keys() | others.keys())
+    assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
+
+
+def test_projects_what_is_named(tiny_backbone: nn.Module) -> None:
+    targets = ["blocks.1.0.conv_dw", "project", "conv_head"]
+
+    projected = galore_param_groups(tiny_backbone, rank=4, target_modules=targets, proj_type="full", scale=1.0)[0]
+
+    names = names_of(projected, tiny_backbone)
+    assert {"blocks.1.0.conv_dw.weight", "conv_head.weight", "blocks.6.0.conv_pwl.weight"} <= names
+    assert not any(name.endswith("conv_pw.weight") and not name.startswith("blocks.0.") for name in names)
+    assert (projected["proj_type"], projected["scale"]) == ("full", 1.0)
+
+
+def test_knows_the_convolutions_that_peft_has_wrapped(tiny_backbone: nn.Module) -> None:
+    plain = names_of(galore_param_groups(tiny_backbone, rank=8)[0], tiny_backbone)
+    model = get_peft_model(tiny_backbone, ConvLoraConfig(r=2, target_modules=["conv_head"], norm="frozen"))
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+
+    projected = names_of(galore_param_groups(model, rank=8)[0], model)
+
+    found = {name.removeprefix("base_model.model.").replace(".base_layer", "") for name in projected}
+    assert found == plain
+
+
+@pytest.mark.parametrize("targets", ["dens", ["dense", "blocks.9.conv"]])
+def test_refuses_unknown_targets(tiny_backbone: nn.Module, targets: str | list[str]) -> None:
+    with pytest.raises(ValueError, match=r"'(dens|blocks\.9\.conv)' is neither a layer role nor a convolution"):
+        galore_param_groups(tiny_backbone, rank=8, target_modules=targets)
+
+
+def test_refuses_to_project_nothing(tiny_backbone: nn.Module) -> None:
+    with pytest.raises(ValueError, match="rank is 500, and none of the 35 trainable convolutions"):
+        galore_param_groups(tiny_backbone, rank=500)
+    with pytest.raises(ValueError, match="none of the 0 trainable convolutions"):
+        galore_param_groups(tiny_backbone.requires_grad_(False), rank=8)
+
+
+def test_a_tied_parameter_is_in_one_group() -> None:
+    model = nn.Sequential(nn.Conv2d(6, 6, 1), nn.Conv2d(6, 6, 1))
+    model[1].weight = model[0].weight
+
+    projected, others = galore_param_groups(model, rank=2)
+
+    assert [parameter.shape for parameter in projected["params"]] == [torch.Size([6, 6, 1, 1])]
+    assert len(others["params"]) == 2
