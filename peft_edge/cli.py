@@ -14,14 +14,15 @@ from typing import Any, get_args
 from peft_edge import __version__
 from peft_edge.backbones import load_backbone
 from peft_edge.files import written_whole
-from peft_edge.methods import METHODS
-from peft_edge.profiling.analysis import OPTIMIZERS
+from peft_edge.methods import METHODS, OPTIMIZERS
 from peft_edge.profiling.comparison import compare_methods
 from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
 from peft_edge.profiling.tables import cost_table
+from peft_edge.records import SUCCESS
 from peft_edge.roles import ROLES
-from peft_edge.tuners.conv_lora.norm import Norm
+from peft_edge.study import read_grid, run_grid, study_table
+from peft_edge.tuners.norm import Norm
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -30,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_profile(commands)
+    _add_study(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
@@ -55,10 +57,9 @@ def _add_profile(commands: Any) -> None:
     add(
         "--target-modules",
         type=_pattern,
-        default="all-conv",
-        help=f"{', '.join(ROLES)}, or a regular expression",
+        help=f"{', '.join(ROLES)}, or a regular expression; each method's own if not given",
     )
-    add("--norm", default="stats", choices=get_args(Norm), help="what adapters change in the BatchNorm layers")
+    add("--norm", default="stats", choices=get_args(Norm), help="what methods change in the BatchNorm layers")
     add("--batch-size", type=positive_integer, default=16, help="images in the step")
     add("--image-size", type=positive_integer, default=224, help="height and width in pixels")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="with torch's defaults")
@@ -74,7 +75,7 @@ def _profile(options: argparse.Namespace) -> None:
         backbone,
         options.method,
         lora_ranks=options.lora_rank,
-        adapter={"target_modules": options.target_modules, "norm": options.norm},
+        adapter={"norm": options.norm} | ({"target_modules": targets} if (targets := options.target_modules) else {}),
         batch_size=options.batch_size,
         image_size=options.image_size,
         optimizer=options.optimizer,
@@ -96,6 +97,31 @@ def _profile(options: argparse.Namespace) -> None:
             _write(Path(options.json), text)
     if options.picture is not None:
         save_cost_figure(costs, options.picture, title=title)
+
+
+def _add_study(commands: Any) -> None:
+    parser = commands.add_parser(
+        "study",
+        help="a grid of runs, and one table of them",
+        description="Runs every combination of configurations and values in a grid, and prints one table. Runs that "
+        "are finished are not run again, and one that fails does not stop the others.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--grid", required=True, type=Path, help="a YAML file, such as configs/study/methods.yaml")
+    add("--output-dir", required=True, type=Path, help="each run gets a folder in it")
+    add("--jobs", type=positive_integer, default=1, help="runs side by side, each on one CPU core")
+    parser.set_defaults(run=_study)
+
+
+def _study(options: argparse.Namespace) -> None:
+    cells = read_grid(options.grid, options.output_dir)
+    run_grid(cells, jobs=options.jobs)
+    print(study_table(cells))
+    if any(cell.record is None or cell.record.train_info.status != SUCCESS for cell in cells):
+        raise ValueError(
+            f"some runs did not succeed: {options.output_dir}/<run>.log says why. Run again to try them again"
+        )
 
 
 def _write(path: Path, text: str) -> None:

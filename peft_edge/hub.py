@@ -16,8 +16,10 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 # Makes our adapter types known to PEFT, which otherwise refuses their configuration with a bare KeyError.
-from peft_edge.backbones import head_names, load_backbone, replace_head
+from peft_edge.backbones import class_names, grow_head, head_names, load_backbone, replace_head, set_class_names
 from peft_edge.files import written_whole
+
+LABELS_NAME = "label_names.json"
 
 _CARD = """---
 library_name: peft
@@ -47,15 +49,17 @@ model = PeftModel.from_pretrained(backbone, "path/or/hub-id/of/this/adapter")
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Writes the adapter with a card that shows the lines that load it; an adapter already there is replaced.
+    """Writes the adapter, the names of its classes, and a card with the lines that load it; replaces what is there.
 
     Args:
         model: The adapted model; its active adapter is saved.
         folder: Where to. It appears whole or not at all.
 
     Raises:
+        ValueError: There are not as many class names as classes.
         OSError: The folder cannot be written.
     """
+    names = class_names(model)
     config = model.peft_config[model.active_adapter]
     base = config.base_model_name_or_path or getattr(model.get_base_model(), "name_or_path", None) or "unknown"
     card = _CARD.format(
@@ -71,6 +75,8 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
         for file in list(unfinished.glob(f"{model.active_adapter}/*")):
             file.rename(unfinished / file.name)
         (unfinished / "README.md").write_text(card, encoding="utf-8")
+        if names is not None:
+            (unfinished / LABELS_NAME).write_text(json.dumps(names), encoding="utf-8")
 
 
 def load_pretrained(
@@ -80,11 +86,13 @@ def load_pretrained(
 
     Args:
         adapter: A folder written by `save_adapter` or PEFT's `save_pretrained`, or the id of one on the Hub.
-        base: The backbone, where it cannot be loaded by the name in the adapter's configuration; adapted in place.
+        base: The backbone, where it cannot be loaded by the name in the adapter's configuration; adapted in place. Its
+            head is made as large as the adapter's, where the adapter has one.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
-        The adapted model in eval mode: images of shape (B, C, H, W) to logits (B, num_classes).
+        The adapted model in eval mode: images of shape (B, C, H, W) to logits (B, num_classes), whose names
+        `peft_edge.backbones.class_names` gives.
 
     Raises:
         FileNotFoundError: There is no such folder or repository, a file in it is missing, or the backbone's is.
@@ -95,7 +103,9 @@ def load_pretrained(
     base_name = _read_base_name(folder / CONFIG_NAME)
     shapes = _read_shapes(folder / SAFETENSORS_WEIGHTS_NAME)
     if base is None:
-        base = _load_base(base_name, folder, shapes)
+        base = _load_base(base_name, folder)
+    _fit_head(base, shapes)
+    _name_classes(base, folder / LABELS_NAME)
     try:
         with warnings.catch_warnings():
             # PEFT warns of missing tensors and passes over those that are too many; below, both are errors.
@@ -115,7 +125,8 @@ def _folder_of(adapter: str | os.PathLike[str], revision: str | None) -> Path:
     if Path(adapter).is_dir():
         return Path(adapter)
     try:
-        return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=["adapter_*", "README.md"]))
+        files = ["adapter_*", LABELS_NAME, "README.md"]
+        return Path(snapshot_download(str(adapter), revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
@@ -151,7 +162,7 @@ def _read_shapes(path: Path) -> dict[str, list[int]]:
         ) from error
 
 
-def _load_base(name: str | None, folder: Path, shapes: dict[str, list[int]]) -> nn.Module:
+def _load_base(name: str | None, folder: Path) -> nn.Module:
     if not name:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: pass the backbone as base=")
     if Path(name).is_absolute():
@@ -159,17 +170,35 @@ def _load_base(name: str | None, folder: Path, shapes: dict[str, list[int]]) -> 
             raise FileNotFoundError(
                 f"{name}, the backbone of {folder}, is not there: put it back, or pass the backbone as base="
             )
-        base: Any = load_backbone(name)
-    else:
-        base = load_backbone(name, pretrained="/" in name)
-        if "/" not in name:
-            warnings.warn(f"{folder} was trained on a {name} with random weights, and gets other ones", stacklevel=3)
-    for head in head_names(base):
-        classes = shapes.get(f"base_model.model.{head}.weight", [base.num_classes])[0]
-        if classes != base.num_classes:
-            replace_head(base, classes)
-            break
+        return load_backbone(name)
+    base = load_backbone(name, pretrained="/" in name)
+    if "/" not in name:
+        warnings.warn(f"{folder} was trained on a {name} with random weights, and gets other ones", stacklevel=3)
     return base
+
+
+def _fit_head(base: Any, shapes: dict[str, list[int]]) -> None:
+    """Gives the backbone a head as large as the adapter's; one that grows keeps its rows."""
+    for head in head_names(base) if hasattr(base, "get_classifier") else ():
+        classes = shapes.get(f"base_model.model.{head}.weight", [base.num_classes])[0]
+        if classes > base.num_classes:
+            grow_head(base, classes)
+        elif classes < base.num_classes:
+            replace_head(base, classes)
+
+
+def _name_classes(base: nn.Module, path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        names = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            raise ValueError(f"expected a list of texts, found {type(names).__name__}")
+        set_class_names(base, names)
+    except ValueError as error:
+        raise ValueError(
+            f"{path} does not name the classes of the adapter: {error} Copy it again, or delete it"
+        ) from error
 
 
 def _misfit(folder: Path, base_name: str | None, problem: str) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 SUCCESS = "success"
 FAILED = "failed"
 CANCELED = "canceled"
+DIVERGED = "diverged"
 
 
 @dataclass(kw_only=True)
@@ -45,7 +46,7 @@ class TrainInfo:
     """What training took and gave."""
 
     status: str
-    """`success`, `failed` or `canceled`."""
+    """`success`, `failed`, `canceled` or `diverged`."""
 
     train_time: float | None = None
     """Seconds of optimizer steps, evaluation excluded, of the adapter that was kept."""
@@ -72,7 +73,7 @@ class TrainInfo:
     """One entry an epoch, and at last the test results with and without the update."""
 
     sweep: list[dict[str, Any]] = field(default_factory=list)
-    """Every learning rate that was tried, with its validation accuracy."""
+    """Every learning rate that was tried, with its validation accuracy, which is null where training diverged."""
 
     checks: dict[str, float] = field(default_factory=dict)
     """Largest differences of a logit after the saved adapter was reloaded and after it was merged."""

@@ -53,6 +53,7 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
 
 
+@pytest.mark.slow
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     killed = """
 import os, pathlib, sys

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_edge import ConvLoraConfig
-from peft_edge.backbones import load_backbone, save_backbone
+from peft_edge.backbones import class_names, grow_head, load_backbone, save_backbone, set_class_names
 from peft_edge.hub import load_pretrained, save_adapter
 
 NAME = "mobilenetv2_035"
@@ -152,3 +152,52 @@ def test_backbone_that_has_gone_is_named(copied: Path) -> None:
     (copied / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(FileNotFoundError, match=r"gone, the backbone of .* is not there: put it back, or pass"):
         load_pretrained(copied)
+
+
+def test_class_names_travel_with_the_adapter(tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    save_backbone(base, tmp_path / "base")
+    names = ["owl", "été", "9"]
+    set_class_names(base, names)
+    base.name_or_path = str(tmp_path / "base")
+    save_adapter(adapted(base), tmp_path / "adapter")
+    assert class_names(load_pretrained(tmp_path / "adapter")) == names
+
+
+@torch.no_grad()
+def test_an_adapter_with_more_classes_grows_the_head_of_its_backbone(tmp_path: Path) -> None:
+    source = load_backbone(NAME, num_classes=4)
+    set_class_names(source, list("abcd"))
+    save_backbone(source, tmp_path / "base")
+    base = load_backbone(str(tmp_path / "base"))
+    grow_head(base, 6)
+    set_class_names(base, list("abcdxy"))
+    with torch.enable_grad():
+        model = adapted(base)
+    save_adapter(model, tmp_path / "adapter")
+    images = torch.randn(2, 3, 32, 32)
+    for own in (None, load_backbone(str(tmp_path / "base"))):
+        reloaded = load_pretrained(tmp_path / "adapter", base=own)
+        assert torch.equal(reloaded(images), model(images))
+        assert class_names(reloaded) == list("abcdxy")
+        with reloaded.disable_adapter():
+            assert torch.equal(reloaded(images)[:, :4], source.eval()(images))
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [("[", "Expecting value"), ('{"a": 1}', "found dict"), ('["a"]', "of the 7 classes .* found 1")],
+)
+def test_class_names_that_do_not_fit_are_refused(copied: Path, text: str, problem: str) -> None:
+    (copied / "label_names.json").write_text(text)
+    with pytest.raises(ValueError, match=rf"label_names.json does not name the classes of the adapter: .*{problem}"):
+        load_pretrained(copied)
+
+
+def test_an_adapter_whose_head_was_exchanged_is_not_saved_under_old_names(tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    set_class_names(base, ["a", "b", "c"])
+    base.reset_classifier(2)
+    with pytest.raises(ValueError, match="expected one for each of the 2 classes of the head, found 3"):
+        save_adapter(adapted(base), tmp_path / "adapter")
+    assert not list(tmp_path.iterdir())

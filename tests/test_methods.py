@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -8,9 +9,10 @@ from peft import PeftModel
 from torch import nn
 
 from peft_edge.backbones import load_backbone
-from peft_edge.methods import METHODS, prepare_model
+from peft_edge.config import RunConfig
+from peft_edge.methods import METHODS, OPTIMIZERS, Method, find_method
 
-ADAPTER = {"r": 2, "lora_alpha": 4, "target_modules": "all-conv", "norm": "stats"}
+PEERS = [name for name in METHODS if name.startswith("peft-")]
 
 
 @pytest.fixture
@@ -18,18 +20,48 @@ def backbone() -> nn.Module:
     return load_backbone("mobilenetv3_small_050", num_classes=5)
 
 
+def prepared(model: nn.Module, name: str, **changes: Any) -> nn.Module:
+    """With the defaults of train.py, but PEFT's own LoRA for dense convolutions only."""
+    method = find_method(name)
+    options = RunConfig(output_dir="").options(method.section)
+    dense = {"target_modules": "dense"} if name in ("peft-lora", "peft-dora") else {}
+    return method.prepare(model, {**options, **dense, **changes})
+
+
 def trained_names(model: nn.Module) -> set[str]:
     return {name for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def test_full_trains_everything_none_nothing_and_head_the_head(backbone: nn.Module) -> None:
+def unwrapped(names: set[str]) -> set[str]:
+    """Without what adapters put into a parameter's name."""
+    parts = ("base_model", "base_layer", "modules_to_save", "default", "lora_norm")
+    return {".".join(part for part in name.split(".") if part not in parts).removeprefix("model.") for name in names}
+
+
+HEAD = {"classifier.weight", "classifier.bias"}
+
+
+def test_methods_without_adapted_layers_train_what_they_are_called_after(backbone: nn.Module) -> None:
     everything = {name for name, _ in backbone.named_parameters()}
-    assert trained_names(prepare_model(copy.deepcopy(backbone), "full", ADAPTER)) == everything
-    assert trained_names(prepare_model(copy.deepcopy(backbone), "none", ADAPTER)) == set()
-    assert trained_names(prepare_model(copy.deepcopy(backbone), "head", ADAPTER)) == {
-        "classifier.weight",
-        "classifier.bias",
+    norms = {
+        f"{name}.{part}"
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.BatchNorm2d)
+        for part in ("weight", "bias")
     }
+    expected = {
+        "none": set(),
+        "head": HEAD,
+        "norm-stats": set(),
+        "norm-affine": HEAD | norms,
+        "bias": HEAD | {name for name in everything if name.endswith(".bias")},
+        "full": everything,
+        "galore": everything,
+    }
+    for method, names in expected.items():
+        found = trained_names(prepared(copy.deepcopy(backbone), method))
+        assert len(found) == len(names), method
+        assert unwrapped(found) == names, method
 
 
 @pytest.mark.parametrize(
@@ -38,27 +70,91 @@ def test_full_trains_everything_none_nothing_and_head_the_head(backbone: nn.Modu
         ("lora", {"lora_A", "lora_B"}),
         ("lora-fa", {"lora_B"}),
         ("dora", {"lora_A", "lora_B", "lora_magnitude_vector"}),
+        ("peft-lora", {"lora_A", "lora_B"}),
+        ("peft-dora", {"lora_A", "lora_B", "lora_magnitude_vector"}),
     ],
 )
 def test_adapters_train_their_parts_and_the_head(backbone: nn.Module, method: str, parts: set[str]) -> None:
-    model = prepare_model(backbone, method, ADAPTER)
+    dense_only = method in PEERS
+    model = prepared(copy.deepcopy(backbone), method)
     assert isinstance(model, PeftModel)
     names = trained_names(model)
     head = {name for name in names if ".classifier." in name}
     assert len(head) == 2
     assert {part for name in names - head for part in name.split(".") if part.startswith("lora_")} == parts
-    convolutions = sum(isinstance(module, nn.Conv2d) for module in load_backbone("mobilenetv3_small_050").modules())
-    assert sum(".lora_B." in name for name in names) == convolutions
+    convolutions = [module for module in backbone.modules() if isinstance(module, nn.Conv2d)]
+    expected = sum(not dense_only or convolution.groups == 1 for convolution in convolutions)
+    assert sum(".lora_B." in name for name in names) == expected
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_training_starts_from_the_source_model(backbone: nn.Module, method: str) -> None:
     images = torch.randn(2, 3, 48, 48)
     expected = backbone.eval()(images)
-    prepared = prepare_model(copy.deepcopy(backbone), method, ADAPTER).eval()
-    torch.testing.assert_close(prepared(images), expected, atol=1e-5, rtol=1e-5)
+    model = prepared(copy.deepcopy(backbone), method).eval()
+    torch.testing.assert_close(model(images), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_unknown_method_names_the_nearest(backbone: nn.Module) -> None:
+@pytest.mark.parametrize("method", [name for name, method in METHODS.items() if method.optimizer is not None])
+def test_every_trained_parameter_gets_a_gradient_and_is_in_the_optimizer(backbone: nn.Module, method: str) -> None:
+    """Several processes would wait for one that gets none."""
+    model = prepared(backbone, method).train()
+    options = RunConfig(output_dir="").options(METHODS[method].section)
+    optimizer = METHODS[method].optimizer(model, "adamw", options, lr=1e-2, weight_decay=0.1)
+    trained = {id(parameter) for parameter in model.parameters() if parameter.requires_grad}
+    assert {id(parameter) for group in optimizer.param_groups for parameter in group["params"]} == trained
+    model(torch.randn(4, 3, 48, 48)).square().sum().backward()
+    assert [
+        name for name, parameter in model.named_parameters() if parameter.requires_grad and parameter.grad is None
+    ] == []
+    before = [parameter.detach().clone() for parameter in model.parameters() if parameter.requires_grad]
+    optimizer.step()
+    after = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert any(not torch.equal(old, new) for old, new in zip(before, after, strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("method", ["head", "galore"])
+def test_every_optimizer_takes_a_step(backbone: nn.Module, method: str, name: str) -> None:
+    model = prepared(backbone, method)
+    options = RunConfig(output_dir="").options(METHODS[method].section)
+    optimizer = METHODS[method].optimizer(model, name, options, lr=1e-2, weight_decay=0.0)
+    weight = next(parameter for parameter in reversed(list(model.parameters())) if parameter.requires_grad)
+    before = weight.detach().clone()
+    model(torch.randn(4, 3, 48, 48)).square().sum().backward()
+    optimizer.step()
+    assert not torch.equal(weight, before)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "restat"])
+@pytest.mark.parametrize("method", ["full", "lora", "conv-adapter", "head"])
+def test_fixed_statistics_are_used_while_training(backbone: nn.Module, method: str, norm: str) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    model = prepared(backbone, method, norm=norm)
+    torch.testing.assert_close(model.train()(images), model.eval()(images))
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_peers_say_what_they_cannot_do(backbone: nn.Module, method: str) -> None:
+    with pytest.raises(ValueError, match="norm: 'frozen' is not for PEFT's own adapters"):
+        prepared(backbone, method, norm="frozen")
+
+
+def test_peft_lora_says_that_depthwise_convolutions_need_another_rank(backbone: nn.Module) -> None:
+    message = r"groups=16 and rank 4(?s:.*)adapter\.target_modules=dense"
+    with pytest.warns(UserWarning, match="groups > 1"), pytest.raises(ValueError, match=message):
+        prepared(backbone, "peft-lora", target_modules="all-conv")
+
+
+def test_unknown_method_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown method 'lorra'; the nearest is 'lora'"):
-        prepare_model(backbone, "lorra", ADAPTER)
+        find_method("lorra")
+
+
+def test_a_method_of_ones_own_is_found(monkeypatch: pytest.MonkeyPatch, backbone: nn.Module) -> None:
+    def last_block(model: nn.Module, options: dict[str, Any]) -> nn.Module:
+        model.requires_grad_(False).get_submodule("blocks.5").requires_grad_(True)
+        return model
+
+    monkeypatch.setitem(METHODS, "last-block", Method(prepare=last_block, section=None, ships_model=True))
+    assert all(name.startswith("blocks.5.") for name in trained_names(prepared(backbone, "last-block")))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from peft_edge.metrics import Accuracy
+from peft_edge.metrics import Accuracy, Forgetting, Retention, average_forgetting, harmonic_mean
 
 
 def test_accuracy_is_the_share_of_equal_entries() -> None:
@@ -39,3 +39,48 @@ def test_metrics_filled_side_by_side_write_no_file(tmp_path: Path, monkeypatch: 
     assert not (tmp_path / "home").exists()
     assert first.compute() == {"accuracy": 1.0}
     assert second.compute() == {"accuracy": 0.0}
+
+
+def test_retention_and_forgetting_compare_with_the_predictions_before() -> None:
+    answers = {"references": [0, 1, 1, 0], "previous": [0, 1, 1, 1], "predictions": [0, 0, 0, 0]}
+    assert Retention().compute(**answers) == {"retention": pytest.approx(2 / 3)}
+    assert Forgetting().compute(**answers) == {"forgetting": pytest.approx(0.25)}
+
+
+def test_batches_of_three_columns_add_up() -> None:
+    metric = Forgetting()
+    for index in range(4):
+        metric.add_batch(predictions=[0], references=[index % 2], previous=[index % 2])
+    assert metric.compute() == {"forgetting": 0.5}
+
+
+def test_an_update_that_helps_forgets_less_than_nothing() -> None:
+    answers = {"references": [0, 1], "previous": [1, 1], "predictions": [0, 1]}
+    assert Retention().compute(**answers) == {"retention": 2.0}
+    assert Forgetting().compute(**answers) == {"forgetting": -0.5}
+
+
+def test_retention_of_nothing_is_unknown() -> None:
+    assert Retention().compute(references=[0, 1], previous=[1, 0], predictions=[0, 1]) == {"retention": None}
+
+
+def test_predictions_before_are_required() -> None:
+    with pytest.raises(ValueError, match="previous"):
+        Retention().compute(predictions=[0], references=[0])
+
+
+def test_average_forgetting_is_the_published_one() -> None:
+    # Worked by hand: domain 0 was best (0.9) after step 1, domain 1 (0.7) after step 2.
+    accuracies = [[0.8], [0.9, 0.6], [0.7, 0.7, 0.5], [0.6, 0.4, 0.45, 0.9]]
+    assert average_forgetting(accuracies) == pytest.approx(((0.9 - 0.6) + (0.7 - 0.4) + (0.5 - 0.45)) / 3)
+
+
+def test_average_forgetting_does_not_look_at_domains_before_they_are_learnt() -> None:
+    # Given every entry, as a grid of evaluations yields it.
+    assert average_forgetting([[0.8, 0.99], [0.6, 0.5]]) == pytest.approx(0.2)
+    assert average_forgetting([[0.8]]) is None
+
+
+def test_the_harmonic_mean_needs_both() -> None:
+    assert harmonic_mean(0.73, 0.87) == pytest.approx(2 * 0.73 * 0.87 / (0.73 + 0.87))
+    assert harmonic_mean(0.0, 0.98) == 0.0

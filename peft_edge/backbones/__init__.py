@@ -1,7 +1,17 @@
-"""timm's edge CNNs as backbones: load, save, name the head and replace it."""
+"""timm's edge CNNs as backbones: load, save, name the head, replace and grow it."""
 
 from peft_edge.backbones.checkpoints import fingerprint, save_backbone
-from peft_edge.backbones.heads import head_names, replace_head
+from peft_edge.backbones.heads import class_names, grow_head, head_names, replace_head, set_class_names
 from peft_edge.backbones.loading import EDGE_FAMILIES, load_backbone
 
-__all__ = ["EDGE_FAMILIES", "fingerprint", "head_names", "load_backbone", "replace_head", "save_backbone"]
+__all__ = [
+    "EDGE_FAMILIES",
+    "class_names",
+    "fingerprint",
+    "grow_head",
+    "head_names",
+    "load_backbone",
+    "replace_head",
+    "save_backbone",
+    "set_class_names",
+]

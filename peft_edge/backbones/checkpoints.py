@@ -17,26 +17,29 @@ from safetensors import SafetensorError
 from timm.models import save_for_hf
 from torch import nn
 
-from peft_edge.backbones.heads import as_timm_model, head_layers
+from peft_edge.backbones.heads import as_timm_model, class_names, head_layers
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 
 
 def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes a timm model in timm's own folder format: ``config.json`` and ``model.safetensors``.
+    """Writes a timm model in timm's own folder format: ``config.json`` (with the class names), ``model.safetensors``.
 
     ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` read it; only the former
     knows of ``small_images``. Files of those names already there are replaced once both new ones are whole.
 
     Raises:
         TypeError: The model was not made by timm.
+        ValueError: There are not as many class names as classes.
         OSError: The folder cannot be written.
     """
     as_timm_model(model)
+    extra: dict[str, Any] = {"small_images": True} if getattr(model, "small_images", False) else {}
+    if names := class_names(model):
+        extra["label_names"] = names
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    extra = {"small_images": True} if getattr(model, "small_images", False) else {}
     # safetensors refuses strided tensors, which is what channels_last training leaves.
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:

@@ -24,7 +24,7 @@ from timm.models import get_pretrained_cfg
 from torch import nn
 
 from peft_edge.backbones.checkpoints import CONFIG_NAME, WEIGHTS_NAME, load_weights, read_config
-from peft_edge.backbones.heads import replace_head
+from peft_edge.backbones.heads import class_names, replace_head
 from peft_edge.backbones.stems import stem_names, unstride_stem
 
 EDGE_FAMILIES = {
@@ -186,6 +186,7 @@ def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, Any]) 
             )
         model = _create(saved, config.get("model_args", {}) | timm_kwargs, folder=path)
         load_weights(model, path / WEIGHTS_NAME)
+        _check_class_names(model, path / CONFIG_NAME)
         if config.get("small_images"):
             unstride_stem(model)
     elif name is not None and path.suffix == ".safetensors":
@@ -199,3 +200,10 @@ def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, Any]) 
         )
     model.name_or_path = str(path)
     return model
+
+
+def _check_class_names(model: Any, config: Path) -> None:
+    try:
+        class_names(model)
+    except ValueError as error:
+        raise ValueError(f"{config}: label_names do not fit the weights. {error}") from error

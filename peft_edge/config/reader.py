@@ -13,7 +13,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from peft_edge.config.sections import RunConfig, Section, conflicts
+from peft_edge.config.conflicts import conflicts
+from peft_edge.config.sections import RunConfig, Section
 
 
 class ConfigError(ValueError):

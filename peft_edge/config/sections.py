@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-
-from peft_edge.roles import ROLES
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
@@ -18,6 +15,11 @@ Share = Annotated[float, Field(ge=0, lt=1)]
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]
+
+
+def _as_names(value: Any) -> Any:
+    """YAML takes a class called 7 for a number."""
+    return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
 
 
 class Section(BaseModel):
@@ -48,11 +50,24 @@ class DataConfig(Section):
     name: str = "digits"
     """`digits`, `shapes`, a Hugging Face dataset, or a folder with one subfolder a class."""
 
-    shift: str = "blend"
+    shift: str | None = None
     """What makes the target differ: a corruption, another split of the data set, or another data set or folder."""
 
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """How strong the corruption is, 1 to 5, where it comes in degrees; 5 by default."""
+
+    shift_filters: list[list[str | int | float]] = []
+    """Which rows to read of a data set that is the shift: `[column, operator, value]` each."""
+
+    new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
+    """Instead of a shift: classes that the source model does not know, in the order in which they arrive."""
+
+    increments: PositiveCount = 1
+    """In how many parts, one after another, the new classes arrive."""
+
+    rehearsal_size: Count = 0
+    """Images of the classes before that are trained on again, of all of them together; with 0, their rows of the head
+    are frozen."""
 
     image_size: PositiveCount = 48
     """Height and width in pixels of what the network sees."""
@@ -88,8 +103,46 @@ class AdapterConfig(Section):
     target_modules: str | list[str] = "all-conv"
     """The adapted layers: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
 
-    norm: Literal["frozen", "restat", "stats", "affine"] = "stats"
-    """What the adapter changes in the BatchNorm layers: frozen, restat, stats or affine."""
+
+class ConvAdapterOptions(Section):
+    """The bottleneck of method conv-adapter; the names are those of `ConvAdapterConfig`."""
+
+    reduction: PositiveCount = 4
+    """The bottleneck has this many times fewer channels than the adapted layer's input."""
+
+    kernel_size: PositiveCount | None = None
+    """Height and width of the bottleneck's depthwise convolution: by default the adapted convolution's; 1 for none."""
+
+    placement: Literal["parallel", "sequential"] = "parallel"
+    """Beside the adapted layer, or after it."""
+
+    activation: str | None = None
+    """timm's name of the bottleneck's non-linearity, such as relu; without one, a parallel adapter merges."""
+
+    target_modules: str | list[str] = "dense"
+    """The adapted layers or blocks: a role, a list of names, or a regular expression."""
+
+
+class GaloreOptions(Section):
+    """The projection of method galore; the names and most defaults are those of galore-torch."""
+
+    rank: PositiveCount = 8
+    """Rank of the projected gradients."""
+
+    update_proj_gap: PositiveCount = 50
+    """Optimizer steps between two projections."""
+
+    scale: Positive = 1.0
+    """The projected update is scaled by this."""
+
+    proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
+    """Which sides of the gradient are projected: std, reverse_std, right, left or full."""
+
+    target_modules: str | list[str] = "dense"
+    """The convolutions with projected gradients: a role or a list of names."""
+
+    layerwise: bool = False
+    """Update each layer during the backward pass, so that only one gradient is in memory at a time."""
 
 
 class SourceConfig(Section):
@@ -112,7 +165,7 @@ class SourceConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Adaptation to the target: AdamW with warm-up and a cosine schedule."""
+    """Adaptation to the target: warm-up and a cosine schedule."""
 
     epochs: PositiveCount = 10
     """Passes over the target's training images."""
@@ -123,8 +176,11 @@ class TrainingConfig(Section):
     learning_rate: Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1)] = [1e-2]
     """A number, or a list: each is tried with the whole budget, and the target's validation split chooses."""
 
+    optimizer: str = "adamw"
+    """adamw, sgd, sgd-momentum or adafactor; for the method galore, its form of that optimizer."""
+
     weight_decay: NonNegative = 0.0
-    """Decoupled weight decay."""
+    """Decay of all weights but those of norms and biases, as the optimizer defines it."""
 
     warmup_steps: Count = 10
     """Optimizer steps until the learning rate is reached."""
@@ -165,7 +221,11 @@ class RunConfig(Section):
     """Where everything goes: the adapter, the record, checkpoints and logs."""
 
     method: str = "lora"
-    """How the model is adapted: none, head, full, lora, lora-fa or dora."""
+    """How the model is adapted: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter,
+    galore; or PEFT's own peft-lora, peft-dora, peft-loha, peft-lokr."""
+
+    norm: Literal["frozen", "restat", "stats", "affine"] = "stats"
+    """What any method changes in the BatchNorm layers: frozen, restat, stats or affine."""
 
     seed: Count = 0
     """Seed of the splits, the weights and the order of the images."""
@@ -188,39 +248,12 @@ class RunConfig(Section):
     backbone: BackboneConfig = BackboneConfig()
     data: DataConfig = DataConfig()
     adapter: AdapterConfig = AdapterConfig()
+    conv_adapter: ConvAdapterOptions = ConvAdapterOptions()
+    galore: GaloreOptions = GaloreOptions()
     source: SourceConfig = SourceConfig()
     training: TrainingConfig = TrainingConfig()
     profiling: ProfilingConfig = ProfilingConfig()
 
-
-def conflicts(config: RunConfig) -> list[tuple[str, str]]:
-    """Returns the combinations of valid values that cannot work: a key each, and what is wrong with it."""
-    backbone, training, target = config.backbone, config.training, config.adapter.target_modules
-    found = []
-    if backbone.pretrained and backbone.checkpoint is not None:
-        found.append(("backbone.checkpoint", "cannot be given together with backbone.pretrained: choose one"))
-    if config.source.epochs == 0 and not (backbone.pretrained or backbone.checkpoint is not None):
-        found.append(
-            (
-                "source.epochs",
-                "is 0 and the weights are random: set backbone.pretrained or backbone.checkpoint, or train the source",
-            )
-        )
-    if training.batch_size % training.gradient_accumulation_steps:
-        found.append(
-            (
-                "training.batch_size",
-                f"({training.batch_size}) cannot be divided into training.gradient_accumulation_steps "
-                f"({training.gradient_accumulation_steps}) equal parts",
-            )
-        )
-    if training.mixed_precision == "fp16" and config.cpu:
-        found.append(("training.mixed_precision", "fp16 needs a GPU: use bf16, or leave cpu out"))
-    if isinstance(target, str) and "-" in target and target not in ROLES:
-        found.append(("adapter.target_modules", f"{target!r} is no role; the roles are {', '.join(ROLES)}"))
-    if isinstance(target, str):
-        try:
-            re.compile(target)
-        except re.error as error:
-            found.append(("adapter.target_modules", f"{target!r} is no regular expression: {error}"))
-    return found
+    def options(self, section: str | None) -> dict[str, Any]:
+        """The options of a method whose section is called so; without a section it has one, `norm`."""
+        return {"norm": self.norm} | (getattr(self, section).model_dump() if section is not None else {})

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pyarrow as pa
+import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from torch import Tensor
+from torchvision.transforms.v2 import functional as F
 
 
 def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) -> Dataset:
@@ -26,3 +28,14 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
     features = Features({"image": Image(), "label": ClassLabel(names=class_names)})
     table = pa.table({"image": features["image"].cast_storage(encoded), "label": pa.array(labels.numpy())})
     return Dataset(table.cast(features.arrow_schema))
+
+
+def read_into_memory(dataset: Dataset) -> Dataset:
+    """Returns the same images and labels held as arrays, what a transform makes of them included.
+
+    Args:
+        dataset: RGB images of one size.
+    """
+    rows = dataset[:]
+    images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
+    return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

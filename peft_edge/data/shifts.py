@@ -1,88 +1,24 @@
-"""Named distribution shifts: each turns an image of the source into one of the target.
-
-The corruptions are torchvision v2's. Where one comes in degrees, its five severities are those of ImageNet-C
-(Hendrycks and Dietterich, 2019), of CIFAR-10-C for contrast, and ours for brightness and rotation.
-"""
+"""Named distribution shifts: each turns an image of the source into one of the target."""
 
 from __future__ import annotations
 
 import difflib
-import io
-import math
 import zlib
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import torch
 from datasets import Dataset
 from PIL import Image
-from sklearn.datasets import load_sample_images
-from torch import Tensor
-from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
+from peft_edge.data.corruptions import CORRUPTIONS, Corruption
 
-@dataclass(frozen=True)
-class _Kind:
-    apply: Callable[..., Tensor]
-    """From a (3, H, W) uint8 image, and the level if there is one, to the shifted image."""
+FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(members) for family, members in CORRUPTIONS.items()}
+"""The names of the shifts, by family; those of noise, blur, weather and digital all come in five severities."""
 
-    levels: tuple[float, ...] = ()
-    """The level at the severities 1 to 5; empty for a shift that has no degrees."""
-
-
-@cache
-def _photographs() -> list[Tensor]:
-    return [torch.tensor(photograph).permute(2, 0, 1) for photograph in load_sample_images().images]
-
-
-def _blend(image: Tensor) -> Tensor:
-    """Absolute difference with a photo crop, as MNIST-M does (Ganin and Lempitsky, 2015)."""
-    photographs = _photographs()
-    photograph = photographs[int(torch.randint(len(photographs), ()))]
-    crop = v2.RandomCrop(image.shape[-2:], pad_if_needed=True, padding_mode="reflect")(photograph)
-    return (crop.short() - image.short()).abs().to(torch.uint8)
-
-
-def _gaussian_blur(image: Tensor, level: float) -> Tensor:
-    # ImageNet-C's widths are for 224 pixels; a small image would otherwise lose everything.
-    sigma = level * min(image.shape[-2:]) / 224
-    return F.gaussian_blur(image, kernel_size=2 * math.ceil(3 * sigma) + 1, sigma=sigma)
-
-
-def _gaussian_noise(image: Tensor, level: float) -> Tensor:
-    noisy = F.gaussian_noise(F.to_dtype(image, torch.float32, scale=True), sigma=level)
-    return F.to_dtype(noisy, torch.uint8, scale=True)
-
-
-def _jpeg(image: Tensor, level: float) -> Tensor:
-    # By Pillow, since torchvision is giving up its codecs.
-    file = io.BytesIO()
-    F.to_pil_image(image).save(file, "JPEG", quality=int(level))
-    return F.pil_to_tensor(Image.open(file))
-
-
-def _rotate(image: Tensor, level: float) -> Tensor:
-    """Rotates without the black corners, which would be a second and larger shift."""
-    height, width = image.shape[-2:]
-    padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
-    return F.center_crop(F.rotate(padded, level, v2.InterpolationMode.BILINEAR), [height, width])
-
-
-_KINDS = {
-    "blend": _Kind(_blend),
-    "brightness": _Kind(F.adjust_brightness, (0.8, 0.6, 0.45, 0.3, 0.15)),
-    "contrast": _Kind(F.adjust_contrast, (0.75, 0.5, 0.4, 0.3, 0.15)),
-    "gaussian_blur": _Kind(_gaussian_blur, (1, 2, 3, 4, 6)),
-    "gaussian_noise": _Kind(_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),
-    "grayscale": _Kind(lambda image: F.rgb_to_grayscale(image, num_output_channels=3)),
-    "invert": _Kind(F.invert),
-    "jpeg": _Kind(_jpeg, (25, 18, 15, 10, 7)),
-    "rotation": _Kind(_rotate, (15, 30, 45, 60, 90)),
-}
-SHIFTS = tuple(_KINDS)
+_KINDS: dict[str, Corruption] = {name: kind for members in CORRUPTIONS.values() for name, kind in members.items()}
+SHIFTS = tuple(sorted(_KINDS))
 
 
 @dataclass(frozen=True)

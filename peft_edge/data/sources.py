@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PillowImage
 
 from peft_edge.data.splits import carve
@@ -14,8 +17,17 @@ VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 LABEL_NAMES = ("label", "labels")
 
 
+Filter = Sequence[Any]
+"""A column, one of == != < <= > >= in, and a value."""
+
+
 def read_splits(
-    name: str, *, subset: str | None = None, image_column: str | None = None, label_column: str | None = None
+    name: str,
+    *,
+    subset: str | None = None,
+    filters: Sequence[Filter] = (),
+    image_column: str | None = None,
+    label_column: str | None = None,
 ) -> DatasetDict:
     """Reads a data set and leaves of it an image and a label column.
 
@@ -23,6 +35,7 @@ def read_splits(
         name: A folder with one subfolder for each class (below `train`, `validation` and `test`, if it has these), or a
             Hugging Face dataset.
         subset: The configuration of a Hugging Face dataset.
+        filters: The rows to read of a Hugging Face dataset in Parquet files: those that pass all of them.
         image_column: Its column of images; by default the one whose feature is `datasets.Image`.
         label_column: Its column of classes; by default the one whose feature is `datasets.ClassLabel`, else `label`.
 
@@ -33,7 +46,7 @@ def read_splits(
         ValueError: No such data, a column that is missing or ambiguous, an unreadable image file, or a single class.
     """
     folder = Path(name).expanduser()
-    splits = _read_folder(folder) if folder.is_dir() else _read_from_hub(name, subset)
+    splits = _read_folder(folder) if folder.is_dir() else _read_from_hub(name, subset, filters)
     features = next(iter(splits.values())).features
     columns = {
         _image_column(name, features, image_column): "image",
@@ -103,13 +116,16 @@ def _check_image(path: str) -> None:
         raise ValueError(f"cannot read the image file {path!r}: {error}; replace or remove it") from error
 
 
-def _read_from_hub(name: str, subset: str | None) -> DatasetDict:
+def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
+    # The sizes in the card are those of all rows.
+    options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
-        return load_dataset(name, subset)
-    except (OSError, ValueError) as error:
+        return load_dataset(name, subset, **options)
+    except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
             f"cannot load the data {name!r}: expected 'digits', 'shapes', a folder that exists, or a Hugging Face "
-            f"dataset. The Hub's answer: {error}"
+            f"dataset{f' with rows that pass the filters {filters}' if filters else ''}. The answer: "
+            f"{error.__cause__ or error}"
         ) from error
 
 

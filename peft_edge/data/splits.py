@@ -22,15 +22,16 @@ def carve(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
         ValueError: There are too few images for every class to be on both sides.
     """
     names = dataset.features["label"].names
-    label, count = min(Counter(dataset["label"][:]).items(), key=lambda item: item[1])
+    counts = Counter(dataset["label"][:])
+    label, count = min(counts.items(), key=lambda item: item[1])
     if count < 2:
         raise ValueError(
             f"class {names[label]!r} has a single image left, so no validation, test or adaptation images can be split "
             "off it: add images to that class, or give the data set its own splits"
         )
-    if not len(names) <= size <= len(dataset) - len(names):
+    if not len(counts) <= size <= len(dataset) - len(counts):
         raise ValueError(
-            f"cannot split {size} images off {len(dataset)} with all {len(names)} classes on both sides: "
+            f"cannot split {size} images off {len(dataset)} with all {len(counts)} classes on both sides: "
             "add images, or ask for another number"
         )
     parts = dataset.train_test_split(test_size=size, stratify_by_column="label", seed=seed)

@@ -1,4 +1,4 @@
-"""What a run adapts to: a source domain, a target domain, and what shifted between them."""
+"""What a run adapts to: a source domain, one or more target domains, and what changed between them."""
 
 from __future__ import annotations
 
@@ -31,6 +31,16 @@ class Domain:
     """Images that are only reported."""
 
     @property
+    def class_names(self) -> list[str]:
+        """The names of the labels 0, 1, ...; a split need not hold images of all of them."""
+        return self.train.features["label"].names
+
+    @property
+    def num_classes(self) -> int:
+        """The number of classes that a model for this domain tells apart."""
+        return len(self.class_names)
+
+    @property
     def fingerprint(self) -> str:
         """Changes when an image, a label, a split or the shift of this domain changes; a key for caching a model."""
         # `datasets` documents this attribute, yet offers no public name for it.
@@ -39,29 +49,31 @@ class Domain:
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification problem whose images shift between training and use."""
+    """A classification problem that changes between training and use: its images shift, or classes are added."""
 
     name: str
     """What was asked of `load_task`: a benchmark, a Hugging Face dataset or a folder."""
 
-    shift: str
-    """The name of the corruption, or of the data set, that makes the target differ from the source."""
-
-    class_names: list[str]
-    """The names of the labels 0, 1, ..., shared by both domains."""
+    change: str
+    """What makes the targets differ from the source, in words."""
 
     source: Domain
     """Where the model comes from."""
 
-    target: Domain
-    """Where it must work; `validation` and `test` are the source's images, shifted, unless the target has its own."""
+    targets: tuple[Domain, ...]
+    """Where it must work: one domain for a shift, one for each increment of new classes, in their order."""
+
+    @property
+    def class_names(self) -> list[str]:
+        """The names of the labels 0, 1, ... in the end; those of the source, and then the new ones."""
+        return self.targets[-1].class_names
 
     @property
     def num_classes(self) -> int:
-        """The number of classes."""
+        """The number of classes in the end."""
         return len(self.class_names)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when either domain does."""
-        return combined_fingerprint(self.source.fingerprint, self.target.fingerprint)
+        """Changes when any domain does."""
+        return combined_fingerprint(self.source.fingerprint, *(target.fingerprint for target in self.targets))

@@ -12,23 +12,17 @@ import torch
 from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.optim import SGD, AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
 
 from peft_edge.backbones import load_backbone
-from peft_edge.methods import prepare_model
+from peft_edge.config import RunConfig
+from peft_edge.methods import OPTIMIZERS, find_method
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
 from peft_edge.profiling.rows import step_rows
 from peft_edge.profiling.step import Inputs, fake_copy, logits_of, meta_copy, take_step
 from peft_edge.records import StepProfile
-
-OPTIMIZERS: dict[str, Callable[[list[nn.Parameter]], Optimizer]] = {
-    "adamw": AdamW,
-    "sgd": SGD,
-    "sgd-momentum": lambda parameters: SGD(parameters, momentum=0.9),
-}
-"""By name, with torch's defaults."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,13 +65,14 @@ def analyse(
             or, as a transformers text model, tokens. It is left as it is.
         method: A key of `METHODS`, for timm's models; a PEFT configuration, such as PEFT's own `LoraConfig`; or None,
             to train what requires a gradient in the model as it is.
-        lora_rank: Rank of the adapters; None for the method's default or the rank of the configuration.
+        lora_rank: Rank of the adapters; None for that of train.py's defaults, or of the configuration.
         batch_size: Images or sequences in the step.
         image_size: Height and width in pixels.
         sequence_length: Tokens in a sequence.
-        optimizer: A key of `OPTIMIZERS`, or what makes an optimizer of the trained parameters; None for a step without.
-        adapter: Further arguments of `ConvLoraConfig`, for a method given by name; every convolution is adapted unless
-            they hold `target_modules`.
+        optimizer: A key of `OPTIMIZERS`, for a method given by name in the form that the method trains with; or what
+            makes an optimizer of the trained parameters; None for a step without.
+        adapter: Options of a method given by name, in the place of train.py's defaults: `norm`, and the keys of the
+            method's section of the configuration, or of the adapter's PEFT configuration.
         inputs: What the model is called with, in the place of images or tokens: a tensor or a tuple for positional
             arguments, a mapping for keyword arguments; tensors may be on the meta device.
         accounting: See `FlopCounter`.
@@ -90,9 +85,10 @@ def analyse(
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
     model = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
-    model = _prepare(model, method, lora_rank, adapter or {}).train()
+    options = _options(method, lora_rank, adapter or {})
+    model = _prepare(model, method, options).train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    real_optimizer = _optimizer(optimizer, trained)
+    real_optimizer = _optimizer(optimizer, model, method, options) if trained else None
     if inputs is None:
         inputs = _inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
@@ -122,29 +118,43 @@ def _explained(inputs: Inputs) -> Iterator[None]:
         raise ValueError(f"the network cannot take a step on inputs of the shape {shapes}: {error}") from error
 
 
-def _prepare(
-    model: nn.Module, method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, Any]
-) -> nn.Module:
+def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """What differs from the configuration of a method, or of the adapter."""
     if isinstance(method, str):
-        rank = {} if lora_rank is None else {"r": lora_rank, "lora_alpha": 2 * lora_rank}
-        return prepare_model(model, method, {"target_modules": "all-conv", **rank, **adapter})
+        section = find_method(method).section
+        rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}
+        return {**RunConfig(output_dir="").options(section), **rank, **adapter}
     if adapter:
         raise ValueError(f"adapter ({', '.join(adapter)}) goes with a method's name: set it in the configuration")
-    if method is None:
-        return model
-    if lora_rank is not None and not hasattr(method, "r"):
+    if lora_rank is None:
+        return {}
+    if method is not None and not hasattr(method, "r"):
         raise ValueError(f"lora_rank is {lora_rank}, and {type(method).__name__} has no rank: leave it out")
-    return get_peft_model(model, method if lora_rank is None else dataclasses.replace(method, r=lora_rank))
+    return {"r": lora_rank}
+
+
+def _prepare(model: nn.Module, method: str | PeftConfig | None, options: Mapping[str, Any]) -> nn.Module:
+    if isinstance(method, str):
+        return find_method(method).prepare(model, options)
+    return model if method is None else get_peft_model(model, dataclasses.replace(method, **options))
 
 
 def _optimizer(
-    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None, trained: list[nn.Parameter]
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None,
+    model: nn.Module,
+    method: str | PeftConfig | None,
+    options: Mapping[str, Any],
 ) -> Optimizer | None:
-    if isinstance(optimizer, str):
-        if optimizer not in OPTIMIZERS:
-            raise ValueError(f"unknown optimizer {optimizer!r}. There are: {', '.join(OPTIMIZERS)}")
-        optimizer = OPTIMIZERS[optimizer]
-    return optimizer(trained) if optimizer is not None and trained else None
+    if optimizer is None:
+        return None
+    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}. There are: {', '.join(OPTIMIZERS)}")
+    if isinstance(optimizer, str) and isinstance(method, str):
+        build = find_method(method).optimizer
+        # The rate is a factor: it changes no count.
+        return None if build is None else build(model, optimizer, options, lr=1e-3, weight_decay=0.0)
+    make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
+    return make([parameter for parameter in model.parameters() if parameter.requires_grad])
 
 
 def _inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:

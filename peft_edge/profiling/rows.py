@@ -89,18 +89,27 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
                 # PEFT wraps a module once for each of its parameters that is adapted.
                 if not any(name.startswith(f"{layer}.") for layer in found[lora_rank]):
                     found[lora_rank].append(name)
-    return found
+    # Where only norms are adapted, no matrix has the rank that their configuration names.
+    return {
+        lora_rank: layers
+        for lora_rank, layers in found.items()
+        if any(getattr(model.get_submodule(layer), "lora_A", None) for layer in layers)
+    }
 
 
 def _saved_bytes(model: Any) -> list[tuple[str, int]]:
-    """Name and bytes of each tensor of the active adapters' files, or of each trained parameter without an adapter."""
+    """Name and bytes of each tensor of the active adapters' files, and of each trained parameter of no adapter."""
     tensors: list[tuple[str, Tensor]] = []
+    adapters: list[str] = []
     if getattr(model, "peft_config", None):
         # A property of PEFT's models, a method of transformers' ones.
         adapters = model.active_adapters() if callable(model.active_adapters) else model.active_adapters
         for adapter in adapters:
             # Without the last argument, PEFT asks the Hub how large the base model's vocabulary is.
             tensors += get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items()
-    else:
-        tensors += ((name, tensor) for name, tensor in model.named_parameters() if tensor.requires_grad)
+    saved = {name for name, _ in tensors}
+    for name, parameter in model.named_parameters():
+        # An adapter's parameters have its name in theirs.
+        if parameter.requires_grad and name not in saved and not set(adapters) & set(name.split(".")):
+            tensors.append((name, parameter))
     return [(name, tensor.numel() * tensor.element_size()) for name, tensor in tensors]

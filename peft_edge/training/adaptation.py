@@ -1,9 +1,10 @@
-"""The adaptation stage: one candidate for each learning rate, all with the same budget."""
+"""The adaptation to one target domain: a candidate for each learning rate, all with the same budget."""
 
 from __future__ import annotations
 
-import copy
 import json
+import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,19 +14,22 @@ from accelerate.utils import set_seed
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from torch.optim import AdamW
+from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
 from peft_edge.config import RunConfig
-from peft_edge.data import Task
+from peft_edge.data import Domain, Task
 from peft_edge.files import remove, written_whole
-from peft_edge.methods import prepare_model
+from peft_edge.methods import Method, find_method
 from peft_edge.records import StepProfile
-from peft_edge.training.evaluation import first_images, logits, save_update
+from peft_edge.training.checkpoints import Progress
+from peft_edge.training.evaluation import answers, first_images, logits
 from peft_edge.training.images import evaluation_batches, training_batches
-from peft_edge.training.loop import train
+from peft_edge.training.learner import new_learner
+from peft_edge.training.loop import DivergedError, train
 from peft_edge.training.source import new_backbone
-from peft_edge.tuners.conv_lora import restat
+from peft_edge.training.updates import save_update
+from peft_edge.tuners.restat import restat
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +39,8 @@ class Candidate:
     folder: Path
     """Holds the update, the trained model's logits and these figures."""
 
-    learning_rate: float
-    """The highest of the schedule."""
+    learning_rate: float | None
+    """The highest of the schedule; None for a method that trains nothing by gradients."""
 
     validation_accuracy: float
     """On the target's validation split, after the last step."""
@@ -45,7 +49,7 @@ class Candidate:
     """Parameters that were trained."""
 
     train_time: float
-    """Seconds of optimizer steps, evaluation excluded."""
+    """Seconds of optimizer steps, or of estimating statistics; evaluation excluded."""
 
     metrics: list[dict[str, Any]]
     """One entry an epoch."""
@@ -55,7 +59,7 @@ class Candidate:
 
     @property
     def update(self) -> Path:
-        """The folder of the adapter, or of the model where the method has no adapter."""
+        """The folder of the adapter, or of the model where the method trains the model's own weights."""
         return next(path for path in (self.folder / "adapter", self.folder / "model") if path.exists())
 
     @property
@@ -68,54 +72,113 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """Tries what the adaptation needs, so that a mistake shows before the source model is trained.
 
     Raises:
-        ValueError: The adapter does not fit the backbone, there are fewer images than one batch, or the warm-up takes
+        ValueError: The method does not fit the backbone, there are fewer images than one batch, or the warm-up takes
             all the steps.
     """
-    model = prepare_model(new_backbone(config, task.num_classes), config.method, config.adapter.model_dump())
-    settings = config.training
-    batches = training_batches(config, model, task.target.train, batch_size=settings.batch_size)
-    steps, images = settings.epochs * len(batches), len(task.target.train)
-    if config.method != "none" and settings.warmup_steps >= steps:
+    method, settings = find_method(config.method), config.training
+    backbone = new_backbone(config, task.source.num_classes)
+    batches = [
+        training_batches(config, backbone, target.train, batch_size=settings.batch_size) for target in task.targets
+    ]
+    model = method.prepare(backbone, config.options(method.section))
+    if method.optimizer is None:
+        return
+    _optimizer(method, config, model, settings.learning_rate[0])
+    fewest = min(batches, key=len)
+    steps = settings.epochs * len(fewest)
+    if settings.warmup_steps >= steps:
         raise ValueError(
-            f"training.warmup_steps: {settings.warmup_steps} take all of the {steps} steps that {images} images in "
-            f"batches of {settings.batch_size} make in {settings.epochs} epochs: lower training.warmup_steps or "
-            "training.batch_size, or raise training.epochs"
+            f"training.warmup_steps: {settings.warmup_steps} take all of the {steps} steps that "
+            f"{len(fewest.dataset)} images in batches of {settings.batch_size} make in {settings.epochs} epochs: lower "  # type: ignore[arg-type]
+            "training.warmup_steps or training.batch_size, or raise training.epochs"
         )
 
 
-def adapt(
-    config: RunConfig, task: Task, source: nn.Module, learning_rate: float, accelerator: Accelerator, run: Path
-) -> Candidate:
-    """Trains one candidate, from its last checkpoint if it has one; one that is finished is only read.
+def sweep(
+    config: RunConfig,
+    target: Domain,
+    source: nn.Module,
+    accelerator: Accelerator,
+    run: Path,
+    *,
+    increment: int | None = None,
+    previous: Path | None = None,
+) -> tuple[list[Candidate], list[dict[str, Any]]]:
+    """Trains a candidate for every learning rate of the configuration.
 
     Args:
-        config: The run's configuration; its own list of learning rates is not looked at.
-        task: Whose target is adapted to.
+        config: The run's configuration.
+        target: The domain to adapt to.
         source: The source model, on the accelerator's device; left as it is.
-        learning_rate: The highest of the schedule.
         accelerator: The run's.
         run: The run's folder.
+        increment: Which of several targets this is, counted from 1; None for the only one.
+        previous: The update that adapted the source to the target before this one.
+
+    Returns:
+        The candidates that did not diverge, and what was tried: learning rate and validation accuracy of each.
 
     Raises:
-        ValueError: The adapter does not fit the backbone.
-        OSError: A checkpoint or the result cannot be written.
+        DivergedError: Every candidate has diverged.
+        OSError: A checkpoint or a result cannot be written.
     """
-    name = f"lr_{learning_rate}"
+    method = find_method(config.method)
+    rates: Sequence[float | None] = config.training.learning_rate if method.optimizer else [None]
+    place = {} if increment is None else {"increment": increment}
+    candidates, tried, error = [], [], None
+    for rate in rates:
+        entry: dict[str, Any] = {**place, "learning_rate": rate, "valid accuracy": None}
+        name = "/".join([*(f"increment_{number}" for number in place.values()), f"lr_{rate}" if rate else "statistics"])
+        try:
+            candidate = _adapt(config, method, target, source, rate, accelerator, run, name, previous)
+        except DivergedError as diverged:
+            error = diverged
+            # The next candidate's checkpoints must not hold this one.
+            accelerator.free_memory()
+            accelerator.print(f"\n{diverged}")
+            tried.append({**entry, "diverged": str(diverged)})
+        else:
+            candidates.append(candidate)
+            tried.append({**entry, "valid accuracy": candidate.validation_accuracy})
+    if error is not None and not candidates:
+        raise error
+    return candidates, tried
+
+
+def _adapt(
+    config: RunConfig,
+    method: Method,
+    target: Domain,
+    source: nn.Module,
+    learning_rate: float | None,
+    accelerator: Accelerator,
+    run: Path,
+    name: str,
+    previous: Path | None,
+) -> Candidate:
+    """Trains one candidate, from its last checkpoint if it has one; one that is finished is only read."""
     folder = run / "candidates" / name
     if not folder.exists():
         set_seed(config.seed)
-        model = prepare_model(copy.deepcopy(source), config.method, config.adapter.model_dump())
-        num_trainable_params = sum(parameter.numel() for parameter in _trainable(model))
-        settings = config.training
-        batches = training_batches(config, source, task.target.train, batch_size=settings.batch_size)
-        validation = evaluation_batches(config, source, task.target.validation)
-        if isinstance(model, PeftModel) and config.adapter.norm == "restat":
+        model = new_learner(config, method, source, target, previous)
+        num_trainable_params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        batches = training_batches(config, source, target.train, batch_size=config.training.batch_size)
+        validation = evaluation_batches(config, source, target.validation)
+        started = time.perf_counter()
+        if _estimates_statistics(model):
             restat(model, (batch["pixel_values"].to(accelerator.device) for batch in batches))
-        optimizer = AdamW(_trainable(model), lr=learning_rate, weight_decay=settings.weight_decay)
-        total_steps = settings.epochs * len(batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
-        prepared = accelerator.prepare(model, optimizer, schedule, batches, validation)
-        progress, profile = train(*prepared, config=config, accelerator=accelerator, run=run, name=name)
+        seconds = time.perf_counter() - started
+        profile: list[StepProfile] = []
+        if learning_rate is None:
+            num_trainable_params = 0
+            progress = _untrained(accelerator, model, validation, seconds)
+        else:
+            optimizer = _optimizer(method, config, model, learning_rate)
+            total_steps = config.training.epochs * len(batches)
+            schedule = get_cosine_schedule_with_warmup(optimizer, config.training.warmup_steps, total_steps)
+            prepared = accelerator.prepare(model, optimizer, schedule, batches, validation)
+            progress, profile = train(*prepared, config=config, accelerator=accelerator, run=run, name=name)
+            model = accelerator.unwrap_model(prepared[0], keep_fp32_wrapper=False)
         figures = {
             "learning_rate": learning_rate,
             "validation_accuracy": progress.metrics[-1]["valid accuracy"],
@@ -125,8 +188,7 @@ def adapt(
             "profile": [asdict(row) for row in profile],
         }
         if accelerator.is_main_process:
-            trained = accelerator.unwrap_model(prepared[0], keep_fp32_wrapper=False)
-            _save(trained, first_images(config, source, task), figures, folder)
+            _save(method, model, first_images(config, source, target), figures, folder)
             remove(run / "checkpoints" / name)
         accelerator.free_memory()
     accelerator.wait_for_everyone()
@@ -135,13 +197,30 @@ def adapt(
     return Candidate(folder=folder, profile=profile, **figures)
 
 
-def _trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+def _optimizer(method: Method, config: RunConfig, model: nn.Module, learning_rate: float) -> Any:
+    assert method.optimizer is not None
+    return method.optimizer(
+        model,
+        config.training.optimizer,
+        config.options(method.section),
+        lr=learning_rate,
+        weight_decay=config.training.weight_decay,
+    )
 
 
-def _save(model: nn.Module, images: Tensor, figures: dict[str, Any], folder: Path) -> None:
+def _estimates_statistics(model: nn.Module) -> bool:
+    return isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "restat"
+
+
+def _untrained(accelerator: Accelerator, model: nn.Module, validation: DataLoader, seconds: float) -> Progress:
+    valid_accuracy = answers(model, accelerator.prepare_data_loader(validation), accelerator).accuracy
+    figures = {"step": 0, "train loss": None, "valid accuracy": valid_accuracy, "train time": seconds}
+    return Progress(accelerator.num_processes, train_time=seconds, metrics=[figures])
+
+
+def _save(method: Method, model: nn.Module, images: Tensor, figures: dict[str, Any], folder: Path) -> None:
     with written_whole(folder) as unfinished:
         unfinished.mkdir()
-        save_update(model, unfinished / ("adapter" if isinstance(model, PeftModel) else "model"))
         save_file({"logits": logits(model, images)}, unfinished / "logits.safetensors")
+        save_update(model, unfinished, ships_model=method.ships_model)
         (unfinished / "candidate.json").write_text(json.dumps(figures), encoding="utf-8")

@@ -72,5 +72,27 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
     return progress
 
 
+def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
+    """Returns the newest checkpoint from before `step`, and removes the later ones. All processes call it.
+
+    Args:
+        accelerator: The run's.
+        folder: Of the checkpoints.
+        step: The first one after which the weights were not good; a checkpoint is only known to be good when the step
+            after it has gone well.
+    """
+    good = [path for path in _checkpoints(folder) if _step_of(path) < step]
+    if accelerator.is_main_process:
+        for path in _checkpoints(folder):
+            if path not in good:
+                remove(path)
+    accelerator.wait_for_everyone()
+    return good[-1] if good else None
+
+
+def _step_of(path: Path) -> int:
+    return int(path.name.removeprefix("step_"))
+
+
 def _checkpoints(folder: Path) -> list[Path]:
     return sorted(folder.glob("step_*"))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import copy
-from pathlib import Path
+from contextlib import suppress
+from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 from peft import PeftModel
-from peft.utils import CONFIG_NAME
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from peft_edge.backbones import load_backbone, save_backbone
 from peft_edge.config import RunConfig
-from peft_edge.data import Task
-from peft_edge.hub import load_pretrained, save_adapter
+from peft_edge.data import Domain, Task
 from peft_edge.metrics import Accuracy
 from peft_edge.training.images import evaluation_batches
 
@@ -23,9 +21,25 @@ RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-3
 
 
+@dataclass(frozen=True)
+class Answers:
+    """What a model said of a split, in the order of the images, over all processes."""
+
+    predictions: list[int]
+    """The class of the largest logit."""
+
+    references: list[int]
+    """The right classes."""
+
+    @property
+    def accuracy(self) -> float:
+        """The share that is right."""
+        return Accuracy().compute(**vars(self))["accuracy"]
+
+
 @torch.no_grad()
-def accuracy(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> float:
-    """Returns the share of images that are classified right, over all processes. Leaves the model in eval mode.
+def answers(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Answers:
+    """Asks a model about every image once. Leaves it in eval mode.
 
     Args:
         model: On the accelerator's device, prepared or not.
@@ -33,20 +47,20 @@ def accuracy(model: nn.Module, batches: DataLoader, accelerator: Accelerator) ->
         accelerator: The run's.
     """
     model.eval()
-    metric = Accuracy()
+    found = Answers([], [])
     for batch in batches:
         with accelerator.autocast():
             predictions = model(batch["pixel_values"]).argmax(dim=-1)
         predictions, references = accelerator.gather_for_metrics((predictions, batch["labels"]))
-        metric.add_batch(predictions=predictions, references=references)
-    return metric.compute()["accuracy"]
+        found.predictions.extend(predictions.tolist())
+        found.references.extend(references.tolist())
+    return found
 
 
-def test_accuracies(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> tuple[float, float]:
-    """Returns the accuracy on the target's test split and on the source's."""
-    loaders = [evaluation_batches(config, model, domain.test) for domain in (task.target, task.source)]
-    on_target, on_source = (accuracy(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders)
-    return on_target, on_source
+def test_answers(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Answers]:
+    """Returns the answers to the source's test split, and to that of each target."""
+    loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
+    return [answers(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
 
 
 @torch.no_grad()
@@ -57,23 +71,9 @@ def logits(model: nn.Module, images: Tensor) -> Tensor:
     return model(images.to(device)).float().cpu()
 
 
-def save_update(model: nn.Module, folder: Path) -> None:
-    """Saves the adapter, or the whole model where the method has none."""
-    if isinstance(model, PeftModel):
-        save_adapter(model, folder)
-    else:
-        save_backbone(model, folder)
-
-
-def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Loads what `save_update` wrote into a fresh model."""
-    model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
-    return model.to(device).to(memory_format=torch.channels_last)
-
-
-def first_images(config: RunConfig, backbone: nn.Module, task: Task) -> Tensor:
+def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tensor:
     """Returns the images, (B, 3, H, W), that a saved update is checked with: from the target's test split."""
-    return next(iter(evaluation_batches(config, backbone, task.target.test)))["pixel_values"]
+    return next(iter(evaluation_batches(config, backbone, target.test)))["pixel_values"]
 
 
 def check_saved(reloaded: nn.Module, images: Tensor, trained: Tensor) -> dict[str, float]:
@@ -85,18 +85,20 @@ def check_saved(reloaded: nn.Module, images: Tensor, trained: Tensor) -> dict[st
         trained: (B, num_classes), the trained model's logits for them.
 
     Returns:
-        The largest difference of a logit after reloading and, where there is an adapter, after merging.
+        The largest difference of a logit after reloading and, where there is an adapter that merges, after merging.
 
     Raises:
         RuntimeError: A difference is more than rounding.
     """
-    answers = {"reloaded": (logits(reloaded, images), RELOAD_TOLERANCE)}
+    found = {"reloaded": (logits(reloaded, images), RELOAD_TOLERANCE)}
     if isinstance(reloaded, PeftModel):
-        merged = copy.deepcopy(reloaded).merge_and_unload(safe_merge=True)
-        answers["merged"] = (logits(merged, images), MERGE_TOLERANCE)
+        # Not every adapter can be merged: a non-linear one never, PEFT's own LoRA not where there are groups.
+        with suppress(NotImplementedError):
+            merged = copy.deepcopy(reloaded).merge_and_unload(safe_merge=True)
+            found["merged"] = (logits(merged, images), MERGE_TOLERANCE)
     scale = max(1.0, trained.abs().max().item())
-    differences = {name: (answer - trained).abs().max().item() for name, (answer, _) in answers.items()}
-    for name, (_, tolerance) in answers.items():
+    differences = {name: (answer - trained).abs().max().item() for name, (answer, _) in found.items()}
+    for name, (_, tolerance) in found.items():
         # Written so that a NaN fails too.
         if not differences[name] <= tolerance * scale:
             raise RuntimeError(

@@ -20,8 +20,15 @@ from transformers import TrainerControl, TrainerState
 from peft_edge.config import RunConfig
 from peft_edge.profiling.callback import ProfilingCallback
 from peft_edge.records import StepProfile
-from peft_edge.training.checkpoints import Progress, load_checkpoint, save_checkpoint
-from peft_edge.training.evaluation import accuracy
+from peft_edge.training.checkpoints import Progress, last_good_checkpoint, load_checkpoint, save_checkpoint
+from peft_edge.training.evaluation import answers
+
+DIVERGED_LOSS = 100.0
+"""The right class then has a probability of e^-100 in the mean; guessing among a million classes gives a loss of 14."""
+
+
+class DivergedError(ValueError):
+    """A training whose loss has left every reasonable range."""
 
 
 def train(
@@ -55,6 +62,7 @@ def train(
     Raises:
         OSError: A checkpoint cannot be written.
         ValueError: A checkpoint does not belong to this training.
+        DivergedError: The loss is not finite, or above `DIVERGED_LOSS`. Of the checkpoints, the good ones are kept.
     """
     settings, checkpoints = config.training, run / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
@@ -104,11 +112,16 @@ def train(
                 tell("on_step_end")
                 # Reading the loss waits for the device, so it belongs to the step; what profiling writes does not.
                 started = time.perf_counter()
-                progress.loss_sum += accelerator.reduce(loss, reduction="mean").item()
+                mean_loss = accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += seconds + time.perf_counter() - started
+                # Written so that a NaN fails too.
+                if not mean_loss <= DIVERGED_LOSS:
+                    good = last_good_checkpoint(accelerator, checkpoints, progress.step - 1)
+                    raise DivergedError(_diverged(name, progress.step, mean_loss, good))
+                progress.loss_sum += mean_loss
                 bar.update()
                 if progress.step % len(batches) == 0:
-                    figures = _end_epoch(progress, len(batches), accuracy(model, validation, accelerator))
+                    figures = _end_epoch(progress, len(batches), answers(model, validation, accelerator).accuracy)
                     bar.set_postfix(figures)
                     figures["learning rate"] = schedule.get_last_lr()[0]
                     log(figures)
@@ -144,6 +157,14 @@ def _step(
             optimizer.zero_grad()
         batch_loss += loss.detach() / parts
     return batch_loss
+
+
+def _diverged(name: str, step: int, loss: float, good: Path | None) -> str:
+    kept = f"The last good checkpoint is {good}" if good else "No checkpoint was written before"
+    return (
+        f"{name} diverged: the loss of step {step} is {loss:.3g}. Lower training.learning_rate, raise "
+        f"training.warmup_steps, or set training.max_grad_norm. {kept}"
+    )
 
 
 def _end_epoch(progress: Progress, steps: int, valid_accuracy: float) -> dict[str, float]:

@@ -18,7 +18,7 @@ from torch.optim import SGD
 from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
-from peft_edge.backbones import fingerprint, load_backbone, save_backbone
+from peft_edge.backbones import fingerprint, load_backbone, save_backbone, set_class_names
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
 from peft_edge.files import written_whole
@@ -47,7 +47,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
         ValueError: The training diverged, or there are fewer images than one batch.
         OSError: The cache cannot be written.
     """
-    model = new_backbone(config, task.num_classes)
+    model = new_backbone(config, task.source.num_classes)
+    set_class_names(model, task.source.class_names)
     # Weights of the Hub as they are need no copy: their name loads them anywhere.
     if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
         folder = _cache_folder(config) / "sources" / _recipe(config, task, model, device)

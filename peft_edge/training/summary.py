@@ -25,14 +25,15 @@ from peft_edge.config import RunConfig
 from peft_edge.data import Task
 from peft_edge.profiling.callback import read_profile
 from peft_edge.profiling.tables import profile_table, text_table
-from peft_edge.records import CANCELED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
+from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
 from peft_edge.training.adaptation import Candidate
+from peft_edge.training.evaluation import Answers
+from peft_edge.training.loop import DivergedError
+from peft_edge.training.results import SOURCE, SOURCE_BEFORE, TARGET, TARGET_BEFORE, results
 from peft_edge.training.run_folder import RunFolder
 
 _DIFFERENCE = "_max_logit_difference"
 _PACKAGES = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers")
-_TARGET, _SOURCE = "test accuracy", "source test accuracy"
-_TARGET_BEFORE, _SOURCE_BEFORE = f"{_TARGET} without update", f"{_SOURCE} without update"
 
 
 def build_record(
@@ -42,10 +43,9 @@ def build_record(
     *,
     started: float,
     total_time: float | None,
-    before: tuple[float, float],
-    after: tuple[float, float],
-    candidates: list[Candidate],
-    best: Candidate | None,
+    answers: list[list[Answers]],
+    chosen: list[Candidate],
+    tried: list[dict[str, Any]],
     update: Path | None,
     checks: dict[str, float],
 ) -> Record:
@@ -57,36 +57,31 @@ def build_record(
         source: The source model.
         started: When the run started, in seconds since 1970.
         total_time: Seconds of the whole run; None for one that was resumed.
-        before: Test accuracy on the target and on the source, without an update.
-        after: The same with it.
-        candidates: All that were trained.
-        best: The one that was kept; None if nothing was trained.
+        answers: See `results`.
+        chosen: The candidate that was kept for each target; none for a method without an update.
+        tried: The learning rates that were tried, from `sweep`.
         update: The folder of the saved adapter or model; None if there is none.
         checks: From `check_saved`.
     """
-    last: dict[str, Any] = best.metrics[-1] if best else {"step": 0, "train loss": None}
-    results = {
-        "step": last["step"],
-        "train loss": last["train loss"],
-        "train samples": last["step"] * config.training.batch_size,
-        _TARGET: after[0],
-        _SOURCE: after[1],
-        _TARGET_BEFORE: before[0],
-        _SOURCE_BEFORE: before[1],
-    }
+    steps = sum(best.metrics[-1]["step"] for best in chosen)
     return Record(
         run_info=_run_info(config, started, total_time=total_time, peft_config=_peft_config(update)),
         train_info=TrainInfo(
             status=SUCCESS,
-            train_time=best.train_time if best else None,
+            train_time=sum(best.train_time for best in chosen) if chosen else None,
             file_size=sum(file.stat().st_size for file in update.glob("*.safetensors")) if update else 0,
-            num_trainable_params=best.num_trainable_params if best else 0,
+            num_trainable_params=chosen[-1].num_trainable_params if chosen else 0,
             num_total_params=sum(parameter.numel() for parameter in source.parameters()),
-            metrics=[*(best.metrics if best else []), results],
-            sweep=[
-                {"learning_rate": candidate.learning_rate, "valid accuracy": candidate.validation_accuracy}
-                for candidate in candidates
+            metrics=[
+                *(entry for best in chosen for entry in best.metrics),
+                {
+                    "step": steps,
+                    "train loss": chosen[-1].metrics[-1]["train loss"] if chosen else None,
+                    "train samples": steps * config.training.batch_size,
+                    **results(answers),
+                },
             ],
+            sweep=tried,
             checks=checks,
         ),
         meta_info=_meta_info(
@@ -94,7 +89,7 @@ def build_record(
             model_info={"sha": fingerprint(source), "created_at": None},
             dataset_info={task.name: {"sha": task.fingerprint, "created_at": None}},
         ),
-        profile=best.profile if best else [],
+        profile=chosen[-1].profile if chosen else [],
     )
 
 
@@ -110,7 +105,8 @@ def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Itera
     except BaseException as error:
         # From here on only the record is left to be written.
         _on_termination(signal.SIG_IGN)
-        status = CANCELED if isinstance(error, KeyboardInterrupt) else FAILED
+        statuses = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}
+        status = statuses.get(type(error), FAILED)
         message = "".join(traceback.format_exception(error))
         # A full disk may be why the run stops.
         with suppress(OSError):
@@ -168,35 +164,35 @@ def _peft_config(update: Path | None) -> dict[str, Any] | None:
 def table(record: Record) -> str:
     """Returns what was gained, what was lost and what it cost, as lines of text."""
     run, train = record.run_info, record.train_info
-    results = train.metrics[-1]
-    rows = [
-        (
-            "test accuracy on",
-            "target",
-            "source",
-            "trained parameters",
-            "of the model",
-            "saved bytes",
-            "training seconds",
-        ),
-        ("no update", f"{results[_TARGET_BEFORE]:.3f}", f"{results[_SOURCE_BEFORE]:.3f}", "0", "0 %", "0", "0"),
+    found = train.metrics[-1]
+    cells: list[tuple[str, str, str]] = [
+        ("test accuracy on", "no update", run.train_config["method"]),
+        ("target", _share(found[TARGET_BEFORE]), _share(found[TARGET])),
+        ("source", _share(found[SOURCE_BEFORE]), _share(found[SOURCE])),
+        ("retained", "", _share(found["retention"])),
+        ("trained parameters", "0", f"{train.num_trainable_params:,}"),
+        ("of the model", "0 %", f"{100 * (train.num_trainable_params or 0) / (train.num_total_params or 1):.1f} %"),
+        ("saved bytes", "0", f"{train.file_size:,}"),
+        ("training seconds", "0.0", f"{train.train_time or 0:.1f}"),
     ]
-    if train.num_trainable_params and train.num_total_params:
-        figures = (
-            f"{results[_TARGET]:.3f}",
-            f"{results[_SOURCE]:.3f}",
-            f"{train.num_trainable_params:,}",
-            f"{100 * train.num_trainable_params / train.num_total_params:.1f} %",
-            f"{train.file_size:,}",
-            f"{train.train_time:.1f}",
-        )
-        rows.append((run.train_config["method"], *figures))
-    lines = [text_table(rows)]
+    rows = list(zip(*cells, strict=True))
+    lines = [text_table(rows if run.train_config["method"] != "none" else rows[:-1])]
     for tried in train.sweep:
-        lines.append(f"learning rate {tried['learning_rate']:g}: validation accuracy {tried['valid accuracy']:.3f}")
+        lines.append(_tried(tried))
     for name, difference in train.checks.items():
         what = name.removesuffix(_DIFFERENCE)
         lines.append(f"saved update, {what}: largest difference of a logit {difference:.1e}")
     if record.profile:
         lines += ["", profile_table(record.profile)]
     return "\n".join(lines)
+
+
+def _tried(entry: dict[str, Any]) -> str:
+    name = "statistics" if entry["learning_rate"] is None else f"learning rate {entry['learning_rate']:g}"
+    increment = f"increment {entry['increment']}, " if "increment" in entry else ""
+    outcome = "diverged" if "diverged" in entry else f"validation accuracy {entry['valid accuracy']:.3f}"
+    return f"{increment}{name}: {outcome}"
+
+
+def _share(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}"

@@ -13,7 +13,14 @@ from safetensors.torch import load_file, save_file
 from timm.models import save_for_hf
 from torch import nn
 
-from peft_edge.backbones import EDGE_FAMILIES, fingerprint, load_backbone, save_backbone
+from peft_edge.backbones import (
+    EDGE_FAMILIES,
+    class_names,
+    fingerprint,
+    load_backbone,
+    save_backbone,
+    set_class_names,
+)
 
 
 @pytest.mark.parametrize("name", EDGE_FAMILIES.values())
@@ -51,6 +58,7 @@ def test_constructor_arguments_and_memory_format_survive(tmp_path: Path) -> None
     assert model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)  # the saved model is not changed
 
 
+@pytest.mark.slow
 def test_a_second_process_reads_the_same_weights(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     save_backbone(tiny_backbone, tmp_path)
     code = f"from peft_edge.backbones import *; print(fingerprint(load_backbone({str(tmp_path)!r})))"
@@ -161,3 +169,27 @@ def test_the_configuration_is_json_that_names_the_model(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["architecture"] == "mobilenetv2_035"
     assert config["num_classes"] == 10
+
+
+def test_class_names_come_back_in_their_order(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    names = [f"class {index}" for index in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    set_class_names(tiny_backbone, names)
+    save_backbone(tiny_backbone, tmp_path)
+    assert class_names(load_backbone(str(tmp_path))) == names
+    assert class_names(load_backbone("mobilenetv2_035", checkpoint=tmp_path)) == names
+    assert timm.create_model(f"local-dir:{tmp_path}").pretrained_cfg["label_names"] == names
+    assert class_names(load_backbone(str(tmp_path), num_classes=3)) is None
+
+
+def test_as_many_class_names_as_classes(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    set_class_names(tiny_backbone, list("abcdefghij"))
+    save_backbone(tiny_backbone, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label_names"] = ["a", "b"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: label_names do not fit the weights.* 10 classes .* found 2"):
+        load_backbone(str(tmp_path))
+    tiny_backbone.reset_classifier(4)
+    with pytest.raises(ValueError, match="4 classes of the head, found 10"):
+        save_backbone(tiny_backbone, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
 import timm
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from peft_edge.backbones import head_names, replace_head
+from peft_edge import ConvLoraConfig
+from peft_edge.backbones import class_names, fingerprint, grow_head, head_names, replace_head, set_class_names
+from peft_edge.backbones.heads import head_layers
 
 
 @pytest.mark.parametrize(
@@ -65,3 +69,94 @@ def test_bad_arguments_are_named(tiny_backbone: nn.Module) -> None:
         replace_head(tiny_backbone, 0)
     with pytest.raises(TypeError, match="made by timm, found Linear"):
         head_names(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_035", "repvgg_a0", "levit_128s"])
+def test_a_head_that_grows_keeps_its_rows_and_its_answers(name: str) -> None:
+    model = timm.create_model(name, num_classes=6).eval()
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    images = torch.randn(2, 3, 224 if name.startswith("levit") else 32, 224 if name.startswith("levit") else 32)
+    with torch.no_grad():
+        expected = model(images)
+        grow_head(model, 10)
+        logits = model(images)
+    assert model.num_classes == 10
+    assert all(
+        torch.equal(tensor[: len(before[key])] if tensor.ndim else tensor, before[key])
+        for key, tensor in model.state_dict().items()
+    )
+    assert logits.shape == (2, 10)
+    torch.testing.assert_close(logits[:, :6], expected)
+    for _, layer in head_layers(model):
+        assert layer.weight[6:].std().item() == pytest.approx(0.01, rel=0.1)
+        assert not layer.bias[6:].any()
+        assert "out_features=10" in repr(layer)
+
+
+def test_a_convolution_as_head_grows_too() -> None:
+    model = timm.create_model("mobilenetv3_small_050", num_classes=3)
+    model.classifier = nn.Conv2d(model.classifier.in_features, 3, 1, bias=False).requires_grad_(False)
+    old = model.classifier.weight.clone()
+    grow_head(model, 5)
+    assert torch.equal(model.classifier.weight[:3], old)
+    assert model.classifier(torch.randn(1, old.shape[1], 1, 1)).shape == (1, 5, 1, 1)
+    assert not model.classifier.weight.requires_grad
+
+
+def test_a_head_in_modules_to_save_grows_in_the_original_and_in_every_copy(tiny_backbone: nn.Module) -> None:
+    config = ConvLoraConfig(r=2, target_modules=["conv_stem"], modules_to_save=["classifier"])
+    model = get_peft_model(tiny_backbone, config)
+    model.add_adapter("other", config)
+    heads = dict(head_layers(model.get_base_model()))
+    assert len(heads) == 3
+    rows = {name: nn.init.normal_(layer.weight).detach().clone() for name, layer in heads.items()}
+    grow_head(model, 12, generator=torch.Generator().manual_seed(0))
+    for name, layer in head_layers(model.get_base_model()):
+        assert torch.equal(layer.weight[:10], rows[name])
+        assert layer.weight.requires_grad == ("default" in name)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 12)
+    assert model.num_classes == 12
+
+
+def test_new_rows_come_from_the_generator(tiny_backbone: nn.Module) -> None:
+    def rows(seed: int) -> torch.Tensor:
+        model = copy.deepcopy(tiny_backbone)
+        grow_head(model, 13, generator=torch.Generator().manual_seed(seed))
+        return model.classifier.weight[10:]
+
+    assert torch.equal(rows(1), rows(1))
+    assert not torch.equal(rows(1), rows(2))
+
+
+def test_what_cannot_grow_is_named(tiny_backbone: nn.Module) -> None:
+    before = fingerprint(tiny_backbone)
+    with pytest.raises(ValueError, match=r"num_classes: expected at least 10, .* found 9"):
+        grow_head(tiny_backbone, 9)
+    with pytest.raises(ValueError, match="has no head to grow"):
+        grow_head(timm.create_model("mobilenetv2_035", num_classes=0), 3)
+    assert fingerprint(tiny_backbone) == before
+    model = get_peft_model(tiny_backbone, LoraConfig(r=2, target_modules=["classifier"]))
+    with pytest.raises(ValueError, match=r"classifier holds an adapter.*modules_to_save=\['classifier'\]"):
+        grow_head(model, 12)
+
+
+def test_classes_have_names_until_the_head_is_another_one(tiny_backbone: nn.Module) -> None:
+    names = list("abcdefghij")
+    assert class_names(tiny_backbone) is None
+    set_class_names(tiny_backbone, names)
+    assert class_names(tiny_backbone) == names
+    assert class_names(timm.create_model("mobilenetv2_035", num_classes=10)) is None  # timm's table is not touched
+    grow_head(tiny_backbone, 11)
+    assert class_names(tiny_backbone) is None
+    set_class_names(tiny_backbone, [*names, "k"])
+    replace_head(tiny_backbone, 11)
+    assert class_names(tiny_backbone) is None
+
+
+def test_names_and_classes_are_as_many(tiny_backbone: nn.Module) -> None:
+    with pytest.raises(ValueError, match="each of the 10 classes of the head, found 2"):
+        set_class_names(tiny_backbone, ["a", "b"])
+    set_class_names(tiny_backbone, list("abcdefghij"))
+    tiny_backbone.reset_classifier(4)
+    with pytest.raises(ValueError, match="each of the 4 classes of the head, found 10"):
+        class_names(tiny_backbone)

@@ -16,7 +16,7 @@ def errors_of(*arguments: str, **kwargs) -> str:
 @pytest.fixture
 def config_file(tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
-    path.write_text("output_dir: runs/a\ntraining:\n  epochs: 3\n  learning_rate: 1e-3\n")
+    path.write_text("output_dir: runs/a\ndata: {shift: blend}\ntraining:\n  epochs: 3\n  learning_rate: 1e-3\n")
     return path
 
 
@@ -32,17 +32,30 @@ def test_command_line_overrides_the_file_wherever_it_stands(config_file: Path, o
 
 
 def test_numbers_lists_and_flags_are_read() -> None:
-    config = load_config(["--cpu", "output_dir=a=b", "training.learning_rate=[1e-3, 0.02]", "source.weight_decay=1E-4"])
+    config = load_config(
+        [
+            "--cpu",
+            "output_dir=a=b",
+            "data.shift=blend",
+            "training.learning_rate=[1e-3, 0.02]",
+            "source.weight_decay=1E-4",
+        ]
+    )
     assert config.cpu
     assert config.output_dir == "a=b"
     assert config.training.learning_rate == [1e-3, 0.02]
     assert config.source.weight_decay == 1e-4
-    assert load_config(["output_dir=a", "--training.learning_rate", "1e-3", "--cpu"]).training.learning_rate == [1e-3]
+    assert load_config(
+        ["output_dir=a", "data.shift=blend", "--training.learning_rate", "1e-3"]
+    ).training.learning_rate == [1e-3]
 
 
 def test_every_error_is_reported_with_its_origin(config_file: Path) -> None:
-    config_file.write_text("output_dir: 3\ntraining:\n  epochs: 0\n  leraning_rate: 1\nadapter: {r: four}\nsource: 3\n")
-    message = errors_of("--config", str(config_file), "seed=true", "adapter.norm=batch", "stray", "data.name=[")
+    config_file.write_text(
+        "output_dir: 3\ntraining:\n  epochs: 0\n  leraning_rate: 1\nadapter: {r: four}\nsource: 3\n"
+        "data: {shift: blend}\n"
+    )
+    message = errors_of("--config", str(config_file), "seed=true", "norm=batch", "stray", "data.name=[")
     assert message.startswith("9 errors")
     for expected in (
         f"output_dir: should be a valid string, found 3 ({config_file})",
@@ -51,7 +64,7 @@ def test_every_error_is_reported_with_its_origin(config_file: Path) -> None:
         f"adapter.r: should be a valid integer, found 'four' ({config_file})",
         f"source: expected a section of keys, found 3 ({config_file})",
         "seed: should be a valid integer, found True (command line)",
-        "adapter.norm: should be 'frozen', 'restat', 'stats' or 'affine', found 'batch' (command line)",
+        "norm: should be 'frozen', 'restat', 'stats' or 'affine', found 'batch' (command line)",
         "stray: expected key=value or --key value",
         "data.name=[: while parsing",
     ):

@@ -4,9 +4,11 @@ from pathlib import Path
 
 import pytest
 
-from peft_edge.config import ConfigError, RunConfig, load_config
+from peft_edge.config import ConfigError, load_config
+from peft_edge.methods import METHODS, OPTIMIZERS
 
 ROOT = Path(__file__).parents[2]
+CHOICES = {"method": METHODS, "training.optimizer": OPTIMIZERS}
 
 
 def errors_of(*arguments: str, **kwargs) -> str:
@@ -23,6 +25,7 @@ def test_impossible_combinations_are_reported_together_with_other_errors() -> No
         "backbone.checkpoint=b",
         "training.batch_size=30",
         "training.gradient_accumulation_steps=4",
+        "data.shift=blend",
         "training.mixed_precision=fp16",
         "adapter.target_modules=all-convs",
         "--cpu",
@@ -39,12 +42,29 @@ def test_impossible_combinations_are_reported_together_with_other_errors() -> No
 
 
 def test_untrained_source_is_refused_but_pretrained_is_not() -> None:
-    assert "source.epochs: is 0" in errors_of("output_dir=a", "source.epochs=0")
-    assert load_config(["output_dir=a", "source.epochs=0", "backbone.pretrained=true"]).source.epochs == 0
+    assert "source.epochs: is 0" in errors_of("output_dir=a", "data.shift=blend", "source.epochs=0")
+    assert (
+        load_config(["output_dir=a", "data.shift=blend", "source.epochs=0", "backbone.pretrained=true"]).source.epochs
+        == 0
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.stem)
-def test_shipped_configurations_are_valid(path: Path) -> None:
-    config = load_config(["--config", str(path)])
-    assert isinstance(config, RunConfig)
-    assert config.output_dir == f"runs/{path.stem}"
+CONFIGS = ROOT / "configs"
+TASKS, METHOD_RECIPES = (sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("tasks", "methods"))
+
+
+def test_the_quickstart_is_valid() -> None:
+    assert load_config(["--config", str(CONFIGS / "quickstart.yaml")]).output_dir == "runs/quickstart"
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
+def test_every_task_goes_with_every_method(task: Path) -> None:
+    for recipe in METHOD_RECIPES:
+        config = load_config(["--config", str(task), "--config", str(recipe), "output_dir=a"], choices=CHOICES)
+        assert config.method == recipe.stem
+
+
+def test_there_is_a_recipe_for_every_method_and_no_other_file() -> None:
+    assert {path.stem for path in METHOD_RECIPES} == set(METHODS)
+    grids = (CONFIGS / "study").glob("*.yaml")  # tests/test_study.py reads them
+    assert {*TASKS, *METHOD_RECIPES, *grids, CONFIGS / "quickstart.yaml"} == set(CONFIGS.rglob("*.*"))

@@ -61,5 +61,5 @@ def test_the_seed_chooses_the_splits(splits: dict[str, Dataset]) -> None:
 
 def test_source_and_target_share_their_test_digits() -> None:
     task = load_task("digits", shift="invert")
-    assert task.source.test["label"] == task.target.test["label"]
-    assert np.array_equal(pixels(task.target.test), 255 - pixels(task.source.test))
+    assert task.source.test["label"] == task.targets[0].test["label"]
+    assert np.array_equal(pixels(task.targets[0].test), 255 - pixels(task.source.test))

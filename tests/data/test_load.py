@@ -1,16 +1,23 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 from datasets import Dataset, DatasetDict
+from datasets import Image as ImageFeature
+from PIL import Image
 
 from peft_edge.data import load, load_task, shapes, sources
 
 from .conftest import ImageFolder
+
+CORRUPTED = "owner/corrupted"
 
 
 def sizes(domain: object) -> list[int]:
@@ -26,35 +33,60 @@ def test_shapes_have_the_documented_sizes(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setitem(shapes.SPLIT_SIZES, "source", 200)
     task = load_task("shapes", shift="rotation", image_size=16)
     assert sizes(task.source) == [200, 500, 2000]
-    assert sizes(task.target) == [512, 500, 2000]
+    assert sizes(task.targets[0]) == [512, 500, 2000]
     assert task.num_classes == 20
-    assert np.array_equal(pixels(task.target.validation), np.rot90(pixels(task.source.validation), axes=(1, 2)))
+    assert np.array_equal(pixels(task.targets[0].validation), np.rot90(pixels(task.source.validation), axes=(1, 2)))
 
 
 def test_a_shifted_folder_keeps_its_images_apart(image_folder: ImageFolder) -> None:
     folder = str(image_folder("pets", ["cat", "dog"], count=50))
     task = load_task(folder, shift="invert", adaptation_size=10)
     assert sizes(task.source) == [60, 10, 20]
-    assert sizes(task.target) == [10, 10, 20]
-    assert np.array_equal(pixels(task.target.test), 255 - pixels(task.source.test))
+    assert sizes(task.targets[0]) == [10, 10, 20]
+    assert np.array_equal(pixels(task.targets[0].test), 255 - pixels(task.source.test))
     source = {image.tobytes() for image in pixels(task.source.train)}
-    assert not source & {image.tobytes() for image in 255 - pixels(task.target.train)}
+    assert not source & {image.tobytes() for image in 255 - pixels(task.targets[0].train)}
 
 
 def test_another_folder_can_be_the_target(image_folder: ImageFolder) -> None:
     day, night = image_folder("day", ["cat", "dog"], count=30), image_folder("at night", ["cat", "dog"], count=20)
     task = load_task(str(day), shift=str(night), adaptation_size=12)
     assert sizes(task.source) == [42, 6, 12]
-    assert sizes(task.target) == [12, 4, 8]
-    assert task.shift == str(night)
+    assert sizes(task.targets[0]) == [12, 4, 8]
+    assert task.change == str(night)
 
 
 @pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch, random_images: Callable[..., Dataset]) -> dict[str, list[str]]:
+def corrupted_parquet(tmp_path: Path) -> Path:
+    """A folder as CIFAR-10-C lies on the Hub: Parquet, plain numbers as labels, and all corruptions in one split.
+
+    The images of `fog` at the level 3 have a width of 3, and so on.
+    """
+    rows = []
+    for index, corruption in enumerate(["fog", "snow"]):
+        for level in (1, 2, 3):
+            file = io.BytesIO()
+            Image.new("RGB", (level, 1 + index)).save(file, "PNG")
+            image = {"bytes": file.getvalue(), "path": None}
+            rows += [
+                {"image": image, "label": row % 2, "corruption_name": corruption, "corruption_level": level}
+                for row in range(20)
+            ]
+    (tmp_path / "corrupted").mkdir()
+    Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "corrupted" / "train.parquet")
+    return tmp_path / "corrupted"
+
+
+@pytest.fixture
+def hub(
+    monkeypatch: pytest.MonkeyPatch, random_images: Callable[..., Dataset], corrupted_parquet: Path
+) -> dict[str, list[str]]:
     """Maps the names of data sets on the Hub to their classes; each has 40 images by day and 30 at dusk."""
     classes: dict[str, list[str]] = {}
 
-    def serve(name: str, subset: str | None) -> DatasetDict:
+    def serve(name: str, subset: str | None, **options: object) -> DatasetDict:
+        if name == CORRUPTED:
+            return datasets.load_dataset(str(corrupted_parquet), **options)
         return DatasetDict(train=random_images(40, classes[name]), dusk=random_images(30, classes[name], seed=1))
 
     monkeypatch.setattr(sources, "load_dataset", serve)
@@ -65,7 +97,7 @@ def test_another_split_can_be_the_target(hub: dict[str, list[str]]) -> None:
     hub["owner/pets"] = ["cat", "dog"]
     task = load_task("owner/pets", shift="dusk")
     assert sizes(task.source) == [28, 4, 8]
-    assert sizes(task.target) == [21, 3, 6]
+    assert sizes(task.targets[0]) == [21, 3, 6]
 
 
 def test_the_same_classes_in_another_order_are_renumbered(hub: dict[str, list[str]]) -> None:
@@ -75,10 +107,40 @@ def test_the_same_classes_in_another_order_are_renumbered(hub: dict[str, list[st
         image.tobytes(): ("dog", "cat")[label] for image, label in zip(pixels(images), images["label"], strict=True)
     }
     task = load_task("owner/pets", shift="owner/animals")
-    assert task.class_names == task.target.test.features["label"].names == ["cat", "dog"]
-    for split in vars(task.target).values():
+    assert task.class_names == task.targets[0].test.features["label"].names == ["cat", "dog"]
+    for split in vars(task.targets[0]).values():
         found = [names[image.tobytes()] for image in pixels(split)]
         assert found == [task.class_names[label] for label in split["label"]]
+
+
+def test_the_rows_of_one_corruption_can_be_the_target(hub: dict[str, list[str]]) -> None:
+    hub["owner/pets"] = ["cat", "dog"]
+    filters = [["corruption_name", "==", "snow"], ["corruption_level", "==", 3]]
+    task = load_task("owner/pets", shift=CORRUPTED, shift_filters=filters)
+    target = task.targets[0]
+    assert sizes(target) == [14, 2, 4]
+    assert {image.size for split in vars(target).values() for image in split["image"]} == {(3, 2)}
+    # Its labels are numbers, which are those of the source's classes.
+    assert target.class_names == ["cat", "dog"]
+    assert sorted(target.test["label"]) == [0, 0, 1, 1]
+    milder = load_task("owner/pets", shift=CORRUPTED, shift_filters=[filters[0], ["corruption_level", "==", 1]])
+    assert milder.targets[0].fingerprint != target.fingerprint
+
+
+@pytest.mark.parametrize("rows", [["corruption_name", "==", "frog"], ["severity", "==", 3]])
+def test_filters_that_fit_no_row_are_named(rows: list, hub: dict[str, list[str]]) -> None:
+    hub["owner/pets"] = ["cat", "dog"]
+    with pytest.raises(ValueError, match=f"a Hugging Face dataset with rows that pass the filters .*{rows[0]}"):
+        load_task("owner/pets", shift=CORRUPTED, shift_filters=[rows])
+
+
+def test_new_classes_of_any_data(image_folder: ImageFolder) -> None:
+    folder = str(image_folder("pets", ["cat", "dog", "owl", "rat"], count=20))
+    task = load_task(folder, new_classes=["dog", "cat"], increments=2, rehearsal_size=9, adaptation_size=5)
+    assert task.source.class_names == ["owl", "rat"]
+    assert task.class_names == ["owl", "rat", "dog", "cat"]
+    # 80 images: 16 for tests and 8 for validation, in equal shares, and 14 of each class to train on.
+    assert [sizes(domain) for domain in (task.source, *task.targets)] == [[28, 4, 8], [5 + 8, 6, 4], [5 + 9, 8, 4]]
 
 
 def test_different_classes_are_refused(image_folder: ImageFolder) -> None:
@@ -104,6 +166,28 @@ def test_a_wrong_name_is_refused_before_anything_is_read(
         load_task(name, shift=shift)
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"either a shift or new classes, found None and \[\]"),
+        ({"shift": "invert", "new_classes": ["6"]}, "found 'invert' and"),
+        ({"new_classes": ["6"], "severity": 3}, "severity belongs to a corruption: leave it out with new classes"),
+        ({"shift": "owner/pets", "severity": 3}, "severity belongs to a corruption"),
+        ({"shift": "fog", "shift_filters": [["level", "==", 1]]}, "shift_filters belong to a Hugging Face dataset"),
+        ({"shift": ".", "shift_filters": [["level", "==", 1]]}, "leave them out with the shift '.'"),
+        ({"shift": "fog", "rehearsal_size": 60}, "belong to new classes: leave them out with the shift 'fog'"),
+        ({"shift": "fog", "increments": 2}, "belong to new classes"),
+        ({"shift": "fog", "severity": 7}, "must be 1 to 5, found 7"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_anything_is_read(
+    options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load, "EMBEDDED", dict.fromkeys(load.EMBEDDED))
+    with pytest.raises(ValueError, match=message):
+        load_task("digits", **options)
+
+
 def test_the_fingerprint_follows_the_images() -> None:
     task = load_task("digits", shift="contrast", image_size=8)
     milder = load_task("digits", shift="contrast", image_size=8, severity=3)
@@ -112,7 +196,10 @@ def test_the_fingerprint_follows_the_images() -> None:
     assert len({task.fingerprint, milder.fingerprint, other_seed.fingerprint}) == 3
 
 
-def test_another_process_finds_the_same_fingerprint() -> None:
-    script = "from peft_edge.data import load_task; print(load_task('digits', shift='blend', image_size=8).fingerprint)"
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    assert there == load_task("digits", shift="blend", image_size=8).fingerprint
+@pytest.mark.slow
+def test_another_process_finds_the_same_fingerprints() -> None:
+    options = [{"shift": "blend"}, {"new_classes": ["6", "9"], "increments": 2, "rehearsal_size": 30}]
+    tasks = f"[load_task('digits', image_size=8, **options).fingerprint for options in {options}]"
+    script = f"from peft_edge.data import load_task; print(*{tasks})"
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert there == [load_task("digits", image_size=8, **some).fingerprint for some in options]

@@ -137,7 +137,7 @@ def test_a_file_whose_pixels_are_damaged_is_named(shift: str, image_folder: Imag
     broken.write_bytes(broken.read_bytes()[:1500])
     task = load_task(str(folder), shift=shift)
     messages = []
-    for split in [*vars(task.source).values(), *vars(task.target).values()]:
+    for split in [*vars(task.source).values(), *vars(task.targets[0]).values()]:
         try:
             list(build_loader(split, noisy, batch_size=8, shuffle=False, seed=0))
         except ValueError as error:

@@ -32,6 +32,11 @@ def test_a_class_with_a_single_image_is_named(random_images: Callable[..., Datas
         carve(random_images(5, ["a", "b", "c"]), 3, seed=0)
 
 
+def test_classes_without_images_take_no_part(random_images: Callable[..., Dataset]) -> None:
+    whole = random_images(60, list("abcdef")).filter(lambda label: label < 2, input_columns="label")
+    assert Counter(carve(whole, 2, seed=0)[1]["label"]) == {0: 1, 1: 1}
+
+
 @pytest.mark.parametrize("size", [2, 10])
 def test_too_few_images_for_every_class_on_both_sides(size: int, random_images: Callable[..., Dataset]) -> None:
     with pytest.raises(ValueError, match=f"cannot split {size} images off 12 with all 3 classes"):

@@ -9,10 +9,10 @@ SMALL = {"batch_size": 2, "image_size": 32}
 
 
 def test_methods_with_adapters_are_analysed_at_every_rank_and_others_once() -> None:
-    costs = compare_methods("mobilenetv2_035", ["head", "lora", "full"], lora_ranks=[1, 3], **SMALL)
+    costs = compare_methods("resnet10t", ["head", "lora", "full"], lora_ranks=[1, 3], **SMALL)
     assert list(costs) == ["head", "lora, rank 1", "lora, rank 3", "full"]
     assert [cost.lora_rank for cost in costs.values()] == [None, 1, 3, None]
-    alone = analyse("mobilenetv2_035", "lora", lora_rank=3, **SMALL).profile[0]
+    alone = analyse("resnet10t", "lora", lora_rank=3, **SMALL).profile[0]
     assert costs["lora, rank 3"] == alone
 
 

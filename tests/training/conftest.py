@@ -10,11 +10,13 @@ import torch
 from accelerate.state import AcceleratorState
 
 import train
+from peft_edge.data import digits
 from peft_edge.records import Record
 
 SHORT = [
     "backbone.name=mobilenetv3_small_050",
     "data.name=digits",
+    "data.shift=blend",
     "data.image_size=32",
     "data.adaptation_size=64",
     "source.epochs=1",
@@ -23,6 +25,7 @@ SHORT = [
     "training.learning_rate=1e-2",
     "training.checkpoint_every_steps=1",
     "trackers=[]",
+    "profiling.every_n_steps=0",
     "--cpu",
 ]
 
@@ -34,6 +37,12 @@ def fresh_accelerator() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is evaluated on is most of what a short run takes its time for."""
+    monkeypatch.setattr(digits, "SPLIT_SIZES", {"adaptation": 100, "validation": 30, "test": 60})
 
 
 @pytest.fixture(scope="session")

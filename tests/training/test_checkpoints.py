@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from torch import nn
 
-from peft_edge.training.checkpoints import Progress, load_checkpoint, save_checkpoint
+from peft_edge.training.checkpoints import Progress, last_good_checkpoint, load_checkpoint, save_checkpoint
 
 
 def prepared() -> tuple[Accelerator, nn.Module]:
@@ -48,3 +48,13 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     save_checkpoint(accelerator, tmp_path, Progress(num_processes=2, step=3), keep=2)
     with pytest.raises(ValueError, match="a run with --num_processes 2, and this one has 1"):
         load_checkpoint(accelerator, tmp_path)
+
+
+def test_checkpoints_that_are_not_known_to_be_good_are_removed(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    for step in (4, 5):
+        save_checkpoint(accelerator, tmp_path, Progress(1, step), keep=2)
+    assert last_good_checkpoint(accelerator, tmp_path, 5) == tmp_path / "step_00000004"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+    assert last_good_checkpoint(accelerator, tmp_path, 4) is None
+    assert list(tmp_path.iterdir()) == []

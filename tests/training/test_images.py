@@ -8,7 +8,7 @@ from peft_edge.config import load_config
 from peft_edge.data import load_task
 from peft_edge.training.images import evaluation_batches, training_batches
 
-CONFIG = load_config(["output_dir=a", "data.image_size=32", "training.eval_batch_size=64"])
+CONFIG = load_config(["output_dir=a", "data.shift=blend", "data.image_size=32", "training.eval_batch_size=64"])
 
 
 def pixels(loader) -> Tensor:
@@ -17,7 +17,7 @@ def pixels(loader) -> Tensor:
 
 def test_batches_have_the_size_that_was_asked_for_and_leave_the_random_numbers_of_training_alone() -> None:
     backbone = load_backbone(CONFIG.backbone.name, num_classes=10)
-    target = load_task("digits", shift="invert", image_size=32).target
+    target = load_task("digits", shift="invert", image_size=32).targets[0]
     state = torch.get_rng_state()
     trained = pixels(training_batches(CONFIG, backbone, target.train, batch_size=64))
     evaluated = pixels(evaluation_batches(CONFIG, backbone, target.validation))

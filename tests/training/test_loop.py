@@ -71,7 +71,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_to_the_same_bit
 
 def test_accumulation_changes_memory_not_the_result(run: Run, tmp_path: Path) -> None:
     """With frozen norms an image's gradient does not depend on the rest of its batch."""
-    frozen = ["adapter.norm=frozen", "training.epochs=1"]
+    frozen = ["norm=frozen", "training.epochs=1"]
     run(tmp_path / "one", *frozen)
     run(tmp_path / "four", *frozen, "training.gradient_accumulation_steps=4")
     one, four = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "four")
@@ -93,7 +93,7 @@ def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list
     """Three steps of eight images."""
     AcceleratorState._reset_state(reset_partial_state=True)
     given = ["training.epochs=1", "training.max_grad_norm=1.0", "training.batch_size=8", "trackers=[]", "--cpu"]
-    config = load_config([f"output_dir={folder}", *given, *overrides])
+    config = load_config([f"output_dir={folder}", "data.shift=blend", *given, *overrides])
     accelerator = start(config)
     optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
     batches = DataLoader(DATA, batch_size=8)

@@ -80,8 +80,9 @@ def test_killed_run_goes_on_to_the_same_bits(arguments: list[str], tmp_path: Pat
 @pytest.mark.distributed
 def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: Path) -> None:
     """In double precision: in single, Adam makes of rounding steps of up to the learning rate, also in one process."""
-    finish(start(arguments, tmp_path / "one", script=IN_DOUBLE))
-    finish(start(arguments, tmp_path / "two", *TWO_PROCESSES, script=IN_DOUBLE))
+    measured = [*arguments, "profiling.every_n_steps=1000"]
+    finish(start(measured, tmp_path / "one", script=IN_DOUBLE))
+    finish(start(measured, tmp_path / "two", *TWO_PROCESSES, script=IN_DOUBLE))
     # Accelerate may run fewer processes than asked for, and then this would compare one with one.
     assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
@@ -98,7 +99,8 @@ def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: P
 
 @pytest.mark.distributed
 def test_killed_process_leaves_the_figures_of_the_other(arguments: list[str], tmp_path: Path) -> None:
-    run = start([*arguments, "training.epochs=1000", "training.checkpoint_every_steps=1000"], tmp_path, *TWO_PROCESSES)
+    options = ["training.epochs=1000", "training.checkpoint_every_steps=1000", "profiling.every_n_steps=1000"]
+    run = start([*arguments, *options], tmp_path, *TWO_PROCESSES)
     files = [tmp_path / "profile" / "lr_0.01" / f"process_{index}.json" for index in (0, 1)]
     deadline = time.monotonic() + 400
     while not all(file.exists() and json.loads(file.read_text())["times"] for file in files):

@@ -10,7 +10,7 @@ from peft_edge.training.run_folder import open_run
 
 
 def config_for(folder: Path, *overrides: str) -> RunConfig:
-    return load_config([f"output_dir={folder}", *overrides])
+    return load_config([f"output_dir={folder}", "data.shift=blend", *overrides])
 
 
 def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:

@@ -20,14 +20,21 @@ def task() -> Task:
 
 def config_for(folder: Path, *overrides: str) -> RunConfig:
     return load_config(
-        [f"output_dir={folder / 'run'}", "data.image_size=32", "source.epochs=1", "source.batch_size=350", *overrides]
+        [
+            f"output_dir={folder / 'run'}",
+            "data.shift=blend",
+            "data.image_size=32",
+            "source.epochs=1",
+            "source.batch_size=350",
+            *overrides,
+        ]
     )
 
 
 def test_model_is_trained_once_and_then_shared(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
     first = source.source_model(config_for(tmp_path), task, CPU)
     assert Path(first.name_or_path).parent == tmp_path / "cache" / "sources"
-    assert fingerprint(first) != fingerprint(source.new_backbone(config_for(tmp_path), task.num_classes))
+    assert fingerprint(first) != fingerprint(source.new_backbone(config_for(tmp_path), task.source.num_classes))
     monkeypatch.setattr(source, "_train", None)
     # Neither the method nor the target is part of what made it.
     again = source.source_model(config_for(tmp_path, "method=full", "training.epochs=3"), task, CPU)

@@ -17,7 +17,7 @@ from peft_edge.training.summary import failure_recorded, table
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError("lost"), FAILED), (KeyboardInterrupt(), CANCELED)])
 def test_run_that_stops_leaves_a_record(tmp_path: Path, error: BaseException, status: str) -> None:
-    config = load_config([f"output_dir={tmp_path / 'run'}"])
+    config = load_config([f"output_dir={tmp_path / 'run'}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
     with pytest.raises(type(error)), failure_recorded(config, run, 0.0):
         raise error
@@ -29,7 +29,7 @@ def test_run_that_stops_leaves_a_record(tmp_path: Path, error: BaseException, st
 
 
 def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path: Path) -> None:
-    config = load_config([f"output_dir={tmp_path}"])
+    config = load_config([f"output_dir={tmp_path}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
     rows = [StepProfile(process_index=index, scope="step", steps=1) for index in (10, 2)]
     (tmp_path / "profile" / "lr_0.01").mkdir(parents=True)
@@ -42,7 +42,7 @@ def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path:
 
 
 def test_run_that_is_terminated_leaves_a_record(tmp_path: Path) -> None:
-    config = load_config([f"output_dir={tmp_path}"])
+    config = load_config([f"output_dir={tmp_path}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
     with pytest.raises(SystemExit) as caught, failure_recorded(config, run, 0.0):
         os.kill(os.getpid(), signal.SIGTERM)
@@ -57,6 +57,7 @@ def test_table_shows_gain_loss_and_cost() -> None:
         "source test accuracy": 0.9,
         "test accuracy without update": 0.25,
         "source test accuracy without update": 0.95,
+        "retention": 0.947,
     }
     record = Record(
         run_info=RunInfo(created_at="", experiment_name="lora/a", train_config={"method": "lora"}),
@@ -67,21 +68,29 @@ def test_table_shows_gain_loss_and_cost() -> None:
             num_trainable_params=1000,
             num_total_params=20000,
             metrics=[results],
-            sweep=[{"learning_rate": 0.01, "valid accuracy": 0.7}],
+            sweep=[
+                {"learning_rate": 0.01, "valid accuracy": 0.7},
+                {"increment": 2, "learning_rate": 10.0, "valid accuracy": None, "diverged": "why"},
+                {"learning_rate": None, "valid accuracy": 0.5},
+            ],
             checks={"merged_max_logit_difference": 2e-6},
         ),
         meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
         profile=[StepProfile(process_index=0, scope="step", forward_s=0.0123)],
     )
     lines = table(record).splitlines()
-    header = "test accuracy on  target  source  trained parameters  of the model  saved bytes  training seconds"
+    header = (
+        "test accuracy on  target  source  retained  trained parameters  of the model  saved bytes  training seconds"
+    )
     assert lines[0].split() == header.split()
-    assert lines[1].split() == ["no", "update", "0.250", "0.950", "0", "0", "%", "0", "0"]
-    assert lines[2].split() == ["lora", "0.750", "0.900", "1,000", "5.0", "%", "4,000", "12.3"]
-    assert lines[3:7] == [
+    assert lines[1].split() == ["no", "update", "0.250", "0.950", "0", "0", "%", "0", "0.0"]
+    assert lines[2].split() == ["lora", "0.750", "0.900", "0.947", "1,000", "5.0", "%", "4,000", "12.3"]
+    assert lines[3:9] == [
         "learning rate 0.01: validation accuracy 0.700",
+        "increment 2, learning rate 10: diverged",
+        "statistics: validation accuracy 0.500",
         "saved update, merged: largest difference of a logit 2.0e-06",
         "",
         "arithmetic and time of a training step",
     ]
-    assert "12.3" in lines[9]
+    assert "12.3" in lines[11]

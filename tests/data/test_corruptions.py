@@ -1,0 +1,151 @@
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from sklearn.datasets import load_sample_images
+
+from peft_edge.data.corruptions import CORRUPTIONS
+from peft_edge.data.shifts import Shift
+
+PIXEL = 224
+"""A side at which a level is a number of pixels."""
+
+
+@pytest.fixture
+def photograph() -> Image.Image:
+    return Image.fromarray(load_sample_images().images[0]).crop((200, 100, 296, 164))
+
+
+def grey(value: int, side: int = PIXEL) -> Image.Image:
+    return Image.new("RGB", (side, side), (value,) * 3)
+
+
+def point() -> Image.Image:
+    image = grey(0)
+    image.putpixel((112, 112), (255, 255, 255))
+    return image
+
+
+def corrupted(image: Image.Image, name: str, severity: int | None = None) -> np.ndarray:
+    return np.asarray(Shift(name, severity)(image)).astype(int)
+
+
+@pytest.mark.parametrize("family", ["noise", "blur", "weather", "digital"])
+def test_every_corruption_of_a_family_has_five_severities(family: str) -> None:
+    assert len(CORRUPTIONS[family]) >= 3
+    assert {len(corruption.levels) for corruption in CORRUPTIONS[family].values()} == {5}
+
+
+@pytest.mark.parametrize(
+    ("name", "severity", "reference", "tolerance"),
+    [
+        ("brightness", 2, lambda image: ImageEnhance.Brightness(image).enhance(0.6), 1),
+        ("contrast", 5, lambda image: ImageEnhance.Contrast(image).enhance(0.15), 1),
+        ("grayscale", None, lambda image: image.convert("L").convert("RGB"), 1),
+        ("invert", None, ImageOps.invert, 0),
+    ],
+)
+def test_it_is_what_pillow_does(name, severity, reference, tolerance, photograph: Image.Image) -> None:
+    expected = np.asarray(reference(photograph)).astype(int)
+    assert np.abs(corrupted(photograph, name, severity) - expected).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "deviation"),
+    [
+        ("gaussian_noise", 128, 0.08),
+        ("shot_noise", 128, math.sqrt(128 / 255 / 60)),  # of a Poisson number, by its mean
+        ("shot_noise", 32, math.sqrt(32 / 255 / 60)),
+    ],
+)
+def test_noise_has_the_stated_deviation(name: str, value: int, deviation: float) -> None:
+    assert corrupted(grey(value), name, 1).std() / 255 == pytest.approx(deviation, rel=0.03)
+
+
+def test_impulses_are_black_and_white_in_equal_shares() -> None:
+    noisy = corrupted(grey(128), "impulse_noise", 5)
+    assert set(np.unique(noisy)) == {0, 128, 255}
+    assert (noisy == 0).mean() == pytest.approx(0.135, rel=0.03)
+    assert (noisy == 255).mean() == pytest.approx(0.135, rel=0.03)
+
+
+@pytest.mark.parametrize("name", CORRUPTIONS["blur"])
+def test_a_blur_leaves_an_even_image_alone(name: str) -> None:
+    assert np.abs(corrupted(grey(77, 32), name) - 77).max() <= 1
+
+
+def test_out_of_focus_a_point_becomes_a_disc() -> None:
+    spot = corrupted(point(), "defocus_blur", 3)[..., 0]
+    # Radius 6: the light is spread over the disc's area, and none falls outside it.
+    assert spot[112, 112] == pytest.approx(255 / (math.pi * 6**2), abs=1)
+    distance = np.hypot(*(np.indices(spot.shape) - 112))
+    assert spot[distance < 5].min() == spot[112, 112]
+    assert spot[distance > 7].max() == 0
+
+
+def test_in_motion_a_point_becomes_a_line() -> None:
+    rows, columns = corrupted(point(), "motion_blur", 3)[..., 0].nonzero()
+    along, across = np.sqrt(np.linalg.eigvalsh(np.cov(np.stack([rows, columns])))[::-1])
+    assert along == pytest.approx(20 / math.sqrt(12), rel=0.15)  # the deviation of a uniform distribution
+    assert across < 1
+
+
+def test_fog_fades_into_white() -> None:
+    black, dark, white = (corrupted(grey(value, 64), "fog") for value in (0, 100, 255))
+    assert white.min() == 255
+    assert black.std() > 5  # its depth is uneven
+    assert (corrupted(grey(0, 64), "fog", 1).mean() < black.mean()) & (dark.min() > 100)
+
+
+def test_snow_is_white_and_falls_in_one_direction() -> None:
+    snowy = corrupted(grey(60), "snow", 1)[..., 0]
+    assert snowy.min() >= 60
+    spectrum = np.abs(np.fft.fftshift(np.fft.fft2(snowy - snowy.mean()))) ** 2
+    offsets = np.stack(np.indices(spectrum.shape) - 112).reshape(2, -1)
+    short, long = np.linalg.eigvalsh(np.cov(offsets, aweights=spectrum.flatten()))
+    assert long > 1.5 * short
+
+
+@pytest.mark.parametrize(("severity", "blocks"), [(1, 39), (2, 32), (3, 26), (4, 20), (5, 16)])
+def test_pixels_become_blocks(severity: int, blocks: int) -> None:
+    pixelated = corrupted(Image.radial_gradient("L").resize((64, 64)).convert("RGB"), "pixelate", severity)
+    assert (np.diff(pixelated, axis=0) != 0).any((1, 2)).sum() == blocks - 1
+
+
+def test_a_rubber_sheet_moves_points_by_the_stated_distance() -> None:
+    ramp = np.tile(np.arange(PIXEL, dtype=np.uint8), (PIXEL, 1))
+    moved = corrupted(Image.fromarray(ramp).convert("RGB"), "elastic", 3)[..., 0] - ramp.astype(int)
+    # Beyond the edge the ramp is mirrored; and few points move independently, so the deviation is a rough one.
+    assert moved[:, 20:-20].std() == pytest.approx(3, rel=0.3)
+
+
+def test_rotation_by_90_degrees_moves_pixels_unchanged(photograph: Image.Image) -> None:
+    square = photograph.crop((0, 0, 64, 64))
+    assert np.array_equal(corrupted(square, "rotation"), np.rot90(np.asarray(square)))
+
+
+@pytest.mark.parametrize(("name", "severity"), [("rotation", 3), ("elastic", 5)])
+def test_what_moves_leaves_no_black_corners(name: str, severity: int) -> None:
+    assert corrupted(grey(255, 48), name, severity).min() >= 254
+
+
+@pytest.mark.parametrize("brightness", [0, 255])
+def test_blend_is_the_distance_to_a_crop_of_a_photograph(brightness: int) -> None:
+    blended = corrupted(grey(brightness, 24), "blend")
+    crop = np.abs(blended - brightness).astype(np.uint8)
+    windows = [
+        np.lib.stride_tricks.sliding_window_view(whole, (1, 24, 3))[..., 0, 0, :, :]
+        for whole in load_sample_images().images
+    ]
+    assert any((window == crop[0]).all((-1, -2)).any() for window in windows)
+
+
+@pytest.mark.parametrize("size", [(8, 8), (33, 17)])
+@pytest.mark.parametrize("name", [name for members in CORRUPTIONS.values() for name in members])
+def test_small_and_oblong_images_are_taken(name: str, size: tuple[int, int]) -> None:
+    pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8)
+    assert corrupted(Image.fromarray(pixels.numpy()), name).shape == pixels.shape

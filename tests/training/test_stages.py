@@ -1,0 +1,110 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_edge.backbones import class_names, load_backbone
+from peft_edge.methods import METHODS
+from peft_edge.records import SUCCESS, Record
+from peft_edge.training.updates import load_update
+
+Run = Callable[..., Record]
+
+
+def test_run_leaves_an_adapter_a_record_and_a_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run(tmp_path / "run", "training.learning_rate=[1e-3,1e-2]", "profiling.every_n_steps=1000")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"adapter", "config.yaml", "record.json"}
+    train = record.train_info
+    assert train.status == SUCCESS
+    assert train.file_size == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert [tried["learning_rate"] for tried in train.sweep] == [1e-3, 1e-2]
+    # 64 images are 2 steps of 32, and there are 2 epochs.
+    assert [entry["step"] for entry in train.metrics] == [2, 4, 4]
+    assert train.metrics[-2]["valid accuracy"] == max(tried["valid accuracy"] for tried in train.sweep)
+    assert train.checks["reloaded_max_logit_difference"] == 0
+    assert train.checks["merged_max_logit_difference"] < 1e-4
+    assert [(row.scope, row.lora_rank, row.steps) for row in record.profile] == [("step", 4, 1), ("layers", 4, 1)]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert record.profile[0].adapter_bytes == sum(tensor.nbytes for tensor in saved.values())
+    printed = capsys.readouterr().out
+    assert f"{train.num_trainable_params:,}" in printed
+    assert f"{train.file_size:,}" in printed
+    assert f"{train.metrics[-1]['test accuracy']:.3f}" in printed
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_what_it_saves_is_what_was_trained(run: Run, tmp_path: Path, method: str) -> None:
+    dense = ["adapter.target_modules=dense"] if method in ("peft-lora", "peft-dora") else []
+    record = run(tmp_path / "run", f"method={method}", "training.epochs=1", *dense)
+    results, train = record.train_info.metrics[-1], record.train_info
+    saved = {path.name for path in (tmp_path / "run").iterdir()} - {"config.yaml", "record.json"}
+    if method == "none":
+        assert saved == set()
+        assert results["test accuracy"] == results["test accuracy without update"]
+        assert (results["retention"], results["forgetting"]) == (1, 0)
+        return
+    assert saved == {"model" if METHODS[method].ships_model else "adapter"}
+    assert (train.num_trainable_params == train.num_total_params) == METHODS[method].ships_model
+    assert (train.num_trainable_params == 0) == (method == "norm-stats")
+    assert (record.run_info.peft_config is None) == METHODS[method].ships_model
+    assert train.checks["reloaded_max_logit_difference"] <= 1e-5
+    assert results["forgetting"] == results["source test accuracy without update"] - results["source test accuracy"]
+
+
+def test_wrong_adapter_is_reported_before_anything_is_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_edge.training.stages.source_model", None)
+    with pytest.raises(ValueError, match="no_such_layer"):
+        run(tmp_path / "run", "adapter.target_modules=[no_such_layer]")
+
+
+def test_unknown_backbone_names_the_nearest(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mobilenetv3_small_050"):
+        run(tmp_path / "run", "backbone.name=mobilenetv3_smal_050")
+
+
+def test_finished_run_only_prints_its_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path / "run", "method=none")
+    capsys.readouterr()
+    monkeypatch.setattr("peft_edge.training.stages.source_model", None)
+    assert run(tmp_path / "run", "method=none") == first
+    assert "holds this run, finished" in capsys.readouterr().out
+
+
+NEW_CLASSES = [
+    "data.shift=null",
+    "data.new_classes=[7, 8, 9]",
+    "data.increments=2",
+    "data.rehearsal_size=18",
+    "training.batch_size=8",
+]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "norm-stats", "peft-lokr"])
+def test_new_classes_arrive_in_increments(run: Run, tmp_path: Path, method: str) -> None:
+    record = run(tmp_path / "run", f"method={method}", *NEW_CLASSES)
+    results = record.train_info.metrics[-1]
+    assert [len(row) for row in results["accuracies"]] == [1, 2, 3]
+    assert [entry["increment"] for entry in record.train_info.sweep] == [1, 2]
+    model = load_update(next((tmp_path / "run").glob("*/*.safetensors")).parent, torch.device("cpu")).eval()
+    learns = method != "norm-stats"
+    assert class_names(model) == [str(digit) for digit in range(10 if learns else 7)]
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10 if learns else 7)
+
+
+def test_without_rehearsal_the_old_rows_of_the_head_stay(run: Run, tmp_path: Path) -> None:
+    record = run(tmp_path / "run", "data.shift=null", "data.new_classes=[9]", "method=head", "training.batch_size=8")
+    source = load_backbone(record.run_info.peft_config["base_model_name_or_path"])
+    head = load_update(tmp_path / "run" / "adapter", torch.device("cpu")).get_base_model().get_classifier()
+    assert torch.equal(head.weight[:9], source.classifier.weight)
+    assert torch.equal(head.bias[:9], source.classifier.bias)
+    assert head.weight[9].norm() > 0.35
