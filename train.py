@@ -4,8 +4,7 @@
     python train.py --config configs/quickstart.yaml method=dora adapter.r=8 --output_dir runs/dora
 
 Every key of the configuration can be given as `key=value` or `--key value`; of several files, the later ones override
-the earlier. A run that was interrupted and is started
-again goes on from its last checkpoint.
+the earlier. A run that was interrupted and is started again goes on from its last checkpoint.
 """
 
 from __future__ import annotations
@@ -32,7 +31,8 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
-if __name__ == "__main__":
+def command() -> None:
+    """Runs with the arguments of this process, and ends it with one message where they are wrong."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe_keys()}")
         sys.exit()
@@ -43,3 +43,7 @@ if __name__ == "__main__":
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()

@@ -62,7 +62,7 @@ def _add_profile(commands: Any) -> None:
     add("--norm", default="stats", choices=get_args(Norm), help="what methods change in the BatchNorm layers")
     add("--batch-size", type=positive_integer, default=16, help="images in the step")
     add("--image-size", type=positive_integer, default=224, help="height and width in pixels")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="with torch's defaults")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="in the method's form, with its defaults")
     add("--accounting", default="exact", choices=ACCOUNTINGS, help="how FLOPs are counted")
     add("--json", metavar="FILE", type=_file, help="write the figures, too; - prints them and no table")
     add("--picture", metavar="FILE", type=_picture, help="draw them, too: a .png, .svg or .pdf file")

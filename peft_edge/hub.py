@@ -15,7 +15,6 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-# Makes our adapter types known to PEFT, which otherwise refuses their configuration with a bare KeyError.
 from peft_edge.backbones import class_names, grow_head, head_names, load_backbone, replace_head, set_class_names
 from peft_edge.files import written_whole
 

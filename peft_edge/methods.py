@@ -10,7 +10,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftType, get_peft_model
+from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig, PeftModel, PeftType, get_peft_model
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
@@ -55,7 +55,9 @@ def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
-    groups = galore_param_groups(model, weight_decay=weight_decay, **{key: options[key] for key in names})
+    # Layers are called by the names that they have in the backbone.
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    groups = galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
     if options["layerwise"]:
         update_in_backward(optimizer)
@@ -103,7 +105,9 @@ def _no_layers(*, saves_head: bool = True, **fixed: Any) -> Prepare:
 
 
 def _everything(model: nn.Module, options: Options) -> nn.Module:
-    return _no_layers(saves_head=False)(model, options).requires_grad_(True)
+    # The model's own weights and biases are trained, so that the norms need none of the adapter's.
+    norm = "stats" if options["norm"] == "affine" else options["norm"]
+    return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 
 
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: Any) -> Prepare:

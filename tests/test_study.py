@@ -46,6 +46,11 @@ def test_every_combination_is_run_once_and_a_failure_stops_no_other(grid: Path, 
     run_grid(cells[2:])
     assert cells[2].record.run_info.created_at == created
 
+    # A run of an older recipe is not this one.
+    (tmp_path / "methods" / "head.yaml").write_text("method: head\ntraining: {learning_rate: 5e-3}\n")
+    changed = read_grid(grid, tmp_path / "runs")
+    assert [cell.record for cell in changed[2:]] == [None, None]
+
     head, full = (line.split() for line in reversed(study_table(cells).splitlines()[1:]))
     assert full[:5] == ["task,", "full", "0,", "diverged", "-"]
     accuracies = [cell.record.train_info.metrics[-1]["test accuracy"] for cell in cells[2:]]
@@ -72,7 +77,13 @@ def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:
     [
         ("- a", "expected `recipes`, a list of lists of files"),
         ("recipes: 3", "expected `recipes`"),
+        ("recipes: [task.yaml]", "expected `recipes`"),
         ("recipes: [[nothing*.yaml]]", "no file is found for nothing"),
+        ("recipes: [[/nothing/at/all.yaml]]", "no file is found for /nothing"),
+        ("recipes: [[task.yaml]]\ngird: {seed: [1]}", "gird"),
+        ("recipes: [[task.yaml]]\ngrid: {seed: []}", "grid.seed"),
+        ("recipes: [[task.yaml]]\ngrid: {method: lora}", "grid.method"),
+        ("recipes: [[task.yaml]]\ngrid: {seed: [0, 0]}", "task--seed=0 comes twice"),
         ("recipes: [[task.yaml]]\ngrid: [1]", "expected `recipes`"),
     ],
 )

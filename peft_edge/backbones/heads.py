@@ -80,6 +80,8 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
             f"num_classes: expected at least {base.num_classes}, the classes that the model has, found {num_classes}: "
             "a head only grows. replace_head makes a smaller one."
         )
+    if num_classes == base.num_classes:
+        return
     for name in head_names(base):
         if any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(name).modules()):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Combinations of valid values that cannot work."""
+"""Values that are valid each for itself and cannot work, as far as that shows without data and network."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Problem = tuple[str, str]
 
 
 def conflicts(config: RunConfig) -> Iterator[Problem]:
-    """Yields every combination of values in `config` that cannot work."""
+    """Yields what cannot work in `config`."""
     yield from _source(config)
     yield from _task(config)
     yield from _training(config)
@@ -69,7 +69,7 @@ def _training(config: RunConfig) -> Iterator[Problem]:
 def _targets(key: str, target: str | list[str]) -> Iterator[Problem]:
     if not isinstance(target, str):
         return
-    if "-" in target and target not in ROLES:
+    if re.fullmatch("[a-z]+(-[a-z]+)+", target) and target not in ROLES:
         yield key, f"{target!r} is no role; the roles are {', '.join(ROLES)}"
     try:
         re.compile(target)

@@ -1,4 +1,4 @@
-"""Reads a run's configuration from one YAML file and the command line, and reports every error at once."""
+"""Reads a run's configuration from YAML files and the command line, and reports every error at once."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], 
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
-    # The file first, wherever it stands: what the command line says overrides it.
+    # The files first, wherever they stand: what the command line says overrides them.
     for key, text, argument in sorted(_split(arguments), key=lambda item: item[0] != "config"):
         try:
             if text is None:

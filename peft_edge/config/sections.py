@@ -124,7 +124,7 @@ class ConvAdapterOptions(Section):
 
 
 class GaloreOptions(Section):
-    """The projection of method galore; the names and most defaults are those of galore-torch."""
+    """The projection of method galore; the names are those of galore-torch, gap and scale are for short trainings."""
 
     rank: PositiveCount = 8
     """Rank of the projected gradients."""
@@ -197,11 +197,14 @@ class TrainingConfig(Section):
     eval_batch_size: PositiveCount = 128
     """Images per evaluation step, over all processes."""
 
+    eval_every_epochs: PositiveCount = 1
+    """Epochs from one evaluation on the validation split to the next; the last epoch always ends with one."""
+
     checkpoint_every_steps: PositiveCount = 50
     """Optimizer steps between checkpoints; a run that dies loses at most these."""
 
-    keep_checkpoints: PositiveCount = 2
-    """How many of the newest checkpoints stay on the disk."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """How many of the newest checkpoints stay on the disk; at least two, since training may diverge after the last."""
 
 
 class ProfilingConfig(Section):
@@ -225,7 +228,8 @@ class RunConfig(Section):
     galore; or PEFT's own peft-lora, peft-dora, peft-loha, peft-lokr."""
 
     norm: Literal["frozen", "restat", "stats", "affine"] = "stats"
-    """What any method changes in the BatchNorm layers: frozen, restat, stats or affine."""
+    """What a method changes in the BatchNorm layers: frozen, restat, stats or affine. Methods that are called after
+    norms have their own, those that ship the model train weight and bias always, and PEFT's know stats and affine."""
 
     seed: Count = 0
     """Seed of the splits, the weights and the order of the images."""

@@ -7,6 +7,7 @@ anti-aliased at any size. Pose, shear, colours, background, clutter, lighting an
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import torch
 from datasets import Dataset
@@ -33,10 +34,16 @@ def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     Returns:
         The source domain, and the adaptation images without their shift.
     """
-    generator = torch.Generator().manual_seed(seed)
-    splits = {name: render_shapes(size, image_size, generator) for name, size in SPLIT_SIZES.items()}
+    splits = _splits(tuple(SPLIT_SIZES.items()), image_size, seed)
     source = Domain(train=splits["source"], validation=splits["validation"], test=splits["test"])
     return source, splits["adaptation"]
+
+
+@lru_cache(maxsize=1)
+def _splits(sizes: tuple[tuple[str, int], ...], image_size: int, seed: int) -> dict[str, Dataset]:
+    """Rendering takes ten seconds, which the runs of a study in one process need not each wait for."""
+    generator = torch.Generator().manual_seed(seed)
+    return {name: render_shapes(size, image_size, generator) for name, size in sizes}
 
 
 def render_shapes(count: int, image_size: int, generator: torch.Generator) -> Dataset:

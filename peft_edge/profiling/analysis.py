@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_leaves
 from peft_edge.backbones import load_backbone
 from peft_edge.config import RunConfig
 from peft_edge.methods import OPTIMIZERS, find_method
+from peft_edge.optim import update_in_backward
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
 from peft_edge.profiling.rows import step_rows
@@ -92,6 +93,9 @@ def analyse(
     if inputs is None:
         inputs = _inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
+    if options.get("layerwise") and fake_optimizer is not None:
+        # What the method has registered with the model's own parameters, the copy lacks.
+        update_in_backward(fake_optimizer)
     counter = FlopCounter(fake_model, accounting)
     tracker = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
     with _explained(inputs), mode:
@@ -135,7 +139,12 @@ def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Ma
 
 def _prepare(model: nn.Module, method: str | PeftConfig | None, options: Mapping[str, Any]) -> nn.Module:
     if isinstance(method, str):
-        return find_method(method).prepare(model, options)
+        try:
+            return find_method(method).prepare(model, options)
+        except TypeError as error:
+            if "unexpected keyword argument" not in str(error):
+                raise
+            raise ValueError(f"adapter: {error}; {method} has the options {', '.join(options)}") from error
     return model if method is None else get_peft_model(model, dataclasses.replace(method, **options))
 
 

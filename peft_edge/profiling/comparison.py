@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_edge.methods import find_method
 from peft_edge.profiling.analysis import analyse
 from peft_edge.profiling.flops import Accounting
 from peft_edge.records import StepProfile
@@ -36,7 +37,9 @@ def compare_methods(
     pairs = [(method, lora_rank) for method in methods for lora_rank in lora_ranks]
     with tqdm(pairs, unit="step", leave=False, disable=None) as bar:
         for method, lora_rank in bar:
-            if method in costs:
+            has_rank = find_method(method).section == "adapter"
+            name = f"{method}, rank {lora_rank}" if has_rank else method
+            if name in costs:
                 continue
             bar.set_description(f"analysing {method}")
             analysis = analyse(
@@ -49,6 +52,5 @@ def compare_methods(
                 adapter=adapter,
                 accounting=accounting,
             )
-            cost = analysis.profile[0]
-            costs[method if cost.lora_rank is None else f"{method}, rank {cost.lora_rank}"] = cost
+            costs[name] = analysis.profile[0]
     return costs

@@ -1,6 +1,7 @@
 """Runs: make or find the source model, adapt it, evaluate it, and write down what came of it."""
 
+from peft_edge.training.run_folder import read_record
 from peft_edge.training.stages import run
 from peft_edge.training.summary import table
 
-__all__ = ["run", "table"]
+__all__ = ["read_record", "run", "table"]

@@ -81,6 +81,11 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
         training_batches(config, backbone, target.train, batch_size=settings.batch_size) for target in task.targets
     ]
     model = method.prepare(backbone, config.options(method.section))
+    if config.method != "none" and not (method.ships_model or isinstance(model, PeftModel)):
+        raise ValueError(
+            f"method: {config.method!r} makes no PEFT model, and is not registered with ships_model=True: without one "
+            "or the other, there is nothing to save"
+        )
     if method.optimizer is None:
         return
     _optimizer(method, config, model, settings.learning_rate[0])
@@ -166,11 +171,10 @@ def _adapt(
         validation = evaluation_batches(config, source, target.validation)
         started = time.perf_counter()
         if _estimates_statistics(model):
-            restat(model, (batch["pixel_values"].to(accelerator.device) for batch in batches))
+            restat(model, (batch["pixel_values"] for batch in accelerator.prepare_data_loader(batches)))
         seconds = time.perf_counter() - started
         profile: list[StepProfile] = []
         if learning_rate is None:
-            num_trainable_params = 0
             progress = _untrained(accelerator, model, validation, seconds)
         else:
             optimizer = _optimizer(method, config, model, learning_rate)
@@ -193,7 +197,7 @@ def _adapt(
         accelerator.free_memory()
     accelerator.wait_for_everyone()
     figures = json.loads((folder / "candidate.json").read_text(encoding="utf-8"))
-    profile = [StepProfile(**row) for row in figures.pop("profile", [])]
+    profile = [StepProfile(**row) for row in figures.pop("profile")]
     return Candidate(folder=folder, profile=profile, **figures)
 
 

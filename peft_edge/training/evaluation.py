@@ -26,7 +26,7 @@ class Answers:
     """What a model said of a split, in the order of the images, over all processes."""
 
     predictions: list[int]
-    """The class of the largest logit."""
+    """The class of the largest logit; -1 where the logits are not finite."""
 
     references: list[int]
     """The right classes."""
@@ -50,14 +50,15 @@ def answers(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
     found = Answers([], [])
     for batch in batches:
         with accelerator.autocast():
-            predictions = model(batch["pixel_values"]).argmax(dim=-1)
+            logits = model(batch["pixel_values"])
+        predictions = logits.argmax(dim=-1).masked_fill(~logits.isfinite().all(dim=-1), -1)
         predictions, references = accelerator.gather_for_metrics((predictions, batch["labels"]))
         found.predictions.extend(predictions.tolist())
         found.references.extend(references.tolist())
     return found
 
 
-def test_answers(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Answers]:
+def answers_on_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Answers]:
     """Returns the answers to the source's test split, and to that of each target."""
     loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
     return [answers(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]

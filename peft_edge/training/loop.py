@@ -50,7 +50,7 @@ def train(
         optimizer: Of the trainable parameters.
         schedule: Stepped once per optimizer step, whatever the number of processes.
         batches: Each is worked off in one optimizer step.
-        validation: Evaluated after each epoch.
+        validation: Evaluated after every `training.eval_every_epochs` epochs, and after the last.
         config: Epochs, clipping, checkpoints and profiling are taken from it.
         accelerator: The run's.
         run: The run's folder.
@@ -62,7 +62,8 @@ def train(
     Raises:
         OSError: A checkpoint cannot be written.
         ValueError: A checkpoint does not belong to this training.
-        DivergedError: The loss is not finite, or above `DIVERGED_LOSS`. Of the checkpoints, the good ones are kept.
+        DivergedError: The loss or a logit is not finite, or the loss is above `DIVERGED_LOSS`. Of the checkpoints, the
+            good ones are kept.
     """
     settings, checkpoints = config.training, run / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
@@ -121,10 +122,14 @@ def train(
                 progress.loss_sum += mean_loss
                 bar.update()
                 if progress.step % len(batches) == 0:
-                    figures = _end_epoch(progress, len(batches), answers(model, validation, accelerator).accuracy)
+                    is_due = (epoch + 1) % settings.eval_every_epochs == 0 or progress.step == total_steps
+                    found = answers(model, validation, accelerator) if is_due else None
+                    if found is not None and -1 in found.predictions:
+                        good = last_good_checkpoint(accelerator, checkpoints, progress.step)
+                        raise DivergedError(_diverged(name, progress.step, float("nan"), good))
+                    figures = _end_epoch(progress, len(batches), found.accuracy if found is not None else None)
                     bar.set_postfix(figures)
-                    figures["learning rate"] = schedule.get_last_lr()[0]
-                    log(figures)
+                    log({**figures, "learning rate": schedule.get_last_lr()[0]})
                 if progress.step % settings.checkpoint_every_steps == 0 and progress.step < total_steps:
                     save_checkpoint(accelerator, checkpoints, progress, keep=settings.keep_checkpoints)
         tell("on_train_end")
@@ -160,15 +165,16 @@ def _step(
 
 
 def _diverged(name: str, step: int, loss: float, good: Path | None) -> str:
-    kept = f"The last good checkpoint is {good}" if good else "No checkpoint was written before"
+    kept = f"The last good checkpoint is {good}" if good else "There is no checkpoint that is known to be good"
     return (
-        f"{name} diverged: the loss of step {step} is {loss:.3g}. Lower training.learning_rate, raise "
+        f"{name} diverged: the loss at step {step} is {loss:.3g}. Lower training.learning_rate, raise "
         f"training.warmup_steps, or set training.max_grad_norm. {kept}"
     )
 
 
-def _end_epoch(progress: Progress, steps: int, valid_accuracy: float) -> dict[str, float]:
+def _end_epoch(progress: Progress, steps: int, valid_accuracy: float | None) -> dict[str, float]:
+    """Notes the figures of an epoch, null where nothing was evaluated, and returns those that there are."""
     figures = {"train loss": progress.loss_sum / steps, "valid accuracy": valid_accuracy}
     progress.metrics.append({"step": progress.step, **figures, "train time": progress.train_time})
     progress.loss_sum = 0.0
-    return figures
+    return {name: figure for name, figure in figures.items() if figure is not None}

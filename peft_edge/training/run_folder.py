@@ -33,11 +33,7 @@ class RunFolder:
     @property
     def record(self) -> Record | None:
         """The record of the run, if it has succeeded."""
-        file = self.path / "record.json"
-        try:
-            record = Record.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-        except ValueError as error:
-            raise ValueError(f"{file} is damaged: delete it, and the run is finished anew ({error})") from error
+        record = read_record(self.path)
         return record if record is not None and record.train_info.status == SUCCESS else None
 
     def write_record(self, record: Record) -> None:
@@ -57,6 +53,19 @@ class RunFolder:
                 shutil.copytree(update, unfinished)
         self.accelerator.wait_for_everyone()
         return published
+
+
+def read_record(folder: Path) -> Record | None:
+    """Returns the record in the folder of a run, whatever its outcome; None if there is none.
+
+    Raises:
+        ValueError: It is damaged; the message names the file.
+    """
+    file = folder / "record.json"
+    try:
+        return Record.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: delete it, and the run is finished anew ({error})") from error
 
 
 def open_run(config: RunConfig, accelerator: Accelerator) -> RunFolder:

@@ -8,7 +8,7 @@ from peft_edge.config import RunConfig
 from peft_edge.data import load_task
 from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, sweep
-from peft_edge.training.evaluation import check_saved, first_images, test_answers
+from peft_edge.training.evaluation import answers_on_tests, check_saved, first_images
 from peft_edge.training.launch import start, start_trackers
 from peft_edge.training.run_folder import open_run
 from peft_edge.training.source import source_model
@@ -44,7 +44,7 @@ def run(config: RunConfig) -> Record:
 
         # The source model: trained once, then shared by every run that asks for the same one.
         source = source_model(config, task, accelerator.device)
-        answers = [test_answers(source, config, task, accelerator)]
+        answers = [answers_on_tests(source, config, task, accelerator)]
 
         # Adaptation: every learning rate gets the same budget, and the target's validation split chooses.
         start_trackers(config, accelerator)
@@ -62,7 +62,7 @@ def run(config: RunConfig) -> Record:
             update = best.update
             reloaded = load_update(update, accelerator.device)
             checks = check_saved(reloaded, first_images(config, source, target), best.logits)
-            answers.append(test_answers(reloaded, config, task, accelerator))
+            answers.append(answers_on_tests(reloaded, config, task, accelerator))
 
         record = build_record(
             config,

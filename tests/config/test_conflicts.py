@@ -38,6 +38,7 @@ def test_each_is_named_by_its_key(arguments: list[str], key: str) -> None:
     "arguments",
     [
         [NEW],
+        ["data.shift=blend", r"conv_adapter.target_modules=blocks\.[1-3]\.\d"],
         [NEW, "data.increments=2", "data.rehearsal_size=4", "training.weight_decay=0.1"],
         ["data.shift=blend", "method=lora", "galore.layerwise=true", "training.max_grad_norm=1"],
     ],

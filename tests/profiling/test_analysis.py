@@ -82,6 +82,15 @@ def test_galore_keeps_less_than_adamw(optimizer: str) -> None:
     assert galore.memory.forward_end["optimizer"] < full.memory.forward_end["optimizer"]
 
 
+def test_layerwise_updates_keep_one_gradient_at_a_time() -> None:
+    at_once, layerwise = (
+        analyse("resnet10t", "galore", adapter={"layerwise": layerwise}, **SMALL) for layerwise in (False, True)
+    )
+    largest = max(parameter.numel() for parameter in timm.create_model("resnet10t").parameters())
+    assert at_once.memory.peak["gradients"] > 2 * 4 * largest
+    assert layerwise.memory.peak["gradients"] <= 4 * largest
+
+
 def test_a_model_is_analysed_as_it_is_with_inputs_of_its_own() -> None:
     class Product(nn.Module):
         def __init__(self) -> None:
@@ -154,6 +163,7 @@ def test_a_model_without_a_head_is_named() -> None:
     [
         ("lorra", {}, "unknown method 'lorra'; the nearest is 'lora'"),
         ("lora", {"adapter": {"target_modules": "depth-wise"}}, "depth-wise"),
+        ("lora", {"adapter": {"rr": 3}}, "unexpected keyword argument 'rr'; lora has the options norm, r, "),
         (LoraConfig(target_modules=["conv_head"]), {"adapter": {"r": 3}}, "set it in the configuration"),
         ("full", {"optimizer": "adam"}, "unknown optimizer 'adam'. There are: adamw, sgd, sgd-momentum"),
         ("full", {"accounting": "paper"}, "expected one of exact, source-study"),

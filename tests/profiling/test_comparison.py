@@ -8,6 +8,14 @@ from peft_edge.profiling.comparison import compare_methods
 SMALL = {"batch_size": 2, "image_size": 32}
 
 
+def test_every_rank_of_a_method_with_ranks_is_analysed() -> None:
+    costs = compare_methods("resnet10t", ["peft-loha", "conv-adapter"], lora_ranks=[2, 4], **SMALL)
+    assert list(costs) == ["peft-loha, rank 2", "peft-loha, rank 4", "conv-adapter"]
+    two, four, _ = (cost.num_trainable_params for cost in costs.values())
+    head = 512 * 1000 + 1000
+    assert four - head == 2 * (two - head)
+
+
 def test_methods_with_adapters_are_analysed_at_every_rank_and_others_once() -> None:
     costs = compare_methods("resnet10t", ["head", "lora", "full"], lora_ranks=[1, 3], **SMALL)
     assert list(costs) == ["head", "lora, rank 1", "lora, rank 3", "full"]

@@ -98,6 +98,19 @@ def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: P
 
 
 @pytest.mark.distributed
+@pytest.mark.parametrize("method", ["norm-stats", "galore"])
+def test_any_method_gives_the_same_on_two_processes(arguments: list[str], tmp_path: Path, method: str) -> None:
+    options = [*arguments, f"method={method}", "data.shift=null", "data.new_classes=[8, 9]", "data.rehearsal_size=40"]
+    finish(start(options, tmp_path / "one", script=IN_DOUBLE))
+    finish(start(options, tmp_path / "two", *TWO_PROCESSES, script=IN_DOUBLE))
+    assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
+    one, two = (load_file(next((tmp_path / name).glob("*/*.safetensors"))) for name in ("one", "two"))
+    assert one.keys() == two.keys()
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.distributed
 def test_killed_process_leaves_the_figures_of_the_other(arguments: list[str], tmp_path: Path) -> None:
     options = ["training.epochs=1000", "training.checkpoint_every_steps=1000", "profiling.every_n_steps=1000"]
     run = start([*arguments, *options], tmp_path, *TWO_PROCESSES)

@@ -38,6 +38,14 @@ def test_run_leaves_an_adapter_a_record_and_a_table(
     assert f"{train.metrics[-1]['test accuracy']:.3f}" in printed
 
 
+def test_evaluation_may_be_left_to_the_last_epoch(run: Run, tmp_path: Path) -> None:
+    record = run(tmp_path / "run", "method=head", "training.eval_every_epochs=5")
+    *epochs, _ = record.train_info.metrics
+    first, last = (epoch["valid accuracy"] for epoch in epochs)
+    assert first is None
+    assert last == record.train_info.sweep[0]["valid accuracy"]
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_runs_and_what_it_saves_is_what_was_trained(run: Run, tmp_path: Path, method: str) -> None:
     dense = ["adapter.target_modules=dense"] if method in ("peft-lora", "peft-dora") else []
