@@ -175,8 +175,14 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
         return f"expected a section of keys, found {detail['input']!r}"
     if detail["type"] != "extra_forbidden":
         return f"{detail['msg'].removeprefix('Input ')}, found {detail['input']!r}"
-    same_name = [valid for valid in keys if valid.split(".")[-1] == key.split(".")[-1]]
-    nearest = same_name or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    section, _, name = key.rpartition(".")
+    in_section = [valid for valid in keys if valid.rpartition(".")[0] == section]
+    same_name = [valid for valid in keys if valid.rpartition(".")[2] == name]
+    nearest = (
+        difflib.get_close_matches(key, in_section, n=1, cutoff=0.8)
+        or same_name
+        or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
+    )
     return "unknown key" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
 
 

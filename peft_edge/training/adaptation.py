@@ -146,6 +146,7 @@ def sweep(
             candidates.append(candidate)
             tried.append({**entry, "valid accuracy": candidate.validation_accuracy})
     if error is not None and not candidates:
+        error.tried = tried
         raise error
     return candidates, tried
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator, skip_first_batches
@@ -29,6 +30,9 @@ DIVERGED_LOSS = 100.0
 
 class DivergedError(ValueError):
     """A training whose loss has left every reasonable range."""
+
+    tried: Sequence[dict[str, Any]] = ()
+    """What was tried until then, for the record."""
 
 
 def train(

@@ -113,7 +113,7 @@ def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Itera
             run.write_record(
                 Record(
                     run_info=_run_info(config, started, error_msg=message),
-                    train_info=TrainInfo(status=status),
+                    train_info=TrainInfo(status=status, sweep=list(getattr(error, "tried", ()))),
                     meta_info=_meta_info(config, model_info={}, dataset_info={}),
                     profile=read_profile(run.path / "profile"),
                 )

@@ -76,6 +76,10 @@ def test_key_without_its_section_is_pointed_to_the_sections_that_have_it() -> No
     assert "epochs: unknown key; did you mean source.epochs or training.epochs? (command line)" in message
 
 
+def test_a_key_of_the_same_section_is_nearer_than_the_same_key_of_another() -> None:
+    assert "adapter.rank: unknown key; did you mean adapter.r?" in errors_of("output_dir=a", "adapter.rank=4")
+
+
 def test_choices_of_other_modules_are_checked() -> None:
     message = errors_of("output_dir=a", "method=laro", choices={"method": ["full", "lora"]})
     assert "method: expected one of full, lora, found 'laro'; did you mean lora? (command line)" in message

@@ -23,6 +23,7 @@ def test_diverged_training_keeps_the_last_good_checkpoint_and_says_so(run: Run, 
         run(tmp_path / "run", "training.learning_rate=1e3", "training.epochs=4")
     record = Record.from_json((tmp_path / "run" / "record.json").read_text())
     assert record.train_info.status == DIVERGED
+    assert [entry["learning_rate"] for entry in record.train_info.sweep] == [1e3]
     assert "last good checkpoint" in record.run_info.error_msg
     (checkpoint,) = (tmp_path / "run" / "checkpoints" / "lr_1000.0").iterdir()
     weights = load_file(checkpoint / "model.safetensors")
