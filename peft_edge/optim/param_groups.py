@@ -69,12 +69,17 @@ def galore_param_groups(
         for name, convolution, roles in convolutions
         if convolution.weight.requires_grad and targets & {name, *roles}
     ]
+    if not trained:
+        raise ValueError(
+            f"no convolution of target_modules={target_modules!r} is trainable: GaLore trains a model's own weights, "
+            "which get_peft_model freezes. Pass a model that is not frozen, or choose other target_modules"
+        )
     projected = frozenset(weight for weight in trained if min(weight.flatten(1).shape) > rank)
     if not projected:
         raise ValueError(
             f"rank is {rank}, and none of the {len(trained)} trainable convolutions of target_modules="
-            f"{target_modules!r} has a kernel with more rows and columns: lower the rank, choose other target_modules, "
-            "or train the convolutions"
+            f"{target_modules!r} has a kernel with more rows and columns: lower the rank, or choose other "
+            "target_modules"
         )
     galore = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     return _groups(model, projected, galore, weight_decay)

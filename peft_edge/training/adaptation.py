@@ -77,6 +77,12 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
+    fewest_images = min(len(target.train) for target in task.targets)
+    if method.optimizer is not None and fewest_images < settings.batch_size:
+        raise ValueError(
+            f"training.batch_size is {settings.batch_size}, and there are {fewest_images} images to adapt with: lower "
+            "it, or add images (for a corruption of your own images, a quarter of the training images is kept apart)"
+        )
     batches = [
         training_batches(config, backbone, target.train, batch_size=settings.batch_size) for target in task.targets
     ]

@@ -37,6 +37,11 @@ def test_a_last_step_that_goes_wrong_is_found_too(run: Run, tmp_path: Path, meth
         run(tmp_path / "run", f"method={method}", "training.learning_rate=1e30", *one_step)
 
 
+def test_fewer_images_than_a_batch_are_counted(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"training\.batch_size is 128, and there are 64 images to adapt with"):
+        run(tmp_path / "run", "training.batch_size=128")
+
+
 def test_a_method_with_nothing_to_save_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "mine", Method(prepare=lambda model, options: model))
     with pytest.raises(ValueError, match="'mine' makes no PEFT model, and is not registered with ships_model=True"):

@@ -115,4 +115,5 @@ def test_without_rehearsal_the_old_rows_of_the_head_stay(run: Run, tmp_path: Pat
     head = load_update(tmp_path / "run" / "adapter", torch.device("cpu")).get_base_model().get_classifier()
     assert torch.equal(head.weight[:9], source.classifier.weight)
     assert torch.equal(head.bias[:9], source.classifier.bias)
-    assert head.weight[9].norm() > 0.35
+    # It was drawn from N(0, 0.01), and then learned.
+    assert head.weight[9].norm() > 1.05 * 0.01 * 1024**0.5
