@@ -15,12 +15,12 @@ from collections.abc import Sequence
 
 from peft_edge import training
 from peft_edge.config import describe_keys, load_config
-from peft_edge.methods import METHODS, OPTIMIZERS
+from peft_edge.methods import CHOICES
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs what the configuration says, and prints what came of it."""
-    config = load_config(arguments, choices={"method": METHODS, "training.optimizer": OPTIMIZERS})
+    config = load_config(arguments, choices=CHOICES)
     record = training.run(config)
     if is_main_process():
         print(f"\n{training.table(record)}\n\nEverything is in {config.output_dir}.")

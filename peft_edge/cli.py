@@ -19,7 +19,6 @@ from peft_edge.profiling.comparison import compare_methods
 from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
 from peft_edge.profiling.tables import cost_table
-from peft_edge.records import SUCCESS
 from peft_edge.roles import ROLES
 from peft_edge.study import read_grid, run_grid, study_table
 from peft_edge.tuners.norm import Norm
@@ -118,7 +117,7 @@ def _study(options: argparse.Namespace) -> None:
     cells = read_grid(options.grid, options.output_dir)
     run_grid(cells, jobs=options.jobs)
     print(study_table(cells))
-    if any(cell.record is None or cell.record.train_info.status != SUCCESS for cell in cells):
+    if not all(cell.is_finished for cell in cells):
         raise ValueError(
             f"some runs did not succeed: {options.output_dir}/<run>.log says why. Run again to try them again"
         )

@@ -164,6 +164,10 @@ METHODS: dict[str, Method] = {
 """By name. All but `none` and `norm-stats` train the head; all but `none` have BatchNorm as a part of the update."""
 
 
+CHOICES: dict[str, Mapping[str, Any]] = {"method": METHODS, "training.optimizer": OPTIMIZERS}
+"""The keys of a configuration whose values stand here, for `load_config` to check."""
+
+
 def memory_format(model: nn.Module) -> torch.memory_format:
     """The format to train and evaluate in: channels_last, but for PEFT's own DoRA, which cannot compute in it."""
     configs = getattr(model, "peft_config", {}).values()

@@ -23,9 +23,10 @@ from tqdm.auto import tqdm
 
 from peft_edge import training
 from peft_edge.config import ConfigError, RunConfig, Section, load_config
-from peft_edge.methods import METHODS, OPTIMIZERS
+from peft_edge.methods import CHOICES
 from peft_edge.profiling.tables import text_table
 from peft_edge.records import SUCCESS, Record
+from peft_edge.training.results import SOURCE, TARGET
 
 
 class Grid(Section):
@@ -63,6 +64,12 @@ class Cell:
         done = record.run_info.train_config
         return record if {**done, **asked} == done else None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether it has been run and has succeeded."""
+        record = self.record
+        return record is not None and record.train_info.status == SUCCESS
+
 
 def read_grid(file: Path, output_dir: Path) -> list[Cell]:
     """Reads a grid, and checks the configuration of every run in it.
@@ -88,7 +95,7 @@ def read_grid(file: Path, output_dir: Path) -> list[Cell]:
         arguments = [argument for path in paths for argument in ("--config", str(path))]
         arguments += [*(f"{key}={text}" for key, text in chosen.items()), "output_dir=."]
         try:
-            config = load_config(arguments, choices={"method": METHODS, "training.optimizer": OPTIMIZERS})
+            config = load_config(arguments, choices=CHOICES)
         except ConfigError as error:
             errors.append(f"{setting}: {error}")
             continue
@@ -133,7 +140,7 @@ def run_grid(cells: Sequence[Cell], *, jobs: int = 1) -> None:
     Raises:
         OSError: The system has killed one of them.
     """
-    unfinished = [cell for cell in cells if (record := cell.record) is None or record.train_info.status != SUCCESS]
+    unfinished = [cell for cell in cells if not cell.is_finished]
     if not unfinished:
         return
     # Threads and locks of this process must not be copied into the others.
@@ -192,8 +199,8 @@ def _run(config: RunConfig) -> None:
 
 
 _COLUMNS: dict[str, tuple[str, Callable[[Record], float | None]]] = {
-    "accuracy": (".3f", lambda record: record.train_info.metrics[-1]["test accuracy"]),
-    "source accuracy": (".3f", lambda record: record.train_info.metrics[-1]["source test accuracy"]),
+    "accuracy": (".3f", lambda record: record.train_info.metrics[-1][TARGET]),
+    "source accuracy": (".3f", lambda record: record.train_info.metrics[-1][SOURCE]),
     "retained": (".3f", lambda record: record.train_info.metrics[-1]["retention"]),
     "trained parameters": (",.0f", lambda record: record.train_info.num_trainable_params),
     "saved bytes": (",.0f", lambda record: record.train_info.file_size),

@@ -33,9 +33,9 @@ def run(config: RunConfig) -> Record:
     started = time.time()
     accelerator = start(config)
     folder = open_run(config, accelerator)
-    if folder.record is not None:
+    if (finished := folder.record) is not None:
         accelerator.print(f"{folder.path} holds this run, finished:")
-        return folder.record
+        return finished
 
     with failure_recorded(config, folder, started):
         # Data: a source, what the model must learn, and what changed between them.

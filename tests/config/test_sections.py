@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 
 from peft_edge.config import ConfigError, load_config
-from peft_edge.methods import METHODS, OPTIMIZERS
+from peft_edge.methods import CHOICES, METHODS
 
 ROOT = Path(__file__).parents[2]
-CHOICES = {"method": METHODS, "training.optimizer": OPTIMIZERS}
 
 
 def errors_of(*arguments: str, **kwargs) -> str:
