@@ -1,6 +1,15 @@
-"""Tensor arithmetic: no modules, no PEFT."""
+"""Tensor arithmetic: no PEFT, and modules only where their settings are read."""
 
-from peft_edge.functional.batch_norm import synchronised_batch_norm
+from peft_edge.functional.convolution import Geometry, frozen_convolution
 from peft_edge.functional.kernels import dora_scale, lowrank_kernel
+from peft_edge.functional.lowrank import lowrank_conv2d
+from peft_edge.functional.routes import calibrate_routes
 
-__all__ = ["dora_scale", "lowrank_kernel", "synchronised_batch_norm"]
+__all__ = [
+    "Geometry",
+    "calibrate_routes",
+    "dora_scale",
+    "frozen_convolution",
+    "lowrank_conv2d",
+    "lowrank_kernel",
+]

@@ -6,7 +6,68 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor
+
+from peft_edge.functional.exclusive import is_exclusive
+
+
+def batch_norm_affine(
+    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """The scale and the shift, (C,) each, that batch normalisation by fixed statistics is.
+
+    Args:
+        running_mean: (C,).
+        running_var: (C,).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: added to the variance.
+    """
+    scale = torch.rsqrt(running_var + eps)
+    if weight is not None:
+        scale = scale * weight
+    shift = -running_mean * scale
+    return scale, shift if bias is None else shift + bias
+
+
+def frozen_batch_norm(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    """Batch normalisation by fixed statistics, of which nothing is trained: its backward keeps one number a channel.
+
+    Args:
+        x: (B, C, *size).
+        running_mean: (C,).
+        running_var: (C,).
+        weight: (C,) or None.
+        bias: (C,) or None.
+        eps: added to the variance.
+    """
+    return _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
+
+
+class _FrozenBatchNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        running_mean: Tensor,
+        running_var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+    ) -> Tensor:
+        scale, _ = batch_norm_affine(running_mean, running_var, weight, None, eps)
+        ctx.save_for_backward(scale.view(1, -1, *[1] * (x.dim() - 2)))
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training=False, eps=eps)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (scale,) = ctx.saved_tensors
+        is_ours = is_exclusive(gradient)
+        scale = scale.to(gradient.dtype)
+        return gradient.mul_(scale) if is_ours else gradient * scale, None, None, None, None, None
 
 
 class _SumOverProcesses(torch.autograd.Function):

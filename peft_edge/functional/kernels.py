@@ -21,7 +21,8 @@ def lowrank_kernel(lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor, shap
         scaling: s.
         shape: (C_out, C_in/g, *kernel) of the result.
     """
-    return (lora_b.flatten(1) @ lora_a.flatten(1)).view(shape) * scaling
+    # The scaling goes to the smaller factor: no second kernel is made.
+    return ((lora_b.flatten(1) * scaling) @ lora_a.flatten(1)).view(shape)
 
 
 def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ batch statistics and is saved without them is another model when it is loaded. E
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch
@@ -17,13 +18,15 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from peft_edge.functional import synchronised_batch_norm
+from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm, synchronised_batch_norm
+from peft_edge.lean.folding import folded_affine
+from peft_edge.lean.layers import LeanBatchNorm
 from peft_edge.tuners.mixed_batches import check_adapter_names
 
 Norm = Literal["frozen", "restat", "stats", "affine"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
-_PLAIN_FORWARDS = {cls.forward for cls in (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d)}
+_PLAIN_FORWARDS = {cls.forward for cls in (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)}
 _NAMES = ("weight", "bias", "running_mean", "running_var")
 
 
@@ -78,6 +81,10 @@ def check_batch_norm(norm: nn.Module, name: str) -> None:
         )
 
 
+def _trains(values: Iterable[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(value is not None and value.requires_grad for value in values)
+
+
 _BASE = NormState(nn.BatchNorm1d(1), "frozen")
 
 
@@ -112,6 +119,8 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self._active_adapter = adapter_name
         self.estimating = False
+        # Set while every sample has its own adapter, before the convolution that may have this norm folded in runs.
+        self.has_mixed_batch = False
         self._unmerged: dict[str, Tensor] | None = None
         self.update_layer(adapter_name, config=config, **kwargs)
 
@@ -164,27 +173,41 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         check_adapter_names(self, x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
+        base = self.get_base_layer()
         if adapter_names is not None and not self.disable_adapters:
             x = self._normalise_mixed_batch(x, adapter_names)
-        else:
+        elif folded_affine(base) is None:
             x = self._normalise(x, self.current_state())
-        base = self.get_base_layer()
         return base.act(base.drop(x)) if isinstance(base, BatchNormAct2d) else x
 
-    def _normalise(self, x: Tensor, state: NormState) -> Tensor:
+    def frozen_affine(self) -> tuple[Tensor, Tensor] | None:
+        """The scale and shift that the layer is now, (C,) each; None while they depend on the batch or are trained."""
+        state = self.current_state()
+        if self.has_mixed_batch or self._is_by_batch(state):
+            return None
+        values = self._values(state)
+        return None if _trains(values) else batch_norm_affine(*values, self.get_base_layer().eps)
+
+    def _is_by_batch(self, state: NormState) -> bool:
+        return self.estimating or (self.training and state.norm in ("stats", "affine"))
+
+    def _values(self, state: NormState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """Mean, variance, weight and bias, at the precision of the statistics."""
         mean, var = self._get(state, "running_mean"), self._get(state, "running_var")
-        weight, bias = (
-            None if value is None else value.to(mean.dtype)
-            for value in (self._get(state, "weight"), self._get(state, "bias"))
-        )
-        by_batch = self.estimating or (self.training and state.norm in ("stats", "affine"))
+        weight, bias = (self._get(state, name) for name in ("weight", "bias"))
+        return mean, var, *(None if value is None else value.to(mean.dtype) for value in (weight, bias))
+
+    def _normalise(self, x: Tensor, state: NormState) -> Tensor:
+        values = self._values(state)
         base = self.get_base_layer()
-        if not by_batch:
-            return F.batch_norm(x, mean, var, weight, bias, training=False, eps=base.eps)
+        if not self._is_by_batch(state):
+            if _trains(values) or torch.compiler.is_compiling():
+                return F.batch_norm(x, *values, training=False, eps=base.eps)
+            return frozen_batch_norm(x, *values, base.eps)
         momentum = self._count_batch(state)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
-            return synchronised_batch_norm(x, mean, var, weight, bias, momentum, base.eps)
-        return F.batch_norm(x, mean, var, weight, bias, training=True, momentum=momentum, eps=base.eps)
+            return synchronised_batch_norm(x, *values, momentum, base.eps)
+        return F.batch_norm(x, *values, training=True, momentum=momentum, eps=base.eps)
 
     def _count_batch(self, state: NormState) -> float:
         """Counts a batch, and returns its share in the running averages."""

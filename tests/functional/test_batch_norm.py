@@ -10,7 +10,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from peft_edge.functional import synchronised_batch_norm
+from peft_edge.functional.batch_norm import synchronised_batch_norm
 
 
 def _batch_norm_in_two_processes(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from peft_edge.functional import dora_scale, lowrank_kernel
+from peft_edge.functional.kernels import dora_scale, lowrank_kernel
 
 
 def test_dense_kernel_is_the_chain_of_two_convolutions() -> None:

@@ -14,7 +14,10 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
-from peft_edge.functional import dora_scale, lowrank_kernel
+from peft_edge.functional.convolution import pad
+from peft_edge.functional.kernels import dora_scale, lowrank_kernel
+from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
+from peft_edge.lean.folding import folded_affine
 from peft_edge.tuners.convolution import KernelAdapter, check_convolution, convolve
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
@@ -141,10 +144,14 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             if self.use_dora[adapter]:
                 magnitude = self.lora_magnitude_vector[adapter].weight
                 kernel = kernel * dora_scale(base_kernel + delta, magnitude)
-            if self.lora_bias[adapter]:
-                update = self.lora_B[adapter].bias * self.scaling[adapter]
-                bias = update if bias is None else bias + update
+            bias = self._add_bias(bias, adapter)
         return kernel, bias
+
+    def _add_bias(self, bias: Tensor | None, adapter: str) -> Tensor | None:
+        if not self.lora_bias[adapter]:
+            return bias
+        update = self.lora_B[adapter].bias * self.scaling[adapter]
+        return update if bias is None else bias + update
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.get_base_layer()
@@ -165,15 +172,71 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
             return self._mixed_batch_forward(x, adapter_names=adapter_names)
-        adapters = [name for name in self.active_adapters if name in self.lora_A]
-        if self.disable_adapters or self.merged or not adapters:
+        adapters = self._applied_adapters()
+        if not adapters:
             return self.base_layer(x, *args, **kwargs)
-        kernel, bias = self._compose(adapters)
-        dropouts = [self.lora_dropout[name] for name in adapters]
-        has_dropout = self.training and any(isinstance(dropout, nn.Dropout) for dropout in dropouts)
-        if not has_dropout and not isinstance(self.base_layer, BaseTunerLayer):
-            return self._convolve(x, kernel, bias)
-        return self._two_branch_forward(x, adapters, *args, **kwargs)
+        if self._has_two_branches(adapters):
+            return self._two_branch_forward(x, adapters, *args, **kwargs)
+        if self._is_plain(adapters) and x.dim() == self.get_base_layer().weight.dim():
+            return self._lowrank_forward(x, adapters[0])
+        return self._convolve(x, *self._compose(adapters))
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the layer's backward keeps its input, as the layer is set now."""
+        adapters = self._applied_adapters()
+        if not adapters:
+            return getattr(self.base_layer, "keeps_input", True)
+        if self._has_two_branches(adapters) or not self._is_plain(adapters):
+            return True
+        (adapter,) = adapters
+        return keeps_input(
+            self.get_base_layer().groups,
+            trains_a=self.lora_A[adapter].weight.requires_grad,
+            trains_b=self.lora_B[adapter].weight.requires_grad,
+            trains_magnitude=self.use_dora[adapter] and self.lora_magnitude_vector[adapter].weight.requires_grad,
+        )
+
+    @property
+    def applies_folded_norm(self) -> bool:
+        """Whether the layer, as it is set now, can take over the norm behind it."""
+        adapters = self._applied_adapters()
+        if not adapters:
+            return getattr(self.base_layer, "applies_folded_norm", False)
+        return self._is_plain(adapters) and not self._has_two_branches(adapters)
+
+    def _applied_adapters(self) -> list[str]:
+        """The adapters that the forward applies to the base layer's kernel."""
+        if self.disable_adapters or self.merged:
+            return []
+        return [name for name in self.active_adapters if name in self.lora_A]
+
+    def _has_two_branches(self, adapters: list[str]) -> bool:
+        has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters)
+        return has_dropout or isinstance(self.base_layer, BaseTunerLayer)
+
+    def _is_plain(self, adapters: list[str]) -> bool:
+        """Whether the adapters are one, on a frozen kernel."""
+        return len(adapters) == 1 and not self.get_base_layer().weight.requires_grad
+
+    def _lowrank_forward(self, x: Tensor, adapter: str) -> Tensor:
+        conv = self.get_base_layer()
+        bias, scale = self._add_bias(conv.bias, adapter), None
+        if (affine := folded_affine(conv)) is not None:
+            scale, shift = affine
+            bias = shift if bias is None else bias * scale + shift
+        x, geometry = pad(conv, x)
+        return lowrank_conv2d(
+            x,
+            conv.weight,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.scaling[adapter],
+            geometry=geometry,
+            bias=None if bias is None else bias.to(conv.weight.dtype),
+            magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
+            scale=scale,
+        )
 
     def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus a convolution for each adapter's own change of the kernel.

@@ -192,6 +192,67 @@ def test_frozen_a_trains_b_alone_and_stays_frozen() -> None:
         assert trained == {f"base_model.model.conv.{suffix}" for suffix in expected}
 
 
+KEPT = {
+    # What the layer is, and whether its backward keeps its input.
+    "dense": ("dense", {}, True),
+    "frozen A": ("dense", {"freeze_a": True}, False),
+    "frozen A, grouped": ("depthwise", {"freeze_a": True}, True),
+    "frozen A, magnitude": ("dense", {"freeze_a": True, "use_dora": True}, True),
+    "frozen A, dropout": ("dense", {"freeze_a": True, "lora_dropout": 0.5}, True),
+    "inference": ("depthwise", {"inference_mode": True}, False),
+}
+
+
+@pytest.mark.parametrize("case", KEPT)
+def test_the_layer_knows_whether_its_input_is_kept(case: str) -> None:
+    kind, options, expected = KEPT[case]
+    conv = CONVS[kind]()
+    layer = _adapt(conv, **options).train().base_model.model.conv
+    x = _input(conv, requires_grad=True)
+    kept = set()
+
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: kept.add(tensor.data_ptr()) or tensor, lambda t: t):
+        layer(x)
+
+    assert layer.keeps_input == expected == (x.data_ptr() in kept)
+
+
+def test_disabled_and_merged_adapters_keep_what_the_base_layer_does() -> None:
+    model = _adapt(CONVS["dense"](), freeze_a=True)
+    layer = model.base_model.model.conv
+    assert not layer.keeps_input
+    with model.disable_adapter():
+        assert layer.keeps_input
+    layer.base_layer.keeps_input = False
+    model.merge_adapter()
+    assert not layer.keeps_input
+
+
+def test_a_trained_kernel_has_a_gradient_beside_its_adapter() -> None:
+    conv = CONVS["strided"]()
+    model, x = _adapt(conv), _input(conv)
+    layer = model.base_model.model.conv
+    layer.base_layer.weight.requires_grad_()
+    assert layer.keeps_input
+
+    model(x).square().sum().backward()
+
+    expected = copy.deepcopy(conv)
+    expected.weight.data += layer.get_delta_weight("default")
+    expected(x).square().sum().backward()
+    torch.testing.assert_close(layer.base_layer.weight.grad, expected.weight.grad, atol=1e-4, rtol=1e-4)
+
+
+def test_a_sample_without_batch_is_mapped() -> None:
+    conv = CONVS["grouped"]()
+    model, x = _adapt(conv), _input(conv)
+
+    y = model(x[0])
+
+    torch.testing.assert_close(y, model(x)[0], atol=1e-5, rtol=1e-5)
+    y.sum().backward()
+
+
 def test_bias_of_the_adapter_is_merged() -> None:
     conv = CONVS["depthwise"]()
     model, x = _adapt(conv, lora_bias=True), _input(conv)

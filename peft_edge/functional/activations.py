@@ -1,0 +1,111 @@
+"""Activations whose backward keeps as little as it needs.
+
+The slope of a clipped line, such as ReLU's, is zero or one, and the output tells which: a byte or a bit for each
+element is enough, where the element takes four bytes. A smooth activation needs its input, and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from peft_edge.functional.exclusive import is_exclusive
+from peft_edge.functional.masks import is_dense, make_mask, mask_gradient
+
+Kept = Literal["output", "byte", "bit"]
+
+
+def clipped_activation(x: Tensor, forward: Callable[[Tensor], Tensor], *, upper: float, keep: Kept) -> Tensor:
+    """An activation min(max(x, 0), upper).
+
+    Args:
+        x: of any shape.
+        forward: the activation, from x to its output; x itself where it works in place.
+        upper: the largest output, possibly infinite.
+        keep: what the backward keeps: the output, which costs nothing where the next layer keeps it too, or a byte or
+            a bit for each element.
+    """
+    return _ClippedActivation.apply(x, forward, upper, keep)
+
+
+def smooth_activation(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
+    """An activation that keeps its input.
+
+    Args:
+        x: of any shape; never overwritten.
+        forward: from x to the output.
+        backward: from the gradient of the output and x to the gradient of x.
+    """
+    return _SmoothActivation.apply(x, forward, backward)
+
+
+class _ClippedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], upper: float, keep: Kept) -> Tensor:
+        y = forward(x)
+        if y is x:
+            ctx.mark_dirty(x)
+        ctx.keep = keep if is_dense(y) else "output"
+        ctx.upper, ctx.stride = upper, y.stride()
+        is_on_line = partial(_is_on_line, upper=upper)
+        ctx.save_for_backward(y if ctx.keep == "output" else make_mask(y, is_on_line, packed=keep == "bit"))
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (kept,) = ctx.saved_tensors
+        is_ours = is_exclusive(gradient)
+        if ctx.keep == "output":
+            gradient = _through_line(gradient, kept, ctx.upper, out=gradient if is_ours else None)
+        else:
+            if gradient.stride() != ctx.stride:
+                ours = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
+                gradient, is_ours = ours.copy_(gradient), True
+            gradient = _MaskedGradient.apply(gradient, kept, is_ours)
+        return gradient, None, None, None
+
+
+class _MaskedGradient(torch.autograd.Function):
+    """The gradient where the mask is set, for a backward that is differentiated itself."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, mask: Tensor, inplace: bool) -> Tensor:
+        ctx.save_for_backward(mask)
+        return mask_gradient(gradient, mask, out=gradient if inplace else torch.empty_like(gradient))
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (mask,) = ctx.saved_tensors
+        return _MaskedGradient.apply(gradient, mask, False), None, None
+
+
+class _SmoothActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
+        ctx.forward_of_x, ctx.backward_of_x = forward, backward
+        ctx.save_for_backward(x)
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        (x,) = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # torch has no derivative of most of its backward operators.
+            return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
+        return ctx.backward_of_x(gradient, x), None, None
+
+
+def _is_on_line(y: Tensor, upper: float) -> Tensor:
+    # A comparison that makes booleans is several times slower on a CPU.
+    return _through_line(torch.ones_like(y), y, upper, out=None).bool()
+
+
+def _through_line(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None) -> Tensor:
+    is_open = upper == float("inf")
+    backward = torch.ops.aten.threshold_backward if is_open else torch.ops.aten.hardtanh_backward
+    bounds = (0,) if is_open else (0, upper)
+    return backward(gradient, y, *bounds) if out is None else backward.grad_input(gradient, y, *bounds, grad_input=out)

@@ -1,0 +1,210 @@
+"""The convolution with a low-rank update of its kernel, and a backward of its own.
+
+The kernel is composed, W' = f (W + s B A) with a factor f for each output channel, and one convolution runs. The
+gradient of the input needs W' alone, and those of A and B have two exact forms (`peft_edge.functional.routes`), with G
+the gradient of W', z = A * x and u = (s f B)^T dY:
+
+- *project*: dB = s f G A^T and dA = s (f B)^T G;
+- *factor*: dB = s f dY z^T, and dA is the kernel gradient of a convolution from x to u.
+
+So the input is kept only if A is trained, or a grouped kernel or a DoRA magnitude, which need all of G; where B alone
+is trained (LoRA-FA) its r channels of z are kept. W' is made anew in the backward.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from peft_edge.functional.convolution import (
+    Geometry,
+    convolution,
+    input_gradient,
+    kernel_gradient,
+    memory_format,
+    needs_backward,
+)
+from peft_edge.functional.kernels import dora_scale, lowrank_kernel
+from peft_edge.functional.recipes import recipe_of
+from peft_edge.functional.routes import Route, choose_route
+
+
+def lowrank_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    scaling: float | Tensor,
+    *,
+    geometry: Geometry,
+    bias: Tensor | None = None,
+    magnitude: Tensor | None = None,
+    scale: Tensor | None = None,
+    route: Route | None = None,
+) -> Tensor:
+    """The convolution by f (W + s B A), of one to three dimensions.
+
+    There are gradients for the input, A, B, the magnitude and the bias. The plain form's operators are all that runs,
+    so that FLOP counters, fake tensors, compilers and exporters see them.
+
+    Args:
+        x: (B, C_in, *size).
+        weight: W, (C_out, C_in/g, *kernel), a constant.
+        lora_a: A, (r, C_in/g, *kernel).
+        lora_b: B, (C_out, r, 1, ...).
+        scaling: s.
+        geometry: how the kernel moves.
+        bias: (C_out,) or None.
+        magnitude: C_out elements in any shape, DoRA's trained lengths of W + s B A, or None.
+        scale: (C_out,), constant factors of the output channels besides, or None.
+        route: to the gradients of A and B; by default what is faster, and with A frozen what keeps less.
+
+    Raises:
+        ValueError: if the route is "factor" for a grouped kernel or a trained magnitude.
+    """
+    if not needs_backward():
+        return _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+    if route == "factor" and (geometry.groups > 1 or (magnitude is not None and magnitude.requires_grad)):
+        raise ValueError(
+            f"lowrank_conv2d: route is 'factor', which is for one group and no trained magnitude; found "
+            f"{geometry.groups} groups and {'no' if magnitude is None else 'a'} magnitude. Use 'project' or None."
+        )
+    return _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry, route)
+
+
+def keeps_input(
+    groups: int, *, trains_a: bool, trains_b: bool, trains_magnitude: bool = False, route: Route | None = None
+) -> bool:
+    """Whether the backward of `lowrank_conv2d` keeps the convolution's input.
+
+    Args:
+        groups: the convolution's.
+        trains_a: whether A is trained.
+        trains_b: whether B is trained.
+        trains_magnitude: whether there is a DoRA magnitude that is trained.
+        route: as given to `lowrank_conv2d`.
+    """
+    return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "project"))
+
+
+def _composed(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
+    """W + s B A."""
+    update = lowrank_kernel(lora_a, lora_b, scaling, weight.shape)
+    # In place where the types allow it: beside W, a large kernel is made once and not twice.
+    return update.add_(weight) if update.dtype == weight.dtype else update + weight
+
+
+def _factor(kernel: Tensor, magnitude: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """f, shaped to broadcast over the kernel; None for ones."""
+    length = None if magnitude is None else dora_scale(kernel, magnitude)
+    if scale is None:
+        return length
+    scale = scale.view(-1, *[1] * (kernel.dim() - 1))
+    return scale if length is None else length * scale
+
+
+def _product(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    return (tensor if factor is None else tensor * factor).to(dtype)
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    scale: Tensor | None,
+    scaling: float | Tensor,
+    geometry: Geometry,
+) -> Tensor:
+    kernel = _composed(weight, lora_a, lora_b, scaling)
+    return convolution(x, _product(kernel, _factor(kernel, magnitude, scale), weight.dtype), bias, geometry)
+
+
+class _LowRankConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_a: Tensor,
+        lora_b: Tensor,
+        magnitude: Tensor | None,
+        bias: Tensor | None,
+        scale: Tensor | None,
+        scaling: float | Tensor,
+        geometry: Geometry,
+        route: Route | None,
+    ) -> Tensor:
+        _, _, trains_a, trains_b, trains_magnitude, *_ = ctx.needs_input_grad
+        keeps_x = keeps_input(
+            geometry.groups, trains_a=trains_a, trains_b=trains_b, trains_magnitude=trains_magnitude, route=route
+        )
+        z = convolution(x, lora_a.to(x.dtype), None, geometry) if trains_b and not keeps_x else None
+        ctx.make_x, ingredients = recipe_of(x) if keeps_x else (None, ())
+        ctx.save_for_backward(z, weight, lora_a, lora_b, magnitude, scale, *ingredients)
+        y = _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+        ctx.x_size, ctx.memory_format = x.shape, memory_format(y)
+        ctx.scaling, ctx.geometry, ctx.route = scaling, geometry, route
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        # A pooled map's gradient is contiguous, and all that comes of it would be.
+        grad_output = gradients[0].contiguous(memory_format=ctx.memory_format)
+        z, weight, lora_a, lora_b, magnitude, scale, *ingredients = ctx.saved_tensors
+        x = ctx.make_x(*ingredients) if ctx.make_x is not None else None
+        wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
+        scaling, geometry = ctx.scaling, ctx.geometry
+        # Under autocast the gradient has a type of its own.
+        dtype = grad_output.dtype
+        kernel = _composed(weight, lora_a, lora_b, scaling)
+        factor = _factor(kernel, magnitude, scale)
+        grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
+        if x is None:
+            if z is not None:
+                if torch.is_grad_enabled():
+                    raise RuntimeError(
+                        "lowrank_conv2d: with lora_a frozen the input is not kept, so there is no second derivative. "
+                        "Pass route='project', which keeps it."
+                    )
+                grad_b = _grad_b(grad_output, z.to(dtype), lora_b, scaling, factor)
+        elif wants_magnitude or (ctx.route or choose_route(x, grad_output, weight.shape, len(lora_a))) == "project":
+            grad_kernel = kernel_gradient(grad_output, x.to(dtype), weight.shape, geometry).to(lora_a.dtype)
+            scaled = _product(grad_kernel * scaling, factor, lora_a.dtype).flatten(1)
+            grad_a = (lora_b.flatten(1).mT @ scaled).view_as(lora_a) if wants_a else None
+            grad_b = (scaled @ lora_a.flatten(1).mT).view_as(lora_b) if wants_b else None
+            if wants_magnitude:
+                unit = _factor(kernel, torch.ones_like(magnitude), scale)
+                grad_magnitude = _product(grad_kernel * kernel, unit, magnitude.dtype).flatten(1).sum(1)
+                grad_magnitude = grad_magnitude.view_as(magnitude)
+        else:
+            x = x.to(dtype)
+            if wants_b:
+                z = convolution(x, lora_a.to(dtype), None, geometry)
+                grad_b = _grad_b(grad_output, z, lora_b, scaling, factor)
+            if wants_a:
+                u_size = torch.Size([len(x), len(lora_a), *grad_output.shape[2:]])
+                u = input_gradient(
+                    grad_output, _product(lora_b * scaling, factor, dtype), u_size, _pointwise(grad_output)
+                )
+                grad_a = kernel_gradient(u, x, lora_a.shape, geometry)
+        if wants_bias:
+            grad_bias = grad_output.sum([0, *range(2, grad_output.dim())])
+        if wants_x:
+            # Last, when the other gradients' temporaries are gone.
+            grad_x = input_gradient(grad_output, _product(kernel, factor, dtype), ctx.x_size, geometry)
+        return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None
+
+
+def _grad_b(grad_output: Tensor, z: Tensor, lora_b: Tensor, scaling: float | Tensor, factor: Tensor | None) -> Tensor:
+    grad = kernel_gradient(grad_output, z, lora_b.shape, _pointwise(z))
+    return _product(grad * scaling, factor, lora_b.dtype)
+
+
+def _pointwise(x: Tensor) -> Geometry:
+    dims = x.dim() - 2
+    return Geometry((1,) * dims, (0,) * dims, (1,) * dims)

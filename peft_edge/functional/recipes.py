@@ -1,0 +1,43 @@
+"""Tensors that are made anew in the backward pass, from others that are kept there anyway.
+
+The output of a smooth activation follows from its input, which the activation keeps: who needs the output in a backward
+pass of its own keeps the recipe instead, which costs no memory, and an elementwise operation later.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Recipe(NamedTuple):
+    """How to make a tensor."""
+
+    make: Callable[..., Tensor]
+    """From the ingredients to the tensor, bit for bit."""
+
+    ingredients: tuple[Tensor, ...]
+    """What is kept, by somebody else too."""
+
+
+def attach(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
+    """Notes on a tensor how to make it, for `recipe_of`, and returns it."""
+    if not torch.compiler.is_compiling():
+        tensor._recipe = Recipe(make, ingredients), tensor._version  # type: ignore[attr-defined]
+    return tensor
+
+
+def recipe_of(tensor: Tensor) -> Recipe:
+    """How to make a tensor: as `attach` noted it, unless it was changed in place since; else from itself."""
+    if not torch.compiler.is_compiling():
+        recipe, version = getattr(tensor, "_recipe", (None, None))
+        if recipe is not None and version == tensor._version:
+            return recipe
+    return Recipe(_itself, (tensor,))
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor

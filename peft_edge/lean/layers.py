@@ -1,0 +1,243 @@
+"""Layers that keep for the backward pass only what it needs.
+
+Each stands in for a layer of torch's or timm's with the same parameters: a module becomes lean, and plain again, by a
+change of its class. What is trained, and what is compiled, is computed in the plain way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers import BatchNormAct2d, Conv2dSame, SEModule
+from timm.models._efficientnet_blocks import SqueezeExcite
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from peft_edge.functional.activations import Kept, clipped_activation, smooth_activation
+from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm
+from peft_edge.functional.convolution import frozen_convolution, pad
+from peft_edge.functional.gating import gated
+from peft_edge.functional.recipes import attach
+from peft_edge.lean.folding import FoldedNorm, Slot, folded_affine
+
+Masks = Literal["byte", "bit", "off"]
+
+
+def _trains(module: nn.Module) -> bool:
+    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+
+
+def keeps_input(module: nn.Module) -> bool:
+    """Whether a layer keeps its input for the backward pass, as far as one can tell."""
+    known = getattr(module, "keeps_input", None)
+    if known is not None:
+        return known
+    return isinstance(module, _POOLS) or any(parameter.requires_grad for parameter in module.parameters())
+
+
+# torch's pooling asks for its input again, if only for the shape.
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+
+
+class LeanConvolution(nn.Module):
+    """A convolution that keeps its kernel alone, where autograd's keeps the input too."""
+
+    folded_norm: FoldedNorm | None = None
+
+    @property
+    def keeps_input(self) -> bool:
+        """Whether its backward needs its input: while it is trained."""
+        return _trains(self)
+
+    @property
+    def applies_folded_norm(self) -> bool:
+        """Whether it can take over the norm behind it."""
+        return not _trains(self)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Maps (B, C_in, *size) as the plain layer does."""
+        if _trains(self):
+            return super().forward(x)
+        affine = folded_affine(self)
+        x, geometry = pad(self, x)
+        if affine is None:
+            return frozen_convolution(x, self.weight, self.bias, geometry)
+        scale, shift = (value.to(self.weight.dtype) for value in affine)
+        bias = shift if self.bias is None else self.bias * scale + shift
+        return frozen_convolution(x, self.weight, bias, geometry, scale)
+
+
+class LeanBatchNorm(nn.Module):
+    """Batch normalisation that keeps one number a channel while its statistics are fixed."""
+
+    folded_norm: FoldedNorm | None = None
+
+    def frozen_affine(self: Any) -> tuple[Tensor, Tensor] | None:
+        """The scale and shift that it is, (C,) each; None while it normalises by the batch or is trained."""
+        if self.training or self.running_mean is None or _trains(self):
+            return None
+        return batch_norm_affine(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Maps (B, C, *size) as the plain layer does."""
+        if folded_affine(self) is None:
+            if self.training or self.running_mean is None or _trains(self) or torch.compiler.is_compiling():
+                return super().forward(x)
+            x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
+
+
+class LeanClippedActivation(nn.Module):
+    """ReLU and its kin, keeping a mask, or the output where what comes next keeps it anyway.
+
+    Attributes:
+        masks: what a mask has for each element; `"off"` for the output in any case.
+        consumers: where the layers are that take the output.
+        feeds_product: whether the output also goes into a product, which keeps it.
+    """
+
+    masks: Masks = "byte"
+    consumers: Sequence[Slot] = ()
+    feeds_product: bool = False
+    upper = float("inf")
+
+    def kept(self) -> Kept:
+        """What its backward keeps now."""
+        if self.masks == "off" or self.feeds_product or any(keeps_input(slot.module) for slot in self.consumers):
+            return "output"
+        return self.masks
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Maps as the plain layer does."""
+        plain = super().forward
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+            return plain(x)
+        return clipped_activation(x, plain, upper=self.upper, keep=self.kept())
+
+
+class LeanSmoothActivation(nn.Module):
+    """Hard-swish and its kin, keeping the input alone also where the plain layer works in place."""
+
+    keeps_input = True
+    function: Callable[[Tensor], Tensor]
+    derivative: Callable[[Tensor, Tensor], Tensor]
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Maps as the plain layer does."""
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+            return super().forward(x)
+        function = type(self).function
+        return attach(smooth_activation(x, function, type(self).derivative), function, x)
+
+
+class _Gating(TorchFunctionMode):
+    """Replaces the product of a tensor and its gate."""
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self._x = x
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.__name__ in ("mul", "__mul__") and args[0] is self._x and isinstance(args[1], Tensor):
+            return gated(*args)
+        return func(*args, **(kwargs or {}))
+
+
+class LeanGate(nn.Module):
+    """Squeeze-excite that keeps its input as what that can be made from."""
+
+    def forward(self: Any, x: Tensor) -> Tensor:
+        """Maps (B, C, H, W) as the plain layer does."""
+        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+            return super().forward(x)
+        with _Gating(x):
+            return super().forward(x)
+
+
+class LeanConv1d(LeanConvolution, nn.Conv1d):
+    """`Conv1d`, lean while frozen."""
+
+
+class LeanConv2d(LeanConvolution, nn.Conv2d):
+    """`Conv2d`, lean while frozen."""
+
+
+class LeanConv2dSame(LeanConvolution, Conv2dSame):
+    """timm's `Conv2dSame`, lean while frozen."""
+
+
+class LeanConv3d(LeanConvolution, nn.Conv3d):
+    """`Conv3d`, lean while frozen."""
+
+
+class LeanBatchNorm1d(LeanBatchNorm, nn.BatchNorm1d):
+    """`BatchNorm1d`, lean while frozen."""
+
+
+class LeanBatchNorm2d(LeanBatchNorm, nn.BatchNorm2d):
+    """`BatchNorm2d`, lean while frozen."""
+
+
+class LeanBatchNorm3d(LeanBatchNorm, nn.BatchNorm3d):
+    """`BatchNorm3d`, lean while frozen."""
+
+
+class LeanBatchNormAct2d(LeanBatchNorm, BatchNormAct2d):
+    """timm's `BatchNormAct2d`, lean while frozen."""
+
+
+class LeanReLU(LeanClippedActivation, nn.ReLU):
+    """`ReLU` that keeps a mask."""
+
+
+class LeanReLU6(LeanClippedActivation, nn.ReLU6):
+    """`ReLU6` that keeps a mask."""
+
+    upper = 6.0
+
+
+class LeanHardswish(LeanSmoothActivation, nn.Hardswish):
+    """`Hardswish` that keeps its input alone."""
+
+    function = staticmethod(F.hardswish)
+    derivative = staticmethod(torch.ops.aten.hardswish_backward)
+
+
+class LeanSqueezeExcite(LeanGate, SqueezeExcite):
+    """`SqueezeExcite` of timm's mobile networks."""
+
+
+class LeanSEModule(LeanGate, SEModule):
+    """timm's `SEModule`."""
+
+
+class LeanSiLU(LeanSmoothActivation, nn.SiLU):
+    """`SiLU` that keeps its input alone."""
+
+    function = staticmethod(F.silu)
+    derivative = staticmethod(torch.ops.aten.silu_backward)
+
+
+LEAN: dict[type[nn.Module], type[nn.Module]] = {
+    lean.__mro__[2]: lean
+    for lean in (
+        LeanConv1d,
+        LeanConv2d,
+        LeanConv2dSame,
+        LeanConv3d,
+        LeanBatchNorm1d,
+        LeanBatchNorm2d,
+        LeanBatchNorm3d,
+        LeanBatchNormAct2d,
+        LeanReLU,
+        LeanReLU6,
+        LeanHardswish,
+        LeanSiLU,
+        LeanSqueezeExcite,
+        LeanSEModule,
+    )
+}
+"""The lean layer for each plain one, by its exact class."""

@@ -1,0 +1,202 @@
+"""Convolutions with plain geometry against torch's layers, and their gradients against autograd's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from timm.layers import Conv2dSame
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+
+from peft_edge.functional.convolution import (
+    Geometry,
+    convolution,
+    frozen_convolution,
+    input_gradient,
+    kernel_gradient,
+    pad,
+)
+from peft_edge.profiling import FlopCounter, MemoryTracker
+
+CONVS: dict[str, Callable[[], nn.Conv1d | nn.Conv2d | nn.Conv3d]] = {
+    "dense": lambda: nn.Conv2d(4, 6, 3, padding=1),
+    "strided": lambda: nn.Conv2d(4, 6, 3, stride=2, bias=False),
+    "dilated": lambda: nn.Conv2d(4, 6, 3, dilation=2, stride=(2, 3)),
+    "pointwise": lambda: nn.Conv2d(4, 6, 1),
+    "wide padding": lambda: nn.Conv2d(4, 6, 1, stride=2, padding=2),
+    "reflected": lambda: nn.Conv2d(4, 6, 3, padding=(0, 1), padding_mode="reflect"),
+    "circular": lambda: nn.Conv2d(4, 6, 3, padding="same", padding_mode="circular"),
+    "timm same": lambda: Conv2dSame(4, 6, 3, stride=2),
+    "valid": lambda: nn.Conv2d(4, 6, 3, padding="valid"),
+    "same": lambda: nn.Conv2d(4, 6, (3, 5), padding="same"),
+    "same, even": lambda: nn.Conv2d(4, 6, 4, padding="same"),
+    "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "depthwise": lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1, stride=2),
+    "depthwise with multiplier": lambda: nn.Conv2d(4, 8, (1, 5), groups=4, stride=2),
+    "conv1d": lambda: nn.Conv1d(4, 6, 3, groups=2, stride=3),
+    "conv3d": lambda: nn.Conv3d(4, 4, (1, 3, 3), groups=4, padding=(0, 1, 1)),
+}
+
+
+def _input(conv: nn.Module, **options: object) -> Tensor:
+    return torch.randn(2, 4, *[9, 8, 7][: len(conv.kernel_size)], **options)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("kind", CONVS)
+def test_padding_and_geometry_are_the_layers(kind: str) -> None:
+    conv = CONVS[kind]().double()
+    x = _input(conv, dtype=torch.float64)
+
+    torch.testing.assert_close(convolution(*_arguments(conv, x)), conv(x))
+
+
+def _arguments(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | None, Geometry]:
+    padded, geometry = pad(conv, x)
+    return padded, conv.weight, conv.bias, geometry
+
+
+@pytest.mark.parametrize("kind", ["dense", "same", "valid", "pointwise", "conv1d"])
+def test_plain_zero_padding_copies_nothing(kind: str) -> None:
+    conv = CONVS[kind]()
+    x = _input(conv)
+
+    assert pad(conv, x)[0] is x
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_gradients_are_autograds(kind: str) -> None:
+    conv = CONVS[kind]().double()
+    x, weight, bias, geometry = _arguments(conv, _input(conv, dtype=torch.float64))
+    x = x.detach().requires_grad_()
+    y = convolution(x, weight, bias, geometry)
+    grad_output = torch.randn_like(y)
+
+    expected_x, expected_weight = torch.autograd.grad(y, [x, weight], grad_output)
+
+    torch.testing.assert_close(input_gradient(grad_output, weight, x.shape, geometry), expected_x)
+    torch.testing.assert_close(kernel_gradient(grad_output, x, weight.shape, geometry), expected_weight)
+
+
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
+@pytest.mark.parametrize("has_scale", [False, True])
+@pytest.mark.parametrize("kind", CONVS)
+def test_frozen_convolution_equals_the_layer(kind: str, has_scale: bool) -> None:
+    conv = CONVS[kind]().double()
+    scale = torch.rand(conv.out_channels, dtype=torch.float64) + 0.5 if has_scale else None
+    x = _input(conv, dtype=torch.float64, requires_grad=True)
+
+    y = frozen_convolution(*_arguments(conv, x), scale)
+    y.square().sum().backward()
+
+    assert conv.weight.grad is None
+    grad, x.grad = x.grad, None
+    with torch.no_grad():
+        conv.weight *= 1 if scale is None else scale.view(-1, *[1] * (conv.weight.dim() - 1))
+    expected = conv(x)
+    expected.square().sum().backward()
+    torch.testing.assert_close(y, expected)
+    torch.testing.assert_close(grad, x.grad)
+
+
+@pytest.mark.parametrize("kind", ["strided", "depthwise", "conv1d"])
+def test_first_and_second_derivatives_equal_finite_differences(kind: str) -> None:
+    conv = CONVS[kind]().double().requires_grad_(False)
+    x = _input(conv, dtype=torch.float64, requires_grad=True)
+
+    def forward(x: Tensor) -> Tensor:
+        return frozen_convolution(*_arguments(conv, x)).square()
+
+    assert torch.autograd.gradcheck(forward, (x,))
+    assert torch.autograd.gradgradcheck(forward, (x,))
+
+
+@pytest.mark.parametrize("kind", ["dense", "pointwise", "depthwise"])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_memory_format_stays(kind: str, memory_format: torch.memory_format) -> None:
+    conv = CONVS[kind]().to(memory_format=memory_format)
+    x = _input(conv).to(memory_format=memory_format).requires_grad_()
+
+    y = frozen_convolution(*_arguments(conv, x), torch.ones(conv.out_channels))
+    (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
+
+    assert y.is_contiguous(memory_format=memory_format)
+    assert grad.is_contiguous(memory_format=memory_format)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_autocast(inside: bool) -> None:
+    conv = CONVS["dense"]()
+    x = _input(conv, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = frozen_convolution(*_arguments(conv, x))
+        if inside:
+            y.sum().backward()
+    if not inside:
+        y.sum().backward()
+
+    assert y.dtype == torch.bfloat16
+    assert x.grad.dtype == torch.float32
+    (expected,) = torch.autograd.grad(conv(x).sum(), x)
+    torch.testing.assert_close(x.grad, expected, atol=0.02, rtol=0.02)
+
+
+class _Frozen(nn.Module):
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        # Not the model's input: that one is the caller's, and stays.
+        return frozen_convolution(*_arguments(self.conv, x * 2))
+
+
+def test_input_is_not_kept() -> None:
+    model, x = _Frozen(CONVS["pointwise"]()), torch.randn(2, 4, 9, 9, requires_grad=True)
+    with MemoryTracker(model, inputs=x) as tracker:
+        model(x).sum().backward()
+
+    memory = tracker.result()
+    y_bytes, scalar_bytes = 2 * 6 * 9 * 9 * 4, 4
+    # The sum's input is its output's shape alone, so that what is left at the end of the forward pass is x and y.
+    assert memory.forward_end["activations"] <= x.nbytes + y_bytes + scalar_bytes
+    # The gradients of y and of the doubled x, and one gradient that has just become another.
+    assert memory.peak_bytes <= memory.start_bytes + 2 * x.nbytes + y_bytes + 100
+
+
+@pytest.mark.parametrize("kind", ["strided", "depthwise"])
+def test_flops_of_the_backward_are_those_of_the_forward(kind: str) -> None:
+    model, x = _Frozen(CONVS[kind]()), torch.randn(2, 4, 9, 8, requires_grad=True)
+    with FlopCounter(model) as counter:
+        model(x).sum().backward()
+
+    flops = counter.result()
+    assert flops.backward == flops.forward == 2 * model.conv.weight[0].numel() * model.conv(x).numel()
+
+
+@pytest.mark.parametrize("kind", ["strided", "depthwise", "conv3d"])
+def test_fake_tensors(kind: str) -> None:
+    conv = CONVS[kind]()
+    x = _input(conv)
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        fake = mode.from_tensor(x).requires_grad_()
+        y = frozen_convolution(*_arguments(conv, fake))
+        (grad,) = torch.autograd.grad(y.sum(), fake)
+
+    assert (y.shape, grad.shape) == (conv(x).shape, x.shape)
+
+
+@pytest.mark.slow
+def test_compiles_and_exports_as_one_graph() -> None:
+    model, x = _Frozen(CONVS["depthwise"]()), torch.randn(2, 4, 9, 8, requires_grad=True)
+    expected = model(x)
+
+    got = torch.compile(model, backend="aot_eager", fullgraph=True)(x)
+
+    torch.testing.assert_close(got, expected)
+    grads = [torch.autograd.grad(y.square().sum(), x)[0] for y in (got, expected)]
+    torch.testing.assert_close(*grads)
+    program = torch.export.export(model, (x.detach(),))
+    torch.testing.assert_close(program.module()(x.detach()), expected)

@@ -1,0 +1,41 @@
+"""Small networks of every kind that lean training knows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import timm
+import torch
+from torch import nn
+
+NETWORKS = ["mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "efficientnet_lite0", "resnet10t"]
+
+
+def backbone(name: str) -> nn.Module:
+    """A network for ten classes, frozen, with norms that do something."""
+    model = timm.create_model(name, num_classes=10)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 1.5)
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias, std=0.1)
+    return model.requires_grad_(False).eval()
+
+
+@pytest.fixture
+def make_backbone() -> Callable[[str], nn.Module]:
+    """Makes a frozen network with norms that do something."""
+    return backbone
+
+
+@pytest.fixture
+def chain() -> nn.Module:
+    """A convolution, a norm, an activation, and a convolution again."""
+    torch.manual_seed(0)
+    layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.Conv2d(8, 4, 1)]
+    model = nn.Sequential(*layers)
+    nn.init.uniform_(model[1].running_var, 0.5, 1.5)
+    nn.init.normal_(model[1].running_mean)
+    return model.requires_grad_(False).eval()

@@ -1,0 +1,253 @@
+"""A lean model is the plain one: its outputs, its gradients, its life with adapters; and it needs less memory."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import timm
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_edge import ConvAdapterConfig, ConvLoraConfig, restat
+from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean.layers import LEAN
+from peft_edge.profiling import track_memory
+
+NETWORKS = [
+    "mobilenetv2_035",
+    "mobilenetv3_small_050",
+    "mobilenetv4_conv_small_035",
+    "tf_efficientnet_lite0",
+    "resnet10t",
+    "densenet121",
+]
+MakeBackbone = Callable[[str], nn.Module]
+
+
+def with_adapter(model: nn.Module, config: Any = None, **options: Any) -> nn.Module:
+    """The model with an adapter that does something."""
+    torch.manual_seed(1)
+    options = {"norm": "frozen", "target_modules": "all-conv", "init_lora_weights": False, **options}
+    return get_peft_model(model, config or ConvLoraConfig(**options))
+
+
+def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
+    """The output, and the gradient of every trained parameter."""
+    model.zero_grad()
+    output = model(images)
+    output.square().sum().backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    return {"output": output.detach(), **gradients}
+
+
+def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        # Relative to the largest of a tensor: in a sum, what is small has the rounding of what is large.
+        error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
+        assert error <= tolerance, f"{name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("fold_norm", [True, False], ids=["folded", "not folded"])
+@pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
+def test_outputs_and_gradients_are_the_plain_models(
+    name: str, fold_norm: bool, training: bool, make_backbone: MakeBackbone
+) -> None:
+    # In double precision, in which rounding does not carry an element over the kink of a ReLU.
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    plain = with_adapter(make_backbone(name).double()).train(training)
+    expected = outcome(plain, images)
+
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), fold_norm=fold_norm, masks="bit")
+
+    assert_same(outcome(lean, images), expected, 1e-10)
+
+
+@pytest.mark.parametrize("norm", ["stats", "affine", "restat"])
+def test_norms_of_every_kind_are_left_in_peace(norm: str, make_backbone: MakeBackbone) -> None:
+    images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
+    plain = with_adapter(make_backbone("mobilenetv2_035").double(), norm=norm).train()
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), fold_norm=True)
+    expected = outcome(plain, images)
+
+    assert_same(outcome(lean, images), expected, 1e-10)
+    state = lean.state_dict()
+    assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items() if "running" in name)
+
+
+def test_before_and_after_the_adapter_are_the_same(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    model = make_backbone("mobilenetv2_035")
+
+    after = prepare_model_for_lean_training(with_adapter(copy.deepcopy(model)), fold_norm=True)
+    before = with_adapter(prepare_model_for_lean_training(model, fold_norm=True))
+
+    found, expected = outcome(before, images), outcome(after, images)
+    assert all(torch.equal(found[name], value) for name, value in expected.items())
+
+
+def test_lean_training_needs_less_memory(make_backbone: MakeBackbone) -> None:
+    images = torch.empty(8, 3, 96, 96, device="meta")
+    plain = with_adapter(make_backbone("mobilenetv2_035"), target_modules="project").train()
+    needs = {}
+    for masks in ("byte", "bit", "off"):
+        lean = prepare_model_for_lean_training(copy.deepcopy(plain), masks=masks, fold_norm=True)
+        needs[masks] = track_memory(lean, images, fake=True).forward_end["activations"]
+    before = track_memory(plain, images, fake=True).forward_end["activations"]
+
+    assert needs["bit"] < needs["byte"] < needs["off"] < before
+    assert needs["bit"] < before / 3
+
+
+def test_undo_leaves_nothing_behind(make_backbone: MakeBackbone) -> None:
+    model = make_backbone("mobilenetv3_small_050")
+    classes = {name: type(module) for name, module in model.named_modules()}
+    attributes = {name: set(vars(module)) for name, module in model.named_modules()}
+
+    prepare_model_for_lean_training(model, fold_norm=True, masks="bit")
+    assert {type(module) for module in model.modules()} & set(LEAN.values())
+    undo_lean_training(model)
+
+    assert {name: type(module) for name, module in model.named_modules()} == classes
+    assert {name: set(vars(module)) for name, module in model.named_modules()} == attributes
+
+
+def test_preparing_again_changes_the_settings(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035"), fold_norm=True)
+    folded = model(images)
+
+    prepare_model_for_lean_training(model, masks="bit")
+
+    assert not any("folded_norm" in vars(module) for module in model.modules())
+    torch.testing.assert_close(model(images), folded, rtol=1e-4, atol=1e-5)
+
+
+def test_a_checkpoint_is_the_plain_models(make_backbone: MakeBackbone) -> None:
+    model = make_backbone("mobilenetv2_035")
+    keys = list(model.state_dict())
+
+    assert list(prepare_model_for_lean_training(model, fold_norm=True).state_dict()) == keys
+
+
+def test_adapters_may_come_go_merge_and_mix(make_backbone: MakeBackbone, images: Tensor, tmp_path: Any) -> None:
+    base = make_backbone("mobilenetv2_035").double()
+    images = images.double()
+    plain = with_adapter(copy.deepcopy(base), norm="stats")
+    plain.add_adapter("other", ConvLoraConfig(target_modules="all-conv", norm="affine", init_lora_weights=False, r=2))
+    restat(plain, [images, images.flip(3)])
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), fold_norm=True)
+
+    def check(step: Callable[[PeftModel], Any] = lambda model: None, **options: Any) -> None:
+        for model in (plain, lean):
+            step(model)
+        torch.testing.assert_close(lean(images, **options), plain(images, **options), rtol=1e-9, atol=1e-9)
+
+    for model in (plain, lean):
+        model.eval()
+    check()
+    check(adapter_names=["default", "other", "__base__", "default"])
+    check(lambda model: model.set_adapter("other"))
+    check(lambda model: model.train())
+    check(lambda model: model.eval())
+    check(lambda model: model.merge_adapter())
+    check(lambda model: model.unmerge_adapter())
+    check(lambda model: model.delete_adapter("default"))
+    with plain.disable_adapter(), lean.disable_adapter():
+        check()
+    lean.save_pretrained(tmp_path)
+    reloaded = PeftModel.from_pretrained(base, tmp_path / "other").eval()
+    torch.testing.assert_close(reloaded(images), plain(images), rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(lean.merge_and_unload()(images), plain(images), rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        LoraConfig(target_modules=r".*conv_pwl?", init_lora_weights=False),
+        LoraConfig(target_modules=r".*conv_pwl?", modules_to_save=["bn1"]),
+        ConvAdapterConfig(target_modules="dense", norm="frozen"),
+    ],
+    ids=["PEFT's LoRA", "saved modules", "ConvAdapter"],
+)
+def test_other_adapters_work_on_a_lean_model(config: Any, make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = make_backbone("mobilenetv2_035").double()
+    expected = outcome(with_adapter(copy.deepcopy(model), config).eval(), images)
+
+    after = prepare_model_for_lean_training(with_adapter(copy.deepcopy(model), config).eval(), fold_norm=True)
+    before = with_adapter(prepare_model_for_lean_training(model, fold_norm=True), config).eval()
+
+    assert_same(outcome(after, images), expected, 1e-10)
+    assert_same(outcome(before, images), expected, 1e-10)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
+def test_gradient_checkpointing_goes_on_working(use_reentrant: bool, make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
+    model = with_adapter(make_backbone("mobilenetv2_035").double()).train()
+    prepare_model_for_lean_training(model, fold_norm=True)
+    expected = outcome(model, images)
+
+    def forward(images: Tensor) -> Tensor:
+        return torch.utils.checkpoint.checkpoint(model, images, use_reentrant=use_reentrant)
+
+    model.zero_grad()
+    forward(images).square().sum().backward()
+
+    found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert_same({"output": expected["output"], **found}, expected, 1e-12)
+
+
+def test_autocast_goes_on_working(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    plain = with_adapter(make_backbone("mobilenetv2_035"))
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), masks="bit")
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = outcome(lean, images), outcome(plain, images)
+
+    assert_same(found, expected, 0.1)
+
+
+def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
+    torch.compiler.reset()
+    images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+    model = prepare_model_for_lean_training(with_adapter(chain.double()).train(), fold_norm=True)
+    expected = outcome(model, images)
+
+    found = outcome(torch.compile(model, backend="aot_eager"), images)
+
+    assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected, 1e-10)
+
+
+def test_a_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035"), fold_norm=True)
+    copied = copy.deepcopy(model)
+    model.bn1.running_mean.add_(1.0)
+
+    assert not torch.allclose(copied(images), model(images))
+    program = torch.export.export(copied, (images,))
+    torch.testing.assert_close(program.module()(images), copied(images))
+
+
+def test_wrong_masks_are_refused(chain: nn.Module) -> None:
+    with pytest.raises(ValueError, match="masks is 'bits', expected one of: byte, bit, off"):
+        prepare_model_for_lean_training(chain, masks="bits")  # type: ignore[arg-type]
+
+
+def test_a_model_that_does_not_run_on_images_is_not_folded() -> None:
+    model = timm.create_model("mobilenetv2_035", in_chans=4).eval().requires_grad_(False)
+    model.pretrained_cfg = {"input_size": (3, 224, 224)}
+
+    with pytest.raises(ValueError, match=r"fold_norm=True needs to see .* leave fold_norm out"):
+        prepare_model_for_lean_training(model, fold_norm=True)
+
+    assert not {type(module) for module in model.modules()} & set(LEAN.values())
+    assert {type(module) for module in prepare_model_for_lean_training(model).modules()} & set(LEAN.values())
