@@ -5,7 +5,7 @@ Importing this package makes its tuners known to PEFT.
 
 from peft_edge.backbones import load_backbone
 from peft_edge.hub import load_pretrained
-from peft_edge.lean import lean_summary, prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean import Prefix, PrefixCache, lean_summary, prepare_model_for_lean_training, undo_lean_training
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, ConvAdapterModel
 from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
 from peft_edge.tuners.restat import restat
@@ -18,6 +18,8 @@ __all__ = [
     "ConvLoraConfig",
     "ConvLoraLayer",
     "ConvLoraModel",
+    "Prefix",
+    "PrefixCache",
     "lean_summary",
     "load_backbone",
     "load_pretrained",

@@ -6,15 +6,18 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_args
 
 from peft_edge import __version__
 from peft_edge.backbones import load_backbone
+from peft_edge.bench import CONTENDERS, bench_table, run_bench, save_bench_figure
 from peft_edge.files import written_whole
 from peft_edge.methods import METHODS, OPTIMIZERS
+from peft_edge.plan import LORA_RANKS, METHODS_TO_PLAN, PLACEMENTS, Budget, find_plan, plan_table
+from peft_edge.plan.budget import BYTES, FLOPS, parse_bytes, parse_flops
 from peft_edge.profiling.comparison import compare_methods
 from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
@@ -30,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(title="commands", required=True, metavar="command")
     _add_profile(commands)
+    _add_plan(commands)
+    _add_bench(commands)
     _add_study(commands)
     options = parser.parse_args(arguments)
     try:
@@ -49,8 +54,7 @@ def _add_profile(commands: Any) -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
-    add("--backbone", required=True, help="a timm model name, or the folder of a saved model")
-    add("--num-classes", type=positive_integer, help="outputs of the head that is trained; timm's if not given")
+    _add_step(parser)
     add("--method", nargs="+", default=["full", "lora"], choices=METHODS, help="one or several")
     add("--lora-rank", nargs="+", type=positive_integer, default=[4], help="one or several")
     add(
@@ -59,13 +63,20 @@ def _add_profile(commands: Any) -> None:
         help=f"{', '.join(ROLES)}, or a regular expression; each method's own if not given",
     )
     add("--norm", default="stats", choices=get_args(Norm), help="what methods change in the BatchNorm layers")
-    add("--batch-size", type=positive_integer, default=16, help="images in the step")
-    add("--image-size", type=positive_integer, default=224, help="height and width in pixels")
     add("--optimizer", default="adamw", choices=OPTIMIZERS, help="in the method's form, with its defaults")
     add("--accounting", default="exact", choices=ACCOUNTINGS, help="how FLOPs are counted")
     add("--json", metavar="FILE", type=_file, help="write the figures, too; - prints them and no table")
     add("--picture", metavar="FILE", type=_picture, help="draw them, too: a .png, .svg or .pdf file")
     parser.set_defaults(run=_profile)
+
+
+def _add_step(parser: argparse.ArgumentParser, *, num_classes: int | None = None) -> None:
+    add = parser.add_argument
+    add("--backbone", required=True, help="a timm model name, or the folder of a saved model")
+    head = "outputs of the head that is trained" + ("" if num_classes else "; timm's if not given")
+    add("--num-classes", type=positive_integer, default=num_classes, help=head)
+    add("--batch-size", type=positive_integer, default=16, help="images in the step")
+    add("--image-size", type=positive_integer, default=224, help="height and width in pixels")
 
 
 def _profile(options: argparse.Namespace) -> None:
@@ -88,14 +99,91 @@ def _profile(options: argparse.Namespace) -> None:
         f"{options.backbone}, {num_classes} classes, batch {options.batch_size}, {options.image_size} px, "
         f"{options.optimizer}"
     )
-    if options.json == "-":
-        sys.stdout.write(text)
-    else:
-        print(f"One training step of {title}\n\n{cost_table(costs)}")
-        if options.json is not None:
-            _write(Path(options.json), text)
+    _show(text, f"One training step of {title}\n\n{cost_table(costs)}", options.json)
     if options.picture is not None:
         save_cost_figure(costs, options.picture, title=title)
+
+
+def _add_plan(commands: Any) -> None:
+    parser = commands.add_parser(
+        "plan",
+        help="what fits a budget of memory, arithmetic and bytes",
+        description="Lists the methods, placements and ranks that fit, each with the mildest lean setting that it "
+        "needs, and says why the others do not. Nothing is computed: steps run on tensors that have a shape and no "
+        "values.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    _add_step(parser)
+    units = f"a number and one of {', '.join(BYTES)}"
+    add("--memory", type=_amount(parse_bytes), metavar="256MiB", help=f"of a step's tensors at the peak: {units}")
+    add(
+        "--flops",
+        type=_amount(parse_flops),
+        metavar="3GFLOP",
+        help=f"of a step: a number and one of {', '.join(FLOPS)}",
+    )
+    add("--adapter-bytes", type=_amount(parse_bytes), metavar="200KiB", help=f"of the saved update: {units}")
+    add("--method", nargs="+", default=METHODS_TO_PLAN, choices=METHODS, help="one or several")
+    add("--target-modules", nargs="+", type=_pattern, default=PLACEMENTS, help="one or several placements of adapters")
+    add("--lora-rank", nargs="+", type=positive_integer, default=LORA_RANKS, help="one or several")
+    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="in the method's form, with its defaults")
+    add("--records", type=Path, metavar="FOLDER", help="with records of runs, to order what fits by their accuracy")
+    parser.set_defaults(run=_plan)
+
+
+def _plan(options: argparse.Namespace) -> None:
+    budget = Budget(memory_bytes=options.memory, flops=options.flops, adapter_bytes=options.adapter_bytes)
+    backbone = load_backbone(options.backbone, options.num_classes)
+    plan = find_plan(
+        backbone,
+        budget,
+        methods=options.method,
+        target_modules=options.target_modules,
+        lora_ranks=options.lora_rank,
+        batch_size=options.batch_size,
+        image_size=options.image_size,
+        optimizer=options.optimizer,
+        records=options.records,
+    )
+    title = f"{options.backbone}, {backbone.num_classes} classes, batch {options.batch_size}, {options.image_size} px"
+    print(f"Training steps of {title}, {options.optimizer}; {budget}\n\n{plan_table(plan)}")
+
+
+def _add_bench(commands: Any) -> None:
+    parser = commands.add_parser(
+        "bench",
+        help="our methods against their peers, measured on this machine",
+        description="Measures training steps of full fine-tuning, of PEFT, LyCORIS and loralib where they are "
+        "installed, and of our methods: time in interleaved rounds, as a multiple of full fine-tuning's, and memory "
+        "and FLOPs. Takes minutes, and is worth most on a machine that does nothing else.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    _add_step(parser, num_classes=10)
+    add("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="METHOD", help="one or several")
+    add("--lora-rank", type=positive_integer, default=4, help="of all adapters")
+    add("--rounds", type=positive_integer, default=7, help="timed steps of each method")
+    add("--threads", type=positive_integer, default=1, help="of the CPU")
+    add("--json", metavar="FILE", type=_file, help="write the record, too; - prints it and no table")
+    add("--picture", metavar="FILE", type=_picture, help="draw memory and time, too: a .png, .svg or .pdf file")
+    parser.set_defaults(run=_bench)
+
+
+def _bench(options: argparse.Namespace) -> None:
+    record = run_bench(
+        options.backbone,
+        options.methods,
+        num_classes=options.num_classes,
+        batch_size=options.batch_size,
+        image_size=options.image_size,
+        lora_rank=options.lora_rank,
+        rounds=options.rounds,
+        threads=options.threads,
+    )
+    _show(record.to_json(), bench_table(record), options.json)
+    if options.picture is not None:
+        save_bench_figure(record, options.picture)
 
 
 def _add_study(commands: Any) -> None:
@@ -123,6 +211,16 @@ def _study(options: argparse.Namespace) -> None:
         )
 
 
+def _show(json_text: str, table: str, file: str | None) -> None:
+    """Prints the table, and writes the JSON text where it was asked for."""
+    if file == "-":
+        sys.stdout.write(json_text)
+        return
+    print(table)
+    if file is not None:
+        _write(Path(file), json_text)
+
+
 def _write(path: Path, text: str) -> None:
     if path.exists() and not path.is_file():
         # A device or a pipe: written to, not replaced.
@@ -138,6 +236,16 @@ def positive_integer(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{value} is not at least 1")
     return value
+
+
+def _amount(parse: Callable[[str], int]) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return read
 
 
 def _picture(text: str) -> Path:

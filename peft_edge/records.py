@@ -75,6 +75,10 @@ class TrainInfo:
     sweep: list[dict[str, Any]] = field(default_factory=list)
     """Every learning rate that was tried, with its validation accuracy, which is null where training diverged."""
 
+    replay: dict[str, Any] | None = None
+    """What was stored to be trained on in the place of the images, of the last target; see `PrefixCache`. Null where
+    the images themselves were trained on."""
+
     checks: dict[str, float] = field(default_factory=dict)
     """Largest differences of a logit after the saved adapter was reloaded and after it was merged."""
 

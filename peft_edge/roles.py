@@ -6,7 +6,7 @@ groups, kernel size and channel counts only.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import nn
 
@@ -19,6 +19,7 @@ ROLES: dict[str, str] = {
     "pointwise": "dense convolutions with a 1x1 kernel",
     "expand": "pointwise convolutions with more outputs than inputs, squeeze-excite aside",
     "project": "pointwise convolutions with fewer outputs than inputs, squeeze-excite aside",
+    "last-stage": "the last stage's convolutions, and those after it",
 }
 
 
@@ -55,6 +56,27 @@ def _squeeze_excite(module: nn.Module) -> tuple[Convolution, ...]:
     return ()
 
 
+def _last_stage(model: nn.Module, convolutions: Sequence[str]) -> str | None:
+    """The name of the last stage: the last part of what holds the last stage that timm declares.
+
+    What timm declares marks where the resolution changes, so that further stages may follow (GhostNet's `blocks.9`
+    after `blocks.7`), and is sometimes a norm or an empty place after the stage (DenseNet, RepVGG). Other networks than
+    timm's declare nothing, and have no last stage.
+    """
+    # timm's blocks have a method of that name.
+    declarations = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
+    path, features = next(((path, info) for path, info in declarations if info and not callable(info)), ("", ()))
+    declared = [f"{path}.{entry['module']}".lstrip(".") for entry in getattr(features, "info", features)]
+    stages = [stage for stage in declared if any(name.startswith(f"{stage}.") for name in convolutions)]
+    if not stages:
+        return None
+    stack = stages[-1].rpartition(".")[0]
+    if not stack:
+        return stages[-1]
+    last = [name for name in convolutions if name.startswith(f"{stack}.")][-1]
+    return ".".join(last.split(".")[: stack.count(".") + 2])
+
+
 def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution, frozenset[str]]]:
     """Yields name, module and roles of every convolution, in the model's order.
 
@@ -64,6 +86,14 @@ def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
         model: any module tree, adapted or not.
         prefix: put before every name.
     """
+    found = list(_walk(model))
+    last_stage, is_reached = _last_stage(model, [name for name, _, _ in found]), False
+    for name, conv, roles in found:
+        is_reached = is_reached or f"{name}.".startswith(f"{last_stage}.")
+        yield f"{prefix}{name}", conv, roles | {"last-stage"} if is_reached else roles
+
+
+def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution, frozenset[str]]]:
     squeeze_excite = _squeeze_excite(model)
     for name, child in _children(model):
         path = f"{prefix}{name}"
@@ -79,7 +109,7 @@ def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
                     roles.add("expand" if child.out_channels > child.in_channels else "project")
             yield path, child, frozenset(roles)
         else:
-            yield from named_convolutions(child, f"{path}.")
+            yield from _walk(child, f"{path}.")
 
 
 def modules_with_role(model: nn.Module, role: str) -> list[str]:

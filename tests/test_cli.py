@@ -11,6 +11,8 @@ from peft_edge.profiling.analysis import analyse
 from peft_edge.profiling.tables import cost_table
 from peft_edge.records import StepProfile
 
+PLAN = ["plan", "--backbone", "test_efficientnet", "--batch-size", "2", "--image-size", "32", "--num-classes", "10"]
+BENCH = ["bench", "--backbone", "test_resnet", "--batch-size", "2", "--image-size", "32", "--rounds", "1"]
 PROFILE = ["profile", "--backbone", "mobilenetv2_035", "--batch-size", "2", "--image-size", "32", "--num-classes", "10"]
 
 
@@ -53,6 +55,28 @@ def test_a_pipe_is_written_to_and_a_link_followed(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "costs.json").read_text(encoding="utf-8"))["num_classes"] == 10
 
 
+def test_plan_says_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
+    ways = ["--method", "head", "lora", "--target-modules", "project", "--lora-rank", "4"]
+    main([*PLAN, *ways, "--adapter-bytes", "60KiB"])
+    printed = capsys.readouterr().out
+    assert printed.startswith(
+        "Training steps of test_efficientnet, 10 classes, batch 2, 32 px, adamw; at most saved update 60 KiB\n"
+    )
+    assert "nothing is known of their accuracy" in printed
+    assert [line.split()[0] for line in printed.splitlines() if " stats " in line] == ["lora,", "head"]
+
+
+def test_bench_prints_a_table_and_writes_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    json_file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
+    main([*BENCH, "--methods", "inference", "--json", str(json_file), "--picture", str(picture)])
+    printed = capsys.readouterr().out
+    assert printed.startswith("One training step of test_resnet, 10 classes, batch 2, 32 px, rank 4")
+    written = json.loads(json_file.read_text(encoding="utf-8"))
+    assert [row["name"] for row in written["rows"]] == ["full", "inference"]
+    assert StepProfile(**written["rows"][1]["profile"]).flops_backward == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -68,6 +92,11 @@ def test_a_pipe_is_written_to_and_a_link_followed(tmp_path: Path) -> None:
         (["profile", "--backbone", "mobilenet_v2"], "The nearest are"),
         ([*PROFILE, "--method", "head", "--picture", "costs.gif"], "expected one of .png, .svg, .pdf"),
         ([*PROFILE, "--method", "head", "--json", "/dev/null/costs.json"], "/dev/null"),
+        ([*PLAN, "--memory", "256"], "--memory: '256' is no amount: expected a number and one of B, KB"),
+        ([*PLAN, "--flops", "3GiB"], "such as 3GFLOP"),
+        ([*PLAN, "--records", "/dev/null"], "holds no record"),
+        ([*BENCH, "--methods", "lora"], "invalid choice: 'lora'"),
+        ([*BENCH, "--backbone", "inception_v3"], "inception_v3 cannot be trained on images of 32 px"),
     ],
 )
 def test_wrong_arguments_end_with_one_message(

@@ -21,6 +21,7 @@ LAYERS = {
     "peft_edge/backbones/": 1,
     "peft_edge/data/": 1,
     "peft_edge/lean/": 1,
+    "peft_edge/machine.py": 0,
     "peft_edge/metrics.py": 1,
     "peft_edge/optim/": 1,
     "peft_edge/profiling/": 1,
@@ -34,7 +35,7 @@ LAYERS = {
     "peft_edge/profiling/comparison.py": 4,
     "peft_edge/profiling/__init__.py": 4,  # gathers the names of its folder
     "peft_edge/bench/": 5,
-    "peft_edge/plan.py": 5,
+    "peft_edge/plan/": 5,
     "peft_edge/report.py": 5,
     "peft_edge/training/": 5,
     "peft_edge/study.py": 6,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import timm
+import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
@@ -15,7 +16,8 @@ def test_mobilenetv2_has_the_layers_of_its_paper() -> None:
     count = {role: len(modules_with_role(model, role)) for role in ROLES}
 
     # Sandler et al. 2018, table 2: a stem, 17 blocks of which 16 expand, and a head convolution.
-    assert count == {"all-conv": 52, "depthwise": 17, "dense": 35, "pointwise": 34, "expand": 17, "project": 17}
+    roles = {"all-conv": 52, "depthwise": 17, "dense": 35, "pointwise": 34, "expand": 17, "project": 17}
+    assert count == {**roles, "last-stage": 4}
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv4_conv_small_050", "resnet26t", "repvgg_a0"])
@@ -43,6 +45,36 @@ def test_a_bottleneck_without_norms_still_expands_and_projects() -> None:
 
     assert modules_with_role(block, "expand") == ["0"]
     assert modules_with_role(block, "project") == ["2"]
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("mobilenetv1_100", "blocks.4.0.conv_dw", "blocks.4.1.conv_pw"),
+        ("mobilenetv2_100", "blocks.6.0.conv_pw", "conv_head"),
+        ("mobilenetv3_large_100", "blocks.6.0.conv", "conv_head"),
+        ("mobilenetv4_conv_small", "blocks.4.0.conv", "conv_head"),
+        ("efficientnet_lite0", "blocks.6.0.conv_pw", "conv_head"),
+        ("fbnetc_100", "blocks.6.0.conv_pw", "conv_head"),
+        ("ghostnet_050", "blocks.9.0.conv", "conv_head"),
+        ("resnet10t", "layer4.0.conv1", "layer4.0.downsample.1"),
+        ("repvgg_a0", "stages.3.0.conv_kxk.conv", "stages.3.0.conv_1x1.conv"),
+        ("regnetx_002", "s4.b1.conv1.conv", "s4.b7.conv3.conv"),
+        ("densenet121", "features.denseblock4.denselayer1.conv1", "features.denseblock4.denselayer16.conv2"),
+        ("convnext_atto", "stages.3.downsample.1", "stages.3.blocks.1.mlp.fc2"),
+    ],
+)
+def test_the_last_stage_goes_from_its_first_convolution_to_the_networks_last(name: str, first: str, last: str) -> None:
+    with torch.device("meta"):
+        model = timm.create_model(name)
+    found = modules_with_role(model, "last-stage")
+    assert (found[0], found[-1]) == (first, last)
+    assert found == modules_with_role(model, "all-conv")[-len(found) :]
+    assert [f"a.{name}" for name in found] == modules_with_role(nn.ModuleDict({"a": model}), "last-stage")
+
+
+def test_a_network_without_declared_stages_has_no_last_one() -> None:
+    assert modules_with_role(nn.Sequential(nn.Conv2d(1, 1, 1)), "last-stage") == []
 
 
 def test_names_stay_those_of_the_unadapted_model() -> None:

@@ -203,8 +203,34 @@ class TrainingConfig(Section):
     checkpoint_every_steps: PositiveCount = 50
     """Optimizer steps between checkpoints; a run that dies loses at most these."""
 
+    replay: bool = False
+    """Train on stored outputs of the frozen layers before the first trained one, which are computed only once; the
+    BatchNorm layers among them must be frozen or restat."""
+
+    replay_views: PositiveCount = 1
+    """How many augmented views of each image are stored; an epoch sees one of them, in turn."""
+
+    replay_dtype: Literal["float32", "float16", "int8"] = "float32"
+    """Type of the stored values: float32, float16 or int8, which has a scale for each image."""
+
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """How many of the newest checkpoints stay on the disk; at least two, since training may diverge after the last."""
+
+
+class LeanConfig(Section):
+    """What is frozen keeps only what the backward pass needs: the same results to rounding, in less memory."""
+
+    enabled: bool = False
+    """Train in the lean form; what is saved is the plain one."""
+
+    fold_norm: bool = False
+    """Fold frozen BatchNorm layers into the convolutions before them while training."""
+
+    masks: Literal["byte", "bit", "off"] = "byte"
+    """What ReLU and its kin keep: a byte or a bit for each value, or, with off, the values."""
+
+    recompute: bool = False
+    """Make the output of adapted convolutions that cost little again, instead of keeping it."""
 
 
 class ProfilingConfig(Section):
@@ -256,6 +282,7 @@ class RunConfig(Section):
     galore: GaloreOptions = GaloreOptions()
     source: SourceConfig = SourceConfig()
     training: TrainingConfig = TrainingConfig()
+    lean: LeanConfig = LeanConfig()
     profiling: ProfilingConfig = ProfilingConfig()
 
     def options(self, section: str | None) -> dict[str, Any]:

@@ -124,10 +124,20 @@ def build_loader(
     Raises:
         ValueError: There are fewer images than one training batch.
     """
+    images = TransformedImages(dataset, transform, seed=seed)
+    return load_batches(images, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
+
+
+def load_batches(dataset: Any, *, batch_size: int, shuffle: bool, seed: int, num_workers: int = 0) -> DataLoader:
+    """`build_loader` for what yields whole batches itself: a torch dataset with `__getitems__` for a list of `Key`.
+
+    Raises:
+        ValueError: There are fewer images than one training batch.
+    """
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
-        TransformedImages(dataset, transform, seed=seed),
+        dataset,
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=seed),
         num_workers=num_workers,

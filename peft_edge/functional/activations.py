@@ -15,6 +15,7 @@ from torch import Tensor
 
 from peft_edge.functional.exclusive import is_exclusive
 from peft_edge.functional.masks import is_dense, make_mask, mask_gradient
+from peft_edge.functional.recipes import attach, recipe_of
 
 Kept = Literal["output", "byte", "bit"]
 
@@ -29,18 +30,20 @@ def clipped_activation(x: Tensor, forward: Callable[[Tensor], Tensor], *, upper:
         keep: what the backward keeps: the output, which costs nothing where the next layer keeps it too, or a byte or
             a bit for each element.
     """
-    return _ClippedActivation.apply(x, forward, upper, keep)
+    recipe = recipe_of(x)
+    y = _ClippedActivation.apply(x, forward, upper, keep)
+    return y if recipe.is_plain else attach(y, recipe.then(forward))
 
 
 def smooth_activation(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
-    """An activation that keeps its input.
+    """An activation that keeps its input, or what that can be made from.
 
     Args:
         x: of any shape; never overwritten.
         forward: from x to the output.
         backward: from the gradient of the output and x to the gradient of x.
     """
-    return _SmoothActivation.apply(x, forward, backward)
+    return attach(_SmoothActivation.apply(x, forward, backward), recipe_of(x).then(forward))
 
 
 class _ClippedActivation(torch.autograd.Function):
@@ -87,12 +90,13 @@ class _SmoothActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
         ctx.forward_of_x, ctx.backward_of_x = forward, backward
-        ctx.save_for_backward(x)
+        ctx.make_x, ingredients, _ = recipe_of(x)
+        ctx.save_for_backward(*ingredients)
         return forward(x)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        (x,) = ctx.saved_tensors
+        x = ctx.make_x(*ctx.saved_tensors)
         if torch.is_grad_enabled():
             # torch has no derivative of most of its backward operators.
             return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None

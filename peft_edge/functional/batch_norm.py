@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_edge.functional.exclusive import is_exclusive
+from peft_edge.functional.recipes import attach, recipe_of
 
 
 def batch_norm_affine(
@@ -44,7 +45,11 @@ def frozen_batch_norm(
         bias: (C,) or None.
         eps: added to the variance.
     """
-    return _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
+    recipe = recipe_of(x)
+    y = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
+    if recipe.is_plain:
+        return y
+    return attach(y, recipe.then(lambda x: F.batch_norm(x, running_mean, running_var, weight, bias, False, eps=eps)))
 
 
 class _FrozenBatchNorm(torch.autograd.Function):

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from peft_edge.functional.exclusive import is_exclusive
-from peft_edge.functional.recipes import attach, recipe_of
+from peft_edge.functional.recipes import Recipe, attach, recipe_of
 
 
 def gated(x: Tensor, gate: Tensor) -> Tensor:
@@ -19,14 +19,15 @@ def gated(x: Tensor, gate: Tensor) -> Tensor:
         gate: (B, C, 1, ...).
     """
     y = _Gated.apply(x, gate)
-    make, ingredients = recipe_of(x)
-    return attach(y, lambda gate, *kept: make(*kept) * gate, gate, *ingredients)
+    recipe = recipe_of(x)
+    ingredients = (gate, *recipe.ingredients)
+    return attach(y, Recipe(lambda gate, *kept: recipe.make(*kept) * gate, ingredients, recipe.num_convolutions))
 
 
 class _Gated(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        ctx.make, ingredients = recipe_of(x)
+        ctx.make, ingredients, _ = recipe_of(x)
         ctx.save_for_backward(gate, *ingredients)
         return x * gate
 

@@ -27,7 +27,7 @@ from peft_edge.functional.convolution import (
     needs_backward,
 )
 from peft_edge.functional.kernels import dora_scale, lowrank_kernel
-from peft_edge.functional.recipes import recipe_of
+from peft_edge.functional.recipes import Recipe, attach, plain_recipe, recipe_of
 from peft_edge.functional.routes import Route, choose_route
 
 
@@ -43,6 +43,7 @@ def lowrank_conv2d(
     magnitude: Tensor | None = None,
     scale: Tensor | None = None,
     route: Route | None = None,
+    recompute: bool = False,
 ) -> Tensor:
     """The convolution by f (W + s B A), of one to three dimensions.
 
@@ -60,6 +61,7 @@ def lowrank_conv2d(
         magnitude: C_out elements in any shape, DoRA's trained lengths of W + s B A, or None.
         scale: (C_out,), constant factors of the output channels besides, or None.
         route: to the gradients of A and B; by default what is faster, and with A frozen what keeps less.
+        recompute: let others make the result from x, which must be kept, instead of keeping it.
 
     Raises:
         ValueError: if the route is "factor" for a grouped kernel or a trained magnitude.
@@ -71,7 +73,11 @@ def lowrank_conv2d(
             f"lowrank_conv2d: route is 'factor', which is for one group and no trained magnitude; found "
             f"{geometry.groups} groups and {'no' if magnitude is None else 'a'} magnitude. Use 'project' or None."
         )
-    return _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry, route)
+    y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry, route)
+    if not recompute:
+        return y
+    constants = (weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+    return attach(y, _kept_form(x).then(lambda x: _forward(x, *constants), num_convolutions=1))
 
 
 def keeps_input(
@@ -87,6 +93,12 @@ def keeps_input(
         route: as given to `lowrank_conv2d`.
     """
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "project"))
+
+
+def _kept_form(x: Tensor) -> Recipe:
+    """What is kept of an input: its recipe if that is one convolution at most; else it would lead ever further back."""
+    recipe = recipe_of(x)
+    return recipe if recipe.num_convolutions <= 1 else plain_recipe(x)
 
 
 def _composed(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
@@ -144,7 +156,7 @@ class _LowRankConvolution(torch.autograd.Function):
             geometry.groups, trains_a=trains_a, trains_b=trains_b, trains_magnitude=trains_magnitude, route=route
         )
         z = convolution(x, lora_a.to(x.dtype), None, geometry) if trains_b and not keeps_x else None
-        ctx.make_x, ingredients = recipe_of(x) if keeps_x else (None, ())
+        ctx.make_x, ingredients, _ = _kept_form(x) if keeps_x else (None, (), 0)
         ctx.save_for_backward(z, weight, lora_a, lora_b, magnitude, scale, *ingredients)
         y = _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
         ctx.x_size, ctx.memory_format = x.shape, memory_format(y)
@@ -161,8 +173,8 @@ class _LowRankConvolution(torch.autograd.Function):
         scaling, geometry = ctx.scaling, ctx.geometry
         # Under autocast the gradient has a type of its own.
         dtype = grad_output.dtype
-        kernel = _composed(weight, lora_a, lora_b, scaling)
-        factor = _factor(kernel, magnitude, scale)
+        kernel = None if magnitude is None else _composed(weight, lora_a, lora_b, scaling)
+        factor = _factor(weight if kernel is None else kernel, magnitude, scale)
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
         if x is None:
             if z is not None:
@@ -173,14 +185,15 @@ class _LowRankConvolution(torch.autograd.Function):
                     )
                 grad_b = _grad_b(grad_output, z.to(dtype), lora_b, scaling, factor)
         elif wants_magnitude or (ctx.route or choose_route(x, grad_output, weight.shape, len(lora_a))) == "project":
-            grad_kernel = kernel_gradient(grad_output, x.to(dtype), weight.shape, geometry).to(lora_a.dtype)
-            scaled = _product(grad_kernel * scaling, factor, lora_a.dtype).flatten(1)
-            grad_a = (lora_b.flatten(1).mT @ scaled).view_as(lora_a) if wants_a else None
-            grad_b = (scaled @ lora_a.flatten(1).mT).view_as(lora_b) if wants_b else None
-            if wants_magnitude:
-                unit = _factor(kernel, torch.ones_like(magnitude), scale)
-                grad_magnitude = _product(grad_kernel * kernel, unit, magnitude.dtype).flatten(1).sum(1)
-                grad_magnitude = grad_magnitude.view_as(magnitude)
+            # A call of its own, so that its temporaries, which are as large as the kernel, are gone at the next one.
+            grad_a, grad_b, grad_magnitude = _projected(
+                kernel_gradient(grad_output, x.to(dtype), weight.shape, geometry).to(lora_a.dtype),
+                lora_a if wants_b else None,
+                lora_b if wants_a else None,
+                scaling,
+                factor,
+                (kernel, magnitude, scale) if wants_magnitude else None,
+            )
         else:
             x = x.to(dtype)
             if wants_b:
@@ -196,8 +209,31 @@ class _LowRankConvolution(torch.autograd.Function):
             grad_bias = grad_output.sum([0, *range(2, grad_output.dim())])
         if wants_x:
             # Last, when the other gradients' temporaries are gone.
+            kernel = _composed(weight, lora_a, lora_b, scaling) if kernel is None else kernel
             grad_x = input_gradient(grad_output, _product(kernel, factor, dtype), ctx.x_size, geometry)
         return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None
+
+
+def _projected(
+    grad_kernel: Tensor,
+    lora_a: Tensor | None,
+    lora_b: Tensor | None,
+    scaling: float | Tensor,
+    factor: Tensor | None,
+    dora: tuple[Any, Any, Tensor | None] | None,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of A (if B is given), B (if A is given) and the magnitude, from that of the composed kernel."""
+    scaled = _product(grad_kernel, factor, grad_kernel.dtype).flatten(1)
+    grad_a = grad_b = grad_magnitude = None
+    if lora_b is not None:
+        grad_a = ((lora_b.flatten(1) * scaling).mT @ scaled).view(-1, *grad_kernel.shape[1:])
+    if lora_a is not None:
+        grad_b = (scaled @ lora_a.flatten(1).mT * scaling).view(len(scaled), -1, *[1] * (grad_kernel.dim() - 2))
+    if dora is not None:
+        kernel, magnitude, scale = dora
+        unit = _factor(kernel, torch.ones_like(magnitude), scale)
+        grad_magnitude = _product(grad_kernel * kernel, unit, magnitude.dtype).flatten(1).sum(1).view_as(magnitude)
+    return grad_a, grad_b, grad_magnitude
 
 
 def _grad_b(grad_output: Tensor, z: Tensor, lora_b: Tensor, scaling: float | Tensor, factor: Tensor | None) -> Tensor:

@@ -22,11 +22,27 @@ class Recipe(NamedTuple):
     ingredients: tuple[Tensor, ...]
     """What is kept, by somebody else too."""
 
+    num_convolutions: int = 0
+    """What it costs; the rest is elementwise."""
 
-def attach(tensor: Tensor, make: Callable[..., Tensor], *ingredients: Tensor) -> Tensor:
+    @property
+    def is_plain(self) -> bool:
+        """Whether the tensor is its own ingredient."""
+        return self.make is _itself
+
+    def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recipe:
+        """How to make what a function makes of the tensor."""
+        return Recipe(
+            lambda *ingredients: function(self.make(*ingredients)),
+            self.ingredients,
+            self.num_convolutions + num_convolutions,
+        )
+
+
+def attach(tensor: Tensor, recipe: Recipe) -> Tensor:
     """Notes on a tensor how to make it, for `recipe_of`, and returns it."""
     if not torch.compiler.is_compiling():
-        tensor._recipe = Recipe(make, ingredients), tensor._version  # type: ignore[attr-defined]
+        tensor._recipe = recipe, tensor._version  # type: ignore[attr-defined]
     return tensor
 
 
@@ -36,6 +52,11 @@ def recipe_of(tensor: Tensor) -> Recipe:
         recipe, version = getattr(tensor, "_recipe", (None, None))
         if recipe is not None and version == tensor._version:
             return recipe
+    return plain_recipe(tensor)
+
+
+def plain_recipe(tensor: Tensor) -> Recipe:
+    """The recipe that is the tensor."""
     return Recipe(_itself, (tensor,))
 
 

@@ -20,7 +20,7 @@ from peft_edge.functional.activations import Kept, clipped_activation, smooth_ac
 from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm
 from peft_edge.functional.convolution import frozen_convolution, pad
 from peft_edge.functional.gating import gated
-from peft_edge.functional.recipes import attach
+from peft_edge.functional.recipes import recipe_of
 from peft_edge.lean.folding import FoldedNorm, Slot, folded_affine
 
 Masks = Literal["byte", "bit", "off"]
@@ -42,15 +42,29 @@ def keeps_input(module: nn.Module) -> bool:
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
+_CHEAP_PRODUCTS = 96
+
+
 class LeanConvolution(nn.Module):
-    """A convolution that keeps its kernel alone, where autograd's keeps the input too."""
+    """A convolution that keeps its kernel alone, where autograd's keeps the input too.
+
+    Attributes:
+        folded_norm: the norm behind it that it applies, or None.
+        recompute: whether its output may be made again, if that is cheap.
+    """
 
     folded_norm: FoldedNorm | None = None
+    recompute: bool = False
 
     @property
     def keeps_input(self) -> bool:
         """Whether its backward needs its input: while it is trained."""
         return _trains(self)
+
+    @property
+    def lets_recompute(self: Any) -> bool:
+        """Whether an adapter of it, which keeps the input, lets others make the output from that."""
+        return self.recompute and self.weight[0].numel() <= _CHEAP_PRODUCTS
 
     @property
     def applies_folded_norm(self) -> bool:
@@ -115,7 +129,8 @@ class LeanClippedActivation(nn.Module):
         plain = super().forward
         if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
             return plain(x)
-        return clipped_activation(x, plain, upper=self.upper, keep=self.kept())
+        can_be_made = self.masks != "off" and not recipe_of(x).is_plain
+        return clipped_activation(x, plain, upper=self.upper, keep=self.masks if can_be_made else self.kept())
 
 
 class LeanSmoothActivation(nn.Module):
@@ -129,8 +144,7 @@ class LeanSmoothActivation(nn.Module):
         """Maps as the plain layer does."""
         if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
             return super().forward(x)
-        function = type(self).function
-        return attach(smooth_activation(x, function, type(self).derivative), function, x)
+        return smooth_activation(x, type(self).function, type(self).derivative)
 
 
 class _Gating(TorchFunctionMode):

@@ -17,10 +17,12 @@ from peft_edge.lean.layers import LEAN, LeanBatchNorm, LeanClippedActivation, Le
 Model = TypeVar("Model", bound=nn.Module)
 
 _PLAIN = {lean: plain for plain, lean in LEAN.items()}
-_ADDED = ("folded_norm", "masks", "consumers", "feeds_product")
+_ADDED = ("folded_norm", "recompute", "masks", "consumers", "feeds_product")
 
 
-def prepare_model_for_lean_training(model: Model, *, fold_norm: bool = False, masks: Masks = "byte") -> Model:
+def prepare_model_for_lean_training(
+    model: Model, *, fold_norm: bool = False, masks: Masks = "byte", recompute: bool = False
+) -> Model:
     """Makes the frozen layers of a convolutional network keep for the backward pass only what it needs.
 
     Outputs and gradients stay what they are, to rounding. A frozen convolution keeps nothing of its input, a frozen
@@ -33,6 +35,8 @@ def prepare_model_for_lean_training(model: Model, *, fold_norm: bool = False, ma
         fold_norm: let a convolution apply the frozen BatchNorm behind it, by its kernel: a pass over the output less,
             in both directions. Neither layer's weights change, so adapters stay valid without it.
         masks: a byte or a bit for each element, which takes a little longer; `"off"` keeps outputs.
+        recompute: of adapted convolutions of at most 96 products an output (depthwise ones, the first one, those of
+            few channels), which keep their input, let the next adapted layer make its own input from that again.
 
     Returns:
         The model. `undo_lean_training` makes it plain again.
@@ -56,6 +60,8 @@ def prepare_model_for_lean_training(model: Model, *, fold_norm: bool = False, ma
     for module in model.modules():
         if isinstance(module, LeanClippedActivation):
             module.masks = masks
+        elif isinstance(module, LeanConvolution):
+            module.recompute = recompute
     for pair in _foldable(model, taken_by, slots) if fold_norm else ():
         for slot in pair:
             _base(slot.module).folded_norm = pair

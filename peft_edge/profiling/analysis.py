@@ -17,7 +17,8 @@ from torch.utils._pytree import tree_leaves
 
 from peft_edge.backbones import load_backbone
 from peft_edge.config import RunConfig
-from peft_edge.methods import OPTIMIZERS, find_method
+from peft_edge.lean import prepare_model_for_lean_training
+from peft_edge.methods import OPTIMIZERS, find_method, memory_format
 from peft_edge.optim import update_in_backward
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
@@ -56,6 +57,7 @@ def analyse(
     sequence_length: int = 512,
     optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None = "adamw",
     adapter: Mapping[str, Any] | None = None,
+    lean: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     accounting: Accounting = "exact",
 ) -> Analysis:
@@ -74,6 +76,7 @@ def analyse(
             makes an optimizer of the trained parameters; None for a step without.
         adapter: Options of a method given by name, in the place of train.py's defaults: `norm`, and the keys of the
             method's section of the configuration, or of the adapter's PEFT configuration.
+        lean: Options of `prepare_model_for_lean_training`, which then rewrites the model; None to leave it out.
         inputs: What the model is called with, in the place of images or tokens: a tensor or a tuple for positional
             arguments, a mapping for keyword arguments; tensors may be on the meta device.
         accounting: See `FlopCounter`.
@@ -85,15 +88,18 @@ def analyse(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
-    model = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
-    options = _options(method, lora_rank, adapter or {})
-    model = _prepare(model, method, options).train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    real_optimizer = _optimizer(optimizer, model, method, options) if trained else None
+    model, real_optimizer = prepare_step(
+        load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone),
+        method,
+        lora_rank=lora_rank,
+        optimizer=optimizer,
+        adapter=adapter,
+        lean=lean,
+    )
     if inputs is None:
         inputs = _inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
-    if options.get("layerwise") and fake_optimizer is not None:
+    if fake_optimizer is not None and _options(method, lora_rank, adapter or {}).get("layerwise"):
         # What the method has registered with the model's own parameters, the copy lacks.
         update_in_backward(fake_optimizer)
     counter = FlopCounter(fake_model, accounting)
@@ -108,9 +114,45 @@ def analyse(
         flops=flops,
         memory=memory,
         profile=step_rows(model, flops, memory, process_index=0),
-        num_trainable_params=sum(parameter.numel() for parameter in trained),
+        num_trainable_params=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
         num_total_params=sum(parameter.numel() for parameter in model.parameters()),
     )
+
+
+def prepare_step(
+    model: nn.Module,
+    method: str | PeftConfig | None,
+    *,
+    lora_rank: int | None = None,
+    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None = "adamw",
+    adapter: Mapping[str, Any] | None = None,
+    lean: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Optimizer | None]:
+    """Makes of a model what `analyse` analyses, to take such a step with real tensors.
+
+    Args:
+        model: Changed in place.
+        method: See `analyse`, as for the others.
+        lora_rank: Rank of the adapters.
+        optimizer: Its name, or what makes it.
+        adapter: Options of the method.
+        lean: Options of `prepare_model_for_lean_training`.
+
+    Returns:
+        The model in train mode, in the memory format that it computes in, and its optimizer; None if nothing is
+        trained.
+
+    Raises:
+        ValueError: See `analyse`.
+    """
+    options = _options(method, lora_rank, adapter or {})
+    model = _prepare(model, method, options).train()
+    if isinstance(method, str):
+        model = model.to(memory_format=memory_format(model))
+    if lean is not None:
+        model = prepare_model_for_lean_training(model, **lean)
+    is_trained = any(parameter.requires_grad for parameter in model.parameters())
+    return model, _optimizer(optimizer, model, method, options) if is_trained else None
 
 
 @contextmanager

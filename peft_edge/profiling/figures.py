@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,32 +15,73 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 # Okabe and Ito's colours, which differ for every kind of colour vision, and hatches for print in black and white.
-_MEMORY = {
-    "activations": ("#0072B2", ""),
-    "temporaries": ("#56B4E9", "///"),
-    "parameters": ("#E69F00", ""),
-    "buffers": ("#F0E442", "..."),
-    "gradients": ("#D55E00", "\\\\\\"),
-    "optimizer": ("#CC79A7", "xxx"),
-}
-_FLOPS = {
-    "forward": ("#0072B2", ""),
-    "backward": ("#E69F00", "///"),
-    "elementwise_forward": ("#56B4E9", "..."),
-    "elementwise_backward": ("#D55E00", "\\\\\\"),
-    "optimizer": ("#CC79A7", "xxx"),
-}
+_STYLES = (
+    ("#0072B2", ""),
+    ("#E69F00", "///"),
+    ("#56B4E9", "..."),
+    ("#D55E00", "\\\\\\"),
+    ("#CC79A7", "xxx"),
+    ("#F0E442", "---"),
+)
+_MEMORY = ("activations", "temporaries", "parameters", "buffers", "gradients", "optimizer")
+_FLOPS = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
 _UNDATED: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
 FORMATS = (".png", ".svg", ".pdf")
 
 
+@dataclass(frozen=True, kw_only=True)
+class Panel:
+    """Stacked bars, one for each name of a figure."""
+
+    label: str
+    """What the bars show, with its unit."""
+
+    parts: Mapping[str, Sequence[float]]
+    """The lengths of each part, one for each name."""
+
+    spread: Sequence[tuple[float, float]] = ()
+    """The lowest and the highest length of each bar, where there are several measurements of it."""
+
+    line: float | None = None
+    """A length to compare with."""
+
+
+def memory_panel(costs: Sequence[StepProfile]) -> Panel:
+    """Memory at the peak by kind."""
+    return Panel(label="memory at the peak of a step [MiB]", parts=_parts(costs, "memory_{}_bytes", _MEMORY, 2**20))
+
+
+def flops_panel(costs: Sequence[StepProfile]) -> Panel:
+    """FLOPs by phase."""
+    return Panel(label="arithmetic of a step [GFLOP]", parts=_parts(costs, "flops_{}", _FLOPS, 1e9))
+
+
+def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: float) -> dict[str, list[float]]:
+    return {
+        part.replace("_", ", "): [(getattr(cost, name.format(part)) or 0) / unit for cost in costs] for part in parts
+    }
+
+
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draws memory at the peak by kind, and FLOPs by phase, as one stacked bar for each method.
+    """Draws memory at the peak by kind, and FLOPs by phase, as one stacked bar for each method; see `save_bars`.
 
     Args:
         costs: A step of each method, by the name that it gets in the picture.
-        path: Where to; a .png, .svg or .pdf file.
+        path: Where to.
         title: What was analysed.
+    """
+    steps = list(costs.values())
+    save_bars(list(costs), [memory_panel(steps), flops_panel(steps)], path, title=title)
+
+
+def save_bars(names: Sequence[str], panels: Sequence[Panel], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draws panels of bars side by side.
+
+    Args:
+        names: Of the bars, from the top.
+        panels: From the left.
+        path: Where to; a .png, .svg or .pdf file.
+        title: Stands above all.
 
     Raises:
         ValueError: The file has another ending.
@@ -55,27 +97,29 @@ def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[s
     except ImportError as error:
         raise ImportError('pictures need matplotlib: pip install "peft-edge[figures]"') from error
 
-    figure = Figure(figsize=(11, 1.9 + 0.36 * len(costs)), layout="constrained")
+    figure = Figure(figsize=(1 + 5 * len(panels), 1.9 + 0.36 * len(names)), layout="constrained")
     figure.suptitle(title)
-    memory, flops = figure.subplots(1, 2, sharey=True)
-    _stack(memory, costs, "memory_{}_bytes", _MEMORY, 2**20)
-    memory.set_xlabel("memory at the peak of a step [MiB]")
-    _stack(flops, costs, "flops_{}", _FLOPS, 1e9)
-    flops.set_xlabel("arithmetic of a step [GFLOP]")
-    memory.invert_yaxis()
-    # Without a date and random names in it, the same costs are the same file.
+    axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for place, panel in zip(axes, panels, strict=True):
+        _draw(place, names, panel)
+    axes[0].invert_yaxis()
+    # Without a date and random names in it, the same bars are the same file.
     with written_whole(path) as unfinished, rc_context({"svg.hashsalt": "peft-edge"}):
         figure.savefig(unfinished, format=path.suffix[1:], dpi=150, metadata=_UNDATED.get(path.suffix))
 
 
-def _stack(
-    axes: Axes, costs: Mapping[str, StepProfile], name: str, parts: Mapping[str, tuple[str, str]], unit: float
-) -> None:
-    left = [0.0] * len(costs)
-    for part, (colour, hatch) in parts.items():
-        widths = [(getattr(cost, name.format(part)) or 0) / unit for cost in costs.values()]
-        label = part.replace("_", ", ")
-        axes.barh(list(costs), widths, left=left, color=colour, hatch=hatch, edgecolor="white", label=label)
-        left = [start + width for start, width in zip(left, widths, strict=True)]
+def _draw(axes: Axes, names: Sequence[str], panel: Panel) -> None:
+    ends = [0.0] * len(names)
+    for (part, widths), (colour, hatch) in zip(panel.parts.items(), _STYLES, strict=False):
+        axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", label=part)
+        ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    if panel.spread:
+        below, above = zip(
+            *((end - low, high - end) for end, (low, high) in zip(ends, panel.spread, strict=True)), strict=True
+        )
+        axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", capsize=3)
+    if panel.line is not None:
+        axes.axvline(panel.line, color="black", linewidth=0.8, linestyle="--")
+    axes.set_xlabel(panel.label)
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)

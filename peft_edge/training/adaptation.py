@@ -20,13 +20,15 @@ from transformers import get_cosine_schedule_with_warmup
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, Task
 from peft_edge.files import remove, written_whole
+from peft_edge.lean import undo_lean_training
 from peft_edge.methods import Method, find_method
 from peft_edge.records import StepProfile
 from peft_edge.training.checkpoints import Progress
 from peft_edge.training.evaluation import answers, first_images, logits
 from peft_edge.training.images import evaluation_batches, training_batches
-from peft_edge.training.learner import new_learner
+from peft_edge.training.learner import make_lean, new_learner
 from peft_edge.training.loop import DivergedError, train
+from peft_edge.training.replay import check_replay, open_replay, with_whole_update
 from peft_edge.training.source import new_backbone
 from peft_edge.training.updates import save_update
 from peft_edge.tuners.restat import restat
@@ -56,6 +58,9 @@ class Candidate:
 
     profile: list[StepProfile]
     """What a step cost, for each process and each LoRA rank."""
+
+    replay: dict[str, Any] | None
+    """What was stored of the images, see `PrefixCache`; None where the images themselves were trained on."""
 
     @property
     def update(self) -> Path:
@@ -92,6 +97,8 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
             f"method: {config.method!r} makes no PEFT model, and is not registered with ships_model=True: without one "
             "or the other, there is nothing to save"
         )
+    if settings.replay:
+        check_replay(config, model)
     if method.optimizer is None:
         return
     _optimizer(method, config, model, settings.learning_rate[0])
@@ -180,16 +187,24 @@ def _adapt(
         if _estimates_statistics(model):
             restat(model, (batch["pixel_values"] for batch in accelerator.prepare_data_loader(batches)))
         seconds = time.perf_counter() - started
+        make_lean(config, model)
+        replay = open_replay(config, model, source, target, accelerator) if config.training.replay else None
+        trained = model if replay is None else replay.tail
         profile: list[StepProfile] = []
         if learning_rate is None:
             progress = _untrained(accelerator, model, validation, seconds)
         else:
             optimizer = _optimizer(method, config, model, learning_rate)
+            batches = batches if replay is None else replay.batches
             total_steps = config.training.epochs * len(batches)
             schedule = get_cosine_schedule_with_warmup(optimizer, config.training.warmup_steps, total_steps)
-            prepared = accelerator.prepare(model, optimizer, schedule, batches, validation)
-            progress, profile = train(*prepared, config=config, accelerator=accelerator, run=run, name=name)
-            model = accelerator.unwrap_model(prepared[0], keep_fp32_wrapper=False)
+            prepared = accelerator.prepare(trained, optimizer, schedule, batches, validation)
+            evaluated = prepared[0] if replay is None else model
+            progress, profile = train(
+                *prepared, evaluated=evaluated, config=config, accelerator=accelerator, run=run, name=name
+            )
+            model = accelerator.unwrap_model(evaluated, keep_fp32_wrapper=False)
+            profile = profile if replay is None else with_whole_update(profile, model)
         figures = {
             "learning_rate": learning_rate,
             "validation_accuracy": progress.metrics[-1]["valid accuracy"],
@@ -197,8 +212,10 @@ def _adapt(
             "train_time": progress.train_time,
             "metrics": progress.metrics,
             "profile": [asdict(row) for row in profile],
+            "replay": None if replay is None else replay.info,
         }
         if accelerator.is_main_process:
+            undo_lean_training(model)
             _save(method, model, first_images(config, source, target), figures, folder)
             remove(run / "checkpoints" / name)
         accelerator.free_memory()

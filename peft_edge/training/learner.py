@@ -13,6 +13,7 @@ from peft_edge.backbones import grow_head, set_class_names
 from peft_edge.backbones.heads import head_layers
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain
+from peft_edge.lean import prepare_model_for_lean_training
 from peft_edge.methods import Method, memory_format
 from peft_edge.training.updates import continue_update
 
@@ -45,6 +46,12 @@ def new_learner(config: RunConfig, method: Method, source: nn.Module, target: Do
         if not config.data.rehearsal_size:
             _freeze_rows(base, known)
     return model
+
+
+def make_lean(config: RunConfig, model: nn.Module) -> None:
+    """Lets the model's frozen layers keep less for the backward pass, if the configuration says so."""
+    if config.lean.enabled:
+        prepare_model_for_lean_training(model, **config.lean.model_dump(exclude={"enabled"}))
 
 
 def _freeze_rows(model: nn.Module, count: int) -> None:

@@ -42,6 +42,7 @@ def train(
     batches: DataLoaderShard,
     validation: DataLoaderShard,
     *,
+    evaluated: nn.Module,
     config: RunConfig,
     accelerator: Accelerator,
     run: Path,
@@ -54,7 +55,8 @@ def train(
         optimizer: Of the trainable parameters.
         schedule: Stepped once per optimizer step, whatever the number of processes.
         batches: Each is worked off in one optimizer step.
-        validation: Evaluated after every `training.eval_every_epochs` epochs, and after the last.
+        validation: Asked after every `training.eval_every_epochs` epochs, and after the last.
+        evaluated: What answers then: `model`, or the whole model of which `model` is a part.
         config: Epochs, clipping, checkpoints and profiling are taken from it.
         accelerator: The run's.
         run: The run's folder.
@@ -127,7 +129,7 @@ def train(
                 bar.update()
                 if progress.step % len(batches) == 0:
                     is_due = (epoch + 1) % settings.eval_every_epochs == 0 or progress.step == total_steps
-                    found = answers(model, validation, accelerator) if is_due else None
+                    found = answers(evaluated, validation, accelerator) if is_due else None
                     if found is not None and -1 in found.predictions:
                         good = last_good_checkpoint(accelerator, checkpoints, progress.step)
                         raise DivergedError(_diverged(name, progress.step, float("nan"), good))

@@ -51,7 +51,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
     set_class_names(model, task.source.class_names)
     # Weights of the Hub as they are need no copy: their name loads them anywhere.
     if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
-        folder = _cache_folder(config) / "sources" / _recipe(config, task, model, device)
+        folder = cache_folder(config) / "sources" / _recipe(config, task, model, device)
         folder.parent.mkdir(parents=True, exist_ok=True)
         # A lock of the system's: it is free again when its process dies.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -64,7 +64,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def _cache_folder(config: RunConfig) -> Path:
+def cache_folder(config: RunConfig) -> Path:
+    """What runs share: source models, and stored features."""
     return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache")
 
 

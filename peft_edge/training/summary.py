@@ -82,6 +82,7 @@ def build_record(
                 },
             ],
             sweep=tried,
+            replay=chosen[-1].replay if chosen else None,
             checks=checks,
         ),
         meta_info=_meta_info(
@@ -179,6 +180,8 @@ def table(record: Record) -> str:
     lines = [text_table(rows if run.train_config["method"] != "none" else rows[:-1])]
     for tried in train.sweep:
         lines.append(_tried(tried))
+    if train.replay is not None:
+        lines.append(_stored(train.replay))
     for name, difference in train.checks.items():
         what = name.removesuffix(_DIFFERENCE)
         lines.append(f"saved update, {what}: largest difference of a logit {difference:.1e}")
@@ -192,6 +195,14 @@ def _tried(entry: dict[str, Any]) -> str:
     increment = f"increment {entry['increment']}, " if "increment" in entry else ""
     outcome = "diverged" if "diverged" in entry else f"validation accuracy {entry['valid accuracy']:.3f}"
     return f"{increment}{name}: {outcome}"
+
+
+def _stored(replay: dict[str, Any]) -> str:
+    return (
+        f"replay: trained from {replay['start']} on, on {replay['views']} stored views of {replay['images']} images, "
+        f"{replay['size_bytes'] / 2**20:.1f} MiB in {replay['dtype']} (relative error {replay['relative_error']:.1e}), "
+        f"stored once with {replay['fill_flops'] / 1e9:.3g} GFLOP"
+    )
 
 
 def _share(value: float | None) -> str:

@@ -50,6 +50,13 @@ def test_numbers_lists_and_flags_are_read() -> None:
     ).training.learning_rate == [1e-3]
 
 
+@pytest.mark.parametrize("word", ["off", "byte"])
+def test_off_and_no_are_words(word: str) -> None:
+    config = load_config(["output_dir=a", "data.shift=blend", f"lean.masks={word}", "training.mixed_precision=no"])
+    assert config.lean.masks == word
+    assert config.training.mixed_precision == "no"
+
+
 def test_every_error_is_reported_with_its_origin(config_file: Path) -> None:
     config_file.write_text(
         "output_dir: 3\ntraining:\n  epochs: 0\n  leraning_rate: 1\nadapter: {r: four}\nsource: 3\n"

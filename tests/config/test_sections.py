@@ -49,6 +49,7 @@ def test_untrained_source_is_refused_but_pretrained_is_not() -> None:
 
 
 CONFIGS = ROOT / "configs"
+REPLAY = CONFIGS / "lean" / "replay.yaml"
 TASKS, METHOD_RECIPES = (sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("tasks", "methods"))
 
 
@@ -63,7 +64,15 @@ def test_every_task_goes_with_every_method(task: Path) -> None:
         assert config.method == recipe.stem
 
 
+@pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
+def test_replay_goes_with_every_task_and_with_methods_for_single_layers(task: Path) -> None:
+    for method in ("head", "lora", "lora-fa", "dora"):
+        recipes = (task, CONFIGS / "methods" / f"{method}.yaml", REPLAY)
+        config = load_config([*(f"--config={path}" for path in recipes), "output_dir=a"], choices=CHOICES)
+        assert (config.method, config.adapter.target_modules, config.training.replay) == (method, "last-stage", True)
+
+
 def test_there_is_a_recipe_for_every_method_and_no_other_file() -> None:
     assert {path.stem for path in METHOD_RECIPES} == set(METHODS)
     grids = (CONFIGS / "study").glob("*.yaml")  # tests/test_study.py reads them
-    assert {*TASKS, *METHOD_RECIPES, *grids, CONFIGS / "quickstart.yaml"} == set(CONFIGS.rglob("*.*"))
+    assert {*TASKS, *METHOD_RECIPES, *grids, REPLAY, CONFIGS / "quickstart.yaml"} == set(CONFIGS.rglob("*.*"))

@@ -9,28 +9,28 @@ from peft_edge.functional.recipes import attach, recipe_of
 
 def test_a_recipe_makes_the_tensor() -> None:
     x = torch.randn(4)
-    y = attach(x.exp(), torch.exp, x)
+    y = attach(x.exp(), recipe_of(x).then(torch.exp))
 
-    make, ingredients = recipe_of(y)
+    recipe = recipe_of(y)
 
-    assert ingredients == (x,)
-    assert torch.equal(make(*ingredients), y)
+    assert not recipe.is_plain
+    assert recipe.ingredients == (x,)
+    assert torch.equal(recipe.make(x), y)
+    assert torch.equal(recipe.then(torch.exp).make(x), y.exp())
 
 
 def test_a_tensor_without_one_is_its_own() -> None:
     x = torch.randn(4)
 
-    make, ingredients = recipe_of(x)
-
-    assert ingredients == (x,)
-    assert make(*ingredients) is x
+    assert recipe_of(x).is_plain
+    assert recipe_of(x).ingredients == (x,)
+    assert recipe_of(x).make(x) is x
 
 
 def test_a_tensor_that_was_changed_is_its_own() -> None:
     x = torch.randn(4)
-    y = attach(x.exp(), torch.exp, x)
+    y = attach(x.exp(), recipe_of(x).then(torch.exp))
     y.add_(1.0)
 
-    make, ingredients = recipe_of(y)
-
-    assert make(*ingredients) is y
+    assert recipe_of(y).is_plain
+    assert recipe_of(y).ingredients[0] is y

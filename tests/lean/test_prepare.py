@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from peft_edge import ConvAdapterConfig, ConvLoraConfig, restat
 from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
 from peft_edge.lean.layers import LEAN
-from peft_edge.profiling import track_memory
+from peft_edge.profiling import count_flops, track_memory
 
 NETWORKS = [
     "mobilenetv2_035",
@@ -63,9 +63,9 @@ def test_outputs_and_gradients_are_the_plain_models(
     plain = with_adapter(make_backbone(name).double()).train(training)
     expected = outcome(plain, images)
 
-    lean = prepare_model_for_lean_training(copy.deepcopy(plain), fold_norm=fold_norm, masks="bit")
-
-    assert_same(outcome(lean, images), expected, 1e-10)
+    for recompute in (False, True):
+        prepare_model_for_lean_training(plain, fold_norm=fold_norm, masks="bit", recompute=recompute)
+        assert_same(outcome(plain, images), expected, 1e-10)
 
 
 @pytest.mark.parametrize("norm", ["stats", "affine", "restat"])
@@ -94,14 +94,31 @@ def test_before_and_after_the_adapter_are_the_same(make_backbone: MakeBackbone) 
 def test_lean_training_needs_less_memory(make_backbone: MakeBackbone) -> None:
     images = torch.empty(8, 3, 96, 96, device="meta")
     plain = with_adapter(make_backbone("mobilenetv2_035"), target_modules="project").train()
-    needs = {}
-    for masks in ("byte", "bit", "off"):
-        lean = prepare_model_for_lean_training(copy.deepcopy(plain), masks=masks, fold_norm=True)
-        needs[masks] = track_memory(lean, images, fake=True).forward_end["activations"]
-    before = track_memory(plain, images, fake=True).forward_end["activations"]
 
-    assert needs["bit"] < needs["byte"] < needs["off"] < before
-    assert needs["bit"] < before / 3
+    def kept(model: nn.Module) -> int:
+        return track_memory(model, images, fake=True).forward_end["activations"]
+
+    before = kept(plain)
+    byte, bit, off = (
+        kept(prepare_model_for_lean_training(plain, masks=masks, fold_norm=True)) for masks in ("byte", "bit", "off")
+    )
+
+    assert bit < byte < off < before
+    assert bit < before / 3
+
+
+def test_what_is_recomputed_is_not_kept(make_backbone: MakeBackbone) -> None:
+    images = torch.empty(8, 3, 96, 96, device="meta")
+    model = with_adapter(make_backbone("mobilenetv2_035"), target_modules="all-conv").train()
+
+    def step(**options: Any) -> tuple[int, int]:
+        prepare_model_for_lean_training(model, masks="bit", fold_norm=True, **options)
+        return track_memory(model, images, fake=True).forward_end["activations"], count_flops(model, images).forward
+
+    (kept, forward), (recomputing, same_forward) = step(), step(recompute=True)
+
+    assert recomputing < 0.7 * kept
+    assert same_forward == forward
 
 
 def test_undo_leaves_nothing_behind(make_backbone: MakeBackbone) -> None:

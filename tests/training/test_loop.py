@@ -98,7 +98,8 @@ def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list
     optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
     batches = DataLoader(DATA, batch_size=8)
     prepared = accelerator.prepare(network, optimizer, get_constant_schedule(optimizer), batches, batches)
-    return loop.train(*prepared, config=config, accelerator=accelerator, run=folder, name="a")[1]
+    options = {"config": config, "accelerator": accelerator, "run": folder, "name": "a"}
+    return loop.train(*prepared, evaluated=prepared[0], **options)[1]
 
 
 class ImageTrainer(Trainer):

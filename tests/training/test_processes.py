@@ -98,6 +98,23 @@ def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: P
 
 
 @pytest.mark.distributed
+def test_two_processes_store_features_once_and_learn_the_same(arguments: list[str], tmp_path: Path) -> None:
+    replay = ["adapter.target_modules=last-stage", "norm=restat", "training.replay=true"]
+    sources = next(argument for argument in arguments if argument.startswith("cache_dir="))
+    for name, launcher in (("one", ()), ("two", TWO_PROCESSES)):
+        options = [argument for argument in arguments if argument != sources] + [f"cache_dir={tmp_path / name}_cache"]
+        finish(start([*options, *replay], tmp_path / name, *launcher, script=IN_DOUBLE))
+        caches = [path for path in (tmp_path / f"{name}_cache" / "features").iterdir() if path.is_dir()]
+        assert len(caches) == 1
+    assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
+    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    for name in one:
+        # What is stored is in single precision, so that the last bits of the prefix may round the other way.
+        torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize("method", ["norm-stats", "galore"])
 def test_any_method_gives_the_same_on_two_processes(arguments: list[str], tmp_path: Path, method: str) -> None:
     options = [*arguments, f"method={method}", "data.shift=null", "data.new_classes=[8, 9]", "data.rehearsal_size=40"]

@@ -236,6 +236,7 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             bias=None if bias is None else bias.to(conv.weight.dtype),
             magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
             scale=scale,
+            recompute=getattr(conv, "lets_recompute", False) and self.keeps_input,
         )
 
     def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:

@@ -1,0 +1,16 @@
+"""One training step of our methods and of their peers, measured side by side on one machine."""
+
+from peft_edge.bench.contenders import CONTENDERS, REFERENCE, Contender
+from peft_edge.bench.results import BenchRecord, BenchRow, bench_table, save_bench_figure
+from peft_edge.bench.timing import run_bench
+
+__all__ = [
+    "CONTENDERS",
+    "REFERENCE",
+    "BenchRecord",
+    "BenchRow",
+    "Contender",
+    "bench_table",
+    "run_bench",
+    "save_bench_figure",
+]

@@ -1,0 +1,75 @@
+from __future__ import annotations
+
+import copy
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from peft_edge.bench.contenders import CONTENDERS, REFERENCE
+from peft_edge.profiling.analysis import classification_loss
+from peft_edge.roles import modules_with_role
+
+DENSE = ("peft-lora", "lora-plain", "lora-dense", "lora-byte", "lora-stats")
+
+
+def trained(model: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+
+
+def adapter_size(backbone: nn.Module, role: str, rank: int) -> int:
+    """Of LoRA as it is defined: A of (r, K) and B of (C_out, r) for each layer."""
+    kernels = [backbone.get_submodule(name).weight.flatten(1) for name in modules_with_role(backbone, role)]
+    return sum(rank * sum(kernel.shape) for kernel in kernels)
+
+
+@pytest.mark.parametrize(
+    ("name", "role"),
+    [*((name, "dense") for name in DENSE), ("lora-project", "project"), ("lora-all-conv", "all-conv")],
+)
+def test_adapters_have_the_size_of_their_layers_and_train_the_head(
+    tiny_backbone: nn.Module, name: str, role: str
+) -> None:
+    expected = adapter_size(tiny_backbone, role, 2) + 1280 * 10 + 10
+    model, optimizer = CONTENDERS[name].build(tiny_backbone, 2)
+    assert optimizer is not None
+    assert trained(model) == expected
+
+
+def test_the_reference_trains_everything_in_channels_last_and_inference_nothing(tiny_backbone: nn.Module) -> None:
+    full, optimizer = CONTENDERS[REFERENCE].build(copy.deepcopy(tiny_backbone), 4)
+    assert optimizer is not None
+    assert trained(full) == sum(parameter.numel() for parameter in full.parameters())
+    assert full.training
+    assert full.conv_head.weight.is_contiguous(memory_format=torch.channels_last)
+    inference, optimizer = CONTENDERS["inference"].build(tiny_backbone, 4)
+    assert (optimizer, trained(inference), inference.training) == (None, 0, False)
+
+
+@pytest.mark.parametrize(("name", "package"), [("lycoris-locon", "lycoris"), ("loralib", "loralib")])
+def test_peers_train_adapters_where_they_are_installed(
+    tiny_backbone: nn.Module, images: torch.Tensor, name: str, package: str
+) -> None:
+    pytest.importorskip(package)
+    plain = copy.deepcopy(tiny_backbone).eval()
+    model, optimizer = CONTENDERS[name].build(tiny_backbone, 2)
+    assert optimizer is not None
+    torch.testing.assert_close(model.eval()(images), plain(images), rtol=1e-4, atol=1e-5)
+    classification_loss(model.train()(images)).backward()
+    with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+    assert with_gradient == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = adapter_size(plain, "dense", 2)
+    # LoRA of a pointwise kernel has one size; loralib's factors of larger ones are larger.
+    assert frozen + 12810 <= trained(model) < 2 * (frozen + 12810)
+
+
+@pytest.mark.parametrize(("name", "package"), [("lycoris-locon", "lycoris"), ("loralib", "loralib")])
+def test_a_peer_that_is_missing_says_so(
+    tiny_backbone: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str, package: str
+) -> None:
+    for module in [module for module in sys.modules if module.split(".")[0] == package]:
+        monkeypatch.delitem(sys.modules, module)
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(ImportError, match=package):
+        CONTENDERS[name].build(tiny_backbone, 2)

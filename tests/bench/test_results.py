@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from peft_edge.bench.results import BenchRecord, BenchRow, PhaseTimes, bench_table, save_bench_figure
+from peft_edge.records import StepProfile
+
+
+def row(name: str, *steps: tuple[float, float, float], peak_mib: int = 100, error: str = "") -> BenchRow:
+    profile = StepProfile(process_index=0, scope="step", memory_peak_bytes=peak_mib * 2**20, flops_forward=10**9)
+    rounds = [PhaseTimes(forward_s=f, backward_s=b, optimizer_s=o) for f, b, o in steps]
+    return BenchRow(name=name, label=name, error=error, profile=None if error else profile, rounds=rounds)
+
+
+@pytest.fixture
+def record() -> BenchRecord:
+    # The machine is twice as slow in the second round.
+    full = row("full", (0.1, 0.2, 0.1), (0.2, 0.4, 0.2), (0.1, 0.25, 0.1), peak_mib=1000)
+    lora = row("lora", (0.1, 0.1, 0.0), (0.2, 0.2, 0.0), (0.1, 0.17, 0.0), peak_mib=250)
+    for contender in (full, lora):
+        contender.compare(full.rounds)
+    return BenchRecord(
+        created_at="2026-01-01T00:00:00+00:00",
+        setting={
+            "backbone": "net",
+            "num_classes": 10,
+            "batch_size": 2,
+            "image_size": 32,
+            "lora_rank": 4,
+            "rounds": 3,
+            "threads": 1,
+        },
+        rows=[full, lora, row("peer", error="No module named 'peer'")],
+        total_time=4.0,
+        load_average=[0.1, None],
+        package_info={},
+        system_info={"cores": "2"},
+        pytorch_info="",
+    )
+
+
+def test_ratios_are_those_within_a_round(record: BenchRecord) -> None:
+    full, lora, _ = record.rows
+    assert (full.ratio_best, full.ratio_median, full.ratio_lowest, full.ratio_highest) == (1, 1, 1, 1)
+    found = (lora.ratio_best, lora.ratio_median, lora.ratio_lowest, lora.ratio_highest)
+    assert found == pytest.approx((0.5, 0.5, 0.5, 0.6))
+
+
+def test_the_profile_has_the_medians_and_null_where_there_is_no_phase(record: BenchRecord) -> None:
+    profile = record.rows[1].profile
+    assert profile is not None
+    assert (profile.forward_s, profile.backward_s, profile.optimizer_s) == (0.1, 0.17, None)
+
+
+def test_the_table_compares_and_says_what_did_not_run(record: BenchRecord) -> None:
+    lines = bench_table(record).splitlines()
+    assert lines[0].startswith("One training step of net, 10 classes, batch 2, 32 px, rank 4")
+    compared = next(line.split() for line in lines if line.split()[:1] == ["lora"])
+    assert compared == ["lora", "250", "4.0", "200", "0.50", "0.50", "0.50-0.60"]
+    assert "  peer: No module named 'peer'" in lines
+    assert lines[-1].startswith("load average before and after: 0.1, -, on 2 cores")
+
+
+def test_the_json_has_every_round(record: BenchRecord) -> None:
+    written = json.loads(record.to_json())
+    assert written["rows"][1]["rounds"][2] == {"forward_s": 0.1, "backward_s": 0.17, "optimizer_s": 0.0}
+    assert written["rows"][2]["error"] == "No module named 'peer'"
+    assert BenchRecord.from_json(record.to_json()) == record
+
+
+@pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{"profile": null}]}'])
+def test_what_is_no_record_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"not the record of a comparison|Expecting"):
+        BenchRecord.from_json(text)
+
+
+def test_the_picture_names_what_ran(record: BenchRecord, tmp_path: Path) -> None:
+    save_bench_figure(record, tmp_path / "bench.svg")
+    text = (tmp_path / "bench.svg").read_text(encoding="utf-8")
+    for label in ("net, 10 classes", "lora", "[MiB]", "time of a step", "forward", "activations"):
+        assert label in text
+    assert "peer" not in text
