@@ -131,6 +131,9 @@ CONTENDERS: dict[str, Contender] = {
     "lora-byte": Contender(
         "our LoRA, dense, byte masks", _ours("lora", target_modules="dense", lean={**FOLDED, "masks": "byte"})
     ),
+    "lora-recompute": Contender(
+        "our LoRA, dense, recompute", _ours("lora", target_modules="dense", lean={**FOLDED, "recompute": True})
+    ),
     "lora-stats": Contender(
         "our LoRA, dense, norm=stats", _ours("lora", target_modules="dense", norm="stats", lean={"masks": "bit"})
     ),

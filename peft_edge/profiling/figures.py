@@ -114,8 +114,10 @@ def _draw(axes: Axes, names: Sequence[str], panel: Panel) -> None:
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     if panel.spread:
+        # A bar is the sum of its parts, to rounding, and so may end a little outside of its spread.
         below, above = zip(
-            *((end - low, high - end) for end, (low, high) in zip(ends, panel.spread, strict=True)), strict=True
+            *((max(end - low, 0), max(high - end, 0)) for end, (low, high) in zip(ends, panel.spread, strict=True)),
+            strict=True,
         )
         axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", capsize=3)
     if panel.line is not None:

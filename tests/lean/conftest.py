@@ -14,7 +14,7 @@ NETWORKS = ["mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_
 
 def backbone(name: str) -> nn.Module:
     """A network for ten classes, frozen, with norms that do something."""
-    model = timm.create_model(name, num_classes=10)
+    model = timm.create_model(name, num_classes=10, drop_rate=0.0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             nn.init.normal_(module.running_mean, std=0.1)

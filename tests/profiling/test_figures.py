@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from peft_edge.profiling.figures import save_cost_figure
+from peft_edge.profiling.figures import Panel, save_bars, save_cost_figure
 from peft_edge.records import StepProfile
 
 COSTS = {
@@ -49,6 +49,15 @@ def test_bars_are_as_long_as_their_bytes(tmp_path: Path) -> None:
     # The two bars and the patch in the legend.
     _, shorter, longer = sorted(set(rows) - {0})
     assert longer == pytest.approx(2 * shorter, rel=0.02)
+
+
+def test_a_bar_that_rounding_puts_outside_of_its_spread_is_drawn(tmp_path: Path) -> None:
+    panel = Panel(label="time", parts={"forward": [0.7], "backward": [0.2], "optimizer": [0.1]}, spread=[(1.0, 1.0)])
+    assert 0.7 + 0.2 + 0.1 < 1.0
+
+    save_bars(["full"], [panel], tmp_path / "bars.png", title="a network")
+
+    assert (tmp_path / "bars.png").exists()
 
 
 def test_an_unknown_ending_is_named(tmp_path: Path) -> None:
