@@ -17,6 +17,7 @@ def conflicts(config: RunConfig) -> Iterator[Problem]:
     yield from _source(config)
     yield from _task(config)
     yield from _training(config)
+    yield from _lean(config)
     for section in ("adapter", "conv_adapter"):
         yield from _targets(f"{section}.target_modules", getattr(config, section).target_modules)
 
@@ -64,6 +65,11 @@ def _training(config: RunConfig) -> Iterator[Problem]:
         for key, needs_all_gradients in whole.items():
             if needs_all_gradients:
                 yield key, "needs all gradients at once, of which galore.layerwise keeps one: leave one of them out"
+
+
+def _lean(config: RunConfig) -> Iterator[Problem]:
+    if config.lean.enabled and config.lean.fold_norm and config.norm in ("stats", "affine"):
+        yield "lean.fold_norm", f"folds frozen BatchNorm, and norm is {config.norm}: set norm to frozen or restat"
 
 
 def _targets(key: str, target: str | list[str]) -> Iterator[Problem]:

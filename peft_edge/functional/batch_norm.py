@@ -49,7 +49,10 @@ def frozen_batch_norm(
     y = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
     if recipe.is_plain:
         return y
-    return attach(y, recipe.then(lambda x: F.batch_norm(x, running_mean, running_var, weight, bias, False, eps=eps)))
+    # Statistics may have moved on when the recipe is followed.
+    mean, var = running_mean.clone(), running_var.clone()
+    weight, bias = (None if value is None else value.detach().clone() for value in (weight, bias))
+    return attach(y, recipe.then(lambda x: F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)))
 
 
 class _FrozenBatchNorm(torch.autograd.Function):

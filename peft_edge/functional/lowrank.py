@@ -76,8 +76,17 @@ def lowrank_conv2d(
     y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry, route)
     if not recompute:
         return y
-    constants = (weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
-    return attach(y, _kept_form(x).then(lambda x: _forward(x, *constants), num_convolutions=1))
+    tensors = [tensor for tensor in (weight, lora_a, lora_b, magnitude, bias) if tensor is not None]
+    versions = [tensor._version for tensor in tensors]
+
+    def again(x: Tensor) -> Tensor:
+        if versions != [tensor._version for tensor in tensors]:
+            raise RuntimeError(
+                "lowrank_conv2d: parameters were changed in place before the backward pass, which needs them"
+            )
+        return _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+
+    return attach(y, _kept_form(x).then(again, num_convolutions=1))
 
 
 def keeps_input(

@@ -7,10 +7,13 @@ pass of its own keeps the recipe instead, which costs no memory, and an elementw
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+_DEVICES = ("cpu", "cuda")
 
 
 class Recipe(NamedTuple):
@@ -32,11 +35,16 @@ class Recipe(NamedTuple):
 
     def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recipe:
         """How to make what a function makes of the tensor."""
-        return Recipe(
-            lambda *ingredients: function(self.make(*ingredients)),
-            self.ingredients,
-            self.num_convolutions + num_convolutions,
-        )
+        types = {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
+
+        def make(*ingredients: Tensor) -> Tensor:
+            with ExitStack() as surroundings:
+                # The backward pass runs outside of autocast.
+                for device, dtype in types.items():
+                    surroundings.enter_context(torch.autocast(device, dtype))
+                return function(self.make(*ingredients))
+
+        return Recipe(make, self.ingredients, self.num_convolutions + num_convolutions)
 
 
 def attach(tensor: Tensor, recipe: Recipe) -> Tensor:

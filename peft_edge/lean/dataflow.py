@@ -22,7 +22,7 @@ FUNCTION = ""
 """Any other consumer that is no layer: a function that the model calls, or whoever takes the model's own output."""
 
 
-def consumers(model: nn.Module) -> Mapping[str, list[str]]:
+def consumers(model: nn.Module, *, training: bool = False) -> Mapping[str, list[str]]:
     """Runs a copy of the model on the meta device, and returns who takes each layer's output.
 
     A layer is a module without modules inside, a norm, or one that PEFT has put into the model. For each, by its name,
@@ -31,11 +31,12 @@ def consumers(model: nn.Module) -> Mapping[str, list[str]]:
 
     Args:
         model: takes images.
+        training: whether it runs as in training.
 
     Raises:
         Exception: what the model raises that cannot run so.
     """
-    traced = copy.deepcopy(model).to("meta").eval()
+    traced = copy.deepcopy(model).to("meta").train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
         if _is_layer(module):

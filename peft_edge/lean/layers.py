@@ -21,13 +21,14 @@ from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm
 from peft_edge.functional.convolution import frozen_convolution, pad
 from peft_edge.functional.gating import gated
 from peft_edge.functional.recipes import recipe_of
-from peft_edge.lean.folding import FoldedNorm, Slot, folded_affine
+from peft_edge.lean.folding import FoldedNorm, Slot, folding, takes_folded
 
 Masks = Literal["byte", "bit", "off"]
 
 
-def _trains(module: nn.Module) -> bool:
-    return any(parameter.requires_grad for parameter in module.parameters(recurse=False))
+def _trains(layer: Any) -> bool:
+    # By what is there, which need not be parameters: a parametrisation computes the weight.
+    return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
 
 
 def keeps_input(module: nn.Module) -> bool:
@@ -75,19 +76,16 @@ class LeanConvolution(nn.Module):
         """Maps (B, C_in, *size) as the plain layer does."""
         if _trains(self):
             return super().forward(x)
-        affine = folded_affine(self)
+        folded = folding(self)
         x, geometry = pad(self, x)
-        if affine is None:
+        if folded is None:
             return frozen_convolution(x, self.weight, self.bias, geometry)
-        scale, shift = (value.to(self.weight.dtype) for value in affine)
-        bias = shift if self.bias is None else self.bias * scale + shift
-        return frozen_convolution(x, self.weight, bias, geometry, scale)
+        folded = folded.to(self.weight.dtype)
+        return folded.mark(frozen_convolution(x, self.weight, folded.bias(self.bias), geometry, folded.scale))
 
 
 class LeanBatchNorm(nn.Module):
     """Batch normalisation that keeps one number a channel while its statistics are fixed."""
-
-    folded_norm: FoldedNorm | None = None
 
     def frozen_affine(self: Any) -> tuple[Tensor, Tensor] | None:
         """The scale and shift that it is, (C,) each; None while it normalises by the batch or is trained."""
@@ -97,7 +95,7 @@ class LeanBatchNorm(nn.Module):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps (B, C, *size) as the plain layer does."""
-        if folded_affine(self) is None:
+        if not takes_folded(self, x):
             if self.training or self.running_mean is None or _trains(self) or torch.compiler.is_compiling():
                 return super().forward(x)
             x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)

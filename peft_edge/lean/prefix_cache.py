@@ -17,7 +17,7 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
-from peft_edge.files import written_whole
+from peft_edge.files import remove, written_whole
 from peft_edge.lean.prefix import Prefix
 
 StoredType = Literal["float32", "float16", "int8"]
@@ -55,12 +55,14 @@ class PrefixCache(Dataset[dict[str, Tensor]]):
     ) -> PrefixCache:
         """Opens the cache in `root` that belongs to a prefix and its images, and fills it first if there is none.
 
-        It is written whole or not at all, by one of the processes that ask for it at the same time.
+        It is written whole or not at all, by one of the processes that ask for it at the same time. One whose files are
+        gone or cut short is filled again.
 
         Args:
             root: The folder of all caches.
             prefix: What is computed once.
-            images: The training images, augmented as in training.
+            images: The training images, augmented as in training: from the number of a view to batches of
+                `pixel_values` and `labels`, every image once, in the same order.
             key: Names everything that `images` depends on: data, transforms, seeds.
             views: How many views of each image are stored.
             dtype: Type of the stored values. `int8` has a scale for each image.
@@ -76,7 +78,8 @@ class PrefixCache(Dataset[dict[str, Tensor]]):
         root.mkdir(parents=True, exist_ok=True)
         # A lock of the system's: it is free again when its process dies.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not folder.exists():
+            if not _is_whole(folder):
+                remove(folder)
                 with written_whole(folder) as unfinished:
                     unfinished.mkdir()
                     info = _fill(unfinished / "features.arrow", prefix, images, views=views, dtype=dtype)
@@ -97,6 +100,14 @@ class PrefixCache(Dataset[dict[str, Tensor]]):
             channels, *size = info["shape"]
             features = features.view(-1, *size, channels).movedim(-1, 1)
         return {"pixel_values": features.view(-1, *info["shape"]), "labels": labels}
+
+
+def _is_whole(folder: Path) -> bool:
+    try:
+        info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
+        return (folder / "features.arrow").stat().st_size == info["size_bytes"]
+    except (OSError, ValueError, KeyError):
+        return False
 
 
 def _tensor(column: Any) -> Tensor:

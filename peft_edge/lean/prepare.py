@@ -63,8 +63,7 @@ def prepare_model_for_lean_training(
         elif isinstance(module, LeanConvolution):
             module.recompute = recompute
     for pair in _foldable(model, taken_by, slots) if fold_norm else ():
-        for slot in pair:
-            _base(slot.module).folded_norm = pair
+        _base(pair.conv.module).folded_norm = pair
     return model
 
 
@@ -102,12 +101,14 @@ def _base(layer: Any) -> Any:
 
 
 def _foldable(model: nn.Module, taken_by: Mapping[str, list[str]], slots: Mapping[str, Slot]) -> Iterator[FoldedNorm]:
-    """The convolutions whose output one norm takes and nothing else, and which is all that the norm takes."""
+    """The convolutions whose output one norm takes and nothing else, and whose output is all that the norm takes."""
     inputs = Counter(consumer for names in taken_by.values() for consumer in names)
+    in_training = consumers(model, training=True)
     # Which of these copies runs depends on the active adapter.
     switched = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     for name, names in taken_by.items():
-        if len(names) == 1 and inputs[names[0]] == 1 and names[0] in slots and not names[0].startswith(switched):
+        is_alone = len(names) == 1 == inputs[names[0]] and in_training.get(name) == names
+        if is_alone and names[0] in slots and not names[0].startswith(switched) and not name.startswith(switched):
             conv, norm = _base(slots[name].module), _base(slots[names[0]].module)
             if isinstance(conv, LeanConvolution) and isinstance(norm, LeanBatchNorm):
                 yield FoldedNorm(slots[name], slots[names[0]])

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from peft_edge.lean.folding import folded_affine
+from peft_edge.lean.folding import folding
 from peft_edge.lean.layers import LEAN, LeanBatchNorm, LeanClippedActivation
 
 _PLAIN = {lean: plain for plain, lean in LEAN.items()}
@@ -25,10 +25,12 @@ def lean_summary(model: nn.Module) -> str:
     """
     rows: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
-    for name, layer in _layers(model):
+    layers = dict(_layers(model))
+    folded = {applied.norm for layer in layers.values() if (applied := folding(layer)) is not None}
+    for name, layer in layers.items():
         base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
         kind = _PLAIN.get(type(base), type(base)).__name__
-        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer))
+        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer, folded))
         rows[row] += 1
         first.setdefault(row, name)
     width = max(len(kind) for kind, _ in rows)
@@ -52,13 +54,13 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         yield from _layers(base, f"{path}.")
 
 
-def _kept(layer: nn.Module) -> str:
+def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
     base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()
         return "its output" if kept == "output" else f"a {kept} for each element"
     if isinstance(base, LeanBatchNorm):
-        if folded_affine(base) is not None:
+        if layer in folded:
             return "nothing: the convolution before it applies it"
         frozen_affine = getattr(layer, "frozen_affine", None)
         return "nothing" if frozen_affine is not None and frozen_affine() is not None else "its input"

@@ -61,7 +61,7 @@ def parse_bytes(text: str) -> int:
     """Reads an amount of bytes such as `256MiB`.
 
     Raises:
-        ValueError: It is no number with a unit.
+        ValueError: It is no number with a unit, or zero.
     """
     return _parse(text, BYTES, "256MiB")
 
@@ -70,7 +70,7 @@ def parse_flops(text: str) -> int:
     """Reads an amount of floating-point operations such as `3GFLOP`; a multiply-add is two.
 
     Raises:
-        ValueError: It is no number with a unit.
+        ValueError: It is no number with a unit, or zero.
     """
     return _parse(text, FLOPS, "3GFLOP")
 
@@ -80,4 +80,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
     match = _AMOUNT.fullmatch(text)
     if match is None or match[2].lower() not in sizes:
         raise ValueError(f"{text!r} is no amount: expected a number and one of {', '.join(units)}, such as {example}")
-    return round(float(match[1]) * sizes[match[2].lower()])
+    amount = round(float(match[1]) * sizes[match[2].lower()])
+    if not amount:
+        raise ValueError(f"{text!r} is nothing: expected more, such as {example}, or leave the budget out for no limit")
+    return amount

@@ -41,16 +41,11 @@ def adapter_names_for_layers(model: nn.Module, adapter_names: list[str] | None) 
     hook = partial(_pass_adapter_names, names=adapter_names)
     wrapped = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
     handles = [module.register_forward_pre_hook(hook, with_kwargs=True) for module in wrapped]
-    norms = [layer for layer in layers if hasattr(layer, "has_mixed_batch")]
-    for norm in norms:
-        norm.has_mixed_batch = True
     try:
         yield
     finally:
         for handle in handles:
             handle.remove()
-        for norm in norms:
-            norm.has_mixed_batch = False
 
 
 def check_adapter_names(layer: BaseTunerLayer, x: Tensor, adapter_names: Sequence[str] | None) -> None:

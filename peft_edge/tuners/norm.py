@@ -19,7 +19,7 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm, synchronised_batch_norm
-from peft_edge.lean.folding import folded_affine
+from peft_edge.lean.folding import takes_folded
 from peft_edge.lean.layers import LeanBatchNorm
 from peft_edge.tuners.mixed_batches import check_adapter_names
 
@@ -119,8 +119,6 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self._active_adapter = adapter_name
         self.estimating = False
-        # Set while every sample has its own adapter, before the convolution that may have this norm folded in runs.
-        self.has_mixed_batch = False
         self._unmerged: dict[str, Tensor] | None = None
         self.update_layer(adapter_name, config=config, **kwargs)
 
@@ -176,14 +174,14 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if adapter_names is not None and not self.disable_adapters:
             x = self._normalise_mixed_batch(x, adapter_names)
-        elif folded_affine(base) is None:
+        elif not takes_folded(self, x):
             x = self._normalise(x, self.current_state())
         return base.act(base.drop(x)) if isinstance(base, BatchNormAct2d) else x
 
     def frozen_affine(self) -> tuple[Tensor, Tensor] | None:
         """The scale and shift that the layer is now, (C,) each; None while they depend on the batch or are trained."""
         state = self.current_state()
-        if self.has_mixed_batch or self._is_by_batch(state):
+        if self._is_by_batch(state):
             return None
         values = self._values(state)
         return None if _trains(values) else batch_norm_affine(*values, self.get_base_layer().eps)

@@ -21,6 +21,10 @@ NEW = "data.new_classes=[a, b]"
             "training.max_grad_norm: needs all gradients at once",
         ),
         (
+            ["data.shift=blend", "lean.enabled=true", "lean.fold_norm=true"],
+            "lean.fold_norm: folds frozen BatchNorm, and norm is stats",
+        ),
+        (
             ["data.shift=blend", "conv_adapter.target_modules=("],
             "conv_adapter.target_modules: '(' is no regular expression",
         ),

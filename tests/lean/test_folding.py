@@ -1,12 +1,38 @@
-"""A folded norm is whatever stands in its slot, while both layers allow it."""
+"""A folded norm is whatever stands in its slot, while both layers allow it and nobody looks between them."""
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+import copy
+import io
+from collections.abc import Callable
 
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+
+from peft_edge import ConvLoraConfig
 from peft_edge.lean import prepare_model_for_lean_training
-from peft_edge.lean.folding import Slot, folded_affine
+from peft_edge.lean.folding import Slot, folding, takes_folded
+
+
+@pytest.fixture
+def folded(chain: nn.Module) -> nn.Module:
+    """The chain, folded."""
+    return prepare_model_for_lean_training(chain.double(), fold_norm=True)
+
+
+@pytest.fixture
+def images() -> Tensor:
+    """What the chain takes."""
+    return torch.randn(2, 3, 9, 9, dtype=torch.float64)
+
+
+def plain(model: nn.Module) -> nn.Module:
+    """A copy that is not lean."""
+    from peft_edge.lean import undo_lean_training
+
+    return undo_lean_training(copy.deepcopy(model))
 
 
 def test_a_slot_follows_what_is_put_into_it(chain: nn.Module) -> None:
@@ -16,40 +42,127 @@ def test_a_slot_follows_what_is_put_into_it(chain: nn.Module) -> None:
     assert slot.module is replacement
 
 
-def test_the_affine_is_the_norm(chain: nn.Module) -> None:
+def test_what_is_folded_is_the_norm(chain: nn.Module) -> None:
     x = torch.randn(2, 8, 5, 5)
     expected = chain[1](x)
     prepare_model_for_lean_training(chain, fold_norm=True)
 
-    scale, shift = folded_affine(chain[0])
+    found = folding(chain[0])
 
-    torch.testing.assert_close(x * scale.view(-1, 1, 1) + shift.view(-1, 1, 1), expected)
-    assert torch.equal(chain[1](x), x)
+    torch.testing.assert_close(x * found.scale.view(-1, 1, 1) + found.shift.view(-1, 1, 1), expected)
+    assert found.norm is chain[1]
+
+
+def test_the_norm_passes_on_what_is_marked_and_that_once(folded: nn.Module, images: Tensor) -> None:
+    y = folded[0](images)
+
+    assert takes_folded(folded[1], y)
+    assert not takes_folded(folded[1], y)
+
+
+def test_a_marked_output_that_was_changed_or_went_astray_is_refused(folded: nn.Module, images: Tensor) -> None:
+    with pytest.raises(RuntimeError, match="prepare_model_for_lean_training again"):
+        folded[1](folded[0](images).add_(1.0))
+    with pytest.raises(RuntimeError, match="prepare_model_for_lean_training again"):
+        copy.deepcopy(folded[1])(folded[0](images))
 
 
 def test_there_is_none_without_a_partner_that_can(chain: nn.Module) -> None:
-    assert folded_affine(chain[0]) is None
+    assert folding(chain[0]) is None
     prepare_model_for_lean_training(chain, fold_norm=True)
-    assert folded_affine(chain[3]) is None
+    assert folding(chain[3]) is None
 
     chain[1].train()
-    assert folded_affine(chain[0]) is None
+    assert folding(chain[0]) is None
     chain[1].eval()
-    assert folded_affine(chain[0]) is not None
+    assert folding(chain[0]) is not None
     chain[0].weight.requires_grad_(True)
-    assert folded_affine(chain[0]) is None
-    chain[0] = nn.Conv2d(3, 8, 3, padding=1)
-    assert folded_affine(chain[1]) is None
+    assert folding(chain[0]) is None
 
 
-def test_statistics_that_change_show_in_the_next_pass(chain: nn.Module) -> None:
-    x = torch.randn(2, 3, 9, 9)
-    prepare_model_for_lean_training(chain, fold_norm=True)
-    before = chain(x)
+@pytest.mark.parametrize("index", [0, 1])
+@pytest.mark.parametrize(
+    "observe",
+    [
+        lambda layer: layer.register_forward_hook(lambda layer, args, y: 2 * y if isinstance(layer, nn.Conv2d) else y),
+        lambda layer: layer.register_forward_pre_hook(lambda layer, args: None),
+        lambda layer: setattr(layer, "forward", lambda x, forward=layer.forward: forward(x) + 1),
+    ],
+    ids=["hook", "pre-hook", "patched forward"],
+)
+def test_nobody_sees_the_difference_between_the_two(
+    folded: nn.Module, images: Tensor, index: int, observe: Callable[[nn.Module], object]
+) -> None:
+    unfolded = plain(folded)
+    for model in (folded, unfolded):
+        observe(model[index])
 
-    chain[1].running_mean.add_(1.0)
+    torch.testing.assert_close(folded(images), unfolded(images))
 
-    assert not torch.allclose(chain(x), before)
-    folded = chain(x)
-    prepare_model_for_lean_training(chain, fold_norm=False)
-    torch.testing.assert_close(chain(x), folded)
+
+def test_statistics_that_change_show_in_the_next_pass(folded: nn.Module, images: Tensor) -> None:
+    before = folded(images)
+
+    folded[1].running_mean.add_(1.0)
+
+    assert not torch.allclose(folded(images), before)
+    torch.testing.assert_close(folded(images), plain(folded)(images))
+
+
+def test_a_copy_of_one_layer_is_that_layer(folded: nn.Module, images: Tensor) -> None:
+    expected = plain(folded)[0](images)
+    file = io.BytesIO()
+    torch.save(folded[0], file)
+    file.seek(0)
+
+    torch.testing.assert_close(copy.deepcopy(folded[0])(images), expected)
+    torch.testing.assert_close(torch.load(file, weights_only=False)(images), expected)
+    torch.testing.assert_close(copy.deepcopy(folded)(images), folded(images))
+
+
+@pytest.mark.parametrize("saved", ["0", "1"])
+def test_layers_that_peft_copies_are_the_copies(folded: nn.Module, images: Tensor, saved: str) -> None:
+    model = get_peft_model(folded, LoraConfig(target_modules=["3"], modules_to_save=[saved])).eval()
+    copied = model.base_model.model[int(saved)].modules_to_save["default"]
+    with torch.no_grad():
+        copied.weight.mul_(1.5)
+    model.requires_grad_(False)
+
+    torch.testing.assert_close(model(images), plain(model)(images))
+
+
+def test_a_slice_that_is_adapted_is_what_it_is_without_folding_or_refused(folded: nn.Module, images: Tensor) -> None:
+    part = nn.Sequential(*folded[:3])
+    model = get_peft_model(part, ConvLoraConfig(target_modules="all-conv", norm="stats", init_lora_weights=False))
+    with torch.no_grad():
+        model.base_model.model[1].states["default"].running_mean.add_(1.0)
+
+    torch.testing.assert_close(model.eval()(images), plain(model)(images))
+
+
+def test_mixed_batches_with_norms_outside_of_the_adapter(folded: nn.Module, images: Tensor) -> None:
+    config = ConvLoraConfig(target_modules="all-conv", exclude_modules=["1"], init_lora_weights=False, norm="frozen")
+    model: PeftModel = get_peft_model(folded, config).eval()
+
+    found = model(images, adapter_names=["default", "__base__"])
+
+    torch.testing.assert_close(found, plain(model)(images, adapter_names=["default", "__base__"]))
+    torch.testing.assert_close(found[0], model(images)[0])
+
+
+class _OnlyInTraining(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        return self.norm(y) + y if self.training else self.norm(y)
+
+
+def test_what_happens_in_training_only_is_seen() -> None:
+    model = _OnlyInTraining().requires_grad_(False)
+
+    prepare_model_for_lean_training(model, fold_norm=True)
+
+    assert folding(model.eval().conv) is None

@@ -104,6 +104,17 @@ def test_what_is_stored_is_used_again_and_never_when_it_is_stale(tmp_path: Path,
     assert not torch.allclose(moved, first.__getitems__([(0, 0)])["pixel_values"])
 
 
+@pytest.mark.parametrize("name", ["features.arrow", "info.json"])
+@pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
+def test_a_damaged_one_is_filled_again(
+    tmp_path: Path, prefix: Prefix, name: str, damage: Callable[[Path], object]
+) -> None:
+    expected = opened(tmp_path, prefix).__getitems__([(0, 3)])["pixel_values"]
+    damage(next(tmp_path.glob(f"*/{name}")))
+
+    assert torch.equal(opened(tmp_path, prefix).__getitems__([(0, 3)])["pixel_values"], expected)
+
+
 def test_it_is_written_whole_or_not_at_all(tmp_path: Path, prefix: Prefix) -> None:
     def broken(number: int) -> Iterator[dict[str, Tensor]]:
         yield from views(number)

@@ -227,6 +227,43 @@ def test_autocast_goes_on_working(make_backbone: MakeBackbone) -> None:
     assert_same(found, expected, 0.1)
 
 
+def test_autocast_reaches_what_is_recomputed(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    plain = with_adapter(make_backbone("mobilenetv2_035"))
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), recompute=True)
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found, expected = outcome(lean, images), outcome(plain, images)
+
+    assert_same(found, expected, 0.1)
+
+
+def test_statistics_may_move_on_before_what_is_recomputed(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
+    model = with_adapter(make_backbone("mobilenetv2_035").double()).eval()
+    expected = outcome(model, images)
+    prepare_model_for_lean_training(model, recompute=True)
+
+    model.zero_grad()
+    output = model(images)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.running_var.mul_(2)
+    output.square().sum().backward()
+
+    found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
+    assert_same({"output": output.detach(), **found}, expected, 1e-10)
+
+
+def test_a_weight_that_is_computed_is_trained(chain: nn.Module) -> None:
+    prepare_model_for_lean_training(chain, fold_norm=True)
+    torch.nn.utils.parametrizations.weight_norm(chain[0]).requires_grad_(True)
+
+    chain(torch.randn(2, 3, 9, 9)).sum().backward()
+
+    assert all(parameter.grad is not None for parameter in chain[0].parameters())
+
+
 def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
     torch.compiler.reset()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)

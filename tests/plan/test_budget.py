@@ -35,6 +35,12 @@ def test_what_is_no_amount_is_named_with_an_example(text: str) -> None:
         parse_bytes(text)
 
 
+@pytest.mark.parametrize("text", ["0MiB", "0.4B"])
+def test_nothing_is_no_budget(text: str) -> None:
+    with pytest.raises(ValueError, match="is nothing: expected more, such as 256MiB"):
+        parse_bytes(text)
+
+
 def test_what_is_exceeded_is_said_with_by_how_much() -> None:
     assert step_flops(PROFILE) == 3_300_000_000
     assert Budget().excess(PROFILE) == []

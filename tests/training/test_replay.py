@@ -86,6 +86,7 @@ def test_new_classes_and_the_rehearsed_ones_are_stored_alike(run: Run, tmp_path:
     assert record.train_info.replay["start"].endswith("blocks.5" if method == "lora" else "classifier")
 
 
+@pytest.mark.slow
 def test_lean_layers_change_nothing(run: Run, tmp_path: Path) -> None:
     plain = [*REPLAY, "training.optimizer=sgd-momentum"]
     run(tmp_path / "plain", *plain)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_edge.functional.convolution import pad
 from peft_edge.functional.kernels import dora_scale, lowrank_kernel
 from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
-from peft_edge.lean.folding import folded_affine
+from peft_edge.lean.folding import folding
 from peft_edge.tuners.convolution import KernelAdapter, check_convolution, convolve
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
@@ -221,12 +221,11 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
 
     def _lowrank_forward(self, x: Tensor, adapter: str) -> Tensor:
         conv = self.get_base_layer()
-        bias, scale = self._add_bias(conv.bias, adapter), None
-        if (affine := folded_affine(conv)) is not None:
-            scale, shift = affine
-            bias = shift if bias is None else bias * scale + shift
+        bias, folded = self._add_bias(conv.bias, adapter), folding(self)
+        if folded is not None:
+            bias = folded.bias(bias)
         x, geometry = pad(conv, x)
-        return lowrank_conv2d(
+        y = lowrank_conv2d(
             x,
             conv.weight,
             self.lora_A[adapter].weight,
@@ -235,9 +234,10 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             geometry=geometry,
             bias=None if bias is None else bias.to(conv.weight.dtype),
             magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
-            scale=scale,
+            scale=None if folded is None else folded.scale,
             recompute=getattr(conv, "lets_recompute", False) and self.keeps_input,
         )
+        return y if folded is None else folded.mark(y)
 
     def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus a convolution for each adapter's own change of the kernel.
