@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 import signal
 import sys
 import threading
@@ -11,7 +10,6 @@ import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ from torch import nn
 from peft_edge.backbones import fingerprint
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
+from peft_edge.machine import package_info, system_info
 from peft_edge.profiling.callback import read_profile
 from peft_edge.profiling.tables import profile_table, text_table
 from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
@@ -33,7 +32,6 @@ from peft_edge.training.results import SOURCE, SOURCE_BEFORE, TARGET, TARGET_BEF
 from peft_edge.training.run_folder import RunFolder
 
 _DIFFERENCE = "_max_logit_difference"
-_PACKAGES = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers")
 
 
 def build_record(
@@ -143,16 +141,11 @@ def _meta_info(config: RunConfig, *, model_info: dict[str, Any], dataset_info: d
     return MetaInfo(
         model_info=model_info,
         dataset_info=dataset_info,
-        package_info={f"{name}-version": version(name) for name in _PACKAGES},
-        system_info={
-            "system": platform.system(),
-            "release": platform.release(),
-            "version": platform.version(),
-            "machine": platform.machine(),
-            "processor": platform.processor(),
-            "accelerator": torch.cuda.get_device_name() if uses_gpu else "cpu",
-            "num_processes": str(PartialState().num_processes),
-        },
+        package_info=package_info(),
+        system_info=system_info(
+            accelerator=torch.cuda.get_device_name() if uses_gpu else "cpu",
+            num_processes=str(PartialState().num_processes),
+        ),
         pytorch_info=torch.__config__.show(),
     )
 
