@@ -14,6 +14,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves
 
+from peft_edge.lean.folding import base_layer
+
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 
 PRODUCT = "*"
@@ -100,5 +102,6 @@ class _Trace(TorchFunctionMode):
 
 def _is_activation_inside(output: Tensor, module: nn.Module, name: str) -> bool:
     """Whether a norm's output is what the activation inside of it has made."""
-    base = module.get_base_layer() if isinstance(module, BaseTunerLayer) else module
-    return isinstance(base, _BatchNorm) and (getattr(output, "_made_by", None) or "").startswith(f"{name}.")
+    return isinstance(base_layer(module), _BatchNorm) and (getattr(output, "_made_by", None) or "").startswith(
+        f"{name}."
+    )

@@ -15,43 +15,44 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 
-class Slot(NamedTuple):
-    """A place in a model, whose module changes when it is adapted."""
+def base_layer(layer: Any) -> Any:
+    """The layer that PEFT has adapted, or the layer itself."""
+    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
-    parent: nn.Module
-    name: str
+
+class Slot:
+    """A place in a model, whose module changes when it is adapted.
+
+    It goes along with a copy of the model. A copy of a part, or a pickled one, has nothing in its places.
+
+    Args:
+        root: the model.
+        path: the place's name in it.
+    """
+
+    def __init__(self, root: nn.Module | None, path: str) -> None:
+        self._root, self._path = root, path
 
     @property
     def module(self) -> Any:
-        """The module that stands there now."""
-        return getattr(self.parent, self.name)
-
-
-class FoldedNorm:
-    """A convolution and the norm that takes its output, and nothing else does.
-
-    A copy of one of the two layers alone has none, nor has a pickled one.
-
-    Args:
-        conv: the convolution's place.
-        norm: the norm's.
-    """
-
-    def __init__(self, conv: Slot, norm: Slot) -> None:
-        self.conv, self.norm = conv, norm
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> FoldedNorm | None:
-        parents = memo.get(id(self.conv.parent)), memo.get(id(self.norm.parent))
-        if parents[0] is None or parents[1] is None:
+        """The module that stands there now, or None."""
+        try:
+            return None if self._root is None else self._root.get_submodule(self._path)
+        except AttributeError:
             return None
-        return FoldedNorm(Slot(parents[0], self.conv.name), Slot(parents[1], self.norm.name))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Slot:
+        return Slot(memo.get(id(self._root)), self._path)
 
     def __reduce__(self) -> Any:
-        return _none, ()
+        return Slot, (None, self._path)
 
 
-def _none() -> None:
-    return None
+class FoldedNorm(NamedTuple):
+    """A convolution and the norm that takes its output, and nothing else does."""
+
+    conv: Slot
+    norm: Slot
 
 
 class Folding(NamedTuple):
@@ -90,13 +91,13 @@ def folding(layer: nn.Module) -> Folding | None:
     Args:
         layer: the convolution, or the adapted one around it.
     """
-    pair = getattr(_base(layer), "folded_norm", None)
+    pair = getattr(base_layer(layer), "folded_norm", None)
     if pair is None or torch.compiler.is_compiling():
         return None
     conv, norm = pair.conv.module, pair.norm.module
-    if layer is not conv and layer is not _base(conv):
+    if layer is not conv and layer is not base_layer(conv):
         return None
-    if any(map(_is_observed, (conv, _base(conv), norm, _base(norm)))):
+    if any(map(_is_observed, (conv, base_layer(conv), norm, base_layer(norm)))):
         return None
     if not getattr(conv, "applies_folded_norm", False) or not hasattr(norm, "frozen_affine"):
         return None
@@ -124,10 +125,6 @@ def takes_folded(norm: nn.Module, x: Tensor) -> bool:
         )
     x._normalised_by = None, None  # type: ignore[attr-defined]
     return True
-
-
-def _base(layer: Any) -> Any:
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 def _is_observed(layer: nn.Module) -> bool:

@@ -118,7 +118,8 @@ class LeanClippedActivation(nn.Module):
 
     def kept(self) -> Kept:
         """What its backward keeps now."""
-        if self.masks == "off" or self.feeds_product or any(keeps_input(slot.module) for slot in self.consumers):
+        takers = filter(None, (slot.module for slot in self.consumers))
+        if self.masks == "off" or self.feeds_product or any(map(keeps_input, takers)):
             return "output"
         return self.masks
 
@@ -253,3 +254,6 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {
     )
 }
 """The lean layer for each plain one, by its exact class."""
+
+PLAIN = {lean: plain for plain, lean in LEAN.items()}
+"""The plain layer for each lean one."""

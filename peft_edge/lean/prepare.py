@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from peft_edge.lean.dataflow import PRODUCT, consumers
-from peft_edge.lean.folding import FoldedNorm, Slot
-from peft_edge.lean.layers import LEAN, LeanBatchNorm, LeanClippedActivation, LeanConvolution, Masks
+from peft_edge.lean.folding import FoldedNorm, Slot, base_layer
+from peft_edge.lean.layers import LEAN, PLAIN, LeanBatchNorm, LeanClippedActivation, LeanConvolution, Masks
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_PLAIN = {lean: plain for plain, lean in LEAN.items()}
 _ADDED = ("folded_norm", "recompute", "masks", "consumers", "feeds_product")
 
 
@@ -51,7 +49,7 @@ def prepare_model_for_lean_training(
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]
-    slots = dict(_slots(model))
+    slots = {name: Slot(model, name) for name, _ in model.named_modules()}
     for name, names in taken_by.items():
         layer = slots[name].module
         if isinstance(layer, LeanClippedActivation):
@@ -63,15 +61,15 @@ def prepare_model_for_lean_training(
         elif isinstance(module, LeanConvolution):
             module.recompute = recompute
     for pair in _foldable(model, taken_by, slots) if fold_norm else ():
-        _base(pair.conv.module).folded_norm = pair
+        base_layer(pair.conv.module).folded_norm = pair
     return model
 
 
 def undo_lean_training(model: Model) -> Model:
     """Makes the lean layers of a model plain again, and returns it."""
     for module in model.modules():
-        if type(module) in _PLAIN:
-            module.__class__ = _PLAIN[type(module)]
+        if type(module) in PLAIN:
+            module.__class__ = PLAIN[type(module)]
             for name in _ADDED:
                 vars(module).pop(name, None)
     return model
@@ -90,16 +88,6 @@ def _consumers(model: nn.Module, *, is_needed: bool) -> Mapping[str, list[str]]:
         return {}
 
 
-def _slots(model: nn.Module) -> Iterator[tuple[str, Slot]]:
-    for parent_name, parent in model.named_modules():
-        for name, _ in parent.named_children():
-            yield f"{parent_name}.{name}".lstrip("."), Slot(parent, name)
-
-
-def _base(layer: Any) -> Any:
-    return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-
-
 def _foldable(model: nn.Module, taken_by: Mapping[str, list[str]], slots: Mapping[str, Slot]) -> Iterator[FoldedNorm]:
     """The convolutions whose output one norm takes and nothing else, and whose output is all that the norm takes."""
     inputs = Counter(consumer for names in taken_by.values() for consumer in names)
@@ -109,6 +97,6 @@ def _foldable(model: nn.Module, taken_by: Mapping[str, list[str]], slots: Mappin
     for name, names in taken_by.items():
         is_alone = len(names) == 1 == inputs[names[0]] and in_training.get(name) == names
         if is_alone and names[0] in slots and not names[0].startswith(switched) and not name.startswith(switched):
-            conv, norm = _base(slots[name].module), _base(slots[names[0]].module)
+            conv, norm = base_layer(slots[name].module), base_layer(slots[names[0]].module)
             if isinstance(conv, LeanConvolution) and isinstance(norm, LeanBatchNorm):
                 yield FoldedNorm(slots[name], slots[names[0]])

@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator
 
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from peft_edge.lean.folding import folding
-from peft_edge.lean.layers import LEAN, LeanBatchNorm, LeanClippedActivation
-
-_PLAIN = {lean: plain for plain, lean in LEAN.items()}
+from peft_edge.lean.folding import base_layer, folding
+from peft_edge.lean.layers import PLAIN, LeanBatchNorm, LeanClippedActivation
 
 
 def lean_summary(model: nn.Module) -> str:
@@ -28,8 +25,8 @@ def lean_summary(model: nn.Module) -> str:
     layers = dict(_layers(model))
     folded = {applied.norm for layer in layers.values() if (applied := folding(layer)) is not None}
     for name, layer in layers.items():
-        base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
-        kind = _PLAIN.get(type(base), type(base)).__name__
+        base = base_layer(layer)
+        kind = PLAIN.get(type(base), type(base)).__name__
         row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer, folded))
         rows[row] += 1
         first.setdefault(row, name)
@@ -46,7 +43,7 @@ _UNKNOWN = "what torch keeps"
 def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
     for name, child in module.named_children():
         path = f"{prefix}{name}"
-        base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        base = base_layer(child)
         is_layer = child is not base or isinstance(base, _BatchNorm) or not any(True for _ in base.children())
         if is_layer and not isinstance(child, nn.Identity):
             yield path, child
@@ -55,7 +52,7 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
 
 
 def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
-    base = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
+    base = base_layer(layer)
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()
         return "its output" if kept == "output" else f"a {kept} for each element"

@@ -9,28 +9,12 @@ from typing import Any
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from timm.layers import Conv2dSame
-from timm.layers.conv2d_same import conv2d_same
 from torch import Tensor, nn
 
 from peft_edge.lean.layers import LeanConvolution
-from peft_edge.roles import Convolution
 
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)}
 _PLAIN_CONV_FORWARDS = {cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)}
-
-
-def convolve(conv: Convolution, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`conv(x)` with other parameters: stride, padding mode and timm's same-padding are the layer's own.
-
-    Args:
-        conv: a plain convolution.
-        x: (B, C_in, *size).
-        weight: (C_out, C_in/g, *kernel).
-        bias: (C_out,) or None.
-    """
-    if isinstance(conv, Conv2dSame):
-        return conv2d_same(x, weight, bias, conv.stride, conv.padding, conv.dilation, conv.groups)
-    return conv._conv_forward(x, weight, bias)
 
 
 def check_convolution(conv: Any, name: str) -> None:

@@ -120,6 +120,17 @@ def test_a_copy_of_one_layer_is_that_layer(folded: nn.Module, images: Tensor) ->
     torch.testing.assert_close(copy.deepcopy(folded)(images), folded(images))
 
 
+def test_a_copy_of_one_activation_leaves_the_rest_of_the_model_behind(folded: nn.Module) -> None:
+    file = io.BytesIO()
+    torch.save(folded[2], file)
+
+    assert folded[2].consumers[0].module is folded[3]
+    assert copy.deepcopy(folded[2]).consumers[0].module is None
+    copied = copy.deepcopy(folded)
+    assert copied[2].consumers[0].module is copied[3]
+    assert b"BatchNorm" not in file.getvalue()
+
+
 @pytest.mark.parametrize("saved", ["0", "1"])
 def test_layers_that_peft_copies_are_the_copies(folded: nn.Module, images: Tensor, saved: str) -> None:
     model = get_peft_model(folded, LoraConfig(target_modules=["3"], modules_to_save=[saved])).eval()

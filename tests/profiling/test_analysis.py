@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import resource
+from dataclasses import fields
 
 import pytest
 import timm
@@ -10,7 +11,7 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
 from peft_edge.profiling.analysis import analyse, classification_loss, prepare_step
-from peft_edge.profiling.flops import count_flops
+from peft_edge.profiling.flops import Flops, count_flops
 from peft_edge.profiling.memory import track_memory
 from peft_edge.roles import modules_with_role
 
@@ -63,6 +64,14 @@ def test_dora_costs_no_second_convolution() -> None:
     # The trained lengths need the gradient of the whole kernel, as full fine-tuning does; LoRA may do without.
     assert dora.forward + dora.backward == pytest.approx(full.forward + full.backward, rel=0.1)
     assert lora.backward < 0.6 * dora.backward
+
+
+def test_by_the_same_route_dora_costs_what_lora_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("peft_edge.functional.lowrank.choose_route", lambda *arguments: "project")
+    lora, dora = (analyse("resnet10t", method, lora_rank=4, **SMALL).flops for method in ("lora", "dora"))
+    assert dora.forward == lora.forward
+    everything = [sum(getattr(flops, entry.name) for entry in fields(Flops)) for flops in (lora, dora)]
+    assert everything[1] == pytest.approx(everything[0], rel=0.02)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum", "adafactor"])

@@ -8,28 +8,11 @@ from collections.abc import Callable
 import pytest
 import torch
 from peft import PeftConfig, get_peft_model
-from timm.layers import Conv2dSame, ScaledStdConv2d, StdConv2d
+from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 
-from peft_edge.tuners.convolution import convolve
-
 Config = Callable[..., PeftConfig]
-
-
-@pytest.mark.parametrize(
-    "conv",
-    [
-        nn.Conv2d(4, 6, 3, stride=2, padding=1, padding_mode="reflect"),
-        Conv2dSame(4, 6, 3, stride=2),
-        nn.Conv2d(4, 8, 3, groups=4, dilation=2),
-    ],
-)
-def test_its_own_parameters_give_its_own_output(conv: nn.Conv2d) -> None:
-    x = torch.randn(2, 4, 9, 9)
-
-    assert torch.equal(convolve(conv, x, conv.weight, conv.bias), conv(x))
-    assert torch.equal(convolve(conv, x, conv.weight * 2, None), convolve(conv, x * 2, conv.weight, None))
 
 
 @pytest.mark.parametrize("conv", [StdConv2d(4, 6, 3), ScaledStdConv2d(4, 6, 3), weight_norm(nn.Conv2d(4, 6, 3))])

@@ -14,11 +14,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
-from peft_edge.functional.convolution import pad
+from peft_edge.functional.convolution import convolution, pad
 from peft_edge.functional.kernels import dora_scale, lowrank_kernel
 from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
 from peft_edge.lean.folding import folding
-from peft_edge.tuners.convolution import KernelAdapter, check_convolution, convolve
+from peft_edge.tuners.convolution import KernelAdapter, check_convolution
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
 
@@ -156,7 +156,8 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.get_base_layer()
         dtype = conv.weight.dtype
-        return convolve(conv, x, kernel.to(dtype), None if bias is None else bias.to(dtype))
+        x, geometry = pad(conv, x)
+        return convolution(x, kernel.to(dtype), None if bias is None else bias.to(dtype), geometry)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
         """Maps (B, C_in, *size) as the base layer does.
