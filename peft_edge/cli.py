@@ -22,6 +22,7 @@ from peft_edge.profiling.comparison import compare_methods
 from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
 from peft_edge.profiling.tables import cost_table
+from peft_edge.report import write_report
 from peft_edge.roles import ROLES
 from peft_edge.study import read_grid, run_grid, study_table
 from peft_edge.tuners.norm import Norm
@@ -36,13 +37,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_plan(commands)
     _add_bench(commands)
     _add_study(commands)
+    _add_report(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)
     except (ValueError, OSError, ImportError) as error:
         parser.exit(2, f"error: {error}\n")
     except KeyboardInterrupt:
-        parser.exit(130)
+        parser.exit(130, "stopped: what was finished is kept\n")
 
 
 def _add_profile(commands: Any) -> None:
@@ -189,26 +191,49 @@ def _bench(options: argparse.Namespace) -> None:
 def _add_study(commands: Any) -> None:
     parser = commands.add_parser(
         "study",
-        help="a grid of runs, and one table of them",
-        description="Runs every combination of configurations and values in a grid, and prints one table. Runs that "
-        "are finished are not run again, and one that fails does not stop the others.",
+        help="a grid of runs or analyses, and a table of what came of them",
+        description="Does every combination in a grid, and prints a table. What is finished is not done again, and "
+        "what fails does not stop the rest. Several of these commands, on one machine or more, share a grid through "
+        "its folder.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     add = parser.add_argument
     add("--grid", required=True, type=Path, help="a YAML file, such as configs/study/methods.yaml")
     add("--output-dir", required=True, type=Path, help="each run gets a folder in it")
-    add("--jobs", type=positive_integer, default=1, help="runs side by side, each on one CPU core")
+    add("--jobs", type=positive_integer, default=1, help="processes side by side, each on one CPU core")
+    add("--results", type=Path, metavar="FOLDER", help="gets every record; by default OUTPUT_DIR/results")
     parser.set_defaults(run=_study)
 
 
 def _study(options: argparse.Namespace) -> None:
     cells = read_grid(options.grid, options.output_dir)
-    run_grid(cells, jobs=options.jobs)
+    run_grid(cells, jobs=options.jobs, results=options.results or options.output_dir / "results")
     print(study_table(cells))
-    if not all(cell.is_finished for cell in cells):
+    if failed := [cell for cell in cells if not cell.is_finished]:
         raise ValueError(
-            f"some runs did not succeed: {options.output_dir}/<run>.log says why. Run again to try them again"
+            f"{len(failed)} of {len(cells)} failed: {failed[0].log} says why the first did. Run the same command again "
+            "to try them again"
         )
+
+
+def _add_report(commands: Any) -> None:
+    parser = commands.add_parser(
+        "report",
+        help="a page, figures and a data file from records",
+        description="Writes README.md, figures (PNG and SVG) and data.csv from the records of a study alone. The same "
+        "records give the same bytes. What else lies in the folder stays.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--records", required=True, type=Path, metavar="FOLDER", help="with records, such as reports/results")
+    add("--out", required=True, type=Path, metavar="FOLDER", help="where to, such as reports")
+    add("--bench", type=Path, metavar="FOLDER", help="with records of peft-edge bench, for a section on time")
+    parser.set_defaults(run=_report)
+
+
+def _report(options: argparse.Namespace) -> None:
+    for file in write_report(options.records, options.out, bench=options.bench):
+        print(file)
 
 
 def _show(json_text: str, table: str, file: str | None) -> None:

@@ -68,6 +68,12 @@ def remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
+def matching_files(folder: Path, pattern: str) -> list[Path]:
+    """Returns the files that a pattern with wildcards names, seen from a folder, sorted."""
+    path = (folder / pattern).absolute()
+    return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
+
+
 def is_disk_full(error: BaseException) -> bool:
     """Whether a write failed for want of space: a full disk, a quota, or the system's limit on the size of a file."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:

@@ -1,4 +1,6 @@
-"""The record of a run: one JSON file with the blocks and field names of PEFT's `method_comparison`.
+"""What is written down of a run, and of an analysis: one JSON file each.
+
+A run's has the blocks and field names of PEFT's `method_comparison`.
 
 A figure that was not measured is null, never 0. Times are in seconds, sizes in bytes.
 """
@@ -42,6 +44,21 @@ class RunInfo:
 
 
 @dataclass(kw_only=True)
+class KernelChange:
+    """How the update has changed the kernel of one convolution, read as a matrix (C_out, K)."""
+
+    kind: str
+    """`depthwise`, `pointwise`, `dense` (one group, several taps) or `grouped`."""
+
+    relative_norm: float
+    """The Frobenius norm of the change, over that of the kernel before."""
+
+    stable_rank: float
+    """The change's squared Frobenius norm over its squared spectral norm (Rudelson and Vershynin 2007, arXiv
+    math/0503442): in how many directions it goes, from 1 to its rank."""
+
+
+@dataclass(kw_only=True)
 class TrainInfo:
     """What training took and gave."""
 
@@ -81,6 +98,9 @@ class TrainInfo:
 
     checks: dict[str, float] = field(default_factory=dict)
     """Largest differences of a logit after the saved adapter was reloaded and after it was merged."""
+
+    changes: dict[str, KernelChange] = field(default_factory=dict)
+    """By its name, every convolution whose kernel the merged update has changed; none where it cannot be merged."""
 
 
 @dataclass(kw_only=True)
@@ -206,7 +226,57 @@ class Record:
         kinds = {"run_info": RunInfo, "train_info": TrainInfo, "meta_info": MetaInfo}
         try:
             profile = [StepProfile(**row) for row in blocks.pop("profile", [])]
+            train = blocks["train_info"]
+            train["changes"] = {name: KernelChange(**row) for name, row in train.get("changes", {}).items()}
             return cls(**{name: kinds[name](**block) for name, block in blocks.items()}, profile=profile)
         except (AttributeError, KeyError, TypeError) as error:
             expected = {name: [entry.name for entry in fields(kind)] for name, kind in kinds.items()}
             raise ValueError(f"not a record: {error}; expected the blocks and fields {expected}") from error
+
+
+@dataclass(kw_only=True)
+class CostRecord:
+    """What a training step costs, analysed from shapes alone."""
+
+    created_at: str
+    """When: ISO 8601, UTC."""
+
+    network: str
+    """What was analysed: a timm model, or the name of a Transformers configuration."""
+
+    kind: str
+    """`standard`, `depthwise` (a network with depthwise convolutions) or `transformer`."""
+
+    method: str
+    """`full`, `lora`, `dora` or another of `METHODS`."""
+
+    setting: dict[str, Any]
+    """LoRA rank, batch size, image size or tokens in a sequence, optimizer, accounting of FLOPs, norm, target modules,
+    and the options of lean training; null for what does not apply."""
+
+    num_total_params: int
+    """Parameters of the network, adapters included."""
+
+    profile: StepProfile
+    """The step."""
+
+    package_info: dict[str, str | None]
+    """The versions that it was analysed with."""
+
+    def to_json(self) -> str:
+        """Returns the record as JSON text."""
+        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> CostRecord:
+        """Reads what `to_json` wrote.
+
+        Raises:
+            ValueError: The text is no JSON, or a field is missing or unknown.
+        """
+        block = json.loads(text)
+        try:
+            return cls(**{**block, "profile": StepProfile(**block["profile"])})
+        except (KeyError, TypeError) as error:
+            expected = [entry.name for entry in fields(cls)]
+            raise ValueError(f"not the record of a cost: {error}; expected the fields {expected}") from error

@@ -6,6 +6,7 @@ import os
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 # Read once at import by the libraries below, so they are set first; child processes inherit them.
 _hf_home = tempfile.TemporaryDirectory(prefix="peft-edge-tests-")
@@ -22,6 +23,8 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import TrainingArguments, set_seed  # noqa: E402
+
+from peft_edge.records import MetaInfo, Record, RunInfo, TrainInfo  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -65,3 +68,24 @@ def trainer_arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
         )
 
     return make
+
+
+@pytest.fixture
+def record() -> Callable[..., Record]:
+    """Makes the record of a run that has succeeded."""
+    return _record
+
+
+def _record(method: str, accuracy: float, *, backbone: str = "net", task: str = "a", **train: Any) -> Record:
+    config = {
+        "method": method,
+        "norm": "stats",
+        "backbone": {"name": backbone},
+        "data": {"name": task},
+        "adapter": {"r": 4, "target_modules": "dense"},
+    }
+    return Record(
+        run_info=RunInfo(created_at="", experiment_name="", train_config=config),
+        train_info=TrainInfo(**{"status": "success", "metrics": [{}, {"test accuracy": accuracy}], **train}),
+        meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
+    )

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from peft_edge import cli
 from peft_edge.backbones import load_backbone
 from peft_edge.cli import main
 from peft_edge.profiling.analysis import analyse
@@ -77,6 +78,21 @@ def test_bench_prints_a_table_and_writes_the_record(tmp_path: Path, capsys: pyte
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_study_prints_a_table_and_says_where_to_look_when_cells_have_failed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid.yaml").write_text("networks: [resnet18]\ngrid: {method: [full, lora]}\n")
+    asked = {}
+    monkeypatch.setattr(cli, "run_grid", lambda cells, **options: asked.update(options))
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--grid", str(tmp_path / "grid.yaml"), "--output-dir", str(tmp_path / "runs"), "--jobs", "2"])
+    assert stop.value.code == 2
+    assert asked == {"jobs": 2, "results": tmp_path / "runs" / "results"}
+    printed = capsys.readouterr()
+    assert "0, not run" in printed.out
+    assert f"error: 2 of 2 failed: {tmp_path}/runs/resnet18--full" in printed.err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -96,6 +112,7 @@ def test_bench_prints_a_table_and_writes_the_record(tmp_path: Path, capsys: pyte
         ([*PLAN, "--flops", "3GiB"], "such as 3GFLOP"),
         ([*PLAN, "--records", "/dev/null"], "holds no record"),
         ([*BENCH, "--methods", "lora"], "invalid choice: 'lora'"),
+        (["study", "--grid", "/dev/null", "--output-dir", "runs"], "expected `recipes`"),
         ([*BENCH, "--backbone", "inception_v3"], "inception_v3 cannot be trained on images of 32 px"),
     ],
 )

@@ -18,6 +18,7 @@ LAYERS = {
     "peft_edge/functional/": 0,
     "peft_edge/records.py": 0,
     "peft_edge/roles.py": 0,
+    "peft_edge/archive.py": 1,
     "peft_edge/backbones/": 1,
     "peft_edge/data/": 1,
     "peft_edge/lean/": 1,
@@ -36,9 +37,9 @@ LAYERS = {
     "peft_edge/profiling/__init__.py": 4,  # gathers the names of its folder
     "peft_edge/bench/": 5,
     "peft_edge/plan/": 5,
-    "peft_edge/report.py": 5,
     "peft_edge/training/": 5,
-    "peft_edge/study.py": 6,
+    "peft_edge/report/": 6,
+    "peft_edge/study/": 6,
     "peft_edge/cli.py": 7,
     "train.py": 7,
 }

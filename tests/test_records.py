@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from peft_edge.records import SUCCESS, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
+from peft_edge.records import SUCCESS, KernelChange, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
 
 
 @pytest.fixture
@@ -13,7 +13,11 @@ def record() -> Record:
         run_info=RunInfo(
             created_at="2025-01-01T00:00:00+00:00", experiment_name="lora/a", train_config={"model_id": "m"}
         ),
-        train_info=TrainInfo(status=SUCCESS, metrics=[{"step": 1, "train loss": 0.5, "train samples": 32}]),
+        train_info=TrainInfo(
+            status=SUCCESS,
+            metrics=[{"step": 1, "train loss": 0.5, "train samples": 32}],
+            changes={"conv": KernelChange(kind="dense", relative_norm=0.5, stable_rank=1.5)},
+        ),
         meta_info=MetaInfo(
             model_info={}, dataset_info={}, package_info={"peft-version": "0"}, system_info={}, pytorch_info=""
         ),

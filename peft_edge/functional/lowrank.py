@@ -126,6 +126,13 @@ def _factor(kernel: Tensor, magnitude: Tensor | None, scale: Tensor | None) -> T
     return scale if length is None else length * scale
 
 
+def _used_up(kernel: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The product with a kernel that nobody needs afterwards: in place where no derivative is taken of it."""
+    if factor is None or factor.dtype != kernel.dtype or torch.is_grad_enabled():
+        return _product(kernel, factor, dtype)
+    return kernel.mul_(factor).to(dtype)
+
+
 def _product(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     return (tensor if factor is None else tensor * factor).to(dtype)
 
@@ -142,7 +149,7 @@ def _forward(
     geometry: Geometry,
 ) -> Tensor:
     kernel = _composed(weight, lora_a, lora_b, scaling)
-    return convolution(x, _product(kernel, _factor(kernel, magnitude, scale), weight.dtype), bias, geometry)
+    return convolution(x, _used_up(kernel, _factor(kernel, magnitude, scale), weight.dtype), bias, geometry)
 
 
 class _LowRankConvolution(torch.autograd.Function):
@@ -219,7 +226,7 @@ class _LowRankConvolution(torch.autograd.Function):
         if wants_x:
             # Last, when the other gradients' temporaries are gone.
             kernel = _composed(weight, lora_a, lora_b, scaling) if kernel is None else kernel
-            grad_x = input_gradient(grad_output, _product(kernel, factor, dtype), ctx.x_size, geometry)
+            grad_x = input_gradient(grad_output, _used_up(kernel, factor, dtype), ctx.x_size, geometry)
         return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None
 
 
@@ -232,7 +239,8 @@ def _projected(
     dora: tuple[Any, Any, Tensor | None] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of A (if B is given), B (if A is given) and the magnitude, from that of the composed kernel."""
-    scaled = _product(grad_kernel, factor, grad_kernel.dtype).flatten(1)
+    product = _used_up if dora is None else _product
+    scaled = product(grad_kernel, factor, grad_kernel.dtype).flatten(1)
     grad_a = grad_b = grad_magnitude = None
     if lora_b is not None:
         grad_a = ((lora_b.flatten(1) * scaling).mT @ scaled).view(-1, *grad_kernel.shape[1:])

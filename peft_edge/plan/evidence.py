@@ -7,15 +7,13 @@ import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from peft_edge.methods import METHODS
-from peft_edge.records import SUCCESS, Record
+from peft_edge.records import Record
 
 # The name in PEFT's method_comparison, and so in the records.
 _ACCURACY = "test accuracy"
-_KEYS = {"method", "norm", "backbone", "data", "adapter"}
 
 Way = tuple[str, str | None, int | None, str | None]
 """What decides on the accuracy: method, target modules, LoRA rank and norm."""
@@ -34,30 +32,6 @@ class Evidence:
     advantage: float
     """How much more that is than the mean of all runs on the same task, on average over its tasks: what can be
     compared where ways were tried on different tasks."""
-
-
-def read_records(folder: Path) -> list[Record]:
-    """Returns the records of the runs that have succeeded, from all JSON files in a folder and below that are records.
-
-    Raises:
-        ValueError: There are none.
-    """
-    records = []
-    for file in sorted(folder.rglob("*.json")):
-        try:
-            record = Record.from_json(file.read_text(encoding="utf-8"))
-        except (ValueError, OSError):
-            # Adapters, models and other measurements have JSON files, too.
-            continue
-        # PEFT's own records have the same blocks, with another configuration.
-        if record.train_info.status == SUCCESS and _KEYS.issubset(record.run_info.train_config):
-            records.append(record)
-    if not records:
-        raise ValueError(
-            f"{folder} holds no record of a run that has succeeded: name a folder with the record.json of runs of "
-            "train.py, or leave it out"
-        )
-    return records
 
 
 def on_backbone(records: Sequence[Record], backbone: str) -> list[Record]:

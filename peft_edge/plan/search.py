@@ -10,9 +10,10 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from peft_edge.archive import read_archive
 from peft_edge.methods import find_method
 from peft_edge.plan.budget import Budget
-from peft_edge.plan.evidence import Evidence, evidence, on_backbone, read_records
+from peft_edge.plan.evidence import Evidence, evidence, on_backbone
 from peft_edge.profiling.analysis import analyse
 from peft_edge.records import StepProfile
 from peft_edge.roles import ROLES, modules_with_role
@@ -115,7 +116,7 @@ def find_plan(
     Raises:
         ValueError: See `analyse`; or the folder holds no records.
     """
-    found = [] if records is None else read_records(records)
+    found = [] if records is None else list(read_archive(records).finished.values())
     same = on_backbone(found, getattr(backbone, "name_or_path", ""))
     known = evidence(same or found)
     step = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}

@@ -2,6 +2,6 @@
 
 from peft_edge.training.run_folder import read_record
 from peft_edge.training.stages import run
-from peft_edge.training.summary import table
+from peft_edge.training.summary import failed_record, table
 
-__all__ = ["read_record", "run", "table"]
+__all__ = ["failed_record", "read_record", "run", "table"]

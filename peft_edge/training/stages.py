@@ -8,12 +8,13 @@ from peft_edge.config import RunConfig
 from peft_edge.data import load_task
 from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, sweep
+from peft_edge.training.changes import kernel_changes
 from peft_edge.training.evaluation import answers_on_tests, check_saved, first_images
 from peft_edge.training.launch import start, start_trackers
 from peft_edge.training.run_folder import open_run
 from peft_edge.training.source import source_model
 from peft_edge.training.summary import build_record, failure_recorded
-from peft_edge.training.updates import load_update
+from peft_edge.training.updates import load_update, merged_copy
 
 
 def run(config: RunConfig) -> Record:
@@ -48,7 +49,7 @@ def run(config: RunConfig) -> Record:
 
         # Adaptation: every learning rate gets the same budget, and the target's validation split chooses.
         start_trackers(config, accelerator)
-        chosen, tried, checks, update = [], [], {}, None
+        chosen, tried, checks, changes, update = [], [], {}, {}, None
         for number, target in enumerate(task.targets if config.method != "none" else (), start=1):
             increment = number if len(task.targets) > 1 else None
             candidates, entries = sweep(
@@ -61,7 +62,9 @@ def run(config: RunConfig) -> Record:
             # What users get is what was saved, so that is what is tested.
             update = best.update
             reloaded = load_update(update, accelerator.device)
-            checks = check_saved(reloaded, first_images(config, source, target), best.logits)
+            merged = merged_copy(reloaded)
+            checks = check_saved(reloaded, merged, first_images(config, source, target), best.logits)
+            changes = {} if merged is None else kernel_changes(source, merged)
             answers.append(answers_on_tests(reloaded, config, task, accelerator))
 
         record = build_record(
@@ -75,6 +78,7 @@ def run(config: RunConfig) -> Record:
             tried=tried,
             update=folder.publish(update) if update is not None else None,
             checks=checks,
+            changes=changes,
         )
         folder.write_record(record)
     accelerator.end_training()

@@ -24,7 +24,7 @@ from peft_edge.data import Task
 from peft_edge.machine import package_info, system_info
 from peft_edge.profiling.callback import read_profile
 from peft_edge.profiling.tables import profile_table, text_table
-from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
+from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, KernelChange, MetaInfo, Record, RunInfo, TrainInfo
 from peft_edge.training.adaptation import Candidate
 from peft_edge.training.evaluation import Answers
 from peft_edge.training.loop import DivergedError
@@ -46,6 +46,7 @@ def build_record(
     tried: list[dict[str, Any]],
     update: Path | None,
     checks: dict[str, float],
+    changes: dict[str, KernelChange],
 ) -> Record:
     """Puts together the record of a run that has succeeded.
 
@@ -60,6 +61,7 @@ def build_record(
         tried: The learning rates that were tried, from `sweep`.
         update: The folder of the saved adapter or model; None if there is none.
         checks: From `check_saved`.
+        changes: From `kernel_changes`.
     """
     steps = sum(best.metrics[-1]["step"] for best in chosen)
     return Record(
@@ -82,6 +84,7 @@ def build_record(
             sweep=tried,
             replay=chosen[-1].replay if chosen else None,
             checks=checks,
+            changes=changes,
         ),
         meta_info=_meta_info(
             config,
@@ -109,17 +112,29 @@ def failure_recorded(config: RunConfig, run: RunFolder, started: float) -> Itera
         message = "".join(traceback.format_exception(error))
         # A full disk may be why the run stops.
         with suppress(OSError):
-            run.write_record(
-                Record(
-                    run_info=_run_info(config, started, error_msg=message),
-                    train_info=TrainInfo(status=status, sweep=list(getattr(error, "tried", ()))),
-                    meta_info=_meta_info(config, model_info={}, dataset_info={}),
-                    profile=read_profile(run.path / "profile"),
-                )
-            )
+            record = failed_record(config, message, started=started, status=status)
+            record.train_info.sweep = list(getattr(error, "tried", ()))
+            record.profile = read_profile(run.path / "profile")
+            run.write_record(record)
         raise
     finally:
         _on_termination(previous or signal.SIG_DFL)
+
+
+def failed_record(config: RunConfig, error_msg: str, *, started: float, status: str = FAILED) -> Record:
+    """Returns the record of a run that has not succeeded.
+
+    Args:
+        config: The run's configuration.
+        error_msg: Why.
+        started: When the run started, in seconds since 1970.
+        status: What became of it.
+    """
+    return Record(
+        run_info=_run_info(config, started, error_msg=error_msg),
+        train_info=TrainInfo(status=status),
+        meta_info=_meta_info(config, model_info={}, dataset_info={}),
+    )
 
 
 def _on_termination(handler: Any) -> Any:
@@ -151,8 +166,15 @@ def _meta_info(config: RunConfig, *, model_info: dict[str, Any], dataset_info: d
 
 
 def _peft_config(update: Path | None) -> dict[str, Any] | None:
-    file = None if update is None else update / CONFIG_NAME
-    return json.loads(file.read_text(encoding="utf-8")) if file is not None and file.exists() else None
+    if update is None or not (update / CONFIG_NAME).exists():
+        return None
+    config = json.loads((update / CONFIG_NAME).read_text(encoding="utf-8"))
+    # PEFT keeps sets, which have another order in every process.
+    return {key: sorted(value) if _is_names(value) else value for key, value in config.items()}
+
+
+def _is_names(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
 def table(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,18 @@ def load_update(folder: Path, device: torch.device) -> nn.Module:
     """
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=memory_format(model))
+
+
+def merged_copy(model: nn.Module) -> nn.Module | None:
+    """Returns a copy of what `load_update` gave, with its adapter merged; None where that is impossible.
+
+    A non-linear adapter never merges, PEFT's own LoRA not where there are groups.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    with suppress(NotImplementedError):
+        return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    return None
 
 
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> Any:

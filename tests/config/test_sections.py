@@ -74,5 +74,7 @@ def test_replay_goes_with_every_task_and_with_methods_for_single_layers(task: Pa
 
 def test_there_is_a_recipe_for_every_method_and_no_other_file() -> None:
     assert {path.stem for path in METHOD_RECIPES} == set(METHODS)
-    grids = (CONFIGS / "study").glob("*.yaml")  # tests/test_study.py reads them
-    assert {*TASKS, *METHOD_RECIPES, *grids, REPLAY, CONFIGS / "quickstart.yaml"} == set(CONFIGS.rglob("*.*"))
+    # tests/study/ reads them.
+    folders = ("backbones", "networks", "ranks", "study")
+    of_studies = [file for folder in folders for file in (CONFIGS / folder).iterdir()]
+    assert {*TASKS, *METHOD_RECIPES, *of_studies, REPLAY, CONFIGS / "quickstart.yaml"} == set(CONFIGS.rglob("*.*"))

@@ -1,0 +1,1 @@
+"""The claims of the source study, one file each."""

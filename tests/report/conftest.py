@@ -1,0 +1,184 @@
+"""Archives that are made up, with figures that follow simple formulas."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_edge.archive import Archive, add_record
+from peft_edge.records import CostRecord, KernelChange, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
+
+PACKAGES = {"torch-version": "2.0.0"}
+STANDARD, DEPTHWISE = "plain_net", "mobile_net"
+SCORES = {"none": 0.3, "head": 0.5, "full": 0.8, "lora": 0.78, "galore": 0.79}
+
+
+def make_step(scale: float = 1.0) -> StepProfile:
+    return StepProfile(
+        process_index=0,
+        scope="step",
+        flops_forward=int(1e9 * scale),
+        flops_backward=int(2e9 * scale),
+        flops_optimizer=int(1e6 * scale),
+        flops_elementwise_forward=int(1e7 * scale),
+        flops_elementwise_backward=int(1e7 * scale),
+        memory_peak_bytes=int(100 * 2**20 * scale),
+        memory_parameters_bytes=int(30 * 2**20 * scale),
+        memory_activations_bytes=int(70 * 2**20 * scale),
+    )
+
+
+def make_run(
+    method: str = "lora",
+    *,
+    score: float = 0.7,
+    seed: int = 0,
+    lora_rank: int = 4,
+    backbone: str = DEPTHWISE,
+    new_classes: bool = False,
+    status: str = "success",
+    **config: Any,
+) -> Record:
+    data = {"name": "digits", "shift": None if new_classes else "blend", "image_size": 48}
+    data["new_classes"] = ["6", "7"] if new_classes else []
+    trained = method in ("full", "lora", "galore")
+    kinds = ["pointwise", "depthwise"] if backbone == DEPTHWISE else ["dense", "pointwise"]
+    changes = {
+        f"layer{number}": KernelChange(kind=kind, relative_norm=0.1 * (number + 1), stable_rank=1 + lora_rank / 10)
+        for number, kind in enumerate(kinds)
+    }
+    metrics = {
+        "test accuracy": score,
+        "test accuracy without update": 0.3,
+        "source test accuracy": 0.9,
+        "source test accuracy without update": 0.95,
+        "harmonic mean": 2 * score * 0.9 / (score + 0.9),
+        "retention": 0.9 / 0.95,
+        "forgetting": 0.05,
+    }
+    return Record(
+        run_info=RunInfo(
+            created_at="",
+            experiment_name="",
+            total_time=60.0,
+            error_msg="" if status == "success" else "Traceback\nValueError: it broke",
+            train_config={
+                "output_dir": f"/somewhere/{seed}",
+                "method": method,
+                "norm": "stats",
+                "seed": seed,
+                "num_threads": 1,
+                "backbone": {"name": backbone},
+                "data": data,
+                "adapter": {"r": lora_rank},
+                "galore": {"rank": lora_rank},
+                "source": {"epochs": 1},
+                **config,
+            },
+        ),
+        train_info=TrainInfo(
+            status=status,
+            file_size=1000 * lora_rank,
+            num_trainable_params=10,
+            metrics=[{"step": 1}, metrics] if status == "success" else [],
+            changes=changes if trained and status == "success" else {},
+        ),
+        meta_info=MetaInfo(
+            model_info={},
+            dataset_info={},
+            package_info=PACKAGES,
+            system_info={"system": "Linux", "machine": "x86_64", "processor": "a processor", "accelerator": "cpu"},
+            pytorch_info="",
+        ),
+        profile=[] if method == "none" else [make_step(2 if method == "full" else 1 + lora_rank / 100)],
+    )
+
+
+def make_cost(
+    method: str, *, network: str = DEPTHWISE, kind: str = "depthwise", scale: float = 1.0, **setting: Any
+) -> CostRecord:
+    blank = {"lora_rank": 4, "batch_size": 16, "image_size": 224, "sequence_length": None, "target_modules": None}
+    blank |= {"norm": None, "lean": None, "fold_norm": False, "replay": False, "accounting": "exact"}
+    return CostRecord(
+        created_at="",
+        network=network,
+        kind=kind,
+        method=method,
+        setting=blank | setting,
+        num_total_params=100,
+        profile=make_step(scale),
+        package_info=PACKAGES,
+    )
+
+
+def make_runs() -> dict[str, Record]:
+    draw = random.Random(0)
+    runs = {}
+    for backbone in (STANDARD, DEPTHWISE):
+        for new_classes in (False, True):
+            for method, mean in SCORES.items():
+                for lora_rank in (1, 16) if method in ("lora", "galore") else (4,):
+                    for seed in range(3):
+                        score = mean + lora_rank / 1000 + draw.uniform(-0.01, 0.01)
+                        name = f"{backbone}-{new_classes}-{method}-{lora_rank}-{seed}.json"
+                        runs[name] = make_run(
+                            method,
+                            score=score,
+                            seed=seed,
+                            lora_rank=lora_rank,
+                            backbone=backbone,
+                            new_classes=new_classes,
+                        )
+    return runs
+
+
+def make_costs() -> dict[str, CostRecord]:
+    """Peaks of 1 for full fine-tuning; of adapters 0.9 on depthwise, 0.8 on standard networks, 0.4 on transformers."""
+    scales = {"depthwise": 0.9, "standard": 0.8, "transformer": 0.4}
+    costs = {}
+    for kind, scale in scales.items():
+        peft = "" if kind == "transformer" else "peft-"
+        for number in range(2):
+            steps: list[tuple[str, float, dict[str, Any]]] = [("full", 1.0, {})]
+            steps += [(method, scale, {}) for method in (f"{peft}lora", f"{peft}dora", "galore")]
+            if kind != "transformer":
+                steps += [
+                    ("full", 1.0, {"accounting": "source-study"}),
+                    ("peft-lora", 0.07, {"accounting": "source-study"}),
+                    ("lora", 0.3, {"lean": "bit"}),
+                    ("lora", 0.03, {"replay": True}),
+                ]
+            for method, size, setting in steps:
+                name = "-".join(["cost", f"{kind}{number}", method, *setting])
+                costs[f"{name}.json"] = make_cost(method, network=f"{kind}{number}", kind=kind, scale=size, **setting)
+    return costs
+
+
+@pytest.fixture
+def archive() -> Archive:
+    """Runs of five methods on two networks and two tasks with three seeds, and analyses of six networks."""
+    return Archive(runs=make_runs(), costs=make_costs())
+
+
+@pytest.fixture(scope="module")
+def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder `reports` whose `results` are those runs of `archive` that are on one network and task, and analyses."""
+    reports = tmp_path_factory.mktemp("study") / "reports"
+    runs = {name: run for name, run in make_runs().items() if name.startswith(f"{DEPTHWISE}-False")}
+    for name, record in (runs | make_costs()).items():
+        add_record(reports / "results", name.removesuffix(".json"), record)
+    return reports
+
+
+@pytest.fixture
+def run() -> Callable[..., Record]:
+    return make_run
+
+
+@pytest.fixture
+def cost() -> Callable[..., CostRecord]:
+    return make_cost

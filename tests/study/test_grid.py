@@ -1,0 +1,105 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_edge.study.cells import RunCell
+from peft_edge.study.costs import CostCell
+from peft_edge.study.grid import read_grid
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def grid(tmp_path: Path) -> Path:
+    """Two methods and two seeds."""
+    (tmp_path / "task.yaml").write_text("data: {name: digits, shift: invert}\n")
+    (tmp_path / "methods").mkdir()
+    (tmp_path / "methods" / "head.yaml").write_text("method: head\n")
+    (tmp_path / "methods" / "full.yaml").write_text("method: full\n")
+    file = tmp_path / "grid.yaml"
+    file.write_text("recipes:\n  - [task.yaml]\n  - [methods/*.yaml]\ngrid:\n  seed: [0, 1]\n")
+    return file
+
+
+def test_every_combination_is_a_run(grid: Path, tmp_path: Path) -> None:
+    cells = read_grid(grid, tmp_path / "runs")
+    assert [cell.setting for cell in cells] == ["task, full", "task, full", "task, head", "task, head"]
+    assert [cell.name for cell in cells] == [
+        "task--full--seed=0",
+        "task--full--seed=1",
+        "task--head--seed=0",
+        "task--head--seed=1",
+    ]
+    config = cells[3].config
+    assert (config.method, config.seed, config.data.shift) == ("head", 1, "invert")
+    assert config.output_dir == str(cells[3].folder) == str(tmp_path / "runs" / "task--head--seed=1")
+    assert {cell.config.cache_dir for cell in cells} == {str(tmp_path / "runs" / "cache")}
+
+
+def test_values_that_vary_are_named_and_a_slash_makes_no_folder(grid: Path, tmp_path: Path) -> None:
+    grid.write_text(
+        "recipes: [[task.yaml]]\n"
+        "grid: {backbone.name: [timm/a, timm/b], training.learning_rate: [[1e-2, 3e-3]], norm: [stats], seed: [0, 1]}\n"
+    )
+    cells = read_grid(grid, tmp_path / "runs")
+    assert cells[3].setting == "task, backbone.name=timm/b"
+    assert cells[3].folder == tmp_path / "runs" / "task--backbone.name=timm_b--seed=1"
+    assert cells[3].config.training.learning_rate == [1e-2, 3e-3]
+
+
+def test_blocks_of_runs_and_of_analyses_make_one_grid(grid: Path, tmp_path: Path) -> None:
+    grid.write_text(
+        "- recipes: [[task.yaml], [methods/head.yaml]]\n"
+        "- recipes: [[task.yaml], [methods/full.yaml]]\n  grid: {seed: [0, 1]}\n"
+        "- networks: [resnet18]\n  grid: {method: [full, lora]}\n"
+    )
+    cells = read_grid(grid, tmp_path / "runs")
+    assert [type(cell) for cell in cells] == [RunCell] * 3 + [CostCell] * 2
+    assert [cell.name for cell in cells[:3]] == ["task--head", "task--full--seed=0", "task--full--seed=1"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_grids_are_valid(path: Path, tmp_path: Path) -> None:
+    cells = read_grid(path, tmp_path)
+    assert len({cell.result_name for cell in cells}) == len(cells) > 0
+
+
+def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:
+    grid.write_text(
+        "- recipes:\n  - [task.yaml]\n  - [methods/*.yaml]\n  grid:\n    adapter.r: [4, 0]\n"
+        "- recipes: [[nothing.yaml]]\n"
+        "- networks: [resnet18]\n  grid: {method: [full], lora_rank: [0]}\n"
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"2 runs cannot be configured(?s:.*)full, adapter\.r=0(?s:.*)head, adapter\.r=0"
+        r"(?s:.*)no file is found for nothing\.yaml(?s:.*)lora_rank",
+    ):
+        read_grid(grid, tmp_path / "runs")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "expected `recipes`, a list of lists of files"),
+        ("[]", "expected `recipes`"),
+        ("{", "expected `recipes`"),
+        ("recipes: 3", "expected `recipes`"),
+        ("recipes: [task.yaml]", "expected `recipes`"),
+        ("recipes: [[nothing*.yaml]]", "no file is found for nothing"),
+        ("recipes: [[/nothing/at/all.yaml]]", "no file is found for /nothing"),
+        ("recipes: [[task.yaml]]\ngird: {seed: [1]}", "gird"),
+        ("recipes: [[task.yaml]]\ngrid: {seed: []}", "grid.seed"),
+        ("recipes: [[task.yaml]]\ngrid: {method: lora}", "grid.method"),
+        ("recipes: [[task.yaml]]\ngrid: {seed: [0, 0]}", "each value once: task--seed=0 comes more than once"),
+        ("- recipes: [[task.yaml]]\n- recipes: [[task.yaml]]", "task comes more than once"),
+        ("recipes: [[task.yaml]]\ngrid: [1]", "expected `recipes`"),
+        ("recipes: [[task.yaml]]\nnetworks: [resnet18]\ngrid: {method: [full]}", "recipes"),
+    ],
+)
+def test_a_file_that_is_no_grid_is_refused(grid: Path, tmp_path: Path, text: str, message: str) -> None:
+    grid.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read_grid(grid, tmp_path)
