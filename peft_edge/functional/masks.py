@@ -11,7 +11,7 @@ from torch import Tensor
 # the highest byte. A byte that the second number repeats and the third filters has each of its bits in a byte.
 _GATHER, _REPEAT, _FILTER = 0x0102040810204080, 0x0101010101010101, 0x8040201008040201 - (1 << 64)
 # Elements at a time on a CPU, so that what is in between stays in its cache.
-_CACHED_ELEMENTS = 1 << 18
+_CACHED_ELEMENTS = 1 << 19
 
 
 def is_dense(x: Tensor) -> bool:

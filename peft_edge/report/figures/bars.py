@@ -79,7 +79,7 @@ def _draw(axes: Any, panel: BarPanel, groups: Sequence[str]) -> None:
         axes.barh(places, known, height=height, label=name, **fill(groups.index(name)))
         for place, length in zip(places, lengths, strict=True):
             # A bar of no length would say zero.
-            text = "no record" if length is None else f"{length:.0f}"
+            text = "no record" if length is None else f"{round(length)}"
             point = (max(length or 0, 0), place)
             axes.annotate(text, point, xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
     axes.axvline(0, color="black", linewidth=0.8)

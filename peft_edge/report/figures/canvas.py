@@ -21,7 +21,7 @@ _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8")
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
-_UNDATED = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+_UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}}
 
 
 @contextmanager
