@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import closing
@@ -23,6 +25,7 @@ from peft_edge.profiling.callback import ProfilingCallback
 from peft_edge.records import StepProfile
 from peft_edge.training.checkpoints import Progress, last_good_checkpoint, load_checkpoint, save_checkpoint
 from peft_edge.training.evaluation import answers
+from peft_edge.training.termination import termination_deferred
 
 DIVERGED_LOSS = 100.0
 """The right class then has a probability of e^-100 in the mean; guessing among a million classes gives a loss of 14."""
@@ -68,6 +71,7 @@ def train(
     Raises:
         OSError: A checkpoint cannot be written.
         ValueError: A checkpoint does not belong to this training.
+        SystemExit: The process was asked to end (SIGTERM), and a checkpoint of its last step is saved.
         DivergedError: The loss or a logit is not finite, or the loss is above `DIVERGED_LOSS`. Of the checkpoints, the
             good ones are kept.
     """
@@ -95,6 +99,7 @@ def train(
 
     with (
         closing(profiling),
+        termination_deferred(is_alone=accelerator.num_processes == 1) as is_asked_to_end,
         tqdm(
             desc=f"adapting, {name}",
             total=total_steps,
@@ -128,16 +133,23 @@ def train(
                 progress.loss_sum += mean_loss
                 bar.update()
                 if progress.step % len(batches) == 0:
-                    is_due = (epoch + 1) % settings.eval_every_epochs == 0 or progress.step == total_steps
-                    found = answers(evaluated, validation, accelerator) if is_due else None
+                    is_evaluated = (epoch + 1) % settings.eval_every_epochs == 0 or progress.step == total_steps
+                    found = answers(evaluated, validation, accelerator) if is_evaluated else None
                     if found is not None and -1 in found.predictions:
                         good = last_good_checkpoint(accelerator, checkpoints, progress.step)
                         raise DivergedError(_diverged(name, progress.step, float("nan"), good))
                     figures = _end_epoch(progress, len(batches), found.accuracy if found is not None else None)
                     bar.set_postfix(figures)
                     log({**figures, "learning rate": schedule.get_last_lr()[0]})
-                if progress.step % settings.checkpoint_every_steps == 0 and progress.step < total_steps:
+                is_due = progress.step % settings.checkpoint_every_steps == 0 and progress.step < total_steps
+                ends_here = is_asked_to_end()
+                if is_due or ends_here:
                     save_checkpoint(accelerator, checkpoints, progress, keep=settings.keep_checkpoints)
+                if ends_here:
+                    print(
+                        f"\nterminated: step {progress.step} of {total_steps} is saved, to go on from", file=sys.stderr
+                    )
+                    sys.exit(128 + signal.SIGTERM)
         tell("on_train_end")
     return progress, profiling.rows
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 from accelerate import Accelerator
+from filelock import FileLock, Timeout
 
 from peft_edge.config import ConfigError, RunConfig, flatten, to_yaml
 from peft_edge.files import remove, unfinished_path, written_whole
@@ -68,6 +71,33 @@ def read_record(folder: Path) -> Record | None:
         raise ValueError(f"{file} is damaged: delete it, and the run is finished anew ({error})") from error
 
 
+@contextmanager
+def claimed(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
+    """Keeps other runs out of `output_dir` for as long as this one lives, by a lock of the system's beside it.
+
+    Raises:
+        ConfigError: Another run is working there.
+        OSError: The lock cannot be made.
+    """
+    if not accelerator.is_main_process:
+        yield
+        return
+    path = Path(config.output_dir).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise ConfigError(
+            f"output_dir: another run is working in {config.output_dir}: wait until it has ended, or choose another "
+            "folder"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
 def open_run(config: RunConfig, accelerator: Accelerator) -> RunFolder:
     """Makes `output_dir` the folder of this run, or goes on with the one that this run has begun there.
 
@@ -107,8 +137,8 @@ def _is_begun(config: RunConfig, path: Path) -> bool:
 
 
 def _differences(begun: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One line for each key in which two runs differ; the folder itself may have been moved."""
-    keys = sorted((begun.keys() | asked.keys()) - {"output_dir"})
+    """One line for each key in which two runs differ; where their results lie makes no other run of them."""
+    keys = sorted(key for key in begun.keys() | asked.keys() if key != "output_dir" and not key.startswith("hub."))
     return [
         f"{key} is {begun.get(key)!r} there and {asked.get(key)!r} here"
         for key in keys

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import time
 
+from accelerate import Accelerator
+
 from peft_edge.config import RunConfig
 from peft_edge.data import load_task
 from peft_edge.records import Record
@@ -11,7 +13,8 @@ from peft_edge.training.adaptation import check_adaptation, sweep
 from peft_edge.training.changes import kernel_changes
 from peft_edge.training.evaluation import answers_on_tests, check_saved, first_images
 from peft_edge.training.launch import start, start_trackers
-from peft_edge.training.run_folder import open_run
+from peft_edge.training.publishing import push_run
+from peft_edge.training.run_folder import claimed, open_run
 from peft_edge.training.source import source_model
 from peft_edge.training.summary import build_record, failure_recorded
 from peft_edge.training.updates import load_update, merged_copy
@@ -20,8 +23,8 @@ from peft_edge.training.updates import load_update, merged_copy
 def run(config: RunConfig) -> Record:
     """Makes or finds the source model, adapts it, and tests what was saved.
 
-    `config.output_dir` then holds the update and the record. A run that was interrupted goes on from its last
-    checkpoint, and one that is finished is only read.
+    `config.output_dir` then holds the update and the record, and with `hub.repo_id` the Hub does too. A run that was
+    interrupted goes on from its last checkpoint, and one that is finished is only read.
 
     Args:
         config: From `load_config`.
@@ -31,11 +34,17 @@ def run(config: RunConfig) -> Record:
         DivergedError: Training diverged at every learning rate.
         OSError: A file cannot be read or written.
     """
-    started = time.time()
     accelerator = start(config)
+    with claimed(config, accelerator):
+        return _run(config, accelerator)
+
+
+def _run(config: RunConfig, accelerator: Accelerator) -> Record:
+    started, clock = time.time(), time.perf_counter()
     folder = open_run(config, accelerator)
     if (finished := folder.record) is not None:
         accelerator.print(f"{folder.path} holds this run, finished:")
+        push_run(config, folder)
         return finished
 
     with failure_recorded(config, folder, started):
@@ -72,7 +81,8 @@ def run(config: RunConfig) -> Record:
             task,
             source,
             started=started,
-            total_time=None if folder.is_resumed else time.time() - started,
+            # The time of the day may jump.
+            total_time=None if folder.is_resumed else time.perf_counter() - clock,
             answers=answers,
             chosen=chosen,
             tried=tried,
@@ -81,5 +91,6 @@ def run(config: RunConfig) -> Record:
             changes=changes,
         )
         folder.write_record(record)
+    push_run(config, folder)
     accelerator.end_training()
     return record

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import copy
+import os
 import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -66,6 +68,32 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_to_the_same_bit
     record = run(tmp_path / "stopped", *options)
     assert len(steps) == 4 - 1
     assert record.run_info.total_time is None
+    assert_identical(adapter_of(tmp_path / "stopped"), adapter_of(tmp_path / "whole"))
+
+
+def test_terminated_run_saves_its_last_step_and_goes_on_to_the_same_bits(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = ["adapter.lora_dropout=0.1", "training.checkpoint_every_steps=1000"]
+    run(tmp_path / "whole", *options)
+    steps = []
+    step = loop._step
+
+    def step_and_be_terminated(*arguments):
+        steps.append(1)
+        if len(steps) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*arguments)
+
+    monkeypatch.setattr(loop, "_step", step_and_be_terminated)
+    with pytest.raises(SystemExit) as caught:
+        run(tmp_path / "stopped", *options)
+    assert caught.value.code == 128 + signal.SIGTERM
+    checkpoints = tmp_path / "stopped" / "checkpoints" / "lr_0.01"
+    assert [path.name for path in checkpoints.iterdir()] == ["step_00000003"]
+
+    run(tmp_path / "stopped", *options)
+    assert len(steps) == 4
     assert_identical(adapter_of(tmp_path / "stopped"), adapter_of(tmp_path / "whole"))
 
 

@@ -6,7 +6,7 @@ import pytest
 from accelerate import Accelerator
 
 from peft_edge.config import ConfigError, RunConfig, load_config
-from peft_edge.training.run_folder import open_run
+from peft_edge.training.run_folder import claimed, open_run
 
 
 def config_for(folder: Path, *overrides: str) -> RunConfig:
@@ -84,3 +84,15 @@ def test_the_update_is_published_whole(tmp_path: Path) -> None:
     published = run.publish(tmp_path / "candidate" / "adapter")
     assert published == tmp_path / "run" / "adapter"
     assert (published / "a").read_text() == "a"
+
+
+def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+    accelerator, config = Accelerator(cpu=True), config_for(tmp_path / "run")
+    with (
+        claimed(config, accelerator),
+        pytest.raises(ConfigError, match="another run is working in"),
+        claimed(config, accelerator),
+    ):
+        pass
+    with claimed(config, accelerator), claimed(config_for(tmp_path / "other"), accelerator):
+        pass
