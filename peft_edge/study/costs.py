@@ -9,6 +9,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Annotated, Any
 
+import timm
 from pydantic import Field, ValidationError
 
 from peft_edge.archive import add_record
@@ -137,7 +138,7 @@ def cost_cells(block: CostGrid, file: Path, output_dir: Path) -> list[CostCell]:
         output_dir: Each cell gets a folder in it.
 
     Raises:
-        ValueError: A pattern finds no file, or settings have errors; all are named.
+        ValueError: A pattern finds no file, timm has no such model, or settings have errors; all of these are named.
     """
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
@@ -159,13 +160,15 @@ def cost_cells(block: CostGrid, file: Path, output_dir: Path) -> list[CostCell]:
 
 def _networks(block: CostGrid, file: Path) -> Iterator[str]:
     for network in block.networks:
-        if not _is_transformer(network):
+        if _is_transformer(network):
+            found = matching_files(file.parent, network)
+            if not found:
+                raise ValueError(f"{file}: no file is found for {network}, seen from {file.parent}")
+            yield from map(str, found)
+        elif timm.is_model(network):
             yield network
-            continue
-        found = matching_files(file.parent, network)
-        if not found:
-            raise ValueError(f"{file}: no file is found for {network}, seen from {file.parent}")
-        yield from map(str, found)
+        else:
+            raise ValueError(f"{file}: {network} is no timm model and no .json file; timm.list_models() has the names")
 
 
 def _parts(setting: CostSetting) -> list[str]:

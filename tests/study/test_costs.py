@@ -81,6 +81,7 @@ def test_a_cell_is_finished_until_something_else_is_asked(bert: Path, tmp_path: 
 @pytest.mark.parametrize(
     ("networks", "grid", "message"),
     [
+        (["resnet81"], {"method": ["full"]}, "resnet81 is no timm model"),
         (["none*.json"], {"method": ["full"]}, r"no file is found for none\*\.json"),
         (["resnet18"], {"method": ["full"], "lora_rank": [0, 4]}, "1 analyses cannot be configured(?s:.*)lora_rank"),
         (["resnet18"], {"batch_size": [1]}, "method"),
