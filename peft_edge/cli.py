@@ -14,6 +14,7 @@ from typing import Any, get_args
 from peft_edge import __version__
 from peft_edge.backbones import load_backbone
 from peft_edge.bench import CONTENDERS, bench_table, run_bench, save_bench_figure
+from peft_edge.export.commands import add_commands as add_export_commands
 from peft_edge.files import written_whole
 from peft_edge.methods import METHODS, OPTIMIZERS
 from peft_edge.plan import LORA_RANKS, METHODS_TO_PLAN, PLACEMENTS, Budget, find_plan, plan_table
@@ -38,6 +39,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     _add_bench(commands)
     _add_study(commands)
     _add_report(commands)
+    add_export_commands(commands)
     options = parser.parse_args(arguments)
     try:
         options.run(options)

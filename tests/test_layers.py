@@ -28,8 +28,8 @@ LAYERS = {
     "peft_edge/profiling/": 1,
     "peft_edge/tuners/": 2,
     "peft_edge/config/": 3,
-    "peft_edge/export.py": 3,
-    "peft_edge/hub.py": 3,
+    "peft_edge/export/": 3,
+    "peft_edge/hub/": 3,
     "peft_edge/methods.py": 3,
     "peft_edge/profiling/callback.py": 3,
     "peft_edge/profiling/analysis.py": 4,
@@ -40,6 +40,7 @@ LAYERS = {
     "peft_edge/training/": 5,
     "peft_edge/report/": 6,
     "peft_edge/study/": 6,
+    "peft_edge/export/commands.py": 6,
     "peft_edge/cli.py": 7,
     "train.py": 7,
 }
@@ -140,7 +141,7 @@ def test_a_wrong_import_is_found(source: str, code: str) -> None:
         ("peft_edge/backbones/loading.py", "from peft_edge.backbones.heads import head_names"),
         ("peft_edge/backbones/loading.py", "from . import heads"),
         ("peft_edge/backbones/loading.py", "from peft_edge.roles import ROLES"),
-        ("peft_edge/hub.py", "from peft_edge.backbones import load_backbone"),
+        ("peft_edge/hub/push.py", "from peft_edge.backbones import load_backbone"),
         ("train.py", "import torch\nfrom peft_edge import ConvLoraConfig"),
     ],
 )

@@ -5,6 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+
 from peft_edge.config.sections import RunConfig
 from peft_edge.roles import ROLES
 
@@ -18,6 +21,7 @@ def conflicts(config: RunConfig) -> Iterator[Problem]:
     yield from _task(config)
     yield from _training(config)
     yield from _lean(config)
+    yield from _hub(config)
     for section in ("adapter", "conv_adapter"):
         yield from _targets(f"{section}.target_modules", getattr(config, section).target_modules)
 
@@ -70,6 +74,19 @@ def _training(config: RunConfig) -> Iterator[Problem]:
 def _lean(config: RunConfig) -> Iterator[Problem]:
     if config.lean.enabled and config.lean.fold_norm and config.norm in ("stats", "affine"):
         yield "lean.fold_norm", f"folds frozen BatchNorm, and norm is {config.norm}: set norm to frozen or restat"
+
+
+def _hub(config: RunConfig) -> Iterator[Problem]:
+    if config.hub.repo_id is None:
+        return
+    if config.method == "none":
+        yield "hub.repo_id", "is given and the method none makes nothing to push: leave one of them out"
+    if "/" not in config.hub.repo_id:
+        yield "hub.repo_id", f"expected owner/name, found {config.hub.repo_id!r}"
+    try:
+        validate_repo_id(config.hub.repo_id)
+    except HFValidationError as error:
+        yield "hub.repo_id", str(error)
 
 
 def _targets(key: str, target: str | list[str]) -> Iterator[Problem]:

@@ -243,6 +243,22 @@ class ProfilingConfig(Section):
     """Write torch.profiler's trace of one step of each process to output_dir/traces."""
 
 
+class HubConfig(Section):
+    """Where the update goes when the run is over, with its record and a card; the token is that of `hf auth login`."""
+
+    repo_id: str | None = None
+    """`owner/name` on the Hub; without it, nothing leaves this machine."""
+
+    private: bool = False
+    """Only the owner sees the repository, if it is made here."""
+
+    revision: str | None = None
+    """The branch to push to; by default main."""
+
+    license: str | None = None
+    """The Hub's identifier of a license, for the card; by default that of timm's pretrained weights."""
+
+
 class RunConfig(Section):
     """One run: adapt a source model to a target with one method."""
 
@@ -284,6 +300,7 @@ class RunConfig(Section):
     training: TrainingConfig = TrainingConfig()
     lean: LeanConfig = LeanConfig()
     profiling: ProfilingConfig = ProfilingConfig()
+    hub: HubConfig = HubConfig()
 
     def options(self, section: str | None) -> dict[str, Any]:
         """The options of a method whose section is called so; without a section it has one, `norm`."""

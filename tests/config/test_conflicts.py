@@ -28,6 +28,9 @@ NEW = "data.new_classes=[a, b]"
             ["data.shift=blend", "conv_adapter.target_modules=("],
             "conv_adapter.target_modules: '(' is no regular expression",
         ),
+        (["data.shift=blend", "method=none", "hub.repo_id=me/a"], "hub.repo_id: is given and the method none makes"),
+        (["data.shift=blend", "hub.repo_id=adapter"], "hub.repo_id: expected owner/name, found 'adapter'"),
+        (["data.shift=blend", "hub.repo_id=me/an/adapter"], "hub.repo_id: Repo id must be"),
     ],
 )
 def test_each_is_named_by_its_key(arguments: list[str], key: str) -> None:
@@ -43,6 +46,7 @@ def test_each_is_named_by_its_key(arguments: list[str], key: str) -> None:
     [
         [NEW],
         ["data.shift=blend", r"conv_adapter.target_modules=blocks\.[1-3]\.\d"],
+        ["data.shift=blend", "hub.repo_id=me/adapter"],
         [NEW, "data.increments=2", "data.rehearsal_size=4", "training.weight_decay=0.1"],
         ["data.shift=blend", "method=lora", "galore.layerwise=true", "training.max_grad_norm=1"],
     ],

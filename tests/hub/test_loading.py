@@ -6,27 +6,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
-from peft_edge import ConvLoraConfig
-from peft_edge.backbones import class_names, grow_head, load_backbone, save_backbone, set_class_names
+from peft_edge.backbones import class_names, fingerprint, grow_head, load_backbone, save_backbone, set_class_names
 from peft_edge.hub import load_pretrained, save_adapter
+from tests.hub.support import adapted
 
 NAME = "mobilenetv2_035"
-
-
-def adapted(base: nn.Module) -> PeftModel:
-    """An adapter whose weights, head and BatchNorm statistics have all moved."""
-    config = ConvLoraConfig(r=2, target_modules="all-conv", modules_to_save=["classifier"])
-    model = get_peft_model(base, config)
-    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
-    for _ in range(2):
-        model(torch.randn(8, 3, 32, 32)).square().mean().backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    return model.eval()
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +122,7 @@ def test_adapter_for_another_backbone(saved: tuple[Path, Tensor, Tensor], name: 
 def test_tensor_that_does_not_fit_is_named(copied: Path, problem: str) -> None:
     file = copied / "adapter_model.safetensors"
     tensors = load_file(file)
-    name = next(iter(tensors))
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     if problem == "is not in the adapter":
         del tensors[name]
     else:
@@ -201,3 +188,54 @@ def test_an_adapter_whose_head_was_exchanged_is_not_saved_under_old_names(tmp_pa
     with pytest.raises(ValueError, match="expected one for each of the 2 classes of the head, found 3"):
         save_adapter(adapted(base), tmp_path / "adapter")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"r": 10**9}, r"size mismatch for .*lora_A.*: expected \(1000000000, "),
+        ({"target_modules": "(?!classifier).*"}, "target_modules: .* is no regular expression that matches in linear"),
+        (
+            {"target_modules": "(.*)*conv"},
+            "No modules were targeted",
+        ),
+        ({"modules_to_save": None}, r"classifier\.\w+ has no place in this backbone"),
+    ],
+)
+def test_a_refused_adapter_leaves_the_own_backbone_as_it_was(
+    copied: Path, changes: dict[str, object], problem: str, saved: tuple[Path, Tensor, Tensor]
+) -> None:
+    config = json.loads((copied / "adapter_config.json").read_text())
+    (copied / "adapter_config.json").write_text(json.dumps(config | changes))
+    base = load_backbone(str(saved[0].parent / "base"))
+    before = fingerprint(base), [name for name, _ in base.named_modules()]
+    with pytest.raises(ValueError, match=problem):
+        load_pretrained(copied, base=base)
+    assert (fingerprint(base), [name for name, _ in base.named_modules()]) == before
+
+
+def test_values_that_are_not_finite_are_refused(copied: Path) -> None:
+    tensors = load_file(copied / "adapter_model.safetensors")
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    save_file(tensors | {name: torch.full_like(tensors[name], float("nan"))}, copied / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"{name} holds values that are not finite"):
+        load_pretrained(copied)
+
+
+@torch.no_grad()
+def test_a_backbone_in_the_adapters_folder_is_tried_before_it_is_made(
+    copied: Path, saved: tuple[Path, Tensor, Tensor]
+) -> None:
+    folder, images, expected = saved
+    save_backbone(load_backbone(str(folder.parent / "base")), copied / "source_model")
+    assert torch.equal(load_pretrained(copied)(images), expected)
+    file = copied / "source_model" / "config.json"
+    config = json.loads(file.read_text())
+    for change, problem in (
+        ({"architecture": "vit_giant_patch14_224"}, "expected a backbone: ValueError"),
+        ({"architecture": "resnet50"}, "does not fit resnet50"),
+        ({"model_args": {"checkpoint_path": "/tmp/evil.pth"}}, "model_args: 'checkpoint_path' is not taken"),
+    ):
+        file.write_text(json.dumps(config | change))
+        with pytest.raises(ValueError, match=problem):
+            load_pretrained(copied)

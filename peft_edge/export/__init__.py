@@ -1,0 +1,19 @@
+"""From an adapted model to what a device runs: one file of the whole network, or the weights that changed."""
+
+from peft_edge.export.comparison import Comparison, comparison_table
+from peft_edge.export.differences import apply_diff, save_result, write_diff
+from peft_edge.export.formats import FORMATS
+from peft_edge.export.images import Images, read_images
+from peft_edge.export.model import export_model
+
+__all__ = [
+    "FORMATS",
+    "Comparison",
+    "Images",
+    "apply_diff",
+    "comparison_table",
+    "export_model",
+    "read_images",
+    "save_result",
+    "write_diff",
+]

@@ -1,0 +1,40 @@
+"""A saved base and adapter, and how they are trained."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from peft import PeftModel
+from torch import nn
+from torch.nn import functional as F
+
+from peft_edge.data import build_loader, build_transform
+from peft_edge.data.digits import load_digits_domain
+from peft_edge.export.images import data_config
+from peft_edge.hub import load_pretrained
+
+IMAGE_SIZE = 32
+
+
+class Saved(NamedTuple):
+    base: Path
+    adapter: Path
+
+    def load(self) -> PeftModel:
+        return load_pretrained(self.adapter)
+
+
+def train(model: nn.Module, steps: int, learning_rate: float) -> None:
+    domain, _ = load_digits_domain(image_size=IMAGE_SIZE, seed=0)
+    transform = build_transform(data_config(model, IMAGE_SIZE), train=False)
+    loader = build_loader(domain.train, transform, batch_size=32, shuffle=True, seed=0)
+    optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=learning_rate)
+    model.train()
+    for step, batch in zip(range(steps), (batch for _ in range(99) for batch in loader), strict=False):
+        optimizer.param_groups[0]["lr"] = learning_rate * (1 - step / steps)
+        F.cross_entropy(model(batch["pixel_values"]), batch["labels"]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.eval()

@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from peft_edge.backbones import load_backbone
+from peft_edge.cli import main
+from peft_edge.export.merging import merged
+from tests.export.support import Saved
+
+
+def test_export_compares_the_file_on_real_images(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "digits.pt2"
+    main(["export", str(saved.adapter), "--format", "torch-export", "--out", str(file), "--image-size", "32"])
+    first, header, model, row = capsys.readouterr().out.splitlines()
+    assert first == f"{file}, compared with {saved.adapter} on 256 images"
+    assert header.split("  ")[-1] == "accuracy"
+    assert model.split()[0] == "PyTorch"
+    assert row.split()[:2] == ["torch-export", f"{file.stat().st_size:,}"]
+    assert row.split()[-1] == model.split()[-1]
+
+
+def test_what_is_applied_to_the_base_is_the_merged_model(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file, deployed = tmp_path / "diff.safetensors", tmp_path / "deployed"
+    main(["diff", "--base", str(saved.base), "--adapter", str(saved.adapter), "--out", str(file)])
+    total = len(load_backbone(str(saved.base)).state_dict())
+    changed = len(load_file(file))
+    assert capsys.readouterr().out == f"{file}: {file.stat().st_size:,} bytes, {changed} of {total} tensors\n"
+    main(["apply", "--base", str(saved.base), "--diff", str(file), "--out", str(deployed)])
+    expected = merged(saved.load()).state_dict()
+    assert all(
+        torch.equal(tensor, expected[name]) for name, tensor in load_file(deployed / "model.safetensors").items()
+    )
+
+    # A saved model may stand in an adapter's place, and its own diff is empty.
+    main(["diff", "--base", str(deployed), "--adapter", str(deployed), "--out", str(file)])
+    assert f" 0 of {total} tensors" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as stop:
+        main(["apply", "--base", str(saved.base), "--diff", str(file), "--out", str(tmp_path / "new")])
+    assert stop.value.code == 2
+    assert "was written against another model" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["export", "{adapter}"], "required: --out"),
+        (["export", "{adapter}", "--out", "x.pt2", "--format", "tflite"], "invalid choice: 'tflite'"),
+        (["export", "{adapter}", "--out", "x.onnx", "--quantize", "int8"], "pass --calibration FOLDER"),
+        (["export", "{adapter}", "--out", "x.onnx", "--image-size", "0"], "image_size: expected at least 1"),
+        (["export", "./no/adapter", "--out", "x.onnx"], "no/adapter"),
+        (["diff", "--base", "{base}", "--adapter", "./no/adapter", "--out", "x"], "no/adapter"),
+        (["apply", "--base", "{base}", "--diff", "./no.safetensors", "--out", "x"], "no.safetensors is missing"),
+    ],
+)
+def test_wrong_arguments_end_with_one_message(
+    arguments: list[str], message: str, saved: Saved, capsys: pytest.CaptureFixture[str]
+) -> None:
+    places = {"adapter": saved.adapter, "base": saved.base}
+    with pytest.raises(SystemExit) as stop:
+        main([argument.format(**places) for argument in arguments])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

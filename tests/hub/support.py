@@ -1,0 +1,24 @@
+"""An adapter in which everything has moved."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from peft_edge import ConvLoraConfig
+
+
+def adapted(base: nn.Module, **options: Any) -> PeftModel:
+    """An adapter whose weights, head and BatchNorm statistics have all moved."""
+    config = ConvLoraConfig(**{"r": 2, "target_modules": "all-conv", "modules_to_save": ["classifier"], **options})
+    model = get_peft_model(base, config)
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
+    with torch.enable_grad():
+        for _ in range(2):
+            model(torch.randn(8, 3, 32, 32)).square().mean().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    return model.eval()

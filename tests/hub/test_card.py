@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peft_edge.hub.card import Subject, adapter_card
+from peft_edge.records import Record, StepProfile
+
+SUBJECT = Subject(base="/somewhere/base", architecture="mobilenetv2_035", peft_type="CONV_LORA", place="me/adapter")
+
+
+@pytest.fixture
+def full_record(record: Callable[..., Record]) -> Record:
+    """Of an adaptation of pretrained weights to a data set of the Hub."""
+    made = record("dora", 0.75, num_trainable_params=1234, num_total_params=5678, file_size=99, train_time=1.5)
+    made.run_info.train_config |= {
+        "model_id": "mobilenetv2_100",
+        "backbone": {"name": "mobilenetv2_100", "pretrained": True},
+        "data": {"name": "owner/pets", "shift": None, "severity": None, "new_classes": ["owl", "7"], "image_size": 32},
+    }
+    made.profile = [StepProfile(process_index=0, scope="step", steps=1, flops_forward=10**9, memory_peak_bytes=2**25)]
+    return made
+
+
+def metadata(record: Record | None, **changes: Any) -> dict[str, Any]:
+    return adapter_card(Subject(**{**vars(SUBJECT), **changes}), record).data.to_dict()
+
+
+def test_the_metadata_are_those_of_the_run(full_record: Record) -> None:
+    found = metadata(full_record)
+    assert found["base_model"] == "timm/mobilenetv2_100.ra_in1k"
+    assert found["license"] == "apache-2.0"
+    assert found["datasets"] == ["owner/pets"]
+    assert {"dora", "lora", "CONV_LORA"} <= set(found["tags"])
+    (result,) = found["model-index"][0]["results"]
+    assert result["metrics"][0] == {"type": "accuracy", "value": 0.75, "name": "test accuracy"}
+
+
+def test_weights_that_nobody_else_has_name_no_base_model() -> None:
+    found = metadata(None)
+    assert {"base_model", "datasets", "license", "model-index"}.isdisjoint(found)
+    assert metadata(None, base="timm/a.b", license="mit") == found | {"base_model": "timm/a.b", "license": "mit"}
+
+
+def test_the_text_says_what_was_adapted_and_what_it_costs(full_record: Record) -> None:
+    text = adapter_card(SUBJECT, full_record).text
+    assert "adapted from `owner/pets` to new classes owl, 7 with the method `dora`" in text
+    assert "target       -  0.750" in text
+    assert "trained parameters  1,234" in text
+    assert "arithmetic and time of a training step" in text
+    assert "/somewhere" not in text
+    assert "cost.png" not in text
+
+
+@pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")
+def test_the_picture_lies_beside_the_card(full_record: Record, tmp_path: Path) -> None:
+    assert "](cost.png)" in adapter_card(SUBJECT, full_record, tmp_path).text
+    assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_the_lines_of_a_card_are_python() -> None:
+    for peft_type in ("CONV_LORA", None):
+        text = adapter_card(Subject(**{**vars(SUBJECT), "peft_type": peft_type})).text
+        blocks = text.split("```python\n")[1:]
+        assert blocks
+        for block in blocks:
+            compile(block.split("```")[0], "card", "exec")
