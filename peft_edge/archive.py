@@ -39,8 +39,8 @@ def read_archive(folder: Path) -> Archive:
     archive = Archive()
     for file in sorted(folder.rglob("*.json")):
         name, record = file.relative_to(folder).as_posix(), _read(file)
-        # A study keeps the record of a run both in the run's folder and among its results.
-        if isinstance(record, Record) and record not in archive.runs.values():
+        # A study keeps a record both in the folder of the run and, without local paths, among its results.
+        if isinstance(record, Record) and not any(_is_same(record, other) for other in archive.runs.values()):
             archive.runs[name] = record
         elif isinstance(record, CostRecord) and record not in archive.costs.values():
             archive.costs[name] = record
@@ -50,6 +50,11 @@ def read_archive(folder: Path) -> Archive:
             "peft-edge study"
         )
     return archive
+
+
+def _is_same(one: Record, other: Record) -> bool:
+    started, others_start = ((run.run_info.experiment_name, run.run_info.created_at) for run in (one, other))
+    return started == others_start and one.train_info == other.train_info
 
 
 def _read(file: Path) -> Record | CostRecord | None:

@@ -107,12 +107,12 @@ def _load_base(name: str | None, folder: Path, *, is_own: bool) -> nn.Module:
     if not name:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: pass the backbone as base=")
     # What comes from the Hub cannot know a path on this machine.
-    if is_own and Path(name).is_absolute():
-        if not Path(name).exists():
-            raise FileNotFoundError(
-                f"{name}, the backbone of {folder}, is not there: put it back, or pass the backbone as base="
-            )
+    if is_own and Path(name).is_dir():
         return load_backbone(name)
+    if is_own and Path(name).is_absolute():
+        raise FileNotFoundError(
+            f"{name}, the backbone of {folder}, is not there: put it back, or pass the backbone as base="
+        )
     if not timm.is_model(name.removeprefix("timm/")):
         return _load_checked(_downloaded(name, list(BACKBONE_FILES), f"the backbone of {folder}"), name)
     base = load_backbone(name, pretrained="/" in name)

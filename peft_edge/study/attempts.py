@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from peft_edge.archive import add_record
+from peft_edge.hub.sharing import shareable
 from peft_edge.records import CostRecord, Record
 from peft_edge.study.cells import Cell
 
@@ -54,7 +55,7 @@ class Attempt:
                     do()
                 record = self.cell.record
                 if record is not None and not self._is_among_results(record):
-                    add_record(self.results, self.cell.result_name, record)
+                    add_record(self.results, self.cell.result_name, _public(record))
         except Timeout:
             return False
         return True
@@ -86,6 +87,11 @@ class Attempt:
     def _is_among_results(self, record: Record | CostRecord) -> bool:
         file = self.results / f"{self.cell.result_name}.json"
         try:
-            return type(record).from_json(file.read_text(encoding="utf-8")) == record
+            return type(record).from_json(file.read_text(encoding="utf-8")) == _public(record)
         except (FileNotFoundError, ValueError):
             return False
+
+
+def _public(record: Record | CostRecord) -> Record | CostRecord:
+    """Results are shown to others, whom the paths of this machine do not concern."""
+    return shareable(record) if isinstance(record, Record) else record

@@ -66,7 +66,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
 
 def cache_folder(config: RunConfig) -> Path:
     """What runs share: source models, and stored features."""
-    return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache")
+    # Adapters name their source model, and are loaded from other folders, too.
+    return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
 def _recipe(config: RunConfig, task: Task, model: nn.Module, device: torch.device) -> str:

@@ -141,6 +141,19 @@ def test_backbone_that_has_gone_is_named(copied: Path) -> None:
         load_pretrained(copied)
 
 
+def test_backbone_in_a_folder_that_is_named_from_here(
+    saved: tuple[Path, Tensor, Tensor], copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = copied / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    base = Path(config["base_model_name_or_path"])
+    file.write_text(json.dumps({**config, "base_model_name_or_path": base.name}), encoding="utf-8")
+    monkeypatch.chdir(base.parent)
+    _, images, expected = saved
+    with torch.no_grad():
+        assert torch.equal(load_pretrained(copied)(images), expected)
+
+
 def test_class_names_travel_with_the_adapter(tmp_path: Path) -> None:
     base = load_backbone(NAME, num_classes=3)
     save_backbone(base, tmp_path / "base")
