@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from peft_edge.archive import read_archive
+from peft_edge.hub.sharing import shareable
 from peft_edge.records import DIVERGED, FAILED, SUCCESS, Record
 from peft_edge.study.runner import run_grid
 from tests.study.support import done_in, fake_cell
@@ -86,7 +87,7 @@ def test_one_cell_of_each_source_is_done_first_and_a_failure_stops_no_other(
     run_grid(cells, results=tmp_path / "results")
     assert done_in(tmp_path) == ["a", "c", "b", "d"]
     assert [cell.status for cell in cells] == [SUCCESS, SUCCESS, FAILED, DIVERGED]
-    assert results_in(tmp_path) == {f"lora--{cell.name}.json": cell.record for cell in cells}
+    assert results_in(tmp_path) == {f"lora--{cell.name}.json": shareable(cell.record) for cell in cells}
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert "4/4" in last_line
     assert "failed=1" in last_line
@@ -105,13 +106,13 @@ def test_a_process_that_is_killed_stops_no_other_and_its_cell_is_tried_again(tmp
     assert [cell.status for cell in cells] == [SUCCESS, FAILED, FAILED, SUCCESS]
     assert done_in(tmp_path) == ["a", "b", "c", "d"]
     assert "was killed (SIGKILL)" in cells[1].record.run_info.error_msg
-    assert results_in(tmp_path) == {f"lora--{cell.name}.json": cell.record for cell in cells}
+    assert results_in(tmp_path) == {f"lora--{cell.name}.json": shareable(cell.record) for cell in cells}
 
     again = [fake_cell(tmp_path / name) for name in endings]
     run_grid(again, jobs=2, results=tmp_path / "results")
     assert {cell.status for cell in again} == {SUCCESS}
     assert sorted(done_in(tmp_path)[4:]) == ["b", "c"]
-    assert results_in(tmp_path) == {f"lora--{cell.name}.json": cell.record for cell in again}
+    assert results_in(tmp_path) == {f"lora--{cell.name}.json": shareable(cell.record) for cell in again}
     assert multiprocessing.active_children() == []
 
 
