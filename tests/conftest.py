@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ os.environ.update(
 import pytest  # noqa: E402
 import timm  # noqa: E402
 import torch  # noqa: E402
+from accelerate.state import AcceleratorState  # noqa: E402
 from torch import nn  # noqa: E402
 from transformers import TrainingArguments, set_seed  # noqa: E402
 
@@ -37,6 +38,15 @@ def pytest_unconfigure() -> None:
 def fixed_seed() -> None:
     """Python, NumPy and torch start every test from the same state."""
     set_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def fresh_accelerator() -> Iterator[None]:
+    """Accelerate keeps the first run's settings for the whole process."""
+    threads = torch.get_num_threads()
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from timm.layers import ConvNormAct
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -22,13 +21,6 @@ from peft_edge.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreSGD, galore_para
 from peft_edge.profiling import analyse
 
 OPTIMIZERS = {"adamw": GaLoreAdamW, "sgd": GaLoreSGD, "adafactor": GaLoreAdafactor}
-
-
-@pytest.fixture(autouse=True)
-def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps the first accelerator's settings for the whole process."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

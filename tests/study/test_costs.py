@@ -38,11 +38,11 @@ def bert(tmp_path: Path) -> Path:
     ],
 )
 def test_a_cost_is_that_of_the_analysis(setting: dict, options: dict) -> None:
-    record = analyse_cost("mobilenetv2_035", CostSetting(**setting, **SMALL))
-    expected = analyse(load_network("mobilenetv2_035"), setting["method"], **SMALL, **options)
+    record = analyse_cost("resnet10t", CostSetting(**setting, **SMALL))
+    expected = analyse(load_network("resnet10t"), setting["method"], **SMALL, **options)
     assert record.profile == expected.profile[0]
     assert record.setting["lora_rank"] == setting.get("lora_rank")
-    assert (record.network, record.kind, record.method) == ("mobilenetv2_035", "depthwise", setting["method"])
+    assert (record.network, record.kind, record.method) == ("resnet10t", "standard", setting["method"])
 
 
 def test_what_means_nothing_is_null(bert: Path) -> None:

@@ -79,6 +79,7 @@ def results_in(folder: Path) -> dict[str, Record]:
     return read_archive(folder / "results").runs
 
 
+@pytest.mark.slow
 def test_one_cell_of_each_source_is_done_first_and_a_failure_stops_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

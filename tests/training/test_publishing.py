@@ -20,6 +20,7 @@ def hub(tmp_path: Path) -> Iterator[stand_in.StandIn]:
         yield server
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_run_whose_push_fails_is_complete_and_pushed_by_the_same_command(
     run: Callable[..., Record], hub: stand_in.StandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str]
