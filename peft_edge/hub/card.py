@@ -10,8 +10,6 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from timm.models import get_pretrained_cfg
 
-from peft_edge.profiling.figures import save_cost_figure
-from peft_edge.profiling.tables import profile_table, text_table
 from peft_edge.records import Record, StepProfile
 
 CARD_NAME = "README.md"
@@ -147,6 +145,9 @@ def _what_was_adapted(record: Record) -> str:
 
 
 def _accuracy(record: Record) -> str:
+    # Not with the package, whose import is to be quick.
+    from peft_edge.profiling.tables import text_table
+
     found = record.train_info.metrics[-1]
     rows = [("test accuracy on", "before", "after")] + [
         (name, _share(found.get(f"{key} without update")), _share(found.get(key)))
@@ -156,6 +157,8 @@ def _accuracy(record: Record) -> str:
 
 
 def _cost(record: Record, folder: Path | None) -> str:
+    from peft_edge.profiling.tables import profile_table, text_table
+
     train = record.train_info
     rows = [
         ("trained parameters", f"{train.num_trainable_params or 0:,}"),
@@ -173,6 +176,8 @@ def _cost(record: Record, folder: Path | None) -> str:
 
 def _draw(steps: dict[str, StepProfile], path: Path) -> bool:
     """Whether it could: matplotlib is an extra."""
+    from peft_edge.profiling.figures import save_cost_figure
+
     try:
         save_cost_figure(steps, path, title="a training step")
     except ImportError:

@@ -9,7 +9,6 @@ from typing import Any, get_type_hints
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from pydantic import TypeAdapter, ValidationError
 
 from peft_edge.hub.reading import read_json
 
@@ -51,6 +50,9 @@ def read_configuration(path: Path) -> PeftConfig:
 
 
 def _check_values(path: Path, kind: type[PeftConfig], found: dict[str, Any]) -> None:
+    # Not with the package, whose import is to be quick.
+    from pydantic import TypeAdapter, ValidationError
+
     # It names a module that PEFT would import.
     if found.get("megatron_config") is not None:
         raise ValueError(f"{path}: megatron_config: expected null, as for every convolutional network")

@@ -6,8 +6,6 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
 from peft import PeftConfig
 from peft.utils.constants import DUMMY_TARGET_MODULES
 
@@ -66,6 +64,10 @@ def is_linear(pattern: str) -> bool:
 
 
 def _matched(field: str, pattern: str, names: Sequence[str]) -> list[str]:
+    # Not with the package, whose import is to be quick.
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
     try:
         found = pc.match_substring_regex(pa.array(names, pa.string()), rf"\A(?:{pattern})\z")
     except pa.ArrowInvalid as error:

@@ -47,7 +47,12 @@ def start(*code: str) -> subprocess.Popen[str]:
 
 def start_study(grid: Path, output_dir: Path) -> subprocess.Popen[str]:
     options = ["study", "--grid", str(grid), "--output-dir", str(output_dir)]
-    return start("from peft_edge.cli import main", f"if __name__ == '__main__': main({options})")
+    return start(
+        # What is started in the background of a script ignores Ctrl-C.
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)",
+        "from peft_edge.cli import main",
+        f"if __name__ == '__main__': main({options})",
+    )
 
 
 def start_fakes(folder: Path, num_cells: int, seconds: float) -> subprocess.Popen[str]:
