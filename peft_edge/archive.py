@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft_edge.files import written_whole
 from peft_edge.records import SUCCESS, CostRecord, Record
+
+R = TypeVar("R", Record, CostRecord)
 
 # What tells our runs from PEFT's own records, which have the same blocks with another configuration.
 _CONFIG_KEYS = {"method", "norm", "backbone", "data", "adapter"}
@@ -52,23 +54,31 @@ def read_archive(folder: Path) -> Archive:
     return archive
 
 
+def read_record(file: Path, kind: type[R]) -> R | None:
+    """Returns the record in a file; None if there is no file.
+
+    Raises:
+        ValueError: It is damaged; the message names the file.
+    """
+    try:
+        return kind.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: delete it, and it is made anew ({error})") from error
+
+
 def _is_same(one: Record, other: Record) -> bool:
     started, others_start = ((run.run_info.experiment_name, run.run_info.created_at) for run in (one, other))
     return started == others_start and one.train_info == other.train_info
 
 
 def _read(file: Path) -> Record | CostRecord | None:
-    text = file.read_text(encoding="utf-8")
     try:
-        block = json.loads(text)
+        block = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:
         return None
-    try:
-        if _is_run(block):
-            return Record.from_json(text)
-        return CostRecord.from_json(text) if _is_cost(block) else None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: delete it, or make it anew ({error})") from error
+    if _is_run(block):
+        return read_record(file, Record)
+    return read_record(file, CostRecord) if _is_cost(block) else None
 
 
 def _is_run(block: Any) -> bool:

@@ -211,6 +211,11 @@ class Record:
     profile: list[StepProfile] = field(default_factory=list)
     """What a step costs, for each process and each LoRA rank; of a run that failed, what was measured until then."""
 
+    @property
+    def step(self) -> StepProfile | None:
+        """What a step costs the first process; None where none was sampled."""
+        return next((row for row in self.profile if row.scope == "step"), None)
+
     def to_json(self) -> str:
         """Returns the record as JSON text."""
         return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"

@@ -47,7 +47,7 @@ def data_file(archive: Archive, folder: str = "") -> str:
 def _run(record: Record) -> dict[str, Any]:
     info, train = record.run_info, record.train_info
     config = {key: value for key, value in info.train_config.items() if key not in _FOLDERS}
-    step = next((vars(row) for row in record.profile if row.scope == "step"), {})
+    step = {} if record.step is None else vars(record.step)
     return {
         "record": "run",
         "total_time": info.total_time,

@@ -84,17 +84,13 @@ class Run:
         return "harmonic mean of accuracies" if self.has_new_classes else "target accuracy"
 
     @property
-    def step(self) -> StepProfile | None:
-        """What a step costs the first process; None where none was sampled."""
-        return next((row for row in self.record.profile if row.scope == "step"), None)
-
-    @property
     def costs(self) -> tuple[int, int, int] | None:
         """Bytes at the peak of a step, FLOPs of all its arithmetic, and bytes shipped; None where one is unknown."""
-        if self.step is None or self.step.memory_peak_bytes is None or self.record.train_info.file_size is None:
+        step, shipped = self.record.step, self.record.train_info.file_size
+        if step is None or step.memory_peak_bytes is None or shipped is None:
             return None
-        flops = all_flops(self.step)
-        return None if flops is None else (self.step.memory_peak_bytes, flops, self.record.train_info.file_size)
+        flops = all_flops(step)
+        return None if flops is None else (step.memory_peak_bytes, flops, shipped)
 
 
 def all_flops(step: StepProfile) -> int | None:

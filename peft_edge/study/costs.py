@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import timm
 from pydantic import Field, ValidationError
 
-from peft_edge.archive import add_record
+from peft_edge.archive import add_record, read_record
 from peft_edge.config import Section
 from peft_edge.config.sections import PositiveCount
 from peft_edge.files import matching_files
@@ -109,13 +109,8 @@ class CostCell(Cell):
         Raises:
             ValueError: The record is damaged; the message names the file.
         """
-        if not self._file.exists():
-            return None
-        try:
-            record = CostRecord.from_json(self._file.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{self._file} is damaged: delete it, and it is made anew ({error})") from error
-        return record if record.setting == _stated(self.asked) else None
+        record = read_record(self.folder / "record.json", CostRecord)
+        return record if record is not None and record.setting == _stated(self.asked) else None
 
     def run(self) -> None:
         """Analyses the step."""
@@ -123,10 +118,6 @@ class CostCell(Cell):
 
     def record_failure(self, reason: str) -> None:
         """Does nothing: an analysis has either a record or no result."""
-
-    @property
-    def _file(self) -> Path:
-        return self.folder / "record.json"
 
 
 def cost_cells(block: CostGrid, file: Path, output_dir: Path) -> list[CostCell]:

@@ -13,6 +13,7 @@ import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
+from peft_edge import archive
 from peft_edge.config import ConfigError, RunConfig, flatten, to_yaml
 from peft_edge.files import remove, unfinished_path, written_whole
 from peft_edge.records import SUCCESS, Record
@@ -64,11 +65,7 @@ def read_record(folder: Path) -> Record | None:
     Raises:
         ValueError: It is damaged; the message names the file.
     """
-    file = folder / "record.json"
-    try:
-        return Record.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: delete it, and the run is finished anew ({error})") from error
+    return archive.read_record(folder / "record.json", Record)
 
 
 @contextmanager

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from peft_edge.methods import METHODS
 
@@ -22,6 +22,17 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H"
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
 _UNDATED: dict[str, dict[str, Any]] = {".png": {}, ".svg": {"Date": None}}
+
+
+class HasSeries(Protocol):
+    """One pair of axes."""
+
+    @property
+    def series(self) -> Mapping[str, Any]:
+        """What is drawn of each method."""
+
+
+Panel = TypeVar("Panel", bound=HasSeries)
 
 
 @contextmanager
@@ -50,6 +61,35 @@ def canvas(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
         for ending in ENDINGS:
             # Not with_suffix: there may be points in a name.
             figure.savefig(path.with_name(path.name + ending), dpi=150, metadata=_UNDATED[ending])
+
+
+def save_grid(
+    panels: Sequence[Sequence[Panel | None]],
+    path: Path,
+    draw: Callable[[Any, Panel, Mapping[str, Mapping[str, Any]]], None],
+    *,
+    panel_width: float,
+    legend_columns: int,
+) -> None:
+    """Draws panels in rows and columns, and saves them; a method looks the same in all of them.
+
+    Args:
+        panels: Row by row, equally many in each; None leaves a place empty.
+        path: See `canvas`.
+        draw: Draws a panel into a pair of axes, with the style of each method.
+        panel_width: In inches.
+        legend_columns: Names beside one another in the legend.
+    """
+    marks = styles(list(dict.fromkeys(name for row in panels for panel in row if panel for name in panel.series)))
+    with canvas(path, size=(0.6 + panel_width * len(panels[0]), 1.0 + 3.0 * len(panels))) as figure:
+        grid = figure.subplots(len(panels), len(panels[0]), squeeze=False, sharey="row")
+        for row, places in zip(panels, grid, strict=True):
+            for panel, axes in zip(row, places, strict=True):
+                if panel is None:
+                    axes.set_axis_off()
+                else:
+                    draw(axes, panel, marks)
+        legend_below(figure, list(grid.flat), columns=legend_columns)
 
 
 def styles(names: Sequence[str]) -> dict[str, dict[str, Any]]:

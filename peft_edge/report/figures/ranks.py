@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_edge.report.figures.canvas import canvas, legend_below, plain, styles
+from peft_edge.report.figures.canvas import plain, save_grid
 
 Range = tuple[float, float, float]
 """The lower end, the middle and the upper end."""
@@ -34,17 +34,7 @@ def save_over_rank(panels: Sequence[Sequence[RankPanel | None]], path: Path) -> 
         panels: Row by row, equally many in each; None leaves a place empty.
         path: See `canvas`.
     """
-    names = list(dict.fromkeys(name for row in panels for panel in row if panel for name in panel.series))
-    marks = styles(names)
-    with canvas(path, size=(0.6 + 3.6 * len(panels[0]), 1.0 + 3.0 * len(panels))) as figure:
-        grid = figure.subplots(len(panels), len(panels[0]), squeeze=False, sharey="row")
-        for row, places in zip(panels, grid, strict=True):
-            for panel, axes in zip(row, places, strict=True):
-                if panel is None:
-                    axes.set_axis_off()
-                else:
-                    _draw(axes, panel, marks)
-        legend_below(figure, list(grid.flat), columns=min(6, 2 * len(panels[0])))
+    save_grid(panels, path, _draw, panel_width=3.6, legend_columns=min(6, 2 * len(panels[0])))
 
 
 def _draw(axes: Any, panel: RankPanel, marks: Mapping[str, Mapping[str, Any]]) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_edge.report.figures.canvas import canvas, legend_below, plain, styles
+from peft_edge.report.figures.canvas import plain, save_grid
 from peft_edge.report.stats import pareto
 
 
@@ -38,18 +38,7 @@ def save_scatter(panels: Sequence[Sequence[ScatterPanel | None]], path: Path) ->
         panels: Row by row, equally many in each; None leaves a place empty.
         path: See `canvas`.
     """
-    names = list(dict.fromkeys(name for row in panels for panel in row if panel for name in panel.series))
-    marks = styles(names)
-    columns = len(panels[0])
-    with canvas(path, size=(0.6 + (4.6 if columns < 3 else 3.6) * columns, 1.0 + 3.0 * len(panels))) as figure:
-        grid = figure.subplots(len(panels), columns, squeeze=False, sharey="row")
-        for row, places in zip(panels, grid, strict=True):
-            for panel, axes in zip(row, places, strict=True):
-                if panel is None:
-                    axes.set_axis_off()
-                else:
-                    _draw(axes, panel, marks)
-        legend_below(figure, list(grid.flat), columns=5)
+    save_grid(panels, path, _draw, panel_width=4.6 if len(panels[0]) < 3 else 3.6, legend_columns=5)
 
 
 def _draw(axes: Any, panel: ScatterPanel, marks: Mapping[str, Mapping[str, Any]]) -> None:
