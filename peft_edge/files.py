@@ -19,7 +19,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the file or folder written there takes its name when the block ends.
 
     When the block fails, `path` is left as it was. A process that is killed leaves the temporary path, which the next
-    attempt clears.
+    attempt clears. When the power fails, `path` is the old or the new one, too.
 
     Raises:
         OSError: The disk is full; the message names `path` and the bytes that are left. Or a file was written where a
@@ -30,6 +30,7 @@ def written_whole(path: Path) -> Iterator[Path]:
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield unfinished
+        _flush(unfinished)
         if path.is_dir() and unfinished.is_dir():
             # A folder can only be renamed onto an empty one, so the old one steps aside first.
             replaced = path.with_name(f".{path.name}.replaced")
@@ -53,6 +54,14 @@ def written_whole(path: Path) -> Iterator[Path]:
             f"no space to write {path}: {free_bytes:,} bytes are free there. Nothing that was saved before is lost: "
             "free some space and run the same command again",
         ) from error
+
+
+def _flush(path: Path) -> None:
+    """Waits until the disk holds what was written: a name that reached it first would be that of an empty file."""
+    for file in path.rglob("*") if path.is_dir() else [path]:
+        if file.is_file():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
 
 
 def unfinished_path(path: Path) -> Path:

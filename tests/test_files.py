@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 import signal
 import subprocess
@@ -71,6 +72,21 @@ with written_whole(pathlib.Path(sys.argv[1])) as unfinished:
         unfinished.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert not list((tmp_path / "folder").iterdir())
+
+
+def test_the_disk_holds_all_files_before_they_take_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[tuple[int, bool]] = []
+
+    def fsync(descriptor: int) -> None:
+        flushed.append((os.fstat(descriptor).st_ino, (tmp_path / "folder").exists()))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with written_whole(tmp_path / "folder") as unfinished:
+        (unfinished / "inner").mkdir(parents=True)
+        (unfinished / "a").write_text("a")
+        (unfinished / "inner" / "b").write_text("b")
+    files = (tmp_path / "folder" / "a", tmp_path / "folder" / "inner" / "b")
+    assert sorted(flushed) == sorted((file.stat().st_ino, False) for file in files)
 
 
 @pytest.mark.parametrize(

@@ -51,6 +51,8 @@ def load_pretrained(
     """
     folder = _folder_of(adapter, revision)
     config = read_configuration(folder / CONFIG_NAME)
+    if base is None:
+        _check_library(folder, config)
     layout = _read_adapter_layout(folder / SAFETENSORS_WEIGHTS_NAME)
     base_name = config.base_model_name_or_path
     is_own = Path(adapter).is_dir()
@@ -90,6 +92,15 @@ def _downloaded(repo_id: str, files: list[str], expected: str, *, revision: str 
             f"{repo_id}: expected {expected}, or the id of one on the Hub. No such folder exists, and from the Hub: "
             f"{reason}"
         ) from error
+
+
+def _check_library(folder: Path, config: PeftConfig) -> None:
+    mapping = config.auto_mapping or {}
+    if str(mapping.get("parent_library")).startswith("transformers."):
+        raise ValueError(
+            f"{folder}: expected the adapter of a timm model, found that of a {mapping.get('base_model_class')!s:.80} "
+            "of transformers: load it with peft.AutoPeftModel.from_pretrained, or pass such a model as base="
+        )
 
 
 def _read_adapter_layout(path: Path) -> Layout:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
@@ -11,6 +12,9 @@ from typing import Any
 from accelerate import Accelerator
 
 from peft_edge.files import remove, unfinished_path, written_whole
+
+_PROGRESS = "progress.json"
+"""Holds the :class:`Progress`, and a checksum of every other file."""
 
 
 @dataclass
@@ -45,9 +49,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         # The main process has cleared the place before others write to it, and names it when all are done.
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
-        if is_writer:
-            (unfinished / "progress.json").write_text(json.dumps(asdict(progress)), encoding="utf-8")
         accelerator.wait_for_everyone()
+        if is_writer:
+            content = {"progress": asdict(progress), "sha256": _digests(unfinished)}
+            (unfinished / _PROGRESS).write_text(json.dumps(content), encoding="utf-8")
     if is_writer:
         for old in _checkpoints(folder)[:-keep]:
             remove(old)
@@ -57,12 +62,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
     """Puts the newest checkpoint into everything that the accelerator has prepared; without one, nothing changes.
 
     Raises:
-        ValueError: The checkpoint is of a run with another number of processes.
+        ValueError: The checkpoint is damaged, or of a run with another number of processes.
     """
     found = _checkpoints(folder)
     if not found:
         return Progress(accelerator.num_processes)
-    progress = Progress(**json.loads((found[-1] / "progress.json").read_text(encoding="utf-8")))
+    progress = _read_progress(found[-1])
     if progress.num_processes != accelerator.num_processes:
         raise ValueError(
             f"{found[-1]} is the checkpoint of a run with --num_processes {progress.num_processes}, and this one has "
@@ -88,6 +93,26 @@ def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> P
                 remove(path)
     accelerator.wait_for_everyone()
     return good[-1] if good else None
+
+
+def _read_progress(checkpoint: Path) -> Progress:
+    # Accelerate passes over random states that it cannot read, and weights with a flipped bit are weights.
+    try:
+        content = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
+        is_whole = content["sha256"] == _digests(checkpoint)
+    except (OSError, ValueError, KeyError):
+        is_whole = False
+    if not is_whole:
+        raise ValueError(
+            f"the checkpoint {checkpoint} is damaged: its files are not those that were written. Delete it, and the "
+            "same command goes on from the one before"
+        )
+    return Progress(**content["progress"])
+
+
+def _digests(checkpoint: Path) -> dict[str, str]:
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _PROGRESS]
+    return {str(file.relative_to(checkpoint)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
 
 
 def _step_of(path: Path) -> int:

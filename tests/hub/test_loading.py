@@ -109,6 +109,19 @@ def test_damaged_configuration_is_named(copied: Path, text: str) -> None:
         load_pretrained(copied)
 
 
+def test_an_adapter_of_transformers_is_told_apart(copied: Path) -> None:
+    file = copied / "adapter_config.json"
+    config = json.loads(file.read_text())
+    config["auto_mapping"] = {
+        "base_model_class": "TimmWrapperForImageClassification",
+        "parent_library": "transformers.models.timm_wrapper.modeling_timm_wrapper",
+    }
+    file.write_text(json.dumps(config))
+    message = r"that of a TimmWrapperForImageClassification of transformers: load it with peft\.AutoPeftModel"
+    with pytest.raises(ValueError, match=message):
+        load_pretrained(copied)
+
+
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet10t", "mobilenetv3_small_050"])
 def test_adapter_for_another_backbone(saved: tuple[Path, Tensor, Tensor], name: str) -> None:
     base = load_backbone(name, num_classes=7)

@@ -50,6 +50,17 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
         load_checkpoint(accelerator, tmp_path)
 
 
+@pytest.mark.parametrize("name", ["progress.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    file = tmp_path / "step_00000003" / name
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    with pytest.raises(ValueError, match=r"the checkpoint .*step_00000003 is damaged: .*Delete it"):
+        load_checkpoint(accelerator, tmp_path)
+
+
 def test_checkpoints_that_are_not_known_to_be_good_are_removed(tmp_path: Path) -> None:
     accelerator, _ = prepared()
     for step in (4, 5):

@@ -1,0 +1,115 @@
+"""A short run of train.py in a process of its own; as a module it is one, with the arguments of train.py."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+import train
+from peft_edge.data import digits
+
+OPTIONS = (
+    "backbone.name=mobilenetv3_small_050",
+    "data.name=digits",
+    "data.shift=blend",
+    "data.image_size=32",
+    "source.epochs=1",
+    "training.epochs=3",
+    "training.warmup_steps=1",
+    "training.learning_rate=[3e-3,1e-2]",
+    "training.checkpoint_every_steps=2",
+    "adapter.lora_dropout=0.1",
+    "trackers=[]",
+    "profiling.every_n_steps=0",
+    "--cpu",
+)
+
+FIRST_TRAINING = "lr_0.003"
+
+# Each process is forked from one that has imported everything and computed nothing.
+_PROCESSES = multiprocessing.get_context("forkserver")
+_PROCESSES.set_forkserver_preload([__name__])
+
+
+def arguments(folder: Path, *options: str) -> list[str]:
+    return [*OPTIONS, *options, f"output_dir={folder}"]
+
+
+def begin(folder: Path, *options: str, prepare: Callable[[], object] | None = None) -> BaseProcess:
+    """Starts a run in `folder`, or goes on with it; what it prints is added to the file beside it, `log_of(folder)`.
+
+    Args:
+        folder: Its output_dir.
+        options: Added to `OPTIONS`.
+        prepare: Called in the process before anything else, to bring about a fault.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    process = _PROCESSES.Process(target=_run, args=(arguments(folder, *options), folder, prepare))
+    process.start()
+    return process
+
+
+def log_of(folder: Path) -> Path:
+    return folder.with_name(f"{folder.name}.log")
+
+
+def ended(process: BaseProcess) -> tuple[int | None, float]:
+    """Waits for the end of a process; returns its exit code and the seconds that this took."""
+    started = time.monotonic()
+    process.join()
+    return process.exitcode, time.monotonic() - started
+
+
+def completed(folder: Path, *options: str) -> float:
+    """Runs to the end, or on to the end, and returns the seconds that it took."""
+    process = begin(folder, *options)
+    code, seconds = ended(process)
+    assert code == 0, log_of(folder).read_text()
+    return seconds
+
+
+def wait_for(step: int, folder: Path, process: BaseProcess, training: str = FIRST_TRAINING) -> None:
+    """Waits for the checkpoint of a step."""
+    checkpoint = folder / "checkpoints" / training / f"step_{step:08d}"
+    while not checkpoint.exists():
+        assert process.is_alive(), log_of(folder).read_text()
+        time.sleep(0.002)
+
+
+def steps_saved(folder: Path, training: str = FIRST_TRAINING) -> list[int]:
+    found = (folder / "checkpoints" / training).glob("step_*")
+    return sorted(int(path.name.removeprefix("step_")) for path in found)
+
+
+def digest(folder: Path) -> str:
+    """Of the adapter's weights."""
+    return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
+
+
+def _run(options: list[str], folder: Path, prepare: Callable[[], object] | None) -> None:
+    with log_of(folder).open("a") as log:
+        os.dup2(log.fileno(), sys.stdout.fileno())
+        os.dup2(log.fileno(), sys.stderr.fileno())
+    if prepare is not None:
+        prepare()
+    main(options)
+
+
+def main(options: list[str]) -> None:
+    """`train.py` with few images."""
+    torch.set_num_threads(1)
+    digits.SPLIT_SIZES = {"adaptation": 100, "validation": 30, "test": 60}
+    sys.argv = ["train.py", *options]
+    train.command()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

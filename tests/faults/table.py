@@ -1,0 +1,74 @@
+"""The table of faults in reports/: one record for each, written by the test that brings the fault about."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+FOLDER = "PEFT_EDGE_FAULTS"
+"""The environment variable that names the folder for records; without it, none are written."""
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What was done to a run, and what came of it."""
+
+    fault: str
+    answer: str
+    """What the program did."""
+
+    stop_s: float | None
+    """Seconds from the fault until the program had stopped; None where it went on."""
+
+    recover_s: float | None
+    """Seconds that the same command took until the run was complete; None where nothing was to be recovered."""
+
+    lost: str
+
+
+def add(fault: Fault) -> None:
+    """Writes the record of a fault and the page of all of them, where the environment asks for it."""
+    folder = os.environ.get(FOLDER)
+    if folder is None:
+        return
+    name = "-".join("".join(letter if letter.isalnum() else " " for letter in fault.fault.lower()).split())
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    (Path(folder) / f"{name}.json").write_text(json.dumps(asdict(fault), indent=2) + "\n", encoding="utf-8")
+    (Path(folder) / "README.md").write_text(page(read(Path(folder))), encoding="utf-8")
+
+
+def read(folder: Path) -> list[Fault]:
+    return [Fault(**json.loads(file.read_text(encoding="utf-8"))) for file in sorted(folder.glob("*.json"))]
+
+
+def page(faults: list[Fault]) -> str:
+    rows = [
+        f"| {fault.fault} | {fault.answer} | {_seconds(fault.stop_s)} | {_seconds(fault.recover_s)} | {fault.lost} |"
+        for fault in faults
+    ]
+    return "\n".join(
+        [
+            "# When things go wrong",
+            "",
+            "What a short run of `train.py` did (mobilenetv3_small_050 on digits of 32 px, LoRA, two trainings of nine",
+            "steps, a checkpoint after every second step), on one CPU core. Recovery is the same command again, until",
+            "the run is complete, with the import of torch left out. Where nothing is said to be lost, and wherever a",
+            "run goes on, the adapter is the same to the bit as that of a run to which nothing happened. The page is",
+            "written by the tests:",
+            "",
+            "```bash",
+            f'{FOLDER}=reports/faults pytest -m "slow or distributed" tests/faults',
+            "```",
+            "",
+            "| fault | the program | stopped after [s] | recovered in [s] | lost |",
+            "| --- | --- | ---: | ---: | --- |",
+            *rows,
+            "",
+        ]
+    )
+
+
+def _seconds(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"

@@ -1,0 +1,269 @@
+"""What a run does when something goes wrong, and that nothing more is lost than what is said."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from PIL import Image
+
+from peft_edge.records import DIVERGED, FAILED, SUCCESS, Record
+from tests.faults.small_run import (
+    FIRST_TRAINING,
+    arguments,
+    begin,
+    completed,
+    digest,
+    ended,
+    log_of,
+    steps_saved,
+    wait_for,
+)
+from tests.faults.table import Fault, add
+
+pytestmark = pytest.mark.slow
+
+ROOT = Path(__file__).parents[2]
+NOTHING = "nothing"
+
+
+def record_of(run: Path) -> Record:
+    return Record.from_json((run / "record.json").read_text())
+
+
+def error_of(text: str) -> str:
+    """The message that the program ends with."""
+    return text[text.index("error: ") :].splitlines()[0]
+
+
+def test_termination(run: Path, cache: str, whole: str) -> None:
+    process = begin(run, cache)
+    wait_for(2, run, process)
+    process.terminate()
+    code, stop_s = ended(process)
+    assert code == 128 + signal.SIGTERM
+    said = log_of(run).read_text()
+    assert "is saved, to go on from" in said
+    step = int(said.split("terminated: step ")[1].split()[0])
+    assert steps_saved(run)[-1] == step
+    recover_s = completed(run, cache)
+    assert digest(run) == whole
+    add(Fault("SIGTERM", "ends its step, saves a checkpoint, exits with 143", stop_s, recover_s, NOTHING))
+
+
+def test_full_disk(run: Path, cache: str, whole: str) -> None:
+    """The folder of the run is a file system that holds two checkpoints, and then has space again."""
+    run.mkdir()
+    command = f"{sys.executable} -m tests.faults.small_run {shlex.join(arguments(run, cache))}"
+    script = (
+        f"mount -t tmpfs -o size=7500k none {run} && (({command}); echo code $?; ls {run}/checkpoints/*; date +%s.%N; "
+        f"mount -o remount,size=64m {run}; {command} && date +%s.%N && cp -r {run}/adapter {run.parent}/adapter)"
+    )
+    isolated = ["unshare", "--user", "--map-root-user", "--mount", "bash", "-c"]
+    if subprocess.run([*isolated, f"mount -t tmpfs none {run}"], capture_output=True).returncode:
+        pytest.skip("this system lets no test mount a file system")
+    done = subprocess.run([*isolated, script], cwd=ROOT, capture_output=True, text=True)
+    assert "code 2" in done.stdout, done.stderr
+    assert "no space to write" in error_of(done.stderr)
+    assert "step_00000002" in done.stdout
+    assert done.returncode == 0, done.stderr
+    begun, over = [float(line) for line in done.stdout.splitlines() if line.replace(".", "", 1).isdigit()]
+    assert digest(run.parent) == whole
+    add(
+        Fault(
+            "a full disk while a checkpoint is written",
+            "exits with 2: which file, how many bytes are free, that nothing saved is lost",
+            0.0,
+            over - begun,
+            "the steps since the checkpoint before",
+        )
+    )
+
+
+def test_vanished_image(run: Path, tmp_path: Path) -> None:
+    photos = tmp_path / "photos"
+    for number in range(48):
+        file = photos / "ab"[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (5 * number, 100 * (number % 2), 0)).save(file)
+    options = [
+        f"data.name={photos}",
+        "data.shift=invert",
+        "source.batch_size=8",
+        "training.batch_size=8",
+        "training.epochs=40",
+    ]
+    options += ["training.eval_every_epochs=40", "training.learning_rate=3e-3"]
+    completed(tmp_path / "whole" / "run", *options)
+
+    process = begin(run, *options)
+    wait_for(2, run, process)
+    hidden = shutil.move(photos / "a", tmp_path / "a")
+    code, stop_s = ended(process)
+    said = error_of(log_of(run).read_text())
+    assert code == 2
+    assert str(photos / "a") in said
+    assert "cannot read image" in said
+    assert record_of(run).train_info.status == FAILED
+    shutil.move(hidden, photos / "a")
+    recover_s = completed(run, *options)
+    assert digest(run) == digest(tmp_path / "whole" / "run")
+    add(Fault("image files that vanish", "exits with 2: which file", stop_s, recover_s, "the steps since a checkpoint"))
+
+
+def test_a_loss_that_is_no_number(run: Path, cache: str) -> None:
+    started = time.monotonic()
+    process = begin(run, cache, "training.learning_rate=1e20", "training.checkpoint_every_steps=1")
+    code, _ = ended(process)
+    assert code == 2
+    assert "lr_1e+20 diverged: the loss at step" in error_of(log_of(run).read_text())
+    assert record_of(run).train_info.status == DIVERGED
+    add(
+        Fault(
+            "a loss of NaN",
+            "exits with 2: at which step, what to lower; of the checkpoints, the good ones stay",
+            time.monotonic() - started,
+            None,
+            "this learning rate; with several, the others go on",
+        )
+    )
+
+
+@pytest.mark.distributed
+def test_one_of_two_processes_dies(run: Path, cache: str) -> None:
+    launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "-m", "tests.faults.small_run"]
+    options = arguments(run, cache, "training.epochs=1000", "training.checkpoint_every_steps=10")
+    launched = subprocess.Popen(
+        [*launcher, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    checkpoint = run / "checkpoints" / FIRST_TRAINING / "step_00000010"
+    while not checkpoint.exists():
+        assert launched.poll() is None, launched.communicate()[1]
+        time.sleep(0.01)
+    workers = [
+        process for process in psutil.Process(launched.pid).children(recursive=True) if "RANK" in process.environ()
+    ]
+    next(process for process in workers if process.environ()["RANK"] == "1").kill()
+    started = time.monotonic()
+    _, errors = launched.communicate(timeout=60)
+    stop_s = time.monotonic() - started
+    assert launched.returncode != 0
+    assert "SIGKILL" in errors
+    assert not [process for process in workers if process.is_running()]
+    assert record_of(run).train_info.status == FAILED
+    assert steps_saved(run)
+    add(
+        Fault(
+            "one of two processes is killed",
+            "the other ends; the launcher's last lines name the process and the signal",
+            stop_s,
+            None,
+            "the steps since a checkpoint",
+        )
+    )
+
+
+def test_a_reading_process_dies(run: Path, cache: str) -> None:
+    process = begin(run, cache, "num_workers=1", "training.epochs=1000")
+    wait_for(4, run, process)
+    next(child for child in psutil.Process(process.pid).children()).kill()
+    code, stop_s = ended(process)
+    assert code not in (0, None)
+    assert "DataLoader worker" in log_of(run).read_text()
+    assert record_of(run).train_info.status == FAILED
+    add(
+        Fault(
+            "a process that reads images is killed",
+            "exits: which process",
+            stop_s,
+            None,
+            "the steps since a checkpoint",
+        )
+    )
+
+
+def test_the_clock_jumps(run: Path, cache: str, whole: str) -> None:
+    process = begin(run, cache, prepare=_let_the_clock_jump)
+    code, seconds = ended(process)
+    assert code == 0, log_of(run).read_text()
+    record = record_of(run)
+    assert digest(run) == whole
+    assert 0 < record.train_info.train_time < record.run_info.total_time < seconds
+    add(Fault("the clock is set back by a day, again and again", "goes on; durations stay right", None, None, NOTHING))
+
+
+def test_two_runs_in_one_folder(run: Path, cache: str, whole: str) -> None:
+    first = begin(run, cache)
+    wait_for(2, run, first)
+    second = begin(run, cache)
+    code, stop_s = ended(second)
+    assert code == 2
+    assert "another run is working in" in error_of(log_of(run).read_text())
+    assert ended(first)[0] == 0
+    assert digest(run) == whole
+    add(Fault("a second run in the same folder", "the second exits with 2; the first goes on", stop_s, None, NOTHING))
+
+
+def test_a_damaged_checkpoint(run: Path, cache: str, whole: str) -> None:
+    process = begin(run, cache)
+    wait_for(4, run, process)
+    process.kill()
+    ended(process)
+    newest = run / "checkpoints" / FIRST_TRAINING / f"step_{steps_saved(run)[-1]:08d}"
+    weights = newest / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    started = time.monotonic()
+    code, _ = ended(begin(run, cache))
+    stop_s = time.monotonic() - started
+    assert code == 2
+    assert f"the checkpoint {newest} is damaged" in error_of(log_of(run).read_text())
+    shutil.rmtree(newest)
+    recover_s = completed(run, cache)
+    assert digest(run) == whole
+    add(
+        Fault(
+            "a damaged checkpoint",
+            "exits with 2: which one to delete, to go on from the one before",
+            stop_s,
+            recover_s,
+            "the steps since the checkpoint before",
+        )
+    )
+
+
+def test_the_hub_cannot_be_reached(run: Path, cache: str, whole: str) -> None:
+    code, _ = ended(begin(run, cache, "hub.repo_id=me/adapter", prepare=_let_the_hub_be_away))
+    assert code == 0
+    assert "The same command trains nothing, and pushes again" in log_of(run).read_text()
+    assert record_of(run).train_info.status == SUCCESS
+    assert digest(run) == whole
+    add(
+        Fault(
+            "the Hub cannot be reached",
+            "succeeds; says that the same command pushes again",
+            None,
+            None,
+            NOTHING,
+        )
+    )
+
+
+def _let_the_clock_jump() -> None:
+    now, calls = time.time, iter(range(10**9))
+    time.time = lambda: now() - 86_400 * next(calls)
+
+
+def _let_the_hub_be_away() -> None:
+    from huggingface_hub import constants
+
+    constants.HF_HUB_OFFLINE = False
+    constants.ENDPOINT = "http://127.0.0.1:9"
+    os.environ["HF_TOKEN"] = "hf_none"

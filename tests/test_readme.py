@@ -1,0 +1,153 @@
+"""Every command and every piece of Python in the README runs here, in their order, with less to do."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+from accelerate.state import AcceleratorState
+from PIL import Image
+from timm.models import save_for_hf
+
+import train
+from peft_edge import cli
+from peft_edge.data import digits
+from tests.hub import stand_in
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    tomllib = pytest.importorskip("tomli")
+
+ROOT = Path(__file__).parents[1]
+BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+PRETRAINED = "timm/mobilenetv3_small_100.lamb_in1k"
+
+LESS_TRAINING = [
+    "data.image_size=32",
+    "source.epochs=1",
+    "training.epochs=1",
+    "training.warmup_steps=1",
+    "training.learning_rate=1e-2",
+    "--cpu",
+]
+LESS_OF = {
+    "configs/tasks/image_folder_shift.yaml": [
+        "backbone.pretrained=false",
+        "source.batch_size=4",
+        "training.batch_size=4",
+    ],
+    "configs/tasks/shapes_shift.yaml": ["data.name=digits", "data.shift=invert", "data.severity=null"],
+    "profile": ["--image-size", "64"],
+    "plan": ["--image-size", "64", "--method", "lora", "--target-modules", "dense", "--lora-rank", "4"],
+    "study": ["--grid", "small_grid.yaml", "--jobs", "1"],
+    "export": ["--image-size", "32"],
+}
+"""What is added to a command that has this among its words."""
+
+pytestmark = [
+    pytest.mark.slow,
+    # The client of the Hub uploads in a way of which its own HTTP library warns.
+    pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
+    # Nothing in this environment traces for a GPU, and exporters say so in many ways.
+    pytest.mark.filterwarnings("default"),
+]
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder like the repository's, with what the README takes for granted."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(digits, "SPLIT_SIZES", {"adaptation": 64, "validation": 30, "test": 60})
+    for name in ("configs", "train.py", "pyproject.toml"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for number in range(24):
+        for folder, light in (("photos", 255), ("photos-of-the-new-camera", 150)):
+            file = tmp_path / "path" / "to" / folder / ("owl", "fox")[number % 2] / f"{number}.jpg"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("RGB", (40, 40), (light, 5 * number, light * (number % 2))).save(file)
+    _save_as_on_the_hub(tmp_path / PRETRAINED)
+    grid = {"recipes": [["configs/tasks/digits_shift.yaml"], ["configs/methods/head.yaml"]]}
+    less = dict(option.split("=") for option in LESS_TRAINING if "=" in option)
+    grid["grid"] = {name: [json.loads(value)] for name, value in less.items()}
+    (tmp_path / "small_grid.yaml").write_text(json.dumps(grid))
+    with stand_in.reachable(tmp_path / "hf_home"):
+        yield tmp_path
+
+
+def _save_as_on_the_hub(folder: Path) -> None:
+    folder.mkdir(parents=True)
+    save_for_hf(timm.create_model("mobilenetv3_small_100"), folder, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    del config["model_args"]  # those on the Hub were saved by older versions
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def test_everything_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names: dict[str, Any] = {"__name__": "readme"}
+    for language, text in BLOCKS:
+        if language == "python" and text.startswith("# last_block.py"):
+            (place / "last_block.py").write_text(text)
+        elif language == "python":
+            exec(compile(text, "README.md", "exec"), names)
+        else:
+            for command in _commands(text):
+                _run(command, monkeypatch)
+    assert (place / "path" / "to" / "updated" / "model" / "model.safetensors").exists()
+    assert (place / "photos.onnx").stat().st_size > 1e6
+
+
+def _commands(text: str) -> list[list[str]]:
+    lines = text.replace("\\\n", " ").splitlines()
+    return [shlex.split(command, comments=True) for line in lines for command in line.split("&&")]
+
+
+def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    less = [option for word, options in LESS_OF.items() if word in command for option in options]
+    match command:
+        case ["pip", "install", "-e", what]:
+            extra = what.removeprefix(".").strip("[]")
+            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+            assert not extra or extra in extras
+        case ["hf", "auth", "login"]:
+            assert shutil.which("hf")
+        case ["accelerate", "launch", *_, "train.py"] | ["accelerate", "launch", *_]:
+            assert shutil.which("accelerate")
+            _run(["python", *command[command.index("train.py") :]], monkeypatch)
+        case ["python", script, *arguments]:
+            AcceleratorState._reset_state(reset_partial_state=True)
+            is_help = arguments == ["--help"]
+            monkeypatch.setattr(sys, "argv", [script, *arguments, *([] if is_help else [*less, *LESS_TRAINING])])
+            run = train.command if script == "train.py" else lambda: runpy.run_path(script, run_name="__main__")
+            _expect_success(run)
+        case ["peft-edge", name, *arguments]:
+            if name == "diff":
+                _deploy(Path(arguments[arguments.index("--base") + 1]))
+            _expect_success(lambda: cli.main([name, *arguments, *less]))
+        case _:
+            raise AssertionError(f"the README has a command that this test does not know: {shlex.join(command)}")
+
+
+def _expect_success(run: Any) -> None:
+    """`--help` ends the process."""
+    try:
+        run()
+    except SystemExit as ending:
+        if ending.code:
+            raise AssertionError("the command has failed") from ending
+
+
+def _deploy(folder: Path) -> None:
+    """The source model of the quickstart is what its devices have."""
+    base = json.loads(Path("runs/quickstart/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
+    shutil.copytree(base, folder)
