@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shlex
 import shutil
@@ -15,6 +16,7 @@ import psutil
 import pytest
 from PIL import Image
 
+from peft_edge.profiling.callback import read_profile
 from peft_edge.records import DIVERGED, FAILED, SUCCESS, Record
 from tests.faults.small_run import (
     FIRST_TRAINING,
@@ -140,26 +142,30 @@ def test_a_loss_that_is_no_number(run: Path, cache: str) -> None:
 @pytest.mark.distributed
 def test_one_of_two_processes_dies(run: Path, cache: str) -> None:
     launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "-m", "tests.faults.small_run"]
-    options = arguments(run, cache, "training.epochs=1000", "training.checkpoint_every_steps=10")
-    launched = subprocess.Popen(
-        [*launcher, *options], cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-    checkpoint = run / "checkpoints" / FIRST_TRAINING / "step_00000010"
-    while not checkpoint.exists():
+    long = ["training.epochs=1000", "training.checkpoint_every_steps=10", "profiling.every_n_steps=1000"]
+    command = [*launcher, *arguments(run, cache, *long)]
+    launched = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    profiles = [run / "profile" / FIRST_TRAINING / f"process_{index}.json" for index in (0, 1)]
+    while not steps_saved(run) or not all(is_measured(profile) for profile in profiles):
         assert launched.poll() is None, launched.communicate()[1]
         time.sleep(0.01)
     workers = [
         process for process in psutil.Process(launched.pid).children(recursive=True) if "RANK" in process.environ()
     ]
-    next(process for process in workers if process.environ()["RANK"] == "1").kill()
     started = time.monotonic()
-    _, errors = launched.communicate(timeout=60)
+    next(process for process in workers if process.environ()["RANK"] == "1").kill()
+    _, errors = launched.communicate(timeout=100)
     stop_s = time.monotonic() - started
     assert launched.returncode != 0
     assert "SIGKILL" in errors
     assert not [process for process in workers if process.is_running()]
-    assert record_of(run).train_info.status == FAILED
     assert steps_saved(run)
+    record = record_of(run)
+    assert record.train_info.status == FAILED
+    (other, _) = (row for row in record.profile if row.scope == "step")
+    assert other.process_index == 0
+    assert None not in (other.flops_forward, other.forward_s, other.memory_peak_bytes, other.peak_rss_bytes)
+    assert read_profile(run / "profile")[0] == other
     add(
         Fault(
             "one of two processes is killed",
@@ -169,6 +175,10 @@ def test_one_of_two_processes_dies(run: Path, cache: str) -> None:
             "the steps since a checkpoint",
         )
     )
+
+
+def is_measured(profile: Path) -> bool:
+    return profile.exists() and bool(json.loads(profile.read_text())["times"])
 
 
 def test_a_reading_process_dies(run: Path, cache: str) -> None:

@@ -1,22 +1,16 @@
-"""Runs in processes of their own: killed ones, and several at once."""
+"""Runs on several processes at once."""
 
 from __future__ import annotations
 
-import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_edge.profiling.callback import read_profile
-from peft_edge.records import FAILED, Record, StepProfile
+from peft_edge.records import Record, StepProfile
 
 ROOT = Path(__file__).parents[2]
 TWO_PROCESSES = (
@@ -53,28 +47,6 @@ def record_of(folder: Path) -> Record:
 
 def steps_of(profile: list[StepProfile]) -> list[StepProfile]:
     return [row for row in profile if row.scope == "step"]
-
-
-@pytest.mark.slow
-def test_killed_run_goes_on_to_the_same_bits(arguments: list[str], tmp_path: Path) -> None:
-    options = [*arguments, "training.epochs=6", "training.checkpoint_every_steps=3", "adapter.lora_dropout=0.1"]
-    finish(start(options, tmp_path / "whole"))
-
-    killed = start(options, tmp_path / "killed")
-    checkpoints = tmp_path / "killed" / "checkpoints" / "lr_0.01"
-    deadline = time.monotonic() + 400
-    while not list(checkpoints.glob("step_*")):
-        assert killed.poll() is None, killed.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    os.kill(killed.pid, signal.SIGKILL)
-    killed.communicate()
-    assert killed.returncode == -signal.SIGKILL
-    assert not (tmp_path / "killed" / "adapter").exists()
-
-    finish(start(options, tmp_path / "killed"))
-    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "killed")
-    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
 
 
 @pytest.mark.distributed
@@ -125,40 +97,3 @@ def test_any_method_gives_the_same_on_two_processes(arguments: list[str], tmp_pa
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-9, rtol=1e-9)
-
-
-@pytest.mark.distributed
-def test_killed_process_leaves_the_figures_of_the_other(arguments: list[str], tmp_path: Path) -> None:
-    options = ["training.epochs=1000", "training.checkpoint_every_steps=1000", "profiling.every_n_steps=1000"]
-    run = start([*arguments, *options], tmp_path, *TWO_PROCESSES)
-    files = [tmp_path / "profile" / "lr_0.01" / f"process_{index}.json" for index in (0, 1)]
-    deadline = time.monotonic() + 400
-    while not all(file.exists() and json.loads(file.read_text())["times"] for file in files):
-        assert run.poll() is None, run.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    processes = psutil.Process(run.pid).children(recursive=True)
-    next(process for process in processes if process.environ().get("RANK") == "1").kill()
-    run.communicate(timeout=100)
-
-    record = record_of(tmp_path)
-    assert record.train_info.status == FAILED
-    (other, _) = steps_of(record.profile)
-    assert other.process_index == 0
-    assert None not in (other.flops_forward, other.forward_s, other.memory_peak_bytes, other.peak_rss_bytes)
-    assert steps_of(read_profile(tmp_path / "profile"))[0] == other
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("argument", "message"),
-    [("training.epochs=0", "training.epochs: should be greater"), ("data.shift=blent", "blend")],
-)
-def test_wrong_input_is_one_message_and_exit_code_2(
-    arguments: list[str], tmp_path: Path, argument: str, message: str
-) -> None:
-    process = start([*arguments, argument], tmp_path / "run")
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 2
-    assert message in errors
-    assert "Traceback" not in errors

@@ -1,0 +1,30 @@
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+
+import train
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [("training.epochs=0", "training.epochs: should be greater"), ("data.shift=blent", "did you mean 'blend'?")],
+)
+def test_wrong_input_is_one_message_and_exit_code_2(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    argument: str,
+    message: str,
+) -> None:
+    options = [f"output_dir={tmp_path / 'run'}", "data.shift=blend", "trackers=[]", "--cpu"]
+    monkeypatch.setattr(sys, "argv", ["train.py", *options, argument])
+    with pytest.raises(SystemExit) as ending:
+        train.command()
+    assert ending.value.code == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ")
+    assert message in errors
+    assert "Traceback" not in errors
