@@ -19,7 +19,8 @@ def written_whole(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the file or folder written there takes its name when the block ends.
 
     When the block fails, `path` is left as it was. A process that is killed leaves the temporary path, which the next
-    attempt clears. When the power fails, `path` is the old or the new one, too.
+    attempt clears. A file is the old or the new one at any moment, also when the power fails. A folder that takes the
+    place of another is missing for the moment between two renames, and then found beside, as `.<name>.replaced`.
 
     Raises:
         OSError: The disk is full; the message names `path` and the bytes that are left. Or a file was written where a
@@ -44,6 +45,7 @@ def written_whole(path: Path) -> Iterator[Path]:
             remove(replaced)
         else:
             unfinished.replace(path)
+        _flush_folder(path.parent)
     except Exception as error:
         free_bytes = shutil.disk_usage(path.parent).free
         remove(unfinished)
@@ -58,10 +60,21 @@ def written_whole(path: Path) -> Iterator[Path]:
 
 def _flush(path: Path) -> None:
     """Waits until the disk holds what was written: a name that reached it first would be that of an empty file."""
-    for file in path.rglob("*") if path.is_dir() else [path]:
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+    for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
+        if entry.is_dir():
+            _flush_folder(entry)
+        else:
+            with entry.open("rb+") as file:
+                os.fsync(file.fileno())
+
+
+def _flush_folder(folder: Path) -> None:
+    if os.name == "posix":  # elsewhere, a folder cannot be opened
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def unfinished_path(path: Path) -> Path:

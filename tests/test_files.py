@@ -74,7 +74,7 @@ with written_whole(pathlib.Path(sys.argv[1])) as unfinished:
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_the_disk_holds_all_files_before_they_take_their_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_disk_holds_everything_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[tuple[int, bool]] = []
 
     def fsync(descriptor: int) -> None:
@@ -85,8 +85,10 @@ def test_the_disk_holds_all_files_before_they_take_their_name(tmp_path: Path, mo
         (unfinished / "inner").mkdir(parents=True)
         (unfinished / "a").write_text("a")
         (unfinished / "inner" / "b").write_text("b")
-    files = (tmp_path / "folder" / "a", tmp_path / "folder" / "inner" / "b")
-    assert sorted(flushed) == sorted((file.stat().st_ino, False) for file in files)
+    entries = [tmp_path / "folder", *(tmp_path / "folder").rglob("*")]
+    assert len(entries) == 4
+    assert sorted(flushed[:-1]) == sorted((entry.stat().st_ino, False) for entry in entries)
+    assert flushed[-1] == (tmp_path.stat().st_ino, True)
 
 
 @pytest.mark.parametrize(

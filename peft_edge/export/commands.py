@@ -9,6 +9,7 @@ from typing import Any
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 
+from peft_edge.archive import read_record
 from peft_edge.backbones import load_backbone
 from peft_edge.backbones.checkpoints import CONFIG_NAME
 from peft_edge.export.comparison import comparison_table
@@ -17,6 +18,7 @@ from peft_edge.export.formats import FORMATS
 from peft_edge.export.images import read_images
 from peft_edge.export.model import export_model
 from peft_edge.hub import load_pretrained
+from peft_edge.records import Record
 
 _MODEL = "the folder of an adapter or of a saved model, or the id of an adapter on the Hub"
 _BASE = "the model that the devices have: the folder of a saved model, or the id of a timm model on the Hub"
@@ -46,7 +48,12 @@ def _add_export(commands: Any) -> None:
         metavar="FILE",
         help=", ".join(sorted(form.suffix for form in FORMATS.values())),
     )
-    add("--image-size", type=int, help="height and width in pixels; by default what timm evaluates the model at")
+    add(
+        "--image-size",
+        type=int,
+        help="height and width in pixels; by default those of the run that the model is from, else what timm evaluates "
+        "it at",
+    )
     add("--batch-size", type=int, help="how many images the file takes at once; by default any number, in ExecuTorch 1")
     add("--quantize", choices=["int8"], help="an ONNX file of integers; needs --calibration")
     add(
@@ -62,7 +69,8 @@ def _export(options: argparse.Namespace) -> None:
     if options.quantize and options.calibration is None:
         raise ValueError("--quantize chooses the scales of integers by images: pass --calibration FOLDER")
     model = _load(options.adapter)
-    images = read_images(options.calibration or "digits", model, image_size=options.image_size)
+    image_size = _trained_size(Path(options.adapter)) if options.image_size is None else options.image_size
+    images = read_images(options.calibration or "digits", model, image_size=image_size)
     compared = export_model(
         model,
         options.out,
@@ -74,6 +82,13 @@ def _export(options: argparse.Namespace) -> None:
     )
     print(f"{options.out}, compared with {options.adapter} on {len(images.comparison)} images")
     print(comparison_table(compared))
+
+
+def _trained_size(folder: Path) -> int | None:
+    """The size of the images in the record of the run, which lies in the folder if it was pushed, and else above it."""
+    records = (read_record(path / "record.json", Record) for path in (folder, folder.absolute().parent))
+    record = next((record for record in records if record is not None), None)
+    return record.run_info.train_config["data"]["image_size"] if record is not None else None
 
 
 def _add_diff(commands: Any) -> None:

@@ -98,7 +98,7 @@ def _check_library(folder: Path, config: PeftConfig) -> None:
     mapping = config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
         raise ValueError(
-            f"{folder}: expected the adapter of a timm model, found that of a {mapping.get('base_model_class')!s:.80} "
+            f"{folder}: expected the adapter of a timm model, found that of a {mapping.get('base_model_class')!r:.80} "
             "of transformers: load it with peft.AutoPeftModel.from_pretrained, or pass such a model as base="
         )
 

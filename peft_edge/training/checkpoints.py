@@ -14,7 +14,10 @@ from accelerate import Accelerator
 from peft_edge.files import remove, unfinished_path, written_whole
 
 _PROGRESS = "progress.json"
-"""Holds the :class:`Progress`, and a checksum of every other file."""
+"""Holds the :class:`Progress`."""
+
+_DIGESTS = "sha256.json"
+"""Holds the digest of every other file."""
 
 
 @dataclass
@@ -51,8 +54,10 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
         if is_writer:
-            content = {"progress": asdict(progress), "sha256": _digests(unfinished)}
-            (unfinished / _PROGRESS).write_text(json.dumps(content), encoding="utf-8")
+            (unfinished / _PROGRESS).write_text(json.dumps(asdict(progress)), encoding="utf-8")
+            files = [file for file in sorted(unfinished.rglob("*")) if file.is_file()]
+            digests = {str(file.relative_to(unfinished)): _digest(file) for file in files}
+            (unfinished / _DIGESTS).write_text(json.dumps(digests), encoding="utf-8")
     if is_writer:
         for old in _checkpoints(folder)[:-keep]:
             remove(old)
@@ -67,7 +72,12 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
     found = _checkpoints(folder)
     if not found:
         return Progress(accelerator.num_processes)
-    progress = _read_progress(found[-1])
+    if not _is_whole(found[-1]):
+        raise ValueError(
+            f"the checkpoint {found[-1]} is damaged: its files are not those that were written. Delete it, and the "
+            "same command goes on from the one before, or from the start if there is none"
+        )
+    progress = Progress(**json.loads((found[-1] / _PROGRESS).read_text(encoding="utf-8")))
     if progress.num_processes != accelerator.num_processes:
         raise ValueError(
             f"{found[-1]} is the checkpoint of a run with --num_processes {progress.num_processes}, and this one has "
@@ -95,24 +105,17 @@ def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> P
     return good[-1] if good else None
 
 
-def _read_progress(checkpoint: Path) -> Progress:
+def _is_whole(checkpoint: Path) -> bool:
     # Accelerate passes over random states that it cannot read, and weights with a flipped bit are weights.
     try:
-        content = json.loads((checkpoint / _PROGRESS).read_text(encoding="utf-8"))
-        is_whole = content["sha256"] == _digests(checkpoint)
-    except (OSError, ValueError, KeyError):
-        is_whole = False
-    if not is_whole:
-        raise ValueError(
-            f"the checkpoint {checkpoint} is damaged: its files are not those that were written. Delete it, and the "
-            "same command goes on from the one before"
-        )
-    return Progress(**content["progress"])
+        written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
+        return all(_digest(checkpoint / name) == digest for name, digest in written.items())
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+        return False
 
 
-def _digests(checkpoint: Path) -> dict[str, str]:
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.is_file() and path.name != _PROGRESS]
-    return {str(file.relative_to(checkpoint)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
 def _step_of(path: Path) -> int:
@@ -120,4 +123,4 @@ def _step_of(path: Path) -> int:
 
 
 def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(folder.glob("step_*"))
+    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ from safetensors.torch import load_file
 from peft_edge.backbones import load_backbone
 from peft_edge.cli import main
 from peft_edge.export.merging import merged
+from peft_edge.records import Record
 from tests.export.support import Saved
 
 
@@ -23,6 +26,19 @@ def test_export_compares_the_file_on_real_images(
     assert model.split()[0] == "PyTorch"
     assert row.split()[:2] == ["torch-export", f"{file.stat().st_size:,}"]
     assert row.split()[-1] == model.split()[-1]
+
+
+def test_images_have_the_size_of_the_run_by_default(
+    saved: Saved, tmp_path: Path, record: Callable[..., Record]
+) -> None:
+    run = record("lora", 0.5)
+    run.run_info.train_config["data"]["image_size"] = 40
+    shutil.copytree(saved.adapter, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "record.json").write_text(run.to_json())
+    file = tmp_path / "digits.pt2"
+    main(["export", str(tmp_path / "run" / "adapter"), "--format", "torch-export", "--out", str(file)])
+    *_, images = (node.meta["val"] for node in torch.export.load(file).graph.nodes if node.op == "placeholder")
+    assert tuple(images.shape[1:]) == (3, 40, 40)
 
 
 def test_what_is_applied_to_the_base_is_the_merged_model(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -33,6 +34,8 @@ OPTIONS = (
 )
 
 FIRST_TRAINING = "lr_0.003"
+
+_BEGIN = "--- a process begins"
 
 # Each process is forked from one that has imported everything and computed nothing.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -64,15 +67,24 @@ def log_of(folder: Path) -> Path:
 def ended(process: BaseProcess) -> tuple[int | None, float]:
     """Waits for the end of a process; returns its exit code and the seconds that this took."""
     started = time.monotonic()
-    process.join()
+    process.join(180)
+    if process.is_alive():
+        process.kill()
+        raise AssertionError("the process did not end")
     return process.exitcode, time.monotonic() - started
 
 
 def completed(folder: Path, *options: str) -> float:
-    """Runs to the end, or on to the end, and returns the seconds that it took."""
+    """Runs to the end, or on to the end from the newest checkpoint, and returns the seconds that it took."""
+    saved = {path.name: steps_saved(folder, path.name) for path in (folder / "checkpoints").glob("*")}
     process = begin(folder, *options)
     code, seconds = ended(process)
-    assert code == 0, log_of(folder).read_text()
+    log = log_of(folder).read_text()
+    assert code == 0, log
+    for training, first_step in re.findall(
+        r"adapting, (\S+):[^|]*\|[^|]*\| (\d+)/\d+ \[00:00<\?", log.split(_BEGIN)[-1]
+    ):
+        assert int(first_step) == max(saved.get(training, []), default=0)
     return seconds
 
 
@@ -98,6 +110,7 @@ def _run(options: list[str], folder: Path, prepare: Callable[[], object] | None)
     with log_of(folder).open("a") as log:
         os.dup2(log.fileno(), sys.stdout.fileno())
         os.dup2(log.fileno(), sys.stderr.fileno())
+    print(_BEGIN, flush=True)
     if prepare is not None:
         prepare()
     main(options)

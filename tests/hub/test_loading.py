@@ -117,7 +117,7 @@ def test_an_adapter_of_transformers_is_told_apart(copied: Path) -> None:
         "parent_library": "transformers.models.timm_wrapper.modeling_timm_wrapper",
     }
     file.write_text(json.dumps(config))
-    message = r"that of a TimmWrapperForImageClassification of transformers: load it with peft\.AutoPeftModel"
+    message = r"that of a 'TimmWrapperForImageClassification' of transformers: load it with peft\.AutoPeftModel"
     with pytest.raises(ValueError, match=message):
         load_pretrained(copied)
 

@@ -11,6 +11,8 @@ from PIL import Image
 
 from peft_edge.report import write_report
 
+pytestmark = pytest.mark.slow  # half a minute, most of it for figures
+
 REPORTS = Path(__file__).parents[2] / "reports"
 
 

@@ -50,15 +50,37 @@ def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
         load_checkpoint(accelerator, tmp_path)
 
 
-@pytest.mark.parametrize("name", ["progress.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"])
+@pytest.mark.parametrize(
+    "name", ["progress.json", "sha256.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"]
+)
 def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
     accelerator, _ = prepared()
     save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
     file = tmp_path / "step_00000003" / name
     content = file.read_bytes()
-    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
     with pytest.raises(ValueError, match=r"the checkpoint .*step_00000003 is damaged: .*Delete it"):
         load_checkpoint(accelerator, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"progress.json": 1}', '{"no_such_file": ""}'])
+def test_digests_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    (tmp_path / "step_00000003" / "sha256.json").write_text(text)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(accelerator, tmp_path)
+
+
+def test_what_others_leave_beside_and_in_checkpoints_is_passed_over(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    (tmp_path / "step_00000003" / ".DS_Store").write_text("")
+    for name in ("step_backup", "step_00000009 (copy)"):
+        (tmp_path / name).mkdir()
+    assert load_checkpoint(accelerator, tmp_path).step == 3
+    assert last_good_checkpoint(accelerator, tmp_path, 9) == tmp_path / "step_00000003"
 
 
 def test_checkpoints_that_are_not_known_to_be_good_are_removed(tmp_path: Path) -> None:
