@@ -26,11 +26,6 @@ from peft_edge import cli
 from peft_edge.data import digits
 from tests.hub import stand_in
 
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    tomllib = pytest.importorskip("tomli")
-
 ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 PRETRAINED = "timm/mobilenetv3_small_100.lamb_in1k"
@@ -60,8 +55,8 @@ pytestmark = [
     pytest.mark.slow,
     # The client of the Hub uploads in a way of which its own HTTP library warns.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
-    # Nothing in this environment traces for a GPU, and exporters say so in many ways.
-    pytest.mark.filterwarnings("default"),
+    # The Trainer pins memory by default, also where there is no GPU.
+    pytest.mark.filterwarnings("ignore:'pin_memory' argument is set as true:UserWarning"),
 ]
 
 
@@ -71,7 +66,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(digits, "SPLIT_SIZES", {"adaptation": 64, "validation": 30, "test": 60})
-    for name in ("configs", "train.py", "pyproject.toml"):
+    for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     for number in range(24):
         for folder, light in (("photos", 255), ("photos-of-the-new-camera", 150)):
@@ -119,11 +114,10 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     match command:
         case ["pip", "install", "-e", what]:
             extra = what.removeprefix(".").strip("[]")
-            extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-            assert not extra or extra in extras
+            assert not extra or f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
         case ["hf", "auth", "login"]:
             assert shutil.which("hf")
-        case ["accelerate", "launch", *_, "train.py"] | ["accelerate", "launch", *_]:
+        case ["accelerate", "launch", *_]:
             assert shutil.which("accelerate")
             _run(["python", *command[command.index("train.py") :]], monkeypatch)
         case ["python", script, *arguments]:

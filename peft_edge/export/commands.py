@@ -86,6 +86,8 @@ def _export(options: argparse.Namespace) -> None:
 
 def _trained_size(folder: Path) -> int | None:
     """The size of the images in the record of the run, which lies in the folder if it was pushed, and else above it."""
+    if not folder.is_dir():
+        return None
     records = (read_record(path / "record.json", Record) for path in (folder, folder.absolute().parent))
     record = next((record for record in records if record is not None), None)
     return record.run_info.train_config["data"]["image_size"] if record is not None else None

@@ -20,7 +20,7 @@ class Fault:
     """What the program did."""
 
     stop_s: float | None
-    """Seconds from the fault until the program had stopped; None where it went on."""
+    """Seconds from the fault until the program had stopped; None where it went on, or that was not measured."""
 
     recover_s: float | None
     """Seconds that the same command took until the run was complete; None where nothing was to be recovered."""
