@@ -7,7 +7,6 @@ element is enough, where the element takes four bytes. A smooth activation needs
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -20,18 +19,21 @@ from peft_edge.functional.recipes import attach, recipe_of
 Kept = Literal["output", "byte", "bit"]
 
 
-def clipped_activation(x: Tensor, forward: Callable[[Tensor], Tensor], *, upper: float, keep: Kept) -> Tensor:
+def clipped_activation(
+    x: Tensor, forward: Callable[[Tensor], Tensor], *, upper: float, keep: Kept, inplace: bool = False
+) -> Tensor:
     """An activation min(max(x, 0), upper).
 
     Args:
         x: of any shape.
-        forward: the activation, from x to its output; x itself where it works in place.
+        forward: the activation, from x or some elements of it to their output.
         upper: the largest output, possibly infinite.
         keep: what the backward keeps: the output, which costs nothing where the next layer keeps it too, or a byte or
             a bit for each element.
+        inplace: whether `forward` changes what it is given, and returns that.
     """
     recipe = recipe_of(x)
-    y = _ClippedActivation.apply(x, forward, upper, keep)
+    y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
     return y if recipe.is_plain else attach(y, recipe.then(forward))
 
 
@@ -48,13 +50,20 @@ def smooth_activation(x: Tensor, forward: Callable[[Tensor], Tensor], backward: 
 
 class _ClippedActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], upper: float, keep: Kept) -> Tensor:
-        y = forward(x)
-        if y is x:
+    def forward(
+        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], upper: float, keep: Kept, inplace: bool
+    ) -> Tensor:
+        # In place, a part is masked as soon as it is made, while it is in the cache.
+        in_parts = inplace and keep != "output" and is_dense(x)
+        y = x if in_parts else forward(x)
+        if inplace:
             ctx.mark_dirty(x)
+
+        def is_on_line(part: Tensor) -> Tensor:
+            return _is_on_line(forward(part) if in_parts else part, upper)
+
         ctx.keep = keep if is_dense(y) else "output"
         ctx.upper, ctx.stride = upper, y.stride()
-        is_on_line = partial(_is_on_line, upper=upper)
         ctx.save_for_backward(y if ctx.keep == "output" else make_mask(y, is_on_line, packed=keep == "bit"))
         return y
 
@@ -69,7 +78,7 @@ class _ClippedActivation(torch.autograd.Function):
                 ours = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
                 gradient, is_ours = ours.copy_(gradient), True
             gradient = _MaskedGradient.apply(gradient, kept, is_ours)
-        return gradient, None, None, None
+        return gradient, None, None, None, None
 
 
 class _MaskedGradient(torch.autograd.Function):

@@ -26,7 +26,7 @@ from peft_edge.functional.convolution import (
     memory_format,
     needs_backward,
 )
-from peft_edge.functional.kernels import dora_scale, lowrank_kernel
+from peft_edge.functional.kernels import as_kernel, as_matrix, dora_scale, lowrank_kernel
 from peft_edge.functional.recipes import Recipe, attach, plain_recipe, recipe_of
 from peft_edge.functional.routes import Route, choose_route
 
@@ -112,7 +112,7 @@ def _kept_form(x: Tensor) -> Recipe:
 
 def _composed(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
     """W + s B A."""
-    update = lowrank_kernel(lora_a, lora_b, scaling, weight.shape)
+    update = lowrank_kernel(lora_a, lora_b, scaling, weight.shape, memory_format(weight))
     # In place where the types allow it: beside W, a large kernel is made once and not twice.
     return update.add_(weight) if update.dtype == weight.dtype else update + weight
 
@@ -201,7 +201,7 @@ class _LowRankConvolution(torch.autograd.Function):
                     )
                 grad_b = _grad_b(grad_output, z.to(dtype), lora_b, scaling, factor)
         elif wants_magnitude or (ctx.route or choose_route(x, grad_output, weight.shape, len(lora_a))) == "project":
-            # A call of its own, so that its temporaries, which are as large as the kernel, are gone at the next one.
+            # Without a name, so that the gradient of the kernel, which may be large, is gone at the next one.
             grad_a, grad_b, grad_magnitude = _projected(
                 kernel_gradient(grad_output, x.to(dtype), weight.shape, geometry).to(lora_a.dtype),
                 lora_a if wants_b else None,
@@ -236,20 +236,25 @@ def _projected(
     lora_b: Tensor | None,
     scaling: float | Tensor,
     factor: Tensor | None,
-    dora: tuple[Any, Any, Tensor | None] | None,
+    dora: tuple[Tensor, Tensor, Tensor | None] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of A (if B is given), B (if A is given) and the magnitude, from that of the composed kernel."""
-    product = _used_up if dora is None else _product
-    scaled = product(grad_kernel, factor, grad_kernel.dtype).flatten(1)
+    """The gradients of A (if B is given), B (if A is given) and the magnitude, from that of the composed kernel.
+
+    A kernel may be large, so factors of its rows go to the small matrices that it is multiplied by.
+    """
+    layout = memory_format(grad_kernel)
+    rows, row_scaling = as_matrix(grad_kernel, layout), scaling if factor is None else factor.flatten(1) * scaling
     grad_a = grad_b = grad_magnitude = None
     if lora_b is not None:
-        grad_a = ((lora_b.flatten(1) * scaling).mT @ scaled).view(-1, *grad_kernel.shape[1:])
+        shape = torch.Size([lora_b.shape[1], *grad_kernel.shape[1:]])
+        grad_a = as_kernel((lora_b.flatten(1) * row_scaling).mT @ rows, shape, layout)
     if lora_a is not None:
-        grad_b = (scaled @ lora_a.flatten(1).mT * scaling).view(len(scaled), -1, *[1] * (grad_kernel.dim() - 2))
+        grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(len(rows), -1, *[1] * (grad_kernel.dim() - 2))
     if dora is not None:
         kernel, magnitude, scale = dora
+        products = torch.linalg.vecdot(rows, as_matrix(kernel, layout))
         unit = _factor(kernel, torch.ones_like(magnitude), scale)
-        grad_magnitude = _product(grad_kernel * kernel, unit, magnitude.dtype).flatten(1).sum(1).view_as(magnitude)
+        grad_magnitude = _product(products, unit.flatten(), magnitude.dtype).view_as(magnitude)
     return grad_a, grad_b, grad_magnitude
 
 

@@ -129,7 +129,8 @@ class LeanClippedActivation(nn.Module):
         if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
             return plain(x)
         can_be_made = self.masks != "off" and not recipe_of(x).is_plain
-        return clipped_activation(x, plain, upper=self.upper, keep=self.masks if can_be_made else self.kept())
+        keep = self.masks if can_be_made else self.kept()
+        return clipped_activation(x, plain, upper=self.upper, keep=keep, inplace=self.inplace)
 
 
 class LeanSmoothActivation(nn.Module):

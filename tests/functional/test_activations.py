@@ -45,7 +45,9 @@ def test_clipped_activations_are_torchs_to_the_bit(
     expected = gradient_of(plain, x, seed)
 
     found = gradient_of(
-        lambda x: clipped_activation(x, lambda x: plain(x, inplace=inplace), keep=keep, upper=upper), x, seed
+        lambda x: clipped_activation(x, lambda x: plain(x, inplace=inplace), keep=keep, upper=upper, inplace=inplace),
+        x,
+        seed,
     )
 
     assert torch.equal(found[0], expected[0])
@@ -102,7 +104,9 @@ def test_an_output_with_gaps_is_kept_itself() -> None:
     expected = gradient_of(lambda x: F.relu(x[:, ::2]), x, seed)
 
     found = gradient_of(
-        lambda x: clipped_activation(x[:, ::2], lambda x: F.relu(x, inplace=True), upper=float("inf"), keep="bit"),
+        lambda x: clipped_activation(
+            x[:, ::2], lambda x: F.relu(x, inplace=True), upper=float("inf"), keep="bit", inplace=True
+        ),
         x,
         seed,
     )

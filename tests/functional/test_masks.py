@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from peft_edge.functional import masks
 from peft_edge.functional.masks import is_dense, make_mask, mask_gradient
 
 SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
@@ -13,7 +14,10 @@ SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["bit", "byte"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_gradient_stays_where_the_mask_is_set(size: tuple[int, ...], packed: bool, dtype: torch.dtype) -> None:
+def test_the_gradient_stays_where_the_mask_is_set(
+    size: tuple[int, ...], packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(masks, "_CACHED_ELEMENTS", 1000)
     x, gradient = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
 
     mask = make_mask(x, lambda part: part > 0.3, packed=packed)

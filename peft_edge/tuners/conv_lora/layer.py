@@ -14,7 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
-from peft_edge.functional.convolution import convolution, pad
+from peft_edge.functional.convolution import convolution, memory_format, pad
 from peft_edge.functional.kernels import dora_scale, lowrank_kernel
 from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
 from peft_edge.lean.folding import folding
@@ -125,11 +125,13 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """The adapter's scaled kernel update, (C_out, C_in/g, *kernel), without DoRA's factor."""
+        weight = self.get_base_layer().weight
         return lowrank_kernel(
             self.lora_A[adapter].weight,
             self.lora_B[adapter].weight,
             self.scaling[adapter],
-            self.get_base_layer().weight.shape,
+            weight.shape,
+            memory_format(weight),
         )
 
     def _own_adapters(self) -> Iterable[str]:
