@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 # Elements at a time on a CPU, so that what is in between stays in its cache.
-_CACHED_ELEMENTS = 1 << 18
+_CACHED_ELEMENTS = 1 << 19
 
 
 def is_dense(x: Tensor) -> bool:

@@ -30,17 +30,17 @@ def test_output_and_gradients_are_those_of_the_composed_form(
         torch.testing.assert_close(got, wanted)
 
 
-@pytest.mark.parametrize("dora", [False, True])
-@pytest.mark.parametrize("kind", ["dense", "strided", "conv3d", "depthwise"])
-def test_kernels_in_channels_last(kind: str, dora: bool) -> None:
-    case = make_case(kind)
+@pytest.mark.parametrize(("dora", "route"), [(False, "project"), (False, "factor"), (True, "project")])
+@pytest.mark.parametrize("kind", ["dense", "strided", "pointwise", "conv3d"])
+def test_gradients_in_channels_last(kind: str, dora: bool, route: Route) -> None:
+    case = make_case(kind, magnitude=dora)
     memory_format = torch.channels_last_3d if kind == "conv3d" else torch.channels_last
     for name in ("x", "weight", "lora_a"):
         tensor = getattr(case, name)
         turned = tensor.detach().to(memory_format=memory_format).requires_grad_(tensor.requires_grad)
         case = case._replace(**{name: turned})
 
-    found = gradients_of(case.run(dora=dora, scaled=True, route="project"), case)
+    found = gradients_of(case.run(dora=dora, scaled=True, route=route), case)
 
     for got, wanted in zip(found, gradients_of(case.composed(dora=dora, scaled=True), case), strict=True):
         torch.testing.assert_close(got, wanted)
