@@ -94,7 +94,8 @@ def kernel_gradient(grad_output: Tensor, x: Tensor, weight_size: torch.Size, geo
         geometry: how the kernel moves.
     """
     stride, padding, dilation, groups = geometry
-    weight = x.new_empty(1).expand(weight_size)
+    # Only its shape and format count; one element, expanded, would be copied to a kernel of this format.
+    weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
     return torch.ops.aten.convolution_backward(
         grad_output, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
     )[1]
