@@ -19,9 +19,9 @@ def without_times(profile: StepProfile | None) -> dict[str, object]:
 
 
 def test_a_real_step_costs_what_the_analysis_says() -> None:
-    record = run_bench("test_efficientnet", ["lora-project"], **SMALL)
+    record = run_bench("mobilenetv2_035", ["lora-project"], **SMALL)
     full, project = record.rows
-    backbone = load_backbone("test_efficientnet", 10)
+    backbone = load_backbone("mobilenetv2_035", 10)
     size = {"batch_size": 2, "image_size": 64}
     adapter = {"norm": "frozen", "target_modules": "project"}
     lean = analyse(backbone, "lora", lora_rank=4, adapter=adapter, lean=contenders.FOLDED, **size).profile[0]
