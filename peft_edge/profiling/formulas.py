@@ -6,8 +6,8 @@ What torch tags as pointwise or as a reduction, and what is listed here, is elem
 element of the operator's largest tensor. Moving data (copies, views, indexing, selection) is no arithmetic, and what is
 neither tagged nor listed (recurrent layers fused for the CPU, for example) counts none.
 
-Before version 2.15, torch shows the derivatives of SiLU and Mish to whoever looks on as the operations that they are made
-of: these count, and so do their results as memory.
+Before version 2.15, torch shows the derivatives of SiLU and Mish to whoever looks on as the operations that they are
+made of: these count, and so do their results as memory.
 """
 
 from __future__ import annotations
