@@ -153,7 +153,9 @@ def sweep(
             error = diverged
             # The next candidate's checkpoints must not hold this one.
             accelerator.free_memory()
-            accelerator.print(f"\n{diverged}")
+            if candidates or rate != rates[-1]:
+                # Else it is the error that ends all of this.
+                accelerator.print(f"\n{diverged}")
             tried.append({**entry, "diverged": str(diverged)})
         else:
             candidates.append(candidate)

@@ -27,7 +27,8 @@ def model(config: Config, small: nn.Module, images: Tensor) -> nn.Module:
 
 
 def test_every_sample_gets_what_its_adapter_gives(model: nn.Module, images: Tensor) -> None:
-    expected = {}
+    # In double precision: rows and whole batches round differently, and the layers carry that on.
+    model, images, expected = model.double(), images.double(), {}
     for name in ("default", "dark"):
         model.set_adapter(name)
         expected[name] = model(images)
@@ -39,7 +40,7 @@ def test_every_sample_gets_what_its_adapter_gives(model: nn.Module, images: Tens
 
     assert not torch.allclose(expected["default"], expected["dark"], atol=1e-2)
     wanted = torch.stack([expected[name][row] for row, name in enumerate(names)])
-    torch.testing.assert_close(mixed, wanted, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(mixed, wanted)
     torch.testing.assert_close(model(images), expected["dark"])
 
 
