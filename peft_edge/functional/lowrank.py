@@ -256,7 +256,7 @@ def _projected(
     grad_a = grad_b = grad_magnitude = None
     if lora_b is not None:
         shape = torch.Size([lora_b.shape[1], *grad_kernel.shape[1:]])
-        grad_a = as_kernel((lora_b.flatten(1) * row_scaling).mT @ rows, shape, layout)
+        grad_a = as_kernel((lora_b.flatten(1) * row_scaling).mT.to(rows.dtype) @ rows, shape, layout)
     if lora_a is not None:
         grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(len(rows), -1, *[1] * (grad_kernel.dim() - 2))
     if dora is not None:

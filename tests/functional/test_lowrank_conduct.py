@@ -56,6 +56,18 @@ def test_half_precision_layer_with_full_precision_adapter() -> None:
         assert (y.dtype, {grad.dtype for grad in grads}) == (torch.bfloat16, {torch.float32})
 
 
+def test_half_precision_layer_and_adapter_with_full_precision_factors() -> None:
+    case = make_case("dense", torch.float32)
+    names = ("x", "weight", "lora_a", "lora_b", "bias")
+    half = case._replace(**{name: getattr(case, name).detach().bfloat16().requires_grad_() for name in names})
+    half.weight.requires_grad_(False)
+
+    for dora, route in ((False, "project"), (False, "factor"), (True, "project")):
+        y = half.run(dora=dora, scaled=True, route=route)
+        grads = torch.autograd.grad(y.sum(), [half.lora_a, half.lora_b])
+        assert {y.dtype, *(grad.dtype for grad in grads)} == {torch.bfloat16}
+
+
 @pytest.mark.parametrize("trains_a", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_gradient_checkpointing(use_reentrant: bool, trains_a: bool) -> None:
