@@ -27,7 +27,8 @@ def is_exclusive(gradient: Tensor) -> bool:
     return _holders(gradient) == _without_others()
 
 
-def _holders(gradient: Tensor) -> tuple[int, int, int]:
+def _holders(gradient: Any) -> tuple[int, int, int]:
+    # Of any type, since not every version of torch declares its counts.
     storage = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
     return sys.getrefcount(gradient), gradient._use_count(), storage
 

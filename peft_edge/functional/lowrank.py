@@ -245,7 +245,7 @@ def _projected(
     lora_b: Tensor | None,
     scaling: float | Tensor,
     factor: Tensor | None,
-    dora: tuple[Tensor, Tensor, Tensor | None] | None,
+    dora: tuple[Any, Any, Tensor | None] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of A (if B is given), B (if A is given) and the magnitude, from that of the composed kernel.
 
@@ -261,9 +261,9 @@ def _projected(
         grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(len(rows), -1, *[1] * (grad_kernel.dim() - 2))
     if dora is not None:
         kernel, magnitude, scale = dora
-        products = torch.linalg.vecdot(rows, as_matrix(kernel, layout))
-        unit = _factor(kernel, torch.ones_like(magnitude), scale)
-        grad_magnitude = _product(products, unit.flatten(), magnitude.dtype).view_as(magnitude)
+        unit = dora_scale(kernel, torch.ones_like(magnitude)).flatten()
+        products = torch.linalg.vecdot(rows, as_matrix(kernel, layout)) * unit
+        grad_magnitude = _product(products, scale, magnitude.dtype).view_as(magnitude)
     return grad_a, grad_b, grad_magnitude
 
 

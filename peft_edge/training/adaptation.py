@@ -143,7 +143,9 @@ def sweep(
     method = find_method(config.method)
     rates: Sequence[float | None] = config.training.learning_rate if method.optimizer else [None]
     place = {} if increment is None else {"increment": increment}
-    candidates, tried, error = [], [], None
+    candidates: list[Candidate] = []
+    tried: list[dict[str, Any]] = []
+    error = None
     for rate in rates:
         entry: dict[str, Any] = {**place, "learning_rate": rate, "valid accuracy": None}
         name = "/".join([*(f"increment_{number}" for number in place.values()), f"lr_{rate}" if rate else "statistics"])
