@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import conv_flop_count
+from torch.utils.flop_counter import conv_flop_count, sdpa_backward_flop_count, sdpa_flop_count
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -86,14 +86,27 @@ def _added_products(total: list[int], x: list[int], y: list[int], *arguments: An
     return 2 * prod(x) * y[-1]
 
 
+def _attention(query: list[int], key: list[int], value: list[int], *arguments: Any, **options: Any) -> int:
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(
+    grad_output: list[int], query: list[int], key: list[int], value: list[int], *arguments: Any, **options: Any
+) -> int:
+    return sdpa_backward_flop_count(grad_output, query, key, value)
+
+
 PRODUCTS: dict[Any, Formula] = {
     aten.mv: _vector_product,
     aten.dot: _vector_product,
     aten.vdot: _vector_product,
     aten.addmv: _added_vector_product,
     aten.addbmm: _added_products,
+    # The CPU's attention has none before version 2.15; it is that of other devices.
+    aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
 }
-"""Products that torch has no formula for."""
+"""Products that torch, or one of its versions, has no formula for."""
 
 NORMALISATIONS: dict[str, int | Formula] = {
     # As fvcore counts them: mean, variance, shift and scale come to five in training.
