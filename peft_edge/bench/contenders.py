@@ -143,4 +143,4 @@ CONTENDERS: dict[str, Contender] = {
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
     "galore": Contender("our GaLore, dense", _galore),
 }
-"""By name. Where nothing else is said, ours are lean, with frozen BatchNorm folded into the convolutions."""
+"""By name. Where nothing else is said, ours are lean, with frozen BatchNorm, folded."""

@@ -149,7 +149,7 @@ def bench_table(record: BenchRecord) -> str:
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
-        lines.append("ours are lean with frozen BatchNorm, folded into the convolutions, where nothing else is said")
+        lines.append("ours are lean with frozen BatchNorm, folded, where nothing else is said")
         lines += ["", cost_table({row.label: profile for row, profile in record.measured})]
     if failed := [row for row in record.rows if row.error]:
         lines += ["", "did not run", *(f"  {row.label}: {row.error}" for row in failed)]

@@ -218,13 +218,13 @@ class TrainingConfig(Section):
 
 
 class LeanConfig(Section):
-    """What is frozen keeps only what the backward pass needs: the same results to rounding, in less memory."""
+    """What is frozen keeps only what the backward pass needs: the same results in less memory."""
 
     enabled: bool = False
     """Train in the lean form; what is saved is the plain one."""
 
     fold_norm: bool = False
-    """Fold frozen BatchNorm layers into the convolutions before them while training."""
+    """Let frozen BatchNorm layers work in place on the outputs of the convolutions before them."""
 
     masks: Literal["byte", "bit", "off"] = "byte"
     """What ReLU and its kin keep: a byte or a bit for each value, or, with off, the values."""

@@ -9,31 +9,20 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
+from peft_edge.functional.convolution import needs_backward
 from peft_edge.functional.exclusive import is_exclusive
 from peft_edge.functional.recipes import attach, recipe_of
 
 
-def batch_norm_affine(
-    running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """The scale and the shift, (C,) each, that batch normalisation by fixed statistics is.
-
-    Args:
-        running_mean: (C,).
-        running_var: (C,).
-        weight: (C,) or None.
-        bias: (C,) or None.
-        eps: added to the variance.
-    """
-    scale = torch.rsqrt(running_var + eps)
-    if weight is not None:
-        scale = scale * weight
-    shift = -running_mean * scale
-    return scale, shift if bias is None else shift + bias
-
-
 def frozen_batch_norm(
-    x: Tensor, running_mean: Tensor, running_var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    *,
+    inplace: bool = False,
 ) -> Tensor:
     """Batch normalisation by fixed statistics, of which nothing is trained: its backward keeps one number a channel.
 
@@ -44,15 +33,35 @@ def frozen_batch_norm(
         weight: (C,) or None.
         bias: (C,) or None.
         eps: added to the variance.
+        inplace: whether to write over x.
     """
+    if not needs_backward():
+        return _normalise(x, running_mean, running_var, weight, bias, eps, inplace)
     recipe = recipe_of(x)
-    y = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps)
+    y = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps, inplace)
     if recipe.is_plain:
         return y
     # Statistics may have moved on when the recipe is followed.
     mean, var = running_mean.clone(), running_var.clone()
     weight, bias = (None if value is None else value.detach().clone() for value in (weight, bias))
     return attach(y, recipe.then(lambda x: F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)))
+
+
+def _normalise(
+    x: Tensor,
+    running_mean: Tensor,
+    running_var: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    inplace: bool,
+) -> Tensor:
+    if not inplace:
+        return F.batch_norm(x, running_mean, running_var, weight, bias, training=False, eps=eps)
+    # The operator has places for the batch's statistics, too.
+    out = x, running_mean.new_empty(0), running_mean.new_empty(0)
+    torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, out=out)
+    return x
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -65,17 +74,21 @@ class _FrozenBatchNorm(torch.autograd.Function):
         weight: Tensor | None,
         bias: Tensor | None,
         eps: float,
+        inplace: bool,
     ) -> Tensor:
-        scale, _ = batch_norm_affine(running_mean, running_var, weight, None, eps)
+        scale = torch.rsqrt(running_var + eps)
+        scale = scale if weight is None else scale * weight
         ctx.save_for_backward(scale.view(1, -1, *[1] * (x.dim() - 2)))
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training=False, eps=eps)
+        if inplace:
+            ctx.mark_dirty(x)
+        return _normalise(x, running_mean, running_var, weight, bias, eps, inplace)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
         is_ours = is_exclusive(gradient)
         scale = scale.to(gradient.dtype)
-        return gradient.mul_(scale) if is_ours else gradient * scale, None, None, None, None, None
+        return gradient.mul_(scale) if is_ours else gradient * scale, *[None] * 6
 
 
 class _SumOverProcesses(torch.autograd.Function):

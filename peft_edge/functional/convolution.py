@@ -101,16 +101,6 @@ def kernel_gradient(grad_output: Tensor, x: Tensor, weight_size: torch.Size, geo
     )[1]
 
 
-def scaled(weight: Tensor, scale: Tensor | None) -> Tensor:
-    """The kernel with each output channel multiplied by its factor.
-
-    Args:
-        weight: (C_out, C_in/g, *kernel).
-        scale: (C_out,), or None for ones.
-    """
-    return weight if scale is None else weight * scale.view(-1, *[1] * (weight.dim() - 1))
-
-
 def memory_format(x: Tensor) -> torch.memory_format:
     """The memory format of a (B, C, *size) tensor, contiguous where there is a choice."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
@@ -126,11 +116,9 @@ def needs_backward() -> bool:
 
 class _FrozenConvolution(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, scale: Tensor | None
-    ) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        y = convolution(x, scaled(weight, scale), bias, geometry)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = convolution(x, weight, bias, geometry)
         ctx.x_size, ctx.geometry, ctx.memory_format = x.shape, geometry, memory_format(y)
         return y
 
@@ -138,15 +126,12 @@ class _FrozenConvolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # A pooled map's gradient is contiguous, and all that comes of it would be.
         grad_output = gradients[0].contiguous(memory_format=ctx.memory_format)
-        weight, scale = ctx.saved_tensors
+        (weight,) = ctx.saved_tensors
         # Under autocast the gradient has a type of its own.
-        kernel = scaled(weight, scale).to(grad_output.dtype)
-        return input_gradient(grad_output, kernel, ctx.x_size, ctx.geometry), None, None, None, None
+        return input_gradient(grad_output, weight.to(grad_output.dtype), ctx.x_size, ctx.geometry), None, None, None
 
 
-def frozen_convolution(
-    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, scale: Tensor | None = None
-) -> Tensor:
+def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
     """A convolution whose kernel and bias are constants: its backward keeps the kernel and not the input.
 
     Args:
@@ -154,8 +139,7 @@ def frozen_convolution(
         weight: (C_out, C_in/g, *kernel).
         bias: (C_out,) or None.
         geometry: how the kernel moves.
-        scale: (C_out,), constant factors for the kernel's output channels; the product is made anew in each pass.
     """
     if not needs_backward():
-        return convolution(x, scaled(weight, scale), bias, geometry)
-    return _FrozenConvolution.apply(x, weight, bias, geometry, scale)
+        return convolution(x, weight, bias, geometry)
+    return _FrozenConvolution.apply(x, weight, bias, geometry)

@@ -42,7 +42,6 @@ def lowrank_conv2d(
     geometry: Geometry,
     bias: Tensor | None = None,
     magnitude: Tensor | None = None,
-    scale: Tensor | None = None,
     route: Route | None = None,
     recompute: bool = False,
 ) -> Tensor:
@@ -60,7 +59,6 @@ def lowrank_conv2d(
         geometry: how the kernel moves.
         bias: (C_out,) or None.
         magnitude: C_out elements in any shape, DoRA's trained lengths of W + s B A, or None.
-        scale: (C_out,), constant factors of the output channels besides, or None.
         route: to the gradients of A and B; by default what is faster, and with A frozen what keeps less.
         recompute: let others make the result from x, which must be kept, instead of keeping it.
 
@@ -68,13 +66,13 @@ def lowrank_conv2d(
         ValueError: if the route is "factor" for a grouped kernel or a trained magnitude.
     """
     if not needs_backward():
-        return _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+        return _forward(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry)
     if route == "factor" and (geometry.groups > 1 or (magnitude is not None and magnitude.requires_grad)):
         raise ValueError(
             f"lowrank_conv2d: route is 'factor', which is for one group and no trained magnitude; found "
             f"{geometry.groups} groups and {'no' if magnitude is None else 'a'} magnitude. Use 'project' or None."
         )
-    y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry, route)
+    y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry, route)
     if not recompute:
         return y
     tensors = [tensor for tensor in (weight, lora_a, lora_b, magnitude, bias) if tensor is not None]
@@ -85,7 +83,7 @@ def lowrank_conv2d(
             raise RuntimeError(
                 "lowrank_conv2d: parameters were changed in place before the backward pass, which needs them"
             )
-        return _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+        return _forward(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry)
 
     return attach(y, _kept_form(x).then(again, num_convolutions=1))
 
@@ -118,13 +116,9 @@ def _composed(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | T
     return update.add_(weight) if update.dtype == weight.dtype else update + weight
 
 
-def _factor(kernel: Tensor, magnitude: Tensor | None, scale: Tensor | None) -> Tensor | None:
+def _factor(kernel: Tensor, magnitude: Tensor | None) -> Tensor | None:
     """f, shaped to broadcast over the kernel; None for ones."""
-    length = None if magnitude is None else dora_scale(kernel, magnitude)
-    if scale is None:
-        return length
-    scale = scale.view(-1, *[1] * (kernel.dim() - 1))
-    return scale if length is None else length * scale
+    return None if magnitude is None else dora_scale(kernel, magnitude)
 
 
 def _used_up(kernel: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
@@ -145,12 +139,11 @@ def _forward(
     lora_b: Tensor,
     magnitude: Tensor | None,
     bias: Tensor | None,
-    scale: Tensor | None,
     scaling: float | Tensor,
     geometry: Geometry,
 ) -> Tensor:
     kernel = _composed(weight, lora_a, lora_b, scaling)
-    return convolution(x, _used_up(kernel, _factor(kernel, magnitude, scale), weight.dtype), bias, geometry)
+    return convolution(x, _used_up(kernel, _factor(kernel, magnitude), weight.dtype), bias, geometry)
 
 
 class _LowRankConvolution(torch.autograd.Function):
@@ -163,7 +156,6 @@ class _LowRankConvolution(torch.autograd.Function):
         lora_b: Tensor,
         magnitude: Tensor | None,
         bias: Tensor | None,
-        scale: Tensor | None,
         scaling: float | Tensor,
         geometry: Geometry,
         route: Route | None,
@@ -174,8 +166,8 @@ class _LowRankConvolution(torch.autograd.Function):
         )
         z = _down_projection(x, lora_a.to(x.dtype), geometry) if trains_b and not keeps_x else None
         ctx.make_x, ingredients, _ = _kept_form(x) if keeps_x else (None, (), 0)
-        ctx.save_for_backward(z, weight, lora_a, lora_b, magnitude, scale, *ingredients)
-        y = _forward(x, weight, lora_a, lora_b, magnitude, bias, scale, scaling, geometry)
+        ctx.save_for_backward(z, weight, lora_a, lora_b, magnitude, *ingredients)
+        y = _forward(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry)
         ctx.x_size, ctx.memory_format = x.shape, memory_format(y)
         ctx.scaling, ctx.geometry, ctx.route = scaling, geometry, route
         return y
@@ -184,14 +176,14 @@ class _LowRankConvolution(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         # A pooled map's gradient is contiguous, and all that comes of it would be.
         grad_output = gradients[0].contiguous(memory_format=ctx.memory_format)
-        z, weight, lora_a, lora_b, magnitude, scale, *ingredients = ctx.saved_tensors
+        z, weight, lora_a, lora_b, magnitude, *ingredients = ctx.saved_tensors
         x = ctx.make_x(*ingredients) if ctx.make_x is not None else None
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
         # Under autocast the gradient has a type of its own.
         dtype = grad_output.dtype
         kernel = None if magnitude is None else _composed(weight, lora_a, lora_b, scaling)
-        factor = _factor(weight if kernel is None else kernel, magnitude, scale)
+        factor = _factor(weight if kernel is None else kernel, magnitude)
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
         if x is None:
             if z is not None:
@@ -209,7 +201,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 lora_b if wants_a else None,
                 scaling,
                 factor,
-                (kernel, magnitude, scale) if wants_magnitude else None,
+                (kernel, magnitude) if wants_magnitude else None,
             )
         else:
             x = x.to(dtype)
@@ -228,7 +220,7 @@ class _LowRankConvolution(torch.autograd.Function):
             # Last, when the other gradients' temporaries are gone.
             kernel = _composed(weight, lora_a, lora_b, scaling) if kernel is None else kernel
             grad_x = input_gradient(grad_output, _used_up(kernel, factor, dtype), ctx.x_size, geometry)
-        return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None, None
+        return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None
 
 
 def _down_projection(x: Tensor, lora_a: Tensor, geometry: Geometry) -> Tensor:
@@ -245,7 +237,7 @@ def _projected(
     lora_b: Tensor | None,
     scaling: float | Tensor,
     factor: Tensor | None,
-    dora: tuple[Any, Any, Tensor | None] | None,
+    dora: tuple[Any, Any] | None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The gradients of A (if B is given), B (if A is given) and the magnitude, from that of the composed kernel.
 
@@ -260,10 +252,10 @@ def _projected(
     if lora_a is not None:
         grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(len(rows), -1, *[1] * (grad_kernel.dim() - 2))
     if dora is not None:
-        kernel, magnitude, scale = dora
+        kernel, magnitude = dora
         unit = dora_scale(kernel, torch.ones_like(magnitude)).flatten()
         products = torch.linalg.vecdot(rows, as_matrix(kernel, layout)) * unit
-        grad_magnitude = _product(products, scale, magnitude.dtype).view_as(magnitude)
+        grad_magnitude = products.to(magnitude.dtype).view_as(magnitude)
     return grad_a, grad_b, grad_magnitude
 
 

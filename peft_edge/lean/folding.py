@@ -1,8 +1,9 @@
-"""Frozen batch normalisation, applied by the convolution before it.
+"""A convolution and the frozen batch normalisation behind it as one layer: the norm works on the output in place.
 
-Neither layer's weights change: the convolution scales its kernel on the fly, and marks its output as done; the norm
-passes on what is marked. So whatever happens to either (another adapter, training, statistics estimated anew) shows in
-the next forward pass, and what does not go from one to the other is normalised as ever.
+Neither layer changes: the convolution lets the norm have its output, and the norm writes over what it was given so.
+Whatever happens to either (another adapter, training, statistics estimated anew) shows in the next forward pass, and
+what does not go from one to the other is left as it is. A kernel that is scaled by the norm saves a little more time,
+but it rounds differently, which carries elements over the kinks of the activations: gradients differ by some percent.
 """
 
 from __future__ import annotations
@@ -55,76 +56,36 @@ class FoldedNorm(NamedTuple):
     norm: Slot
 
 
-class Folding(NamedTuple):
-    """What a convolution applies in the place of a norm."""
+def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
+    """Lets the norm behind a convolution write over its output, which is returned.
 
-    scale: Tensor
-    """(C_out,), the factor of each output channel."""
-
-    shift: Tensor
-    """(C_out,), the summand."""
-
-    norm: nn.Module
-    """Whose work it is."""
-
-    def to(self, dtype: torch.dtype) -> Folding:
-        """The same in another type."""
-        return Folding(self.scale.to(dtype), self.shift.to(dtype), self.norm)
-
-    def bias(self, bias: Tensor | None) -> Tensor:
-        """The convolution's bias, scaled and shifted."""
-        return self.shift if bias is None else bias * self.scale + self.shift
-
-    def mark(self, y: Tensor) -> Tensor:
-        """Says of the convolution's output that it is normalised."""
-        y._normalised_by = self.norm, y._version  # type: ignore[attr-defined]
-        return y
-
-
-def folding(layer: nn.Module) -> Folding | None:
-    """What a convolution applies in the place of the norm behind it; None while the norm does its own work.
-
-    That is while the norm is trained or goes by the batch, while hooks look at what is between the two, in compiled
-    models, where it is the compiler's affair, and for layers without a folded norm. The layer in the convolution's
-    place says by `applies_folded_norm` whether it can, the one in the norm's by `frozen_affine` whether it is frozen.
+    Not while hooks look at what is between the two, and not in compiled or traced models.
 
     Args:
+        y: the output, a tensor that the layer has made and does not keep.
         layer: the convolution, or the adapted one around it.
     """
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference():
+        return y
     pair = getattr(base_layer(layer), "folded_norm", None)
-    if pair is None or torch.compiler.is_compiling():
-        return None
+    if pair is None:
+        return y
     conv, norm = pair.conv.module, pair.norm.module
-    if layer is not conv and layer is not base_layer(conv):
-        return None
-    if any(map(_is_observed, (conv, base_layer(conv), norm, base_layer(norm)))):
-        return None
-    if not getattr(conv, "applies_folded_norm", False) or not hasattr(norm, "frozen_affine"):
-        return None
-    affine = norm.frozen_affine()
-    return None if affine is None else Folding(affine[0], affine[1], norm)
+    is_there = layer is conv or layer is base_layer(conv)
+    if is_there and not any(map(_is_observed, (conv, base_layer(conv), norm, base_layer(norm)))):
+        y._handed_to = norm, y._version  # type: ignore[attr-defined]
+    return y
 
 
-def takes_folded(norm: nn.Module, x: Tensor) -> bool:
-    """Whether a norm's input has gone through it already; asked once.
+def is_handed_over(x: Tensor, norm: nn.Module) -> bool:
+    """Whether a norm may write over its input.
 
     Args:
+        x: the input.
         norm: the layer in the norm's place.
-        x: its input.
-
-    Raises:
-        RuntimeError: if that was changed since, or another norm's statistics were applied.
     """
-    done_by, version = getattr(x, "_normalised_by", (None, None))
-    if done_by is None:
-        return False
-    if done_by is not norm or version != x._version:
-        raise RuntimeError(
-            "a folded BatchNorm was applied to a convolution's output that was then changed, or given to another "
-            "layer: call prepare_model_for_lean_training again now that the model is another, or without fold_norm"
-        )
-    x._normalised_by = None, None  # type: ignore[attr-defined]
-    return True
+    taker, version = getattr(x, "_handed_to", (None, None))
+    return taker is norm and version == x._version
 
 
 def _is_observed(layer: nn.Module) -> bool:

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from peft_edge.functional.activations import Kept, clipped_activation, smooth_activation
-from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm
-from peft_edge.functional.convolution import frozen_convolution, pad
+from peft_edge.functional.batch_norm import frozen_batch_norm
+from peft_edge.functional.convolution import frozen_convolution, needs_backward, pad
 from peft_edge.functional.gating import gated
 from peft_edge.functional.recipes import recipe_of
-from peft_edge.lean.folding import FoldedNorm, Slot, folding, takes_folded
+from peft_edge.lean.folding import FoldedNorm, Slot, hand_over, is_handed_over
 
 Masks = Literal["byte", "bit", "off"]
 
@@ -29,6 +29,11 @@ Masks = Literal["byte", "bit", "off"]
 def _trains(layer: Any) -> bool:
     # By what is there, which need not be parameters: a parametrisation computes the weight.
     return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
+
+
+def _is_plain(x: Tensor) -> bool:
+    """Whether there is no backward pass to keep anything for, or a compiler sees to that."""
+    return torch.compiler.is_compiling() or not (needs_backward() and x.requires_grad)
 
 
 def keeps_input(module: nn.Module) -> bool:
@@ -50,7 +55,7 @@ class LeanConvolution(nn.Module):
     """A convolution that keeps its kernel alone, where autograd's keeps the input too.
 
     Attributes:
-        folded_norm: the norm behind it that it applies, or None.
+        folded_norm: the norm behind it that may write over its output, or None.
         recompute: whether its output may be made again, if that is cheap.
     """
 
@@ -67,38 +72,28 @@ class LeanConvolution(nn.Module):
         """Whether an adapter of it, which keeps the input, lets others make the output from that."""
         return self.recompute and self.weight[0].numel() <= _CHEAP_PRODUCTS
 
-    @property
-    def applies_folded_norm(self) -> bool:
-        """Whether it can take over the norm behind it."""
-        return not _trains(self)
-
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps (B, C_in, *size) as the plain layer does."""
         if _trains(self):
-            return super().forward(x)
-        folded = folding(self)
+            return hand_over(super().forward(x), self)
         x, geometry = pad(self, x)
-        if folded is None:
-            return frozen_convolution(x, self.weight, self.bias, geometry)
-        folded = folded.to(self.weight.dtype)
-        return folded.mark(frozen_convolution(x, self.weight, folded.bias(self.bias), geometry, folded.scale))
+        return hand_over(frozen_convolution(x, self.weight, self.bias, geometry), self)
 
 
 class LeanBatchNorm(nn.Module):
     """Batch normalisation that keeps one number a channel while its statistics are fixed."""
 
-    def frozen_affine(self: Any) -> tuple[Tensor, Tensor] | None:
-        """The scale and shift that it is, (C,) each; None while it normalises by the batch or is trained."""
-        if self.training or self.running_mean is None or _trains(self):
-            return None
-        return batch_norm_affine(self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+    @property
+    def keeps_input(self: Any) -> bool:
+        """Whether its backward needs its input: while it normalises by the batch, or is trained."""
+        return self.training or self.running_mean is None or _trains(self)
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps (B, C, *size) as the plain layer does."""
-        if not takes_folded(self, x):
-            if self.training or self.running_mean is None or _trains(self) or torch.compiler.is_compiling():
-                return super().forward(x)
-            x = frozen_batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, self.eps)
+        if self.keeps_input or torch.compiler.is_compiling():
+            return super().forward(x)
+        statistics = self.running_mean, self.running_var, self.weight, self.bias
+        x = frozen_batch_norm(x, *statistics, self.eps, inplace=is_handed_over(x, self))
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
 
@@ -126,7 +121,7 @@ class LeanClippedActivation(nn.Module):
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps as the plain layer does."""
         plain = super().forward
-        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+        if _is_plain(x):
             return plain(x)
         can_be_made = self.masks != "off" and not recipe_of(x).is_plain
         keep = self.masks if can_be_made else self.kept()
@@ -142,7 +137,7 @@ class LeanSmoothActivation(nn.Module):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps as the plain layer does."""
-        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+        if _is_plain(x):
             return super().forward(x)
         return smooth_activation(x, type(self).function, type(self).derivative)
 
@@ -165,7 +160,7 @@ class LeanGate(nn.Module):
 
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps (B, C, H, W) as the plain layer does."""
-        if not (torch.is_grad_enabled() and x.requires_grad) or torch.compiler.is_compiling():
+        if _is_plain(x):
             return super().forward(x)
         with _Gating(x):
             return super().forward(x)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from peft_edge.lean.folding import base_layer, folding
-from peft_edge.lean.layers import PLAIN, LeanBatchNorm, LeanClippedActivation
+from peft_edge.lean.folding import base_layer
+from peft_edge.lean.layers import PLAIN, LeanClippedActivation
 
 
 def lean_summary(model: nn.Module) -> str:
@@ -22,12 +22,10 @@ def lean_summary(model: nn.Module) -> str:
     """
     rows: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
-    layers = dict(_layers(model))
-    folded = {applied.norm for layer in layers.values() if (applied := folding(layer)) is not None}
-    for name, layer in layers.items():
+    for name, layer in _layers(model):
         base = base_layer(layer)
         kind = PLAIN.get(type(base), type(base)).__name__
-        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer, folded))
+        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer))
         rows[row] += 1
         first.setdefault(row, name)
     width = max(len(kind) for kind, _ in rows)
@@ -51,16 +49,11 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         yield from _layers(base, f"{path}.")
 
 
-def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
+def _kept(layer: nn.Module) -> str:
     base = base_layer(layer)
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()
         return "its output" if kept == "output" else f"a {kept} for each element"
-    if isinstance(base, LeanBatchNorm):
-        if layer in folded:
-            return "nothing: the convolution before it applies it"
-        frozen_affine = getattr(layer, "frozen_affine", None)
-        return "nothing" if frozen_affine is not None and frozen_affine() is not None else "its input"
     keeps_input = getattr(layer, "keeps_input", None)
     if keeps_input is not None:
         return "its input" if keeps_input else "nothing of its input"

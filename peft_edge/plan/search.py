@@ -99,7 +99,7 @@ def find_plan(
 ) -> Plan:
     """Analyses methods, placements and ranks by shapes alone, each in one setting after the other until it fits.
 
-    The settings are: as it is; lean; lean, with the norms frozen and folded into the convolutions. A rank above one
+    The settings are: as it is; lean; lean, with the norms frozen and folded. A rank above one
     that does not fit is not tried.
 
     Args:

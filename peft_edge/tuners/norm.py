@@ -18,8 +18,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
-from peft_edge.functional.batch_norm import batch_norm_affine, frozen_batch_norm, synchronised_batch_norm
-from peft_edge.lean.folding import takes_folded
+from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batch_norm
+from peft_edge.lean.folding import is_handed_over
 from peft_edge.lean.layers import LeanBatchNorm
 from peft_edge.tuners.mixed_batches import check_adapter_names
 
@@ -174,17 +174,15 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         base = self.get_base_layer()
         if adapter_names is not None and not self.disable_adapters:
             x = self._normalise_mixed_batch(x, adapter_names)
-        elif not takes_folded(self, x):
+        else:
             x = self._normalise(x, self.current_state())
         return base.act(base.drop(x)) if isinstance(base, BatchNormAct2d) else x
 
-    def frozen_affine(self) -> tuple[Tensor, Tensor] | None:
-        """The scale and shift that the layer is now, (C,) each; None while they depend on the batch or are trained."""
+    @property
+    def keeps_input(self) -> bool:
+        """Whether the layer's backward needs its input, as the layer is set now."""
         state = self.current_state()
-        if self._is_by_batch(state):
-            return None
-        values = self._values(state)
-        return None if _trains(values) else batch_norm_affine(*values, self.get_base_layer().eps)
+        return self._is_by_batch(state) or _trains(self._values(state))
 
     def _is_by_batch(self, state: NormState) -> bool:
         return self.estimating or (self.training and state.norm in ("stats", "affine"))
@@ -201,7 +199,7 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         if not self._is_by_batch(state):
             if _trains(values) or torch.compiler.is_compiling():
                 return F.batch_norm(x, *values, training=False, eps=base.eps)
-            return frozen_batch_norm(x, *values, base.eps)
+            return frozen_batch_norm(x, *values, base.eps, inplace=is_handed_over(x, self))
         momentum = self._count_batch(state)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return synchronised_batch_norm(x, *values, momentum, base.eps)

@@ -14,7 +14,7 @@ from peft_edge.functional.routes import Route
 
 
 class Case(NamedTuple):
-    """Tensors of a layer of four channels, at double precision; all but the weight and the scale are trained."""
+    """Tensors of a layer of four channels, at double precision; all but the weight are trained."""
 
     geometry: Geometry
     x: Tensor
@@ -23,22 +23,19 @@ class Case(NamedTuple):
     lora_b: Tensor
     magnitude: Tensor
     bias: Tensor
-    scale: Tensor
 
-    def run(self, *, dora: bool = False, scaled: bool = False, route: Route | None = None) -> Tensor:
-        geometry, x, weight, lora_a, lora_b, magnitude, bias, scale = self
+    def run(self, *, dora: bool = False, route: Route | None = None) -> Tensor:
+        geometry, x, weight, lora_a, lora_b, magnitude, bias = self
         return lowrank_conv2d(
             x, weight, lora_a, lora_b, 0.7, geometry=geometry, bias=bias, route=route,
-            magnitude=magnitude if dora else None, scale=scale if scaled else None,
+            magnitude=magnitude if dora else None,
         )  # fmt: skip
 
-    def composed(self, *, dora: bool = False, scaled: bool = False) -> Tensor:
+    def composed(self, *, dora: bool = False) -> Tensor:
         """The same by autograd's own convolution."""
         rows = self.weight.flatten(1) + 0.7 * self.lora_b.flatten(1) @ self.lora_a.flatten(1)
         if dora:
             rows = rows * (self.magnitude.flatten() / rows.detach().norm(dim=1)).unsqueeze(1)
-        if scaled:
-            rows = rows * self.scale.unsqueeze(1)
         conv: Any = (F.conv1d, F.conv2d, F.conv3d)[self.x.dim() - 3]
         return conv(self.x, rows.view_as(self.weight), self.bias, *self.geometry)
 
@@ -73,7 +70,6 @@ def make_case(kind: str, dtype: torch.dtype = torch.float64, size: int = 6, **tr
         lora_b=tensor(channels, 3, *[1] * len(kernel)),
         magnitude=tensor(1, channels, *[1] * len(kernel)).abs() + 0.5,
         bias=tensor(channels),
-        scale=tensor(channels),
     )
     for name in ("x", "lora_a", "lora_b", "magnitude", "bias"):
         getattr(case, name).requires_grad_(trained.get(name, True))

@@ -1,4 +1,4 @@
-"""The synchronised normalisation against the plain one."""
+"""The frozen and the synchronised normalisation against the plain one."""
 
 from __future__ import annotations
 
@@ -10,7 +10,41 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 
-from peft_edge.functional.batch_norm import synchronised_batch_norm
+from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batch_norm
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+@pytest.mark.parametrize("affine", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "memory_format", "dtype"),
+    [
+        ((3, 12), torch.contiguous_format, torch.float32),
+        ((2, 12, 7), torch.contiguous_format, torch.float64),
+        ((2, 12, 7, 5), torch.contiguous_format, torch.float32),
+        ((2, 12, 7, 5), torch.channels_last, torch.float32),
+        ((2, 12, 7, 5), torch.channels_last, torch.bfloat16),
+        ((2, 12, 3, 4, 5), torch.channels_last_3d, torch.float32),
+    ],
+)
+def test_frozen_normalisation_is_the_plain_one_to_the_bit(
+    shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype, affine: bool, inplace: bool
+) -> None:
+    # Half precision has statistics of full precision, as under autocast.
+    precise = torch.float32 if dtype == torch.bfloat16 else dtype
+    mean, var, weight, bias = torch.randn(4, 12, dtype=precise)
+    values = mean, var.abs(), *((weight, bias) if affine else (None, None))
+    x = torch.randn(shape).to(dtype).contiguous(memory_format=memory_format)
+    outcomes = []
+    for ours in (True, False):
+        leaf = x.clone().requires_grad_()
+        taken = leaf * 1
+        y = frozen_batch_norm(taken, *values, 1e-5, inplace=inplace) if ours else F.batch_norm(leaf, *values)
+        y.square().sum().backward()
+        assert not ours or inplace == (y is taken)
+        outcomes += [y, leaf.grad]
+
+    assert torch.equal(outcomes[0], outcomes[2])
+    torch.testing.assert_close(outcomes[1], outcomes[3])
 
 
 def _batch_norm_in_two_processes(

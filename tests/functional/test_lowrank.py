@@ -16,14 +16,12 @@ DENSE = [kind for kind, (_, _, geometry) in KINDS.items() if geometry.groups == 
 ROUTES = [(kind, None) for kind in KINDS] + [(kind, route) for kind in DENSE for route in ("project", "factor")]
 
 
-@pytest.mark.parametrize(("dora", "scaled"), [(False, False), (False, True), (True, False), (True, True)])
+@pytest.mark.parametrize("dora", [False, True])
 @pytest.mark.parametrize(("kind", "route"), ROUTES)
-def test_output_and_gradients_are_those_of_the_composed_form(
-    kind: str, route: Route | None, dora: bool, scaled: bool
-) -> None:
+def test_output_and_gradients_are_those_of_the_composed_form(kind: str, route: Route | None, dora: bool) -> None:
     # The factors have two routes while DoRA's magnitude is frozen.
     case = make_case(kind, magnitude=dora and route != "factor")
-    y, expected = case.run(dora=dora, scaled=scaled, route=route), case.composed(dora=dora, scaled=scaled)
+    y, expected = case.run(dora=dora, route=route), case.composed(dora=dora)
 
     torch.testing.assert_close(y, expected)
     for got, wanted in zip(gradients_of(y, case), gradients_of(expected, case), strict=True):
@@ -40,9 +38,9 @@ def test_gradients_in_channels_last(kind: str, dora: bool, route: Route) -> None
         turned = tensor.detach().to(memory_format=memory_format).requires_grad_(tensor.requires_grad)
         case = case._replace(**{name: turned})
 
-    found = gradients_of(case.run(dora=dora, scaled=True, route=route), case)
+    found = gradients_of(case.run(dora=dora, route=route), case)
 
-    for got, wanted in zip(found, gradients_of(case.composed(dora=dora, scaled=True), case), strict=True):
+    for got, wanted in zip(found, gradients_of(case.composed(dora=dora), case), strict=True):
         torch.testing.assert_close(got, wanted)
 
 
@@ -53,8 +51,8 @@ def test_each_gradient_alone(kind: str, trained: str) -> None:
     case = make_case(kind, **{name: name == trained for name in names})
 
     for route in (None, "project"):
-        got = gradients_of(case.run(dora=True, scaled=True, route=route), case)
-        torch.testing.assert_close(got, gradients_of(case.composed(dora=True, scaled=True), case))
+        got = gradients_of(case.run(dora=True, route=route), case)
+        torch.testing.assert_close(got, gradients_of(case.composed(dora=True), case))
 
 
 @pytest.mark.parametrize(("kind", "route"), [("dense", "project"), ("strided", "factor"), ("depthwise", None)])
@@ -62,7 +60,7 @@ def test_first_and_second_derivatives_equal_finite_differences(kind: str, route:
     case = make_case(kind, size=4)
 
     def forward(x: Tensor, lora_a: Tensor, lora_b: Tensor, bias: Tensor) -> Tensor:
-        return case._replace(x=x, lora_a=lora_a, lora_b=lora_b, bias=bias).run(route=route, scaled=True)
+        return case._replace(x=x, lora_a=lora_a, lora_b=lora_b, bias=bias).run(route=route)
 
     inputs = (case.x, case.lora_a, case.lora_b, case.bias)
     assert torch.autograd.gradcheck(forward, inputs)

@@ -9,8 +9,6 @@ import timm
 import torch
 from torch import nn
 
-NETWORKS = ["mobilenetv2_035", "mobilenetv3_small_050", "mobilenetv4_conv_small_035", "efficientnet_lite0", "resnet10t"]
-
 
 def backbone(name: str) -> nn.Module:
     """A network for ten classes, frozen, with norms that do something."""

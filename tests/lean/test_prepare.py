@@ -18,12 +18,13 @@ from peft_edge.lean.layers import LEAN
 from peft_edge.profiling import count_flops, track_memory
 
 NETWORKS = [
-    "mobilenetv2_035",
-    "mobilenetv3_small_050",
-    "mobilenetv4_conv_small_035",
+    "mobilenetv2_100",
+    "mobilenetv3_large_100",
+    "mobilenetv4_conv_small",
+    "efficientnet_lite0",
+    "resnet18",
     "tf_mobilenetv3_small_minimal_100",
     "test_efficientnet",
-    "resnet10t",
     "ghostnet_050",
 ]
 MakeBackbone = Callable[[str], nn.Module]
@@ -56,13 +57,15 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance
 @pytest.mark.parametrize("name", NETWORKS)
 @pytest.mark.parametrize("fold_norm", [True, False], ids=["folded", "not folded"])
 def test_outputs_and_gradients_are_the_plain_models(name: str, fold_norm: bool, make_backbone: MakeBackbone) -> None:
-    # In double precision, in which rounding does not carry an element over the kink of a ReLU.
-    images = torch.randn(2, 3, 48, 48, dtype=torch.float64)
-    model = with_adapter(make_backbone(name).double())
+    images = torch.randn(2, 3, 64, 64).contiguous(memory_format=torch.channels_last)
+    model = with_adapter(make_backbone(name)).to(memory_format=torch.channels_last)
     for training, recompute in ((True, False), (False, True)):
         expected = outcome(undo_lean_training(model).train(training), images)
         prepare_model_for_lean_training(model, fold_norm=fold_norm, masks="bit", recompute=recompute)
-        assert_same(outcome(model, images), expected, 1e-10)
+        found = outcome(model, images)
+        # An output that rounds otherwise may be on the other side of a kink, with other gradients altogether.
+        assert torch.equal(found["output"], expected["output"])
+        assert_same(found, expected, 1e-5)
 
 
 @pytest.mark.parametrize("norm", ["stats", "affine", "restat"])
@@ -137,7 +140,7 @@ def test_preparing_again_changes_the_settings(make_backbone: MakeBackbone) -> No
     prepare_model_for_lean_training(model, masks="bit")
 
     assert not any("folded_norm" in vars(module) for module in model.modules())
-    torch.testing.assert_close(model(images), folded, rtol=1e-4, atol=1e-5)
+    assert torch.equal(model(images), folded)
 
 
 def test_a_checkpoint_is_the_plain_models(make_backbone: MakeBackbone) -> None:
@@ -276,15 +279,26 @@ def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
 
 
 def test_a_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) -> None:
-    # In double precision, since the exported program does not fold.
-    images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035").double(), fold_norm=True)
+    images = torch.randn(2, 3, 32, 32)
+    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035"), fold_norm=True)
     copied = copy.deepcopy(model)
     model.bn1.running_mean.add_(1.0)
 
     assert not torch.allclose(copied(images), model(images))
     program = torch.export.export(copied, (images,))
     torch.testing.assert_close(program.module()(images), copied(images))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
+@pytest.mark.parametrize("grad_enabled", [True, False])
+def test_a_lean_model_can_be_traced(chain: nn.Module, grad_enabled: bool) -> None:
+    images, others = torch.randn(2, 3, 9, 9), torch.randn(3, 3, 9, 9)
+    model = prepare_model_for_lean_training(with_adapter(chain), fold_norm=True)
+
+    with torch.set_grad_enabled(grad_enabled):
+        traced = torch.jit.trace(model, (images,))
+
+    assert torch.equal(traced(others), model(others))
 
 
 def test_wrong_masks_are_refused(chain: nn.Module) -> None:

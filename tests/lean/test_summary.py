@@ -25,7 +25,7 @@ def test_a_lean_model(chain: nn.Module) -> None:
     chain.append(nn.Flatten())
     prepare_model_for_lean_training(chain, masks="bit")
     assert lines(chain) == [
-        "1 BatchNorm2d nothing",
+        "1 BatchNorm2d nothing of its input",
         "2 Conv2d nothing of its input",
         "1 Flatten what torch keeps, such as 4",
         "1 ReLU6 a bit for each element",
@@ -34,7 +34,7 @@ def test_a_lean_model(chain: nn.Module) -> None:
     chain[3].requires_grad_(True)
     prepare_model_for_lean_training(chain, fold_norm=True)
     assert lines(chain) == [
-        "1 BatchNorm2d nothing: the convolution before it applies it",
+        "1 BatchNorm2d nothing of its input",
         "1 Conv2d its input",
         "1 Conv2d nothing of its input",
         "1 Flatten what torch keeps, such as 4",

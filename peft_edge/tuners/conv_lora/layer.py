@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from peft_edge.functional.convolution import convolution, memory_format, pad
 from peft_edge.functional.kernels import dora_scale, lowrank_kernel
 from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
-from peft_edge.lean.folding import folding
+from peft_edge.lean.folding import hand_over
 from peft_edge.tuners.convolution import KernelAdapter, check_convolution
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
@@ -200,14 +200,6 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             trains_magnitude=self.use_dora[adapter] and self.lora_magnitude_vector[adapter].weight.requires_grad,
         )
 
-    @property
-    def applies_folded_norm(self) -> bool:
-        """Whether the layer, as it is set now, can take over the norm behind it."""
-        adapters = self._applied_adapters()
-        if not adapters:
-            return getattr(self.base_layer, "applies_folded_norm", False)
-        return self._is_plain(adapters) and not self._has_two_branches(adapters)
-
     def _applied_adapters(self) -> list[str]:
         """The adapters that the forward applies to the base layer's kernel."""
         if self.disable_adapters or self.merged:
@@ -224,9 +216,7 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
 
     def _lowrank_forward(self, x: Tensor, adapter: str) -> Tensor:
         conv = self.get_base_layer()
-        bias, folded = self._add_bias(conv.bias, adapter), folding(self)
-        if folded is not None:
-            bias = folded.bias(bias)
+        bias = self._add_bias(conv.bias, adapter)
         x, geometry = pad(conv, x)
         y = lowrank_conv2d(
             x,
@@ -237,10 +227,9 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             geometry=geometry,
             bias=None if bias is None else bias.to(conv.weight.dtype),
             magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
-            scale=None if folded is None else folded.scale,
             recompute=getattr(conv, "lets_recompute", False) and self.keeps_input,
         )
-        return y if folded is None else folded.mark(y)
+        return hand_over(y, self)
 
     def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus a convolution for each adapter's own change of the kernel.
