@@ -87,6 +87,8 @@ class _MaskedGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, gradient: Tensor, mask: Tensor, inplace: bool) -> Tensor:
         ctx.save_for_backward(mask)
+        if inplace:
+            ctx.mark_dirty(gradient)
         return mask_gradient(gradient, mask, out=gradient if inplace else torch.empty_like(gradient))
 
     @staticmethod

@@ -11,6 +11,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from peft_edge.functional.activations import Kept, clipped_activation
+from peft_edge.functional.batch_norm import frozen_batch_norm
 from peft_edge.functional.exclusive import is_exclusive
 
 
@@ -49,6 +51,17 @@ def test_the_first_of_two_branches_shares_its_gradient() -> None:
 
     assert not first
     assert second  # the first one has let go of it
+
+
+@pytest.mark.parametrize("keep", ["output", "byte", "bit"])
+def test_what_our_own_layers_pass_on_is_ours(keep: Kept) -> None:
+    x, statistics = torch.randn(2, 4, 3, 3, requires_grad=True), torch.rand(4, 4)
+
+    def function(x: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
+        y = ask(frozen_batch_norm(ask(x), *statistics, 1e-5))
+        return clipped_activation(y, torch.relu, upper=float("inf"), keep=keep).exp()
+
+    assert answers_of(function, x) == [True, True]
 
 
 def test_views_of_one_storage_are_seen() -> None:
