@@ -93,7 +93,7 @@ def test_lean_layers_change_nothing(run: Run, tmp_path: Path) -> None:
     run(tmp_path / "lean", *plain, "lean.enabled=true", "lean.fold_norm=true")
     expected, found = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "lean")
     for name in expected:
-        torch.testing.assert_close(found[name], expected[name], atol=1e-4, rtol=1e-3)
+        torch.testing.assert_close(found[name], expected[name])
 
 
 @pytest.mark.parametrize(
