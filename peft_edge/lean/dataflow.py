@@ -24,7 +24,7 @@ FUNCTION = ""
 """Any other consumer that is no layer: a function that the model calls, or whoever takes the model's own output."""
 
 
-def consumers(model: nn.Module, *, training: bool = False) -> Mapping[str, list[str]]:
+def consumers(model: nn.Module, *, training: bool = False, intermediates: bool = False) -> Mapping[str, list[str]]:
     """Runs a copy of the model on the meta device, and returns who takes each layer's output.
 
     A layer is a module without modules inside, a norm, or one that PEFT has put into the model. For each, by its name,
@@ -34,18 +34,20 @@ def consumers(model: nn.Module, *, training: bool = False) -> Mapping[str, list[
     Args:
         model: takes images.
         training: whether it runs as in training.
+        intermediates: whether timm's `forward_intermediates` runs instead of `forward`.
 
     Raises:
         Exception: what the model raises that cannot run so.
     """
-    traced = copy.deepcopy(model).to("meta").train(training)
+    traced: Any = copy.deepcopy(model).to("meta").train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
         if _is_layer(module):
             module.register_forward_pre_hook(trace.enter(name), with_kwargs=True)
             module.register_forward_hook(trace.leave(name), always_call=True)
     with torch.no_grad(), trace:
-        trace.take(traced(_images(traced)), FUNCTION)
+        run = traced.forward_intermediates if intermediates else traced
+        trace.take(run(_images(traced)), FUNCTION)
     return trace.consumers
 
 

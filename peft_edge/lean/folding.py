@@ -8,6 +8,8 @@ but it rounds differently, which carries elements over the kinks of the activati
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -37,8 +39,17 @@ class Slot:
     @property
     def module(self) -> Any:
         """The module that stands there now, or None."""
+        return self._module(self._path)
+
+    def modules_apart_from(self, other: Slot) -> Iterator[Any]:
+        """The module that stands there now and those around it, as far as they are not around another place, too."""
+        for path in itertools.accumulate(self._path.split("."), "{}.{}".format):
+            if not f"{other._path}.".startswith(f"{path}."):
+                yield self._module(path)
+
+    def _module(self, path: str) -> Any:
         try:
-            return None if self._root is None else self._root.get_submodule(self._path)
+            return None if self._root is None else self._root.get_submodule(path)
         except AttributeError:
             return None
 
@@ -55,11 +66,16 @@ class FoldedNorm(NamedTuple):
     conv: Slot
     norm: Slot
 
+    def is_observed(self) -> bool:
+        """Whether there are hooks that may look at what goes from one to the other."""
+        modules = [*self.conv.modules_apart_from(self.norm), *self.norm.modules_apart_from(self.conv)]
+        return any(_is_observed(layer) for module in modules for layer in (module, base_layer(module)))
+
 
 def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
     """Lets the norm behind a convolution write over its output, which is returned.
 
-    Not while hooks look at what is between the two, and not in compiled or traced models.
+    Not while hooks look at what is between the two, and not in compiled or traced models, or under `torch.func`.
 
     Args:
         y: the output, a tensor that the layer has made and does not keep.
@@ -67,26 +83,35 @@ def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference():
         return y
+    if y._is_view() or torch._C._functorch.is_functorch_wrapped_tensor(y):
+        return y
     pair = getattr(base_layer(layer), "folded_norm", None)
     # A map of one pixel is of several memory formats at once, and not of the same ones in place, which orders sums.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     conv, norm = pair.conv.module, pair.norm.module
-    is_there = layer is conv or layer is base_layer(conv)
-    if is_there and not any(map(_is_observed, (conv, base_layer(conv), norm, base_layer(norm)))):
-        y._handed_to = norm, y._version  # type: ignore[attr-defined]
+    is_there = norm is not None and (layer is conv or layer is base_layer(conv))
+    if is_there and not pair.is_observed():
+        y._handed_to = _mark(y, norm)  # type: ignore[attr-defined]
     return y
 
 
 def is_handed_over(x: Tensor, norm: nn.Module) -> bool:
-    """Whether a norm may write over its input.
+    """Whether a norm may write over its input; asked once.
 
     Args:
         x: the input.
         norm: the layer in the norm's place.
     """
-    taker, version = getattr(x, "_handed_to", (None, None))
-    return taker is norm and version == x._version
+    mark = vars(x).pop("_handed_to", None)
+    return mark is not None and mark == _mark(x, norm)
+
+
+def _mark(y: Tensor, norm: nn.Module) -> tuple[Any, ...]:
+    # A checkpoint that begins between the two keeps what goes from one to the other. It shows in the surroundings.
+    surroundings = torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
+    # Not the norm itself, which would be saved with the tensor.
+    return id(norm), y._version, *surroundings
 
 
 def _is_observed(layer: nn.Module) -> bool:

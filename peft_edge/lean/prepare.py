@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from typing import TypeVar, get_args
 
 from peft.utils import AuxiliaryTrainingWrapper
@@ -91,11 +92,15 @@ def _consumers(model: nn.Module, *, is_needed: bool) -> Mapping[str, list[str]]:
 def _foldable(model: nn.Module, taken_by: Mapping[str, list[str]], slots: Mapping[str, Slot]) -> Iterator[FoldedNorm]:
     """The convolutions whose output one norm takes and nothing else, and whose output is all that the norm takes."""
     inputs = Counter(consumer for names in taken_by.values() for consumer in names)
-    in_training = consumers(model, training=True)
+    # Other ways to run it take what this one does not.
+    others = [consumers(model, training=True)]
+    if hasattr(model, "forward_intermediates"):
+        with suppress(Exception):  # another method of that name
+            others.append(consumers(model, intermediates=True))
     # Which of these copies runs depends on the active adapter.
     switched = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
     for name, names in taken_by.items():
-        is_alone = len(names) == 1 == inputs[names[0]] and in_training.get(name) == names
+        is_alone = len(names) == 1 == inputs[names[0]] and all(other.get(name, names) == names for other in others)
         if is_alone and names[0] in slots and not names[0].startswith(switched) and not name.startswith(switched):
             conv, norm = base_layer(slots[name].module), base_layer(slots[names[0]].module)
             if isinstance(conv, LeanConvolution) and isinstance(norm, LeanBatchNorm):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,10 +22,12 @@ def lean_summary(model: nn.Module) -> str:
     """
     rows: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
+    pairs = [pair for module in model.modules() if (pair := getattr(module, "folded_norm", None)) is not None]
+    folded = {base_layer(pair.norm.module) for pair in pairs if not pair.is_observed()}
     for name, layer in _layers(model):
         base = base_layer(layer)
         kind = PLAIN.get(type(base), type(base)).__name__
-        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer))
+        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer, folded))
         rows[row] += 1
         first.setdefault(row, name)
     width = max(len(kind) for kind, _ in rows)
@@ -49,12 +51,14 @@ def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Modul
         yield from _layers(base, f"{path}.")
 
 
-def _kept(layer: nn.Module) -> str:
+def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
     base = base_layer(layer)
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()
         return "its output" if kept == "output" else f"a {kept} for each element"
     keeps_input = getattr(layer, "keeps_input", None)
     if keeps_input is not None:
-        return "its input" if keeps_input else "nothing of its input"
+        return (
+            "its input" if keeps_input else "nothing, and works in place" if base in folded else "nothing of its input"
+        )
     return _UNKNOWN

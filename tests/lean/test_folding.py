@@ -10,6 +10,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from peft_edge import ConvLoraConfig
 from peft_edge.lean import prepare_model_for_lean_training
@@ -46,7 +47,6 @@ def test_the_norm_writes_over_what_it_is_handed(folded: nn.Module, images: Tenso
     expected = plain(folded)[:2](images)
     y = folded[0](images)
 
-    assert is_handed_over(y, folded[1])
     assert folded[1](y) is y
     assert torch.equal(y, expected)
 
@@ -96,6 +96,66 @@ def test_a_trained_convolution_hands_over_too(folded: nn.Module, images: Tensor)
 
     assert is_handed_over(folded[0](images), folded[1])
     assert torch.equal(folded[0].weight.grad, unfolded[0].weight.grad)
+
+
+def test_a_mark_is_asked_for_once_and_is_plain_data(folded: nn.Module, images: Tensor) -> None:
+    y, other = folded[0](images), folded[0](images)
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+
+    torch.testing.assert_close(torch.load(file), y)
+    assert is_handed_over(y, folded[1])
+    assert not is_handed_over(y, folded[1])
+    assert not is_handed_over(other, folded[2])
+    assert not is_handed_over(other, folded[1])
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_a_checkpoint_that_begins_at_the_norm_keeps_what_it_began_with(
+    folded: nn.Module, images: Tensor, use_reentrant: bool
+) -> None:
+    gradients = []
+    for model in (folded, plain(folded)):
+        x = images.clone().requires_grad_()
+        y = checkpoint(model[1:], model[0](x), use_reentrant=use_reentrant)
+        y.square().sum().backward()
+        gradients.append(x.grad)
+
+    torch.testing.assert_close(*gradients)
+
+
+def test_a_hook_on_what_ends_in_the_convolution_sees_its_output(images: Tensor) -> None:
+    model = nn.Sequential(nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 1)), nn.Sequential(nn.BatchNorm2d(4)))
+    prepare_model_for_lean_training(model.double().eval().requires_grad_(False), fold_norm=True)
+    assert is_handed_over(model[0](images), model[1][0])
+
+    seen = []
+    model[0].register_forward_hook(lambda module, args, output: seen.append(output))
+    model(images)
+
+    assert torch.equal(seen[0], model[0][1](images))
+
+
+def test_a_norm_that_is_gone_is_handed_nothing(folded: nn.Module, images: Tensor) -> None:
+    del folded[1:]
+
+    assert torch.equal(folded(images), folded[0](images))
+
+
+def test_transformed_tensors_are_not_handed_over(folded: nn.Module, images: Tensor) -> None:
+    with torch.no_grad():
+        torch.testing.assert_close(torch.vmap(folded)(images[:, None])[:, 0], plain(folded)(images))
+
+
+def test_views_are_not_handed_over() -> None:
+    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval().requires_grad_(False)
+    model.pretrained_cfg = {"input_size": (3, 8)}
+    prepare_model_for_lean_training(model, fold_norm=True)
+    x = torch.randn(2, 3, 8)
+
+    assert is_handed_over(model[0](x), model[1])
+    assert not is_handed_over(model[0](x[0]), model[1])
 
 
 @pytest.mark.parametrize("index", [0, 1])

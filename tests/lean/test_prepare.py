@@ -301,6 +301,18 @@ def test_a_lean_model_can_be_traced(chain: nn.Module, grad_enabled: bool) -> Non
     assert torch.equal(traced(others), model(others))
 
 
+def test_what_intermediates_are_made_of_is_left_alone(make_backbone: MakeBackbone) -> None:
+    images = torch.randn(2, 3, 32, 32)
+    # It gives away the output of its first convolution, before the norm.
+    model = with_adapter(make_backbone("ghostnet_050"))
+    expected = model.forward_intermediates(images)[1]
+
+    found = prepare_model_for_lean_training(model, fold_norm=True).forward_intermediates(images)[1]
+
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
+    assert any("folded_norm" in vars(module) for module in model.modules())
+
+
 def test_wrong_masks_are_refused(chain: nn.Module) -> None:
     with pytest.raises(ValueError, match="masks is 'bits', expected one of: byte, bit, off"):
         prepare_model_for_lean_training(chain, masks="bits")  # type: ignore[arg-type]

@@ -34,7 +34,7 @@ def test_a_lean_model(chain: nn.Module) -> None:
     chain[3].requires_grad_(True)
     prepare_model_for_lean_training(chain, fold_norm=True)
     assert lines(chain) == [
-        "1 BatchNorm2d nothing of its input",
+        "1 BatchNorm2d nothing, and works in place",
         "1 Conv2d its input",
         "1 Conv2d nothing of its input",
         "1 Flatten what torch keeps, such as 4",
