@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,14 +25,19 @@ def written_whole(path: Path) -> Iterator[Path]:
 
     Raises:
         OSError: The disk is full; the message names `path` and the bytes that are left. Or a file was written where a
-            folder is, which stays.
+            folder is, or a folder where a file is, which stays.
     """
     unfinished = unfinished_path(path)
     remove(unfinished)
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
+        unfinished.touch()
+        mode = stat.S_IMODE(unfinished.stat().st_mode)
+        unfinished.unlink()
         yield unfinished
-        _flush(unfinished)
+        if unfinished.is_dir() and path.is_file():
+            raise FileExistsError(f"{path} is a file, and a folder is to be written there: choose another name")
+        _flush(unfinished, mode)
         if path.is_dir() and unfinished.is_dir():
             # A folder can only be renamed onto an empty one, so the old one steps aside first.
             replaced = path.with_name(f".{path.name}.replaced")
@@ -58,12 +64,16 @@ def written_whole(path: Path) -> Iterator[Path]:
         ) from error
 
 
-def _flush(path: Path) -> None:
-    """Waits until the disk holds what was written: a name that reached it first would be that of an empty file."""
+def _flush(path: Path, mode: int) -> None:
+    """Waits until the disk holds what was written: a name that reached it first would be that of an empty file.
+
+    Files get the mode that the system gives new ones; safetensors lets the owner alone read its own.
+    """
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
             _flush_folder(entry)
         else:
+            entry.chmod(mode)
             with entry.open("rb+") as file:
                 os.fsync(file.fileno())
 

@@ -45,6 +45,29 @@ def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
+def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("old")
+    with (
+        pytest.raises(FileExistsError, match="a is a file, and a folder is to be written there"),
+        written_whole(tmp_path / "a") as unfinished,
+    ):
+        unfinished.mkdir()
+    assert (tmp_path / "a").read_text() == "old"
+    assert [path.name for path in tmp_path.iterdir()] == ["a"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_who_may_read_other_new_files_may_read_weights(tmp_path: Path) -> None:
+    (tmp_path / "plain.txt").touch()
+    with written_whole(tmp_path / "folder") as unfinished:
+        unfinished.mkdir()
+        save_file({"a": torch.zeros(2)}, unfinished / "a.safetensors")
+    with written_whole(tmp_path / "b.safetensors") as unfinished:
+        save_file({"b": torch.zeros(2)}, unfinished)
+    for name in ("folder/a.safetensors", "b.safetensors"):
+        assert (tmp_path / name).stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
+
+
 def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(RuntimeError, match="stopped"), written_whole(tmp_path / "a.txt") as unfinished:  # noqa: PT012

@@ -66,10 +66,10 @@ class FoldedNorm(NamedTuple):
     conv: Slot
     norm: Slot
 
-    def is_observed(self) -> bool:
-        """Whether there are hooks that may look at what goes from one to the other."""
+    def is_closed(self) -> bool:
+        """Whether both are there, without hooks that look at what goes from one to the other."""
         modules = [*self.conv.modules_apart_from(self.norm), *self.norm.modules_apart_from(self.conv)]
-        return any(_is_observed(layer) for module in modules for layer in (module, base_layer(module)))
+        return None not in modules and not any(_is_observed(m) or _is_observed(base_layer(m)) for m in modules)
 
 
 def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
@@ -90,8 +90,7 @@ def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
     if pair is None or y.shape[2:].numel() == 1:
         return y
     conv, norm = pair.conv.module, pair.norm.module
-    is_there = norm is not None and (layer is conv or layer is base_layer(conv))
-    if is_there and not pair.is_observed():
+    if (layer is conv or layer is base_layer(conv)) and pair.is_closed():
         y._handed_to = _mark(y, norm)  # type: ignore[attr-defined]
     return y
 

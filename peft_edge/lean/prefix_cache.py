@@ -68,7 +68,8 @@ class PrefixCache(Dataset[dict[str, Tensor]]):
             dtype: Type of the stored values. `int8` has a scale for each image.
 
         Raises:
-            ValueError: The type is unknown, there are no images, or a value is not finite or too large for the type.
+            ValueError: The type is unknown, there are no images, views have different ones, or a value is not
+                finite or too large for the type.
             OSError: The disk is full.
         """
         if dtype not in get_args(StoredType):
@@ -90,7 +91,11 @@ class PrefixCache(Dataset[dict[str, Tensor]]):
         return self.info["images"]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
+        """Reads features and labels: each key is the number of an epoch, from 0 on, and that of an image."""
         info = self.info
+        for _, index in keys:
+            if not 0 <= index < len(self):
+                raise IndexError(f"expected the number of an image, 0 to {len(self) - 1}, found {index}")
         rows = self._rows[[epoch % info["views"] * len(self) + index for epoch, index in keys]]
         values, scales, labels = (_tensor(rows[name]) for name in ("values", "scale", "label"))
         features = values.to(getattr(torch, info["computed_dtype"])).view(len(keys), -1)
@@ -123,9 +128,9 @@ def _fill(path: Path, prefix: Prefix, images: Views, *, views: int, dtype: Store
     from datasets.arrow_writer import ArrowWriter
 
     started = time.perf_counter()
-    rows, flops, squared_error, squared_norm = 0, 0, 0.0, 0.0
+    rows, flops, squared_error, squared_norm = [0] * views, 0, 0.0, 0.0
     writer: Any = None
-    for batch in tqdm(_all(images, views), desc="storing features", unit="batch"):
+    for view, batch in tqdm(_all(images, views), desc="storing features", unit="batch"):
         with FlopCounterMode(display=False) as counter:
             features = prefix.features(batch["pixel_values"]).cpu()
         flops += counter.get_total_flops()
@@ -140,13 +145,15 @@ def _fill(path: Path, prefix: Prefix, images: Views, *, views: int, dtype: Store
             writer = ArrowWriter(features=Features(columns), path=str(path))
         lists = pa.FixedSizeListArray.from_arrays(values.flatten().numpy(), size)
         writer.write_table(pa.Table.from_arrays([lists, scales.numpy(), batch["labels"].numpy()], schema=writer.schema))
-        rows += len(values)
+        rows[view] += len(values)
     if writer is None:
         raise ValueError("there are no images to store features of")
+    if len(set(rows)) > 1:
+        raise ValueError(f"expected the same images in every view, found {rows} of them")
     writer.finalize()
     return {
         "start": prefix.start,
-        "images": rows // views,
+        "images": rows[0],
         "views": views,
         "dtype": dtype,
         "shape": list(features.shape[1:]),
@@ -159,9 +166,10 @@ def _fill(path: Path, prefix: Prefix, images: Views, *, views: int, dtype: Store
     }
 
 
-def _all(images: Views, views: int) -> Iterator[Mapping[str, Tensor]]:
+def _all(images: Views, views: int) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
     for view in range(views):
-        yield from images(view)
+        for batch in images(view):
+            yield view, batch
 
 
 def _stored(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:

@@ -23,7 +23,7 @@ def lean_summary(model: nn.Module) -> str:
     rows: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
     pairs = [pair for module in model.modules() if (pair := getattr(module, "folded_norm", None)) is not None]
-    folded = {base_layer(pair.norm.module) for pair in pairs if not pair.is_observed()}
+    folded = {base_layer(pair.norm.module) for pair in pairs if pair.is_closed()}
     for name, layer in _layers(model):
         base = base_layer(layer)
         kind = PLAIN.get(type(base), type(base)).__name__

@@ -146,6 +146,21 @@ def test_what_cannot_be_stored_is_refused(
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
+def test_views_of_different_images_are_refused(tmp_path: Path, prefix: Prefix) -> None:
+    def shorter(number: int) -> Iterator[dict[str, Tensor]]:
+        yield from list(views(number))[number:]
+
+    with pytest.raises(ValueError, match=r"expected the same images in every view, found \[10, 6\] of them"):
+        opened(tmp_path, prefix, shorter)
+    assert not list(tmp_path.glob("*/info.json"))
+
+
+@pytest.mark.parametrize("index", [-1, 10])
+def test_an_image_that_is_not_there_is_named(tmp_path: Path, prefix: Prefix, index: int) -> None:
+    with pytest.raises(IndexError, match=f"expected the number of an image, 0 to 9, found {index}"):
+        opened(tmp_path, prefix).__getitems__([(0, 0), (0, index)])
+
+
 def test_no_images_are_an_error(tmp_path: Path, prefix: Prefix) -> None:
     with pytest.raises(ValueError, match="there are no images to store"):
         opened(tmp_path, prefix, lambda number: [])
