@@ -24,16 +24,16 @@ def prepare_model_for_lean_training(
 ) -> Model:
     """Makes the frozen layers of a convolutional network keep for the backward pass only what it needs.
 
-    Outputs and gradients stay what they are, gradients to rounding. A frozen convolution keeps nothing of its input, a frozen
-    BatchNorm nothing at all, ReLU and its kin a mask, or the output where the next layer keeps that anyway. What is
-    trained, and layers that are not known, stay as they are: `lean_summary` tells. PEFT's `get_peft_model` may come
+    Outputs and gradients stay what they are, the latter to rounding. A frozen convolution keeps nothing of its input, a
+    frozen BatchNorm nothing at all, ReLU and its kin a mask, or the output where the next layer keeps that anyway. What
+    is trained, and layers that are not known, stay as they are: `lean_summary` tells. PEFT's `get_peft_model` may come
     before or after, and weights, statistics, adapters and modes may change at any time; checkpoints are the same.
 
     Args:
         model: any model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, such as timm's; changed in place.
         fold_norm: let a frozen BatchNorm write over the output of the convolution before it, where nothing else takes
-            that: no map of its own. Neither layer changes, so adapters stay valid without it. What takes an output is seen
-            in one run: who stores it by other means, such as an attribute, finds it normalised.
+            that: no map of its own. Neither layer changes, so adapters stay valid without it. What takes an output
+            shows in a run of the model: who stores it by other means, such as an attribute, finds it normalised.
         masks: a byte or a bit for each element, which takes a little longer; `"off"` keeps outputs.
         recompute: of adapted convolutions of at most 96 products an output (depthwise ones, the first one, those of
             few channels), which keep their input, let the next adapted layer make its own input from that again.
