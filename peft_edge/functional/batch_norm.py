@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -35,60 +35,52 @@ def frozen_batch_norm(
         eps: added to the variance.
         inplace: whether to write over x.
     """
+    fixed = _Fixed(running_mean, running_var, weight, bias, eps)
     if not needs_backward():
-        return _normalise(x, running_mean, running_var, weight, bias, eps, inplace)
+        return fixed.normalise(x, inplace=inplace)
     recipe = recipe_of(x)
-    y = _FrozenBatchNorm.apply(x, running_mean, running_var, weight, bias, eps, inplace)
+    y = _FrozenBatchNorm.apply(x, fixed, inplace)
     if recipe.is_plain:
         return y
     # Statistics may have moved on when the recipe is followed.
-    mean, var = running_mean.clone(), running_var.clone()
-    weight, bias = (None if value is None else value.detach().clone() for value in (weight, bias))
-    return attach(y, recipe.then(lambda x: F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)))
+    mean, var, weight, bias = (None if value is None else value.detach().clone() for value in fixed[:4])
+    return attach(y, recipe.then(_Fixed(mean, var, weight, bias, eps).normalise))
 
 
-def _normalise(
-    x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    inplace: bool,
-) -> Tensor:
-    if not inplace:
-        return F.batch_norm(x, running_mean, running_var, weight, bias, training=False, eps=eps)
-    # The operator has places for the batch's statistics, too.
-    out = x, running_mean.new_empty(0), running_mean.new_empty(0)
-    torch.native_batch_norm(x, weight, bias, running_mean, running_var, False, 0.0, eps, out=out)
-    return x
+class _Fixed(NamedTuple):
+    """What normalises, (C,) each, and what is added to the variance."""
+
+    mean: Any
+    var: Any
+    weight: Tensor | None
+    bias: Tensor | None
+    eps: float
+
+    def normalise(self, x: Tensor, *, inplace: bool = False) -> Tensor:
+        if not inplace:
+            return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
+        # The operator has places for the batch's statistics, too.
+        out = x, self.mean.new_empty(0), self.mean.new_empty(0)
+        torch.native_batch_norm(x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, out=out)
+        return x
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        running_mean: Tensor,
-        running_var: Tensor,
-        weight: Tensor | None,
-        bias: Tensor | None,
-        eps: float,
-        inplace: bool,
-    ) -> Tensor:
-        scale = torch.rsqrt(running_var + eps)
-        scale = scale if weight is None else scale * weight
+    def forward(ctx: Any, x: Tensor, fixed: _Fixed, inplace: bool) -> Tensor:
+        scale = torch.rsqrt(fixed.var + fixed.eps)
+        scale = scale if fixed.weight is None else scale * fixed.weight
         ctx.save_for_backward(scale.view(1, -1, *[1] * (x.dim() - 2)))
         if inplace:
             ctx.mark_dirty(x)
-        return _normalise(x, running_mean, running_var, weight, bias, eps, inplace)
+        return fixed.normalise(x, inplace=inplace)
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
         is_ours = is_exclusive(gradient)
         scale = scale.to(gradient.dtype)
-        return gradient.mul_(scale) if is_ours else gradient * scale, *[None] * 6
+        return gradient.mul_(scale) if is_ours else gradient * scale, None, None
 
 
 class _SumOverProcesses(torch.autograd.Function):
