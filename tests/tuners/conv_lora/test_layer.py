@@ -21,7 +21,7 @@ CONVS = {
     "pointwise": lambda: nn.Conv2d(4, 6, 1),
     "reflected": lambda: nn.Conv2d(4, 6, 3, padding=1, padding_mode="reflect"),
     "same": lambda: Conv2dSame(4, 6, 3, stride=2),
-    "grouped": lambda: nn.Conv2d(4, 6, 3, groups=2),
+    "grouped": lambda: nn.Conv2d(8, 12, 3, groups=4),
     "depthwise": lambda: nn.Conv2d(4, 4, 3, groups=4, padding=1),
     "depthwise with multiplier": lambda: nn.Conv2d(4, 8, (1, 5), groups=4, stride=2),
     "conv1d": lambda: nn.Conv1d(4, 6, 3, groups=2, padding="same"),
@@ -48,8 +48,8 @@ class _Model(nn.Module):
         return self.conv(x)
 
 
-def _input(conv: nn.Module, size: int = 9, **kwargs: Any) -> Tensor:
-    return torch.randn(2, 4, *[size] * len(conv.kernel_size), **kwargs)
+def _input(conv: Any, size: int = 9, **kwargs: Any) -> Tensor:
+    return torch.randn(2, conv.in_channels, *[size] * len(conv.kernel_size), **kwargs)
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
