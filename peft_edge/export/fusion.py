@@ -9,14 +9,14 @@ from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
-from peft_edge.lean.folding import FoldedNorm
+from peft_edge.lean.folding import FoldedNorm, folded_norms
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
     """Puts every BatchNorm that alone takes a convolution's output into that convolution; exact to rounding.
 
     What stands between others stays: a BatchNorm behind a sum or a concatenation, or one whose convolution's output is
-    also used elsewhere. Which these are is what lean training sees, too, when it folds for the time being.
+    also used elsewhere. Which these are is what lean training sees, too, when it folds.
 
     Args:
         model: A plain network in eval mode, nothing of which is trained; changed in place.
@@ -25,7 +25,7 @@ def fuse_batch_norms(model: nn.Module) -> None:
         ValueError: The model does not run on images.
     """
     prepare_model_for_lean_training(model, fold_norm=True)
-    pairs = [pair for module in model.modules() if (pair := getattr(module, "folded_norm", None)) is not None]
+    pairs = folded_norms(model)
     undo_lean_training(model)
     names = {module: name for name, module in model.named_modules()}
     for pair in pairs:

@@ -1,8 +1,8 @@
 """The convolution with a low-rank update of its kernel, and a backward of its own.
 
-The kernel is composed, W' = f (W + s B A) with a factor f for each output channel, and one convolution runs. The
-gradient of the input needs W' alone, and those of A and B have two exact forms (`peft_edge.functional.routes`), with G
-the gradient of W', z = A * x and u = (s f B)^T dY:
+The kernel is composed, W' = f (W + s B A) with DoRA's factor f for each output channel (one without a magnitude), and
+one convolution runs. The gradient of the input needs W' alone, and those of A and B have two exact forms
+(`peft_edge.functional.routes`), with G the gradient of W', z = A * x and u = (s f B)^T dY:
 
 - *project*: dB = s f G A^T and dA = s (f B)^T G;
 - *factor*: dB = s f dY z^T, and dA is the kernel gradient of a convolution from x to u.
@@ -116,11 +116,6 @@ def _composed(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | T
     return update.add_(weight) if update.dtype == weight.dtype else update + weight
 
 
-def _factor(kernel: Tensor, magnitude: Tensor | None) -> Tensor | None:
-    """f, shaped to broadcast over the kernel; None for ones."""
-    return None if magnitude is None else dora_scale(kernel, magnitude)
-
-
 def _used_up(kernel: Tensor, factor: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The product with a kernel that nobody needs afterwards: in place where no derivative is taken of it."""
     if factor is None or factor.dtype != kernel.dtype or torch.is_grad_enabled():
@@ -143,7 +138,8 @@ def _forward(
     geometry: Geometry,
 ) -> Tensor:
     kernel = _composed(weight, lora_a, lora_b, scaling)
-    return convolution(x, _used_up(kernel, _factor(kernel, magnitude), weight.dtype), bias, geometry)
+    factor = None if magnitude is None else dora_scale(kernel, magnitude)
+    return convolution(x, _used_up(kernel, factor, weight.dtype), bias, geometry)
 
 
 class _LowRankConvolution(torch.autograd.Function):
@@ -182,8 +178,10 @@ class _LowRankConvolution(torch.autograd.Function):
         scaling, geometry = ctx.scaling, ctx.geometry
         # Under autocast the gradient has a type of its own.
         dtype = grad_output.dtype
-        kernel = None if magnitude is None else _composed(weight, lora_a, lora_b, scaling)
-        factor = _factor(weight if kernel is None else kernel, magnitude)
+        kernel = factor = None
+        if magnitude is not None:
+            kernel = _composed(weight, lora_a, lora_b, scaling)
+            factor = dora_scale(kernel, magnitude)
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
         if x is None:
             if z is not None:

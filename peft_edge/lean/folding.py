@@ -9,7 +9,6 @@ but it rounds differently, which carries elements over the kinks of the activati
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -41,11 +40,10 @@ class Slot:
         """The module that stands there now, or None."""
         return self._module(self._path)
 
-    def modules_apart_from(self, other: Slot) -> Iterator[Any]:
-        """The module that stands there now and those around it, as far as they are not around another place, too."""
-        for path in itertools.accumulate(self._path.split("."), "{}.{}".format):
-            if not f"{other._path}.".startswith(f"{path}."):
-                yield self._module(path)
+    def modules_apart_from(self, other: Slot) -> list[Any]:
+        """The modules around the place that are not around another one, and last the one that stands there now."""
+        paths = itertools.accumulate(self._path.split("."), "{}.{}".format)
+        return [self._module(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
 
     def _module(self, path: str) -> Any:
         try:
@@ -66,10 +64,18 @@ class FoldedNorm(NamedTuple):
     conv: Slot
     norm: Slot
 
-    def is_closed(self) -> bool:
-        """Whether both are there, without hooks that look at what goes from one to the other."""
-        modules = [*self.conv.modules_apart_from(self.norm), *self.norm.modules_apart_from(self.conv)]
-        return None not in modules and not any(_is_observed(m) or _is_observed(base_layer(m)) for m in modules)
+    def layers(self) -> tuple[Any, Any] | None:
+        """The two that stand there now; None while one is gone, or hooks look at what goes from one to the other."""
+        before, behind = self.conv.modules_apart_from(self.norm), self.norm.modules_apart_from(self.conv)
+        for module in (*before, *behind):
+            if module is None or _is_observed(module) or _is_observed(base_layer(module)):
+                return None
+        return before[-1], behind[-1]
+
+
+def folded_norms(model: nn.Module) -> list[FoldedNorm]:
+    """What is folded in a model."""
+    return [pair for module in model.modules() if (pair := getattr(module, "folded_norm", None)) is not None]
 
 
 def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
@@ -89,9 +95,9 @@ def hand_over(y: Tensor, layer: nn.Module) -> Tensor:
     # A map of one pixel is of several memory formats at once, and not of the same ones in place, which orders sums.
     if pair is None or y.shape[2:].numel() == 1:
         return y
-    conv, norm = pair.conv.module, pair.norm.module
-    if (layer is conv or layer is base_layer(conv)) and pair.is_closed():
-        y._handed_to = _mark(y, norm)  # type: ignore[attr-defined]
+    layers = pair.layers()
+    if layers is not None and layer in (layers[0], base_layer(layers[0])):
+        y._handed_to = _mark(y, layers[1])  # type: ignore[attr-defined]
     return y
 
 

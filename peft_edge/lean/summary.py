@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from peft_edge.lean.folding import base_layer
+from peft_edge.lean.folding import base_layer, folded_norms
 from peft_edge.lean.layers import PLAIN, LeanClippedActivation
 
 
@@ -22,8 +22,7 @@ def lean_summary(model: nn.Module) -> str:
     """
     rows: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
-    pairs = [pair for module in model.modules() if (pair := getattr(module, "folded_norm", None)) is not None]
-    folded = {base_layer(pair.norm.module) for pair in pairs if pair.is_closed()}
+    folded = {base_layer(layers[1]) for pair in folded_norms(model) if (layers := pair.layers()) is not None}
     for name, layer in _layers(model):
         base = base_layer(layer)
         kind = PLAIN.get(type(base), type(base)).__name__
@@ -57,8 +56,8 @@ def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
         kept = base.kept()
         return "its output" if kept == "output" else f"a {kept} for each element"
     keeps_input = getattr(layer, "keeps_input", None)
-    if keeps_input is not None:
-        return (
-            "its input" if keeps_input else "nothing, and works in place" if base in folded else "nothing of its input"
-        )
-    return _UNKNOWN
+    if keeps_input is None:
+        return _UNKNOWN
+    if keeps_input:
+        return "its input"
+    return "nothing, and works in place" if base in folded else "nothing of its input"

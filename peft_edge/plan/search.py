@@ -99,8 +99,8 @@ def find_plan(
 ) -> Plan:
     """Analyses methods, placements and ranks by shapes alone, each in one setting after the other until it fits.
 
-    The settings are: as it is; lean; lean, with the norms frozen and folded. A rank above one
-    that does not fit is not tried.
+    The settings are: as it is; lean; lean, with the norms frozen and folded. A rank above one that does not fit is not
+    tried.
 
     Args:
         backbone: A timm model, with the head that is trained; left as it is.
