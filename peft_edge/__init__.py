@@ -5,10 +5,10 @@ Importing this package makes its tuners known to PEFT.
 
 from peft_edge.backbones import load_backbone
 from peft_edge.hub import load_pretrained
-from peft_edge.lean import Prefix, PrefixCache, lean_summary, prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean import FeatureCache, FrozenPrefix, lean_summary, prepare_model_for_lean_training, undo_lean_training
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, ConvAdapterModel
 from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
-from peft_edge.tuners.restat import restat
+from peft_edge.tuners.norm import recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
@@ -18,12 +18,12 @@ __all__ = [
     "ConvLoraConfig",
     "ConvLoraLayer",
     "ConvLoraModel",
-    "Prefix",
-    "PrefixCache",
+    "FeatureCache",
+    "FrozenPrefix",
     "lean_summary",
     "load_backbone",
     "load_pretrained",
     "prepare_model_for_lean_training",
-    "restat",
+    "recalibrate",
     "undo_lean_training",
 ]

@@ -15,11 +15,21 @@ from peft_edge import __version__
 from peft_edge.backbones import load_backbone
 from peft_edge.bench import CONTENDERS, bench_table, run_bench, save_bench_figure
 from peft_edge.export.commands import add_commands as add_export_commands
-from peft_edge.files import written_whole
+from peft_edge.files import atomic_write
 from peft_edge.methods import METHODS, OPTIMIZERS
-from peft_edge.plan import LORA_RANKS, METHODS_TO_PLAN, PLACEMENTS, Budget, find_plan, plan_table
-from peft_edge.plan.budget import BYTES, FLOPS, parse_bytes, parse_flops
-from peft_edge.profiling.comparison import compare_methods
+from peft_edge.plan import (
+    BYTES,
+    FLOPS,
+    LORA_RANKS,
+    METHODS_TO_PLAN,
+    PLACEMENTS,
+    Budget,
+    find_plan,
+    parse_bytes,
+    parse_flops,
+    plan_table,
+)
+from peft_edge.profiling.analysis import compare_methods
 from peft_edge.profiling.figures import FORMATS, save_cost_figure
 from peft_edge.profiling.flops import ACCOUNTINGS
 from peft_edge.profiling.tables import cost_table
@@ -208,12 +218,12 @@ def _add_study(commands: Any) -> None:
 
 
 def _study(options: argparse.Namespace) -> None:
-    cells = read_grid(options.grid, options.output_dir)
-    run_grid(cells, jobs=options.jobs, results=options.results or options.output_dir / "results")
-    print(study_table(cells))
-    if failed := [cell for cell in cells if not cell.is_finished]:
+    jobs = read_grid(options.grid, options.output_dir)
+    run_grid(jobs, processes=options.jobs, results=options.results or options.output_dir / "results")
+    print(study_table(jobs))
+    if failed := [job for job in jobs if not job.is_finished]:
         raise ValueError(
-            f"{len(failed)} of {len(cells)} failed: {failed[0].log} says why the first did. Run the same command again "
+            f"{len(failed)} of {len(jobs)} failed: {failed[0].log} says why the first did. Run the same command again "
             "to try them again"
         )
 
@@ -253,7 +263,7 @@ def _write(path: Path, text: str) -> None:
         # A device or a pipe: written to, not replaced.
         path.write_text(text, encoding="utf-8")
         return
-    with written_whole(path.resolve()) as unfinished:
+    with atomic_write(path.resolve()) as unfinished:
         unfinished.write_text(text, encoding="utf-8")
 
 

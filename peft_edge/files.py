@@ -16,7 +16,7 @@ _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 
 @contextmanager
-def written_whole(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """Yields a temporary path beside `path`; the file or folder written there takes its name when the block ends.
 
     When the block fails, `path` is left as it was. A process that is killed leaves the temporary path, which the next
@@ -88,7 +88,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where :func:`written_whole` lets `path` be written first."""
+    """Where :func:`atomic_write` lets `path` be written first."""
     return path.with_name(f".{path.name}.unfinished")
 
 

@@ -78,7 +78,7 @@ class Method:
     """From the prepared model, a key of `OPTIMIZERS`, the options, and `lr` and `weight_decay`; None: nothing is
     trained by gradients."""
 
-    ships_model: bool = False
+    saves_full_model: bool = False
     """Whether the update is the whole model, as where the base model's own weights are trained, or an adapter."""
 
 
@@ -147,15 +147,15 @@ _PEFT_LYCORIS = {"r": "r", "lora_alpha": "alpha", "lora_dropout": "rank_dropout"
 METHODS: dict[str, Method] = {
     "none": Method(prepare=_freeze, section=None, optimizer=None),
     "head": Method(prepare=_no_layers(), section=None),
-    "norm-stats": Method(prepare=_no_layers(saves_head=False, norm="restat"), section=None, optimizer=None),
+    "norm-stats": Method(prepare=_no_layers(saves_head=False, norm="recalibrate"), section=None, optimizer=None),
     "norm-affine": Method(prepare=_no_layers(norm="affine"), section=None),
     "bias": Method(prepare=_no_layers(bias="all"), section=None),
-    "full": Method(prepare=_everything, section=None, ships_model=True),
+    "full": Method(prepare=_everything, section=None, saves_full_model=True),
     "lora": Method(prepare=_adapter(ConvLoraConfig)),
     "lora-fa": Method(prepare=_adapter(ConvLoraConfig, freeze_a=True)),
     "dora": Method(prepare=_adapter(ConvLoraConfig, use_dora=True)),
     "conv-adapter": Method(prepare=_adapter(ConvAdapterConfig), section="conv_adapter"),
-    "galore": Method(prepare=_everything, section="galore", optimizer=_galore_optimizer, ships_model=True),
+    "galore": Method(prepare=_everything, section="galore", optimizer=_galore_optimizer, saves_full_model=True),
     "peft-lora": Method(prepare=_peft(LoraConfig, _PEFT_LORA)),
     "peft-dora": Method(prepare=_peft(LoraConfig, _PEFT_LORA, use_dora=True)),
     "peft-loha": Method(prepare=_peft(LoHaConfig, _PEFT_LYCORIS)),

@@ -1,15 +1,63 @@
-"""What is written down of a run, and of an analysis: one JSON file each.
+"""What a measurement was made with: the machine, and the versions of the packages.
+
+What is written down of a run, and of an analysis: one JSON file each.
 
 A run's has the blocks and field names of PEFT's `method_comparison`.
 
 A figure that was not measured is null, never 0. Times are in seconds, sizes in bytes.
+
+A folder of records, one JSON file each: what studies fill, and reports and plans read.
 """
 
 from __future__ import annotations
 
 import json
+import os
+import platform
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from peft_edge.files import atomic_write
+
+_PACKAGES = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers")
+_CPU_INFO = Path("/proc/cpuinfo")
+
+
+def package_info(*more: str) -> dict[str, str | None]:
+    """Returns the versions of the packages that results depend on, and of others; None for one that is missing."""
+    return {f"{name}-version": _version(name) for name in (*_PACKAGES, *more)}
+
+
+def system_info(**more: str) -> dict[str, str]:
+    """Returns the names of the system and of its processor, and what else is given."""
+    return {
+        "system": platform.system(),
+        "release": platform.release(),
+        "version": platform.version(),
+        "machine": platform.machine(),
+        "processor": platform.processor() or _cpu_model(),
+        **more,
+    }
+
+
+def load_average() -> float | None:
+    """Returns how many processes wanted a core in the last minute; None where the system does not tell."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+
+
+def _cpu_model() -> str:
+    lines = _CPU_INFO.read_text(encoding="utf-8").splitlines() if _CPU_INFO.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
 
 SUCCESS = "success"
 FAILED = "failed"
@@ -93,7 +141,7 @@ class TrainInfo:
     """Every learning rate that was tried, with its validation accuracy, which is null where training diverged."""
 
     replay: dict[str, Any] | None = None
-    """What was stored to be trained on in the place of the images, of the last target; see `PrefixCache`. Null where
+    """What was stored to be trained on in the place of the images, of the last target; see `FeatureCache`. Null where
     the images themselves were trained on."""
 
     checks: dict[str, float] = field(default_factory=dict)
@@ -285,3 +333,102 @@ class CostRecord:
         except (KeyError, TypeError) as error:
             expected = [entry.name for entry in fields(cls)]
             raise ValueError(f"not the record of a cost: {error}; expected the fields {expected}") from error
+
+
+R = TypeVar("R", Record, CostRecord)
+
+# What tells our runs from PEFT's own records, which have the same blocks with another configuration.
+_CONFIG_KEYS = {"method", "norm", "backbone", "data", "adapter"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """The records of a folder, by their files' names relative to it, in the order of these."""
+
+    runs: dict[str, Record] = field(default_factory=dict)
+    """Runs of `train.py`, whatever became of them."""
+
+    costs: dict[str, CostRecord] = field(default_factory=dict)
+    """Analyses."""
+
+    @property
+    def finished(self) -> dict[str, Record]:
+        """The runs that have succeeded."""
+        return {name: run for name, run in self.runs.items() if run.train_info.status == SUCCESS}
+
+
+def read_archive(folder: Path) -> Archive:
+    """Reads every record in a folder and below it. Other JSON files, such as those of adapters, are passed over.
+
+    Raises:
+        ValueError: There is no record, or one is damaged; the message names the file.
+    """
+    archive = Archive()
+    for file in sorted(folder.rglob("*.json")):
+        name, record = file.relative_to(folder).as_posix(), _read(file)
+        # A study keeps a record both in the folder of the run and, without local paths, among its results.
+        if isinstance(record, Record) and not any(_is_same(record, other) for other in archive.runs.values()):
+            archive.runs[name] = record
+        elif isinstance(record, CostRecord) and record not in archive.costs.values():
+            archive.costs[name] = record
+    if not archive.runs and not archive.costs:
+        raise ValueError(
+            f"{folder} holds no record: name a folder with the record.json of runs of train.py, or the results of "
+            "peft-edge study"
+        )
+    return archive
+
+
+def read_record(file: Path, kind: type[R]) -> R | None:
+    """Returns the record in a file; None if there is no file.
+
+    Raises:
+        ValueError: It is damaged; the message names the file.
+    """
+    try:
+        return kind.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: delete it, and it is made anew ({error})") from error
+
+
+def _is_same(one: Record, other: Record) -> bool:
+    started, others_start = ((run.run_info.experiment_name, run.run_info.created_at) for run in (one, other))
+    return started == others_start and one.train_info == other.train_info
+
+
+def _read(file: Path) -> Record | CostRecord | None:
+    try:
+        block = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    if _is_run(block):
+        return read_record(file, Record)
+    return read_record(file, CostRecord) if _is_cost(block) else None
+
+
+def _is_run(block: Any) -> bool:
+    try:
+        return _CONFIG_KEYS.issubset(block["run_info"]["train_config"]) and "train_info" in block
+    except (KeyError, TypeError):
+        return False
+
+
+def _is_cost(block: Any) -> bool:
+    return isinstance(block, dict) and {"network", "method", "profile"}.issubset(block)
+
+
+def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
+    """Writes a record to a file of its own, on one line: a study has hundreds of them.
+
+    Args:
+        folder: The archive.
+        name: Of the file, without its ending; the same name replaces the record.
+        record: What is written.
+
+    Returns:
+        The file.
+    """
+    file = folder / f"{name}.json"
+    with atomic_write(file) as unfinished:
+        unfinished.write_text(json.dumps(json.loads(record.to_json()), separators=(",", ":")) + "\n", encoding="utf-8")
+    return file

@@ -13,13 +13,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_edge.files import written_whole
+from peft_edge.files import atomic_write
 
 
 def test_file_and_folder_take_their_place(tmp_path: Path) -> None:
-    with written_whole(tmp_path / "deep" / "a.txt") as unfinished:
+    with atomic_write(tmp_path / "deep" / "a.txt") as unfinished:
         unfinished.write_text("a")
-    with written_whole(tmp_path / "folder") as unfinished:
+    with atomic_write(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
         (unfinished / "b.txt").write_text("b")
     assert (tmp_path / "deep" / "a.txt").read_text() == "a"
@@ -29,7 +29,7 @@ def test_file_and_folder_take_their_place(tmp_path: Path) -> None:
 def test_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
-    with written_whole(tmp_path / "folder") as unfinished:
+    with atomic_write(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
         (unfinished / "new.txt").write_text("new")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["new.txt"]
@@ -39,7 +39,7 @@ def test_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
 def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
-    with pytest.raises(IsADirectoryError), written_whole(tmp_path / "folder") as unfinished:
+    with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "folder") as unfinished:
         unfinished.write_text("new")
     assert [path.name for path in (tmp_path / "folder").iterdir()] == ["old.txt"]
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
@@ -49,7 +49,7 @@ def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with (
         pytest.raises(FileExistsError, match="a is a file, and a folder is to be written there"),
-        written_whole(tmp_path / "a") as unfinished,
+        atomic_write(tmp_path / "a") as unfinished,
     ):
         unfinished.mkdir()
     assert (tmp_path / "a").read_text() == "old"
@@ -59,10 +59,10 @@ def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
 @pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
 def test_who_may_read_other_new_files_may_read_weights(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").touch()
-    with written_whole(tmp_path / "folder") as unfinished:
+    with atomic_write(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
         save_file({"a": torch.zeros(2)}, unfinished / "a.safetensors")
-    with written_whole(tmp_path / "b.safetensors") as unfinished:
+    with atomic_write(tmp_path / "b.safetensors") as unfinished:
         save_file({"b": torch.zeros(2)}, unfinished)
     for name in ("folder/a.safetensors", "b.safetensors"):
         assert (tmp_path / name).stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
@@ -70,7 +70,7 @@ def test_who_may_read_other_new_files_may_read_weights(tmp_path: Path) -> None:
 
 def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
-    with pytest.raises(RuntimeError, match="stopped"), written_whole(tmp_path / "a.txt") as unfinished:  # noqa: PT012
+    with pytest.raises(RuntimeError, match="stopped"), atomic_write(tmp_path / "a.txt") as unfinished:  # noqa: PT012
         unfinished.write_text("half")
         raise RuntimeError("stopped")
     assert (tmp_path / "a.txt").read_text() == "old"
@@ -81,8 +81,8 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
 def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
     killed = """
 import os, pathlib, sys
-from peft_edge.files import written_whole
-with written_whole(pathlib.Path(sys.argv[1])) as unfinished:
+from peft_edge.files import atomic_write
+with atomic_write(pathlib.Path(sys.argv[1])) as unfinished:
     unfinished.mkdir()
     (unfinished / "half.txt").write_text("half")
     os.kill(os.getpid(), 9)
@@ -91,7 +91,7 @@ with written_whole(pathlib.Path(sys.argv[1])) as unfinished:
     assert process.returncode == -signal.SIGKILL
     assert not (tmp_path / "folder").exists()
     assert len(list(tmp_path.iterdir())) == 1
-    with written_whole(tmp_path / "folder") as unfinished:
+    with atomic_write(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
     assert not list((tmp_path / "folder").iterdir())
@@ -104,7 +104,7 @@ def test_the_disk_holds_everything_before_it_takes_its_name(tmp_path: Path, monk
         flushed.append((os.fstat(descriptor).st_ino, (tmp_path / "folder").exists()))
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with written_whole(tmp_path / "folder") as unfinished:
+    with atomic_write(tmp_path / "folder") as unfinished:
         (unfinished / "inner").mkdir(parents=True)
         (unfinished / "a").write_text("a")
         (unfinished / "inner" / "b").write_text("b")
@@ -129,7 +129,7 @@ def test_no_space_is_one_clear_error(tmp_path: Path, write: Callable[[Path], Non
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
         with pytest.raises(OSError, match=r"no space to write .*a: [\d,]+ bytes are free") as caught:  # noqa: SIM117
-            with written_whole(tmp_path / "a") as unfinished:
+            with atomic_write(tmp_path / "a") as unfinished:
                 write(unfinished)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
@@ -142,7 +142,7 @@ def test_folder_whose_replacement_vanishes_comes_back(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
 
-    with pytest.raises(FileNotFoundError), written_whole(tmp_path / "folder"):
+    with pytest.raises(FileNotFoundError), atomic_write(tmp_path / "folder"):
         pass
 
     assert (tmp_path / "folder" / "old.txt").read_text() == "old"

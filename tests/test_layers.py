@@ -9,40 +9,37 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_edge"
-LINE_LIMIT = 320
+LINE_LIMIT = 600
 
 # A file belongs to the longest entry that it is, or lies under. A module imports lower layers, and its own layer only
 # within its own folder of the package.
 LAYERS = {
     "peft_edge/files.py": 0,
     "peft_edge/functional/": 0,
-    "peft_edge/records.py": 0,
     "peft_edge/roles.py": 0,
-    "peft_edge/archive.py": 1,
-    "peft_edge/backbones/": 1,
-    "peft_edge/data/": 1,
-    "peft_edge/lean/": 1,
-    "peft_edge/machine.py": 0,
-    "peft_edge/metrics.py": 1,
-    "peft_edge/optim/": 1,
-    "peft_edge/profiling/": 1,
-    "peft_edge/tuners/": 2,
-    "peft_edge/config/": 3,
-    "peft_edge/export/": 3,
-    "peft_edge/hub/": 3,
-    "peft_edge/methods.py": 3,
-    "peft_edge/profiling/callback.py": 3,
-    "peft_edge/profiling/analysis.py": 4,
-    "peft_edge/profiling/comparison.py": 4,
-    "peft_edge/profiling/__init__.py": 4,  # gathers the names of its folder
-    "peft_edge/bench/": 5,
-    "peft_edge/plan/": 5,
-    "peft_edge/training/": 5,
-    "peft_edge/report/": 6,
-    "peft_edge/study/": 6,
-    "peft_edge/export/commands.py": 6,
-    "peft_edge/cli.py": 7,
-    "train.py": 7,
+    "peft_edge/records.py": 1,
+    "peft_edge/backbones/": 2,
+    "peft_edge/data/": 2,
+    "peft_edge/lean/": 2,
+    "peft_edge/metrics.py": 2,
+    "peft_edge/optim/": 2,
+    "peft_edge/profiling/": 2,
+    "peft_edge/tuners/": 3,
+    "peft_edge/config/": 4,
+    "peft_edge/export/": 4,
+    "peft_edge/hub/": 4,
+    "peft_edge/methods.py": 4,
+    "peft_edge/profiling/callback.py": 4,
+    "peft_edge/profiling/analysis.py": 5,
+    "peft_edge/profiling/__init__.py": 5,  # gathers the names of its folder
+    "peft_edge/bench/": 6,
+    "peft_edge/plan.py": 6,
+    "peft_edge/training/": 6,
+    "peft_edge/report/": 7,
+    "peft_edge/study/": 7,
+    "peft_edge/export/commands.py": 7,
+    "peft_edge/cli.py": 8,
+    "train.py": 8,
 }
 
 SOURCES = sorted(
@@ -95,7 +92,7 @@ def violations(source: str, code: str) -> list[str]:
     found = []
     for target in sorted(imported_sources(source, code)):
         if target == "peft_edge/__init__.py":
-            if layer_of(source) < 7:
+            if layer_of(source) < 8:
                 found.append(f"{source} imports the public interface, which stands above it: import the module itself")
         elif layer_of(target) > layer_of(source):
             found.append(f"{source} (layer {layer_of(source)}) imports upwards: {target} (layer {layer_of(target)})")

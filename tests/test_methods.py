@@ -133,7 +133,7 @@ def test_every_optimizer_takes_a_step(backbone: nn.Module, method: str, name: st
     assert not torch.equal(weight, before)
 
 
-@pytest.mark.parametrize("norm", ["frozen", "restat"])
+@pytest.mark.parametrize("norm", ["frozen", "recalibrate"])
 @pytest.mark.parametrize("method", ["full", "lora", "conv-adapter", "head"])
 def test_fixed_statistics_are_used_while_training(backbone: nn.Module, method: str, norm: str) -> None:
     images = torch.randn(2, 3, 48, 48)
@@ -163,5 +163,5 @@ def test_a_method_of_ones_own_is_found(monkeypatch: pytest.MonkeyPatch, backbone
         model.requires_grad_(False).get_submodule("blocks.5").requires_grad_(True)
         return model
 
-    monkeypatch.setitem(METHODS, "last-block", Method(prepare=last_block, section=None, ships_model=True))
+    monkeypatch.setitem(METHODS, "last-block", Method(prepare=last_block, section=None, saves_full_model=True))
     assert all(name.startswith("blocks.5.") for name in trained_names(prepared(backbone, "last-block")))

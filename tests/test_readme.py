@@ -23,7 +23,7 @@ from timm.models import save_for_hf
 
 import train
 from peft_edge import cli
-from peft_edge.data import digits
+from peft_edge.data import embedded
 from tests.hub import stand_in
 
 ROOT = Path(__file__).parents[1]
@@ -65,7 +65,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder like the repository's, with what the README takes for granted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(digits, "SPLIT_SIZES", {"adaptation": 64, "validation": 30, "test": 60})
+    monkeypatch.setattr(embedded, "DIGITS_SPLIT_SIZES", {"adaptation": 64, "validation": 30, "test": 60})
     for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     for number in range(24):

@@ -1,10 +1,42 @@
 from __future__ import annotations
 
 import json
+import platform
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
+import torch
 
-from peft_edge.records import SUCCESS, KernelChange, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
+from peft_edge.records import (
+    SUCCESS,
+    CostRecord,
+    KernelChange,
+    MetaInfo,
+    Record,
+    RunInfo,
+    StepProfile,
+    TrainInfo,
+    add_record,
+    load_average,
+    package_info,
+    read_archive,
+    system_info,
+)
+
+
+def test_versions_and_the_lack_of_a_package_are_told() -> None:
+    packages = package_info("no-such-package")
+    assert packages["torch-version"] == torch.__version__.partition("+")[0]
+    assert packages["no-such-package-version"] is None
+
+
+def test_the_machine_is_named_with_what_else_is_given() -> None:
+    machine = system_info(accelerator="cpu")
+    assert (machine["system"], machine["accelerator"]) == (platform.system(), "cpu")
+    assert all(isinstance(value, str) for value in machine.values())
+    load = load_average()
+    assert load is None or load >= 0
 
 
 @pytest.fixture
@@ -74,3 +106,70 @@ def test_nan_is_refused(record: Record) -> None:
 def test_damaged_record_is_refused(text: str) -> None:
     with pytest.raises(ValueError):  # noqa: PT011 - json's own error for the first
         Record.from_json(text)
+
+
+MakeRecord = Callable[..., Record]
+
+
+@pytest.fixture
+def cost() -> CostRecord:
+    return CostRecord(
+        created_at="",
+        network="net",
+        kind="standard",
+        method="full",
+        setting={"batch_size": 2},
+        num_total_params=10,
+        profile=StepProfile(process_index=0, scope="step", flops_forward=3),
+        package_info={},
+    )
+
+
+def test_what_was_added_is_read(record: MakeRecord, cost: CostRecord, tmp_path: Path) -> None:
+    run = record("lora", 0.9)
+    file = add_record(tmp_path / "results", "lora--a", run)
+    add_record(tmp_path / "results", "cost--a", cost)
+    archive = read_archive(tmp_path)
+    assert file.read_text(encoding="utf-8").count("\n") == 1
+    assert archive.runs == {"results/lora--a.json": run}
+    assert archive.costs == {"results/cost--a.json": cost}
+
+
+def test_the_same_name_replaces(record: MakeRecord, tmp_path: Path) -> None:
+    for accuracy in (0.1, 0.2):
+        add_record(tmp_path, "a", record("lora", accuracy))
+    assert read_archive(tmp_path).runs == {"a.json": record("lora", 0.2)}
+
+
+def test_records_are_found_among_other_files(record: MakeRecord, tmp_path: Path) -> None:
+    runs = {"a": record("lora", 0.9), "b": record("lora", 0.8), "c": record("lora", 0.1, status="failed")}
+    for name, run in runs.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "record.json").write_text(run.to_json(), encoding="utf-8")
+    peft = record("lora", 0.7)
+    peft.run_info.train_config = {"model_id": "a language model"}
+    (tmp_path / "peft.json").write_text(peft.to_json(), encoding="utf-8")
+    (tmp_path / "a" / "adapter_config.json").write_text("{}", encoding="utf-8")
+    (tmp_path / "a" / "list.json").write_text("[1]", encoding="utf-8")
+    (tmp_path / "a" / "broken.json").write_text("{", encoding="utf-8")
+    archive = read_archive(tmp_path)
+    assert list(archive.runs) == ["a/record.json", "b/record.json", "c/record.json"]
+    assert list(archive.finished.values()) == [runs["a"], runs["b"]]
+
+
+def test_a_record_that_lies_there_twice_counts_once(record: MakeRecord, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        add_record(tmp_path, name, record("lora", 0.9))
+    assert list(read_archive(tmp_path).runs) == ["a.json"]
+
+
+def test_a_damaged_record_is_named(record: MakeRecord, tmp_path: Path) -> None:
+    text = record("lora", 0.9).to_json().replace('"train_time"', '"train_tame"')
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is damaged(?s:.*)train_tame"):
+        read_archive(tmp_path)
+
+
+def test_a_folder_without_records_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="holds no record: name a folder"):
+        read_archive(tmp_path)

@@ -1,8 +1,7 @@
 """timm's edge CNNs as backbones: load, save, name the head, replace and grow it."""
 
-from peft_edge.backbones.checkpoints import fingerprint, save_backbone
 from peft_edge.backbones.heads import class_names, grow_head, head_names, replace_head, set_class_names
-from peft_edge.backbones.loading import EDGE_FAMILIES, load_backbone
+from peft_edge.backbones.loading import EDGE_FAMILIES, fingerprint, load_backbone, save_backbone
 
 __all__ = [
     "EDGE_FAMILIES",

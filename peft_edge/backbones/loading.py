@@ -1,4 +1,8 @@
-"""Loading timm's edge CNNs with pretrained, local or random weights.
+"""The first convolution of a timm model, and the form of it that keeps the resolution of small images.
+
+A backbone on disk: timm's folder format, with the weights in safetensors only.
+
+Loading timm's edge CNNs with pretrained, local or random weights.
 
 What a backbone is called matters to PEFT: it writes ``model.name_or_path`` into every adapter as
 ``base_model_name_or_path``. timm leaves that attribute unset, so :func:`load_backbone` sets it, to something that
@@ -7,25 +11,155 @@ What a backbone is called matters to PEFT: it writes ``model.name_or_path`` into
 
 from __future__ import annotations
 
+import copy
 import difflib
+import hashlib
+import json
 import os
+import tempfile
 from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import timm
+import torch
 from huggingface_hub import hf_hub_download
-from huggingface_hub.errors import (
-    HfHubHTTPError,
-    HFValidationError,
-    LocalEntryNotFoundError,
-    RemoteEntryNotFoundError,
-)
-from timm.models import get_pretrained_cfg
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
+from safetensors import SafetensorError
+from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
-from peft_edge.backbones.checkpoints import CONFIG_NAME, WEIGHTS_NAME, load_weights, read_config
-from peft_edge.backbones.heads import class_names, replace_head
-from peft_edge.backbones.stems import stem_names, unstride_stem
+from peft_edge.backbones.heads import as_timm_model, class_names, head_layers, replace_head
+
+
+def stem_names(model: Any) -> tuple[str, ...]:
+    """The names of the convolutions that see the image; the branches of a RepVGG stem are two."""
+    names = model.pretrained_cfg["first_conv"]
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def unstride_stem(model: Any) -> None:
+    """Sets the stem's stride to 1, and marks the model so that `save_backbone` records it.
+
+    Raises:
+        ValueError: The stem has another stride (it cuts the image into patches), or the model's input size is fixed.
+    """
+    convs = [model.get_submodule(name) for name in stem_names(model)]
+    strides = {getattr(conv, "stride", None) for conv in convs}
+    if not strides or not strides <= {(1, 1), (2, 2)} or model.pretrained_cfg["fixed_input_size"]:
+        raise ValueError(
+            f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem of stride 2 and a "
+            f"free image size, found strides {strides} and fixed_input_size="
+            f"{model.pretrained_cfg['fixed_input_size']}. Leave small_images out, or choose one of EDGE_FAMILIES."
+        )
+    for conv in convs:
+        conv.stride = (1, 1)
+    model.small_images = True
+
+
+WEIGHTS_NAME = "model.safetensors"
+CONFIG_NAME = "config.json"
+
+
+def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Writes a timm model in timm's own folder format: ``config.json`` (with the class names), ``model.safetensors``.
+
+    ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` read it; only the former
+    knows of ``small_images``. Files of those names already there are replaced once both new ones are whole.
+
+    Raises:
+        TypeError: The model was not made by timm.
+        ValueError: There are not as many class names as classes.
+        OSError: The folder cannot be written.
+    """
+    as_timm_model(model)
+    extra: dict[str, Any] = {"small_images": True} if getattr(model, "small_images", False) else {}
+    if names := class_names(model):
+        extra["label_names"] = names
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses strided tensors, which is what channels_last training leaves.
+    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
+        try:
+            save_for_hf(contiguous, unfinished, model_config=extra, safe_serialization=True)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{folder}: the backbone could not be written ({error}). What was there before is unchanged: free some "
+                "space, or choose another folder."
+            ) from error
+        for file_name in (WEIGHTS_NAME, CONFIG_NAME):
+            (Path(unfinished) / file_name).replace(folder / file_name)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Returns timm's model configuration, whose ``architecture`` is sure to be a timm model.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is something else, or names a model that timm does not know.
+    """
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: {path.parent} is no folder written by save_backbone.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected timm's model configuration, found something else ({error!r}).") from error
+    if not timm.is_model(architecture):
+        raise ValueError(f"{path}: expected the name of a timm model as architecture, found {architecture!r}.")
+    return config
+
+
+def load_weights(model: Any, path: Path) -> None:
+    """Loads every tensor of the model from a safetensors file, with as many classes as that file has.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        ValueError: It is damaged, or its tensors are not those of the model.
+    """
+    try:
+        weights = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: the checkpoint has no weights in safetensors format.") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found a damaged or truncated one of {path.stat().st_size} "
+            f"bytes ({error}). Copy or save it again."
+        ) from error
+
+    for name, layer in head_layers(model):
+        saved = weights.get(f"{name}.weight", layer.weight)
+        if len(saved) != len(layer.weight):
+            model.reset_classifier(len(saved))
+            break
+
+    expected = model.state_dict()
+    problems = [
+        f"{name}: expected shape {tuple(tensor.shape)}, found "
+        + (str(tuple(weights[name].shape)) if name in weights else "no such tensor")
+        for name, tensor in expected.items()
+        if name not in weights or weights[name].shape != tensor.shape
+    ] + [f"{name}: expected no such tensor" for name in weights if name not in expected]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {model.pretrained_cfg['architecture']}, in {len(problems)} tensors. The first are: "
+            f"{'; '.join(problems[:3])}. Pass the model name and arguments that the file was made with."
+        )
+    model.load_state_dict(weights)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Returns the SHA-256 of the state dict: names, shapes, dtypes and bytes, in the order of the names.
+
+    Device and memory format do not enter, so a model and its reloaded copy have the same fingerprint.
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
 
 EDGE_FAMILIES = {
     "mobilenetv1": "mobilenetv1_100",

@@ -1,8 +1,7 @@
 """One training step of our methods and of their peers, measured side by side on one machine."""
 
-from peft_edge.bench.contenders import CONTENDERS, REFERENCE, Contender
+from peft_edge.bench.measure import CONTENDERS, REFERENCE, Contender, run_bench
 from peft_edge.bench.results import BenchRecord, BenchRow, bench_table, save_bench_figure
-from peft_edge.bench.timing import run_bench
 
 __all__ = [
     "CONTENDERS",

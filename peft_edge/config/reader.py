@@ -13,8 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from peft_edge.config.conflicts import conflicts
-from peft_edge.config.sections import RunConfig, Section
+from peft_edge.config.schema import RunConfig, Section, conflicts
 
 
 class ConfigError(ValueError):

@@ -10,8 +10,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_datase
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PillowImage
 
-from peft_edge.data.splits import carve
-from peft_edge.data.task import Domain
+from peft_edge.data.domain import Domain, stratified_split
 
 VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 LABEL_NAMES = ("label", "labels")
@@ -83,9 +82,9 @@ def domain_from_splits(name: str, splits: DatasetDict, *, train_split: str, seed
     validation = next((splits[key] for key in VALIDATION_NAMES if key in splits), None)
     test = splits.get("test")
     if test is None:
-        train, test = carve(train, max(classes, images // 5), seed=seed)
+        train, test = stratified_split(train, max(classes, images // 5), seed=seed)
     if validation is None:
-        train, validation = carve(train, max(classes, images // 10), seed=seed)
+        train, validation = stratified_split(train, max(classes, images // 10), seed=seed)
     return Domain(train=train, validation=validation, test=test)
 
 

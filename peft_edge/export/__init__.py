@@ -1,10 +1,9 @@
 """From an adapted model to what a device runs: one file of the whole network, or the weights that changed."""
 
-from peft_edge.export.comparison import Comparison, comparison_table
 from peft_edge.export.differences import apply_diff, save_result, write_diff
+from peft_edge.export.exporter import export_model
 from peft_edge.export.formats import FORMATS
-from peft_edge.export.images import Images, read_images
-from peft_edge.export.model import export_model
+from peft_edge.export.verification import Comparison, Images, comparison_table, read_images
 
 __all__ = [
     "FORMATS",

@@ -9,16 +9,14 @@ from typing import Any
 from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 from torch import nn
 
-from peft_edge.archive import read_record
 from peft_edge.backbones import load_backbone
-from peft_edge.backbones.checkpoints import CONFIG_NAME
-from peft_edge.export.comparison import comparison_table
+from peft_edge.backbones.loading import CONFIG_NAME
 from peft_edge.export.differences import apply_diff, save_result, write_diff
+from peft_edge.export.exporter import export_model
 from peft_edge.export.formats import FORMATS
-from peft_edge.export.images import read_images
-from peft_edge.export.model import export_model
+from peft_edge.export.verification import comparison_table, read_images
 from peft_edge.hub import load_pretrained
-from peft_edge.records import Record
+from peft_edge.records import Record, read_record
 
 _MODEL = "the folder of an adapter or of a saved model, or the id of an adapter on the Hub"
 _BASE = "the model that the devices have: the folder of a saved model, or the id of a timm model on the Hub"

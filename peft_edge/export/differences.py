@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from peft_edge.backbones import class_names, fingerprint, replace_head, save_backbone, set_class_names
-from peft_edge.backbones.checkpoints import CONFIG_NAME, WEIGHTS_NAME
 from peft_edge.backbones.heads import head_layers
-from peft_edge.export.merging import merged
-from peft_edge.files import written_whole
+from peft_edge.backbones.loading import CONFIG_NAME, WEIGHTS_NAME
+from peft_edge.export.formats import merged
+from peft_edge.files import atomic_write
 
 METADATA_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
@@ -69,7 +69,7 @@ def write_diff(base: nn.Module, model: nn.Module, file: str | os.PathLike[str]) 
         raise ValueError(f"{what} is another network than the base: {advice}")
     header = _Header(base=fingerprint(base), result=fingerprint(result), class_names=class_names(result))
     metadata = {METADATA_KEY: json.dumps(asdict(header)), CHECKSUM_KEY: header.checksum()}
-    with written_whole(Path(file)) as unfinished:
+    with atomic_write(Path(file)) as unfinished:
         save_file(changed, unfinished, metadata=metadata)
     return changed
 
@@ -112,7 +112,7 @@ def save_result(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     others = sorted({path.name for path in folder.glob("*")} - {CONFIG_NAME, WEIGHTS_NAME})
     if others:
         raise ValueError(f"{folder} would be replaced, and holds more than a saved model ({others[0]}): name another")
-    with written_whole(folder) as unfinished:
+    with atomic_write(folder) as unfinished:
         save_backbone(model, unfinished)
 
 

@@ -1,15 +1,27 @@
-"""The files that devices run: how each is written, and how it is run here."""
+"""The files that devices run: how each is written, and how it is run here.
+
+Batch normalisation that becomes part of the convolution before it.
+
+The network that is left when an adapter has gone into its weights.
+"""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from peft import PeftModel
+from timm.layers import BatchNormAct2d
+from torch import Tensor, nn
 from torch.export import ExportedProgram
+from torch.nn.utils.fusion import fuse_conv_bn_weights
+
+from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean.inplace_norm import InplaceNorm, inplace_norms
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -88,3 +100,57 @@ FORMATS: dict[str, Format] = {
     "torch-export": Format(".pt2", _write_torch, _load_torch, any_batch_size=True),
     "executorch": Format(".pte", _write_executorch, _load_executorch, any_batch_size=False),
 }
+
+
+def fuse_batch_norms(model: nn.Module) -> None:
+    """Puts every BatchNorm that alone takes a convolution's output into that convolution; exact to rounding.
+
+    What stands between others stays: a BatchNorm behind a sum or a concatenation, or one whose convolution's output is
+    also used elsewhere. Which these are is what lean training sees, too, when it folds.
+
+    Args:
+        model: A plain network in eval mode, nothing of which is trained; changed in place.
+
+    Raises:
+        ValueError: The model does not run on images.
+    """
+    prepare_model_for_lean_training(model, inplace_norm=True)
+    pairs = inplace_norms(model)
+    undo_lean_training(model)
+    names = {module: name for name, module in model.named_modules()}
+    for pair in pairs:
+        norm = pair.norm.module
+        _fuse(pair)
+        model.set_submodule(names[norm], _what_is_left(norm))
+
+
+def _fuse(pair: InplaceNorm) -> None:
+    conv, norm = pair.conv.module, pair.norm.module
+    conv.weight, conv.bias = fuse_conv_bn_weights(
+        conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+    )
+
+
+def _what_is_left(norm: Any) -> nn.Module:
+    return nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+
+
+def merged(model: nn.Module) -> Any:
+    """Returns a plain copy of a model in eval mode on the CPU, its active adapters merged with their BatchNorm.
+
+    Args:
+        model: A timm model, or a PEFT model of one; left as it is.
+
+    Raises:
+        ValueError: An adapter cannot be merged, or its weights are not finite.
+    """
+    network: Any = copy.deepcopy(model)
+    if isinstance(network, PeftModel):
+        try:
+            network = network.merge_and_unload(safe_merge=True)
+        except NotImplementedError as error:
+            raise ValueError(
+                f"a device runs one plain network, and this adapter cannot become part of one: {error}"
+            ) from error
+    plain = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
+    return plain.eval().requires_grad_(False)

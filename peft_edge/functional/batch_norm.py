@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_edge.functional.convolution import needs_backward
-from peft_edge.functional.exclusive import is_exclusive
-from peft_edge.functional.recipes import attach, recipe_of
+from peft_edge.functional.recompute import can_overwrite, get_recompute, set_recompute
 
 
 def frozen_batch_norm(
@@ -38,13 +37,13 @@ def frozen_batch_norm(
     fixed = _Fixed(running_mean, running_var, weight, bias, eps)
     if not needs_backward():
         return fixed.normalise(x, inplace=inplace)
-    recipe = recipe_of(x)
+    recipe = get_recompute(x)
     y = _FrozenBatchNorm.apply(x, fixed, inplace)
     if recipe.is_plain:
         return y
     # Statistics may have moved on when the recipe is followed.
     mean, var, weight, bias = (None if value is None else value.detach().clone() for value in fixed[:4])
-    return attach(y, recipe.then(_Fixed(mean, var, weight, bias, eps).normalise))
+    return set_recompute(y, recipe.then(_Fixed(mean, var, weight, bias, eps).normalise))
 
 
 class _Fixed(NamedTuple):
@@ -78,7 +77,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
         (scale,) = ctx.saved_tensors
-        is_ours = is_exclusive(gradient)
+        is_ours = can_overwrite(gradient)
         scale = scale.to(gradient.dtype)
         return gradient.mul_(scale) if is_ours else gradient * scale, None, None
 

@@ -1,7 +1,7 @@
 """Adapters on the disk and on the Hub: save, load, describe, push."""
 
-from peft_edge.hub.loading import load_pretrained
+from peft_edge.hub.adapter_files import save_adapter
+from peft_edge.hub.pretrained import load_pretrained
 from peft_edge.hub.push import push_adapter, push_update
-from peft_edge.hub.saving import save_adapter
 
 __all__ = ["load_pretrained", "push_adapter", "push_update", "save_adapter"]

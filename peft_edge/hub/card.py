@@ -1,7 +1,12 @@
-"""The model card: what was adapted, what it gained, what it cost, and the lines that load it."""
+"""A record without what is only true, or only of concern, on this machine.
+
+The model card: what was adapted, what it gained, what it cost, and the lines that load it.
+"""
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -11,6 +16,29 @@ from peft import PeftModel
 from timm.models import get_pretrained_cfg
 
 from peft_edge.records import Record, StepProfile
+
+
+def shareable(record: Record) -> Record:
+    """Returns a copy of a record in which local paths are cut down to their last part."""
+    return Record.from_json(json.dumps(_cut(json.loads(record.to_json()))))
+
+
+def _cut(value: Any, key: str = "") -> Any:
+    if isinstance(value, dict):
+        return {_cut(name): _cut(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_cut(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and _is_local(value, key) else value
+
+
+def _is_local(text: str, key: str) -> bool:
+    # "owner/name" may be a data set of the Hub, or a folder here.
+    return key in ("output_dir", "cache_dir") or bool(re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text)) or _exists(text)
+
+
+def _exists(text: str) -> bool:
+    return "/" in text and len(text) < 1000 and Path(text).exists()
+
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "cost.png"

@@ -17,10 +17,9 @@ from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
 from torch import nn
 
 from peft_edge.backbones import save_backbone
-from peft_edge.hub.card import CARD_NAME, Subject, adapter_card
-from peft_edge.hub.loading import load_pretrained
-from peft_edge.hub.saving import BACKBONE_FILES, SOURCE_NAME, write_adapter
-from peft_edge.hub.sharing import shareable
+from peft_edge.hub.adapter_files import BACKBONE_FILES, SOURCE_NAME, write_adapter
+from peft_edge.hub.card import CARD_NAME, Subject, adapter_card, shareable
+from peft_edge.hub.pretrained import load_pretrained
 from peft_edge.records import Record
 
 RECORD_NAME = "record.json"

@@ -3,9 +3,7 @@
 What is frozen keeps only what the backward pass needs, and what comes before the first trained layer is computed once.
 """
 
-from peft_edge.lean.prefix import Prefix
-from peft_edge.lean.prefix_cache import PrefixCache
-from peft_edge.lean.prepare import prepare_model_for_lean_training, undo_lean_training
-from peft_edge.lean.summary import lean_summary
+from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
+from peft_edge.lean.prepare import lean_summary, prepare_model_for_lean_training, undo_lean_training
 
-__all__ = ["Prefix", "PrefixCache", "lean_summary", "prepare_model_for_lean_training", "undo_lean_training"]
+__all__ = ["FeatureCache", "FrozenPrefix", "lean_summary", "prepare_model_for_lean_training", "undo_lean_training"]

@@ -16,12 +16,11 @@ from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peft_edge.functional.activations import Kept, clipped_activation, smooth_activation
+from peft_edge.functional.activations import Kept, clipped_activation, gated, smooth_activation
 from peft_edge.functional.batch_norm import frozen_batch_norm
 from peft_edge.functional.convolution import frozen_convolution, needs_backward, pad
-from peft_edge.functional.gating import gated
-from peft_edge.functional.recipes import recipe_of
-from peft_edge.lean.folding import FoldedNorm, Slot, hand_over, is_handed_over
+from peft_edge.functional.recompute import get_recompute
+from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable, mark_overwritable
 
 Masks = Literal["byte", "bit", "off"]
 
@@ -55,11 +54,11 @@ class LeanConvolution(nn.Module):
     """A convolution that keeps its kernel alone, where autograd's keeps the input too.
 
     Attributes:
-        folded_norm: the norm behind it that may write over its output, or None.
+        inplace_pair: the norm behind it that may write over its output, or None.
         recompute: whether its output may be made again, if that is cheap.
     """
 
-    folded_norm: FoldedNorm | None = None
+    inplace_pair: InplaceNorm | None = None
     recompute: bool = False
 
     @property
@@ -75,9 +74,9 @@ class LeanConvolution(nn.Module):
     def forward(self: Any, x: Tensor) -> Tensor:
         """Maps (B, C_in, *size) as the plain layer does."""
         if _trains(self):
-            return hand_over(super().forward(x), self)
+            return mark_overwritable(super().forward(x), self)
         x, geometry = pad(self, x)
-        return hand_over(frozen_convolution(x, self.weight, self.bias, geometry), self)
+        return mark_overwritable(frozen_convolution(x, self.weight, self.bias, geometry), self)
 
 
 class LeanBatchNorm(nn.Module):
@@ -93,7 +92,7 @@ class LeanBatchNorm(nn.Module):
         if self.keeps_input or torch.compiler.is_compiling():
             return super().forward(x)
         statistics = self.running_mean, self.running_var, self.weight, self.bias
-        x = frozen_batch_norm(x, *statistics, self.eps, inplace=is_handed_over(x, self))
+        x = frozen_batch_norm(x, *statistics, self.eps, inplace=is_overwritable(x, self))
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
 
@@ -107,7 +106,7 @@ class LeanClippedActivation(nn.Module):
     """
 
     masks: Masks = "byte"
-    consumers: Sequence[Slot] = ()
+    consumers: Sequence[ModuleRef] = ()
     feeds_product: bool = False
     upper = float("inf")
 
@@ -123,7 +122,7 @@ class LeanClippedActivation(nn.Module):
         plain = super().forward
         if _is_plain(x):
             return plain(x)
-        can_be_made = self.masks != "off" and not recipe_of(x).is_plain
+        can_be_made = self.masks != "off" and not get_recompute(x).is_plain
         keep = self.masks if can_be_made else self.kept()
         return clipped_activation(x, plain, upper=self.upper, keep=keep, inplace=self.inplace)
 

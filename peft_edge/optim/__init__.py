@@ -1,8 +1,7 @@
 """Optimizers, and which parameters they treat in which way."""
 
-from peft_edge.optim.backward import update_in_backward
 from peft_edge.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
-from peft_edge.optim.param_groups import decay_groups, galore_param_groups
+from peft_edge.optim.param_groups import decay_groups, galore_param_groups, update_in_backward
 
 __all__ = [
     "GaLoreAdafactor",

@@ -1,8 +1,7 @@
 """What a training step costs: floating-point operations, memory and time."""
 
-from peft_edge.profiling.analysis import Analysis, analyse
+from peft_edge.profiling.analysis import Analysis, analyse, compare_methods
 from peft_edge.profiling.callback import ProfilingCallback
-from peft_edge.profiling.comparison import compare_methods
 from peft_edge.profiling.flops import FlopCount, FlopCounter, Flops, count_flops
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker, track_memory
 

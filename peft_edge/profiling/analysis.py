@@ -1,9 +1,12 @@
-"""What a method costs on a network, from shapes alone: in seconds, and without the memory of a step."""
+"""What a method costs on a network, from shapes alone: in seconds, and without the memory of a step.
+
+The costs of several methods on one network, side by side.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
 from torch.utils._pytree import tree_leaves
+from tqdm.auto import tqdm
 
 from peft_edge.backbones import load_backbone
 from peft_edge.config import RunConfig
@@ -22,8 +26,8 @@ from peft_edge.methods import OPTIMIZERS, find_method, memory_format
 from peft_edge.optim import update_in_backward
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
-from peft_edge.profiling.rows import step_rows
 from peft_edge.profiling.step import Inputs, fake_copy, logits_of, meta_copy, take_step
+from peft_edge.profiling.tables import step_rows
 from peft_edge.records import StepProfile
 
 
@@ -220,3 +224,45 @@ def classification_loss(output: Any) -> Tensor:
     """Cross-entropy of an image's or every token's logits, which is what these networks are trained with."""
     logits = logits_of(output, advice="take a model with a head").float().flatten(0, -2)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def compare_methods(
+    backbone: str | nn.Module,
+    methods: Sequence[str],
+    *,
+    lora_ranks: Sequence[int],
+    adapter: Mapping[str, Any] | None = None,
+    batch_size: int = 16,
+    image_size: int = 224,
+    optimizer: str = "adamw",
+    accounting: Accounting = "exact",
+) -> dict[str, StepProfile]:
+    """Analyses every method, at every rank where it has one; see `analyse` for the arguments.
+
+    Returns:
+        The cost of a step by `method`, or `method, rank r`.
+
+    Raises:
+        ValueError: See `analyse`.
+    """
+    costs: dict[str, StepProfile] = {}
+    pairs = [(method, lora_rank) for method in methods for lora_rank in lora_ranks]
+    with tqdm(pairs, unit="step", leave=False, disable=None) as bar:
+        for method, lora_rank in bar:
+            has_rank = find_method(method).section == "adapter"
+            name = f"{method}, rank {lora_rank}" if has_rank else method
+            if name in costs:
+                continue
+            bar.set_description(f"analysing {method}")
+            analysis = analyse(
+                backbone,
+                method,
+                lora_rank=lora_rank,
+                batch_size=batch_size,
+                image_size=image_size,
+                optimizer=optimizer,
+                adapter=adapter,
+                accounting=accounting,
+            )
+            costs[name] = analysis.profile[0]
+    return costs

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from peft_edge.files import written_whole
+from peft_edge.files import atomic_write
 from peft_edge.records import StepProfile
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def save_bars(names: Sequence[str], panels: Sequence[Panel], path: str | os.Path
         _draw(place, names, panel)
     axes[0].invert_yaxis()
     # Without a date and random names in it, the same bars are the same file.
-    with written_whole(path) as unfinished, rc_context({"svg.hashsalt": "peft-edge"}):
+    with atomic_write(path) as unfinished, rc_context({"svg.hashsalt": "peft-edge"}):
         figure.savefig(unfinished, format=path.suffix[1:], dpi=150, metadata=_UNDATED.get(path.suffix))
 
 

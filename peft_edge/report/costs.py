@@ -5,9 +5,8 @@ from __future__ import annotations
 import posixpath
 from dataclasses import dataclass
 
-from peft_edge.archive import Archive
-from peft_edge.records import CostRecord
-from peft_edge.report.rows import KINDS, method_order, told_apart
+from peft_edge.records import Archive, CostRecord
+from peft_edge.report.rows import KINDS, disambiguate_labels, method_order
 
 PLAIN, OURS, LEAN, STORED = FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
 """How a method is trained: as autograd and PEFT do it; with our layers, not lean and lean; on stored features."""
@@ -84,7 +83,7 @@ def cost_rows(archive: Archive, folder: str = "") -> list[Cost]:
             raise ValueError(f"{name}: an analysis with {', '.join(lacking)} is expected, they are null: make it anew")
     families = [record.method.removeprefix("peft-") for record in records]
     forms = [_form(record) for record in records]
-    methods = told_apart(
+    methods = disambiguate_labels(
         [
             (record.network, record.setting["batch_size"], record.setting["accounting"], f"{family} ({form})")
             for record, family, form in zip(records, families, forms, strict=True)

@@ -9,8 +9,7 @@ import posixpath
 import statistics
 from typing import Any
 
-from peft_edge.archive import Archive
-from peft_edge.records import CostRecord, Record
+from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.report.rows import flat, grouped
 
 # Folders of the machine that made the record.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from peft_edge.archive import Archive
 from peft_edge.bench.results import BenchRecord
+from peft_edge.records import Archive
 from peft_edge.report.claims.accuracy import accuracy_claim
 from peft_edge.report.claims.arithmetic import arithmetic_claim
 from peft_edge.report.claims.choice import choice_claim, decision_table

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from peft_edge.archive import Archive
+from peft_edge.records import Archive
 from peft_edge.report.contest import contests
 from peft_edge.report.markdown import counted, fixed
 from peft_edge.report.runs import Run

@@ -35,7 +35,7 @@ def flat(block: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def told_apart(keys: Sequence[tuple[Any, ...]], settings: Sequence[Mapping[str, Any]]) -> list[str]:
+def disambiguate_labels(keys: Sequence[tuple[Any, ...]], settings: Sequence[Mapping[str, Any]]) -> list[str]:
     """Returns a label for each row: the last part of its key, and the settings in which rows of that key differ.
 
     Args:

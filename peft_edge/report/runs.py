@@ -8,11 +8,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from peft_edge.archive import Archive
 from peft_edge.methods import METHODS
-from peft_edge.records import Record, StepProfile
-from peft_edge.report.rows import flat, method_order, told_apart
-from peft_edge.training.results import TARGET
+from peft_edge.records import Archive, Record, StepProfile
+from peft_edge.report.rows import disambiguate_labels, flat, method_order
+from peft_edge.training.evaluation import TARGET
 
 # What changes nothing of a result; and the seed, over which is averaged.
 _NO_SETTING = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling", "seed")
@@ -112,12 +111,12 @@ def run_rows(archive: Archive, folder: str = "") -> list[Run]:
     names = list(archive.finished)
     configs = [flat(record.run_info.train_config) for record in archive.finished.values()]
     backbones = [config["backbone.name"] for config in configs]
-    tasks = told_apart(
+    tasks = disambiguate_labels(
         [(backbone, _task(config)) for backbone, config in zip(backbones, configs, strict=True)],
         [_within(config, "backbone.", "data.", "source.") for config in configs],
     )
     ranks = [_rank(config) for config in configs]
-    methods = told_apart(
+    methods = disambiguate_labels(
         [
             (backbone, task, rank, config["method"])
             for backbone, task, rank, config in zip(backbones, tasks, ranks, configs, strict=True)

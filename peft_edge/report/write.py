@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from peft_edge.archive import read_archive
-from peft_edge.files import written_whole
+from peft_edge.files import atomic_write
+from peft_edge.records import read_archive
 from peft_edge.report.costs import cost_rows
 from peft_edge.report.data_file import data_file
 from peft_edge.report.page import Rows, claims_of, page
@@ -54,7 +54,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
         (made / DATA).write_text(data_file(archive, folder), encoding="utf-8")
         files = sorted(file.relative_to(made) for file in made.rglob("*") if file.is_file())
         for file in files:
-            with written_whole(out / file) as unfinished:
+            with atomic_write(out / file) as unfinished:
                 unfinished.write_bytes((made / file).read_bytes())
     return [out / file for file in files]
 

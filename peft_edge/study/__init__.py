@@ -1,8 +1,7 @@
 """Studies: many runs and analyses from one file, shared by processes, and one table of what came of them."""
 
-from peft_edge.study.cells import Cell
 from peft_edge.study.grid import read_grid
-from peft_edge.study.runner import run_grid
-from peft_edge.study.table import study_table
+from peft_edge.study.jobs import Job
+from peft_edge.study.runner import run_grid, study_table
 
-__all__ = ["Cell", "read_grid", "run_grid", "study_table"]
+__all__ = ["Job", "read_grid", "run_grid", "study_table"]

@@ -1,8 +1,12 @@
-"""What a step costs, as cells of a grid: analyses of networks under methods."""
+"""What is analysed: timm's networks, and the shapes of language models, with the same methods.
+
+What a step costs, as jobs of a grid: analyses of networks under methods.
+"""
 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -10,21 +14,134 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import timm
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig
 from pydantic import Field, ValidationError
+from torch import nn
+from torch.optim import Optimizer
 
-from peft_edge.archive import add_record, read_record
+from peft_edge.backbones import load_backbone
 from peft_edge.config import Section
-from peft_edge.config.sections import PositiveCount
+from peft_edge.config.schema import PositiveCount
 from peft_edge.files import matching_files
+from peft_edge.lean import FrozenPrefix
 from peft_edge.lean.layers import Masks
-from peft_edge.machine import package_info
 from peft_edge.methods import find_method
-from peft_edge.profiling.analysis import Analysis, analyse
+from peft_edge.optim import GaLoreAdamW
+from peft_edge.profiling.analysis import Analysis, analyse, prepare_step
 from peft_edge.profiling.flops import Accounting
-from peft_edge.records import CostRecord
-from peft_edge.study.cells import Cell
-from peft_edge.study.networks import analyse_replay, analyse_transformer, kind_of, load_network
+from peft_edge.records import CostRecord, add_record, package_info, read_record
+from peft_edge.roles import named_convolutions
+from peft_edge.study.jobs import Job
 from peft_edge.tuners.norm import Norm
+
+NUM_CLASSES = 10
+"""Of timm's networks: what a small adaptation has."""
+
+TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
+"""Full fine-tuning, PEFT's own adapters on every linear layer but the last, and GaLore on the same layers."""
+
+
+def load_network(network: str) -> nn.Module:
+    """Builds a network that is analysed.
+
+    Args:
+        network: A timm model name; or a JSON file with the configuration of a Transformers model, which is built on the
+            meta device, where it takes no memory.
+
+    Raises:
+        ValueError: timm has no such model, or the file is no such configuration.
+        OSError: The file cannot be read.
+    """
+    if not network.endswith(".json"):
+        return load_backbone(network, NUM_CLASSES)
+    try:
+        block = json.loads(Path(network).read_text(encoding="utf-8"))
+        (name,) = block.pop("architectures")
+        config = transformers.AutoConfig.for_model(**block)
+        with torch.device("meta"):
+            return getattr(transformers, name)(config)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{network} is no configuration of a Transformers model with `model_type` and one name in `architectures`: "
+            f"{error!r}"
+        ) from error
+
+
+def kind_of(model: nn.Module) -> str:
+    """Returns `depthwise` if there is a depthwise convolution, `standard` if there are others, else `transformer`."""
+    roles = [roles for _, _, roles in named_convolutions(model)]
+    return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
+
+
+def analyse_transformer(model: nn.Module, method: str, lora_rank: int | None, **step: Any) -> Analysis:
+    """Analyses a step of a language model, with AdamW.
+
+    Args:
+        model: From `load_network`.
+        method: One of `TRANSFORMER_METHODS`.
+        lora_rank: Of the adapters, or of GaLore's projection; None for full fine-tuning.
+        **step: Batch size and length; see `analyse`.
+
+    Raises:
+        ValueError: The method is none of them.
+    """
+    if method not in TRANSFORMER_METHODS:
+        raise ValueError(f"method is {method!r}, expected one of {', '.join(TRANSFORMER_METHODS)} for a language model")
+    if method == "full":
+        return analyse(model, None, **step)
+    if lora_rank is None:
+        raise ValueError(f"{method} needs a lora_rank")
+    if method == "galore":
+        return analyse(model, None, optimizer=_galore(model, lora_rank), **step)
+    return analyse(model, _lora(model, lora_rank, use_dora=method == "dora"), **step)
+
+
+def _lora(model: Any, lora_rank: int, *, use_dora: bool) -> PeftConfig:
+    # By it PEFT leaves the last layer out, which is not adapted, and trains a new classifier.
+    task = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
+    return LoraConfig(
+        r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", use_dora=use_dora, task_type=task
+    )
+
+
+def _galore(model: Any, lora_rank: int) -> Any:
+    vocabulary = model.config.vocab_size
+
+    def make(parameters: list[nn.Parameter]) -> Optimizer:
+        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+        for parameter in parameters:
+            is_projected = parameter.ndim == 2 and min(parameter.shape) > lora_rank
+            groups[is_projected and vocabulary not in parameter.shape].append(parameter)
+        galore: dict[str, Any] = {"rank": lora_rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+        return GaLoreAdamW([{"params": groups[0]}, {"params": groups[1], **galore}])
+
+    return make
+
+
+def analyse_replay(backbone: nn.Module, method: str, *, adapter: dict[str, Any], **step: Any) -> Analysis:
+    """Analyses a step on stored features, as in every epoch but the first: that of the tail alone.
+
+    Args:
+        backbone: From `load_network`; changed.
+        method: One that leaves the first layers alone, with these options.
+        adapter: See `analyse`, as for the others.
+        **step: `lora_rank`, `batch_size`, `image_size`, `accounting`.
+
+    Raises:
+        ValueError: There is no frozen prefix; see `FrozenPrefix`.
+    """
+    batch_size, image_size = step.pop("batch_size"), step.pop("image_size")
+    accounting = step.pop("accounting")
+    model, _ = prepare_step(backbone, method, adapter=adapter, **step)
+    images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
+    prefix = FrozenPrefix(model, images)
+    with torch.no_grad():
+        size = prefix.features(images).shape[1:]
+    return analyse(
+        prefix.tail.train(), None, inputs=torch.empty(batch_size, *size, device="meta"), accounting=accounting
+    )
 
 
 class CostSetting(Section):
@@ -54,7 +171,7 @@ class CostSetting(Section):
     lean: Masks | None = None
     """How lean activations keep what they need; null where the model is not made lean."""
 
-    fold_norm: bool = False
+    inplace_norm: bool = False
     """Whether lean convolutions apply the frozen BatchNorm behind them."""
 
     replay: bool = False
@@ -88,7 +205,7 @@ class CostGrid(Section):
 
 
 @dataclass(frozen=True)
-class CostCell(Cell):
+class CostJob(Job):
     """One analysis."""
 
     network: str
@@ -99,7 +216,7 @@ class CostCell(Cell):
 
     @property
     def result_name(self) -> str:
-        """The cell's name, after what it is."""
+        """The job's name, after what it is."""
         return f"cost--{self.name}"
 
     @property
@@ -120,13 +237,13 @@ class CostCell(Cell):
         """Does nothing: an analysis has either a record or no result."""
 
 
-def cost_cells(block: CostGrid, file: Path, output_dir: Path) -> list[CostCell]:
-    """Returns the cells of a block.
+def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
+    """Returns the jobs of a block.
 
     Args:
         block: The block.
         file: The grid's file.
-        output_dir: Each cell gets a folder in it.
+        output_dir: Each job gets a folder in it.
 
     Raises:
         ValueError: A pattern finds no file, timm has no such model, or settings have errors; all of these are named.
@@ -140,13 +257,13 @@ def cost_cells(block: CostGrid, file: Path, output_dir: Path) -> list[CostCell]:
             errors += [f"{chosen}: {entry['loc']}: {entry['msg']}" for entry in error.errors()]
     if errors:
         raise ValueError("\n".join([f"{file}: {len(errors)} analyses cannot be configured:", *errors]))
-    cells = []
+    jobs = []
     for network in _networks(block, file):
         for asked in settings:
             setting = asked.applicable_to(network)
             parts = [Path(network).stem, setting.method, *_parts(setting)]
-            cells.append(CostCell(", ".join(parts), output_dir / "--".join(parts), network, setting))
-    return cells
+            jobs.append(CostJob(", ".join(parts), output_dir / "--".join(parts), network, setting))
+    return jobs
 
 
 def _networks(block: CostGrid, file: Path) -> Iterator[str]:
@@ -210,5 +327,5 @@ def _analyse_backbone(model: Any, setting: CostSetting, **step: Any) -> Analysis
     rank = setting.lora_rank if section == "adapter" else None
     if setting.replay:
         return analyse_replay(model, setting.method, adapter=adapter, lora_rank=rank, **step)
-    lean = {"masks": setting.lean, "fold_norm": setting.fold_norm} if setting.lean is not None else None
+    lean = {"masks": setting.lean, "inplace_norm": setting.inplace_norm} if setting.lean is not None else None
     return analyse(model, setting.method, lora_rank=rank, adapter=adapter, lean=lean, **step)

@@ -14,8 +14,8 @@ from pydantic import Field, ValidationError
 from peft_edge.config import ConfigError, Section, load_config
 from peft_edge.files import matching_files
 from peft_edge.methods import CHOICES
-from peft_edge.study.cells import Cell, RunCell
-from peft_edge.study.costs import CostGrid, cost_cells
+from peft_edge.study.costs import CostGrid, cost_jobs
+from peft_edge.study.jobs import Job, RunJob
 
 
 class RunGrid(Section):
@@ -28,35 +28,35 @@ class RunGrid(Section):
     """Values to try for each of some keys."""
 
 
-def read_grid(file: Path, output_dir: Path) -> list[Cell]:
+def read_grid(file: Path, output_dir: Path) -> list[Job]:
     """Reads a grid, and checks everything in it.
 
     Args:
         file: YAML with the keys of `RunGrid` or `CostGrid`, or a list of such blocks; its files are relative to this
-            one. Every combination is a cell.
-        output_dir: Each cell gets a folder in it.
+            one. Every combination is a job.
+        output_dir: Each job gets a folder in it.
 
     Raises:
-        ValueError: The file is no grid, a pattern finds no file, two cells are the same, or some cannot be run; all are
+        ValueError: The file is no grid, a pattern finds no file, two jobs are the same, or some cannot be run; all are
             named.
         OSError: The file cannot be read.
     """
-    cells: list[Cell] = []
+    jobs: list[Job] = []
     errors = []
     for block in _blocks(file):
         try:
             if isinstance(block, CostGrid):
-                cells += cost_cells(block, file, output_dir)
+                jobs += cost_jobs(block, file, output_dir)
             else:
-                cells += _run_cells(block, file, output_dir)
+                jobs += _run_jobs(block, file, output_dir)
         except ValueError as error:
             errors.append(str(error))
-    for name, count in Counter(cell.name for cell in cells).items():
+    for name, count in Counter(job.name for job in jobs).items():
         if count > 1:
             errors.append(f"{file}: give files different names, and each value once: {name} comes more than once")
     if errors:
         raise ValueError("\n".join(errors))
-    return cells
+    return jobs
 
 
 def _blocks(file: Path) -> list[RunGrid | CostGrid]:
@@ -75,8 +75,8 @@ def _is_cost(block: Any) -> bool:
     return isinstance(block, dict) and "networks" in block
 
 
-def _run_cells(block: RunGrid, file: Path, output_dir: Path) -> list[Cell]:
-    cells: list[Cell] = []
+def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[Job]:
+    jobs: list[Job] = []
     errors = []
     combinations = itertools.product(itertools.product(*_recipes(block, file)), itertools.product(*block.grid.values()))
     for paths, values in combinations:
@@ -94,10 +94,10 @@ def _run_cells(block: RunGrid, file: Path, output_dir: Path) -> list[Cell]:
         # The id of a model on the Hub has a slash.
         folder = output_dir / "--".join([*parts, *varied.values()]).replace("/", "_")
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
-        cells.append(RunCell(setting, folder, config.model_copy(update=folders)))
+        jobs.append(RunJob(setting, folder, config.model_copy(update=folders)))
     if errors:
         raise ValueError("\n".join([f"{file}: {len(errors)} runs cannot be configured:", *errors]))
-    return cells
+    return jobs
 
 
 def _recipes(block: RunGrid, file: Path) -> list[list[Path]]:

@@ -1,37 +1,156 @@
-"""The adaptation to one target domain: a candidate for each learning rate, all with the same budget."""
+"""Updates on the disk: an adapter, or the whole model where the method trains the model's own weights.
+
+The model that learns: a copy of the source model, as a method prepares it, with rows for the classes to come.
+
+The adaptation to one target domain: a candidate for each learning rate, all with the same budget.
+"""
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import set_seed
 from peft import PeftModel
+from peft.utils import CONFIG_NAME
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import get_cosine_schedule_with_warmup
 
+from peft_edge.backbones import grow_head, load_backbone, save_backbone, set_class_names
+from peft_edge.backbones.heads import head_layers
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, Task
-from peft_edge.files import remove, written_whole
-from peft_edge.lean import undo_lean_training
-from peft_edge.methods import Method, find_method
+from peft_edge.files import atomic_write, remove
+from peft_edge.hub import load_pretrained, save_adapter
+from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.methods import Method, Options, find_method, memory_format
 from peft_edge.records import StepProfile
-from peft_edge.training.checkpoints import Progress
-from peft_edge.training.evaluation import answers, first_images, logits
-from peft_edge.training.images import evaluation_batches, training_batches
-from peft_edge.training.learner import make_lean, new_learner
+from peft_edge.training.batches import (
+    check_replay,
+    evaluation_batches,
+    open_replay,
+    training_batches,
+    with_whole_update,
+)
+from peft_edge.training.evaluation import first_images, logits, predict
 from peft_edge.training.loop import DivergedError, train
-from peft_edge.training.replay import check_replay, open_replay, with_whole_update
+from peft_edge.training.run_folder import Progress
 from peft_edge.training.source import new_backbone
-from peft_edge.training.updates import save_update
-from peft_edge.tuners.restat import restat
+from peft_edge.tuners.norm import recalibrate
+
+
+def save_update(model: Any, folder: Path, *, saves_full_model: bool) -> None:
+    """Writes the update to `folder/adapter`, or the merged model to `folder/model`.
+
+    Args:
+        model: From `Method.prepare`, and trained; it is not to be used any more.
+        folder: Where to.
+        saves_full_model: See `Method`.
+    """
+    if saves_full_model:
+        save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
+    else:
+        save_adapter(model, folder / "adapter")
+
+
+def load_update(folder: Path, device: torch.device) -> nn.Module:
+    """Loads what `save_update` wrote into a fresh model.
+
+    Args:
+        folder: That of the adapter or of the model.
+        device: Where to.
+    """
+    model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
+    return model.to(device).to(memory_format=memory_format(model))
+
+
+def merged_copy(model: nn.Module) -> nn.Module | None:
+    """Returns a copy of what `load_update` gave, with its adapter merged; None where that is impossible.
+
+    A non-linear adapter never merges, PEFT's own LoRA not where there are groups.
+    """
+    if not isinstance(model, PeftModel):
+        return model
+    with suppress(NotImplementedError):
+        return copy.deepcopy(model).merge_and_unload(safe_merge=True)
+    return None
+
+
+def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> Any:
+    """Prepares a model that starts from a saved update, to be trained on.
+
+    Args:
+        folder: That of the adapter or of the model.
+        source: The source model that the adapter belongs to; left as it is.
+        method: The update's method.
+        options: Its options.
+    """
+    updated: Any = load_update(folder, next(source.parameters()).device)
+    if method.saves_full_model:
+        return method.prepare(updated, options)
+    base = copy.deepcopy(source)
+    grow_head(base, updated.get_base_model().num_classes)
+    model: Any = method.prepare(base, options)
+    model.load_adapter(str(folder), model.active_adapter, is_trainable=True)
+    return model
+
+
+def new_learner(config: RunConfig, method: Method, source: nn.Module, target: Domain, previous: Path | None) -> Any:
+    """Prepares a model for the training on one target.
+
+    Args:
+        config: The run's configuration.
+        method: Its method.
+        source: The source model; left as it is.
+        target: The domain to adapt to. If it has more classes, the head grows, except where nothing trains it.
+        previous: The update that adapted the source to the target before this one, which is trained on; None at first.
+
+    Raises:
+        ValueError: The method does not fit the model.
+    """
+    options = config.options(method.section)
+    model: Any
+    if previous is None:
+        model = method.prepare(copy.deepcopy(source), options)
+    else:
+        model = continue_update(previous, source, method, options)
+    model = model.to(memory_format=memory_format(model))
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    known = base.num_classes
+    if method.optimizer is not None and target.num_classes > known:
+        grow_head(model, target.num_classes)
+        set_class_names(base, target.class_names)
+        if not config.data.rehearsal_size:
+            _freeze_rows(base, known)
+    return model
+
+
+def make_lean(config: RunConfig, model: nn.Module) -> None:
+    """Lets the model's frozen layers keep less for the backward pass, if the configuration says so."""
+    if config.lean.enabled:
+        prepare_model_for_lean_training(model, **config.lean.model_dump(exclude={"enabled"}))
+
+
+def _freeze_rows(model: nn.Module, count: int) -> None:
+    """Keeps the first rows of the head as they are: without images of their classes they would only be unlearned."""
+
+    def without_first_rows(gradient: Tensor) -> Tensor:
+        return torch.cat([torch.zeros_like(gradient[:count]), gradient[count:]])
+
+    for _, layer in head_layers(model):
+        for parameter in layer.parameters():
+            if parameter.requires_grad:
+                parameter.register_hook(without_first_rows)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +179,7 @@ class Candidate:
     """What a step cost, for each process and each LoRA rank."""
 
     replay: dict[str, Any] | None
-    """What was stored of the images, see `PrefixCache`; None where the images themselves were trained on."""
+    """What was stored of the images, see `FeatureCache`; None where the images themselves were trained on."""
 
     @property
     def update(self) -> Path:
@@ -92,9 +211,9 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
         training_batches(config, backbone, target.train, batch_size=settings.batch_size) for target in task.targets
     ]
     model = method.prepare(backbone, config.options(method.section))
-    if config.method != "none" and not (method.ships_model or isinstance(model, PeftModel)):
+    if config.method != "none" and not (method.saves_full_model or isinstance(model, PeftModel)):
         raise ValueError(
-            f"method: {config.method!r} makes no PEFT model, and is not registered with ships_model=True: without one "
+            f"method: {config.method!r} makes no PEFT model, and is not registered with saves_full_model=True: without one "
             "or the other, there is nothing to save"
         )
     if settings.replay:
@@ -189,7 +308,7 @@ def _adapt(
         validation = evaluation_batches(config, source, target.validation)
         started = time.perf_counter()
         if _estimates_statistics(model):
-            restat(model, (batch["pixel_values"] for batch in accelerator.prepare_data_loader(batches)))
+            recalibrate(model, (batch["pixel_values"] for batch in accelerator.prepare_data_loader(batches)))
         seconds = time.perf_counter() - started
         make_lean(config, model)
         replay = open_replay(config, model, source, target, accelerator) if config.training.replay else None
@@ -241,18 +360,18 @@ def _optimizer(method: Method, config: RunConfig, model: nn.Module, learning_rat
 
 
 def _estimates_statistics(model: nn.Module) -> bool:
-    return isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "restat"
+    return isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "recalibrate"
 
 
 def _untrained(accelerator: Accelerator, model: nn.Module, validation: DataLoader, seconds: float) -> Progress:
-    valid_accuracy = answers(model, accelerator.prepare_data_loader(validation), accelerator).accuracy
+    valid_accuracy = predict(model, accelerator.prepare_data_loader(validation), accelerator).accuracy
     figures = {"step": 0, "train loss": None, "valid accuracy": valid_accuracy, "train time": seconds}
     return Progress(accelerator.num_processes, train_time=seconds, metrics=[figures])
 
 
 def _save(method: Method, model: nn.Module, images: Tensor, figures: dict[str, Any], folder: Path) -> None:
-    with written_whole(folder) as unfinished:
+    with atomic_write(folder) as unfinished:
         unfinished.mkdir()
         save_file({"logits": logits(model, images)}, unfinished / "logits.safetensors")
-        save_update(model, unfinished, ships_model=method.ships_model)
+        save_update(model, unfinished, saves_full_model=method.saves_full_model)
         (unfinished / "candidate.json").write_text(json.dumps(figures), encoding="utf-8")

@@ -1,8 +1,14 @@
-"""Accuracy on a split, and proof that a saved update is the model that was trained."""
+"""Accuracy on a split, and proof that a saved update is the model that was trained.
+
+What a run has gained and lost, from the predictions of its models.
+
+What an update has done to each kernel: how much it has moved, and in how many directions.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,15 +17,17 @@ from torch.utils.data import DataLoader
 
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, Task
-from peft_edge.metrics import Accuracy
-from peft_edge.training.images import evaluation_batches
+from peft_edge.metrics import Accuracy, Retention, average_forgetting, harmonic_mean
+from peft_edge.records import KernelChange
+from peft_edge.roles import named_convolutions
+from peft_edge.training.batches import evaluation_batches
 
 RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
-class Answers:
+class Predictions:
     """What a model said of a split, in the order of the images, over all processes."""
 
     predictions: list[int]
@@ -35,7 +43,7 @@ class Answers:
 
 
 @torch.no_grad()
-def answers(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Answers:
+def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Predictions:
     """Asks a model about every image once. Leaves it in eval mode.
 
     Args:
@@ -44,7 +52,7 @@ def answers(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
         accelerator: The run's.
     """
     model.eval()
-    found = Answers([], [])
+    found = Predictions([], [])
     for batch in batches:
         with accelerator.autocast():
             logits = model(batch["pixel_values"])
@@ -55,15 +63,15 @@ def answers(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
     return found
 
 
-def answers_on_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Answers]:
-    """Returns the answers to the source's test split, and to that of each target."""
+def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
+    """Returns the predictions to the source's test split, and to that of each target."""
     loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
-    return [answers(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
+    return [predict(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
 
 
 @torch.no_grad()
 def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Returns what the model answers in eval mode: (B, num_classes) for images of shape (B, 3, H, W)."""
+    """Returns what the model predictions in eval mode: (B, num_classes) for images of shape (B, 3, H, W)."""
     model.eval()
     device = next(model.parameters()).device
     return model(images.to(device)).float().cpu()
@@ -102,3 +110,80 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
                 f"{scale:.3g}. Please report this with the record of the run"
             )
     return {f"{name}_max_logit_difference": difference for name, difference in differences.items()}
+
+
+TARGET, SOURCE = "test accuracy", "source test accuracy"
+TARGET_BEFORE, SOURCE_BEFORE = f"{TARGET} without update", f"{SOURCE} without update"
+
+
+def results(predictions: list[list[Predictions]]) -> dict[str, Any]:
+    """Returns the figures of a run by their names in the record.
+
+    Args:
+        predictions: For the source model, and then for the model after each target: the predictions to the source's test
+            split, and to that of every target.
+    """
+    (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
+    # Without an update, the model afterwards is the one from before.
+    rows = predictions if len(predictions) > 1 else predictions * 2
+    # After each step, the domains that it has seen.
+    accuracies = [[answer.accuracy for answer in row[: step + 1]] for step, row in enumerate(rows)]
+    figures = {
+        TARGET: _pooled(targets_after).accuracy,
+        SOURCE: source_after.accuracy,
+        TARGET_BEFORE: _pooled(targets_before).accuracy,
+        SOURCE_BEFORE: source_before.accuracy,
+        **Retention().compute(**vars(source_after), previous=source_before.predictions),
+        "forgetting": average_forgetting(accuracies),
+        "harmonic mean": harmonic_mean(_pooled(targets_after).accuracy, source_after.accuracy),
+    }
+    return figures if len(accuracies) == 2 else {**figures, "accuracies": accuracies}
+
+
+def _pooled(parts: list[Predictions]) -> Predictions:
+    return Predictions(
+        [prediction for part in parts for prediction in part.predictions],
+        [reference for part in parts for reference in part.references],
+    )
+
+
+_KINDS = ("depthwise", "pointwise", "dense")
+
+
+@torch.no_grad()
+def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
+    """Compares the convolutions of two models.
+
+    A kernel (C_out, C_in/g, *kernel) is read as a matrix (C_out, K), as the adapters read it.
+
+    Args:
+        source: The model from before.
+        updated: The same with its update merged.
+
+    Returns:
+        The change of each convolution that has changed, by its name.
+    """
+    before = {name: conv.weight for name, conv, _ in named_convolutions(source)}
+    changes = {}
+    for name, conv, roles in named_convolutions(updated):
+        old = before[name].double().flatten(1)
+        change = conv.weight.to(old).flatten(1) - old
+        if change.any():
+            changes[name] = KernelChange(
+                kind=next((kind for kind in _KINDS if kind in roles), "grouped"),
+                relative_norm=_rounded(change.norm() / old.norm()),
+                stable_rank=_rounded(_stable_rank(change)),
+            )
+    return changes
+
+
+def _stable_rank(matrix: Tensor) -> Tensor:
+    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
+    # The squares of the singular values, from the smaller of the two products.
+    squares = torch.linalg.eigvalsh(wide @ wide.T)
+    return squares.sum() / squares[-1]
+
+
+def _rounded(value: Tensor) -> float:
+    """To four digits: every run's record has them for every layer."""
+    return float(f"{value.item():.4g}")

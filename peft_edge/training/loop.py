@@ -1,13 +1,18 @@
-"""The Accelerate loop: train, evaluate each epoch, keep checkpoints, go on from the last one."""
+"""What a training does when the system asks its process to end.
+
+The Accelerate loop: train, evaluate each epoch, keep checkpoints, go on from the last one.
+"""
 
 from __future__ import annotations
 
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -23,9 +28,36 @@ from transformers import TrainerControl, TrainerState
 from peft_edge.config import RunConfig
 from peft_edge.profiling.callback import ProfilingCallback
 from peft_edge.records import StepProfile
-from peft_edge.training.checkpoints import Progress, last_good_checkpoint, load_checkpoint, save_checkpoint
-from peft_edge.training.evaluation import answers
-from peft_edge.training.termination import termination_deferred
+from peft_edge.training.evaluation import predict
+from peft_edge.training.run_folder import Progress, last_good_checkpoint, load_checkpoint, save_checkpoint
+
+
+@contextmanager
+def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
+    """Lets a process go on when it is terminated (SIGTERM), so that it can save what it has; the second time it ends.
+
+    Args:
+        is_alone: Whether it is the run's only process. One of several would wait for others, which may be why it is
+            terminated, and so ends at once.
+
+    Yields:
+        Whether it has been asked to end.
+    """
+    if not is_alone or threading.current_thread() is not threading.main_thread():
+        yield lambda: False  # only the main thread may say what a signal does
+        return
+    asked: list[int] = []
+
+    def remember(number: int, frame: FrameType | None) -> None:
+        asked.append(number)
+        signal.signal(signal.SIGTERM, previous)
+
+    previous = signal.signal(signal.SIGTERM, remember) or signal.SIG_DFL
+    try:
+        yield lambda: bool(asked)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+
 
 DIVERGED_LOSS = 100.0
 """The right class then has a probability of e^-100 in the mean; guessing among a million classes gives a loss of 14."""
@@ -134,7 +166,7 @@ def train(
                 bar.update()
                 if progress.step % len(batches) == 0:
                     is_evaluated = (epoch + 1) % settings.eval_every_epochs == 0 or progress.step == total_steps
-                    found = answers(evaluated, validation, accelerator) if is_evaluated else None
+                    found = predict(evaluated, validation, accelerator) if is_evaluated else None
                     if found is not None and -1 in found.predictions:
                         good = last_good_checkpoint(accelerator, checkpoints, progress.step)
                         raise DivergedError(_diverged(name, progress.step, float("nan"), good))

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,8 +20,9 @@ from tqdm.auto import tqdm
 from peft_edge.backbones import fingerprint, load_backbone, save_backbone, set_class_names
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
-from peft_edge.files import written_whole
-from peft_edge.training.images import training_batches
+from peft_edge.files import atomic_write
+from peft_edge.training.batches import training_batches
+from peft_edge.training.run_folder import cache_folder
 
 
 def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
@@ -58,16 +58,10 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
             if not folder.exists():
                 if config.source.epochs > 0:
                     _train(model, config, task, device)
-                with written_whole(folder) as unfinished:
+                with atomic_write(folder) as unfinished:
                     save_backbone(model, unfinished)
         model = load_backbone(str(folder))
     return model.to(device).to(memory_format=torch.channels_last)
-
-
-def cache_folder(config: RunConfig) -> Path:
-    """What runs share: source models, and stored features."""
-    # Adapters name their source model, and are loaded from other folders, too.
-    return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
 def _recipe(config: RunConfig, task: Task, model: nn.Module, device: torch.device) -> str:

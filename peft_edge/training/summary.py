@@ -21,14 +21,24 @@ from torch import nn
 from peft_edge.backbones import fingerprint
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
-from peft_edge.machine import package_info, system_info
 from peft_edge.profiling.callback import read_profile
 from peft_edge.profiling.tables import profile_table, text_table
-from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, KernelChange, MetaInfo, Record, RunInfo, TrainInfo
+from peft_edge.records import (
+    CANCELED,
+    DIVERGED,
+    FAILED,
+    SUCCESS,
+    KernelChange,
+    MetaInfo,
+    Record,
+    RunInfo,
+    TrainInfo,
+    package_info,
+    system_info,
+)
 from peft_edge.training.adaptation import Candidate
-from peft_edge.training.evaluation import Answers
+from peft_edge.training.evaluation import SOURCE, SOURCE_BEFORE, TARGET, TARGET_BEFORE, Predictions, results
 from peft_edge.training.loop import DivergedError
-from peft_edge.training.results import SOURCE, SOURCE_BEFORE, TARGET, TARGET_BEFORE, results
 from peft_edge.training.run_folder import RunFolder
 
 _DIFFERENCE = "_max_logit_difference"
@@ -41,7 +51,7 @@ def build_record(
     *,
     started: float,
     total_time: float | None,
-    answers: list[list[Answers]],
+    predictions: list[list[Predictions]],
     chosen: list[Candidate],
     tried: list[dict[str, Any]],
     update: Path | None,
@@ -56,7 +66,7 @@ def build_record(
         source: The source model.
         started: When the run started, in seconds since 1970.
         total_time: Seconds of the whole run; None for one that was resumed.
-        answers: See `results`.
+        predictions: See `results`.
         chosen: The candidate that was kept for each target; none for a method without an update.
         tried: The learning rates that were tried, from `sweep`.
         update: The folder of the saved adapter or model; None if there is none.
@@ -78,7 +88,7 @@ def build_record(
                     "step": steps,
                     "train loss": chosen[-1].metrics[-1]["train loss"] if chosen else None,
                     "train samples": steps * config.training.batch_size,
-                    **results(answers),
+                    **results(predictions),
                 },
             ],
             sweep=tried,

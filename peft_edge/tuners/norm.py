@@ -2,10 +2,13 @@
 
 A shift of the inputs lives in the statistics of BatchNorm as much as in the weights, so an adapter that trains under
 batch statistics and is saved without them is another model when it is loaded. Every adapter has its own.
+
+Re-estimation of an adapter's BatchNorm statistics, without gradients.
 """
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Literal
@@ -19,11 +22,11 @@ from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 
 from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batch_norm
-from peft_edge.lean.folding import is_handed_over
+from peft_edge.lean.inplace_norm import is_overwritable
 from peft_edge.lean.layers import LeanBatchNorm
-from peft_edge.tuners.mixed_batches import check_adapter_names
+from peft_edge.tuners.kernel_adapter import check_adapter_names
 
-Norm = Literal["frozen", "restat", "stats", "affine"]
+Norm = Literal["frozen", "recalibrate", "stats", "affine"]
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 _PLAIN_FORWARDS = {cls.forward for cls in (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)}
@@ -199,7 +202,7 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
         if not self._is_by_batch(state):
             if _trains(values) or torch.compiler.is_compiling():
                 return F.batch_norm(x, *values, training=False, eps=base.eps)
-            return frozen_batch_norm(x, *values, base.eps, inplace=is_handed_over(x, self))
+            return frozen_batch_norm(x, *values, base.eps, inplace=is_overwritable(x, self))
         momentum = self._count_batch(state)
         if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
             return synchronised_batch_norm(x, *values, momentum, base.eps)
@@ -277,3 +280,48 @@ class BatchNormLayer(nn.Module, BaseTunerLayer):
     def _set_base(self, values: dict[str, Tensor]) -> None:
         for name, value in values.items():
             getattr(self.get_base_layer(), name).copy_(value)
+
+
+@torch.no_grad()
+def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Re-estimates the active adapters' BatchNorm statistics as averages over `batches`, by forward passes alone.
+
+    Every batch counts alike. Dropout is off meanwhile, and weights do not change.
+
+    Args:
+        model: a model with ConvLoRA or ConvAdapter adapters.
+        batches: inputs of the model, each (B, C, H, W) with B > 1, on the model's device.
+
+    Raises:
+        ValueError: if no active adapter has statistics of its own, or there is no batch.
+    """
+    layers = [
+        layer
+        for layer in model.modules()
+        if isinstance(layer, BatchNormLayer) and layer.current_state().running_mean is not None
+    ]
+    if not layers:
+        raise ValueError(
+            "recalibrate: no active adapter has BatchNorm statistics of its own. Pass a model with BatchNorm layers, "
+            'adapted with norm="recalibrate", "stats" or "affine", and not merged.'
+        )
+    training = model.training
+    states = [layer.current_state() for layer in layers]
+    before = [copy.deepcopy(state.state_dict()) for state in states]
+    model.eval()
+    try:
+        for layer, state in zip(layers, states, strict=True):
+            layer.estimating = True
+            state.num_batches_tracked.zero_()
+        for batch in batches:
+            model(batch)
+        if not states[0].num_batches_tracked:
+            raise ValueError("recalibrate: got no batch to estimate statistics from.")
+    except BaseException:
+        for state, values in zip(states, before, strict=True):
+            state.load_state_dict(values)
+        raise
+    finally:
+        for layer in layers:
+            layer.estimating = False
+        model.train(training)

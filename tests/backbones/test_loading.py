@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import json
+import resource
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -7,9 +11,216 @@ import timm
 import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
+from timm.models import save_for_hf
 from torch import nn
 
-from peft_edge.backbones import EDGE_FAMILIES, fingerprint, load_backbone, save_backbone
+from peft_edge.backbones import EDGE_FAMILIES, class_names, fingerprint, load_backbone, save_backbone, set_class_names
+from peft_edge.backbones.loading import stem_names
+
+
+def map_size(model: torch.nn.Module) -> int:
+    """Height of the last feature map for a 64-pixel image."""
+    with torch.no_grad():
+        return model.eval().forward_features(torch.zeros(1, 3, 64, 64)).shape[-1]
+
+
+@pytest.mark.parametrize("name", EDGE_FAMILIES.values())
+def test_every_edge_family_can_keep_twice_the_resolution(name: str) -> None:
+    assert map_size(load_backbone(name, 10)) == 2
+    assert map_size(load_backbone(name, 10, small_images=True)) == 4
+
+
+def test_the_branches_of_a_repvgg_stem_are_two() -> None:
+    assert stem_names(timm.create_model("repvgg_a0")) == ("stem.conv_kxk.conv", "stem.conv_1x1.conv")
+    assert stem_names(timm.create_model("mobilenetv2_035")) == ("conv_stem",)
+
+
+@pytest.mark.parametrize("name", ["convnext_atto", "levit_128s"])
+def test_a_stem_that_cannot_is_refused_by_name(name: str) -> None:
+    with pytest.raises(ValueError, match=f"{name} has no form for small images"):
+        load_backbone(name, 10, small_images=True)
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "repvgg_a0"])
+def test_the_small_image_form_is_saved(name: str, tmp_path: Path) -> None:
+    model = load_backbone(name, 10, small_images=True).eval()
+    save_backbone(model, tmp_path)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(load_backbone(str(tmp_path)).eval()(images), model(images), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("name", EDGE_FAMILIES.values())
+def test_timm_reads_what_was_saved(name: str, tmp_path: Path, images: torch.Tensor) -> None:
+    model = load_backbone(name, 10)
+    with torch.no_grad():
+        model(images)  # moves the running statistics away from their initial values
+    save_backbone(model.eval(), tmp_path)
+    read_by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    reloaded = load_backbone(name, checkpoint=tmp_path).eval()
+    with torch.no_grad():
+        expected = model(images)
+        assert expected.shape == (4, 10)
+        assert torch.equal(read_by_timm(images), expected)
+        assert torch.equal(reloaded(images), expected)
+    assert fingerprint(reloaded) == fingerprint(model)
+
+
+def test_a_folder_that_timm_wrote_is_read_as_timm_reads_it(tmp_path: Path, images: torch.Tensor) -> None:
+    model = timm.create_model("fbnetc_100", num_classes=10)
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    read_by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    with torch.no_grad():
+        assert torch.equal(load_backbone(str(tmp_path)).eval()(images), read_by_timm(images))
+
+
+def test_constructor_arguments_and_memory_format_survive(tmp_path: Path) -> None:
+    model = load_backbone("mobilenetv2_035", 3, in_chans=1, global_pool="max").to(memory_format=torch.channels_last)
+    save_backbone(model.eval(), tmp_path / "nested" / "folder")
+    reloaded = load_backbone(str(tmp_path / "nested" / "folder")).eval()
+    image = torch.randn(1, 1, 32, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(reloaded(image), model(image))
+    assert reloaded.num_classes == 3
+    assert model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)  # the saved model is not changed
+
+
+@pytest.mark.slow
+def test_a_second_process_reads_the_same_weights(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    save_backbone(tiny_backbone, tmp_path)
+    code = f"from peft_edge.backbones import *; print(fingerprint(load_backbone({str(tmp_path)!r})))"
+    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
+    assert printed.strip() == fingerprint(tiny_backbone)
+
+
+def test_saving_again_leaves_other_files_alone(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    for _ in range(2):
+        save_backbone(tiny_backbone, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
+
+
+def test_a_failed_save_changes_nothing(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    save_backbone(tiny_backbone, tmp_path)
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    nn.init.zeros_(tiny_backbone.classifier.weight)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OSError, match=r"could not be written .* is unchanged"):
+            save_backbone(tiny_backbone, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.parametrize("key", ["conv_stem.weight", "bn1.running_mean", "bn1.num_batches_tracked"])
+def test_the_fingerprint_follows_every_kind_of_tensor(key: str, tiny_backbone: nn.Module) -> None:
+    before = fingerprint(tiny_backbone)
+    tensor = tiny_backbone.state_dict()[key].flatten()
+    value = tensor[0].clone()
+    tensor[0] += 1
+    assert fingerprint(tiny_backbone) != before
+    tensor[0] = value
+    assert fingerprint(tiny_backbone.to(memory_format=torch.channels_last)) == before
+
+
+def test_the_fingerprint_follows_dtype_and_shape() -> None:
+    linear = nn.Linear(2, 3, bias=False)
+    nn.init.zeros_(linear.weight)
+    prints = {fingerprint(linear), fingerprint(linear.bfloat16())}
+    transposed = nn.Linear(3, 2, bias=False)
+    nn.init.zeros_(transposed.weight)
+    prints.add(fingerprint(transposed))
+    assert len(prints) == 3
+
+
+@pytest.fixture
+def saved(tmp_path: Path, tiny_backbone: nn.Module) -> Path:
+    save_backbone(tiny_backbone, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
+def test_truncated_weights_are_refused(saved: Path) -> None:
+    weights = saved / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-1000])
+    with pytest.raises(ValueError, match=r"model\.safetensors: expected a whole safetensors file, found a damaged"):
+        load_backbone(str(saved))
+
+
+@pytest.mark.parametrize("file_name", ["model.safetensors", "config.json"])
+def test_a_missing_file_is_named(file_name: str, saved: Path) -> None:
+    (saved / file_name).unlink()
+    with pytest.raises(FileNotFoundError, match=f"{file_name} is missing"):
+        load_backbone(str(saved))
+
+
+def test_pickled_weights_beside_the_configuration_are_not_read(saved: Path) -> None:
+    torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
+    (saved / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="no weights in safetensors format"):
+        load_backbone(str(saved))
+
+
+@pytest.mark.parametrize("config", ["not json", "[]", "{}", '{"architecture": "no_such_model"}'])
+def test_a_foreign_configuration_is_refused(config: str, saved: Path) -> None:
+    (saved / "config.json").write_text(config)
+    with pytest.raises(ValueError, match=r"config\.json: expected"):
+        load_backbone(str(saved))
+
+
+def test_weights_of_another_shape_are_refused(saved: Path) -> None:
+    weights = load_file(saved / "model.safetensors")
+    weights["conv_stem.weight"] = weights["conv_stem.weight"][:, :1].contiguous()
+    del weights["bn1.weight"]
+    weights["extra"] = torch.zeros(1)
+    save_file(weights, saved / "model.safetensors")
+    with pytest.raises(ValueError, match="does not fit mobilenetv2_035, in 3 tensors") as error:
+        load_backbone(str(saved))
+    for problem in (
+        "conv_stem.weight: expected shape (16, 3, 3, 3), found (16, 1, 3, 3)",
+        "bn1.weight: expected shape (16,), found no such tensor",
+        "extra: expected no such tensor",
+    ):
+        assert problem in str(error.value)
+
+
+def test_weights_of_another_model_are_refused(saved: Path) -> None:
+    with pytest.raises(ValueError, match="expected weights of 'resnet10t', found those of 'mobilenetv2_035'"):
+        load_backbone("resnet10t", checkpoint=saved)
+    with pytest.raises(ValueError, match="does not fit resnet10t"):
+        load_backbone("resnet10t", checkpoint=saved / "model.safetensors")
+
+
+def test_the_configuration_is_json_that_names_the_model(saved: Path) -> None:
+    config = json.loads((saved / "config.json").read_text())
+    assert config["architecture"] == "mobilenetv2_035"
+    assert config["num_classes"] == 10
+
+
+def test_class_names_come_back_in_their_order(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    names = [f"class {index}" for index in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
+    set_class_names(tiny_backbone, names)
+    save_backbone(tiny_backbone, tmp_path)
+    assert class_names(load_backbone(str(tmp_path))) == names
+    assert class_names(load_backbone("mobilenetv2_035", checkpoint=tmp_path)) == names
+    assert timm.create_model(f"local-dir:{tmp_path}").pretrained_cfg["label_names"] == names
+    assert class_names(load_backbone(str(tmp_path), num_classes=3)) is None
+
+
+def test_as_many_class_names_as_classes(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+    set_class_names(tiny_backbone, list("abcdefghij"))
+    save_backbone(tiny_backbone, tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["label_names"] = ["a", "b"]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ValueError, match=r"config\.json: label_names do not fit the weights.* 10 classes .* found 2"):
+        load_backbone(str(tmp_path))
+    tiny_backbone.reset_classifier(4)
+    with pytest.raises(ValueError, match="4 classes of the head, found 10"):
+        save_backbone(tiny_backbone, tmp_path / "other")
+    assert not (tmp_path / "other").exists()
 
 
 def publish(repo_id: str, model: nn.Module) -> Path:

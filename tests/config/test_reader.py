@@ -71,7 +71,7 @@ def test_every_error_is_reported_with_its_origin(config_file: Path) -> None:
         f"adapter.r: should be a valid integer, found 'four' ({config_file})",
         f"source: expected a section of keys, found 3 ({config_file})",
         "seed: should be a valid integer, found True (command line)",
-        "norm: should be 'frozen', 'restat', 'stats' or 'affine', found 'batch' (command line)",
+        "norm: should be 'frozen', 'recalibrate', 'stats' or 'affine', found 'batch' (command line)",
         "stray: expected key=value or --key value",
         "data.name=[: while parsing",
     ):

@@ -11,7 +11,7 @@ import torch
 from datasets import Dataset
 from PIL import Image
 
-from peft_edge.data.arrays import dataset_from_arrays
+from peft_edge.data.domain import dataset_from_arrays
 
 ImageFolder = Callable[..., Path]
 

@@ -1,41 +1,345 @@
 from __future__ import annotations
 
+import io
+import subprocess
+import sys
+from collections import Counter
 from collections.abc import Callable
-from dataclasses import replace
+from pathlib import Path
 
+import datasets
+import numpy as np
 import pytest
-from datasets import Dataset
+from conftest import ImageFolder
+from datasets import Dataset, DatasetDict, are_progress_bars_disabled
+from datasets import Image as ImageFeature
+from PIL import Image
 
-from peft_edge.data import Domain, Task
+from peft_edge.data import Domain, Task, embedded, load_task, sources, task
+from peft_edge.data.task import class_increments
+
+NAMES = ["a", "b", "c", "d", "e", "f"]
+SPLITS = ("train", "validation", "test")
+
+Increments = Callable[..., tuple[Domain, tuple[Domain, ...]]]
+
+
+def named(split: Dataset) -> dict[bytes, str]:
+    """Which class each image is said to be of; the images of these tests are all different."""
+    names = split.features["label"].names
+    labels = [names[label] for label in split["label"]]
+    return {np.asarray(image).tobytes(): label for image, label in zip(split["image"], labels, strict=True)}
 
 
 @pytest.fixture
-def task(random_images: Callable[..., Dataset]) -> Task:
-    parts = [random_images(4, ["a", "b"], seed=seed) for seed in range(6)]
-    source, target = (Domain(train=train, validation=valid, test=test) for train, valid, test in (parts[:3], parts[3:]))
-    return Task(name="letters", change="seed", source=source, targets=(target,))
+def whole(random_images: Callable[..., Dataset]) -> Domain:
+    return Domain(**{key: random_images(60, NAMES, seed=seed) for seed, key in enumerate(SPLITS)})
 
 
-def test_the_number_of_classes(task: Task) -> None:
-    assert task.num_classes == 2
+@pytest.fixture
+def spare(random_images: Callable[..., Dataset]) -> Dataset:
+    return random_images(60, NAMES, seed=9)
 
 
-def test_the_classes_of_a_task_are_those_known_in_the_end(task: Task, random_images: Callable[..., Dataset]) -> None:
-    more = random_images(6, ["a", "b", "c"])
-    last = Domain(train=more, validation=more, test=more)
-    longer = replace(task, targets=(*task.targets, last))
-    assert longer.class_names == ["a", "b", "c"]
-    assert longer.num_classes == last.num_classes == 3
-    assert longer.source.class_names == ["a", "b"]
-    assert longer.fingerprint != task.fingerprint
+@pytest.fixture
+def increments(whole: Domain, spare: Dataset) -> Increments:
+    def make(*new_classes: str, **options: int) -> tuple[Domain, tuple[Domain, ...]]:
+        options = {"increments": 1, "rehearsal_size": 0, "adaptation_size": 512, "seed": 0} | options
+        return class_increments(whole, spare, new_classes, **options)
+
+    return make
 
 
-@pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_the_fingerprint_of_a_domain_follows_each_split(split: str, task: Task) -> None:
-    other = replace(task.source, **{split: task.targets[0].train})
-    assert other.fingerprint != task.source.fingerprint
-    assert replace(task, source=other).fingerprint != task.fingerprint
+def test_labels_are_the_old_classes_and_then_the_new_ones_in_the_given_order(increments: Increments) -> None:
+    source, targets = increments("e", "b", "d", increments=2)
+    assert source.class_names == ["a", "c", "f"]
+    assert [target.class_names for target in targets] == [["a", "c", "f", "e", "b"], ["a", "c", "f", "e", "b", "d"]]
+    for domain in (source, *targets):
+        assert all(split.features["label"].names == domain.class_names for split in vars(domain).values())
 
 
-def test_source_and_target_are_not_interchangeable(task: Task) -> None:
-    assert replace(task, source=task.targets[0], targets=(task.source,)).fingerprint != task.fingerprint
+def test_every_image_keeps_its_class(increments: Increments, whole: Domain, spare: Dataset) -> None:
+    source, targets = increments("e", "b", "d", increments=2, rehearsal_size=20)
+    truth = {key: named(split) for key, split in {**vars(whole), "spare": spare}.items()}
+    for domain in (source, *targets):
+        for key, split in vars(domain).items():
+            assert named(split).items() <= (truth[key] | truth["spare"]).items()
+
+
+def test_each_domain_holds_the_classes_it_should(increments: Increments) -> None:
+    source, targets = increments("e", "b", "d", increments=2)
+    classes = [[set(named(getattr(domain, key)).values()) for key in SPLITS] for domain in (source, *targets)]
+    assert classes == [
+        [set("acf"), set("acf"), set("acf")],
+        [set("eb"), set("acfeb"), set("eb")],
+        [set("d"), set("acfebd"), set("d")],
+    ]
+
+
+def test_new_images_come_from_the_spare_ones_and_kept_ones_from_what_was_trained_on(
+    increments: Increments, whole: Domain, spare: Dataset
+) -> None:
+    _, (first, second) = increments("e", "b", "d", increments=2, rehearsal_size=20)
+    old, new = named(whole.train), named(spare)
+    trained = named(first.train)
+    assert Counter(label for image, label in trained.items() if image in new) == {"e": 10, "b": 10}
+    assert Counter(label for image, label in trained.items() if image in old) == {"a": 6, "c": 6, "f": 6}
+    kept = {image: label for image, label in named(second.train).items() if label != "d"}
+    assert kept.items() <= trained.items()  # a device has nothing else to keep
+    assert Counter(kept.values()) == dict.fromkeys("acfeb", 4)
+
+
+@pytest.mark.parametrize("rehearsal_size", [0, 5, 6, 23, 1000])
+def test_the_budget_of_kept_images_holds_in_equal_shares(rehearsal_size: int, increments: Increments) -> None:
+    _, targets = increments("e", "b", "d", increments=2, rehearsal_size=rehearsal_size)
+    for target, group in zip(targets, ("eb", "d"), strict=True):
+        kept = Counter(label for label in named(target.train).values() if label not in group)
+        assert sum(kept.values()) <= rehearsal_size
+        before = len(target.class_names) - len(group)
+        assert set(kept.values()) <= {min(rehearsal_size // before, 10)}
+
+
+def test_the_seed_chooses_the_kept_images(increments: Increments) -> None:
+    first, again, other = (set(named(increments("e", rehearsal_size=10, seed=seed)[1][0].train)) for seed in (1, 1, 2))
+    assert first == again != other
+
+
+def test_an_increment_has_at_most_as_many_new_images_as_asked_for(increments: Increments) -> None:
+    _, targets = increments("e", "b", "d", increments=2, adaptation_size=8)
+    assert [Counter(named(target.train).values()) for target in targets] == [{"e": 4, "b": 4}, {"d": 8}]
+
+
+def test_nothing_is_shown_while_labels_are_renumbered(
+    increments: Increments, capfd: pytest.CaptureFixture[str]
+) -> None:
+    increments("e", rehearsal_size=10)
+    assert not capfd.readouterr().err
+    assert not are_progress_bars_disabled()
+
+
+@pytest.mark.parametrize(
+    ("new_classes", "options", "message"),
+    [
+        (["g"], {}, "no class 'g'.*There are a, b, c, d, e, f"),
+        (["e", "e"], {}, "expected each class once, found e, e"),
+        (["a", "b", "c", "d", "e"], {}, "of 6 classes 1 would be left for the source"),
+        (["e", "b"], {"increments": 3}, "increments: expected 1 to 2, .* found 3"),
+        (["e", "b"], {"increments": 2, "rehearsal_size": 4}, "4 images cannot be shared among the 5 classes"),
+    ],
+)
+def test_bad_input(new_classes: list[str], options: dict[str, int], message: str, increments: Increments) -> None:
+    with pytest.raises(ValueError, match=message):
+        increments(*new_classes, **options)
+
+
+def test_a_class_without_images_is_named(whole: Domain, spare: Dataset) -> None:
+    without = spare.filter(lambda label: label != 4, input_columns="label")
+    with pytest.raises(ValueError, match="no images of the class 'e'"):
+        class_increments(whole, without, ["e"], increments=1, rehearsal_size=0, adaptation_size=9, seed=0)
+
+
+def digits(**options: int) -> Task:
+    return load_task("digits", new_classes=["6", "7", "8", "9"], image_size=8, **options)
+
+
+def test_unseen_digits_have_the_documented_sizes() -> None:
+    task = digits(rehearsal_size=60)
+    assert task.change == "new classes 6, 7, 8, 9"
+    assert task.class_names == [str(digit) for digit in range(10)]
+    assert [len(split) for split in vars(task.source).values()] == [422, 90, 330]
+    assert [len(split) for split in vars(task.targets[0]).values()] == [159 + 60, 150, 217]
+
+
+def test_the_source_does_not_depend_on_how_the_new_classes_come() -> None:
+    one, many = digits(), digits(increments=4, rehearsal_size=40, adaptation_size=30)
+    assert one.source.fingerprint == many.source.fingerprint
+    assert one.fingerprint != many.fingerprint
+    assert many.change == "new classes 6, 7, 8, 9 in 4 increments"
+
+
+CORRUPTED = "owner/corrupted"
+
+
+def sizes(domain: object) -> list[int]:
+    return [len(split) for split in vars(domain).values()]
+
+
+def pixels(split: Dataset) -> np.ndarray:
+    return np.stack([np.asarray(image) for image in split["image"]]).astype(int)
+
+
+def test_shapes_have_the_documented_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    # The number of images is what takes time; a hundredth of the source will do.
+    monkeypatch.setitem(embedded.SHAPES_SPLIT_SIZES, "source", 200)
+    task = load_task("shapes", shift="rotation", image_size=16)
+    assert sizes(task.source) == [200, 500, 2000]
+    assert sizes(task.targets[0]) == [512, 500, 2000]
+    assert task.num_classes == 20
+    assert np.array_equal(pixels(task.targets[0].validation), np.rot90(pixels(task.source.validation), axes=(1, 2)))
+
+
+def test_a_shifted_folder_keeps_its_images_apart(image_folder: ImageFolder) -> None:
+    folder = str(image_folder("pets", ["cat", "dog"], count=50))
+    task = load_task(folder, shift="invert", adaptation_size=10)
+    assert sizes(task.source) == [60, 10, 20]
+    assert sizes(task.targets[0]) == [10, 10, 20]
+    assert np.array_equal(pixels(task.targets[0].test), 255 - pixels(task.source.test))
+    source = {image.tobytes() for image in pixels(task.source.train)}
+    assert not source & {image.tobytes() for image in 255 - pixels(task.targets[0].train)}
+
+
+def test_another_folder_can_be_the_target(image_folder: ImageFolder) -> None:
+    day, night = image_folder("day", ["cat", "dog"], count=30), image_folder("at night", ["cat", "dog"], count=20)
+    task = load_task(str(day), shift=str(night), adaptation_size=12)
+    assert sizes(task.source) == [42, 6, 12]
+    assert sizes(task.targets[0]) == [12, 4, 8]
+    assert task.change == str(night)
+
+
+@pytest.fixture
+def corrupted_parquet(tmp_path: Path) -> Path:
+    """A folder as CIFAR-10-C lies on the Hub: Parquet, plain numbers as labels, and all corruptions in one split.
+
+    The images of `fog` at the level 3 have a width of 3, and so on.
+    """
+    rows = []
+    for index, corruption in enumerate(["fog", "snow"]):
+        for level in (1, 2, 3):
+            file = io.BytesIO()
+            Image.new("RGB", (level, 1 + index)).save(file, "PNG")
+            image = {"bytes": file.getvalue(), "path": None}
+            rows += [
+                {"image": image, "label": row % 2, "corruption_name": corruption, "corruption_level": level}
+                for row in range(20)
+            ]
+    (tmp_path / "corrupted").mkdir()
+    Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "corrupted" / "train.parquet")
+    return tmp_path / "corrupted"
+
+
+@pytest.fixture
+def hub(
+    monkeypatch: pytest.MonkeyPatch, random_images: Callable[..., Dataset], corrupted_parquet: Path
+) -> dict[str, list[str]]:
+    """Maps the names of data sets on the Hub to their classes; each has 40 images by day and 30 at dusk."""
+    classes: dict[str, list[str]] = {}
+
+    def serve(name: str, subset: str | None, **options: object) -> DatasetDict:
+        if name == CORRUPTED:
+            return datasets.load_dataset(str(corrupted_parquet), **options)
+        return DatasetDict(train=random_images(40, classes[name]), dusk=random_images(30, classes[name], seed=1))
+
+    monkeypatch.setattr(sources, "load_dataset", serve)
+    return classes
+
+
+def test_another_split_can_be_the_target(hub: dict[str, list[str]]) -> None:
+    hub["owner/pets"] = ["cat", "dog"]
+    task = load_task("owner/pets", shift="dusk")
+    assert sizes(task.source) == [28, 4, 8]
+    assert sizes(task.targets[0]) == [21, 3, 6]
+
+
+def test_the_same_classes_in_another_order_are_renumbered(hub: dict[str, list[str]]) -> None:
+    hub |= {"owner/pets": ["cat", "dog"], "owner/animals": ["dog", "cat"]}
+    images = sources.load_dataset("owner/animals", None)["train"]
+    names = {
+        image.tobytes(): ("dog", "cat")[label] for image, label in zip(pixels(images), images["label"], strict=True)
+    }
+    task = load_task("owner/pets", shift="owner/animals")
+    assert task.class_names == task.targets[0].test.features["label"].names == ["cat", "dog"]
+    for split in vars(task.targets[0]).values():
+        found = [names[image.tobytes()] for image in pixels(split)]
+        assert found == [task.class_names[label] for label in split["label"]]
+
+
+def test_the_rows_of_one_corruption_can_be_the_target(hub: dict[str, list[str]]) -> None:
+    hub["owner/pets"] = ["cat", "dog"]
+    filters = [["corruption_name", "==", "snow"], ["corruption_level", "==", 3]]
+    task = load_task("owner/pets", shift=CORRUPTED, shift_filters=filters)
+    target = task.targets[0]
+    assert sizes(target) == [14, 2, 4]
+    assert {image.size for split in vars(target).values() for image in split["image"]} == {(3, 2)}
+    # Its labels are numbers, which are those of the source's classes.
+    assert target.class_names == ["cat", "dog"]
+    assert sorted(target.test["label"]) == [0, 0, 1, 1]
+    milder = load_task("owner/pets", shift=CORRUPTED, shift_filters=[filters[0], ["corruption_level", "==", 1]])
+    assert milder.targets[0].fingerprint != target.fingerprint
+
+
+@pytest.mark.parametrize("rows", [["corruption_name", "==", "frog"], ["severity", "==", 3]])
+def test_filters_that_fit_no_row_are_named(rows: list, hub: dict[str, list[str]]) -> None:
+    hub["owner/pets"] = ["cat", "dog"]
+    with pytest.raises(ValueError, match=f"a Hugging Face dataset with rows that pass the filters .*{rows[0]}"):
+        load_task("owner/pets", shift=CORRUPTED, shift_filters=[rows])
+
+
+def test_new_classes_of_any_data(image_folder: ImageFolder) -> None:
+    folder = str(image_folder("pets", ["cat", "dog", "owl", "rat"], count=20))
+    task = load_task(folder, new_classes=["dog", "cat"], increments=2, rehearsal_size=9, adaptation_size=5)
+    assert task.source.class_names == ["owl", "rat"]
+    assert task.class_names == ["owl", "rat", "dog", "cat"]
+    # 80 images: 16 for tests and 8 for validation, in equal shares, and 14 of each class to train on.
+    assert [sizes(domain) for domain in (task.source, *task.targets)] == [[28, 4, 8], [5 + 8, 6, 4], [5 + 9, 8, 4]]
+
+
+def test_different_classes_are_refused(image_folder: ImageFolder) -> None:
+    day, night = image_folder("day", ["cat", "dog"]), image_folder("night", ["cat", "owl"])
+    with pytest.raises(ValueError, match=r"missing \['dog'\], extra \['owl'\]"):
+        load_task(str(day), shift=str(night))
+
+
+@pytest.mark.parametrize(
+    ("name", "shift", "message"),
+    [
+        ("digit", "invert", "unknown data 'digit': did you mean 'digits'"),
+        ("./nowhere", "invert", "unknown data './nowhere': there is no such folder"),
+        ("digits", "bland", "unknown shift 'bland': did you mean 'blend'"),
+        ("digits", "/nowhere/at/all", "there is no such folder"),
+    ],
+)
+def test_a_wrong_name_is_refused_before_anything_is_read(
+    name: str, shift: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "EMBEDDED", dict.fromkeys(task.EMBEDDED))
+    with pytest.raises(ValueError, match=message):
+        load_task(name, shift=shift)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, r"either a shift or new classes, found None and \[\]"),
+        ({"shift": "invert", "new_classes": ["6"]}, "found 'invert' and"),
+        ({"new_classes": ["6"], "severity": 3}, "severity belongs to a corruption: leave it out with new classes"),
+        ({"shift": "owner/pets", "severity": 3}, "severity belongs to a corruption"),
+        ({"shift": "fog", "shift_filters": [["level", "==", 1]]}, "shift_filters belong to a Hugging Face dataset"),
+        ({"shift": ".", "shift_filters": [["level", "==", 1]]}, "leave them out with the shift '.'"),
+        ({"shift": "fog", "rehearsal_size": 60}, "belong to new classes: leave them out with the shift 'fog'"),
+        ({"shift": "fog", "increments": 2}, "belong to new classes"),
+        ({"shift": "fog", "severity": 7}, "must be 1 to 5, found 7"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_anything_is_read(
+    options: dict, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(task, "EMBEDDED", dict.fromkeys(task.EMBEDDED))
+    with pytest.raises(ValueError, match=message):
+        load_task("digits", **options)
+
+
+def test_the_fingerprint_follows_the_images() -> None:
+    task = load_task("digits", shift="contrast", image_size=8)
+    milder = load_task("digits", shift="contrast", image_size=8, severity=3)
+    other_seed = load_task("digits", shift="contrast", image_size=8, seed=1)
+    assert milder.source.fingerprint == task.source.fingerprint != other_seed.source.fingerprint
+    assert len({task.fingerprint, milder.fingerprint, other_seed.fingerprint}) == 3
+
+
+@pytest.mark.slow
+def test_another_process_finds_the_same_fingerprints() -> None:
+    options = [{"shift": "blend"}, {"new_classes": ["6", "9"], "increments": 2, "rehearsal_size": 30}]
+    tasks = f"[load_task('digits', image_size=8, **options).fingerprint for options in {options}]"
+    script = f"from peft_edge.data import load_task; print(*{tasks})"
+    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    assert there == [load_task("digits", image_size=8, **some).fingerprint for some in options]

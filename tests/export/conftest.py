@@ -8,7 +8,7 @@ from peft import get_peft_model
 
 from peft_edge import ConvLoraConfig
 from peft_edge.backbones import load_backbone, save_backbone, set_class_names
-from peft_edge.export.images import Images, read_images
+from peft_edge.export.verification import Images, read_images
 from peft_edge.hub import save_adapter
 from tests.export.support import IMAGE_SIZE, Saved, train
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from peft_edge.data import build_loader, build_transform
-from peft_edge.data.digits import load_digits_domain
-from peft_edge.export.images import data_config
+from peft_edge.data.embedded import load_digits_domain
+from peft_edge.export.verification import data_config
 from peft_edge.hub import load_pretrained
 
 IMAGE_SIZE = 32

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from peft_edge.backbones import load_backbone
 from peft_edge.cli import main
-from peft_edge.export.merging import merged
+from peft_edge.export.formats import merged
 from peft_edge.records import Record
 from tests.export.support import Saved
 

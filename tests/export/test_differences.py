@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from peft_edge.backbones import class_names, fingerprint, grow_head, load_backbone, save_backbone, set_class_names
 from peft_edge.export.differences import CHECKSUM_KEY, METADATA_KEY, apply_diff, save_result, write_diff
-from peft_edge.export.merging import merged
+from peft_edge.export.formats import merged
 from peft_edge.files import unfinished_path
 from tests.export.support import Saved
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 import train
-from peft_edge.data import digits
+from peft_edge.data import embedded
 
 OPTIONS = (
     "backbone.name=mobilenetv3_small_050",
@@ -119,7 +119,7 @@ def _run(options: list[str], folder: Path, prepare: Callable[[], object] | None)
 def main(options: list[str]) -> None:
     """`train.py` with few images."""
     torch.set_num_threads(1)
-    digits.SPLIT_SIZES = {"adaptation": 100, "validation": 30, "test": 60}
+    embedded.DIGITS_SPLIT_SIZES = {"adaptation": 100, "validation": 30, "test": 60}
     sys.argv = ["train.py", *options]
     train.command()
 

@@ -21,7 +21,7 @@ from PIL import Image
 from peft_edge.profiling.callback import read_profile
 from peft_edge.records import DIVERGED, FAILED, SUCCESS, Record
 from peft_edge.training import loop
-from peft_edge.training.checkpoints import Progress
+from peft_edge.training.run_folder import Progress
 from tests.faults.small_run import (
     FIRST_TRAINING,
     arguments,

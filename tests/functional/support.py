@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_edge.functional.convolution import Geometry
-from peft_edge.functional.lowrank import lowrank_conv2d
-from peft_edge.functional.routes import Route
+from peft_edge.functional.lowrank import Route, lowrank_conv2d
 
 
 class Case(NamedTuple):

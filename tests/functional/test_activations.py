@@ -1,4 +1,9 @@
-"""Lean activations against torch's, and what they keep by counting bytes."""
+"""Masks against indexing.
+
+Lean activations against torch's, and what they keep by counting bytes.
+
+The gated map against a plain product, and what it keeps.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +14,66 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_edge.functional.activations import clipped_activation, smooth_activation
+from peft_edge.functional import activations
+from peft_edge.functional.activations import (
+    clipped_activation,
+    gated,
+    is_dense,
+    make_mask,
+    mask_gradient,
+    smooth_activation,
+)
+from peft_edge.functional.recompute import get_recompute
+
+SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
+
+
+@pytest.mark.parametrize("size", SIZES, ids=str)
+@pytest.mark.parametrize("packed", [True, False], ids=["bit", "byte"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+def test_the_gradient_stays_where_the_mask_is_set(
+    size: tuple[int, ...], packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(activations, "_CACHED_ELEMENTS", 1000)
+    x, gradient = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
+
+    mask = make_mask(x, lambda part: part > 0.3, packed=packed)
+    result = mask_gradient(gradient, mask, torch.empty_like(gradient))
+
+    assert mask.dtype == torch.uint8
+    assert mask.numel() == (-(-x.numel() // 8) if packed else x.numel())
+    assert torch.equal(result, torch.where(x > 0.3, gradient, torch.zeros((), dtype=dtype)))
+
+
+@pytest.mark.parametrize("packed", [True, False], ids=["bit", "byte"])
+def test_the_mask_is_in_the_order_of_the_memory(packed: bool) -> None:
+    x = torch.randn(2, 5, 6, 3).to(memory_format=torch.channels_last)
+    gradient = torch.randn(2, 5, 6, 3).to(memory_format=torch.channels_last)
+    expected = torch.where(x > 0, gradient, torch.zeros(()))
+
+    mask_gradient(gradient, make_mask(x, lambda part: part > 0, packed=packed), out=gradient)
+
+    assert torch.equal(gradient, expected)
+
+
+def test_where_nothing_passes_an_infinite_gradient_ends() -> None:
+    gradient = torch.tensor([float("inf"), float("nan"), float("inf")])
+    mask = make_mask(torch.tensor([1.0, -1.0, -1.0]), lambda part: part > 0, packed=True)
+
+    assert mask_gradient(gradient, mask, torch.empty(3)).tolist() == [float("inf"), 0.0, 0.0]
+
+
+def test_dense_is_what_leaves_no_gaps_in_the_memory() -> None:
+    x = torch.zeros(2, 4, 6, 8)
+
+    assert is_dense(x)
+    assert is_dense(x.to(memory_format=torch.channels_last))
+    assert is_dense(torch.zeros(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d))
+    assert is_dense(torch.zeros(()))
+    assert not is_dense(x[:, :2])
+    assert not is_dense(x.permute(1, 0, 2, 3))
+    assert not is_dense(torch.zeros(1).expand(4))
+
 
 CLIPPED = {
     "relu": (F.relu, float("inf")),
@@ -125,3 +189,39 @@ def test_a_gradient_that_others_hold_is_left_alone(keep: str) -> None:
 
     torch.testing.assert_close(held[0], y.exp().detach())
     torch.testing.assert_close(x.grad, torch.where(x > 0, x.exp(), torch.zeros(())).detach())
+
+
+def activated(x: Tensor) -> Tensor:
+    return smooth_activation(x, F.silu, torch.ops.aten.silu_backward)
+
+
+def test_output_and_gradients_are_those_of_the_product() -> None:
+    x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
+    gate = torch.randn(2, 3, 1, 1, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, gate: Tensor) -> Tensor:
+        return gated(activated(x * 1), gate).square()
+
+    torch.testing.assert_close(function(x, gate), (F.silu(x) * gate).square())
+    assert torch.autograd.gradcheck(function, (x, gate))
+    assert torch.autograd.gradgradcheck(function, (x, gate))
+
+
+def test_of_an_activation_only_its_input_is_kept() -> None:
+    x, gate = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)
+    y = activated(x)
+
+    product = gated(y, gate)
+
+    assert {tensor.data_ptr() for tensor in product.grad_fn.saved_tensors} == {x.data_ptr(), gate.data_ptr()}
+    make, ingredients, _ = get_recompute(product)
+    assert {tensor.data_ptr() for tensor in ingredients} == {x.data_ptr(), gate.data_ptr()}
+    assert torch.equal(make(*ingredients), product)
+
+
+def test_what_is_no_activation_is_kept_itself() -> None:
+    x, gate = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)
+
+    product = gated(x, gate)
+
+    assert {tensor.data_ptr() for tensor in product.grad_fn.saved_tensors} == {x.data_ptr(), gate.data_ptr()}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from peft_edge.functional.routes import Route
+from peft_edge.functional.lowrank import Route
 from peft_edge.profiling import FlopCounter
 from tests.functional.support import Case, gradients_of, make_case
 

@@ -1,4 +1,9 @@
-"""A lean model is the plain one: its outputs, its gradients, its life with adapters; and it needs less memory."""
+"""Who takes which output, against networks where one can see it.
+
+A lean model is the plain one: its outputs, its gradients, its life with adapters; and it needs less memory.
+
+The summary says of every layer what it keeps.
+"""
 
 from __future__ import annotations
 
@@ -9,14 +14,82 @@ from typing import Any
 import pytest
 import timm
 import torch
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
-from peft_edge import ConvAdapterConfig, ConvLoraConfig, restat
-from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge import ConvAdapterConfig, ConvLoraConfig, recalibrate
+from peft_edge.lean import lean_summary, prepare_model_for_lean_training, undo_lean_training
 from peft_edge.lean.layers import LEAN
+from peft_edge.lean.prepare import FUNCTION, PRODUCT, consumers
 from peft_edge.profiling import count_flops, track_memory
 from tests.lean.support import MakeBackbone, assert_same, outcome, with_adapter
+
+
+class _Branches(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.norm, self.act = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), nn.ReLU(inplace=True)
+        self.gate, self.last = nn.Sigmoid(), nn.Conv2d(3, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.norm(self.conv(x)))
+        x = x * self.gate(x.mean((2, 3), keepdim=True))
+        return self.last(x) + x
+
+
+def test_layers_products_and_functions_are_told_apart() -> None:
+    assert consumers(_Branches()) == {
+        "conv": ["norm"],
+        "norm": ["act"],
+        "act": [FUNCTION, PRODUCT],
+        "gate": [PRODUCT],
+        "last": [FUNCTION],
+    }
+
+
+def test_the_model_is_left_as_it_is() -> None:
+    model = _Branches()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    consumers(model)
+
+    assert model.training
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+def test_an_activation_inside_a_norm_takes_its_place() -> None:
+    found = consumers(timm.create_model("mobilenetv2_035"))
+
+    assert found["conv_stem"] == ["bn1"]
+    assert found["bn1.act"] == ["blocks.0.0.conv_dw"]
+    assert found["blocks.1.0.conv_pwl"] == ["blocks.1.0.bn3"]
+    assert found["blocks.1.0.bn3"] == ["blocks.1.1.conv_pw", FUNCTION]  # the residual sum
+    assert "bn1" not in found
+
+
+@pytest.mark.parametrize("norm", ["frozen", "stats"])
+def test_an_adapted_layer_stands_for_what_it_wraps(norm: str) -> None:
+    model = timm.create_model("mobilenetv2_035")
+    plain = consumers(model)
+
+    adapted = consumers(get_peft_model(model, ConvLoraConfig(target_modules="dense", norm=norm)))
+
+    def original(name: str) -> str:
+        return name.removeprefix("base_model.model.").replace(".base_layer", "")
+
+    assert {original(name): [original(taker) for taker in takers] for name, takers in adapted.items()} == plain
+
+
+@pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "regnetx_002", "ghostnet_050"])
+def test_every_convolution_of_a_network_is_seen(name: str, make_backbone: Callable[[str], nn.Module]) -> None:
+    model = make_backbone(name)
+
+    found = consumers(model)
+
+    convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
+    assert set(convolutions) <= set(found)
+
 
 NETWORKS = [
     "mobilenetv2_100",
@@ -33,31 +106,31 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("fold_norm", [True, False], ids=["folded", "not folded"])
+@pytest.mark.parametrize("inplace_norm", [True, False], ids=["folded", "not folded"])
 @pytest.mark.parametrize(
     ("dtype", "memory_format", "tolerance"),
     [(torch.float32, torch.channels_last, 1e-5), (torch.float64, torch.contiguous_format, 1e-10)],
     ids=["single", "double"],
 )
 def test_outputs_and_gradients_are_the_plain_models(
-    name: str, fold_norm: bool, dtype: Any, memory_format: Any, tolerance: float, make_backbone: MakeBackbone
+    name: str, inplace_norm: bool, dtype: Any, memory_format: Any, tolerance: float, make_backbone: MakeBackbone
 ) -> None:
     images = torch.randn(2, 3, 64, 64, dtype=dtype).contiguous(memory_format=memory_format)
     model = with_adapter(make_backbone(name)).to(dtype=dtype, memory_format=memory_format)
     for training, recompute in ((True, False), (False, True)):
         expected = outcome(undo_lean_training(model).train(training), images)
-        prepare_model_for_lean_training(model, fold_norm=fold_norm, masks="bit", recompute=recompute)
+        prepare_model_for_lean_training(model, inplace_norm=inplace_norm, masks="bit", recompute=recompute)
         found = outcome(model, images)
         # An output that rounds otherwise may be on the other side of a kink, with other gradients altogether.
         assert torch.equal(found["output"], expected["output"])
         assert_same(found, expected, tolerance)
 
 
-@pytest.mark.parametrize("norm", ["stats", "affine", "restat"])
+@pytest.mark.parametrize("norm", ["stats", "affine", "recalibrate"])
 def test_norms_of_every_kind_are_left_in_peace(norm: str, make_backbone: MakeBackbone) -> None:
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     plain = with_adapter(make_backbone("mobilenetv2_035").double(), norm=norm).train()
-    lean = prepare_model_for_lean_training(copy.deepcopy(plain), fold_norm=True)
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), inplace_norm=True)
     expected = outcome(plain, images)
 
     assert_same(outcome(lean, images), expected, 1e-10)
@@ -69,8 +142,8 @@ def test_before_and_after_the_adapter_are_the_same(make_backbone: MakeBackbone) 
     images = torch.randn(2, 3, 32, 32)
     model = make_backbone("mobilenetv2_035")
 
-    after = prepare_model_for_lean_training(with_adapter(copy.deepcopy(model)), fold_norm=True)
-    before = with_adapter(prepare_model_for_lean_training(model, fold_norm=True))
+    after = prepare_model_for_lean_training(with_adapter(copy.deepcopy(model)), inplace_norm=True)
+    before = with_adapter(prepare_model_for_lean_training(model, inplace_norm=True))
 
     found, expected = outcome(before, images), outcome(after, images)
     assert all(torch.equal(found[name], value) for name, value in expected.items())
@@ -84,7 +157,7 @@ def test_lean_training_needs_less_memory(make_backbone: MakeBackbone) -> None:
         return track_memory(model, images, fake=True).forward_end["activations"]
 
     before = kept(plain)
-    byte, bit = (kept(prepare_model_for_lean_training(plain, masks=m, fold_norm=True)) for m in ("byte", "bit"))
+    byte, bit = (kept(prepare_model_for_lean_training(plain, masks=m, inplace_norm=True)) for m in ("byte", "bit"))
 
     assert bit < byte < before
     assert bit < before / 3
@@ -95,7 +168,7 @@ def test_what_is_recomputed_is_not_kept(make_backbone: MakeBackbone) -> None:
     model = with_adapter(make_backbone("test_efficientnet"), target_modules="all-conv").train()
 
     def step(**options: Any) -> tuple[int, int]:
-        prepare_model_for_lean_training(model, masks="bit", fold_norm=True, **options)
+        prepare_model_for_lean_training(model, masks="bit", inplace_norm=True, **options)
         return track_memory(model, images, fake=True).forward_end["activations"], count_flops(model, images).forward
 
     (kept, forward), (recomputing, same_forward) = step(), step(recompute=True)
@@ -109,7 +182,7 @@ def test_undo_leaves_nothing_behind(make_backbone: MakeBackbone) -> None:
     classes = {name: type(module) for name, module in model.named_modules()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
 
-    prepare_model_for_lean_training(model, fold_norm=True, masks="bit")
+    prepare_model_for_lean_training(model, inplace_norm=True, masks="bit")
     assert {type(module) for module in model.modules()} & set(LEAN.values())
     undo_lean_training(model)
 
@@ -119,12 +192,12 @@ def test_undo_leaves_nothing_behind(make_backbone: MakeBackbone) -> None:
 
 def test_preparing_again_changes_the_settings(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32)
-    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035"), fold_norm=True)
+    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035"), inplace_norm=True)
     folded = model(images)
 
     prepare_model_for_lean_training(model, masks="bit")
 
-    assert not any("folded_norm" in vars(module) for module in model.modules())
+    assert not any("inplace_pair" in vars(module) for module in model.modules())
     assert torch.equal(model(images), folded)
 
 
@@ -132,7 +205,7 @@ def test_a_checkpoint_is_the_plain_models(make_backbone: MakeBackbone) -> None:
     model = make_backbone("mobilenetv2_035")
     keys = list(model.state_dict())
 
-    assert list(prepare_model_for_lean_training(model, fold_norm=True).state_dict()) == keys
+    assert list(prepare_model_for_lean_training(model, inplace_norm=True).state_dict()) == keys
 
 
 def test_adapters_may_come_go_merge_and_mix(make_backbone: MakeBackbone, images: Tensor, tmp_path: Any) -> None:
@@ -140,8 +213,8 @@ def test_adapters_may_come_go_merge_and_mix(make_backbone: MakeBackbone, images:
     images = images.double()
     plain = with_adapter(copy.deepcopy(base), norm="stats")
     plain.add_adapter("other", ConvLoraConfig(target_modules="all-conv", norm="affine", init_lora_weights=False, r=2))
-    restat(plain, [images, images.flip(3)])
-    lean = prepare_model_for_lean_training(copy.deepcopy(plain), fold_norm=True)
+    recalibrate(plain, [images, images.flip(3)])
+    lean = prepare_model_for_lean_training(copy.deepcopy(plain), inplace_norm=True)
 
     def check(step: Callable[[PeftModel], Any] = lambda model: None, **options: Any) -> None:
         for model in (plain, lean):
@@ -180,8 +253,8 @@ def test_other_adapters_work_on_a_lean_model(config: Any, make_backbone: MakeBac
     model = make_backbone("mobilenetv2_035").double()
     expected = outcome(with_adapter(copy.deepcopy(model), config).eval(), images)
 
-    after = prepare_model_for_lean_training(with_adapter(copy.deepcopy(model), config).eval(), fold_norm=True)
-    before = with_adapter(prepare_model_for_lean_training(model, fold_norm=True), config).eval()
+    after = prepare_model_for_lean_training(with_adapter(copy.deepcopy(model), config).eval(), inplace_norm=True)
+    before = with_adapter(prepare_model_for_lean_training(model, inplace_norm=True), config).eval()
 
     assert_same(outcome(after, images), expected, 1e-10)
     assert_same(outcome(before, images), expected, 1e-10)
@@ -205,7 +278,7 @@ def test_statistics_may_move_on_before_what_is_recomputed(make_backbone: MakeBac
 
 
 def test_a_weight_that_is_computed_is_trained(chain: nn.Module) -> None:
-    prepare_model_for_lean_training(chain, fold_norm=True)
+    prepare_model_for_lean_training(chain, inplace_norm=True)
     torch.nn.utils.parametrizations.weight_norm(chain[0]).requires_grad_(True)
 
     chain(torch.randn(2, 3, 9, 9)).sum().backward()
@@ -222,8 +295,53 @@ def test_a_model_that_does_not_run_on_images_is_not_folded() -> None:
     model = timm.create_model("mobilenetv2_035", in_chans=4).eval().requires_grad_(False)
     model.pretrained_cfg = {"input_size": (3, 224, 224)}
 
-    with pytest.raises(ValueError, match=r"fold_norm=True needs to see .* leave fold_norm out"):
-        prepare_model_for_lean_training(model, fold_norm=True)
+    with pytest.raises(ValueError, match=r"inplace_norm=True needs to see .* leave inplace_norm out"):
+        prepare_model_for_lean_training(model, inplace_norm=True)
 
     assert not {type(module) for module in model.modules()} & set(LEAN.values())
     assert {type(module) for module in prepare_model_for_lean_training(model).modules()} & set(LEAN.values())
+
+
+def lines(model: nn.Module) -> list[str]:
+    return [" ".join(line.split()) for line in lean_summary(model).splitlines()]
+
+
+def test_a_plain_model_is_what_torch_makes_of_it(chain: nn.Module) -> None:
+    assert lines(chain) == [
+        "1 BatchNorm2d what torch keeps, such as 1",
+        "2 Conv2d what torch keeps, such as 0",
+        "1 ReLU6 what torch keeps, such as 2",
+    ]
+
+
+def test_a_lean_model(chain: nn.Module) -> None:
+    chain.append(nn.Flatten())
+    prepare_model_for_lean_training(chain, masks="bit")
+    assert lines(chain) == [
+        "1 BatchNorm2d nothing of its input",
+        "2 Conv2d nothing of its input",
+        "1 Flatten what torch keeps, such as 4",
+        "1 ReLU6 a bit for each element",
+    ]
+
+    chain[3].requires_grad_(True)
+    prepare_model_for_lean_training(chain, inplace_norm=True)
+    assert lines(chain) == [
+        "1 BatchNorm2d nothing, and works in place",
+        "1 Conv2d its input",
+        "1 Conv2d nothing of its input",
+        "1 Flatten what torch keeps, such as 4",
+        "1 ReLU6 its output",
+    ]
+
+
+def test_an_adapted_model(chain: nn.Module) -> None:
+    model = get_peft_model(chain, ConvLoraConfig(target_modules=["3"], norm="stats")).train()
+    prepare_model_for_lean_training(model)
+
+    assert lines(model) == [
+        "1 BatchNorm2d in LoraBatchNormLayer its input",
+        "1 Conv2d nothing of its input",
+        "1 Conv2d in ConvLoraLayer its input",
+        "1 ReLU6 its output",
+    ]

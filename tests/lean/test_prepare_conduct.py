@@ -16,7 +16,7 @@ from tests.lean.support import MakeBackbone, assert_same, outcome, with_adapter
 def test_gradient_checkpointing_goes_on_working(use_reentrant: bool, make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     model = with_adapter(make_backbone("mobilenetv2_035").double()).train()
-    prepare_model_for_lean_training(model, fold_norm=True)
+    prepare_model_for_lean_training(model, inplace_norm=True)
     expected = outcome(model, images)
 
     def forward(images: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def test_autocast_reaches_what_is_recomputed(make_backbone: MakeBackbone) -> Non
 def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
     torch.compiler.reset()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
-    model = prepare_model_for_lean_training(with_adapter(chain.double()).train(), fold_norm=True)
+    model = prepare_model_for_lean_training(with_adapter(chain.double()).train(), inplace_norm=True)
     expected = outcome(model, images)
 
     found = outcome(torch.compile(model, backend="aot_eager"), images)
@@ -64,7 +64,7 @@ def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
 
 def test_a_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
-    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035").double(), fold_norm=True)
+    model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035").double(), inplace_norm=True)
     copied = copy.deepcopy(model)
     model.bn1.running_mean.add_(1.0)
 
@@ -77,7 +77,7 @@ def test_a_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) ->
 @pytest.mark.parametrize("grad_enabled", [True, False])
 def test_a_lean_model_can_be_traced(chain: nn.Module, grad_enabled: bool) -> None:
     images, others = torch.randn(2, 3, 9, 9), torch.randn(3, 3, 9, 9)
-    model = prepare_model_for_lean_training(with_adapter(chain), fold_norm=True)
+    model = prepare_model_for_lean_training(with_adapter(chain), inplace_norm=True)
 
     with torch.set_grad_enabled(grad_enabled):
         traced = torch.jit.trace(model, (images,))
@@ -91,7 +91,7 @@ def test_what_intermediates_are_made_of_is_left_alone(make_backbone: MakeBackbon
     model = with_adapter(make_backbone("ghostnet_050"))
     expected = model.forward_intermediates(images)[1]
 
-    found = prepare_model_for_lean_training(model, fold_norm=True).forward_intermediates(images)[1]
+    found = prepare_model_for_lean_training(model, inplace_norm=True).forward_intermediates(images)[1]
 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    assert any("folded_norm" in vars(module) for module in model.modules())
+    assert any("inplace_pair" in vars(module) for module in model.modules())

@@ -10,7 +10,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, PeftConfig
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, BertModel, LlamaConfig, LlamaForCausalLM
 
-from peft_edge.profiling.analysis import analyse, classification_loss, prepare_step
+from peft_edge.profiling.analysis import OPTIMIZERS, analyse, classification_loss, compare_methods, prepare_step
 from peft_edge.profiling.flops import Flops, count_flops
 from peft_edge.profiling.memory import track_memory
 from peft_edge.roles import modules_with_role
@@ -186,7 +186,7 @@ def test_wrong_arguments_are_named(tiny_backbone: nn.Module, method: object, opt
 
 def test_a_lean_step_is_analysed_as_it_is_really_taken() -> None:
     settings = {"lora_rank": 2, "adapter": {"norm": "frozen", "target_modules": "project"}}
-    lean = {"fold_norm": True, "masks": "byte"}
+    lean = {"inplace_norm": True, "masks": "byte"}
     backbone = timm.create_model("test_efficientnet", num_classes=10)
     plain, analysis = (analyse(backbone, "lora", lean=options, **settings, **SMALL) for options in (None, lean))
     assert analysis.memory.forward_end["activations"] < 0.7 * plain.memory.forward_end["activations"]
@@ -197,3 +197,31 @@ def test_a_lean_step_is_analysed_as_it_is_really_taken() -> None:
     assert optimizer is not None
     real = track_memory(model, torch.randn(4, 3, 64, 64), optimizer=optimizer, loss_fn=classification_loss)
     assert (real.peak_bytes, real.peak) == (analysis.memory.peak_bytes, analysis.memory.peak)
+
+
+SMALL_STEP = {"batch_size": 2, "image_size": 32}
+
+
+def test_every_rank_of_a_method_with_ranks_is_analysed() -> None:
+    costs = compare_methods("resnet10t", ["peft-loha", "conv-adapter"], lora_ranks=[2, 4], **SMALL_STEP)
+    assert list(costs) == ["peft-loha, rank 2", "peft-loha, rank 4", "conv-adapter"]
+    two, four, _ = (cost.num_trainable_params for cost in costs.values())
+    head = 512 * 1000 + 1000
+    assert four - head == 2 * (two - head)
+
+
+def test_methods_with_adapters_are_analysed_at_every_rank_and_others_once() -> None:
+    costs = compare_methods("resnet10t", ["head", "lora", "full"], lora_ranks=[1, 3], **SMALL_STEP)
+    assert list(costs) == ["head", "lora, rank 1", "lora, rank 3", "full"]
+    assert [cost.lora_rank for cost in costs.values()] == [None, 1, 3, None]
+    alone = analyse("resnet10t", "lora", lora_rank=3, **SMALL_STEP).profile[0]
+    assert costs["lora, rank 3"] == alone
+
+
+@pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("sgd", 0), ("sgd-momentum", 1)])
+def test_the_optimizer_decides_on_the_state(optimizer: str, moments: int) -> None:
+    assert optimizer in OPTIMIZERS
+    (cost,) = compare_methods("mobilenetv2_035", ["head"], lora_ranks=[1], optimizer=optimizer, **SMALL_STEP).values()
+    weights = (1280 * 1000 + 1000) * 4
+    counters = 8 if optimizer == "adamw" else 0  # of the steps of weight and bias
+    assert cost.memory_optimizer_bytes == moments * weights + counters

@@ -1,22 +1,260 @@
-"""Memory of training steps against closed formulas and torch's own tracker."""
+"""The log of storages against sizes known beforehand.
+
+The process's figures against allocations of known size, and against each other.
+
+Memory of training steps against closed formulas and torch's own tracker.
+"""
 
 from __future__ import annotations
 
 import copy
+import gc
+import os
+import resource
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 from torch.optim import SGD, AdamW
 from torch.utils.checkpoint import checkpoint
 
-from peft_edge.profiling.memory import MemoryTracker, track_memory
+from peft_edge.profiling import memory
+from peft_edge.profiling.memory import (
+    KINDS,
+    MemoryTracker,
+    ProcessPeak,
+    StorageLog,
+    innermost_around,
+    peak_rss_bytes,
+    reset_peak_rss,
+    rss_bytes,
+    track_memory,
+)
 from peft_edge.profiling.step import take_step
-from peft_edge.profiling.storages import KINDS
+
+
+@pytest.fixture
+def log() -> StorageLog:
+    return StorageLog(set())
+
+
+def test_views_share_one_storage_and_empty_tensors_have_none(log: StorageLog) -> None:
+    whole = torch.zeros(6, 4)
+
+    log.see([whole, (whole[1], whole.t()), torch.zeros(0), 3, None])
+
+    assert log.totals()[-1] == 96
+
+
+def test_the_end_of_a_storage_is_logged_when_its_last_view_goes(log: StorageLog) -> None:
+    whole = torch.zeros(6, 4)
+    view = whole[0]
+    log.see(whole)
+    del whole
+    gc.collect()
+    assert log.totals()[-1] == 96
+
+    del view
+    assert log.totals()[-1] == 0
+
+
+def test_what_only_autograd_holds_is_alive(log: StorageLog) -> None:
+    leaf = torch.zeros(8, requires_grad=True)
+    kept = leaf.exp()
+    log.see(kept)
+    result = kept.sum()
+    del kept
+    gc.collect()
+    assert log.totals()[-1] == 32
+
+    result.backward()
+    assert log.totals()[-1] == 0
+
+
+def test_a_resized_storage_counts_with_its_new_size(log: StorageLog) -> None:
+    tensor = torch.zeros(8)
+    log.see(tensor)
+    log.see(tensor.resize_(20))
+    assert log.totals()[-1] == 80
+
+    tensor.untyped_storage().resize_(0)
+    log.see(tensor)
+    assert log.totals()[-1] == 0
+
+
+def test_fake_tensors_count_with_the_bytes_that_they_stand_for(log: StorageLog) -> None:
+    with FakeTensorMode():
+        tensor = torch.zeros(8, dtype=torch.half)
+    log.see([tensor, tensor[2:]])
+
+    assert log.totals()[-1] == 16
+
+
+def test_other_devices_are_left_out() -> None:
+    log = StorageLog({torch.device("cpu")})
+    with FakeTensorMode():
+        log.see([there := torch.zeros(8, device="cuda"), here := torch.zeros(2)])
+
+    assert (there.device.type, here.device.type) == ("cuda", "cpu")
+    assert log.totals()[-1] == 8
+
+
+def test_a_sparse_tensor_does_not_stop_the_step(log: StorageLog) -> None:
+    log.see(torch.eye(3).to_sparse())
+
+    assert log.totals() == [0]
+
+
+def test_a_claim_decides_on_the_kind_and_the_first_one_counts(log: StorageLog) -> None:
+    tensor = torch.zeros(8)
+    log.module = "a"
+    log.see(tensor)
+    assert log.alive(1) == {("a", "temporaries"): 32}
+
+    log.end_forward()
+    assert log.alive(1) == {("a", "activations"): 32}
+
+    log.claim(tensor, "parameters", "b.c")
+    log.claim(tensor, "buffers", "b")
+    assert log.alive(1) == {("b.c", "parameters"): 32}
+
+    log.claim(tensor[0], "parameters", "b.d")
+    assert log.alive(1) == {("b", "parameters"): 32}
+
+
+def test_what_the_backward_pass_makes_is_no_activation(log: StorageLog) -> None:
+    log.phase = "backward"
+    tensor = torch.zeros(8)
+    log.see(tensor)
+    log.end_forward()
+
+    assert log.alive(1) == {(None, "temporaries"): 32}
+
+
+@pytest.mark.parametrize(
+    ("module", "other", "around"),
+    [("a.b", "a.b", "a.b"), ("a.b", "a", "a"), ("a.b.c", "a.d", "a"), ("ab", "a", ""), ("a", None, None)],
+)
+def test_innermost_module_around_two(module: str | None, other: str | None, around: str | None) -> None:
+    assert innermost_around(module, other) == innermost_around(other, module) == around
+
+
+MIB = 2**20
+SIZE = 96 * MIB  # above what malloc ever takes from its heap, so that it goes back at once
+
+linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and resets the figures")
+resettable = pytest.mark.skipif(not reset_peak_rss(), reason="the system does not let the peak be reset")
+
+
+def touch(size: int) -> torch.Tensor:
+    return torch.ones(size, dtype=torch.uint8)
+
+
+@linux
+def test_current_memory_is_that_of_the_kernels_other_account() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+
+    assert rss_bytes() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), rel=0.05)
+
+
+@linux
+def test_peak_is_that_of_getrusage() -> None:
+    del_me = touch(SIZE)
+    del del_me
+
+    assert peak_rss_bytes() == pytest.approx(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024, rel=0.05)
+
+
+@resettable
+def test_growth_is_that_of_the_block_alone() -> None:
+    kept, before = touch(SIZE), touch(2 * SIZE)
+    del before
+    with ProcessPeak() as peak:
+        inside = touch(SIZE)
+        del inside
+    after = touch(2 * SIZE)
+
+    assert peak.rss_growth_bytes == pytest.approx(SIZE, rel=0.1)
+    assert peak.peak_rss_bytes is not None
+    assert peak.peak_rss_bytes > kept.nbytes + SIZE
+    assert peak.cuda_peak_bytes is None
+    del after
+
+
+def test_growth_is_unknown_where_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no folder" / "clear_refs")
+    with ProcessPeak() as peak:
+        pass
+
+    assert peak.rss_growth_bytes is None
+    assert peak.peak_rss_bytes == peak_rss_bytes()
+
+
+@pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd14", 1024)])
+def test_without_proc_the_peak_is_getrusages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, unit: int
+) -> None:
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(sys, "platform", platform)
+
+    assert rss_bytes() is None
+    assert peak_rss_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def test_without_either_the_peak_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
+    monkeypatch.setattr(memory, "resource", None)
+
+    assert peak_rss_bytes() is None
+
+
+STEP = """
+import sys, timm, torch
+from peft_edge.profiling.memory import track_memory
+torch.set_num_threads(1)
+model = timm.create_model(sys.argv[1], num_classes=10).train()
+images = torch.randn(int(sys.argv[2]), 3, 160, 160)
+profile = track_memory(model, images, optimizer=torch.optim.AdamW(model.parameters()))
+print(profile.rss_growth_bytes, profile.peak_bytes - profile.start_bytes)
+"""
+
+
+@linux
+@resettable
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("backbone", "batch_size"), [("mobilenetv2_100", 16), ("mobilenetv3_small_100", 32), ("resnet18", 16)]
+)
+def test_the_process_grows_in_a_step_by_what_the_tracker_adds_up(backbone: str, batch_size: int) -> None:
+    # A fresh process whose malloc gives freed blocks back: the growth is then the tensors', not what malloc hoards.
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    command = [sys.executable, "-c", STEP, backbone, str(batch_size)]
+    finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    growth, tracked = map(int, finished.stdout.split())
+
+    assert growth == pytest.approx(tracked, rel=0.15)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_peak_is_that_of_the_block_alone() -> None:
+    device = torch.device("cuda", 0)
+    before = torch.zeros(4 * MIB, device=device)
+    del before
+    allocated = torch.cuda.memory_allocated(device)
+    with ProcessPeak(device) as peak:
+        inside = torch.zeros(MIB, device=device)
+        del inside
+
+    assert peak.cuda_peak_bytes == allocated + 4 * MIB
+
 
 BATCH, WIDTH = 32, 16
 MAP = BATCH * WIDTH * 4  # bytes of an activation

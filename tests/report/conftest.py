@@ -9,8 +9,17 @@ from typing import Any
 
 import pytest
 
-from peft_edge.archive import Archive, add_record
-from peft_edge.records import CostRecord, KernelChange, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
+from peft_edge.records import (
+    Archive,
+    CostRecord,
+    KernelChange,
+    MetaInfo,
+    Record,
+    RunInfo,
+    StepProfile,
+    TrainInfo,
+    add_record,
+)
 
 PACKAGES = {"torch-version": "2.0.0"}
 STANDARD, DEPTHWISE = "plain_net", "mobile_net"
@@ -102,7 +111,7 @@ def make_cost(
     method: str, *, network: str = DEPTHWISE, kind: str = "depthwise", scale: float = 1.0, **setting: Any
 ) -> CostRecord:
     blank = {"lora_rank": 4, "batch_size": 16, "image_size": 224, "sequence_length": None, "target_modules": None}
-    blank |= {"norm": None, "lean": None, "fold_norm": False, "replay": False, "accounting": "exact"}
+    blank |= {"norm": None, "lean": None, "inplace_norm": False, "replay": False, "accounting": "exact"}
     return CostRecord(
         created_at="",
         network=network,

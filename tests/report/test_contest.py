@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peft_edge.archive import Archive
-from peft_edge.records import Record
+from peft_edge.records import Archive, Record
 from peft_edge.report.contest import Contest, contests, panel_grid
 from peft_edge.report.runs import run_rows
 

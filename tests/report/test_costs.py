@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peft_edge.archive import Archive
-from peft_edge.records import CostRecord
+from peft_edge.records import Archive, CostRecord
 from peft_edge.report.costs import LEAN, OURS, PLAIN, STORED, cost_rows
 
 MakeCost = Callable[..., CostRecord]

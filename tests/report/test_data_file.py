@@ -4,8 +4,7 @@ import csv
 import io
 from collections.abc import Callable
 
-from peft_edge.archive import Archive
-from peft_edge.records import Record
+from peft_edge.records import Archive, Record
 from peft_edge.report.data_file import data_file
 
 

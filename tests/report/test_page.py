@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peft_edge.archive import Archive
-from peft_edge.records import CostRecord, Record
+from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.report.costs import cost_rows
 from peft_edge.report.page import Rows, claims_of, page
 from peft_edge.report.runs import run_rows

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from peft_edge.archive import Archive
+from peft_edge.records import Archive
 from peft_edge.report.provenance import limits_section, machine_section
 from peft_edge.report.runs import run_rows
 

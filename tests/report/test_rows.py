@@ -1,17 +1,17 @@
 from __future__ import annotations
 
 from peft_edge.methods import METHODS
-from peft_edge.report.rows import flat, grouped, method_order, told_apart
+from peft_edge.report.rows import disambiguate_labels, flat, grouped, method_order
 
 
 def test_rows_of_one_name_are_told_apart_by_what_differs_in_them() -> None:
     keys = [("net", "lora"), ("net", "lora"), ("other", "lora")]
     settings = [{"norm": "stats", "alpha": 8}, {"norm": "frozen", "alpha": 8}, {"norm": "affine"}]
-    assert told_apart(keys, settings) == ["lora, norm=stats", "lora, norm=frozen", "lora"]
+    assert disambiguate_labels(keys, settings) == ["lora, norm=stats", "lora, norm=frozen", "lora"]
 
 
 def test_a_setting_that_one_lacks_tells_apart_too() -> None:
-    assert told_apart([("a",), ("a",)], [{}, {"lean": True}]) == ["a, lean=None", "a, lean=True"]
+    assert disambiguate_labels([("a",), ("a",)], [{}, {"lean": True}]) == ["a, lean=None", "a, lean=True"]
 
 
 def test_blocks_are_flattened_to_dotted_keys() -> None:

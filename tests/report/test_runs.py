@@ -5,8 +5,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peft_edge.archive import Archive
-from peft_edge.records import Record
+from peft_edge.records import Archive, Record
 from peft_edge.report.runs import all_flops, run_rows
 
 MakeRun = Callable[..., Record]

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from peft_edge.archive import add_record, read_archive
 from peft_edge.cli import main
+from peft_edge.records import add_record, read_archive
 from peft_edge.report import write_report
 
 

@@ -10,10 +10,9 @@ from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
 
-from peft_edge.archive import add_record
 from peft_edge.config import RunConfig
-from peft_edge.records import DIVERGED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo
-from peft_edge.study.cells import RunCell
+from peft_edge.records import DIVERGED, SUCCESS, MetaInfo, Record, RunInfo, TrainInfo, add_record
+from peft_edge.study.jobs import RunJob
 
 
 def record_of(config: RunConfig, status: str = SUCCESS, created_at: str = "") -> Record:
@@ -29,7 +28,7 @@ def record_of(config: RunConfig, status: str = SUCCESS, created_at: str = "") ->
 
 
 @dataclass(frozen=True)
-class FakeCell(RunCell):
+class FakeCell(RunJob):
     """A run without training."""
 
     ending: str = SUCCESS
@@ -59,6 +58,6 @@ def fake_cell(folder: Path, ending: str = SUCCESS, seconds: float = 0.0, seed: i
 
 
 def done_in(folder: Path) -> Sequence[str]:
-    """The names of the cells that were done, in the order in which they were begun."""
+    """The names of the jobs that were done, in the order in which they were begun."""
     file = folder / "done.txt"
     return file.read_text().splitlines() if file.exists() else []

@@ -4,10 +4,106 @@ import json
 from pathlib import Path
 
 import pytest
+from torch import nn
 
 from peft_edge.profiling import analyse
-from peft_edge.study.costs import CostCell, CostGrid, CostSetting, analyse_cost, cost_cells
-from peft_edge.study.networks import load_network
+from peft_edge.study.costs import (
+    TRANSFORMER_METHODS,
+    CostGrid,
+    CostJob,
+    CostSetting,
+    analyse_cost,
+    analyse_replay,
+    analyse_transformer,
+    cost_jobs,
+    kind_of,
+    load_network,
+)
+
+ROOT = Path(__file__).parents[2]
+HIDDEN, LAYERS, INTERMEDIATE, VOCABULARY = 32, 2, 48, 100
+TINY = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "hidden_size": HIDDEN,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": 4,
+    "intermediate_size": INTERMEDIATE,
+    "vocab_size": VOCABULARY,
+}
+STEP = {"batch_size": 2, "sequence_length": 8}
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> nn.Module:
+    (tmp_path / "tiny.json").write_text(json.dumps(TINY), encoding="utf-8")
+    return load_network(str(tmp_path / "tiny.json"))
+
+
+@pytest.mark.parametrize(
+    ("network", "kind"),
+    [("mobilenetv2_035", "depthwise"), ("resnet10t", "standard"), ("configs/networks/bert-base.json", "transformer")],
+)
+def test_kinds(network: str, kind: str) -> None:
+    assert kind_of(load_network(str(ROOT / network) if network.endswith("json") else network)) == kind
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"), [("bert-base", 109_483_778), ("llama-1b", 1_235_814_400), ("llama-7b", 6_738_415_616)]
+)
+def test_shipped_shapes_have_the_published_sizes(name: str, parameters: int) -> None:
+    """Of bert-base-uncased with two classes, Llama-3.2-1B and Llama-2-7b, as their weights on the Hub count."""
+    model = load_network(str(ROOT / "configs" / "networks" / f"{name}.json"))
+    assert sum(parameter.numel() for parameter in model.parameters()) == parameters
+    assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_adapters_are_on_every_linear_layer_but_the_last(llama: nn.Module) -> None:
+    lora = analyse_transformer(llama, "lora", 4, **STEP)
+    attention, mlp = 4 * (HIDDEN + HIDDEN), 3 * (HIDDEN + INTERMEDIATE)
+    assert lora.num_trainable_params == 4 * LAYERS * (attention + mlp)
+    dora = analyse_transformer(llama, "dora", 4, **STEP)
+    assert dora.num_trainable_params - lora.num_trainable_params == LAYERS * (5 * HIDDEN + 2 * INTERMEDIATE)
+
+
+def test_galore_projects_what_lora_adapts(llama: nn.Module) -> None:
+    """AdamW keeps two numbers for each weight; GaLore two for each of a projected gradient, and the basis."""
+    full, galore = (analyse_transformer(llama, method, 4, **STEP) for method in ("full", "galore"))
+    plain = 2 * (2 * VOCABULARY * HIDDEN + (2 * LAYERS + 1) * HIDDEN)
+    # A square matrix, and one with more rows, is projected on its columns; one with more columns on its rows.
+    projected = LAYERS * 4 * (2 * 4 * HIDDEN + 4 * HIDDEN) + LAYERS * 3 * (2 * 4 * INTERMEDIATE + 4 * HIDDEN)
+    assert galore.memory.peak["optimizer"] == pytest.approx(4 * (plain + projected), rel=0.01)
+    assert galore.flops.forward == full.flops.forward
+
+
+def test_an_unknown_method_is_named(llama: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"method is 'bias', expected one of {', '.join(TRANSFORMER_METHODS)}"):
+        analyse_transformer(llama, "bias", 4, **STEP)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["{", '{"model_type": "llama"}', '{"model_type": "llama", "architectures": ["X"]}', '{"architectures": ["X"]}'],
+)
+def test_a_file_that_is_no_configuration_is_named(tmp_path: Path, text: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is no configuration of a Transformers model"):
+        load_network(str(tmp_path / "a.json"))
+
+
+def test_a_step_on_stored_features_is_that_of_the_last_stage() -> None:
+    """Full fine-tuning's step has three forward passes; of the last stage's, no gradient leaves its first layer."""
+    adapter = {"target_modules": "last-stage", "norm": "frozen"}
+    replay = analyse_replay(
+        load_network("mobilenetv2_035"), "lora", adapter=adapter, lora_rank=4, batch_size=16, image_size=64,
+        accounting="exact",
+    )  # fmt: skip
+    whole = analyse(load_network("mobilenetv2_035"), "full", batch_size=16, image_size=64)
+    names = (f"base_model.model.{name}" for name in ("blocks.6", "conv_head", "classifier"))
+    last_stage = sum(whole.flops.by_module[name].forward for name in names)
+    assert last_stage < replay.flops.forward < 1.2 * last_stage
+    assert replay.flops.backward < 2.5 * last_stage
+
 
 SMALL = {"batch_size": 2, "image_size": 32}
 
@@ -30,7 +126,7 @@ def bert(tmp_path: Path) -> Path:
             {
                 "lora_rank": 2,
                 "adapter": {"target_modules": "dense", "norm": "frozen"},
-                "lean": {"masks": "bit", "fold_norm": False},
+                "lean": {"masks": "bit", "inplace_norm": False},
             },
         ),
         ({"method": "galore", "lora_rank": 2}, {"adapter": {"rank": 2}}),
@@ -54,8 +150,8 @@ def test_what_means_nothing_is_null(bert: Path) -> None:
 
 def test_every_network_has_every_setting(bert: Path, tmp_path: Path) -> None:
     block = CostGrid(networks=["resnet18", "*.json"], grid={"method": ["full", "lora"], "batch_size": [1, 2]})
-    cells = cost_cells(block, tmp_path / "grid.yaml", tmp_path / "out")
-    assert [cell.name for cell in cells] == [
+    jobs = cost_jobs(block, tmp_path / "grid.yaml", tmp_path / "out")
+    assert [job.name for job in jobs] == [
         f"{network}--{method}--batch_size={batch_size}"
         for network in ("resnet18", "tiny")
         for method in ("full", "lora")
@@ -64,18 +160,18 @@ def test_every_network_has_every_setting(bert: Path, tmp_path: Path) -> None:
 
 
 def test_a_cell_is_finished_until_something_else_is_asked(bert: Path, tmp_path: Path) -> None:
-    def cell(length: int) -> CostCell:
+    def job(length: int) -> CostJob:
         grid = {"method": ["full"], "batch_size": [1], "sequence_length": [length]}
-        (found,) = cost_cells(CostGrid(networks=["tiny.json"], grid=grid), tmp_path / "grid.yaml", tmp_path / "out")
-        return CostCell(found.setting, tmp_path / "out" / "a", found.network, found.asked)
+        (found,) = cost_jobs(CostGrid(networks=["tiny.json"], grid=grid), tmp_path / "grid.yaml", tmp_path / "out")
+        return CostJob(found.setting, tmp_path / "out" / "a", found.network, found.asked)
 
-    assert not cell(8).is_finished
-    cell(8).run()
-    assert cell(8).is_finished
-    assert not cell(16).is_finished
+    assert not job(8).is_finished
+    job(8).run()
+    assert job(8).is_finished
+    assert not job(16).is_finished
     (tmp_path / "out" / "a" / "record.json").write_text("{}", encoding="utf-8")
     with pytest.raises(ValueError, match=r"record\.json is damaged: delete it"):
-        _ = cell(8).record
+        _ = job(8).record
 
 
 @pytest.mark.parametrize(
@@ -91,4 +187,4 @@ def test_a_cell_is_finished_until_something_else_is_asked(bert: Path, tmp_path: 
 )
 def test_what_is_wrong_is_named(tmp_path: Path, networks: list[str], grid: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        cost_cells(CostGrid(networks=networks, grid=grid), tmp_path / "grid.yaml", tmp_path)
+        cost_jobs(CostGrid(networks=networks, grid=grid), tmp_path / "grid.yaml", tmp_path)

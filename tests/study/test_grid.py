@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_edge.study.cells import RunCell
-from peft_edge.study.costs import CostCell
+from peft_edge.study.costs import CostJob
 from peft_edge.study.grid import read_grid
+from peft_edge.study.jobs import RunJob
 
 ROOT = Path(__file__).parents[2]
 
@@ -24,18 +24,18 @@ def grid(tmp_path: Path) -> Path:
 
 
 def test_every_combination_is_a_run(grid: Path, tmp_path: Path) -> None:
-    cells = read_grid(grid, tmp_path / "runs")
-    assert [cell.setting for cell in cells] == ["task, full", "task, full", "task, head", "task, head"]
-    assert [cell.name for cell in cells] == [
+    jobs = read_grid(grid, tmp_path / "runs")
+    assert [job.setting for job in jobs] == ["task, full", "task, full", "task, head", "task, head"]
+    assert [job.name for job in jobs] == [
         "task--full--seed=0",
         "task--full--seed=1",
         "task--head--seed=0",
         "task--head--seed=1",
     ]
-    config = cells[3].config
+    config = jobs[3].config
     assert (config.method, config.seed, config.data.shift) == ("head", 1, "invert")
-    assert config.output_dir == str(cells[3].folder) == str(tmp_path / "runs" / "task--head--seed=1")
-    assert {cell.config.cache_dir for cell in cells} == {str(tmp_path / "runs" / "cache")}
+    assert config.output_dir == str(jobs[3].folder) == str(tmp_path / "runs" / "task--head--seed=1")
+    assert {job.config.cache_dir for job in jobs} == {str(tmp_path / "runs" / "cache")}
 
 
 def test_values_that_vary_are_named_and_a_slash_makes_no_folder(grid: Path, tmp_path: Path) -> None:
@@ -43,10 +43,10 @@ def test_values_that_vary_are_named_and_a_slash_makes_no_folder(grid: Path, tmp_
         "recipes: [[task.yaml]]\n"
         "grid: {backbone.name: [timm/a, timm/b], training.learning_rate: [[1e-2, 3e-3]], norm: [stats], seed: [0, 1]}\n"
     )
-    cells = read_grid(grid, tmp_path / "runs")
-    assert cells[3].setting == "task, backbone.name=timm/b"
-    assert cells[3].folder == tmp_path / "runs" / "task--backbone.name=timm_b--seed=1"
-    assert cells[3].config.training.learning_rate == [1e-2, 3e-3]
+    jobs = read_grid(grid, tmp_path / "runs")
+    assert jobs[3].setting == "task, backbone.name=timm/b"
+    assert jobs[3].folder == tmp_path / "runs" / "task--backbone.name=timm_b--seed=1"
+    assert jobs[3].config.training.learning_rate == [1e-2, 3e-3]
 
 
 def test_blocks_of_runs_and_of_analyses_make_one_grid(grid: Path, tmp_path: Path) -> None:
@@ -55,15 +55,15 @@ def test_blocks_of_runs_and_of_analyses_make_one_grid(grid: Path, tmp_path: Path
         "- recipes: [[task.yaml], [methods/full.yaml]]\n  grid: {seed: [0, 1]}\n"
         "- networks: [resnet18]\n  grid: {method: [full, lora]}\n"
     )
-    cells = read_grid(grid, tmp_path / "runs")
-    assert [type(cell) for cell in cells] == [RunCell] * 3 + [CostCell] * 2
-    assert [cell.name for cell in cells[:3]] == ["task--head", "task--full--seed=0", "task--full--seed=1"]
+    jobs = read_grid(grid, tmp_path / "runs")
+    assert [type(job) for job in jobs] == [RunJob] * 3 + [CostJob] * 2
+    assert [job.name for job in jobs[:3]] == ["task--head", "task--full--seed=0", "task--full--seed=1"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs" / "study").glob("*.yaml")), ids=lambda path: path.stem)
 def test_shipped_grids_are_valid(path: Path, tmp_path: Path) -> None:
-    cells = read_grid(path, tmp_path)
-    assert len({cell.result_name for cell in cells}) == len(cells) > 0
+    jobs = read_grid(path, tmp_path)
+    assert len({job.result_name for job in jobs}) == len(jobs) > 0
 
 
 def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:

@@ -1,27 +1,29 @@
-"""Studies in processes of their own: with failing cells, killed ones, and several at once."""
+"""Studies in processes of their own: with failing jobs, killed ones, and several at once."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
 
-from peft_edge.archive import read_archive
-from peft_edge.hub.sharing import shareable
-from peft_edge.records import DIVERGED, FAILED, SUCCESS, Record
-from peft_edge.study.runner import run_grid
-from tests.study.support import done_in, fake_cell
+from peft_edge.config import RunConfig
+from peft_edge.hub.card import shareable
+from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, StepProfile, read_archive
+from peft_edge.study.jobs import Job, RunJob
+from peft_edge.study.runner import run_grid, study_table
+from tests.study.support import done_in, fake_cell, record_of
 
 ROOT = Path(__file__).parents[2]
 GRID = """
@@ -60,9 +62,9 @@ def start_fakes(folder: Path, num_cells: int, seconds: float) -> subprocess.Pope
         "from pathlib import Path",
         "from peft_edge.study.runner import run_grid",
         "from tests.study.support import fake_cell",
-        f"cells = [fake_cell(Path({str(folder)!r}, str(n)), seconds={seconds}) for n in range({num_cells})]",
-        f"run_grid(cells, results=Path({str(folder)!r}, 'results'))",
-        "assert all(cell.is_finished for cell in cells)",
+        f"jobs = [fake_cell(Path({str(folder)!r}, str(n)), seconds={seconds}) for n in range({num_cells})]",
+        f"run_grid(jobs, results=Path({str(folder)!r}, 'results'))",
+        "assert all(job.is_finished for job in jobs)",
     )
 
 
@@ -89,11 +91,11 @@ def test_one_cell_of_each_source_is_done_first_and_a_failure_stops_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds_and_endings = {"a": (0, SUCCESS), "b": (0, SUCCESS), "c": (1, "error"), "d": (1, DIVERGED)}
-    cells = [fake_cell(tmp_path / name, ending, seed=seed) for name, (seed, ending) in seeds_and_endings.items()]
-    run_grid(cells, results=tmp_path / "results")
+    jobs = [fake_cell(tmp_path / name, ending, seed=seed) for name, (seed, ending) in seeds_and_endings.items()]
+    run_grid(jobs, results=tmp_path / "results")
     assert done_in(tmp_path) == ["a", "c", "b", "d"]
-    assert [cell.status for cell in cells] == [SUCCESS, SUCCESS, FAILED, DIVERGED]
-    assert results_in(tmp_path) == {f"lora--{cell.name}.json": shareable(cell.record) for cell in cells}
+    assert [job.status for job in jobs] == [SUCCESS, SUCCESS, FAILED, DIVERGED]
+    assert results_in(tmp_path) == {f"lora--{job.name}.json": shareable(job.record) for job in jobs}
     last_line = capsys.readouterr().err.splitlines()[-1]
     assert "4/4" in last_line
     assert "failed=1" in last_line
@@ -107,26 +109,26 @@ def test_nothing_to_do_starts_no_process(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_process_that_is_killed_stops_no_other_and_its_cell_is_tried_again(tmp_path: Path) -> None:
     endings = {"a": SUCCESS, "b": "killed", "c": "error", "d": SUCCESS}
-    cells = [fake_cell(tmp_path / name, ending) for name, ending in endings.items()]
-    run_grid(cells, results=tmp_path / "results")
-    assert [cell.status for cell in cells] == [SUCCESS, FAILED, FAILED, SUCCESS]
+    jobs = [fake_cell(tmp_path / name, ending) for name, ending in endings.items()]
+    run_grid(jobs, results=tmp_path / "results")
+    assert [job.status for job in jobs] == [SUCCESS, FAILED, FAILED, SUCCESS]
     assert done_in(tmp_path) == ["a", "b", "c", "d"]
-    assert "was killed (SIGKILL)" in cells[1].record.run_info.error_msg
-    assert results_in(tmp_path) == {f"lora--{cell.name}.json": shareable(cell.record) for cell in cells}
+    assert "was killed (SIGKILL)" in jobs[1].record.run_info.error_msg
+    assert results_in(tmp_path) == {f"lora--{job.name}.json": shareable(job.record) for job in jobs}
 
     again = [fake_cell(tmp_path / name) for name in endings]
-    run_grid(again, jobs=2, results=tmp_path / "results")
-    assert {cell.status for cell in again} == {SUCCESS}
+    run_grid(again, processes=2, results=tmp_path / "results")
+    assert {job.status for job in again} == {SUCCESS}
     assert sorted(done_in(tmp_path)[4:]) == ["b", "c"]
-    assert results_in(tmp_path) == {f"lora--{cell.name}.json": shareable(cell.record) for cell in again}
+    assert results_in(tmp_path) == {f"lora--{job.name}.json": shareable(job.record) for job in again}
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
 def test_a_study_that_cannot_go_on_says_why_and_ends_its_processes(tmp_path: Path) -> None:
-    cells = [fake_cell(tmp_path / "a", "damaged"), fake_cell(tmp_path / "b", seconds=500)]
+    jobs = [fake_cell(tmp_path / "a", "damaged"), fake_cell(tmp_path / "b", seconds=500)]
     with pytest.raises(ValueError, match=r"a/record\.json is damaged"):
-        run_grid(cells, jobs=2, results=tmp_path / "results")
+        run_grid(jobs, processes=2, results=tmp_path / "results")
     assert multiprocessing.active_children() == []
 
 
@@ -213,3 +215,103 @@ def lasting(value: Any) -> Any:
 def passes(key: str) -> bool:
     folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path", "peak_rss_bytes")
     return key.endswith(("_s", "_time", " time")) or key in folders_and_figures
+
+
+@dataclass(frozen=True)
+class KnownRun(RunJob):
+    """Whose record is given."""
+
+    known: Record | None
+
+    @property
+    def record(self) -> Record | None:
+        return self.known
+
+
+@dataclass(frozen=True)
+class KnownCost(Job):
+    """An analysis whose record is given."""
+
+    known: CostRecord | None
+
+    @property
+    def result_name(self) -> str:
+        return self.name
+
+    @property
+    def record(self) -> CostRecord | None:
+        return self.known
+
+    def run(self) -> None:
+        raise NotImplementedError
+
+    def record_failure(self, reason: str) -> None:
+        raise NotImplementedError
+
+
+def run(setting: str, status: str | None, accuracy: float = 0.0, train_time: float | None = None) -> KnownRun:
+    config = RunConfig(output_dir="a")
+    if status is None:
+        return KnownRun(setting, Path("a"), config, None)
+    record = record_of(config, status)
+    if status == SUCCESS:
+        record.train_info.metrics = [{"test accuracy": accuracy, "source test accuracy": 0.5, "retention": 0.25}]
+        record.train_info.file_size = 12345
+        record.train_info.train_time = train_time
+    return KnownRun(setting, Path("a"), config, record)
+
+
+def cost(setting: str, profile: StepProfile | None) -> KnownCost:
+    record = profile and CostRecord(
+        created_at="",
+        network="net",
+        kind="standard",
+        method="full",
+        setting={},
+        num_total_params=1,
+        profile=profile,
+        package_info={},
+    )
+    return KnownCost(setting, Path("a"), record)
+
+
+def lines_of(jobs: list[Job]) -> list[list[str]]:
+    return [line.split("  ") for line in study_table(jobs).splitlines()]
+
+
+def cells_of(line: list[str]) -> list[str]:
+    return [job.strip() for job in line if job.strip()]
+
+
+def test_runs_are_averaged_over_seeds() -> None:
+    accuracies = [0.7, 0.75, 0.83]
+    title, row = map(cells_of, lines_of([run("task, lora", SUCCESS, accuracy) for accuracy in accuracies]))
+    assert title == [
+        "runs", "accuracy", "source accuracy", "retained", "trained parameters", "saved bytes", "training seconds"
+    ]  # fmt: skip
+    spread = f"{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}"
+    assert row == ["task, lora", "3", spread, "0.500", "0.250", "-", "12,345", "-"]
+
+
+def test_what_did_not_succeed_is_said_and_not_averaged() -> None:
+    runs = [run("a", SUCCESS, 0.9), run("b", DIVERGED), run("a", FAILED), run("a", None)]
+    first, second = map(cells_of, lines_of(runs)[1:])
+    assert first[:3] == ["a", "1, failed, not run", "0.900"]
+    assert second[:3] == ["b", "0, diverged", "-"]
+
+
+def test_analyses_have_a_table_of_their_own() -> None:
+    profile = StepProfile(
+        process_index=0,
+        scope="step",
+        memory_peak_bytes=3 * 2**20,
+        flops_forward=1_234_000_000,
+        flops_backward=2_500_000_000,
+    )
+    table = lines_of([cost("net, full", profile), run("a", None), cost("net, lora", None)])
+    assert [cells_of(line) for line in table[3:]] == [
+        ["analyses", "peak MiB", "forward GFLOP", "backward GFLOP"],
+        ["net, full", "1", "3.0", "1.23", "2.50"],
+        ["net, lora", "0, not run", "-", "-", "-"],
+    ]
+    assert study_table([]) == ""

@@ -9,7 +9,7 @@ import pytest
 from accelerate.state import AcceleratorState
 
 import train
-from peft_edge.data import digits
+from peft_edge.data import embedded
 from peft_edge.records import Record
 
 SHORT = [
@@ -32,7 +32,7 @@ SHORT = [
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is evaluated on is most of what a short run takes its time for."""
-    monkeypatch.setattr(digits, "SPLIT_SIZES", {"adaptation": 100, "validation": 30, "test": 60})
+    monkeypatch.setattr(embedded, "DIGITS_SPLIT_SIZES", {"adaptation": 100, "validation": 30, "test": 60})
 
 
 @pytest.fixture(scope="session")

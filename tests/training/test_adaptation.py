@@ -2,13 +2,111 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 from safetensors.torch import load_file
+from torch import nn
 
+from peft_edge.backbones import class_names, load_backbone, save_backbone
+from peft_edge.config import RunConfig, load_config
 from peft_edge.methods import METHODS, Method
 from peft_edge.records import DIVERGED, Record
+from peft_edge.training.adaptation import continue_update, load_update, new_learner, save_update
 from peft_edge.training.loop import DivergedError
+
+METHOD_NAMES = ["head", "norm-affine", "bias", "full", "lora", "conv-adapter", "peft-lora"]
+CPU = torch.device("cpu")
+IMAGES = torch.randn(8, 3, 48, 48)
+
+
+def prepared(model: nn.Module, name: str) -> nn.Module:
+    return METHODS[name].prepare(model, options(name))
+
+
+def options(name: str) -> dict:
+    dense = {"target_modules": "dense"} if name == "peft-lora" else {}
+    return {**RunConfig(output_dir="").options(METHODS[name].section), **dense}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> nn.Module:
+    save_backbone(load_backbone("mobilenetv3_small_050", num_classes=5), tmp_path / "source")
+    return load_backbone(str(tmp_path / "source")).to(memory_format=torch.channels_last)
+
+
+def train_a_little(model: nn.Module) -> torch.Tensor:
+    """Returns what the model predictions afterwards."""
+    optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
+    for _ in range(2):
+        optimizer.zero_grad()
+        model.train()(IMAGES).square().mean().backward()
+        optimizer.step()
+    with torch.no_grad():
+        return model.eval()(IMAGES)
+
+
+@pytest.mark.parametrize("name", METHOD_NAMES)
+def test_what_is_loaded_is_what_was_saved_and_can_be_trained_on(source: nn.Module, tmp_path: Path, name: str) -> None:
+    model = prepared(load_backbone(str(tmp_path / "source")), name)
+    predictions = train_a_little(model)
+    trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    save_update(model, tmp_path / "update", saves_full_model=METHODS[name].saves_full_model)
+    (folder,) = (tmp_path / "update").iterdir()
+    assert folder.name == ("model" if METHODS[name].saves_full_model else "adapter")
+    with torch.no_grad():
+        torch.testing.assert_close(load_update(folder, CPU).eval()(IMAGES), predictions, atol=1e-5, rtol=1e-5)
+
+    continued = continue_update(folder, source, METHODS[name], options(name))
+    assert {key for key, parameter in continued.named_parameters() if parameter.requires_grad} == trained
+    with torch.no_grad():
+        torch.testing.assert_close(continued.eval()(IMAGES), predictions, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(train_a_little(continued), predictions, atol=1e-3)
+
+
+TARGET = SimpleNamespace(num_classes=5, class_names=["a", "b", "c", "d", "e"])
+
+
+def config_for(method: str, *overrides: str) -> RunConfig:
+    return load_config(["output_dir=a", f"method={method}", "data.new_classes=[d, e]", *overrides])
+
+
+@pytest.fixture
+def learner_source() -> nn.Module:
+    return load_backbone("mobilenetv3_small_050", num_classes=3).eval()
+
+
+@pytest.mark.parametrize("method", ["head", "full", "lora", "conv-adapter", "peft-loha"])
+def test_the_head_grows_and_the_old_classes_are_answered_as_before(learner_source: nn.Module, method: str) -> None:
+    images = torch.randn(2, 3, 48, 48)
+    model = new_learner(config_for(method), METHODS[method], learner_source, TARGET, None).eval()
+    torch.testing.assert_close(model(images)[:, :3], learner_source(images), atol=1e-5, rtol=1e-5)
+    assert model(images).shape == (2, 5)
+    assert class_names(model) == TARGET.class_names
+    assert learner_source.num_classes == 3
+
+
+def test_a_method_that_trains_nothing_learns_no_class(learner_source: nn.Module) -> None:
+    assert new_learner(config_for("norm-stats"), METHODS["norm-stats"], learner_source, TARGET, None).num_classes == 3
+
+
+@pytest.mark.parametrize("rehearses", [True, False])
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_without_rehearsal_the_old_rows_get_no_gradient(
+    learner_source: nn.Module, method: str, rehearses: bool
+) -> None:
+    config = config_for(method, "data.rehearsal_size=6") if rehearses else config_for(method)
+    model = new_learner(config, METHODS[method], learner_source, TARGET, None).train()
+    model(torch.randn(4, 3, 48, 48)).square().sum().backward()
+    (weight,) = (
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.endswith("classifier.weight") or name.endswith("classifier.modules_to_save.default.weight")
+    )
+    assert (weight.grad[3:] != 0).any()
+    assert (weight.grad[:3] != 0).any() == rehearses
+
 
 Run = Callable[..., Record]
 
@@ -44,7 +142,9 @@ def test_fewer_images_than_a_batch_are_counted(run: Run, tmp_path: Path) -> None
 
 def test_a_method_with_nothing_to_save_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "mine", Method(prepare=lambda model, options: model))
-    with pytest.raises(ValueError, match="'mine' makes no PEFT model, and is not registered with ships_model=True"):
+    with pytest.raises(
+        ValueError, match="'mine' makes no PEFT model, and is not registered with saves_full_model=True"
+    ):
         run(tmp_path / "run", "method=mine")
 
 

@@ -71,7 +71,7 @@ def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: P
 
 @pytest.mark.distributed
 def test_two_processes_store_features_once_and_learn_the_same(arguments: list[str], tmp_path: Path) -> None:
-    replay = ["adapter.target_modules=last-stage", "norm=restat", "training.replay=true"]
+    replay = ["adapter.target_modules=last-stage", "norm=recalibrate", "training.replay=true"]
     sources = next(argument for argument in arguments if argument.startswith("cache_dir="))
     for name, launcher in (("one", ()), ("two", TWO_PROCESSES)):
         options = [argument for argument in arguments if argument != sources] + [f"cache_dir={tmp_path / name}_cache"]

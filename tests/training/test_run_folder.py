@@ -3,10 +3,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from accelerate import Accelerator
+from torch import nn
 
 from peft_edge.config import ConfigError, RunConfig, load_config
-from peft_edge.training.run_folder import claimed, open_run
+from peft_edge.training.run_folder import (
+    Progress,
+    last_good_checkpoint,
+    load_checkpoint,
+    lock_output_dir,
+    open_run,
+    save_checkpoint,
+)
 
 
 def config_for(folder: Path, *overrides: str) -> RunConfig:
@@ -89,10 +98,93 @@ def test_the_update_is_published_whole(tmp_path: Path) -> None:
 def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
     accelerator, config = Accelerator(cpu=True), config_for(tmp_path / "run")
     with (
-        claimed(config, accelerator),
+        lock_output_dir(config, accelerator),
         pytest.raises(ConfigError, match="another run is working in"),
-        claimed(config, accelerator),
+        lock_output_dir(config, accelerator),
     ):
         pass
-    with claimed(config, accelerator), claimed(config_for(tmp_path / "other"), accelerator):
+    with lock_output_dir(config, accelerator), lock_output_dir(config_for(tmp_path / "other"), accelerator):
         pass
+
+
+def prepared() -> tuple[Accelerator, nn.Module]:
+    accelerator = Accelerator(cpu=True)
+    accelerator.free_memory()
+    model = nn.Linear(2, 2)
+    return accelerator, accelerator.prepare(model, torch.optim.AdamW(model.parameters()))[0]
+
+
+def test_newest_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+    accelerator, model = prepared()
+    for step in (9, 10, 11):
+        save_checkpoint(accelerator, tmp_path, Progress(1, step, loss_sum=0.1, metrics=[{"step": step}]), keep=2)
+    weight, draw = model.weight.detach().clone(), torch.rand(3)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step_00000010", "step_00000011"]
+
+    with torch.no_grad():
+        model.weight.zero_()
+    assert load_checkpoint(accelerator, tmp_path) == Progress(1, 11, loss_sum=0.1, metrics=[{"step": 11}])
+    assert torch.equal(model.weight, weight)
+    assert torch.equal(torch.rand(3), draw)
+
+
+def test_nothing_to_load_is_a_start(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    assert load_checkpoint(accelerator, tmp_path / "none") == Progress(1)
+
+
+def test_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    (tmp_path / ".step_00000006.unfinished").mkdir()
+    assert load_checkpoint(accelerator, tmp_path).step == 3
+
+
+def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(num_processes=2, step=3), keep=2)
+    with pytest.raises(ValueError, match="a run with --num_processes 2, and this one has 1"):
+        load_checkpoint(accelerator, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "name", ["progress.json", "sha256.json", "model.safetensors", "optimizer.bin", "random_states_0.pkl"]
+)
+def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    file = tmp_path / "step_00000003" / name
+    content = file.read_bytes()
+    middle = len(content) // 2
+    file.write_bytes(content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :])
+    with pytest.raises(ValueError, match=r"the checkpoint .*step_00000003 is damaged: .*Delete it"):
+        load_checkpoint(accelerator, tmp_path)
+
+
+@pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"progress.json": 1}', '{"no_such_file": ""}'])
+def test_digests_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    (tmp_path / "step_00000003" / "sha256.json").write_text(text)
+    with pytest.raises(ValueError, match="is damaged"):
+        load_checkpoint(accelerator, tmp_path)
+
+
+def test_what_others_leave_beside_and_in_checkpoints_is_passed_over(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
+    (tmp_path / "step_00000003" / ".DS_Store").write_text("")
+    for name in ("step_backup", "step_00000009 (copy)"):
+        (tmp_path / name).mkdir()
+    assert load_checkpoint(accelerator, tmp_path).step == 3
+    assert last_good_checkpoint(accelerator, tmp_path, 9) == tmp_path / "step_00000003"
+
+
+def test_checkpoints_that_are_not_known_to_be_good_are_removed(tmp_path: Path) -> None:
+    accelerator, _ = prepared()
+    for step in (4, 5):
+        save_checkpoint(accelerator, tmp_path, Progress(1, step), keep=2)
+    assert last_good_checkpoint(accelerator, tmp_path, 5) == tmp_path / "step_00000004"
+    assert [path.name for path in tmp_path.iterdir()] == ["step_00000004"]
+    assert last_good_checkpoint(accelerator, tmp_path, 4) is None
+    assert list(tmp_path.iterdir()) == []

@@ -1,4 +1,7 @@
-"""BatchNorm with an adapter's own statistics, against torch's BatchNorm."""
+"""BatchNorm with an adapter's own statistics, against torch's BatchNorm.
+
+Re-estimated statistics against torch's own re-estimation.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +9,15 @@ import copy
 from collections.abc import Callable
 
 import pytest
+import timm
 import torch
-from peft import PeftConfig, get_peft_model, get_peft_model_state_dict
+from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
+from peft_edge import recalibrate
 from peft_edge.tuners.norm import BatchNormLayer
 
 Adapt = Callable[..., nn.Module]
@@ -63,7 +69,7 @@ def test_trains_as_torchs_own(adapt: Adapt, layer: nn.Module, norm: str, x: Tens
     torch.testing.assert_close(model.eval()(x), reference.eval()(x))
 
 
-@pytest.mark.parametrize("norm", ["frozen", "restat"])
+@pytest.mark.parametrize("norm", ["frozen", "recalibrate"])
 def test_base_statistics_hold_while_training(adapt: Adapt, norm: str, x: Tensor) -> None:
     net = _Net().eval()
     expected = net(x)
@@ -87,7 +93,7 @@ def test_base_layer_never_changes(adapt: Adapt, x: Tensor) -> None:
 
 
 def test_trainable_parameters_are_those_the_mode_names(adapt: Adapt) -> None:
-    expected = {"frozen": [], "restat": [], "stats": [], "affine": ["default.weight", "default.bias"]}
+    expected = {"frozen": [], "recalibrate": [], "stats": [], "affine": ["default.weight", "default.bias"]}
     for norm, names in expected.items():
         trained = [name for name, p in adapt(_Net(), norm).named_parameters() if p.requires_grad and "_norm." in name]
         assert [name.partition("_norm.")[2] for name in trained] == names
@@ -95,7 +101,12 @@ def test_trainable_parameters_are_those_the_mode_names(adapt: Adapt) -> None:
 
 def test_saved_entries_are_those_the_mode_changes(adapt: Adapt) -> None:
     statistics = {"running_mean", "running_var", "num_batches_tracked"}
-    expected = {"frozen": set(), "restat": statistics, "stats": statistics, "affine": statistics | {"weight", "bias"}}
+    expected = {
+        "frozen": set(),
+        "recalibrate": statistics,
+        "stats": statistics,
+        "affine": statistics | {"weight", "bias"},
+    }
     for norm, names in expected.items():
         saved = get_peft_model_state_dict(adapt(_Net(), norm))
         assert {key.rpartition(".")[2] for key in saved if "_norm." in key} == names
@@ -225,3 +236,70 @@ def test_every_batch_norm_of_a_timm_model_is_adapted(config_cls: type[PeftConfig
     model = get_peft_model(tiny_backbone, config_cls(target_modules=["conv_stem"]))
 
     assert sum(isinstance(module, BatchNormLayer) for module in model.modules()) == count == 52
+
+
+AdaptAll = Callable[..., nn.Module]
+
+
+@pytest.fixture
+def batches() -> list[torch.Tensor]:
+    return [torch.randn(6, 3, 32, 32) * 0.3 + 0.5 for _ in range(3)]
+
+
+@pytest.fixture
+def adapt_all(config_cls: type[PeftConfig]) -> AdaptAll:
+    return lambda model, norm="recalibrate": get_peft_model(model, config_cls(target_modules="depthwise", norm=norm))
+
+
+def test_equals_update_bn_of_torch(adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]) -> None:
+    reference = copy.deepcopy(tiny_backbone)
+    model = adapt_all(tiny_backbone).train()
+
+    recalibrate(model, batches)
+    update_bn(batches, reference)
+
+    assert model.training
+    # An untrained adapter changes nothing, so what differs from the reference could only be the statistics.
+    torch.testing.assert_close(model.eval()(batches[0]), reference.eval()(batches[0]))
+
+
+def test_statistics_are_then_frozen_and_travel_with_the_adapter(
+    adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor], tmp_path: object
+) -> None:
+    fresh = copy.deepcopy(tiny_backbone)
+    model = adapt_all(tiny_backbone)
+    recalibrate(model, batches)
+    expected = model.eval()(batches[0])
+
+    model.train()(batches[1])
+    model.eval().save_pretrained(tmp_path)
+
+    assert torch.equal(model(batches[0]), expected)
+    assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path)(batches[0]), expected)
+
+
+def test_a_failing_batch_leaves_the_statistics_as_they_were(
+    adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]
+) -> None:
+    model = adapt_all(tiny_backbone)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+
+    with pytest.raises(RuntimeError, match="expected input"):
+        recalibrate(model, [*batches, torch.zeros(2, 7, 8, 8)])
+
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_nothing_to_estimate_is_an_error(
+    adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]
+) -> None:
+    with pytest.raises(ValueError, match="no active adapter has BatchNorm statistics"):
+        recalibrate(adapt_all(tiny_backbone, "frozen"), batches)
+    with pytest.raises(ValueError, match="no active adapter"):
+        recalibrate(timm.create_model("mobilenetv2_035"), batches)
+
+
+def test_no_batch_is_an_error(adapt_all: AdaptAll, tiny_backbone: nn.Module) -> None:
+    with pytest.raises(ValueError, match="got no batch"):
+        recalibrate(adapt_all(tiny_backbone), [])

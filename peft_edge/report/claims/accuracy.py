@@ -16,8 +16,8 @@ from peft_edge.report.rows import KINDS, grouped
 from peft_edge.report.runs import Run
 from peft_edge.report.savings import SOURCE_FAMILIES
 from peft_edge.report.stats import ERRORS, Difference, paired_difference
-from peft_edge.training.results import SOURCE as OLD
-from peft_edge.training.results import TARGET, TARGET_BEFORE
+from peft_edge.training.evaluation import SOURCE as OLD
+from peft_edge.training.evaluation import TARGET, TARGET_BEFORE
 
 TITLE = "Accuracy under a shift and for unseen classes"
 SOURCE = (

@@ -10,13 +10,10 @@ from torch import nn
 
 from peft_edge.roles import Convolution
 from peft_edge.tuners.conv_adapter.config import ConvAdapterConfig
-from peft_edge.tuners.conv_adapter.geometry import Geometry
-from peft_edge.tuners.conv_adapter.layer import AdapterBatchNormLayer, ConvAdapterLayer
-from peft_edge.tuners.convolution import check_convolution
-from peft_edge.tuners.injection import Injection
-from peft_edge.tuners.mixed_batches import adapter_names_for_layers
+from peft_edge.tuners.conv_adapter.layer import AdapterBatchNormLayer, ConvAdapterLayer, Geometry
+from peft_edge.tuners.injection import Injection, TargetModule, iter_target_modules
+from peft_edge.tuners.kernel_adapter import adapter_names_for_layers, check_convolution
 from peft_edge.tuners.norm import BatchNormLayer
-from peft_edge.tuners.targets import Site, sites
 
 
 class ConvAdapterModel(Injection):
@@ -40,7 +37,7 @@ class ConvAdapterModel(Injection):
     config_class = ConvAdapterConfig
 
     def _check_targets(self, config: ConvAdapterConfig, model: nn.Module) -> None:
-        targets = [site for site in sites(model) if check_target_module_exists(config, site.name)]
+        targets = [site for site in iter_target_modules(model) if check_target_module_exists(config, site.name)]
         names = [site.name for site in targets]
         for inner in names:
             if outer := next((name for name in names if inner.startswith(f"{name}.")), None):
@@ -55,7 +52,7 @@ class ConvAdapterModel(Injection):
 
     def _check_blocks(self, blocks: set[str], model: nn.Module) -> None:
         """The names of what an adapter saves hold the blocks that are wrapped, so these cannot differ."""
-        wrapped = {site.name for site in sites(model) if _is_adapted_block(site)}
+        wrapped = {site.name for site in iter_target_modules(model) if _is_adapted_block(site)}
         if wrapped != blocks:
             raise ValueError(
                 f"target_modules: the adapters of this model adapt the blocks {sorted(wrapped)}, the new one adapts "
@@ -111,14 +108,14 @@ class ConvAdapterModel(Injection):
             self._check_mergeable(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # PEFT does not look inside an adapted layer, and a block holds adapted norms.
-        for site in list(sites(model)):
+        for site in list(iter_target_modules(model)):
             if isinstance(site.module, BatchNormLayer):
                 self._replace_module(site.parent, site.child_name, site.base, site.module)
         return model
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        for site in sites(self.model):
+        for site in iter_target_modules(self.model):
             if not isinstance(site.module, ConvAdapterLayer):
                 continue
             for adapter in names:
@@ -131,5 +128,5 @@ class ConvAdapterModel(Injection):
                     )
 
 
-def _is_adapted_block(site: Site) -> bool:
+def _is_adapted_block(site: TargetModule) -> bool:
     return isinstance(site.module, ConvAdapterLayer) and not isinstance(site.base, Convolution)

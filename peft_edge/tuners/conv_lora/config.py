@@ -9,8 +9,7 @@ from peft import LoraConfig
 from torch import nn
 
 from peft_edge.roles import ROLES
-from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
-from peft_edge.tuners.conv_lora.norm import LoraBatchNormLayer
+from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, LoraBatchNormLayer
 from peft_edge.tuners.norm import Norm
 from peft_edge.tuners.registry import add_peft_type
 
@@ -26,7 +25,7 @@ class ConvLoraConfig(LoraConfig):
 
     Args:
         norm: what the adapter does with BatchNorm layers. `"frozen"`: the base model's statistics, also while
-            training. `"restat"`: statistics of its own that only `peft_edge.restat` estimates. `"stats"`: normalises
+            training. `"recalibrate"`: statistics of its own that only `peft_edge.recalibrate` estimates. `"stats"`: normalises
             by the batch while training and keeps running statistics of its own. `"affine"`: that, with weight and
             bias of its own trained too. Whatever changes is saved, merged, switched and deleted with the adapter.
         freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
@@ -39,7 +38,7 @@ class ConvLoraConfig(LoraConfig):
         default=None,
         metadata={"help": "Module names, a regular expression, or layer roles: " + ", ".join(ROLES) + "."},
     )
-    norm: Literal["frozen", "restat", "stats", "affine"] = field(
+    norm: Literal["frozen", "recalibrate", "stats", "affine"] = field(
         default="stats", metadata={"help": "What the adapter does with BatchNorm layers."}
     )
     freeze_a: bool = field(default=False, metadata={"help": "Train lora_B alone (LoRA-FA)."})

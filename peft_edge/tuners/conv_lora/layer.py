@@ -1,4 +1,7 @@
-"""The convolution with low-rank adapters."""
+"""The BatchNorm layer of a ConvLoRA adapter.
+
+The convolution with low-rank adapters.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +17,36 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
-from peft_edge.functional.convolution import convolution, memory_format, pad
-from peft_edge.functional.kernels import dora_scale, lowrank_kernel
+from peft_edge.functional.convolution import convolution, dora_scale, lowrank_kernel, memory_format, pad
 from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
-from peft_edge.lean.folding import hand_over
-from peft_edge.tuners.convolution import KernelAdapter, check_convolution
+from peft_edge.lean.inplace_norm import mark_overwritable
+from peft_edge.tuners.kernel_adapter import KernelAdapter, check_convolution
+from peft_edge.tuners.norm import BatchNormLayer
+
+
+class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
+    """A `BatchNormLayer` that PEFT takes for one of LoRA's layers, as it does all that `LoraModel` handles."""
+
+    adapter_layer_names = ("lora_norm",)
+
+    def _wrap(self, base_layer: nn.Module) -> None:
+        LoraLayer.__init__(self, base_layer)
+
+    def _get_in_out_features(self, module: nn.modules.batchnorm._BatchNorm) -> tuple[int, int]:
+        return module.num_features, module.num_features
+
+    def update_layer(  # type: ignore[override]  # PEFT gives the rank by its position
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+    ) -> None:
+        """Adds an adapter that starts from the base layer, or starts it anew; hotswapping asks for its numbers."""
+        self.r[adapter_name] = r
+        self.lora_alpha[adapter_name] = lora_alpha
+        self.scaling[adapter_name] = 1.0
+        super().update_layer(adapter_name, config=config)
+
+    def __repr__(self) -> str:
+        return "conv_lora." + super().__repr__()
+
 
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
 
@@ -229,7 +257,7 @@ class ConvLoraLayer(nn.Module, KernelAdapter, LoraLayer):
             magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
             recompute=getattr(conv, "lets_recompute", False) and self.keeps_input,
         )
-        return hand_over(y, self)
+        return mark_overwritable(y, self)
 
     def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
         """The base layer's output plus a convolution for each adapter's own change of the kernel.

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from peft_edge.roles import Convolution
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_rank
-from peft_edge.tuners.convolution import check_convolution
-from peft_edge.tuners.injection import Injection
-from peft_edge.tuners.mixed_batches import adapter_names_for_layers
+from peft_edge.tuners.injection import Injection, iter_target_modules
+from peft_edge.tuners.kernel_adapter import adapter_names_for_layers, check_convolution
 from peft_edge.tuners.norm import BatchNormLayer
-from peft_edge.tuners.targets import sites
 
 
 class _ConvLoraInjection(Injection):
@@ -32,7 +30,7 @@ class _ConvLoraInjection(Injection):
     config_class = ConvLoraConfig
 
     def _check_targets(self, config: ConvLoraConfig, model: nn.Module) -> None:
-        for site in sites(model):
+        for site in iter_target_modules(model):
             if isinstance(site.base, Convolution) and check_target_module_exists(config, site.name):
                 check_convolution(site.base, site.name)
                 pattern = get_pattern_key(config.rank_pattern.keys(), site.name)

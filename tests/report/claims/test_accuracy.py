@@ -6,8 +6,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
-from peft_edge.archive import Archive
-from peft_edge.records import Record
+from peft_edge.records import Archive, Record
 from peft_edge.report.claims.accuracy import accuracy_claim
 from peft_edge.report.runs import run_rows
 

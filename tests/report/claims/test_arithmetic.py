@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import pytest
 
-from peft_edge.archive import Archive
-from peft_edge.records import CostRecord
+from peft_edge.records import Archive, CostRecord
 from peft_edge.report.claims.arithmetic import arithmetic_claim
 from peft_edge.report.costs import cost_rows
 

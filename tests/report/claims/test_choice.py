@@ -3,8 +3,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 
-from peft_edge.archive import Archive
-from peft_edge.records import Record
+from peft_edge.records import Archive, Record
 from peft_edge.report.claims.choice import choice_claim, decision_table
 from peft_edge.report.runs import Run, run_rows
 

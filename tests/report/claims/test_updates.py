@@ -4,8 +4,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from peft_edge.archive import Archive
-from peft_edge.records import KernelChange, Record
+from peft_edge.records import Archive, KernelChange, Record
 from peft_edge.report.claims.updates import updates_claim
 from peft_edge.report.runs import run_rows
 

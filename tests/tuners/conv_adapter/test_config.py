@@ -31,7 +31,7 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("wrong", "message"),
     [
-        ({"norm": "batch"}, r"norm is 'batch'.*frozen, restat, stats, affine"),
+        ({"norm": "batch"}, r"norm is 'batch'.*frozen, recalibrate, stats, affine"),
         ({"placement": "before"}, r"placement is 'before'.*parallel, sequential"),
         ({"reduction": 0}, r"reduction is 0, expected a positive integer"),
         ({"reduction": None}, r"reduction is None, expected a positive integer"),

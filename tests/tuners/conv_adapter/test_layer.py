@@ -1,4 +1,7 @@
-"""The bottleneck against its three convolutions, and against its merged self."""
+"""Where the outputs of a layer lie in its input, against the layer itself.
+
+The bottleneck against its three convolutions, and against its merged self.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,99 @@ import copy
 from typing import Any
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from peft import get_peft_model
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
+from peft_edge.tuners.conv_adapter.layer import Geometry
 from tests.tuners.support import adapter_config
 
 CONVS = {
+    "plain": nn.Conv2d(4, 6, 3, bias=False),
+    "padded": nn.Conv2d(4, 6, 5, padding=2, stride=2, bias=False),
+    "dilated": nn.Conv2d(4, 6, 3, padding=2, dilation=2, bias=False),
+    "even": nn.Conv2d(4, 6, 4, stride=4, bias=False),
+    "oblong": nn.Conv2d(4, 6, (1, 5), padding=(1, 0), bias=False),
+    "reflected": nn.Conv2d(4, 6, 5, padding=2, padding_mode="reflect", bias=False),
+    "circular": nn.Conv2d(4, 6, 3, padding=1, padding_mode="circular", bias=False),
+    "same": nn.Conv2d(4, 6, 3, padding="same", dilation=2, bias=False),
+    "timm's same": Conv2dSame(4, 6, 5, stride=2, bias=False),
+}
+
+
+@pytest.mark.parametrize("size", [16, 17])
+@pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
+@pytest.mark.parametrize("kind", CONVS)
+def test_padding_for_a_kernel_of_another_size(kind: str, kernel_size: int, size: int) -> None:
+    conv = copy.deepcopy(CONVS[kind])
+    geometry = Geometry.of_convolution(conv)
+    kernel = torch.randn(6, 4, kernel_size, kernel_size)
+    x = torch.randn(2, 4, size, size)
+
+    y = F.conv2d(geometry.pad(x, (kernel_size, kernel_size)), kernel, None, conv.stride, 0, conv.dilation)
+
+    assert y.shape == conv(x).shape
+    margins = geometry.margins((kernel_size, kernel_size))
+    if min(margins) >= 0:
+        # The smaller kernel with zeros around it, in the place of the convolution's own.
+        conv.weight.data = F.pad(kernel, margins)
+        torch.testing.assert_close(y, conv(x))
+
+
+@pytest.mark.parametrize("kind", CONVS)
+def test_the_output_is_mapped_to_its_own_shape(kind: str) -> None:
+    y = CONVS[kind](torch.randn(2, 4, 16, 16))
+    geometry = Geometry.of_convolution(CONVS[kind]).of_output()
+
+    for kernel_size in (geometry.kernel_size, (1, 1), (3, 3)):
+        assert F.conv2d(geometry.pad(y, kernel_size), torch.ones(6, 1, *kernel_size), groups=6).shape == y.shape
+
+
+@pytest.mark.parametrize(
+    ("backbone", "block", "expected"),
+    [
+        ("mobilenetv2_035", "blocks.1.0", (8, 8, 2)),
+        ("mobilenetv2_035", "blocks.1.1", (8, 8, 1)),
+        ("mobilenetv2_035", "blocks", (16, 112, 16)),
+        ("resnet10t", "layer2.0", (64, 128, 2)),
+        ("mobilenetv4_conv_small", "blocks.2.0", (64, 96, 2)),
+        ("tf_mobilenetv3_small_minimal_100", "blocks.1.0", (16, 24, 2)),
+    ],
+)
+def test_blocks(backbone: str, block: str, expected: tuple[int, int, int]) -> None:
+    model = timm.create_model(backbone)
+    before = copy.deepcopy(model.state_dict())
+
+    geometry = Geometry.of_block(model.get_submodule(block), block)
+
+    assert (geometry.in_channels, geometry.out_channels, geometry.stride) == (*expected[:2], (expected[2],) * 2)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+
+
+class _Flat(nn.Sequential):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(1)
+
+
+@pytest.mark.parametrize(
+    ("block", "reason"),
+    [
+        (nn.ReLU(), "ReLU is no convolution and holds none"),
+        (nn.BatchNorm2d(4), "BatchNorm2d is no convolution and holds none"),
+        (_Flat(nn.Conv2d(3, 4, 1)), r"maps \(64, 65\) pixels to"),
+        (nn.Sequential(nn.Conv2d(3, 4, 3)), r"maps \(64, 65\) pixels to"),
+        (nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 4, 1)), "found Sequential .*same reduction dim"),
+    ],
+)
+def test_what_is_no_block_is_refused_by_name(block: nn.Module, reason: str) -> None:
+    with pytest.raises(ValueError, match=rf"layer 'here'.*{reason}.*exclude_modules=\['here'\]"):
+        Geometry.of_block(block, "here")
+
+
+CONVS_layer = {
     "strided": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
     "dilated": lambda: nn.Conv2d(4, 6, 3, dilation=2),
     "pointwise": lambda: nn.Conv2d(4, 6, 1, stride=2),
@@ -40,9 +127,9 @@ def _input(conv: nn.Module, size: int = 9, **kwargs: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kernel_size", [None, 1])
-@pytest.mark.parametrize("kind", CONVS)
+@pytest.mark.parametrize("kind", CONVS_layer)
 def test_the_linear_form_merges_exactly(kind: str, kernel_size: int | None) -> None:
-    conv = CONVS[kind]()
+    conv = CONVS_layer[kind]()
     model, x = _adapt(copy.deepcopy(conv), kernel_size=kernel_size), _input(conv)
     expected = model(x)
     assert not torch.allclose(expected, conv(x), atol=1e-2)
@@ -73,7 +160,7 @@ def test_parallel_is_added_to_the_output_for_the_same_input(activation: str | No
 
 @pytest.mark.parametrize("kind", ["strided", "depthwise"])
 def test_sequential_is_added_to_the_output_it_maps(kind: str) -> None:
-    conv = {**CONVS, **GROUPED}[kind]()
+    conv = {**CONVS_layer, **GROUPED}[kind]()
     model, x = _adapt(copy.deepcopy(conv), placement="sequential", activation="hard_swish"), _input(conv)
     layer = model.base_model.model.conv
     down, depthwise, up = (getattr(layer, f"conv_adapter_{n}")["default"].weight for n in ("down", "depthwise", "up"))
@@ -86,9 +173,9 @@ def test_sequential_is_added_to_the_output_it_maps(kind: str) -> None:
 
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
 @pytest.mark.parametrize("kernel_size", [None, 1, 2, 5])
-@pytest.mark.parametrize("kind", [*CONVS, *GROUPED])
+@pytest.mark.parametrize("kind", [*CONVS_layer, *GROUPED])
 def test_gradients_equal_finite_differences(kind: str, kernel_size: int | None, placement: str) -> None:
-    conv = {**CONVS, **GROUPED}[kind]()
+    conv = {**CONVS_layer, **GROUPED}[kind]()
     model = _adapt(conv, kernel_size=kernel_size, placement=placement).double()
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     assert {name.split(".")[-3] for name in names} <= {f"conv_adapter_{n}" for n in ("down", "depthwise", "up")}
@@ -108,7 +195,7 @@ def test_the_bottleneck_has_at_least_one_channel() -> None:
 
 
 def test_several_active_adapters_add_up() -> None:
-    conv = CONVS["strided"]()
+    conv = CONVS_layer["strided"]()
     model, x = _adapt(copy.deepcopy(conv)), _input(conv)
     model.add_adapter("other", adapter_config(placement="sequential", activation="relu", kernel_size=5))
     changes = []
@@ -124,7 +211,7 @@ def test_several_active_adapters_add_up() -> None:
 
 
 def test_half_precision_model_keeps_its_type() -> None:
-    conv = CONVS["strided"]().bfloat16()
+    conv = CONVS_layer["strided"]().bfloat16()
     model, x = _adapt(conv), _input(conv, dtype=torch.bfloat16)
 
     assert {p.dtype for n, p in model.named_parameters() if "conv_adapter" in n} == {torch.float32}
@@ -133,7 +220,7 @@ def test_half_precision_model_keeps_its_type() -> None:
 
 
 def test_channels_last_stays() -> None:
-    conv = CONVS["strided"]()
+    conv = CONVS_layer["strided"]()
     model = _adapt(conv).to(memory_format=torch.channels_last)
 
     assert model(_input(conv).to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
@@ -157,7 +244,7 @@ def test_what_cannot_be_merged_says_why(conv: nn.Module, options: dict[str, Any]
 
 @pytest.mark.parametrize("kind", ["same", "depthwise"])
 def test_compiles_as_one_graph(kind: str) -> None:
-    conv = {**CONVS, **GROUPED}[kind]()
+    conv = {**CONVS_layer, **GROUPED}[kind]()
     model, x = _adapt(conv, activation="relu"), _input(conv)
 
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

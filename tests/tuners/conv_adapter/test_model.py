@@ -15,7 +15,7 @@ from peft import PeftModel, get_model_status, get_peft_model
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from peft_edge import restat
+from peft_edge import recalibrate
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer
 from peft_edge.tuners.norm import BatchNormLayer
 from tests.tuners.support import adapter_config, shifted
@@ -209,9 +209,9 @@ def test_copies_work(small: nn.Module, images: Tensor, copied: object) -> None:
 
 
 def test_statistics_inside_blocks_are_re_estimated(small: nn.Module, images: Tensor) -> None:
-    model = get_peft_model(small, adapter_config(target_modules=BLOCKS, norm="restat")).eval()
+    model = get_peft_model(small, adapter_config(target_modules=BLOCKS, norm="recalibrate")).eval()
     before = model(images)
 
-    restat(model, [images * 3])
+    recalibrate(model, [images * 3])
 
     assert not torch.allclose(model(images), before, atol=1e-2)

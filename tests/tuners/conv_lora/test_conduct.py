@@ -8,12 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import (
-    LoHaConfig,
-    PeftModel,
-    get_model_status,
-    get_peft_model,
-)
+from peft import LoHaConfig, PeftModel, get_model_status, get_peft_model
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from torch import Tensor, nn
 

@@ -50,5 +50,5 @@ def test_init_weights_is_the_same_setting_as_init_lora_weights() -> None:
 
 
 def test_unknown_norm_is_refused_with_the_choices() -> None:
-    with pytest.raises(ValueError, match=r"norm is 'batch'.*frozen, restat, stats, affine"):
+    with pytest.raises(ValueError, match=r"norm is 'batch'.*frozen, recalibrate, stats, affine"):
         ConvLoraConfig(norm="batch")

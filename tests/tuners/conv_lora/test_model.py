@@ -11,11 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import (
-    LoraConfig,
-    PeftModel,
-    get_peft_model,
-)
+from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import Linear
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn

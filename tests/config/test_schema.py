@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_edge.config import ConfigError, load_config
+from peft_edge.methods import CHOICES, METHODS
+
+ROOT = Path(__file__).parents[2]
+
+
+def errors_of(*arguments: str, **kwargs) -> str:
+    with pytest.raises(ConfigError) as caught:
+        load_config(arguments, **kwargs)
+    return str(caught.value)
+
+
+def test_impossible_combinations_are_reported_together_with_other_errors() -> None:
+    message = errors_of(
+        "output_dir=a",
+        "adapter.r=0",
+        "backbone.pretrained=true",
+        "backbone.checkpoint=b",
+        "training.batch_size=30",
+        "training.gradient_accumulation_steps=4",
+        "data.shift=blend",
+        "training.mixed_precision=fp16",
+        "adapter.target_modules=all-convs",
+        "--cpu",
+    )
+    assert message.startswith("5 errors")
+    for key in (
+        "adapter.r",
+        "backbone.checkpoint",
+        "training.batch_size",
+        "training.mixed_precision",
+        "target_modules",
+    ):
+        assert f"{key}: " in message
+
+
+def test_untrained_source_is_refused_but_pretrained_is_not() -> None:
+    assert "source.epochs: is 0" in errors_of("output_dir=a", "data.shift=blend", "source.epochs=0")
+    assert (
+        load_config(["output_dir=a", "data.shift=blend", "source.epochs=0", "backbone.pretrained=true"]).source.epochs
+        == 0
+    )
+
+
+CONFIGS = ROOT / "configs"
+REPLAY = CONFIGS / "lean" / "replay.yaml"
+TASKS, METHOD_RECIPES = (sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("tasks", "methods"))
+
+
+def test_the_quickstart_is_valid() -> None:
+    assert load_config(["--config", str(CONFIGS / "quickstart.yaml")]).output_dir == "runs/quickstart"
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
+def test_every_task_goes_with_every_method(task: Path) -> None:
+    for recipe in METHOD_RECIPES:
+        config = load_config(["--config", str(task), "--config", str(recipe), "output_dir=a"], choices=CHOICES)
+        assert config.method == recipe.stem
+
+
+@pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
+def test_replay_goes_with_every_task_and_with_methods_for_single_layers(task: Path) -> None:
+    for method in ("head", "lora", "lora-fa", "dora"):
+        recipes = (task, CONFIGS / "methods" / f"{method}.yaml", REPLAY)
+        config = load_config([*(f"--config={path}" for path in recipes), "output_dir=a"], choices=CHOICES)
+        assert (config.method, config.adapter.target_modules, config.training.replay) == (method, "last-stage", True)
+
+
+def test_there_is_a_recipe_for_every_method_and_no_other_file() -> None:
+    assert {path.stem for path in METHOD_RECIPES} == set(METHODS)
+    # tests/study/ reads them.
+    folders = ("backbones", "networks", "ranks", "study")
+    of_studies = [file for folder in folders for file in (CONFIGS / folder).iterdir()]
+    assert {*TASKS, *METHOD_RECIPES, *of_studies, REPLAY, CONFIGS / "quickstart.yaml"} == set(CONFIGS.rglob("*.*"))
+
+
+NEW = "data.new_classes=[a, b]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "key"),
+    [
+        ([], "data.shift: expected a shift or data.new_classes, found neither"),
+        (
+            ["data.shift=blend", NEW, "data.rehearsal_size=4"],
+            "data.shift: expected a shift or data.new_classes, found both",
+        ),
+        ([NEW, "training.weight_decay=0.1"], "training.weight_decay: would shrink the old classes' rows"),
+        (
+            ["data.shift=blend", "method=galore", "galore.layerwise=true", "training.max_grad_norm=1"],
+            "training.max_grad_norm: needs all gradients at once",
+        ),
+        (
+            ["data.shift=blend", "lean.enabled=true", "lean.inplace_norm=true"],
+            "lean.inplace_norm: folds frozen BatchNorm, and norm is stats",
+        ),
+        (
+            ["data.shift=blend", "conv_adapter.target_modules=("],
+            "conv_adapter.target_modules: '(' is no regular expression",
+        ),
+        (["data.shift=blend", "method=none", "hub.repo_id=me/a"], "hub.repo_id: is given and the method none makes"),
+        (["data.shift=blend", "hub.repo_id=adapter"], "hub.repo_id: expected owner/name, found 'adapter'"),
+        (["data.shift=blend", "hub.repo_id=me/an/adapter"], "hub.repo_id: Repo id must be"),
+    ],
+)
+def test_each_is_named_by_its_key(arguments: list[str], key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(["output_dir=a", *arguments])
+    message = str(caught.value)
+    assert message.startswith("1 error ")
+    assert key in message
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        [NEW],
+        ["data.shift=blend", r"conv_adapter.target_modules=blocks\.[1-3]\.\d"],
+        ["data.shift=blend", "hub.repo_id=me/adapter"],
+        [NEW, "data.increments=2", "data.rehearsal_size=4", "training.weight_decay=0.1"],
+        ["data.shift=blend", "method=lora", "galore.layerwise=true", "training.max_grad_norm=1"],
+    ],
+)
+def test_what_can_work_passes(arguments: list[str]) -> None:
+    assert load_config(["output_dir=a", *arguments]).output_dir == "a"
+
+
+def test_classes_may_be_numbers() -> None:
+    assert load_config(["output_dir=a", "data.new_classes=[6, '7']"]).data.new_classes == ["6", "7"]

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from peft_edge import plan
+from peft_edge.backbones import load_backbone
+from peft_edge.plan import (
+    Budget,
+    Candidate,
+    Evidence,
+    Plan,
+    evidence,
+    find_plan,
+    on_backbone,
+    parse_bytes,
+    parse_flops,
+    plan_table,
+    step_flops,
+)
+from peft_edge.profiling.analysis import classification_loss, prepare_step
+from peft_edge.profiling.memory import track_memory
+from peft_edge.records import Record, StepProfile
+
+PROFILE = StepProfile(
+    process_index=0,
+    scope="step",
+    flops_forward=10**9,
+    flops_backward=2 * 10**9,
+    flops_elementwise_backward=3 * 10**8,
+    memory_peak_bytes=300 * 2**20,
+    adapter_bytes=2**17,
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [("256MiB", 256 * 2**20), ("1.5 GB", 1_500_000_000), ("200kib", 204_800), ("512B", 512), (" 2 GiB ", 2**31)],
+)
+def test_bytes_have_units(text: str, amount: int) -> None:
+    assert parse_bytes(text) == amount
+
+
+@pytest.mark.parametrize(("text", "amount"), [("3GFLOP", 3 * 10**9), ("0.5 TFLOP", 5 * 10**11), ("7mflop", 7 * 10**6)])
+def test_arithmetic_has_units(text: str, amount: int) -> None:
+    assert parse_flops(text) == amount
+
+
+@pytest.mark.parametrize("text", ["256", "MiB", "256 MFLOP", "-1MiB", "1e3MiB", "1,000 B", ""])
+def test_what_is_no_amount_is_named_with_an_example(text: str) -> None:
+    with pytest.raises(ValueError, match=r"is no amount: expected a number and one of B, .*, such as 256MiB"):
+        parse_bytes(text)
+
+
+@pytest.mark.parametrize("text", ["0MiB", "0.4B"])
+def test_nothing_is_no_budget(text: str) -> None:
+    with pytest.raises(ValueError, match="is nothing: expected more, such as 256MiB"):
+        parse_bytes(text)
+
+
+def test_what_is_exceeded_is_said_with_by_how_much() -> None:
+    assert step_flops(PROFILE) == 3_300_000_000
+    assert Budget().excess(PROFILE) == []
+    tight = Budget(memory_bytes=parse_bytes("256MiB"), flops=parse_flops("3GFLOP"), adapter_bytes=2**17)
+    assert tight.excess(PROFILE) == ["memory 300.0 MiB, 44.0 over", "arithmetic 3.3 GFLOP, 0.3 over"]
+    assert str(tight) == "at most memory 256 MiB, arithmetic 3 GFLOP, saved update 128 KiB"
+
+
+def test_exactly_the_budget_fits() -> None:
+    assert Budget(memory_bytes=300 * 2**20).excess(PROFILE) == []
+    assert Budget(memory_bytes=300 * 2**20 - 1).excess(PROFILE) != []
+
+
+MakeRecord = Callable[..., Record]
+
+
+LORA, HEAD = ("lora", "dense", 4, "stats"), ("head", None, None, "stats")
+
+
+def test_ways_are_compared_on_the_same_task(record: MakeRecord) -> None:
+    # LoRA is better on either task, and was tried more often on the hard one.
+    runs = [record("lora", 0.9), record("head", 0.8), record("head", 0.8)]
+    runs += [record("lora", accuracy, task="hard") for accuracy in (0.3, 0.4)] + [record("head", 0.1, task="hard")]
+    known = evidence(runs)
+    assert known[LORA].accuracy == pytest.approx((0.9 + 0.3 + 0.4) / 3)
+    assert (known[LORA].runs, known[HEAD].runs) == (3, 3)
+    assert known[LORA].accuracy < known[HEAD].accuracy
+    means = ((0.9 + 0.8 + 0.8) / 3, (0.3 + 0.4 + 0.1) / 3)
+    assert known[LORA].advantage == pytest.approx(((0.9 - means[0]) + (0.35 - means[1])) / 2)
+    assert known[LORA].advantage > known[HEAD].advantage
+
+
+def test_records_of_a_backbone(record: MakeRecord) -> None:
+    runs = [record("lora", 0.9), record("lora", 0.8, backbone="other")]
+    assert on_backbone(runs, "other") == runs[1:]
+
+
+MIB = 2**20
+
+
+def measured_bytes(backbone: nn.Module, candidate: Candidate, *, batch_size: int, image_size: int) -> int:
+    """The peak of a real step."""
+    place = {} if candidate.target_modules is None else {"target_modules": candidate.target_modules}
+    model, optimizer = prepare_step(
+        backbone,
+        candidate.method,
+        lora_rank=candidate.lora_rank,
+        adapter={"norm": candidate.norm, **place},
+        lean=candidate.lean,
+    )
+    images = torch.randn(batch_size, 3, image_size, image_size)
+    return track_memory(model, images, optimizer=optimizer, loss_fn=classification_loss).peak_bytes
+
+
+def test_what_fits_is_measured_to_fit() -> None:
+    backbone, step = load_backbone("test_efficientnet", 10), {"batch_size": 4, "image_size": 96}
+    plan = find_plan(
+        backbone,
+        Budget(memory_bytes=4 * MIB),
+        methods=["head", "lora", "lora-fa"],
+        target_modules=["project", "all-conv"],
+        lora_ranks=[4],
+        **step,
+    )
+    assert {(candidate.method, candidate.norm, candidate.lean is not None) for candidate in plan.fitting} == {
+        ("head", "stats", False),
+        ("lora-fa", "stats", True),
+        ("lora", "frozen", True),
+    }
+    assert [candidate.name for candidate in plan.exceeding] == ["lora, all-conv, rank 4", "lora-fa, all-conv, rank 4"]
+    for candidate in plan.fitting:
+        real = measured_bytes(load_backbone("test_efficientnet", 10), candidate, **step)
+        assert real == candidate.profile.memory_peak_bytes <= 4 * MIB
+
+
+@pytest.mark.slow
+def test_ten_of_what_fits_a_large_step_are_measured_to_fit() -> None:
+    plan = find_plan(load_backbone("mobilenetv2_100", 10), Budget(memory_bytes=256 * MIB))
+    for candidate in random.sample(plan.fitting, 10):
+        real = measured_bytes(load_backbone("mobilenetv2_100", 10), candidate, batch_size=16, image_size=224)
+        assert real == candidate.profile.memory_peak_bytes <= 256 * MIB, candidate.name
+
+
+class Costs:
+    """In the place of an analysis: memory from a formula, and a list of what was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[Any, ...]] = []
+
+    def __call__(
+        self, backbone: nn.Module, method: str, *, lora_rank: int, adapter: dict[str, Any], **options: Any
+    ) -> Any:
+        place, lean = adapter.get("target_modules"), options["lean"]
+        self.asked.append((method, place, lora_rank, adapter["norm"], lean is not None))
+        layers = {None: 2, "project": 2, "dense": 3, "all-conv": 4}[place]
+        saved = 0 if lean is None else 10 if adapter["norm"] == "stats" else 15
+        mib = 10 * layers + (lora_rank or 0) - saved
+        profile = StepProfile(
+            process_index=0, scope="step", memory_peak_bytes=mib * MIB, num_trainable_params=layers * (lora_rank or 1)
+        )
+        return SimpleNamespace(profile=[profile])
+
+
+@pytest.fixture
+def costs(monkeypatch: pytest.MonkeyPatch) -> Costs:
+    costs = Costs()
+    monkeypatch.setattr(plan, "analyse", costs)
+    return costs
+
+
+def test_each_gets_the_mildest_setting_that_fits_and_nothing_is_tried_in_vain(
+    tiny_backbone: nn.Module, costs: Costs
+) -> None:
+    plan = find_plan(
+        tiny_backbone,
+        Budget(memory_bytes=24 * MIB),
+        methods=["head", "lora"],
+        target_modules=["all-conv", "dense", "project"],
+        lora_ranks=[8, 2],
+    )
+    found = {candidate.name: (candidate.norm, candidate.lean is not None) for candidate in plan.fitting}
+    assert found == {
+        "head": ("stats", False),
+        "lora, project, rank 2": ("stats", False),
+        "lora, project, rank 8": ("stats", True),
+        "lora, dense, rank 2": ("stats", True),
+        "lora, dense, rank 8": ("frozen", True),
+    }
+    # By what is trained: nothing is known of their accuracy.
+    assert [candidate.name for candidate in plan.fitting][::4] == ["lora, dense, rank 8", "head"]
+    assert [(candidate.name, candidate.excess) for candidate in plan.exceeding] == [
+        ("lora, all-conv, rank 2", ["memory 27.0 MiB, 3.0 over"])
+    ]
+    asked = [entry[1:] for entry in costs.asked if entry[0] == "lora"]
+    # From what a part of the layers, or a lower rank, needed.
+    assert asked == [
+        ("project", 2, "stats", False),
+        ("project", 8, "stats", False),
+        ("project", 8, "stats", True),
+        ("dense", 2, "stats", False),
+        ("dense", 2, "stats", True),
+        ("dense", 8, "stats", True),
+        ("dense", 8, "frozen", True),
+        ("all-conv", 2, "stats", True),
+        ("all-conv", 2, "frozen", True),
+    ]
+
+
+def test_norms_that_are_trained_are_not_frozen(tiny_backbone: nn.Module, costs: Costs) -> None:
+    plan = find_plan(tiny_backbone, Budget(memory_bytes=0), methods=["full", "norm-affine", "galore"])
+    assert {entry[3] for entry in costs.asked} == {"stats"}
+    assert [candidate.name for candidate in plan.exceeding] == ["full", "norm-affine", "galore"]
+
+
+def test_placements_of_the_same_layers_are_one(costs: Costs) -> None:
+    resnet = load_backbone("resnet10t")
+    plan = find_plan(
+        resnet, Budget(), methods=["lora"], target_modules=["dense", "all-conv", "depthwise"], lora_ranks=[4]
+    )
+    assert [candidate.name for candidate in plan.fitting] == ["lora, dense, rank 4"]
+
+
+def test_what_records_know_comes_first(
+    tiny_backbone: nn.Module, costs: Costs, record: Callable[..., Record], tmp_path: Path
+) -> None:
+    (tmp_path / "head.json").write_text(record("head", 0.7).to_json(), encoding="utf-8")
+    ways = {"methods": ["head", "lora"], "target_modules": ["dense"], "lora_ranks": [2, 8]}
+    plan = find_plan(tiny_backbone, Budget(), **ways, records=tmp_path)
+    assert [candidate.name for candidate in plan.fitting] == ["head", "lora, dense, rank 8", "lora, dense, rank 2"]
+    assert plan.fitting[0].evidence is not None
+    assert plan.fitting[0].evidence.accuracy == 0.7
+    assert (plan.records, plan.is_same_backbone) == (1, False)
+
+
+TABLE_PROFILE = StepProfile(
+    process_index=0,
+    scope="step",
+    num_trainable_params=12_810,
+    flops_forward=10**9,
+    flops_optimizer=10**7,
+    memory_peak_bytes=200 * 2**20,
+    adapter_bytes=2**16,
+)
+TABLE_HEAD = Candidate(
+    method="head", target_modules=None, lora_rank=None, norm="stats", lean=None, profile=TABLE_PROFILE, excess=[]
+)
+TABLE_LORA = Candidate(
+    method="lora",
+    target_modules="dense",
+    lora_rank=4,
+    norm="frozen",
+    lean={"inplace_norm": True, "masks": "bit"},
+    profile=TABLE_PROFILE,
+    excess=["memory 200.0 MiB, 8.0 over", "saved update 64.0 KiB, 4.0 over"],
+    evidence=Evidence(accuracy=0.75, runs=3, advantage=0.1),
+)
+
+
+def test_a_line_for_what_fits_and_one_with_reasons_for_what_does_not() -> None:
+    lines = plan_table(
+        Plan(fitting=[TABLE_HEAD], exceeding=[TABLE_LORA], records=0, is_same_backbone=False)
+    ).splitlines()
+    assert "nothing is known of their accuracy" in lines[0]
+    assert lines[4].split() == ["head", "stats", "off", "200.0", "1.01", "64.0", "12.8", "-"]
+    assert lines[-1] == (
+        "  lora, dense, rank 4 (norm frozen, lean bit masks, folded norms): memory 200.0 MiB, 8.0 over; "
+        "saved update 64.0 KiB, 4.0 over"
+    )
+
+
+def test_the_order_is_explained_where_accuracies_are_known() -> None:
+    plan = Plan(fitting=[TABLE_LORA, TABLE_HEAD], exceeding=[], records=3, is_same_backbone=True)
+    lines = plan_table(plan).splitlines()
+    assert "the most accurate first, by 3 runs on this backbone" in lines[0]
+    assert lines[4].endswith("0.750 (3)")
+
+
+def test_that_nothing_fits_is_said() -> None:
+    table = plan_table(Plan(fitting=[], exceeding=[TABLE_LORA], records=0, is_same_backbone=False))
+    assert table.startswith("nothing fits\n\nthese do not fit")

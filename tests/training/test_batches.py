@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from peft_edge.backbones import load_backbone
+from peft_edge.config import load_config
+from peft_edge.data import load_task
+from peft_edge.lean import feature_cache
+from peft_edge.records import Record
+from peft_edge.training import loop
+from peft_edge.training.batches import evaluation_batches, training_batches
+
+CONFIG = load_config(["output_dir=a", "data.shift=blend", "data.image_size=32", "training.eval_batch_size=64"])
+
+
+def pixels(loader) -> Tensor:
+    return torch.cat([batch["pixel_values"] for batch in loader])
+
+
+def test_batches_have_the_size_that_was_asked_for_and_leave_the_random_numbers_of_training_alone() -> None:
+    backbone = load_backbone(CONFIG.backbone.name, num_classes=10)
+    target = load_task("digits", shift="invert", image_size=32).targets[0]
+    state = torch.get_rng_state()
+    trained = pixels(training_batches(CONFIG, backbone, target.train, batch_size=64))
+    evaluated = pixels(evaluation_batches(CONFIG, backbone, target.validation))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert trained.shape == (len(target.train) // 64 * 64, 3, 32, 32)
+    assert evaluated.shape == (len(target.validation), 3, 32, 32)
+    assert torch.equal(evaluated, pixels(evaluation_batches(CONFIG, backbone, target.validation)))
+
+
+Run = Callable[..., Record]
+
+REPLAY = ["adapter.target_modules=last-stage", "norm=recalibrate", "training.replay=true"]
+
+
+@pytest.fixture(autouse=True)
+def own_features(arguments: list[str], cache: Path, tmp_path: Path) -> None:
+    """The source model is shared with other tests, what is stored of its features is not."""
+    (cache / "sources").mkdir(exist_ok=True)
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "sources").symlink_to(cache / "sources")
+    arguments[arguments.index(f"cache_dir={cache}")] = f"cache_dir={tmp_path / 'cache'}"
+
+
+def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "adapter" / "adapter_model.safetensors")
+
+
+def test_a_stored_view_for_each_epoch_gives_what_the_images_give(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plain = ["training.optimizer=sgd-momentum", *REPLAY[:2]]
+    images = run(tmp_path / "images", *plain)
+    stored = run(tmp_path / "stored", *plain, "training.replay=true", "training.replay_views=2")
+    expected, found = adapter_of(tmp_path / "images"), adapter_of(tmp_path / "stored")
+    assert expected.keys() == found.keys()
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name], atol=1e-5, rtol=1e-4)
+    for one, other in zip(stored.train_info.metrics, images.train_info.metrics, strict=True):
+        assert one.get("valid accuracy") == other.get("valid accuracy")
+    assert images.train_info.replay is None
+    info = stored.train_info.replay
+    assert info is not None
+    assert (info["images"], info["views"], info["dtype"], info["relative_error"]) == (64, 2, "float32", 0.0)
+    # Padded to 32 pixels after five strides: one position of 48 channels, and a label and a scale for each.
+    assert 2 * 64 * 48 * 4 < info["size_bytes"] < 2 * 64 * (48 * 4 + 12) + 4000
+    assert info["fill_flops"] > 0
+    assert "2 stored views of 64 images" in capsys.readouterr().out
+
+
+def test_a_run_that_stops_goes_on_to_the_same_bits_from_what_is_stored(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options = [*REPLAY, "adapter.lora_dropout=0.1", "training.replay_dtype=int8"]
+    run(tmp_path / "whole", *options)
+    monkeypatch.setattr(feature_cache, "_fill", None)  # all runs share what the first one stored
+    step, steps = loop._step, []
+
+    def stop_at_the_third(*arguments: object) -> torch.Tensor:
+        steps.append(1)
+        if len(steps) == 3:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(loop, "_step", stop_at_the_third)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path / "stopped", *options)
+    record = run(tmp_path / "stopped", *options)
+    assert 0 < record.train_info.replay["relative_error"] < 0.02
+    whole, resumed = adapter_of(tmp_path / "whole"), adapter_of(tmp_path / "stopped")
+    assert [name for name in whole if not torch.equal(whole[name], resumed[name])] == []
+
+
+@pytest.mark.parametrize("method", ["head", "lora"])
+def test_new_classes_and_the_rehearsed_ones_are_stored_alike(run: Run, tmp_path: Path, method: str) -> None:
+    new = ["data.shift=null", "data.new_classes=[8, 9]", "data.rehearsal_size=16", "training.batch_size=8"]
+    record = run(tmp_path / "run", *REPLAY, *new, f"method={method}", "profiling.every_n_steps=9")
+    assert record.train_info.checks["reloaded_max_logit_difference"] <= 1e-5
+    assert record.train_info.replay["images"] > 16
+    saved = adapter_of(tmp_path / "run").values()
+    assert record.profile[0].adapter_bytes == sum(tensor.nbytes for tensor in saved)
+    assert record.train_info.replay["start"].endswith("blocks.5" if method == "lora" else "classifier")
+
+
+@pytest.mark.slow
+def test_lean_layers_change_nothing(run: Run, tmp_path: Path) -> None:
+    plain = [*REPLAY, "training.optimizer=sgd-momentum"]
+    run(tmp_path / "plain", *plain)
+    run(tmp_path / "lean", *plain, "lean.enabled=true", "lean.inplace_norm=true")
+    expected, found = adapter_of(tmp_path / "plain"), adapter_of(tmp_path / "lean")
+    for name in expected:
+        torch.testing.assert_close(found[name], expected[name])
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["method=full"], "conv_stem trains, and no layer comes before it"),
+        (["method=norm-stats"], "nothing in the model is trained by gradients"),
+        (["norm=stats"], "choose norm=recalibrate or norm=frozen"),
+    ],
+)
+def test_what_cannot_be_replayed_is_refused_before_the_source_is_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+) -> None:
+    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    with pytest.raises(ValueError, match=rf"training\.replay: nothing can be replayed: .*{message}"):
+        run(tmp_path / "run", *REPLAY, *overrides)

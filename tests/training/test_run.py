@@ -1,0 +1,229 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from peft_edge import load_pretrained
+from peft_edge.backbones import class_names, load_backbone
+from peft_edge.config import load_config
+from peft_edge.methods import METHODS
+from peft_edge.records import SUCCESS, Record
+from peft_edge.training.adaptation import load_update
+from peft_edge.training.run import start, start_trackers
+from tests.hub import stand_in
+
+
+def test_threads_accumulation_and_device_are_those_of_the_configuration() -> None:
+    accelerator = start(
+        load_config(
+            [
+                "output_dir=a",
+                "data.shift=blend",
+                "--cpu",
+                "trackers=[]",
+                "num_threads=2",
+                "training.gradient_accumulation_steps=4",
+            ]
+        )
+    )
+    assert torch.get_num_threads() == 2
+    assert accelerator.device.type == "cpu"
+    assert accelerator.gradient_accumulation_steps == 4
+
+
+def test_tracker_that_is_not_installed_is_named() -> None:
+    with pytest.raises(ValueError, match=r"trackers: wandb is not installed: pip install wandb"):
+        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[wandb]"]))
+
+
+def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 processes were started and Accelerate sees 1: add --cpu"):
+        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+
+
+def test_processes_that_were_not_started_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.warns(UserWarning, match="starts one process whatever --num_processes says"):
+        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+
+
+def test_trackers_get_figures_under_the_logs_of_the_run(tmp_path: Path) -> None:
+    config = load_config([f"output_dir={tmp_path}", "data.shift=blend", "--cpu"])
+    accelerator = start(config)
+    start_trackers(config, accelerator)
+    accelerator.log({"lr_0.01/train loss": 0.5}, step=3)
+    accelerator.end_training()
+    (event,) = EventAccumulator(str(tmp_path / "logs" / "peft-edge")).Reload().Scalars("lr_0.01/train loss")
+    assert (event.step, event.value) == (3, 0.5)
+
+
+# The client uploads in a way of which its own HTTP library warns.
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[stand_in.StandIn]:
+    with stand_in.reachable(tmp_path / "hf_home") as server:
+        yield server
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_a_run_whose_push_fails_is_complete_and_pushed_by_the_same_command(
+    run: Callable[..., Record], hub: stand_in.StandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["method=lora", "hub.repo_id=me/adapter", "hub.private=true", "hub.license=mit"]
+    hub.is_full = True
+    with torch.enable_grad():
+        assert run(tmp_path / "run", *arguments).train_info.status == "success"
+    failed = capfd.readouterr()
+    assert "error: me/adapter: expected to push to http" in failed.out
+    assert "The run has succeeded. The same command" in failed.out
+    model = load_pretrained(tmp_path / "run" / "adapter")
+    assert set(hub.files("me/adapter")) == {".gitattributes"}
+
+    hub.is_full = False
+    run(tmp_path / "run", *arguments)
+    pushed = capfd.readouterr()
+    assert "pushed: http" in pushed.out
+    assert hub.repos["me/adapter"].private
+    images = torch.randn(2, 3, 32, 32)
+    assert torch.equal(load_pretrained("me/adapter")(images), model(images))
+    card = hub.files("me/adapter")["README.md"].decode()
+    assert "license: mit" in card
+    assert "adapted from `digits` to blend" in card
+    files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
+    for text in (*files, *hub.received, *(part.encode() for part in (*failed, *pushed))):
+        assert stand_in.TOKEN.encode() not in text
+    for content in hub.files("me/adapter").values():
+        assert str(tmp_path).encode() not in content
+
+
+@torch.no_grad()
+def test_a_finished_run_is_pushed_when_it_is_asked_for_later(
+    run: Callable[..., Record], hub: stand_in.StandIn, tmp_path: Path
+) -> None:
+    with torch.enable_grad():
+        run(tmp_path / "run", "method=full")
+    assert not hub.repos
+    run(tmp_path / "run", "method=full", "hub.repo_id=me/model", "hub.revision=v1")
+    images = torch.randn(2, 3, 32, 32)
+    assert {"model.safetensors", "config.json", "record.json", "README.md"} <= hub.files("me/model", "v1").keys()
+    run(tmp_path / "run", "method=full", "hub.repo_id=me/model")
+    pushed, local = load_backbone("me/model", pretrained=True), load_backbone(str(tmp_path / "run" / "model"))
+    assert torch.equal(pushed.eval()(images), local.eval()(images))
+
+
+Run = Callable[..., Record]
+
+
+def test_run_leaves_an_adapter_a_record_and_a_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    record = run(tmp_path / "run", "training.learning_rate=[1e-3,1e-2]", "profiling.every_n_steps=1000")
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"adapter", "config.yaml", "record.json"}
+    train = record.train_info
+    assert train.status == SUCCESS
+    assert train.file_size == (tmp_path / "run" / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert [tried["learning_rate"] for tried in train.sweep] == [1e-3, 1e-2]
+    # 64 images are 2 steps of 32, and there are 2 epochs.
+    assert [entry["step"] for entry in train.metrics] == [2, 4, 4]
+    assert train.metrics[-2]["valid accuracy"] == max(tried["valid accuracy"] for tried in train.sweep)
+    assert train.checks["reloaded_max_logit_difference"] == 0
+    assert train.checks["merged_max_logit_difference"] < 1e-4
+    assert [(row.scope, row.lora_rank, row.steps) for row in record.profile] == [("step", 4, 1), ("layers", 4, 1)]
+    saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert record.profile[0].adapter_bytes == sum(tensor.nbytes for tensor in saved.values())
+    printed = capsys.readouterr().out
+    assert f"{train.num_trainable_params:,}" in printed
+    assert f"{train.file_size:,}" in printed
+    assert f"{train.metrics[-1]['test accuracy']:.3f}" in printed
+
+
+def test_evaluation_may_be_left_to_the_last_epoch(run: Run, tmp_path: Path) -> None:
+    record = run(tmp_path / "run", "method=head", "training.eval_every_epochs=5")
+    *epochs, _ = record.train_info.metrics
+    first, last = (epoch["valid accuracy"] for epoch in epochs)
+    assert first is None
+    assert last == record.train_info.sweep[0]["valid accuracy"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_runs_and_what_it_saves_is_what_was_trained(run: Run, tmp_path: Path, method: str) -> None:
+    dense = ["adapter.target_modules=dense"] if method in ("peft-lora", "peft-dora") else []
+    record = run(tmp_path / "run", f"method={method}", "training.epochs=1", *dense)
+    results, train = record.train_info.metrics[-1], record.train_info
+    saved = {path.name for path in (tmp_path / "run").iterdir()} - {"config.yaml", "record.json"}
+    if method == "none":
+        assert saved == set()
+        assert results["test accuracy"] == results["test accuracy without update"]
+        assert (results["retention"], results["forgetting"]) == (1, 0)
+        return
+    assert saved == {"model" if METHODS[method].saves_full_model else "adapter"}
+    assert (train.num_trainable_params == train.num_total_params) == METHODS[method].saves_full_model
+    assert (train.num_trainable_params == 0) == (method == "norm-stats")
+    assert (record.run_info.peft_config is None) == METHODS[method].saves_full_model
+    assert train.checks["reloaded_max_logit_difference"] <= 1e-5
+    assert results["forgetting"] == results["source test accuracy without update"] - results["source test accuracy"]
+
+
+def test_wrong_adapter_is_reported_before_anything_is_trained(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    with pytest.raises(ValueError, match="no_such_layer"):
+        run(tmp_path / "run", "adapter.target_modules=[no_such_layer]")
+
+
+def test_unknown_backbone_names_the_nearest(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="mobilenetv3_small_050"):
+        run(tmp_path / "run", "backbone.name=mobilenetv3_smal_050")
+
+
+def test_finished_run_only_prints_its_table(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = run(tmp_path / "run", "method=none")
+    capsys.readouterr()
+    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    assert run(tmp_path / "run", "method=none") == first
+    assert "holds this run, finished" in capsys.readouterr().out
+
+
+NEW_CLASSES = [
+    "data.shift=null",
+    "data.new_classes=[7, 8, 9]",
+    "data.increments=2",
+    "data.rehearsal_size=18",
+    "training.batch_size=8",
+]
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "norm-stats", "peft-lokr"])
+def test_new_classes_arrive_in_increments(run: Run, tmp_path: Path, method: str) -> None:
+    record = run(tmp_path / "run", f"method={method}", *NEW_CLASSES)
+    results = record.train_info.metrics[-1]
+    assert [len(row) for row in results["accuracies"]] == [1, 2, 3]
+    assert [entry["increment"] for entry in record.train_info.sweep] == [1, 2]
+    model = load_update(next((tmp_path / "run").glob("*/*.safetensors")).parent, torch.device("cpu")).eval()
+    learns = method != "norm-stats"
+    assert class_names(model) == [str(digit) for digit in range(10 if learns else 7)]
+    assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10 if learns else 7)
+
+
+def test_without_rehearsal_the_old_rows_of_the_head_stay(run: Run, tmp_path: Path) -> None:
+    record = run(tmp_path / "run", "data.shift=null", "data.new_classes=[9]", "method=head", "training.batch_size=8")
+    source = load_backbone(record.run_info.peft_config["base_model_name_or_path"])
+    head = load_update(tmp_path / "run" / "adapter", torch.device("cpu")).get_base_model().get_classifier()
+    assert torch.equal(head.weight[:9], source.classifier.weight)
+    assert torch.equal(head.bias[:9], source.classifier.bias)
+    # It was drawn from N(0, 0.01), and then learned.
+    assert head.weight[9].norm() > 1.05 * 0.01 * 1024**0.5
