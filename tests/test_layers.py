@@ -14,9 +14,10 @@ LINE_LIMIT = 600
 # A file belongs to the longest entry that it is, or lies under. A module imports lower layers, and its own layer only
 # within its own folder of the package.
 LAYERS = {
+    "peft_edge/_compat.py": 0,
     "peft_edge/files.py": 0,
-    "peft_edge/functional/": 0,
-    "peft_edge/roles.py": 0,
+    "peft_edge/functional/": 1,
+    "peft_edge/roles.py": 1,
     "peft_edge/records.py": 1,
     "peft_edge/backbones/": 2,
     "peft_edge/data/": 2,

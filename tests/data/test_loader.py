@@ -9,7 +9,7 @@ import pytest
 import timm
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from conftest import ImageFolder
+from tests.data.conftest import ImageFolder
 from datasets import Dataset
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config

@@ -10,7 +10,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from conftest import ImageFolder
+from tests.data.conftest import ImageFolder
 from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 from datasets import Image as ImageFeature
 from PIL import Image
