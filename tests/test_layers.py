@@ -1,8 +1,9 @@
-"""The package is layered: imports point only downwards, files stay short, and every module has its test."""
+"""Check the structure of the package: layers, sizes, unique names, and a test file for every module."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "peft_edge"
 LINE_LIMIT = 600
 
-# A file belongs to the longest entry that it is, or lies under. A module imports lower layers, and its own layer only
-# within its own folder of the package.
+# The longest entry that matches a file gives its layer. A module may import lower layers, and modules of its own layer
+# that are in the same folder.
 LAYERS = {
     "peft_edge/_compat.py": 0,
     "peft_edge/files.py": 0,
@@ -54,17 +55,17 @@ MODULES = [source for source in SOURCES if source.startswith("peft_edge/") and n
 def layer_of(source: str) -> int:
     entries = [entry for entry in LAYERS if source == entry or (entry.endswith("/") and source.startswith(entry))]
     if not entries:
-        raise AssertionError(f"{source} is not in the table of layers: give it a line in LAYERS.")
+        raise AssertionError(f"{source} has no layer: add it to LAYERS.")
     return LAYERS[max(entries, key=len)]
 
 
 def folder_of(source: str) -> str:
-    """The folder of the package that `source` lies in, or the file itself directly under the package."""
+    """Return the folder of the package that contains `source`; for a file directly under the package, the file."""
     return "/".join(source.split("/")[:2])
 
 
 def source_of(module: str) -> str | None:
-    """The file of a dotted module name, None if there is no such module (then it is a name inside one)."""
+    """Return the file of a dotted module name, or None if it names an object inside a module."""
     path = ROOT.joinpath(*module.split("."))
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):
         if candidate.is_file():
@@ -73,7 +74,7 @@ def source_of(module: str) -> str | None:
 
 
 def imported_sources(source: str, code: str) -> set[str]:
-    """The files of this project that `code` imports, anywhere in it, functions and TYPE_CHECKING blocks included."""
+    """Return the files of this project that `code` imports, in functions and TYPE_CHECKING blocks, too."""
     parents = source.removesuffix(".py").split("/")[:-1]
     modules: set[str] = set()
     for node in ast.walk(ast.parse(code)):
@@ -83,7 +84,7 @@ def imported_sources(source: str, code: str) -> set[str]:
             start = parents[: len(parents) - node.level + 1] if node.level else []
             base = ".".join([*start, *filter(None, [node.module])])
             names = {f"{base}.{alias.name}" for alias in node.names}
-            # `from package import module` reaches the module, `from module import name` only the module.
+            # `from package import module` imports the module; `from module import name` imports `module`.
             modules |= {name if source_of(name) else base for name in names}
     ours = {module for module in modules if module.split(".")[0] in ("peft_edge", "train")}
     return {found for module in ours if (found := source_of(module))}
@@ -94,11 +95,11 @@ def violations(source: str, code: str) -> list[str]:
     for target in sorted(imported_sources(source, code)):
         if target == "peft_edge/__init__.py":
             if layer_of(source) < 8:
-                found.append(f"{source} imports the public interface, which stands above it: import the module itself")
+                found.append(f"{source} imports the public interface, which is above it: import the module itself")
         elif layer_of(target) > layer_of(source):
             found.append(f"{source} (layer {layer_of(source)}) imports upwards: {target} (layer {layer_of(target)})")
         elif layer_of(target) == layer_of(source) and folder_of(target) != folder_of(source):
-            found.append(f"{source} imports {target}, which is of its own layer ({layer_of(source)})")
+            found.append(f"{source} imports {target} of the same layer ({layer_of(source)}) in another folder")
     return found
 
 
@@ -108,14 +109,45 @@ def test_imports_point_downwards(source: str) -> None:
 
 
 @pytest.mark.parametrize("source", SOURCES)
-def test_files_stay_short(source: str) -> None:
+def test_no_file_is_too_long(source: str) -> None:
     assert len((ROOT / source).read_text(encoding="utf-8").splitlines()) <= LINE_LIMIT
 
 
 @pytest.mark.parametrize("source", MODULES)
-def test_every_module_has_its_test(source: str) -> None:
+def test_every_module_has_a_test_file(source: str) -> None:
     folder, _, name = source.removeprefix("peft_edge/").rpartition("/")
-    assert (ROOT / "tests" / folder / f"test_{name}").is_file()
+    stem = name.removesuffix(".py").strip("_")
+    assert list((ROOT / "tests" / folder).glob(f"test_{stem}*.py"))
+
+
+def top_level_imports(source: str) -> set[str]:
+    """Return the files that `source` imports when it is imported."""
+    tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
+    tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
+    return imported_sources(source, ast.unparse(tree)) - {source}
+
+
+def test_no_import_circle() -> None:
+    waiting = {source: top_level_imports(source) for source in SOURCES}
+    while ready := [source for source, targets in waiting.items() if not targets & waiting.keys()]:
+        for source in ready:
+            del waiting[source]
+    assert waiting == {}
+
+
+def test_public_names_are_unique() -> None:
+    places: dict[str, list[str]] = {}
+    for module in MODULES:
+        for node in ast.parse((ROOT / module).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef | ast.FunctionDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(module)
+    assert {name: modules for name, modules in places.items() if len(modules) > 1} == {}
+
+
+def test_module_names_are_unique() -> None:
+    # Every PEFT tuner has a config, a layer and a model.
+    names = Counter(Path(module).stem for module in MODULES if Path(module).stem not in ("config", "layer", "model"))
+    assert [name for name, count in names.items() if count > 1] == []
 
 
 @pytest.mark.parametrize(
@@ -129,7 +161,7 @@ def test_every_module_has_its_test(source: str) -> None:
         ("peft_edge/data/sources.py", "from ..backbones import heads"),
     ],
 )
-def test_a_wrong_import_is_found(source: str, code: str) -> None:
+def test_an_upward_import_is_found(source: str, code: str) -> None:
     assert len(violations(source, code)) == 1
 
 
@@ -143,10 +175,10 @@ def test_a_wrong_import_is_found(source: str, code: str) -> None:
         ("train.py", "import torch\nfrom peft_edge import ConvLoraConfig"),
     ],
 )
-def test_a_right_import_passes(source: str, code: str) -> None:
+def test_a_downward_import_passes(source: str, code: str) -> None:
     assert violations(source, code) == []
 
 
-def test_a_file_outside_the_table_is_found() -> None:
-    with pytest.raises(AssertionError, match=r"peft_edge/utils\.py is not in the table"):
+def test_a_file_without_a_layer_is_an_error() -> None:
+    with pytest.raises(AssertionError, match=r"peft_edge/utils\.py has no layer"):
         layer_of("peft_edge/utils.py")

@@ -1,6 +1,6 @@
-"""The commands and the Python of the README run here, in their order, in one process, with less to do.
+"""Run the commands and the Python blocks of every guide, in order, in one process and with less to do.
 
-What installs packages, logs in or starts several processes is only looked up.
+Each guide starts in an empty folder. Commands that install packages, log in or start processes are only looked up.
 """
 
 from __future__ import annotations
@@ -27,7 +27,10 @@ from peft_edge.data import embedded
 from tests.hub import stand_in
 
 ROOT = Path(__file__).parents[1]
-BLOCKS = re.findall(r"^```(bash|python)\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
+GUIDES = sorted(
+    guide.relative_to(ROOT).as_posix()
+    for guide in [ROOT / "README.md", ROOT / "configs/README.md", *(ROOT / "peft_edge").rglob("README.md")]
+)
 PRETRAINED = "timm/mobilenetv3_small_100.lamb_in1k"
 
 LESS_TRAINING = [
@@ -47,12 +50,12 @@ LESS_OF = {
     "configs/tasks/shapes_shift.yaml": ["data.name=digits", "data.shift=invert", "data.severity=null"],
     "profile": ["--image-size", "64"],
     "plan": ["--image-size", "64", "--method", "lora", "--target-modules", "dense", "--lora-rank", "4"],
+    "bench": ["--image-size", "32", "--batch-size", "2", "--rounds", "1", "--methods", "full", "lora-dense"],
     "study": ["--grid", "small_grid.yaml", "--jobs", "1"],
 }
-"""What is added to a command that has this among its words."""
+"""Options to add to a command that contains this word."""
 
 pytestmark = [
-    pytest.mark.slow,
     # The client of the Hub uploads in a way of which its own HTTP library warns.
     pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning"),
     # The Trainer pins memory by default, also where there is no GPU.
@@ -90,18 +93,49 @@ def _save_as_on_the_hub(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config))
 
 
-def test_everything_runs(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names: dict[str, Any] = {"__name__": "readme"}
-    for language, text in BLOCKS:
-        if language == "python" and text.startswith("# last_block.py"):
-            (place / "last_block.py").write_text(text)
-        elif language == "python":
-            exec(compile(text, "README.md", "exec"), names)
-        else:
-            for command in _commands(text):
+@pytest.mark.slow
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_block_runs(guide: str, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = (ROOT / guide).read_text()
+    if "runs/quickstart/adapter" in text:
+        _run(["python", "train.py", "--config", "configs/quickstart.yaml"], monkeypatch)
+    names: dict[str, Any] = {"__name__": "guide"}
+    for language, block in re.findall(r"^```(bash|python)\n(.*?)^```", text, flags=re.MULTILINE | re.DOTALL):
+        file = re.match(r"# (\w+\.py)\b", block)
+        if language == "bash":
+            for command in _commands(block):
                 _run(command, monkeypatch)
-    assert (place / "path" / "to" / "updated" / "model" / "model.safetensors").exists()
-    assert (place / "runs" / "photos.onnx").stat().st_size > 1e6
+        elif file:
+            (place / file[1]).write_text(block)
+        else:
+            exec(compile(block, guide, "exec"), names)
+
+
+def test_a_guide_has_no_link_to_a_missing_file() -> None:
+    missing = [
+        f"{guide}: {link}"
+        for guide in [*GUIDES, "CONTRIBUTING.md"]
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", (ROOT / guide).read_text())
+        if "://" not in link and not (ROOT / guide).parent.joinpath(link).exists()
+    ]
+    assert missing == []
+
+
+def test_the_table_of_the_readme_is_the_record() -> None:
+    record = json.loads((ROOT / "reports/bench/mobilenetv2_100.json").read_text())
+    measured = {row["label"]: row for row in record["rows"]}
+    table = (ROOT / "README.md").read_text().split("saved update [KiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(table) > 5
+    for line in table:
+        label, memory, time, size = (cell.strip() for cell in line.strip("|").split("|"))
+        row = measured[label]
+        assert memory == f"{row['profile']['memory_peak_bytes'] / 2**20:,.0f}"
+        assert time == f"{row['ratio_best']:.2f}"
+        assert size == f"{row['profile']['adapter_bytes'] / 2**10:,.0f}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
 
 def _commands(text: str) -> list[list[str]]:
@@ -117,6 +151,8 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             assert not extra or f"\n{extra} = [" in (ROOT / "pyproject.toml").read_text()
         case ["hf", "auth", "login"]:
             assert shutil.which("hf")
+        case ["pytest" | "ruff" | "mypy", *_]:
+            assert shutil.which(command[0])
         case ["accelerate", "launch", *_]:
             assert shutil.which("accelerate")
             _run(["python", *command[command.index("train.py") :]], monkeypatch)
@@ -131,7 +167,7 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
                 _deploy(Path(arguments[arguments.index("--base") + 1]))
             _expect_success(lambda: cli.main([name, *arguments, *less]))
         case _:
-            raise AssertionError(f"the README has a command that this test does not know: {shlex.join(command)}")
+            raise AssertionError(f"this test does not know the command: {shlex.join(command)}")
 
 
 def _expect_success(run: Any) -> None:
