@@ -106,9 +106,7 @@ def save_result(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     folder = Path(folder)
     others = sorted({path.name for path in folder.glob("*")} - {CONFIG_NAME, WEIGHTS_NAME})
     if others:
-        raise ValueError(
-            f"{folder} would be replaced, and contains more than a saved model ({others[0]}): name another folder"
-        )
+        raise ValueError(f"{folder} contains more than a saved model ({others[0]}): name another folder")
     with atomic_write(folder) as unfinished:
         save_backbone(model, unfinished)
 

@@ -108,7 +108,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             network = network.merge_and_unload(safe_merge=True)
         except NotImplementedError as error:
             raise ValueError(
-                f"a device runs one plain network, and this adapter cannot be merged into one: {error}"
+                f"devices run plain networks, and this adapter cannot be merged into one: {error}"
             ) from error
     plain = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
     return plain.eval().requires_grad_(False)
@@ -151,8 +151,7 @@ def _trace(network: nn.Module, images: Tensor, batch_size: int | None) -> Export
     # A torch.export file contains its example, so no real image. From a batch of one, torch.export would infer that
     # the batch size is always one.
     example = torch.zeros(batch_size or 2, *images.shape[1:])
-    dynamic_shapes = None if batch_size else ({0: Dim("batch")},)
-    return torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
+    return torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
 
 
 def _check(found: Comparison) -> None:

@@ -32,29 +32,19 @@ from peft_edge.roles import ROLES
 from peft_edge.tuners.injection import iter_target_modules
 
 LABELS_NAME = "label_names.json"
-
-SOURCE_NAME = "source_model"
-"""Subfolder with the backbone, where it cannot be downloaded from elsewhere."""
-
+SOURCE_NAME = "source_model"  # subfolder with the backbone, where it cannot be downloaded from elsewhere
 BACKBONE_FILES = ("config.json", "model.safetensors")
-
-JSON_LIMIT = 2**20
-"""Largest size of a JSON file in bytes. An adapter's configuration takes a few thousand."""
-
-HEADER_LIMIT = 2**23
-"""Largest size of a safetensors header in bytes. It takes about a hundred per tensor."""
+JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand
+HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred per tensor
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of every tensor in a file, by name."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-
 # PEFT's other tuners read further files or compile code.
 _PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-
 # Random, or an exact decomposition of the backbone's weight. Other values need data, or let the file set the run time.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
-
 # Values of target_modules that are keywords, not regular expressions.
 _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
@@ -91,8 +81,11 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     modules = [target.name for target in iter_target_modules(model.get_base_model())]
     for field in ("target_modules", "exclude_modules"):
         pattern = config.get(field)
-        if isinstance(pattern, str) and not is_linear(pattern):
-            config[field] = exact_pattern(name for name in modules if re.fullmatch(pattern, name))
+        if isinstance(pattern, str):
+            try:
+                _matches(field, pattern, modules)
+            except ValueError:
+                config[field] = exact_pattern(name for name in modules if re.fullmatch(pattern, name))
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
@@ -181,16 +174,8 @@ def exact_pattern(names: Iterable[str]) -> str:
     return "|".join(map(re.escape, sorted(names)))
 
 
-def is_linear(pattern: str) -> bool:
-    """Return whether RE2 accepts the pattern."""
-    try:
-        _matches("", pattern, [""])
-    except ValueError:
-        return False
-    return True
-
-
 def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names that RE2 matches completely; raise a ValueError that names the field if it cannot."""
     # Imported here to keep the import of the package fast.
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -57,13 +57,10 @@ class CardSubject:
 
 
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
-    """Write the model card of an adapter or of a whole model.
+    """Build the model card of an adapter or of a whole model.
 
-    Args:
-        subject: The adapter or model.
-        record: The record of its run, without local paths. Without a record, the card has no accuracy and cost.
-        folder: The folder of the card. If the record has a profile and matplotlib is installed, a figure of the cost
-            is saved there.
+    The record of its run, without local paths, adds accuracy and cost. If the record has a profile and matplotlib is
+    installed, a figure of the cost is saved in `folder`, which is the folder of the card.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"

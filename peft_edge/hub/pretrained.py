@@ -38,8 +38,8 @@ def load_pretrained(
 ) -> PeftModel:
     """Load an adapter together with the backbone it was trained on.
 
-    The files may come from an untrusted source: only JSON and safetensors are read, and the adapter is fitted to the
-    backbone on torch's meta device, without memory, before any tensor is allocated.
+    The files may come from an untrusted source. Only JSON and safetensors are read, and the adapter must fit the
+    backbone on torch's meta device, which takes no memory, before it is built.
 
     Args:
         adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
@@ -183,12 +183,9 @@ def _resize_head(base: nn.Module, layout: Layout) -> None:
     """Give the backbone as many classes as the adapter's head has; a head that grows keeps its rows."""
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
-        found = as_timm_model(base).num_classes
-        classes = shape[0] if shape else found
-        if classes > found:
-            grow_head(base, classes)
-        elif classes < found:
-            replace_head(base, classes)
+        num_classes = as_timm_model(base).num_classes
+        if shape and shape[0] != num_classes:
+            (grow_head if shape[0] > num_classes else replace_head)(base, shape[0])
 
 
 def _set_class_names(base: nn.Module, path: Path) -> None:

@@ -22,7 +22,6 @@ from peft_edge.hub.adapter_files import (
     JSON_LIMIT,
     check_finite,
     exact_pattern,
-    is_linear,
     read_configuration,
     read_json,
     read_layout,
@@ -177,7 +176,6 @@ def test_catastrophic_patterns_are_matched_in_linear_time() -> None:
 
 @pytest.mark.parametrize("pattern", ["(?!a).*", r"(a)\1", "(", "(?P<"])
 def test_patterns_that_need_more_than_linear_time_are_refused(pattern: str) -> None:
-    assert not is_linear(pattern)
     with pytest.raises(ValueError, match=r"target_modules: '.*' is not a regular expression .* in linear time"):
         resolve_patterns(LoraConfig(target_modules=pattern), ["", "a"])
 

@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -187,3 +189,9 @@ def test_other_adapter_types_are_pushed_by_peft(monkeypatch: pytest.MonkeyPatch)
     base = load_backbone("test_efficientnet", num_classes=3)
     get_peft_model(base, LoraConfig(target_modules=["conv_stem"])).push_to_hub("me/adapter")
     assert called == ["me/adapter"]
+
+
+def test_importing_the_package_replaces_push_to_hub() -> None:
+    code = "import peft_edge, peft; from peft_edge import ConvLoraConfig; print(peft.PeftModel.push_to_hub.__wrapped__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "PushToHubMixin.push_to_hub" in result.stdout, result.stderr
