@@ -107,9 +107,7 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         try:
             network = network.merge_and_unload(safe_merge=True)
         except NotImplementedError as error:
-            raise ValueError(
-                f"devices run plain networks, and this adapter cannot be merged into one: {error}"
-            ) from error
+            raise ValueError(f"the adapter cannot be merged into one plain network for a device: {error}") from error
     plain = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
     return plain.eval().requires_grad_(False)
 

@@ -50,9 +50,7 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Write the active adapter of a model, its class names and a model card.
-
-    The folder appears complete or not at all, and replaces a folder of that name.
+    """Write the active adapter of a model, its class names and a model card; replace the folder in one step.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -137,13 +135,11 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
             raise ValueError(f"{path}: {key}: {error.errors()[0]['msg']}, found {value!r:.80}") from error
 
 
-def resolve_patterns(config: PeftConfig, names: Sequence[str]) -> None:
-    """Replace the regular expressions of a configuration, in place, by the names of the modules they match.
+def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
+    """Replace the regular expressions of a configuration, in place, by the names of the modules that match.
 
     PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
     This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
-
-    `names` are the names of all modules of the network.
 
     Raises:
         ValueError: If a pattern is invalid or uses lookaround or backreferences, which RE2 does not support, or if
@@ -152,15 +148,15 @@ def resolve_patterns(config: PeftConfig, names: Sequence[str]) -> None:
     for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         value = getattr(config, field, None)
         if isinstance(value, str) and value not in _KEYWORDS:
-            setattr(config, field, exact_pattern(_matches(field, value, names)))
-        elif isinstance(value, list | set | dict) and len(value) > len(names):
-            raise ValueError(f"{field}: expected at most the {len(names)} modules of the network, found {len(value)}")
+            setattr(config, field, exact_pattern(_matches(field, value, modules)))
+        elif isinstance(value, list | set | dict) and len(value) > len(modules):
+            raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
             # PEFT uses the first pattern that matches the end of a name. The "^" makes it compare the whole name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
-                for name in _matches(field, rf"(?:.*\.)?(?:{pattern})", names)
+                for name in _matches(field, rf"(?:.*\.)?(?:{pattern})", modules)
             }
             setattr(config, field, exact)
     layers = getattr(config, "layers_pattern", None) or []

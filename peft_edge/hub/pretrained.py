@@ -124,9 +124,7 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
     base = load_backbone(name, pretrained="/" in name)
     if "/" not in name:
         warnings.warn(
-            f"{folder} was trained on a {name} with random weights, which it does not contain: this {name} has other "
-            "random weights. Pass the original one as base=",
-            stacklevel=3,
+            f"{folder} was trained on other random weights of {name}: pass that backbone as base=", stacklevel=3
         )
     return base
 

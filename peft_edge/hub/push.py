@@ -24,8 +24,6 @@ from peft_edge.records import Record
 
 RECORD_NAME = "record.json"
 
-_OUR_TYPES = ("CONV_LORA", "CONV_ADAPTER")
-
 
 def push_adapter(
     model: PeftModel,
@@ -65,8 +63,7 @@ def push_adapter(
     is_on_hub = subject.base.startswith("timm/")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent)
-        card = adapter_card(subject, run, folder)
-        write_adapter(model, folder, card, base_name=None if is_on_hub else repo_id)
+        write_adapter(model, folder, adapter_card(subject, run, folder), base_name=None if is_on_hub else repo_id)
         if not is_on_hub:
             save_backbone(_copy_backbone(model), folder / SOURCE_NAME)
         return _upload(folder, run, repo_id, commit_message, private, revision, token)
@@ -153,7 +150,7 @@ _peft_push_to_hub = PeftModel.push_to_hub
 
 @wraps(_peft_push_to_hub)
 def _push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> object:
-    is_ours = self.peft_config[self.active_adapter].peft_type in _OUR_TYPES
+    is_ours = self.peft_config[self.active_adapter].peft_type in ("CONV_LORA", "CONV_ADAPTER")
     return (push_adapter if is_ours else _peft_push_to_hub)(self, repo_id, **options)
 
 
