@@ -57,8 +57,7 @@ def write_diff(base: nn.Module, model: nn.Module, file: str | os.PathLike[str]) 
     before, after = base.state_dict(), result.state_dict()
     changed = {name: tensor for name, tensor in after.items() if name not in before or _differ(before[name], tensor)}
     what, advice = "the adapted model", "write the diff against its own base"
-    # The same steps as on the device.
-    applied = _apply_tensors(base, changed, what, advice)
+    applied = _apply_tensors(base, changed, what, advice)  # as on the device
     same_stem = getattr(base, "small_images", False) == getattr(result, "small_images", False)
     if fingerprint(applied) != fingerprint(result) or not same_stem:
         raise ValueError(f"{what} is another network than the base: {advice}")

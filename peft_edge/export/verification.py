@@ -21,7 +21,6 @@ from peft_edge.profiling.tables import text_table
 
 CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
-_BATCH_SIZE = 32
 
 
 class Images(NamedTuple):
@@ -91,7 +90,7 @@ def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> 
 
 def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
     """Yield images (N, C, H, W) in batches of `batch_size`, the last padded with its last image; None: of any size."""
-    for batch in images.split(batch_size or _BATCH_SIZE):
+    for batch in images.split(batch_size or 32):
         missing = (batch_size or len(batch)) - len(batch)
         yield torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
 

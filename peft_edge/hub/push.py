@@ -22,8 +22,6 @@ from peft_edge.hub.card import CARD_NAME, CardSubject, adapter_card, shareable
 from peft_edge.hub.pretrained import load_pretrained
 from peft_edge.records import Record
 
-RECORD_NAME = "record.json"
-
 
 def push_adapter(
     model: PeftModel,
@@ -122,7 +120,7 @@ def _upload(
     token: str | bool | None = None,
 ) -> str:
     if record is not None:
-        (folder / RECORD_NAME).write_text(record.to_json(), encoding="utf-8")
+        (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
