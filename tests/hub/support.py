@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,3 +24,7 @@ def adapted(base: nn.Module, **options: Any) -> PeftModel:
             optimizer.step()
             optimizer.zero_grad()
     return model.eval()
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

@@ -27,7 +27,7 @@ from peft_edge.hub.adapter_files import (
     read_layout,
     resolve_patterns,
 )
-from tests.hub.support import adapted
+from tests.hub.support import adapted, change_json
 
 
 @pytest.mark.parametrize("value", [{}, [], {"a": [1, 2.5, None, True, "é"]}, "x" * 1000])
@@ -96,7 +96,7 @@ def test_check_finite_names_the_tensor(tmp_path: Path, value: float) -> None:
 def written_configuration(folder: Path, config: PeftConfig, **changes: Any) -> Path:
     config.save_pretrained(str(folder))
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    change_json(path, **changes)
     return path
 
 

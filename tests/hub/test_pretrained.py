@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from peft_edge.backbones import class_names, fingerprint, grow_head, load_backbone, save_backbone, set_class_names
 from peft_edge.hub import load_pretrained, save_adapter
-from tests.hub.support import adapted
+from tests.hub.support import adapted, change_json
 
 NAME = "mobilenetv2_035"
 
@@ -110,13 +109,11 @@ def test_damaged_configuration_is_named(copied: Path, text: str) -> None:
 
 
 def test_adapter_of_a_transformers_model_is_refused_with_advice(copied: Path) -> None:
-    file = copied / "adapter_config.json"
-    config = json.loads(file.read_text())
-    config["auto_mapping"] = {
+    mapping = {
         "base_model_class": "TimmWrapperForImageClassification",
         "parent_library": "transformers.models.timm_wrapper.modeling_timm_wrapper",
     }
-    file.write_text(json.dumps(config))
+    change_json(copied / "adapter_config.json", auto_mapping=mapping)
     message = r"that of a 'TimmWrapperForImageClassification' of transformers: load it with peft\.AutoPeftModel"
     with pytest.raises(ValueError, match=message):
         load_pretrained(copied)
@@ -142,14 +139,12 @@ def test_tensor_that_does_not_fit_is_named(copied: Path, problem: str) -> None:
         name = "base_model.model.conv_stem_2.lora_A.weight"
         tensors[name] = torch.zeros(1)
     save_file(tensors, file)
-    with pytest.raises(ValueError, match=f"{name} {problem}"), warnings.catch_warnings():
+    with pytest.raises(ValueError, match=f"{name} {problem}"):
         load_pretrained(copied)
 
 
 def test_missing_backbone_is_named(copied: Path) -> None:
-    config = json.loads((copied / "adapter_config.json").read_text())
-    config["base_model_name_or_path"] = str(copied / "gone")
-    (copied / "adapter_config.json").write_text(json.dumps(config))
+    change_json(copied / "adapter_config.json", base_model_name_or_path=str(copied / "gone"))
     with pytest.raises(FileNotFoundError, match=r"gone, the backbone of .* is missing: restore it, or pass"):
         load_pretrained(copied)
 
@@ -157,12 +152,9 @@ def test_missing_backbone_is_named(copied: Path) -> None:
 def test_relative_path_of_a_backbone_is_loaded(
     saved: tuple[Path, Tensor, Tensor], copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    file = copied / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8"))
-    base = Path(config["base_model_name_or_path"])
-    file.write_text(json.dumps({**config, "base_model_name_or_path": base.name}), encoding="utf-8")
-    monkeypatch.chdir(base.parent)
-    _, images, expected = saved
+    folder, images, expected = saved
+    change_json(copied / "adapter_config.json", base_model_name_or_path="base")
+    monkeypatch.chdir(folder.parent)
     with torch.no_grad():
         assert torch.equal(load_pretrained(copied)(images), expected)
 
@@ -231,8 +223,7 @@ def test_adapter_with_outdated_class_names_is_not_saved(tmp_path: Path) -> None:
 def test_refused_adapter_does_not_change_the_given_backbone(
     copied: Path, changes: dict[str, object], problem: str, saved: tuple[Path, Tensor, Tensor]
 ) -> None:
-    config = json.loads((copied / "adapter_config.json").read_text())
-    (copied / "adapter_config.json").write_text(json.dumps(config | changes))
+    change_json(copied / "adapter_config.json", **changes)
     base = load_backbone(str(saved[0].parent / "base"))
     before = fingerprint(base), [name for name, _ in base.named_modules()]
     with pytest.raises(ValueError, match=problem):
