@@ -1,4 +1,4 @@
-"""From an adapted model to what a device runs: one file of the whole network, or the weights that changed."""
+"""Export an adapted model for a device: one file of the whole network, or only the weights that changed."""
 
 from peft_edge.export.differences import apply_diff, save_result, write_diff
 from peft_edge.export.exporter import export_model

@@ -1,7 +1,4 @@
-"""Eight-bit ONNX files, for devices that count in integers.
-
-From an adapted model to one file that a device runs, checked against the model.
-"""
+"""Export an adapted model as one file for a device, and check the file against the model."""
 
 from __future__ import annotations
 
@@ -11,63 +8,23 @@ import math
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
+from peft import PeftModel
+from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
+from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from peft_edge.backbones import class_names
-from peft_edge.export.formats import FORMATS, INPUT, OUTPUT, fuse_batch_norms, import_extra, merged
-from peft_edge.export.verification import Comparison, answers, batches, compare, data_config
+from peft_edge.export.formats import FORMATS, INPUT, OUTPUT, quantize_onnx
+from peft_edge.export.verification import Comparison, compare_logits, input_config, iter_batches, predict_logits
 from peft_edge.files import atomic_write
+from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean.inplace_norm import inplace_norms
 
-
-def quantize_onnx(file: Path, quantized: Path, images: Tensor, *, batch_size: int | None) -> None:
-    """Writes an ONNX file with weights and activations of eight bits (ONNX Runtime's static quantisation).
-
-    Each output channel of a weight has its own scale (Jacob et al., 2018, arXiv 1712.05877); an activation has one,
-    from its smallest and largest value on the images. Weights use seven of their eight bits.
-
-    Args:
-        file: An ONNX file of floats.
-        quantized: Where to.
-        images: (N, C, H, W), prepared as the network expects them.
-        batch_size: How many images the file takes at once; None for any number.
-
-    Raises:
-        ImportError: ONNX Runtime is not installed.
-    """
-    quantization = import_extra("onnxruntime.quantization", "onnx")
-    shape_inference = import_extra("onnxruntime.quantization.shape_inference", "onnx")
-    inferred = quantized.with_name(f"{quantized.name}.inferred")
-    shape_inference.quant_pre_process(file, inferred, skip_symbolic_shape=True)
-    quantization.quantize_static(
-        inferred,
-        quantized,
-        _Batches(batches(images, batch_size)),
-        quant_format=quantization.QuantFormat.QDQ,
-        per_channel=True,
-        # x86 processors without VNNI add two products in 16 bits, where those of full 8-bit weights overflow: a logit
-        # can be off by a fifth. One bit less for weights is right on every processor.
-        reduce_range=True,
-    )
-
-
-class _Batches:
-    """Batches, as ONNX Runtime asks for them."""
-
-    def __init__(self, images: Iterator[Tensor]) -> None:
-        self._images = images
-
-    def get_next(self) -> dict[str, Any] | None:
-        batch = next(self._images, None)
-        return None if batch is None else {INPUT: batch.numpy()}
-
-
-TOLERANCE = 1e-4
+LOGIT_TOLERANCE = 1e-4
 METADATA_KEY = "peft_edge"
 
 
@@ -81,30 +38,29 @@ def export_model(
     batch_size: int | None = None,
     calibration: Tensor | None = None,
 ) -> list[Comparison]:
-    """Merges the adapters, fuses BatchNorm into the convolutions, writes one file, and runs that on images.
+    """Merge the adapters, fuse BatchNorm into the convolutions, write one file, and compare it with the model.
 
-    The file says in JSON under `peft_edge` how an image becomes its input, and what its outputs are called: in the
-    metadata of an ONNX file, as an extra file in torch.export's, and as a method of ExecuTorch's that returns the text.
+    The file contains a JSON text named `peft_edge` with the preprocessing of its input and the names of its classes:
+    in the metadata of an ONNX file, as an extra file for torch.export, as a method for ExecuTorch.
 
     Args:
-        model: A timm model, or a PEFT model of one; left as it is.
-        file: Where to: a name in `.onnx`, `.pt2` or `.pte`. It appears, or is replaced, when all is as it should be.
+        model: A timm model, or a PEFT model of one; it is not changed.
+        file: The file to write: `.onnx`, `.pt2` or `.pte`. It appears, or is replaced, only after the check.
         format: `onnx`, `torch-export` or `executorch`.
-        images: (N, C, H, W), prepared as the model expects them. Their size is that of the file's input.
-        labels: (N,), their classes, to see how many are classified right.
-        batch_size: How many images the file takes at once. By default any number; with ExecuTorch, which plans its
-            memory ahead, one.
-        calibration: (M, C, H, W), images to quantise an ONNX file to eight bits with; without, it stays in floats.
+        images: Preprocessed images (N, C, H, W) for the comparison. The file's input has their size.
+        labels: Their classes (N,), to measure accuracy.
+        batch_size: Images per call; by default any number, or one for ExecuTorch, which plans its memory in advance.
+        calibration: Preprocessed images (M, C, H, W). With them, an ONNX file is quantised to 8 bits.
 
     Returns:
-        How the file of floats compares with the model, and then the quantised one, if that is what was written.
+        The comparison of the floating-point file with the model and, if quantised, that of the 8-bit file.
 
     Raises:
-        ValueError: The format is unknown, has another ending or cannot be quantised; an adapter cannot be merged; the
-            model does not run on the images; or the file of floats computes something else than the model: a logit
-            differs by more than 1e-4 (of the largest one, above 1).
-        ImportError: The format needs a package that is not installed; the message names the extra.
-        OSError: The file cannot be written.
+        ValueError: If the format is unknown, does not fit the file's suffix or cannot be quantised, an adapter cannot
+            be merged, the model does not run on the images, or a logit of the floating-point file differs from the
+            model's by more than `LOGIT_TOLERANCE * max(1, largest logit)`.
+        ImportError: If the format needs a package that is not installed. The message names the extra.
+        OSError: If the file cannot be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
@@ -116,55 +72,91 @@ def export_model(
     if batch_size is not None and batch_size < 1:
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     batch_size = batch_size or (None if any_batch_size else 1)
-    network = merged(model)
-    texts = {METADATA_KEY: json.dumps(_input_and_output(network, images.shape[-1]))}
+    network = merge_adapters(model)
+    texts = {METADATA_KEY: json.dumps(_describe(network, images.shape[-1]))}
     fuse_batch_norms(network)
     try:
-        expected = answers(copy.deepcopy(model).cpu().eval(), images, batch_size)
+        expected = predict_logits(copy.deepcopy(model).cpu().eval(), images, batch_size)
     except RuntimeError as error:
         raise ValueError(f"the model does not run on images of {tuple(images.shape[1:])}: {error}") from error
 
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / f"floats{suffix}"
-        write(_program(network, images, batch_size), texts, exported)
-        found = answers(load(exported), images, batch_size)
-        compared = [compare(format, exported.stat().st_size, found, expected, labels)]
-        _check(compared[0])
+        write(_trace(network, images, batch_size), texts, exported)
+        found = predict_logits(load(exported), images, batch_size)
+        comparisons = [compare_logits(format, exported.stat().st_size, found, expected, labels)]
+        _check(comparisons[0])
         if calibration is not None:
             floats, exported = exported, Path(scratch) / f"integers{suffix}"
-            quantize_onnx(floats, exported, calibration, batch_size=batch_size)
-            found = answers(load(exported), images, batch_size)
-            compared.append(compare(f"{format} int8", exported.stat().st_size, found, expected, labels))
+            quantize_onnx(floats, exported, iter_batches(calibration, batch_size))
+            found = predict_logits(load(exported), images, batch_size)
+            comparisons.append(compare_logits(f"{format} int8", exported.stat().st_size, found, expected, labels))
         with atomic_write(Path(file)) as unfinished:
             shutil.copyfile(exported, unfinished)
-    return compared
+    return comparisons
 
 
-def _input_and_output(network: nn.Module, image_size: int) -> dict[str, Any]:
-    """What a device must know to use the network."""
-    config = data_config(network, image_size)
-    names = ("input_size", "interpolation", "crop_pct", "mean", "std")
+def merge_adapters(model: nn.Module) -> nn.Module:
+    """Return a plain copy of a model on the CPU in eval mode, with its active adapters merged.
+
+    Raises:
+        ValueError: If an adapter cannot be merged, or its weights are not finite.
+    """
+    network = copy.deepcopy(model)
+    if isinstance(network, PeftModel):
+        try:
+            network = network.merge_and_unload(safe_merge=True)
+        except NotImplementedError as error:
+            raise ValueError(f"the adapter cannot be merged into one plain network for a device: {error}") from error
+    plain = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
+    return plain.eval().requires_grad_(False)
+
+
+def fuse_batch_norms(model: nn.Module) -> None:
+    """Fuse every BatchNorm that is the only consumer of a convolution's output into that convolution, in place.
+
+    Outputs are unchanged up to rounding. Other BatchNorms remain: those after a sum or a concatenation, and those of a
+    convolution whose output is also used elsewhere. Lean training finds the pairs for its in-place norms.
+
+    The model is a plain network in eval mode without trainable parameters.
+    """
+    prepare_model_for_lean_training(model, inplace_norm=True)
+    pairs = inplace_norms(model)
+    undo_lean_training(model)
+    names = {module: name for name, module in model.named_modules()}
+    for pair in pairs:
+        conv, norm = pair.conv.module, pair.norm.module
+        conv.weight, conv.bias = fuse_conv_bn_weights(
+            conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+        )
+        # timm's BatchNormAct2d also contains dropout and an activation.
+        remainder = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
+        model.set_submodule(names[norm], remainder)
+
+
+def _describe(network: nn.Module, image_size: int) -> dict[str, object]:
+    """Return what a device needs to run the network: names, class names, and timm's preprocessing of RGB in 0 to 1."""
+    config = input_config(network, image_size)
     return {
         "input": INPUT,
         "output": OUTPUT,
-        # As the training read them: RGB from 0 to 1, then normalised.
-        **{name: config[name] for name in names},
+        **{name: config[name] for name in ("input_size", "interpolation", "crop_pct", "mean", "std")},
         "class_names": class_names(network),
     }
 
 
-def _program(network: nn.Module, images: Tensor, batch_size: int | None) -> ExportedProgram:
-    # No real image, since torch.export's file keeps it. Of a batch of one it would take for granted that it always is.
+def _trace(network: nn.Module, images: Tensor, batch_size: int | None) -> ExportedProgram:
+    # A torch.export file contains its example, so no real image. From a batch of one, torch.export would infer that
+    # the batch size is always one.
     example = torch.zeros(batch_size or 2, *images.shape[1:])
-    dynamic_shapes = None if batch_size else ({0: Dim("batch")},)
-    return torch.export.export(network, (example,), dynamic_shapes=dynamic_shapes)
+    return torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
 
 
 def _check(found: Comparison) -> None:
-    tolerance = TOLERANCE * max(1.0, found.largest_logit)
-    # A comparison with NaN is always false.
+    tolerance = LOGIT_TOLERANCE * max(1.0, found.largest_logit)
+    # Written with "not", since a comparison with NaN is false.
     if not found.largest_difference <= tolerance or not math.isfinite(found.largest_logit):
         raise ValueError(
-            f"{found.name}: expected the logits of the PyTorch model to {tolerance:.1e}, found a difference of "
-            f"{found.largest_difference:.1e}; no file was written. Export in another format, and report this one"
+            f"{found.name}: expected the logits of the PyTorch model within {tolerance:.1e}, found a difference of "
+            f"{found.largest_difference:.1e}; no file was written. Export in another format, and report this error"
         )

@@ -1,4 +1,4 @@
-"""Adapters on the disk and on the Hub: save, load, describe, push."""
+"""Save, load, check and publish adapters, on disk and on the Hugging Face Hub."""
 
 from peft_edge.hub.adapter_files import save_adapter
 from peft_edge.hub.pretrained import load_pretrained

@@ -1,10 +1,7 @@
-"""Files that came from elsewhere: read within limits, and refused before anything is built from them.
+"""Write the files of an adapter, and read such files when they may be damaged or hostile.
 
-The configuration of an adapter from a file that nobody vouches for.
-
-Regular expressions that came with an adapter, in the linear time that Python's own matching does not promise.
-
-Writes an adapter to a folder, with the names of its classes and a card.
+Reading limits sizes before it allocates memory, rejects keys and values that PEFT does not define, and matches regular
+expressions in linear time.
 """
 
 from __future__ import annotations
@@ -17,7 +14,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import get_type_hints
 
 import safetensors.torch
 import torch
@@ -30,190 +27,136 @@ from safetensors import SafetensorError, safe_open
 
 from peft_edge.backbones import class_names
 from peft_edge.files import atomic_write
-from peft_edge.hub.card import CARD_NAME, Subject, adapter_card
+from peft_edge.hub.card import CARD_NAME, CardSubject, adapter_card
 from peft_edge.roles import ROLES
 from peft_edge.tuners.injection import iter_target_modules
 
-JSON_LIMIT = 2**20
-"""Bytes of a JSON file. The configuration of an adapter takes a few thousand."""
-
-HEADER_LIMIT = 2**23
-"""Bytes of the header of a safetensors file. It takes about a hundred for each tensor."""
+LABELS_NAME = "label_names.json"
+SOURCE_NAME = "source_model"  # subfolder with the backbone, where it cannot be downloaded from elsewhere
+BACKBONE_FILES = ("config.json", "model.safetensors")
+JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand
+HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred per tensor
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""The shape and the type of every tensor, by its name."""
+"""Shape and dtype of every tensor in a file, by name."""
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-}
-
-
-def read_json(path: Path) -> Any:
-    """Reads a JSON file of at most `JSON_LIMIT` bytes, in which no key stands twice and every number is finite.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is no such file.
-    """
-    with path.open("rb") as file:
-        content = file.read(JSON_LIMIT + 1)
-    if len(content) > JSON_LIMIT:
-        raise ValueError(f"it has more than the {JSON_LIMIT:,} bytes that are read of such a file")
-    try:
-        return json.loads(
-            content.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
-        )
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(found := dict(pairs)) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found
-
-
-def _finite(text: str) -> float:
-    if not math.isfinite(value := float(text)):
-        raise ValueError(f"{text} is no finite number")
-    return value
-
-
-def read_layout(path: Path) -> Layout:
-    """Reads names, shapes and types from the header of a safetensors file; the tensors are not read.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or holds tensors of a type that no network here has.
-    """
-    size = path.stat().st_size
-    with path.open("rb") as file:
-        header = int.from_bytes(file.read(8), "little")
-    problem: Exception | str = f"its header would take {header:,} bytes"
-    if header <= min(HEADER_LIMIT, size):
-        try:
-            with safe_open(path, framework="pt") as tensors:
-                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - no mapping
-                dtypes = {name: part.get_dtype() for name, part in slices.items()}
-                if not (unknown := set(dtypes.values()) - _DTYPES.keys()):
-                    return {name: (tuple(part.get_shape()), _DTYPES[dtypes[name]]) for name, part in slices.items()}
-        except SafetensorError as error:
-            problem = error
-        else:
-            raise ValueError(f"{path}: expected tensors of the types {', '.join(_DTYPES)}, found {sorted(unknown)}")
-    raise ValueError(
-        f"{path} is truncated or damaged: {size} bytes are no whole safetensors file ({problem}). Copy it again from "
-        "where it was made"
-    ) from (problem if isinstance(problem, Exception) else None)
-
-
-def check_finite(path: Path) -> None:
-    """Checks that every value in a safetensors file is finite.
-
-    Raises:
-        ValueError: One is not; the message names the tensor.
-    """
-    for name, tensor in safetensors.torch.load_file(path).items():
-        if not torch.isfinite(tensor).all():
-            raise ValueError(f"{path}: {name} holds values that are not finite. Copy it again from where it was made")
-
-
-# Other tuners of PEFT's read further files, or compile code.
-_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-
-# Drawn, or the exact decomposition of the backbone's weight. Others take as long as the file says, or need data.
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
+# PEFT's other tuners read further files or compile code.
+_PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
+# Random, or an exact decomposition of the backbone's weight. Other values need data, or let the file set the run time.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
+# Values of target_modules that are keywords, not regular expressions.
+_KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
+
+
+def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
+    """Write the active adapter of a model, its class names and a model card; replace the folder in one step.
+
+    Raises:
+        ValueError: If the number of class names differs from the number of classes.
+        OSError: If the folder cannot be written.
+    """
+    with atomic_write(Path(folder)) as unfinished:
+        write_adapter(model, unfinished, adapter_card(CardSubject.from_model(model)))
+
+
+def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
+    """Write the files of `save_adapter` with the given card and, if given, another `base_model_name_or_path`."""
+    names = class_names(model)
+    folder.mkdir(exist_ok=True)
+    # Without save_embedding_layers=False, PEFT requests the base model's vocabulary size from the Hub.
+    model.save_pretrained(str(folder), selected_adapters=[model.active_adapter], save_embedding_layers=False)
+    # PEFT writes an adapter that is not named "default" into a subfolder.
+    for file in list(folder.glob(f"{model.active_adapter}/*")):
+        file.rename(folder / file.name)
+    card.save(folder / CARD_NAME)  # instead of PEFT's card, whose tags include the local path of the backbone
+    if names is not None:
+        (folder / LABELS_NAME).write_text(json.dumps(names), encoding="utf-8")
+
+    # Replace patterns that load_pretrained would refuse by the names of the modules they match.
+    config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
+    config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
+    modules = [target.name for target in iter_target_modules(model.get_base_model())]
+    for field in ("target_modules", "exclude_modules"):
+        pattern = config.get(field)
+        if isinstance(pattern, str):
+            try:
+                _matches(field, pattern, modules)
+            except ValueError:
+                config[field] = exact_pattern(name for name in modules if re.fullmatch(pattern, name))
+    (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Reads an `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is none, or has a key or a value that PEFT's class for it does not know.
-    """
+    """Read `adapter_config.json`; raise a ValueError if it has a key or value that PEFT does not define."""
     try:
         found = read_json(path)
-        peft_type = found["peft_type"]
-        found["base_model_name_or_path"]
+        if not isinstance(found, dict) or not {"peft_type", "base_model_name_or_path"} <= found.keys():
+            raise ValueError("peft_type or base_model_name_or_path is missing")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: {path.parent} holds no adapter") from error
-    except (ValueError, KeyError, TypeError) as error:
+        raise FileNotFoundError(f"{path} is missing: {path.parent} contains no adapter") from error
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the configuration of an adapter: {error}") from error
+    if found["peft_type"] not in _PEFT_TYPES:
         raise ValueError(
-            f"{path}: expected the configuration of an adapter, found something else ({error!r})"
-        ) from error
-    if peft_type not in _TYPES:
-        raise ValueError(
-            f"{path}: expected a peft_type of {', '.join(_TYPES)}, found {peft_type!r:.80}. PEFT's own "
-            "PeftModel.from_pretrained loads others, if you trust where they come from"
+            f"{path}: expected a peft_type of {', '.join(_PEFT_TYPES)}, found {found['peft_type']!r:.80}. PEFT's own "
+            "PeftModel.from_pretrained loads other types: use it if you trust the source of the files"
         )
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    _check_values(path, kind, found)
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING[found["peft_type"]]
+    _check_values(path, config_class, found)
     try:
-        return kind.from_peft_type(**found)
-    except Exception as error:  # whatever PEFT makes of values that its own hints allow
+        return config_class.from_peft_type(**found)
+    except Exception as error:  # PEFT raises many types for values that its own type hints allow
         raise ValueError(f"{path}: {type(error).__name__}: {error!s:.500}") from error
 
 
-def _check_values(path: Path, kind: type[PeftConfig], found: dict[str, Any]) -> None:
-    # Not with the package, whose import is to be quick.
+def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, object]) -> None:
+    # Imported here to keep the import of the package fast.
     from pydantic import TypeAdapter, ValidationError
 
-    # It names a module that PEFT would import.
+    # PEFT would import the module that this key names.
     if found.get("megatron_config") is not None:
         raise ValueError(f"{path}: megatron_config: expected null, as for every convolutional network")
     initial = found.get("init_lora_weights", True)
     if initial not in _INITIAL_WEIGHTS:
         raise ValueError(
-            f"{path}: init_lora_weights: expected one of {_INITIAL_WEIGHTS}, found {initial!r:.80}: save it again with "
-            "path_initial_model_for_weight_conversion"
+            f"{path}: init_lora_weights: expected one of {_INITIAL_WEIGHTS}, found {initial!r:.80}: save the adapter "
+            "again with path_initial_model_for_weight_conversion"
         )
-    known, hints = {entry.name for entry in fields(kind)}, get_type_hints(kind)
+    known, hints = {entry.name for entry in fields(config_class)}, get_type_hints(config_class)
     for key, value in found.items():
         if key not in known:
             nearest = difflib.get_close_matches(key[:80], known, n=1)
-            hint = f"did you mean {nearest[0]}? Or was" if nearest else "was"
-            raise ValueError(f"{path}: unknown key {key[:80]!r}; {hint} it saved by a newer PEFT? Then upgrade")
+            hint = f"did you mean {nearest[0]}? " if nearest else ""
+            raise ValueError(f"{path}: unknown key {key[:80]!r}; {hint}If a newer PEFT saved the adapter, upgrade PEFT")
         try:
             TypeAdapter(hints[key]).validate_python(value)
         except ValidationError as error:
             raise ValueError(f"{path}: {key}: {error.errors()[0]['msg']}, found {value!r:.80}") from error
 
 
-# What is no pattern although it is one text.
-_WORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
+def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
+    """Replace the regular expressions of a configuration, in place, by the names of the modules that match.
 
-
-def resolve_patterns(config: PeftConfig, names: Sequence[str]) -> None:
-    """Replaces the regular expressions of a configuration by the names of the modules that they match.
-
-    Some patterns take Python's matching, which PEFT applies, longer than anybody waits ("catastrophic backtracking").
-    Here they are matched by RE2 (Cox 2010, "Regular Expression Matching in the Wild"), in time linear in the name.
-
-    Args:
-        config: Changed in place.
-        names: Of the modules of the network.
+    PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
+    This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
 
     Raises:
-        ValueError: A pattern is none, or needs to look ahead or back, which takes more than linear time; or there are
-            more targets than modules.
+        ValueError: If a pattern is invalid or uses lookaround or backreferences, which RE2 does not support, or if
+            there are more targets than modules.
     """
     for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
-        value: Any = getattr(config, field, None)
-        if isinstance(value, str) and value not in _WORDS:
-            setattr(config, field, exact_pattern(_matched(field, value, names)))
-        elif isinstance(value, (list, set, dict)) and len(value) > len(names):
-            raise ValueError(f"{field}: expected at most the {len(names)} modules of the network, found {len(value)}")
+        value = getattr(config, field, None)
+        if isinstance(value, str) and value not in _KEYWORDS:
+            setattr(config, field, exact_pattern(_matches(field, value, modules)))
+        elif isinstance(value, list | set | dict) and len(value) > len(modules):
+            raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
-            # PEFT takes the first of them that matches the end of a name; with a circumflex, the whole name.
+            # PEFT uses the first pattern that matches the end of a name. The "^" makes it compare the whole name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
-                for name in _matched(field, rf"(?:.*\.)?(?:{pattern})", names)
+                for name in _matches(field, rf"(?:.*\.)?(?:{pattern})", modules)
             }
             setattr(config, field, exact)
     layers = getattr(config, "layers_pattern", None) or []
@@ -223,21 +166,13 @@ def resolve_patterns(config: PeftConfig, names: Sequence[str]) -> None:
 
 
 def exact_pattern(names: Iterable[str]) -> str:
-    """Returns the regular expression that matches these names only."""
+    """Return a regular expression that matches exactly these names."""
     return "|".join(map(re.escape, sorted(names)))
 
 
-def is_linear(pattern: str) -> bool:
-    """Whether RE2 takes it."""
-    try:
-        _matched("", pattern, [""])
-    except ValueError:
-        return False
-    return True
-
-
-def _matched(field: str, pattern: str, names: Sequence[str]) -> list[str]:
-    # Not with the package, whose import is to be quick.
+def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
+    """Return the names that RE2 matches completely; raise a ValueError that names the field if it cannot."""
+    # Imported here to keep the import of the package fast.
     import pyarrow as pa
     import pyarrow.compute as pc
 
@@ -245,63 +180,65 @@ def _matched(field: str, pattern: str, names: Sequence[str]) -> list[str]:
         found = pc.match_substring_regex(pa.array(names, pa.string()), rf"\A(?:{pattern})\z")
     except pa.ArrowInvalid as error:
         raise ValueError(
-            f"{field}: {pattern[:80]!r} is no regular expression that matches in linear time: {str(error)[:80]}"
+            f"{field}: {pattern[:80]!r} is not a regular expression that can be matched in linear time: "
+            f"{str(error)[:80]}"
         ) from error
     return [name for name, is_match in zip(names, found.to_pylist(), strict=True) if is_match]
 
 
-LABELS_NAME = "label_names.json"
-
-SOURCE_NAME = "source_model"
-"""The subfolder with the backbone, where that cannot be had elsewhere."""
-
-BACKBONE_FILES = ("config.json", "model.safetensors")
-
-
-def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Writes the adapter, the names of its classes, and a card with the lines that load it; replaces what is there.
-
-    Args:
-        model: The adapted model; its active adapter is saved.
-        folder: Where to. It appears whole or not at all.
-
-    Raises:
-        ValueError: There are not as many class names as classes.
-        OSError: The folder cannot be written.
-    """
-    with atomic_write(Path(folder)) as unfinished:
-        write_adapter(model, unfinished, adapter_card(Subject.of(model)))
-
-
-def write_adapter(model: PeftModel, folder: Path, card: ModelCard) -> None:
-    """Writes what `save_adapter` does, with a card of the caller's, to which PEFT adds its version."""
-    names = class_names(model)
-    folder.mkdir(exist_ok=True)
-    card.save(folder / CARD_NAME)
-    # Without the argument, PEFT asks the Hub how large the base model's vocabulary is.
-    model.save_pretrained(str(folder), selected_adapters=[model.active_adapter], save_embedding_layers=False)
-    # PEFT puts an adapter that is not called "default" into a folder of its name.
-    for file in list(folder.glob(f"{model.active_adapter}/*")):
-        file.rename(folder / file.name)
-    (folder / CARD_NAME).write_text(_with_own_tags(card, folder), encoding="utf-8")
-    if names is not None:
-        (folder / LABELS_NAME).write_text(json.dumps(names), encoding="utf-8")
-    _make_loadable(model, folder / CONFIG_NAME)
+def read_layout(path: Path) -> Layout:
+    """Read the names, shapes and dtypes of the tensors in a safetensors file from its header."""
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            header_size = int.from_bytes(file.read(8), "little")
+        if header_size > min(HEADER_LIMIT, size):
+            raise SafetensorError(f"its header would take {header_size:,} bytes")
+        with safe_open(path, framework="pt") as tensors:
+            slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118 - not a mapping
+            found = {name: (tuple(part.get_shape()), part.get_dtype()) for name, part in slices.items()}
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing. Pickled weights (.bin, .pth) are not read: save them as safetensors"
+        ) from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is truncated or damaged: {size} bytes are not a complete safetensors file ({error}). Copy the "
+            "file again from its source"
+        ) from error
+    if unknown := {dtype for _, dtype in found.values()} - _DTYPES.keys():
+        raise ValueError(f"{path}: expected tensors of the types {', '.join(_DTYPES)}, found {sorted(unknown)}")
+    return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in found.items()}
 
 
-def _with_own_tags(card: ModelCard, folder: Path) -> str:
-    """PEFT replaces the tags by its own, one of which is the path of the backbone on this machine."""
-    extended: Any = ModelCard.load(folder / CARD_NAME)
-    extended.data.tags = card.data.to_dict()["tags"]
-    return str(extended)
+def check_finite(path: Path) -> None:
+    """Raise a ValueError that names the tensor if a safetensors file contains NaN or infinity."""
+    for name, tensor in safetensors.torch.load_file(path).items():
+        if not torch.isfinite(tensor).all():
+            raise ValueError(f"{path}: {name} holds values that are not finite. Copy the file again from its source")
 
 
-def _make_loadable(model: PeftModel, path: Path) -> None:
-    """Names the modules that a pattern matches which `load_pretrained` refuses, since it trusts no file."""
-    config = json.loads(path.read_text(encoding="utf-8"))
-    names = [site.name for site in iter_target_modules(model.get_base_model())]
-    for field in ("target_modules", "exclude_modules"):
-        pattern = config.get(field)
-        if isinstance(pattern, str) and not is_linear(pattern):
-            config[field] = exact_pattern(name for name in names if re.fullmatch(pattern, name))
-            path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+def read_json(path: Path) -> object:
+    """Read JSON; raise a ValueError if it exceeds `JSON_LIMIT`, repeats a key or has a number that is not finite."""
+    with path.open("rb") as file:
+        content = file.read(JSON_LIMIT + 1)
+    if len(content) > JSON_LIMIT:
+        raise ValueError(f"the file is larger than the limit of {JSON_LIMIT:,} bytes")
+    try:
+        return json.loads(
+            content.decode("utf-8"), object_pairs_hook=_unique, parse_float=_finite, parse_constant=_finite
+        )
+    except RecursionError as error:
+        raise ValueError("the JSON is nested too deeply") from error
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    if len(found := dict(pairs)) < len(pairs):
+        raise ValueError("a key occurs twice")
+    return found
+
+
+def _finite(text: str) -> float:
+    if not math.isfinite(value := float(text)):
+        raise ValueError(f"{text} is not a finite number")
+    return value

@@ -1,125 +1,127 @@
-"""A record without what is only true, or only of concern, on this machine.
-
-The model card: what was adapted, what it gained, what it cost, and the lines that load it.
-"""
+"""The model card of an adapter or a model: what was adapted, its accuracy and cost, and the code that loads it."""
 
 from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import peft
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from timm.models import get_pretrained_cfg
 
-from peft_edge.records import Record, StepProfile
-
-
-def shareable(record: Record) -> Record:
-    """Returns a copy of a record in which local paths are cut down to their last part."""
-    return Record.from_json(json.dumps(_cut(json.loads(record.to_json()))))
-
-
-def _cut(value: Any, key: str = "") -> Any:
-    if isinstance(value, dict):
-        return {_cut(name): _cut(entry, name) for name, entry in value.items()}
-    if isinstance(value, list):
-        return [_cut(entry) for entry in value]
-    return Path(value).name if isinstance(value, str) and _is_local(value, key) else value
-
-
-def _is_local(text: str, key: str) -> bool:
-    # "owner/name" may be a data set of the Hub, or a folder here.
-    return key in ("output_dir", "cache_dir") or bool(re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text)) or _exists(text)
-
-
-def _exists(text: str) -> bool:
-    return "/" in text and len(text) < 1000 and Path(text).exists()
-
+from peft_edge.records import Record
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "cost.png"
 
-_TAGS = ("image-classification", "peft-edge", "timm")
-_TYPE_TAGS: dict[str | None, list[str]] = {
+_TEMPLATE = Path(__file__).with_name("card.md.j2")
+_TAGS = {
     None: [],
-    "CONV_LORA": ["CONV_LORA", "lora", "peft"],
-    "CONV_ADAPTER": ["CONV_ADAPTER", "adapter", "peft"],
-    "LORA": ["lora", "peft"],
+    "CONV_LORA": ["peft", "CONV_LORA", "lora"],
+    "CONV_ADAPTER": ["peft", "CONV_ADAPTER", "adapter"],
+    "LORA": ["peft", "lora"],
 }
 
 
 @dataclass(frozen=True, kw_only=True)
-class Subject:
-    """What a card is about."""
+class CardSubject:
+    """The adapter or model that a card describes.
+
+    Attributes:
+        base: PEFT's `base_model_name_or_path`: a Hub id, the name of a timm model, or a local folder.
+        architecture: Name of the timm model.
+        peft_type: PEFT's type of the adapter; None for a whole model.
+        source: Where a reader loads it from: a Hub id, or a placeholder.
+        license: The Hub's identifier of a license; by default that of timm's pretrained weights.
+    """
 
     base: str
-    """What PEFT calls the backbone: an id on the Hub, the name of a timm model, or a local folder."""
-
     architecture: str
-    """The timm model."""
-
     peft_type: str | None
-    """PEFT's type of the adapter; None for a whole model."""
-
-    place: str = "path/or/hub-id/of/this/adapter"
-    """Where the reader loads it from."""
-
+    source: str = "path/or/hub-id/of/this/adapter"
     license: str | None = None
-    """The Hub's identifier of a license."""
 
     @classmethod
-    def of(cls, model: PeftModel) -> Subject:
-        """Describes the active adapter of a model."""
+    def from_model(cls, model: PeftModel, **more: str | None) -> CardSubject:
+        """Describe the active adapter of a model; `more` sets the other fields."""
         config, base = model.peft_config[model.active_adapter], model.get_base_model()
         name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or "unknown"
         architecture = getattr(base, "pretrained_cfg", {}).get("architecture", type(base).__name__)
-        return cls(base=name, architecture=architecture, peft_type=config.peft_type.value)
-
-    def at(self, place: str, license: str | None) -> Subject:
-        """The same, where it can be had and under which license."""
-        return replace(self, place=place, license=license)
+        return cls(**{"base": name, "architecture": architecture, "peft_type": config.peft_type.value, **more})
 
 
-def adapter_card(subject: Subject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
-    """Writes the card of an adapter, or of a whole model.
+def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
+    """Build the model card of an adapter or of a whole model.
 
-    Args:
-        subject: What it is about.
-        record: The run that made it, free of local paths; without one the card has no figures.
-        folder: Where the card will lie; with a record that has a profile, the picture of the cost is put there.
+    The record of its run, without local paths, adds accuracy and cost. If the record has a profile and matplotlib is
+    installed, a figure of the cost is saved in `folder`, which is the folder of the card.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
-    parts = [f"# {kind} `{shown}`", _how_to_load(subject)]
+    values = {"title": f"{kind} `{shown}`", "subject": subject, "peft_version": peft.__version__}
     if record is not None:
-        parts += [_what_was_adapted(record), _accuracy(record), _cost(record, folder)]
-    return ModelCard(f"---\n{_metadata(subject, record).to_yaml()}\n---\n\n" + "\n\n".join(filter(None, parts)) + "\n")
+        values |= _results(record, folder)
+    return ModelCard.from_template(_metadata(subject, record), str(_TEMPLATE), **values)
 
 
-def _metadata(subject: Subject, record: Record | None) -> ModelCardData:
+def _results(record: Record, folder: Path | None) -> dict[str, object]:
+    # Imported here to keep the import of the package fast.
+    from peft_edge.profiling.figures import save_cost_figure
+    from peft_edge.profiling.tables import profile_table, text_table
+
+    run, train = record.run_info.train_config, record.train_info
+    accuracy: list[tuple[str, ...]] = [("test accuracy on", "before", "after")]
+    for domain, metric in (("target", "test accuracy"), ("source", "source test accuracy")):
+        before, after = (train.metrics[-1].get(name) for name in (f"{metric} without update", metric))
+        accuracy.append((domain, *("-" if share is None else f"{share:.3f}" for share in (before, after))))
+    cost = [
+        ("trained parameters", f"{train.num_trainable_params or 0:,}"),
+        ("parameters of the model", f"{train.num_total_params or 0:,}"),
+        ("saved bytes", f"{train.file_size or 0:,}"),
+        ("training seconds", f"{train.train_time or 0:.1f}"),
+    ]
+    picture = None
+    steps = {f"process {row.process_index}": row for row in record.profile if row.scope == "step"}
+    if steps and folder is not None:
+        with suppress(ImportError):  # matplotlib is an extra
+            save_cost_figure(steps, folder / PICTURE_NAME, title="a training step")
+            picture = PICTURE_NAME
+    return {
+        "run": run,
+        "shift": _shift(run["data"]),
+        "accuracy": text_table(accuracy),
+        "cost": text_table(cost) + (f"\n\n{profile_table(record.profile)}" if record.profile else ""),
+        "picture": picture,
+    }
+
+
+def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
     run = record.run_info.train_config if record is not None else {}
     is_pretrained = run.get("backbone", {}).get("pretrained", False)
     origin = get_pretrained_cfg(run["model_id"].removeprefix("timm/")) if is_pretrained else None
     data = str(run["data"]["name"]) if run else ""
+    tags = {"image-classification", "peft-edge", "timm", *_TAGS.get(subject.peft_type, ["peft"])}
     return ModelCardData(
         library_name="peft" if subject.peft_type is not None else "timm",
         license=subject.license or getattr(origin, "license", None),
-        # The Hub only takes its own ids there, not paths.
+        # The Hub accepts only its own ids here, not paths.
         base_model=subject.base if subject.base.startswith("timm/") else getattr(origin, "hf_hub_id", None),
         pipeline_tag="image-classification",
-        tags=sorted({*_TAGS, *_TYPE_TAGS.get(subject.peft_type, ["peft"]), run.get("method", "peft-edge")}),
+        tags=sorted(tags | ({run["method"]} if run else set())),
         datasets=[data] if "/" in data else None,
         model_name=f"{run['method']} of {subject.architecture}" if run else None,
-        eval_results=_results(record) if record is not None else None,
+        eval_results=_eval_results(record) if record is not None else None,
     )
 
 
-def _results(record: Record) -> list[EvalResult]:
-    data, found = record.run_info.train_config["data"], record.train_info.metrics[-1]
+def _eval_results(record: Record) -> list[EvalResult]:
+    data, measured = record.run_info.train_config["data"], record.train_info.metrics[-1]
     domains = {"test accuracy": f"{data['name']}, {_shift(data)}", "source test accuracy": f"{data['name']}, source"}
     return [
         EvalResult(
@@ -128,94 +130,35 @@ def _results(record: Record) -> list[EvalResult]:
             dataset_name=name,
             dataset_split="test",
             metric_type="accuracy",
-            metric_name=key,
-            metric_value=found[key],
+            metric_name=metric,
+            metric_value=measured[metric],
         )
-        for key, name in domains.items()
-        if found.get(key) is not None
+        for metric, name in domains.items()
+        if measured.get(metric) is not None
     ]
 
 
-def _shift(data: dict[str, Any]) -> str:
+def _shift(data: Mapping[str, Any]) -> str:
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
     return str(data["shift"]) + (f" (severity {data['severity']})" if data["severity"] is not None else "")
 
 
-def _how_to_load(subject: Subject) -> str:
-    if subject.peft_type is None:
-        return _block(
-            "python", f'import peft_edge\nmodel = peft_edge.load_backbone("{subject.place}", pretrained=True)'
-        )
-    own = f", which makes `{subject.peft_type}` known to PEFT" if subject.peft_type.startswith("CONV_") else ""
-    return (
-        "Made with [PEFT](https://github.com/huggingface/peft) and peft-edge. The backbone and this adapter in one "
-        "call:\n\n"
-        + _block("python", f'import peft_edge\nmodel = peft_edge.load_pretrained("{subject.place}")')
-        + f"\n\nWith a backbone of your own, and PEFT, after the line `import peft_edge`{own}:\n\n"
-        + _block(
-            "python",
-            "import peft_edge\nfrom peft import PeftModel\n"
-            f'model = PeftModel.from_pretrained(backbone, "{subject.place}")',
-        )
-    )
+def shareable(record: Record) -> Record:
+    """Return a copy of a record in which every local path is shortened to its last part."""
+    return Record.from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
 
 
-def _what_was_adapted(record: Record) -> str:
-    config = record.run_info.train_config
-    weights = "timm's pretrained weights" if config["backbone"].get("pretrained") else "weights of its own"
-    return (
-        "## What was adapted\n\n"
-        f"timm's `{config['model_id']}` with {weights}, for images of {config['data']['image_size']} pixels, was "
-        f"adapted from `{config['data']['name']}` to {_shift(config['data'])} with the method `{config['method']}` "
-        f"(norm: `{config['norm']}`). `record.json` holds the whole configuration."
-    )
+def _shorten_paths(value: object, key: str = "") -> object:
+    if isinstance(value, dict):
+        return {_shorten_paths(name): _shorten_paths(entry, name) for name, entry in value.items()}
+    if isinstance(value, list):
+        return [_shorten_paths(entry) for entry in value]
+    return Path(value).name if isinstance(value, str) and _is_local_path(value, key) else value
 
 
-def _accuracy(record: Record) -> str:
-    # Not with the package, whose import is to be quick.
-    from peft_edge.profiling.tables import text_table
-
-    found = record.train_info.metrics[-1]
-    rows = [("test accuracy on", "before", "after")] + [
-        (name, _share(found.get(f"{key} without update")), _share(found.get(key)))
-        for name, key in (("target", "test accuracy"), ("source", "source test accuracy"))
-    ]
-    return f"## Accuracy\n\n{_block('text', text_table(rows))}"
-
-
-def _cost(record: Record, folder: Path | None) -> str:
-    from peft_edge.profiling.tables import profile_table, text_table
-
-    train = record.train_info
-    rows = [
-        ("trained parameters", f"{train.num_trainable_params or 0:,}"),
-        ("parameters of the model", f"{train.num_total_params or 0:,}"),
-        ("saved bytes", f"{train.file_size or 0:,}"),
-        ("training seconds", f"{train.train_time or 0:.1f}"),
-    ]
-    table = text_table(rows) + (f"\n\n{profile_table(record.profile)}" if record.profile else "")
-    steps = {f"process {row.process_index}": row for row in record.profile if row.scope == "step"}
-    picture = folder is not None and bool(steps) and _draw(steps, folder / PICTURE_NAME)
-    return f"## Cost\n\n{_block('text', table)}" + (
-        f"\n\n![Memory and arithmetic of a training step]({PICTURE_NAME})" if picture else ""
-    )
-
-
-def _draw(steps: dict[str, StepProfile], path: Path) -> bool:
-    """Whether it could: matplotlib is an extra."""
-    from peft_edge.profiling.figures import save_cost_figure
-
-    try:
-        save_cost_figure(steps, path, title="a training step")
-    except ImportError:
-        return False
-    return True
-
-
-def _share(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}"
-
-
-def _block(language: str, text: str) -> str:
-    return f"```{language}\n{text}\n```"
+def _is_local_path(text: str, key: str) -> bool:
+    if key in ("output_dir", "cache_dir") or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text):
+        return True
+    # "owner/name" is a dataset on the Hub unless there is such a folder.
+    return "/" in text and len(text) < 1000 and Path(text).exists()

@@ -1,4 +1,4 @@
-"""Loads an adapter with its backbone: everything is checked on a copy without storage before anything is made."""
+"""Load an adapter with its backbone from files that may be damaged or hostile."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import copy
 import os
 import warnings
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
@@ -17,6 +16,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
 from peft_edge.backbones import grow_head, head_names, load_backbone, replace_head, set_class_names
+from peft_edge.backbones.heads import as_timm_model
 from peft_edge.hub.adapter_files import (
     BACKBONE_FILES,
     LABELS_NAME,
@@ -29,154 +29,146 @@ from peft_edge.hub.adapter_files import (
     resolve_patterns,
 )
 
-# Others name files to read, or say how many layers to make.
+# timm's other arguments name files to read or set the number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
 
 
 def load_pretrained(
     adapter: str | os.PathLike[str], *, base: nn.Module | None = None, revision: str | None = None
 ) -> PeftModel:
-    """Loads an adapter together with the backbone it was trained on.
+    """Load an adapter together with the backbone it was trained on.
 
-    The files may come from anybody. Only JSON and safetensors are read, and that the adapter fits is tried on torch's
-    meta device, where nothing has storage, before a tensor is made.
+    The files may come from an untrusted source. Only JSON and safetensors are read, and the adapter must fit the
+    backbone on torch's meta device, which takes no memory, before it is built.
 
     Args:
-        adapter: A folder written by `save_adapter` or PEFT's `save_pretrained`, or the id of one on the Hub.
-        base: The backbone, where it cannot be loaded by the name in the adapter's configuration. It is left as it is:
-            a copy is adapted, whose head is made as large as the adapter's, where the adapter has one.
+        adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
+        base: The backbone, if the name in the adapter's configuration does not load it. The adapter is added to a
+            copy, whose head gets as many classes as the adapter's head.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
-        The adapted model in eval mode: images of shape (B, C, H, W) to logits (B, num_classes), whose names
-        `peft_edge.backbones.class_names` gives.
+        The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes);
+        `peft_edge.backbones.class_names` returns the names of the classes.
 
     Raises:
-        FileNotFoundError: There is no such folder or repository, a file in it is missing, or the backbone's is.
-        ValueError: A file is damaged or hostile, or the adapter was made for another backbone; the message names the
-            file, the key or the first tensor that does not fit.
+        FileNotFoundError: If the folder, the repository, one of its files or the backbone is missing.
+        ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone. The message names
+            the file, the key or the first tensor that does not fit.
+
+    Example:
+        >>> import tempfile
+        >>> from peft import get_peft_model
+        >>> from peft_edge import ConvLoraConfig, load_backbone, load_pretrained
+        >>> from peft_edge.hub import save_adapter
+        >>> model = get_peft_model(load_backbone("mobilenetv2_035", 3), ConvLoraConfig(target_modules="pointwise"))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_adapter(model, folder)
+        ...     loaded = load_pretrained(folder, base=load_backbone("mobilenetv2_035", 3))
+        >>> loaded(torch.zeros(2, 3, 32, 32)).shape
+        torch.Size([2, 3])
     """
-    folder = _folder_of(adapter, revision)
+    folder, is_local = Path(adapter), Path(adapter).is_dir()
+    if not is_local:
+        backbone = [f"{SOURCE_NAME}/{name}" for name in BACKBONE_FILES]
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, *backbone]
+        folder = _download(str(adapter), files, "the folder of an adapter", revision=revision)
     config = read_configuration(folder / CONFIG_NAME)
-    if base is None:
-        _check_library(folder, config)
-    layout = _read_adapter_layout(folder / SAFETENSORS_WEIGHTS_NAME)
-    base_name = config.base_model_name_or_path
-    is_own = Path(adapter).is_dir()
-    model = _load_base(base_name, folder, is_own=is_own) if base is None else copy.deepcopy(base)
+    layout = read_layout(folder / SAFETENSORS_WEIGHTS_NAME)
+    check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
+    model = _load_base(config, folder, is_local=is_local) if base is None else copy.deepcopy(base)
     try:
         resolve_patterns(config, [name for name, _ in model.named_modules()])
         _check_fit(model, config, layout)
-    except Exception as error:  # whatever PEFT and timm make of numbers and names that make no sense together
-        raise _misfit(folder, base_name, error) from error
-    check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
-    _fit_head(model, layout)
-    _name_classes(model, folder / LABELS_NAME)
-    try:
-        return PeftModel.from_pretrained(model, folder, config=config).eval()
-    except (ValueError, RuntimeError, KeyError, TypeError) as error:
-        raise _misfit(folder, base_name, error) from error
+        _resize_head(model, layout)
+        adapted = PeftModel.from_pretrained(model, folder, config=config).eval()
+    except Exception as error:  # PEFT and timm raise many types for values that do not fit together
+        problem = f"{type(error).__name__}: {' '.join(f'{error!s:.500}'.split())}"
+        raise ValueError(
+            f"{folder}: the adapter does not fit this backbone: {problem}. It was made for "
+            f"{config.base_model_name_or_path!s:.200}: load that backbone, or pass it as base="
+        ) from error
+    _set_class_names(adapted, folder / LABELS_NAME)
+    return adapted
 
 
-def _folder_of(adapter: str | os.PathLike[str], revision: str | None) -> Path:
-    if Path(adapter).is_dir():
-        return Path(adapter)
-    source = [f"{SOURCE_NAME}/{name}" for name in BACKBONE_FILES]
-    return _downloaded(
-        str(adapter),
-        [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, *source],
-        "the folder of an adapter",
-        revision=revision,
-    )
-
-
-def _downloaded(repo_id: str, files: list[str], expected: str, *, revision: str | None = None) -> Path:
+def _download(repo_id: str, files: list[str], expected: str, *, revision: str | None = None) -> Path:
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{repo_id}: expected {expected}, or the id of one on the Hub. No such folder exists, and from the Hub: "
-            f"{reason}"
+            f"{repo_id}: expected {expected}, or the id of one on the Hub. There is no such folder, and the Hub "
+            f"answered: {reason}"
         ) from error
 
 
-def _check_library(folder: Path, config: PeftConfig) -> None:
-    mapping = config.auto_mapping or {}
+def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
+    name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
         raise ValueError(
             f"{folder}: expected the adapter of a timm model, found that of a {mapping.get('base_model_class')!r:.80} "
             "of transformers: load it with peft.AutoPeftModel.from_pretrained, or pass such a model as base="
         )
-
-
-def _read_adapter_layout(path: Path) -> Layout:
-    try:
-        return read_layout(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is missing. Pickled adapters (adapter_model.bin) are not read: save it again as safetensors"
-        ) from error
-
-
-def _load_base(name: str | None, folder: Path, *, is_own: bool) -> nn.Module:
     if (folder / SOURCE_NAME).is_dir():
-        return _load_checked(folder / SOURCE_NAME)
+        return _load_untrusted(folder / SOURCE_NAME)
     if not name:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: pass the backbone as base=")
-    # What comes from the Hub cannot know a path on this machine.
-    if is_own and Path(name).is_dir():
+    # Only a local adapter may name a path: a file from the Hub must not make this machine read one.
+    if is_local and Path(name).is_dir():
         return load_backbone(name)
-    if is_own and Path(name).is_absolute():
-        raise FileNotFoundError(
-            f"{name}, the backbone of {folder}, is not there: put it back, or pass the backbone as base="
-        )
+    if is_local and Path(name).is_absolute():
+        raise FileNotFoundError(f"{name}, the backbone of {folder}, is missing: restore it, or pass it as base=")
     if not timm.is_model(name.removeprefix("timm/")):
-        return _load_checked(_downloaded(name, list(BACKBONE_FILES), f"the backbone of {folder}"), name)
+        return _load_untrusted(_download(name, list(BACKBONE_FILES), f"the backbone of {folder}"), name)
     base = load_backbone(name, pretrained="/" in name)
     if "/" not in name:
-        warnings.warn(f"{folder} was trained on a {name} with random weights, and gets other ones", stacklevel=3)
+        warnings.warn(
+            f"{folder} was trained on other random weights of {name}: pass that backbone as base=", stacklevel=3
+        )
     return base
 
 
-def _load_checked(folder: Path, name: str | None = None) -> nn.Module:
-    """Loads a backbone that is tried without storage before, so that no file says how much memory that takes."""
+def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
+    """Load a backbone after building it on the meta device, so that a hostile file cannot exhaust the memory."""
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:
-        if unknown := read_json(config).get("model_args", {}).keys() - _MODEL_ARGS:
+        found = read_json(config)
+        model_args = found.get("model_args") if isinstance(found, dict) else None
+        if isinstance(model_args, dict) and (unknown := model_args.keys() - _MODEL_ARGS):
             raise ValueError(
-                f"model_args: {min(unknown)[:80]!r} is not taken from elsewhere: build the backbone with it, and pass "
-                "it as base="
+                f"model_args: {min(unknown)[:80]!r} is not accepted from a downloaded file: build the backbone with "
+                "it, and pass it as base="
             )
         read_layout(weights)
         with torch.device("meta"), warnings.catch_warnings():
-            # Nothing can be copied to the meta device, says torch.
+            # torch warns that copying values to the meta device has no effect.
             warnings.simplefilter("ignore", UserWarning)
             load_backbone(str(folder))
     except OSError:
         raise
-    except Exception as error:  # whatever timm makes of a configuration that makes no sense
+    except Exception as error:  # timm raises many types for an invalid configuration
         raise ValueError(f"{folder}: expected a backbone: {type(error).__name__}: {error!s:.500}") from error
     check_finite(weights)
-    model: Any = load_backbone(str(folder))
+    model = load_backbone(str(folder))
     if name is not None:
-        model.name_or_path = name
+        as_timm_model(model).name_or_path = name
     return model
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Adapts a copy of the model without storage, and compares its adapter with the one in the file."""
+    """Add the adapter to a copy of the model on the meta device, and compare its tensors with those of the file."""
     trial, config = copy.deepcopy(model).to("meta"), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # a decomposition needs values
+        config.init_lora_weights = True  # other initialisations decompose weights, which have no values here
     with torch.device("meta"):
-        _fit_head(trial, layout)
-        # Without the argument, PEFT asks the Hub how large the base model's vocabulary is.
+        _resize_head(trial, layout)
+        # Without save_embedding_layers=False, PEFT requests the base model's vocabulary size from the Hub.
         state = get_peft_model_state_dict(PeftModel(trial, config), save_embedding_layers=False)
     if differing := sorted(state.keys() ^ layout.keys()):
         name = differing[0]
         problem = "is not in the adapter" if name in state else "has no place in this backbone"
-        raise ValueError(f"{name} {problem}, and so for {len(differing)} tensors in all")
+        raise ValueError(f"{name} {problem}; {len(differing)} tensors differ in all")
     for name, tensor in state.items():
         shape, dtype = layout[name]
         if shape != tuple(tensor.shape) or dtype.is_floating_point != tensor.dtype.is_floating_point:
@@ -185,34 +177,24 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
             )
 
 
-def _fit_head(base: Any, layout: Layout) -> None:
-    """Gives the backbone a head as large as the adapter's; one that grows keeps its rows."""
+def _resize_head(base: nn.Module, layout: Layout) -> None:
+    """Give the backbone as many classes as the adapter's head has; a head that grows keeps its rows."""
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
-        classes = shape[0] if shape else base.num_classes
-        if classes > base.num_classes:
-            grow_head(base, classes)
-        elif classes < base.num_classes:
-            replace_head(base, classes)
+        num_classes = as_timm_model(base).num_classes
+        if shape and shape[0] != num_classes:
+            (grow_head if shape[0] > num_classes else replace_head)(base, shape[0])
 
 
-def _name_classes(base: nn.Module, path: Path) -> None:
+def _set_class_names(base: nn.Module, path: Path) -> None:
     if not path.exists():
         return
     try:
         names = read_json(path)
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"expected a list of texts, found {type(names).__name__}")
+            raise ValueError(f"expected a list of strings, found {type(names).__name__}")
         set_class_names(base, names)
     except ValueError as error:
         raise ValueError(
-            f"{path} does not name the classes of the adapter: {error} Copy it again, or delete it"
+            f"{path} does not name the classes of the adapter: {error} Copy the file again, or delete it"
         ) from error
-
-
-def _misfit(folder: Path, base_name: str | None, error: Exception) -> ValueError:
-    problem = " ".join(f"{error!s:.500}".split())
-    return ValueError(
-        f"{folder}: the adapter does not fit this backbone: {type(error).__name__}: {problem}. It was made for "
-        f"{base_name!s:.200}: load that one, or pass another as base="
-    )

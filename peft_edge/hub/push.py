@@ -1,4 +1,4 @@
-"""Pushes an adapter, or a whole model, to the Hub: with its card, its record, and the backbone where nobody has it."""
+"""Push an adapter or a whole model to the Hub, with its card and its record."""
 
 from __future__ import annotations
 
@@ -18,13 +18,9 @@ from torch import nn
 
 from peft_edge.backbones import save_backbone
 from peft_edge.hub.adapter_files import BACKBONE_FILES, SOURCE_NAME, write_adapter
-from peft_edge.hub.card import CARD_NAME, Subject, adapter_card, shareable
+from peft_edge.hub.card import CARD_NAME, CardSubject, adapter_card, shareable
 from peft_edge.hub.pretrained import load_pretrained
 from peft_edge.records import Record
-
-RECORD_NAME = "record.json"
-
-_OUR_TYPES = ("CONV_LORA", "CONV_ADAPTER")
 
 
 def push_adapter(
@@ -33,137 +29,128 @@ def push_adapter(
     *,
     record: str | os.PathLike[str] | None = None,
     license: str | None = None,
-    **hub: Any,
+    private: bool | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload adapter",
 ) -> str:
-    """Pushes the active adapter of a model to the Hub; `load_pretrained(repo_id)` then loads it anywhere.
+    """Push the active adapter of a model to the Hub; `load_pretrained(repo_id)` then loads it on any machine.
 
-    A backbone that is not on the Hub itself goes along, in a subfolder. Nothing that is pushed names a path of this
-    machine. All files arrive in one commit, so a push that is interrupted changes nothing.
+    If the backbone is not on the Hub, it is pushed to a subfolder. Pushed files contain no path of this machine. All
+    files arrive in one commit, so an interrupted push changes nothing.
 
     Args:
         model: The adapted model.
-        repo_id: `"owner/name"`; the repository is made where there is none.
-        record: The `record.json` of the run that made the adapter; the card is written from it.
+        repo_id: `"owner/name"`; the repository is created if missing.
+        record: The `record.json` of the run that trained the adapter. It is pushed, and fills the card.
         license: The Hub's identifier of a license, for the card; by default that of timm's pretrained weights.
-        **hub: `private`, whether a new repository is; `revision`, the branch, which is made where there is none;
-            `token`, by default the one of `hf auth login` or of the environment; `commit_message`.
+        private: Whether a new repository is private.
+        revision: The branch to push to; it is created if missing.
+        token: By default the token of `hf auth login` or of the environment.
+        commit_message: The title of the commit.
 
     Returns:
-        The address of the commit.
+        The URL of the commit.
 
     Raises:
-        ValueError: The record is damaged, or there are not as many class names as classes.
-        OSError: The push failed; the message says why, and nothing was changed on the Hub.
+        ValueError: If the record is damaged, or the number of class names differs from the number of classes.
+        OSError: If the push fails. The message says why; nothing has changed on the Hub.
     """
-    known, subject = _read_record(record), Subject.of(model).at(repo_id, license)
+    run = _read_shareable(record)
+    subject = CardSubject.from_model(model, source=repo_id, license=license)
+    is_on_hub = subject.base.startswith("timm/")
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent)
-        write_adapter(model, folder, adapter_card(subject, known, folder))
-        if not subject.base.startswith("timm/"):
-            save_backbone(_backbone_of(model), folder / SOURCE_NAME)
-            _name_base(folder / CONFIG_NAME, repo_id)
-        return _upload(folder, known, repo_id, **{"commit_message": "Upload adapter", **hub})
+        write_adapter(model, folder, adapter_card(subject, run, folder), base_name=None if is_on_hub else repo_id)
+        if not is_on_hub:
+            save_backbone(_copy_backbone(model), folder / SOURCE_NAME)
+        return _upload(folder, run, repo_id, commit_message, private, revision, token)
 
 
 def push_update(
-    update: Path, repo_id: str, *, record: str | os.PathLike[str] | None = None, license: str | None = None, **hub: Any
+    update: Path,
+    repo_id: str,
+    *,
+    record: str | os.PathLike[str] | None = None,
+    license: str | None = None,
+    **options: Any,
 ) -> str:
-    """Pushes what a run has made: its adapter, or its model where the method trains the model's own weights.
+    """Push the result of a run: its adapter, or its model if the method trains the model's own weights.
 
-    Args:
-        update: The folder of the adapter or of the model.
-        repo_id: As for `push_adapter`, as is all that follows.
-        record: The run's.
-        license: For the card.
-        **hub: The rest.
-
-    Returns:
-        The address of the commit.
+    `update` is the folder of the adapter or model. All else is as for `push_adapter`.
 
     Raises:
-        ValueError: A file of the update is damaged.
-        OSError: The push failed, or a file of the update is missing.
+        ValueError: If a file of the update is damaged.
+        OSError: If the push fails, or a file of the update is missing.
     """
     if (update / CONFIG_NAME).exists():
-        return push_adapter(load_pretrained(update), repo_id, record=record, license=license, **hub)
-    known = _read_record(record)
+        return push_adapter(load_pretrained(update), repo_id, record=record, license=license, **options)
+    run = _read_shareable(record)
     name = json.loads((update / BACKBONE_FILES[0]).read_text(encoding="utf-8"))["architecture"]
-    subject = Subject(base=name, architecture=name, peft_type=None).at(repo_id, license)
+    subject = CardSubject(base=name, architecture=name, peft_type=None, source=repo_id, license=license)
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent)
         for file in BACKBONE_FILES:
             shutil.copyfile(update / file, folder / file)
-        adapter_card(subject, known, folder).save(folder / CARD_NAME)
-        return _upload(folder, known, repo_id, **{"commit_message": "Upload model", **hub})
+        adapter_card(subject, run, folder).save(folder / CARD_NAME)
+        return _upload(folder, run, repo_id, **{"commit_message": "Upload model", **options})
 
 
-def _read_record(path: str | os.PathLike[str] | None) -> Record | None:
+def _read_shareable(path: str | os.PathLike[str] | None) -> Record | None:
     return None if path is None else shareable(Record.from_json(Path(path).read_text(encoding="utf-8")))
 
 
-def _backbone_of(model: PeftModel) -> nn.Module:
-    """Returns a copy of what was adapted; PEFT's `unload` leaves the adapter's head in it."""
-    adapted: Any = copy.deepcopy(model)
-    heads = [
-        (name, module.original_module)
-        for name, module in adapted.get_base_model().named_modules()
-        if isinstance(module, ModulesToSaveWrapper)
-    ]
-    backbone = adapted.unload()
-    for name, head in heads:
-        backbone.set_submodule(name, head)
-    return backbone
-
-
-def _name_base(path: Path, repo_id: str) -> None:
-    """Says that the backbone is in this repository, where it was a folder of this machine."""
-    config = {**json.loads(path.read_text(encoding="utf-8")), "base_model_name_or_path": repo_id}
-    path.write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
+def _copy_backbone(model: PeftModel) -> nn.Module:
+    """Return a copy of the model without the adapter and with its original head, which PEFT's `unload` replaces."""
+    copied = copy.deepcopy(model)
+    backbone = copied.get_base_model()
+    for name, module in list(backbone.named_modules()):
+        if isinstance(module, ModulesToSaveWrapper):
+            backbone.set_submodule(name, module.original_module)
+    return copied.unload()
 
 
 def _upload(
     folder: Path,
     record: Record | None,
     repo_id: str,
-    *,
     commit_message: str,
     private: bool | None = None,
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> str:
     if record is not None:
-        (folder / RECORD_NAME).write_text(record.to_json(), encoding="utf-8")
+        (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     api = HfApi(token=token)
     try:
         api.create_repo(repo_id, private=private, exist_ok=True)
         if revision is not None:
             api.create_branch(repo_id, branch=revision, exist_ok=True)
-        # The backbone of an earlier push would be taken for the one of this.
         commit = api.upload_folder(
             repo_id=repo_id,
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
+            # The adapter must not be loaded with the backbone of an earlier push.
             delete_patterns=[f"{SOURCE_NAME}/*"],
         )
-    except Exception as error:  # the client's HTTP library, and so its errors, differ by its version
+    except Exception as error:  # the client's HTTP library, and so the type of its errors, depends on its version
         reason = next(iter(str(error).strip().splitlines()), "")
         raise OSError(
             f"{repo_id}: expected to push to {api.endpoint}, found {type(error).__name__}: {reason:.500}. Nothing was "
-            "changed there, and what is on the disk here is complete: push again once that is mended"
+            "changed on the Hub, and the local files are complete: fix the problem and push again"
         ) from error
     return str(commit.commit_url)
 
 
-_push_of_peft = PeftModel.push_to_hub
+_peft_push_to_hub = PeftModel.push_to_hub
 
 
-@wraps(_push_of_peft)
-def _push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> Any:
-    peft_type = self.peft_config[self.active_adapter].peft_type
-    return (push_adapter if peft_type in _OUR_TYPES else _push_of_peft)(self, repo_id, **options)
+@wraps(_peft_push_to_hub)
+def _push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> object:
+    is_ours = self.peft_config[self.active_adapter].peft_type in ("CONV_LORA", "CONV_ADAPTER")
+    return (push_adapter if is_ours else _peft_push_to_hub)(self, repo_id, **options)
 
 
-# Transformers' method, which PEFT's models inherit, would put its own card in the place of ours, and leave out the
-# backbone and the names of the classes.
+# PEFT inherits transformers' method, which replaces our card and omits the backbone and the class names.
 PeftModel.push_to_hub = _push_to_hub

@@ -1,4 +1,4 @@
-"""A small network that knows digits, an adapter of it, and digits to try both on."""
+"""A small network trained on digits, an adapter for it, and digits to compare both on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.export.support import IMAGE_SIZE, Saved, train
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A trained base, and an adapter whose weights, head and BatchNorm statistics have all moved."""
+    """A trained base, and an adapter whose weights, head and BatchNorm statistics differ from the base's."""
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     base = load_backbone("test_efficientnet", 10)

@@ -1,4 +1,4 @@
-"""A saved base and adapter, and how they are trained."""
+"""A saved base and adapter, and the training loop that makes them."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from peft_edge.data import build_loader, build_transform
 from peft_edge.data.embedded import load_digits_domain
-from peft_edge.export.verification import data_config
+from peft_edge.export.verification import input_config
 from peft_edge.hub import load_pretrained
 
 IMAGE_SIZE = 32
@@ -28,7 +28,7 @@ class Saved(NamedTuple):
 
 def train(model: nn.Module, steps: int, learning_rate: float) -> None:
     domain, _ = load_digits_domain(image_size=IMAGE_SIZE, seed=0)
-    transform = build_transform(data_config(model, IMAGE_SIZE), train=False)
+    transform = build_transform(input_config(model, IMAGE_SIZE), train=False)
     loader = build_loader(domain.train, transform, batch_size=32, shuffle=True, seed=0)
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], lr=learning_rate)
     model.train()

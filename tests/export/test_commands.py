@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 
 from peft_edge.backbones import load_backbone
 from peft_edge.cli import main
-from peft_edge.export.formats import merged
+from peft_edge.export.exporter import merge_adapters
 from peft_edge.records import Record
 from tests.export.support import Saved
 
@@ -50,7 +50,7 @@ def test_what_is_applied_to_the_base_is_the_merged_model(
     changed = len(load_file(file))
     assert capsys.readouterr().out == f"{file}: {file.stat().st_size:,} bytes, {changed} of {total} tensors\n"
     main(["apply", "--base", str(saved.base), "--diff", str(file), "--out", str(deployed)])
-    expected = merged(saved.load()).state_dict()
+    expected = merge_adapters(saved.load()).state_dict()
     assert all(
         torch.equal(tensor, expected[name]) for name, tensor in load_file(deployed / "model.safetensors").items()
     )

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from peft_edge.backbones import class_names, fingerprint, grow_head, load_backbone, save_backbone, set_class_names
-from peft_edge.export.differences import CHECKSUM_KEY, METADATA_KEY, apply_diff, save_result, write_diff
-from peft_edge.export.formats import merged
+from peft_edge.export.differences import CHECKSUM_KEY, DIFF_KEY, apply_diff, save_result, write_diff
+from peft_edge.export.exporter import merge_adapters
 from peft_edge.files import unfinished_path
 from tests.export.support import Saved
 
@@ -35,19 +35,19 @@ def bits(model: nn.Module) -> dict[str, bytes]:
     return {name: tensor.numpy().tobytes() for name, tensor in model.state_dict().items()}
 
 
-def test_base_and_diff_are_the_merged_model_bit_for_bit(saved: Saved, diff: Path, tmp_path: Path) -> None:
+def test_base_with_diff_equals_the_merged_model_bit_for_bit(saved: Saved, diff: Path, tmp_path: Path) -> None:
     base = load_backbone(str(saved.base))
     before = bits(base)
     result = apply_diff(base, diff)
     save_result(result, tmp_path / "deployed")
-    expected = bits(merged(saved.load()))
+    expected = bits(merge_adapters(saved.load()))
     assert bits(result) == expected
     assert bits(load_backbone(str(tmp_path / "deployed"))) == expected
     assert class_names(load_backbone(str(tmp_path / "deployed"))) == [str(digit) for digit in range(10)]
     assert bits(base) == before
 
 
-def test_only_what_changed_is_in_the_file(saved: Saved, tmp_path: Path) -> None:
+def test_diff_contains_only_changed_tensors(saved: Saved, tmp_path: Path) -> None:
     base, model = load_backbone(str(saved.base)), load_backbone(str(saved.base))
     with torch.no_grad():
         model.bn1.bias[0] = -0.0
@@ -58,7 +58,7 @@ def test_only_what_changed_is_in_the_file(saved: Saved, tmp_path: Path) -> None:
     assert bits(apply_diff(base, tmp_path / "diff.safetensors")) == bits(model)
 
 
-def test_more_classes_come_with_their_names(saved: Saved, tmp_path: Path) -> None:
+def test_diff_adds_classes_with_their_names(saved: Saved, tmp_path: Path) -> None:
     base, model = load_backbone(str(saved.base)), load_backbone(str(saved.base))
     grow_head(model, 12)
     set_class_names(model, [*"0123456789", "ten", "eleven"])
@@ -69,7 +69,7 @@ def test_more_classes_come_with_their_names(saved: Saved, tmp_path: Path) -> Non
     assert result.num_classes == 12
 
 
-def test_another_base_is_refused(saved: Saved, diff: Path) -> None:
+def test_diff_is_refused_on_another_base(saved: Saved, diff: Path) -> None:
     other = load_backbone(str(saved.base))
     with torch.no_grad():
         other.bn1.running_mean[3] += 1e-6
@@ -81,12 +81,12 @@ def test_another_base_is_refused(saved: Saved, diff: Path) -> None:
         apply_diff(load_backbone("test_resnet", 10), diff)
 
 
-def test_a_diff_is_not_applied_twice(saved: Saved, diff: Path) -> None:
+def test_diff_is_not_applied_twice(saved: Saved, diff: Path) -> None:
     with pytest.raises(ValueError, match="another model"):
         apply_diff(apply_diff(load_backbone(str(saved.base)), diff), diff)
 
 
-def test_models_of_two_networks_have_no_diff(saved: Saved, tmp_path: Path) -> None:
+def test_diff_between_different_networks_is_refused(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the adapted model does not fit the base: .*expected no such tensor"):
         write_diff(load_backbone("test_resnet", 10), saved.load(), tmp_path / "diff.safetensors")
     small = load_backbone(str(saved.base), small_images=True)
@@ -119,13 +119,13 @@ def _set(name: str, tensor: Tensor) -> Forge:
         (lambda tensors, header: header.pop("result"), "result"),
     ],
 )
-def test_a_forged_file_is_refused(forge: Forge, message: str, saved: Saved, diff: Path, tmp_path: Path) -> None:
-    """Even if whoever forged it knows how checksums are made."""
-    tensors, header = load_file(diff), json.loads(metadata_of(diff)[METADATA_KEY])
+def test_forged_file_is_refused(forge: Forge, message: str, saved: Saved, diff: Path, tmp_path: Path) -> None:
+    """The forged files have a valid checksum."""
+    tensors, header = load_file(diff), json.loads(metadata_of(diff)[DIFF_KEY])
     forge(tensors, header)
     checksum = hashlib.sha256(json.dumps(header).encode()).hexdigest()
     file = tmp_path / "diff.safetensors"
-    save_file(tensors, file, metadata={METADATA_KEY: json.dumps(header), CHECKSUM_KEY: checksum})
+    save_file(tensors, file, metadata={DIFF_KEY: json.dumps(header), CHECKSUM_KEY: checksum})
     base = load_backbone(str(saved.base))
     before = bits(base)
     with pytest.raises(ValueError, match=message):
@@ -133,7 +133,7 @@ def test_a_forged_file_is_refused(forge: Forge, message: str, saved: Saved, diff
     assert bits(base) == before
 
 
-def test_a_damaged_file_is_refused_wherever_the_damage_is(saved: Saved, diff: Path, tmp_path: Path) -> None:
+def test_damaged_file_is_refused_wherever_the_damage_is(saved: Saved, diff: Path, tmp_path: Path) -> None:
     base, whole, file = load_backbone(str(saved.base)), diff.read_bytes(), tmp_path / "diff.safetensors"
     places = torch.randint(len(whole), (20,)).tolist()
     header_size = int.from_bytes(whole[:8], "little")
@@ -146,12 +146,12 @@ def test_a_damaged_file_is_refused_wherever_the_damage_is(saved: Saved, diff: Pa
         with pytest.raises(ValueError, match="found another or a damaged one"):
             apply_diff(base, file)
     deep = "[" * 100_000
-    save_file({}, file, metadata={METADATA_KEY: deep, CHECKSUM_KEY: ""})
+    save_file({}, file, metadata={DIFF_KEY: deep, CHECKSUM_KEY: ""})
     with pytest.raises(ValueError, match="found another or a damaged one"):
         apply_diff(base, file)
 
 
-def test_a_file_that_is_not_there_or_is_no_diff(saved: Saved, tmp_path: Path) -> None:
+def test_missing_file_and_other_files_are_refused(saved: Saved, tmp_path: Path) -> None:
     base = load_backbone(str(saved.base))
     with pytest.raises(FileNotFoundError, match=r"none\.safetensors is missing"):
         apply_diff(base, tmp_path / "none.safetensors")
@@ -159,7 +159,7 @@ def test_a_file_that_is_not_there_or_is_no_diff(saved: Saved, tmp_path: Path) ->
         apply_diff(base, saved.base / "model.safetensors")
 
 
-def test_a_saved_model_is_replaced_whole_and_nothing_else_is(
+def test_save_result_replaces_a_saved_model_in_one_step(
     saved: Saved, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, folder = load_backbone(str(saved.base)), tmp_path / "deployed"
@@ -179,7 +179,7 @@ def test_a_saved_model_is_replaced_whole_and_nothing_else_is(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["deployed"]
 
     (folder / "photo.jpg").touch()
-    with pytest.raises(ValueError, match=r"holds more than a saved model \(photo\.jpg\): name another"):
+    with pytest.raises(ValueError, match=r"contains more than a saved model \(photo\.jpg\): name another"):
         save_result(model, folder)
     assert (folder / "photo.jpg").exists()
 

@@ -6,43 +6,27 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import timm
 import torch
 from peft import get_peft_model
-from torch import nn
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from peft_edge import ConvLoraConfig
+from peft_edge import ConvAdapterConfig, ConvLoraConfig, prepare_model_for_lean_training
 from peft_edge.backbones import head_names, load_backbone
 from peft_edge.backbones.heads import head_layers
-from peft_edge.export import exporter as exporting
-from peft_edge.export.exporter import METADATA_KEY, export_model, quantize_onnx
+from peft_edge.export import exporter
+from peft_edge.export.exporter import METADATA_KEY, export_model, fuse_batch_norms, merge_adapters
 from peft_edge.export.formats import FORMATS
-from peft_edge.export.verification import Images, answers, read_images
+from peft_edge.export.verification import Images, predict_logits, read_images
+from peft_edge.lean.layers import PLAIN
 from tests.export.support import Saved
 
-onnx = pytest.importorskip("onnx")
-pytest.importorskip("onnxruntime")
-pytest.importorskip("onnxscript")
 
-
-def test_weights_become_eight_bits_with_a_scale_for_each_output_channel(tmp_path: Path) -> None:
-    conv = nn.Conv2d(3, 8, 3).requires_grad_(False)
-    conv.weight.mul_(torch.logspace(-3, 3, 8).view(-1, 1, 1, 1))
-    images = torch.randn(10, 3, 8, 8)
-    floats, integers = tmp_path / "floats.onnx", tmp_path / "integers.onnx"
-    FORMATS["onnx"].write(torch.export.export(conv, (images[:4],)), {"peft_edge": "kept"}, floats)
-    quantize_onnx(floats, integers, images, batch_size=4)
-
-    model = onnx.load(integers)
-    tensors = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in model.graph.initializer}
-    assert {entry.key: entry.value for entry in model.metadata_props}["peft_edge"] == "kept"
-    weights = next(tensor for tensor in tensors.values() if tensor.shape == (8, 3, 3, 3))
-    scales = next(tensor for name, tensor in tensors.items() if tensor.shape == (8,) and "weight_scale" in name)
-    assert weights.dtype == "int8"
-    # Symmetric, in seven bits: a channel's largest weight becomes 64, and its scale is the step between two integers.
-    torch.testing.assert_close(torch.from_numpy(scales), conv.weight.abs().amax((1, 2, 3)) / 64, rtol=0.01, atol=0)
-    found = answers(FORMATS["onnx"].load(integers), images, 4)
-    assert 0 < (found - conv(images)).abs().max() < 0.02 * conv(images).abs().max()
+def require_onnx() -> None:
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module)
 
 
 def metadata(file: Path) -> dict[str, Any]:
@@ -51,8 +35,8 @@ def metadata(file: Path) -> dict[str, Any]:
     return json.loads(onnxruntime.InferenceSession(file).get_modelmeta().custom_metadata_map[METADATA_KEY])
 
 
-def test_onnx_file_answers_as_the_model_and_says_how_to_use_it(saved: Saved, digits: Images, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+def test_onnx_file_has_the_same_logits_and_describes_its_input(saved: Saved, digits: Images, tmp_path: Path) -> None:
+    require_onnx()
     file, images = tmp_path / "model.onnx", digits.comparison[:100]
     floats, integers = export_model(
         saved.load(), file, format="onnx", images=images, labels=digits.labels[:100], calibration=digits.calibration
@@ -78,7 +62,7 @@ def test_torch_export_file_of_a_fixed_batch_size(saved: Saved, digits: Images, t
     program = torch.export.load(file, extra_files=texts)
     assert json.loads(texts[METADATA_KEY])["input"] == "images"
     operations = {str(node.target) for node in program.graph.nodes}
-    assert not program.example_inputs[0][0].any()  # nobody's images are in the file
+    assert not program.example_inputs[0][0].any()  # the file contains no image
     assert not any("batch_norm" in name or "lora" in name for name in operations)
     torch.testing.assert_close(program.module()(images[:4]), saved.load()(images[:4]), rtol=1e-4, atol=1e-4)
     with pytest.raises(AssertionError):
@@ -94,7 +78,7 @@ def test_executorch_file_takes_one_image(saved: Saved, digits: Images, tmp_path:
 
 
 @pytest.mark.parametrize("damage", [1.001, float("nan")])
-def test_a_file_that_computes_something_else_is_not_left_behind(
+def test_file_with_other_logits_is_not_kept(
     damage: float, saved: Saved, digits: Images, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = tmp_path / "model.pt2"
@@ -105,8 +89,8 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
         network = loaded(path)
         return lambda images: network(images) * damage
 
-    monkeypatch.setitem(exporting.FORMATS, "torch-export", FORMATS["torch-export"]._replace(load=damaged))
-    with pytest.raises(ValueError, match=r"expected the logits of the PyTorch model to .*no file was written"):
+    monkeypatch.setitem(exporter.FORMATS, "torch-export", FORMATS["torch-export"]._replace(load=damaged))
+    with pytest.raises(ValueError, match=r"expected the logits of the PyTorch model within .*no file was written"):
         export_model(saved.load(), file, format="torch-export", images=digits.comparison[:4])
     assert [path.read_text() for path in tmp_path.iterdir()] == ["old"]
 
@@ -121,7 +105,7 @@ def test_a_file_that_computes_something_else_is_not_left_behind(
         ({"images": torch.zeros(1, 4, 32, 32)}, r"does not run on images of \(4, 32, 32\)"),
     ],
 )
-def test_what_cannot_be_exported_is_refused(options: dict[str, Any], message: str, tiny_backbone: nn.Module) -> None:
+def test_invalid_options_are_refused(options: dict[str, Any], message: str, tiny_backbone: nn.Module) -> None:
     given = {"file": "model.pt2", "format": "torch-export", "images": torch.zeros(1, 3, 32, 32), **options}
     with pytest.raises(ValueError, match=message):
         export_model(tiny_backbone, **given)
@@ -129,8 +113,8 @@ def test_what_cannot_be_exported_is_refused(options: dict[str, Any], message: st
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["mobilenetv2_100", "mobilenetv3_small_100", "mobilenetv3_large_100", "resnet18"])
-def test_whole_networks_answer_real_images_as_the_model_does(name: str, tmp_path: Path) -> None:
-    pytest.importorskip("onnxscript")
+def test_exported_networks_have_the_same_logits_on_real_images(name: str, tmp_path: Path) -> None:
+    require_onnx()
     base = load_backbone(name, 10)
     images = read_images("digits", base, image_size=96).comparison[:100]
     model = get_peft_model(base, ConvLoraConfig(target_modules="all-conv", modules_to_save=head_names(base)))
@@ -139,7 +123,7 @@ def test_whole_networks_answer_real_images_as_the_model_does(name: str, tmp_path
     for batch in images.split(25):
         model.train()(batch)
     with torch.no_grad():
-        # As large as those of a trained network, or the tolerance would let everything pass.
+        # Logits as large as those of a trained network, so that the tolerance is meaningful.
         scale = 5 / model.eval()(images).abs().max()
         for _, layer in head_layers(model.get_base_model()):
             layer.weight.mul_(scale)
@@ -148,5 +132,81 @@ def test_whole_networks_answer_real_images_as_the_model_does(name: str, tmp_path
     assert row.largest_logit > 4
     assert row.largest_difference < 1e-4
     assert row.same_top1 == 1
-    found = answers(FORMATS["onnx"].load(tmp_path / "model.onnx"), images[:1], 1)
+    found = predict_logits(FORMATS["onnx"].load(tmp_path / "model.onnx"), images[:1], 1)
     torch.testing.assert_close(found, model.eval()(images[:1]).detach(), rtol=0, atol=1e-4)
+
+
+NETWORKS = ["mobilenetv2_035", "tf_mobilenetv3_small_minimal_100", "test_resnet"]
+
+
+class Awkward(nn.Module):
+    """A network with norms that are not the only consumer of a convolution's output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shared, self.conv, self.last = nn.Conv2d(3, 4, 1), nn.Conv2d(4, 4, 3, groups=4), nn.Conv2d(4, 4, 1)
+        self.of_images, self.of_shared, self.of_sum = nn.BatchNorm2d(3), nn.BatchNorm2d(4), nn.BatchNorm2d(4)
+        self.alone = nn.BatchNorm2d(4, affine=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.shared(self.of_images(x))
+        x = self.of_sum(self.conv(x) + self.of_shared(x)[..., 1:-1, 1:-1])
+        return self.alone(self.last(x))
+
+
+def randomized(model: nn.Module) -> nn.Module:
+    """Return the model in eval mode and double precision, with random statistics and weights of BatchNorm."""
+    for module in model.modules():
+        if isinstance(module, _BatchNorm):
+            for tensor in (module.running_mean, module.running_var, module.weight, module.bias):
+                if tensor is not None:
+                    tensor.data.uniform_(0.5, 1.5)
+    return model.eval().double().requires_grad_(False)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", NETWORKS)
+def test_fused_network_has_no_norms_and_the_same_logits(name: str, images: Tensor) -> None:
+    model = randomized(timm.create_model(name, num_classes=10))
+    images = images.double()
+    expected = model(images)
+    fuse_batch_norms(model)
+    torch.testing.assert_close(model(images), expected, rtol=1e-9, atol=1e-9)
+    assert not any(isinstance(module, _BatchNorm) for module in model.modules())
+
+
+@torch.no_grad()
+def test_norm_is_fused_only_if_it_is_the_only_consumer(images: Tensor) -> None:
+    model = randomized(Awkward())
+    expected = model(images.double())
+    fuse_batch_norms(model)
+    assert [type(norm) for norm in (model.of_images, model.of_shared, model.of_sum)] == [nn.BatchNorm2d] * 3
+    assert isinstance(model.alone, nn.Identity)
+    torch.testing.assert_close(model(images.double()), expected, rtol=1e-12, atol=1e-12)
+
+
+@torch.no_grad()
+def test_merged_network_is_plain_and_has_the_same_logits(saved: Saved, digits: Images) -> None:
+    model = saved.load().train()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    network = merge_adapters(prepare_model_for_lean_training(model))
+    assert not any(isinstance(module, BaseTunerLayer) or type(module) in PLAIN for module in network.modules())
+    assert not any(module.training for module in network.modules())
+    torch.testing.assert_close(network(digits.comparison), saved.load()(digits.comparison), rtol=1e-4, atol=1e-5)
+    assert model.training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_adapter_that_cannot_be_merged_is_refused(tiny_backbone: nn.Module) -> None:
+    model = get_peft_model(tiny_backbone, ConvAdapterConfig(target_modules="depthwise"))
+    message = "cannot be merged into one plain network for a device: Cannot merge adapter 'default' into layer"
+    with pytest.raises(ValueError, match=message):
+        merge_adapters(model)
+
+
+@torch.no_grad()
+def test_adapter_with_nan_is_not_merged(saved: Saved) -> None:
+    model = saved.load()
+    next(parameter for name, parameter in model.named_parameters() if "lora_B" in name).fill_(torch.nan)
+    with pytest.raises(ValueError, match="NaNs detected"):
+        merge_adapters(model)

@@ -7,10 +7,16 @@ import torch
 from PIL import Image
 
 from peft_edge.backbones import load_backbone, set_class_names
-from peft_edge.export.verification import Images, answers, compare, comparison_table, read_images
+from peft_edge.export.verification import (
+    Images,
+    compare_logits,
+    comparison_table,
+    predict_logits,
+    read_images,
+)
 
 
-def test_digits_are_prepared_as_the_model_is_evaluated(digits: Images) -> None:
+def test_digits_are_preprocessed_for_the_model(digits: Images) -> None:
     assert digits.calibration.shape == (100, 3, 32, 32)
     assert digits.comparison.shape == (256, 3, 32, 32)
     black = (torch.zeros(3) - torch.tensor([0.485, 0.456, 0.406])) / torch.tensor([0.229, 0.224, 0.225])
@@ -27,7 +33,7 @@ def folder_of_colours(folder: Path) -> Path:
     return folder
 
 
-def test_labels_are_the_models_classes_by_name(tmp_path: Path) -> None:
+def test_labels_are_matched_to_the_classes_of_the_model_by_name(tmp_path: Path) -> None:
     folder, model = str(folder_of_colours(tmp_path)), load_backbone("test_efficientnet", 3)
     set_class_names(model, ["red", "green", "blue"])
     found = read_images(folder, model, image_size=16)
@@ -40,7 +46,7 @@ def test_labels_are_the_models_classes_by_name(tmp_path: Path) -> None:
     assert read_images(folder, model, image_size=16).labels is None
 
 
-def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
+def test_invalid_size_and_missing_folder_are_refused(tmp_path: Path) -> None:
     model = load_backbone("test_efficientnet", 3)
     with pytest.raises(ValueError, match="image_size: expected at least 1, found 0"):
         read_images("digits", model, image_size=0)
@@ -49,7 +55,7 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("batch_size", "sizes"), [(3, [3, 3]), (1, [1] * 5), (8, [8]), (None, [5])])
-def test_every_image_is_answered_in_batches_of_the_size_that_is_taken(batch_size: int | None, sizes: list[int]) -> None:
+def test_logits_are_computed_in_batches_of_the_given_size(batch_size: int | None, sizes: list[int]) -> None:
     seen = []
 
     def network(images: torch.Tensor) -> torch.Tensor:
@@ -57,14 +63,14 @@ def test_every_image_is_answered_in_batches_of_the_size_that_is_taken(batch_size
         return images.flatten(1)
 
     images = torch.randn(5, 3, 2, 2)
-    assert torch.equal(answers(network, images, batch_size), images.flatten(1))
+    assert torch.equal(predict_logits(network, images, batch_size), images.flatten(1))
     assert seen == sizes
 
 
-def test_figures_are_those_of_the_logits() -> None:
+def test_comparison_of_known_logits() -> None:
     expected = torch.tensor([[1.0, 2.0], [4.0, 3.0], [-5.0, 0.0], [1.0, 0.0]])
     found = torch.tensor([[1.0, 2.5], [3.0, 4.0], [-5.0, 0.0], [1.0, 0.0]])
-    row = compare("onnx", 1234, found, expected, torch.tensor([1, 0, 0, 0]))
+    row = compare_logits("onnx", 1234, found, expected, torch.tensor([1, 0, 0, 0]))
     assert (row.largest_logit, row.largest_difference, row.same_top1) == (5.0, 1.0, 0.75)
     assert (row.accuracy, row.model_accuracy) == (0.5, 0.75)
     assert comparison_table([row]).splitlines() == [
@@ -72,6 +78,6 @@ def test_figures_are_those_of_the_logits() -> None:
         "PyTorch                                                       0.750",
         "   onnx  1,234                        1.0e+00       0.750     0.500",
     ]
-    table = comparison_table([compare("onnx", 1, found, expected, None)])
+    table = comparison_table([compare_logits("onnx", 1, found, expected, None)])
     assert "PyTorch" not in table
     assert table.endswith("0.750         -")

@@ -1,7 +1,7 @@
-"""Loads damaged and hostile copies of an adapter, one for each seed: `fuzz_worker.py ADAPTER FIRST LAST`.
+"""Load damaged and hostile copies of an adapter, one per seed: `fuzz_worker.py ADAPTER FIRST LAST`.
 
-Prints a line of JSON for each. A case that takes too long ends the process (SIGALRM), and so may one that takes too
-much memory.
+Prints one line of JSON per seed. A case that takes too long ends the process (SIGALRM). A case that takes too much
+memory may end it, too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ HOSTILE_VALUES: tuple[Any, ...] = (
 def flip_bits(files: Path, draw: random.Random) -> None:
     file = files / draw.choice(JSON_FILES + TENSOR_FILES)
     content = bytearray(file.read_bytes())
-    # Headers are where damage is interesting.
+    # Damage to the header reaches most of the code.
     end = draw.choice([min(len(content), 300), min(len(content), 5000), len(content)])
     for _ in range(draw.choice([1, 1, 2, 10])):
         content[draw.randrange(end)] ^= 1 << draw.randrange(8)
@@ -180,7 +180,7 @@ def _write(file: Path, header: dict[str, Any], data: bytes) -> None:
 
 
 def run(adapter: Path, seed: int, base: torch.nn.Module, images: torch.Tensor) -> str:
-    """Loads one case; says whether it was loaded or refused."""
+    """Load one case, and return whether it was loaded or refused."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as parent:
         files = Path(parent) / "adapter"
@@ -189,7 +189,7 @@ def run(adapter: Path, seed: int, base: torch.nn.Module, images: torch.Tensor) -
         try:
             model = load_pretrained(files, base=base if draw.random() < 0.5 else None)
         except (ValueError, OSError) as error:
-            return f"refused: {error!s:.200}" if str(error) else "refused without a word"
+            return f"refused: {error!s:.200}" if str(error) else "refused without a message"
         classes = model.get_base_model().num_classes
         assert model(images).shape == (len(images), classes)
         return "loaded"

@@ -1,4 +1,4 @@
-"""A small Hub on loopback: the part of the HTTP interface that `huggingface_hub` uses to push and load models."""
+"""A local Hub with the part of the HTTP interface that `huggingface_hub` uses to push and load models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Repo:
 
 
 class StandIn(ThreadingHTTPServer):
-    """Holds the repositories, and all that was ever received but the Authorization headers."""
+    """Stores the repositories and every received request, except for the Authorization headers."""
 
     daemon_threads = True
 
@@ -49,11 +49,11 @@ class StandIn(ThreadingHTTPServer):
         self.received: list[bytes] = []
         self.tokens: set[str] = set()
         self.interrupt: Callable[[], object] | None = None
-        """Called once in the middle of an upload, whose connection is cut afterwards."""
+        """Called once during an upload, whose connection is then closed."""
         self.is_full = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # clients that are killed cut their connections
+        pass  # killed clients close their connections
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         found = self.repos[repo]
@@ -75,7 +75,7 @@ def running() -> Iterator[StandIn]:
 
 @contextmanager
 def reachable(home: Path) -> Iterator[StandIn]:
-    """Runs a Hub to which the client of this process, and its child processes, talk instead of the real one."""
+    """Run a Hub and point the client of this process and of its child processes at it."""
     with running() as server, pytest.MonkeyPatch.context() as patch:
         environment = {
             "HF_ENDPOINT": server.endpoint,
@@ -258,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {
                 "X_Linked_Etag": f'"{oid}"',
                 "X_Linked_Size": str(len(content)),
-                # As on the real Hub another host, to which the client sends no token.
+                # Another host, as on the real Hub, so that the client sends no token.
                 "Location": f"http://localhost:{self.server.server_port}/lfs/{oid}",
             }
             return self._send(b"", 302, **headers)
@@ -285,5 +285,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def sha1(content: bytes) -> str:
-    """git's name of a file."""
+    """Return git's hash of a file."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,7 +1,9 @@
-"""An adapter in which everything has moved."""
+"""A briefly trained adapter."""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,7 +14,7 @@ from peft_edge import ConvLoraConfig
 
 
 def adapted(base: nn.Module, **options: Any) -> PeftModel:
-    """An adapter whose weights, head and BatchNorm statistics have all moved."""
+    """Return an adapted model whose adapter, head and BatchNorm statistics differ from their initial values."""
     config = ConvLoraConfig(**{"r": 2, "target_modules": "all-conv", "modules_to_save": ["classifier"], **options})
     model = get_peft_model(base, config)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
@@ -22,3 +24,7 @@ def adapted(base: nn.Module, **options: Any) -> PeftModel:
             optimizer.step()
             optimizer.zero_grad()
     return model.eval()
+
+
+def change_json(path: Path, **changes: object) -> None:
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))

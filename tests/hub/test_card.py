@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from peft_edge.hub.card import Subject, adapter_card, shareable
+from peft_edge.hub.card import CardSubject, adapter_card, shareable
 from peft_edge.records import Record, StepProfile
 
 
-def test_paths_are_cut_and_nothing_else(
+def test_shareable_shortens_local_paths_only(
     record: Callable[..., Record], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -33,12 +33,14 @@ def test_paths_are_cut_and_nothing_else(
     assert found.train_info == made.train_info
 
 
-SUBJECT = Subject(base="/somewhere/base", architecture="mobilenetv2_035", peft_type="CONV_LORA", place="me/adapter")
+SUBJECT = CardSubject(
+    base="/somewhere/base", architecture="mobilenetv2_035", peft_type="CONV_LORA", source="me/adapter"
+)
 
 
 @pytest.fixture
 def full_record(record: Callable[..., Record]) -> Record:
-    """Of an adaptation of pretrained weights to a data set of the Hub."""
+    """The record of a run that adapted pretrained weights to a dataset on the Hub."""
     made = record("dora", 0.75, num_trainable_params=1234, num_total_params=5678, file_size=99, train_time=1.5)
     made.run_info.train_config |= {
         "model_id": "mobilenetv2_100",
@@ -50,10 +52,10 @@ def full_record(record: Callable[..., Record]) -> Record:
 
 
 def metadata(record: Record | None, **changes: Any) -> dict[str, Any]:
-    return adapter_card(Subject(**{**vars(SUBJECT), **changes}), record).data.to_dict()
+    return adapter_card(CardSubject(**{**vars(SUBJECT), **changes}), record).data.to_dict()
 
 
-def test_the_metadata_are_those_of_the_run(full_record: Record) -> None:
+def test_metadata_describe_the_run(full_record: Record) -> None:
     found = metadata(full_record)
     assert found["base_model"] == "timm/mobilenetv2_100.ra_in1k"
     assert found["license"] == "apache-2.0"
@@ -63,13 +65,13 @@ def test_the_metadata_are_those_of_the_run(full_record: Record) -> None:
     assert result["metrics"][0] == {"type": "accuracy", "value": 0.75, "name": "test accuracy"}
 
 
-def test_weights_that_nobody_else_has_name_no_base_model() -> None:
+def test_backbone_that_is_not_on_the_hub_is_not_in_the_metadata() -> None:
     found = metadata(None)
     assert {"base_model", "datasets", "license", "model-index"}.isdisjoint(found)
     assert metadata(None, base="timm/a.b", license="mit") == found | {"base_model": "timm/a.b", "license": "mit"}
 
 
-def test_the_text_says_what_was_adapted_and_what_it_costs(full_record: Record) -> None:
+def test_text_has_the_adaptation_the_accuracy_and_the_cost(full_record: Record) -> None:
     text = adapter_card(SUBJECT, full_record).text
     assert "adapted from `owner/pets` to new classes owl, 7 with the method `dora`" in text
     assert "target       -  0.750" in text
@@ -80,14 +82,14 @@ def test_the_text_says_what_was_adapted_and_what_it_costs(full_record: Record) -
 
 
 @pytest.mark.skipif(importlib.util.find_spec("matplotlib") is None, reason="matplotlib is an extra")
-def test_the_picture_lies_beside_the_card(full_record: Record, tmp_path: Path) -> None:
+def test_figure_is_saved_beside_the_card(full_record: Record, tmp_path: Path) -> None:
     assert "](cost.png)" in adapter_card(SUBJECT, full_record, tmp_path).text
     assert (tmp_path / "cost.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_lines_of_a_card_are_python() -> None:
+def test_python_blocks_of_a_card_compile() -> None:
     for peft_type in ("CONV_LORA", None):
-        text = adapter_card(Subject(**{**vars(SUBJECT), "peft_type": peft_type})).text
+        text = adapter_card(CardSubject(**{**vars(SUBJECT), "peft_type": peft_type})).text
         blocks = text.split("```python\n")[1:]
         assert blocks
         for block in blocks:

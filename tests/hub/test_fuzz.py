@@ -18,9 +18,9 @@ CASES = int(os.environ.get("PEFT_EDGE_FUZZ", "200"))
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(sys.platform != "linux", reason="limits of memory are the system's")
-def test_every_damaged_or_hostile_adapter_is_loaded_or_refused(small_model: PeftModel, tmp_path: Path) -> None:
-    """`PEFT_EDGE_FUZZ=2000 pytest -m slow tests/hub/test_fuzz.py` takes some ten minutes."""
+@pytest.mark.skipif(sys.platform != "linux", reason="memory limits depend on the system")
+def test_damaged_and_hostile_adapters_are_loaded_or_refused(small_model: PeftModel, tmp_path: Path) -> None:
+    """`PEFT_EDGE_FUZZ=2000 pytest -m slow tests/hub/test_fuzz.py` takes about ten minutes."""
     save_adapter(small_model, tmp_path / "adapter")
     shutil.copytree(tmp_path / "base", tmp_path / "adapter" / "source_model")
     command = [sys.executable, "-m", "tests.hub.fuzz_worker", str(tmp_path / "adapter"), "0", str(CASES)]
@@ -31,6 +31,6 @@ def test_every_damaged_or_hostile_adapter_is_loaded_or_refused(small_model: Peft
     wrong = {seed: outcome for seed, outcome in enumerate(outcomes) if not outcome.startswith(("loaded", "refused:"))}
     assert not wrong
     assert sum(kinds.values()) == CASES
-    # Neither is everything refused, nor nothing.
+    # Some cases are loaded, and most are refused.
     assert kinds["loaded"] > CASES / 50
     assert kinds["refused"] > CASES / 2

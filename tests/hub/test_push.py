@@ -3,6 +3,8 @@ from __future__ import annotations
 import json
 import multiprocessing
 import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,7 +21,7 @@ from peft_edge.records import Record
 from tests.hub.stand_in import TOKEN, StandIn
 from tests.hub.support import adapted
 
-# The client uploads in a way of which its own HTTP library warns.
+# The HTTP library of the Hub client warns about how the client uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "label_names.json"}
@@ -28,7 +30,7 @@ SOURCE = {"source_model/config.json", "source_model/model.safetensors"}
 
 @pytest.fixture
 def record_file(record: Callable[..., Record], tmp_path: Path) -> Path:
-    """The record of a run, full of paths of this machine."""
+    """The record of a run that contains local paths."""
     made = record("lora", 0.75)
     made.train_info.metrics[-1] |= {
         "source test accuracy": 0.5,
@@ -52,7 +54,7 @@ def record_file(record: Callable[..., Record], tmp_path: Path) -> Path:
 
 
 @torch.no_grad()
-def test_what_was_pushed_loads_with_the_same_logits(hub: StandIn, small_model: PeftModel, batch: Tensor) -> None:
+def test_pushed_adapter_loads_with_the_same_logits(hub: StandIn, small_model: PeftModel, batch: Tensor) -> None:
     small_model.push_to_hub("me/adapter")
     assert hub.files("me/adapter").keys() == {".gitattributes", *FILES, *SOURCE}
     reloaded = load_pretrained("me/adapter")
@@ -63,16 +65,14 @@ def test_what_was_pushed_loads_with_the_same_logits(hub: StandIn, small_model: P
 
 
 @torch.no_grad()
-def test_what_was_loaded_from_the_hub_is_pushed_again_and_loads(
-    hub: StandIn, small_model: PeftModel, batch: Tensor
-) -> None:
+def test_adapter_loaded_from_the_hub_can_be_pushed_again(hub: StandIn, small_model: PeftModel, batch: Tensor) -> None:
     small_model.push_to_hub("me/adapter")
     load_pretrained("me/adapter").push_to_hub("you/adapter")
     assert torch.equal(load_pretrained("you/adapter")(batch), small_model(batch))
 
 
 @torch.no_grad()
-def test_a_branch_and_a_commit_load(hub: StandIn, small_model: PeftModel, batch: Tensor) -> None:
+def test_adapter_loads_from_a_branch_and_from_a_commit(hub: StandIn, small_model: PeftModel, batch: Tensor) -> None:
     first = small_model(batch)
     small_model.push_to_hub("me/adapter")
     small_model.base_model.model.classifier.modules_to_save["default"].bias += 1
@@ -82,13 +82,13 @@ def test_a_branch_and_a_commit_load(hub: StandIn, small_model: PeftModel, batch:
         assert torch.equal(load_pretrained("me/adapter", revision=revision)(batch), small_model(batch))
 
 
-def test_a_revision_that_is_not_there_is_named(hub: StandIn, small_model: PeftModel) -> None:
+def test_missing_revision_is_refused(hub: StandIn, small_model: PeftModel) -> None:
     small_model.push_to_hub("me/adapter")
     with pytest.raises(FileNotFoundError, match="me/adapter: expected the folder of an adapter"):
         load_pretrained("me/adapter", revision="v3")
 
 
-def test_an_adapter_from_the_hub_names_no_path_of_this_machine(hub: StandIn, small_model: PeftModel) -> None:
+def test_adapter_from_the_hub_cannot_load_a_local_path(hub: StandIn, small_model: PeftModel) -> None:
     small_model.push_to_hub("me/adapter")
     files = {name: content for name, content in hub.files("me/adapter").items() if name not in SOURCE}
     base = small_model.get_base_model().name_or_path
@@ -99,7 +99,7 @@ def test_an_adapter_from_the_hub_names_no_path_of_this_machine(hub: StandIn, sma
         load_pretrained("me/adapter")
 
 
-def test_the_backbone_of_an_earlier_push_goes_away(hub: StandIn, small_model: PeftModel) -> None:
+def test_push_deletes_the_backbone_of_an_earlier_push(hub: StandIn, small_model: PeftModel) -> None:
     small_model.push_to_hub("me/adapter")
     base = load_backbone("test_efficientnet", num_classes=3)
     base.name_or_path = "timm/test_efficientnet.r160_in1k"
@@ -111,7 +111,9 @@ def test_the_backbone_of_an_earlier_push_goes_away(hub: StandIn, small_model: Pe
 
 
 @torch.no_grad()
-def test_a_whole_model_is_pushed_as_timms(hub: StandIn, tmp_path: Path, record_file: Path, batch: Tensor) -> None:
+def test_whole_model_is_pushed_in_the_format_of_timm(
+    hub: StandIn, tmp_path: Path, record_file: Path, batch: Tensor
+) -> None:
     model = load_backbone("test_efficientnet", num_classes=3).eval()
     save_backbone(model, tmp_path / "model")
     push_update(tmp_path / "model", "me/model", record=record_file)
@@ -119,7 +121,7 @@ def test_a_whole_model_is_pushed_as_timms(hub: StandIn, tmp_path: Path, record_f
     assert "library_name: timm" in hub.files("me/model")["README.md"].decode()
 
 
-def test_the_card_passes_the_clients_validation(hub: StandIn, small_model: PeftModel, record_file: Path) -> None:
+def test_card_passes_the_validation_of_the_hub_client(hub: StandIn, small_model: PeftModel, record_file: Path) -> None:
     small_model.push_to_hub("me/adapter", record=record_file, license="mit")
     card = ModelCard.load("me/adapter")
     card.validate()
@@ -134,7 +136,7 @@ def test_the_card_passes_the_clients_validation(hub: StandIn, small_model: PeftM
     assert "0.250  0.750" in card.text
 
 
-def test_nothing_that_is_pushed_names_a_path_or_the_token(
+def test_pushed_files_contain_no_local_path_and_no_token(
     hub: StandIn, small_model: PeftModel, record_file: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     small_model.push_to_hub("me/adapter", record=record_file)
@@ -149,7 +151,7 @@ def test_nothing_that_is_pushed_names_a_path_or_the_token(
     assert Record.from_json(hub.files("me/adapter")["record.json"].decode()).train_info.status == "success"
 
 
-def test_a_push_that_fails_says_so_and_changes_nothing(hub: StandIn, small_model: PeftModel) -> None:
+def test_failed_push_raises_and_changes_nothing(hub: StandIn, small_model: PeftModel) -> None:
     small_model.push_to_hub("me/adapter")
     before = hub.files("me/adapter")
     small_model.base_model.model.classifier.modules_to_save["default"].bias.data += 1
@@ -162,7 +164,7 @@ def test_a_push_that_fails_says_so_and_changes_nothing(hub: StandIn, small_model
     assert hub.files("me/adapter") == before
 
 
-def test_an_upload_whose_connection_is_cut_is_tried_again(hub: StandIn, small_model: PeftModel) -> None:
+def test_upload_is_retried_after_a_cut_connection(hub: StandIn, small_model: PeftModel) -> None:
     hub.interrupt = lambda: None
     small_model.push_to_hub("me/adapter")
     assert hub.files("me/adapter").keys() > FILES
@@ -170,9 +172,7 @@ def test_an_upload_whose_connection_is_cut_is_tried_again(hub: StandIn, small_mo
 
 @torch.no_grad()
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
-def test_a_push_that_was_killed_in_the_middle_of_an_upload_is_completed_by_a_second(
-    hub: StandIn, small_model: PeftModel, batch: Tensor
-) -> None:
+def test_killed_push_is_completed_by_a_second_push(hub: StandIn, small_model: PeftModel, batch: Tensor) -> None:
     push = multiprocessing.get_context("fork").Process(target=small_model.push_to_hub, args=("me/adapter",))
     hub.interrupt = lambda: push.kill()
     push.start()
@@ -183,9 +183,15 @@ def test_a_push_that_was_killed_in_the_middle_of_an_upload_is_completed_by_a_sec
     assert torch.equal(load_pretrained("me/adapter")(batch), small_model(batch))
 
 
-def test_pefts_own_adapters_are_pushed_as_peft_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_adapter_types_are_pushed_by_peft(monkeypatch: pytest.MonkeyPatch) -> None:
     called = []
-    monkeypatch.setattr("peft_edge.hub.push._push_of_peft", lambda model, repo, **options: called.append(repo))
+    monkeypatch.setattr("peft_edge.hub.push._peft_push_to_hub", lambda model, repo, **options: called.append(repo))
     base = load_backbone("test_efficientnet", num_classes=3)
     get_peft_model(base, LoraConfig(target_modules=["conv_stem"])).push_to_hub("me/adapter")
     assert called == ["me/adapter"]
+
+
+def test_importing_the_package_replaces_push_to_hub() -> None:
+    code = "import peft_edge, peft; from peft_edge import ConvLoraConfig; print(peft.PeftModel.push_to_hub.__wrapped__)"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert "PushToHubMixin.push_to_hub" in result.stdout, result.stderr
