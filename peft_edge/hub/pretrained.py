@@ -82,6 +82,8 @@ def load_pretrained(
         _check_fit(model, config, layout)
         _resize_head(model, layout)
         adapted = PeftModel.from_pretrained(model, folder, config=config).eval()
+    except (OSError, MemoryError):
+        raise
     except Exception as error:  # PEFT and timm raise many types for values that do not fit together
         problem = f"{type(error).__name__}: {' '.join(f'{error!s:.500}'.split())}"
         raise ValueError(
