@@ -6,10 +6,157 @@ has a test for each, which fails when an upgrade removes or changes it.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import wraps
+
+import peft.mixed_model
+import peft.tuners.mixed
+import peft.tuners.mixed.model
+import torch
+from peft import PeftConfig, PeftType
+from peft.tuners.mixed import MixedModel
+from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
+from peft.utils import hotswap
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
 
 # --- tuners: PEFT's injection, hotswap, mixed models ------------------------------------------------------------------
+
+BatchNorm = nn.modules.batchnorm._BatchNorm
+"""Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch has no public one. Seen in torch 2.14.1."""
+
+
+def is_excluded(config: PeftConfig, name: str) -> bool:
+    """Whether `exclude_modules` of `config` matches a module name.
+
+    PEFT's public `check_target_module_exists` answers "not a target" in the same way for a module that matches nothing.
+    Seen in PEFT 0.21.2.
+    """
+    return isinstance(check_target_module_exists(config, name), _ExcludedModule)
+
+
+def has_plain_conv_forward(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
+    """Whether a convolution inherits torch's `_conv_forward`, which subclasses override to change the weight first.
+
+    Seen in torch 2.14.1.
+    """
+    return any(type(conv)._conv_forward is cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
+
+
+def f_pad_sides(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
+    """Return the padding of a convolution as `F.pad` takes it, with `padding="same"` resolved to numbers.
+
+    The public `conv.padding` keeps the string. Seen in torch 2.14.1.
+    """
+    return tuple(conv._reversed_padding_repeated_twice)
+
+
+def is_in_backward() -> bool:
+    """Whether autograd is running a backward pass, where gradient checkpointing repeats forward passes.
+
+    Torch has no public equivalent. Seen in torch 2.14.1.
+    """
+    return torch._C._current_graph_task_id() != -1
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor has a shape but no values, as in `peft_edge.profiling`. Seen in torch 2.14.1."""
+    return isinstance(tensor, FakeTensor)
+
+
+def call_without_hooks(step: Callable[[], object]) -> None:
+    """Call the `step` of an optimizer's base class without its step hooks.
+
+    Torch wraps the `step` of each optimizer class in a function that runs the hooks, and marks the function as
+    `hooked`. A subclass that calls its base class would run them twice. Seen in torch 2.14.1.
+    """
+    if getattr(step, "hooked", False):
+        step.__wrapped__(step.__self__)  # type: ignore[attr-defined]
+    else:
+        step()
+
+
+def add_peft_type(name: str) -> PeftType:
+    """Add a member to the enumeration `peft.PeftType`, or return the one that it has.
+
+    `register_peft_method` rejects unknown names, and a plain string in place of a member breaks `get_model_status`.
+    PEFT has no plugin mechanism. Seen in PEFT 0.21.2.
+    """
+    if name in PeftType.__members__:
+        return PeftType[name]
+    member = str.__new__(PeftType, name)
+    member._name_ = name
+    member._value_ = name
+    # Set the attribute first: once the maps contain the name, the enumeration refuses to set it.
+    setattr(PeftType, name, member)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    return member
+
+
+def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
+    """Let `PeftMixedModel` hold adapters of `peft_type`, with `model_cls` as the base model.
+
+    Registering a PEFT method does not add it to this list of types. Seen in PEFT 0.21.2.
+    """
+    if peft_type not in peft.tuners.mixed.COMPATIBLE_TUNER_TYPES:
+        types = (*peft.tuners.mixed.COMPATIBLE_TUNER_TYPES, peft_type)
+        # PEFT reads the tuple from both modules.
+        peft.tuners.mixed.COMPATIBLE_TUNER_TYPES = types
+        peft.tuners.mixed.model.COMPATIBLE_TUNER_TYPES = types
+        peft.mixed_model.MixedModel = model_cls
+
+
+def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn.Module, int], bool]) -> None:
+    """Let `hotswap_adapter` and `prepare_model_for_compiled_hotswap` handle adapters of `peft_type`.
+
+    Registering a PEFT method does not reach the hotswap module. Seen in PEFT 0.21.2.
+
+    Args:
+        peft_type: Type of the tuner.
+        config_keys: Configuration keys, besides those of LoRA, that must agree between two adapters to be swapped.
+        pad: Pads the tuner's layers in a model to a rank; returns whether it found any.
+    """
+    if peft_type in hotswap.CONFIG_KEYS_TO_CHECK:
+        return
+    hotswap.CONFIG_KEYS_TO_CHECK[peft_type] = hotswap.CONFIG_KEYS_TO_CHECK[PeftType.LORA] + config_keys
+    pad_known_layers = hotswap._pad_lora_weights
+
+    @wraps(pad_known_layers)
+    def pad_lora_weights(model: nn.Module, target_rank: int) -> bool:
+        found = [pad_known_layers(model, target_rank), pad(model, target_rank)]
+        return any(found)
+
+    hotswap._pad_lora_weights = pad_lora_weights
+
+
+OVERRIDDEN_TUNERS = (
+    ("peft.tuners.tuners_utils.BaseTuner", "_create_and_replace", "wraps a layer in a class of ours"),
+    ("peft.tuners.tuners_utils.BaseTuner", "_replace_module", "a BatchNorm or a block may have no weight to follow"),
+    ("peft.tuners.tuners_utils.BaseTuner", "_unload_and_optionally_merge", "norms inside adapted blocks unload too"),
+    ("peft.tuners.tuners_utils.BaseTuner", "_check_target_module_compatiblity", "PEFT checks Mamba for type LORA only"),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_get_base_layer_device_and_dtype", "a block has no weight"),
+    ("peft.tuners.lora.LoraLayer", "_get_in_out_features", "PEFT does not know BatchNorm layers"),
+    ("peft.tuners.lora.LoraLayer", "_mixed_batch_forward", "one convolution for each adapter and its samples"),
+    ("peft.tuners.lora.LoraModel", "_enable_peft_forward_hooks", "passes adapter_names to BatchNorm layers too"),
+    ("peft.tuners.lora.LoraModel", "_svd_generalized_task_arithmetic_weighted_adapter", "SVD needs matrices"),
+)
+"""Private methods of PEFT that the tuners override: class, method, and why. Seen in PEFT 0.21.2."""
+
+CALLED_TUNERS = (
+    ("peft.tuners.tuners_utils.BaseTuner", "_prepare_adapter_config", "fills in PEFT's default target_modules"),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_get_available_adapters", "names of the adapters of any tuner"),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_move_adapter_to_device_of_base_layer", "as PEFT's own layers do"),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_freeze_non_trainable_peft_weights", "keeps lora_A frozen (LoRA-FA)"),
+    ("peft.tuners.tuners_utils.BaseTunerLayer", "_cast_input_dtype", "as PEFT's own layers do"),
+    ("peft.tuners.lora.LoraLayer", "_check_forward_args", "checks adapter_names"),
+    ("peft.LoraConfig", "_register_custom_module", "maps layer classes to ours"),
+)
+"""Private methods of PEFT that the tuners call: class, method, and why. Seen in PEFT 0.21.2."""
 
 
 # --- profiling: dispatch modes, pytrees, autograd's graph -------------------------------------------------------------

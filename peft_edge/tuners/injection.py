@@ -1,48 +1,48 @@
-"""Which layers of a model an adapter reaches: names, patterns and layer roles.
-
-How our adapters get into a model.
-"""
+"""How adapters get into a model: which modules `target_modules` reaches, and what PEFT's injection does not do."""
 
 from __future__ import annotations
 
 import difflib
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, NamedTuple
 
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import nn
 
+from peft_edge._compat import BatchNorm, is_excluded
 from peft_edge.roles import ROLES, modules_with_role
+from peft_edge.tuners.adapted_layer import AdaptedLayer
 from peft_edge.tuners.norm import BatchNormLayer, check_batch_norm
 
 
 class TargetModule(NamedTuple):
-    """A module of the unadapted network, and where it hangs in the adapted one."""
+    """A module of the unadapted network, and where to find it in the adapted one."""
 
     name: str
-    """Its name in the unadapted network."""
+    """Name in the unadapted network."""
 
     parent: nn.Module
     child_name: str
 
     module: nn.Module
-    """What hangs there now: the module, or a tuner's layer around it."""
+    """The parent's child of that name: the module itself, or the tuner layer around it."""
 
-    base: Any
+    base: nn.Module
     """The module itself."""
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yields the modules of the unadapted network; what is saved whole, such as a new head, is left out.
+    """Yield the modules of the unadapted network, except those in `modules_to_save`.
 
     Args:
-        model: any module tree, adapted or not.
-        prefix: put before every name.
+        model: Network, adapted or not.
+        prefix: Put in front of every name.
     """
     for child_name, child in model.named_children():
         if isinstance(child, AuxiliaryTrainingWrapper):
@@ -52,27 +52,24 @@ def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetMo
         yield from iter_target_modules(base, f"{prefix}{child_name}.")
 
 
-def iter_target_norms(config: PeftConfig, model: nn.Module) -> list[TargetModule]:
-    """The BatchNorm layers with running statistics that `config` does not exclude."""
-    return [
-        site
-        for site in iter_target_modules(model)
-        if isinstance(site.base, nn.modules.batchnorm._BatchNorm)
-        and site.base.running_mean is not None
-        and not isinstance(check_target_module_exists(config, site.name), _ExcludedModule)
-    ]
+def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetModule]:
+    """Yield the BatchNorm layers with running statistics that `config` does not exclude."""
+    for target in iter_target_modules(model):
+        if isinstance(target.base, BatchNorm) and target.base.running_mean is not None:
+            if not is_excluded(config, target.name):
+                yield target
 
 
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
-    """Replaces the roles in `config.target_modules` by the names of the modules that have them.
+    """Replace the layer roles in `config.target_modules` by the names of the modules that have them.
 
     Raises:
-        NoMatchingPeftModuleError: if the model has no module of these roles.
-        ValueError: if a target is a misspelt role.
+        NoMatchingPeftModuleError: If the model has no module of these roles.
+        ValueError: If a target is a misspelt role.
     """
     keys = [name for name, _ in model.named_modules() if name]
     ends = {key.rpartition(".")[2] for key in keys}
-    _refuse_misspelt_roles(config, keys, ends)
+    _check_spelling(config, keys, ends)
     if config.target_modules is None or isinstance(config.target_modules, str):
         return
     roles = set(config.target_modules) & set(ROLES) - ends
@@ -84,23 +81,23 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
             f"Target modules {sorted(roles)} not found in the base model: {type(model).__name__} has no such "
             "convolution. Choose another role, or name the modules."
         )
-    by_layer = getattr(config, "layers_to_transform", None) is not None
-    if by_layer:
-        # PEFT takes a whole name as it is, and looks at the layer's number only where the end of a name matched.
+    selects_layers = getattr(config, "layers_to_transform", None) is not None
+    if selects_layers:
+        # PEFT checks a layer's number only if the end of its name matched: match the ends, then intersect.
         by_end = [name.rpartition(".")[2] for name in with_role]
         with_role &= set(_matches(replace(config, target_modules=by_end), keys))
     named = [target for target in config.target_modules if target not in roles]
     wanted = with_role.union(_matches(replace(config, target_modules=named), keys))
     config.target_modules = {*named, *with_role}
     if wanted != with_role.union(_matches(config, keys)):
-        # A name without a dot, such as `conv1`, is to PEFT also the end of others: then only a pattern is exact.
-        if by_layer:
+        # A name without a dot, such as `conv1`, also matches `block.conv1` in PEFT. Only a pattern is exact.
+        if selects_layers:
             config.layers_to_transform = config.layers_pattern = None
         config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
 
 
-def _refuse_misspelt_roles(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
-    """PEFT passes over a target that matches nothing as long as another one does."""
+def _check_spelling(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
+    """Reject a misspelt role, which PEFT ignores as long as another target matches."""
     if isinstance(config.target_modules, str):
         unknown = set() if _matches(config, keys) else {config.target_modules}
     else:
@@ -114,8 +111,8 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
     return [key for key in keys if check_target_module_exists(config, key)]
 
 
-def hint(config: PeftConfig, model: nn.Module) -> str:
-    """What the user may have meant where nothing matched."""
+def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
+    """Return the end of the error message for targets that match nothing: the roles, and similar names."""
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -126,56 +123,92 @@ def hint(config: PeftConfig, model: nn.Module) -> str:
 
 
 class Injection(BaseTuner):
-    """PEFT's injection, with layer roles resolved before and BatchNorm layers adapted after it."""
+    """Base class of our tuners' models: resolves layer roles before PEFT injects, and adapts BatchNorm layers after."""
 
     config_class: type[PeftConfig]
-    """The configuration whose adapters are injected so; a mixed model holds others too."""
+    """The tuner's configuration. A mixed model passes those of other tuners on to PEFT."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """As PEFT's, for roles and norms too.
-
-        PEFT would not know the difference between a layer that the user named and a BatchNorm layer that comes along.
+        """Inject an adapter into `model`.
 
         Raises:
-            NoMatchingPeftModuleError: if no module matches.
-            ValueError: if a matching module cannot be adapted; nothing is changed then.
+            NoMatchingPeftModuleError: If no module matches `target_modules`.
+            ValueError: If a matching module cannot be adapted. The model is unchanged then.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, self.config_class):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        # First, so that a configuration without target_modules gets PEFT's defaults for the model, or PEFT's error.
+        # If target_modules is missing, this fills in PEFT's defaults for the model, or raises PEFT's error.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_roles(config, model)
-        norms = iter_target_norms(config, model)
-        for site in norms:
-            check_batch_norm(site.base, site.name)
+        norms = list(iter_target_norms(config, model))
+        for target in norms:
+            check_batch_norm(target.base, target.name)
         self._check_targets(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
-            raise NoMatchingPeftModuleError(f"{error} {hint(config, model)}") from error
-        for site in norms:
-            # A norm that the user named has been adapted with the rest.
-            layer = getattr(site.parent, site.child_name)
-            self._create_and_replace(config, adapter_name, layer, site.child_name, site.parent, current_key=site.name)
+            raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
+        # Not through target_modules: the saved configuration lists only what the user has named.
+        for name, parent, child_name, *_ in norms:
+            # Not TargetModule.module: PEFT has already adapted a norm that target_modules names.
+            layer = getattr(parent, child_name)
+            self._create_and_replace(config, adapter_name, layer, child_name, parent, current_key=name)
             if not isinstance(layer, BatchNormLayer):
-                layer = getattr(site.parent, site.child_name)
+                layer = getattr(parent, child_name)
                 layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def _check_targets(self, config: Any, model: nn.Module) -> None:
-        """Checks that every layer that `config` targets can be adapted.
+    def _check_targets(self, config: PeftConfig, model: nn.Module) -> None:
+        """Check that every layer that `config` targets can be adapted.
 
         Raises:
-            ValueError: if one cannot, naming it.
+            ValueError: If one cannot.
         """
         raise NotImplementedError
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, BatchNormLayer):
-            # PEFT moves the new layer to its base weight's device, which a BatchNorm may lack; ours is there already.
+        is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
+        if isinstance(new_module, AdaptedLayer) or is_unwrapped:
+            # Not PEFT's method: it moves the new layer to the device of the old one's weight. A BatchNorm or a block
+            # may have no weight, and our layers create their adapters on the right device.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-        # A model in eval mode must not start to drop out and to normalise by the batch.
+        # A new layer is in training mode; one in an evaluated model must not use dropout or batch statistics.
         new_module.train(child.training)
+
+
+@contextmanager
+def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
+    """Pass `adapter_names` to every adapted layer that is called within the context: a batch for several adapters.
+
+    PEFT's own implementation, in `LoraModel`, does not reach BatchNorm layers.
+
+    Args:
+        model: Adapted model in eval mode.
+        adapter_names: Name of the adapter for each sample, `"__base__"` for none. None: change nothing.
+
+    Raises:
+        ValueError: If the model is in training mode, or has no adapter of a given name.
+    """
+    if adapter_names is None:
+        yield
+        return
+    if model.training:
+        raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
+    if unknown := sorted(set(adapter_names) - known):
+        raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
+
+    def add_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        return args, {**kwargs, "adapter_names": adapter_names}
+
+    wrapped = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    handles = [module.register_forward_pre_hook(add_names, with_kwargs=True) for module in wrapped]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()

@@ -1,10 +1,16 @@
-"""Bottleneck adapters for convolutions; importing this package makes the PEFT type `CONV_ADAPTER` known to PEFT."""
+"""Bottleneck adapters for convolutions. Importing this package registers the PEFT type `CONV_ADAPTER`."""
 
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import register_peft_method
+
+from peft_edge._compat import add_peft_type
 from peft_edge.tuners.conv_adapter.config import ConvAdapterConfig
 from peft_edge.tuners.conv_adapter.layer import ConvAdapterLayer
 from peft_edge.tuners.conv_adapter.model import ConvAdapterModel
-from peft_edge.tuners.registry import add_peft_type, register
 
 __all__ = ["ConvAdapterConfig", "ConvAdapterLayer", "ConvAdapterModel"]
 
-register(add_peft_type("CONV_ADAPTER"), ConvAdapterConfig, ConvAdapterModel, prefix=ConvAdapterModel.prefix)
+if add_peft_type("CONV_ADAPTER") not in PEFT_TYPE_TO_CONFIG_MAPPING:  # a second import must not register it again
+    register_peft_method(
+        name="conv_adapter", config_cls=ConvAdapterConfig, model_cls=ConvAdapterModel, is_mixed_compatible=True
+    )

@@ -2,78 +2,81 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from dataclasses import dataclass
+from typing import Literal, get_args
 
-from peft import PeftConfig
+from peft import PeftConfig, PeftType
 from timm.layers import get_act_layer
 
 from peft_edge.roles import ROLES
 from peft_edge.tuners.norm import Norm
-from peft_edge.tuners.registry import add_peft_type
 
 Placement = Literal["parallel", "sequential"]
 
 
 @dataclass
 class ConvAdapterConfig(PeftConfig):
-    """Residual bottleneck adapters for convolutions and for blocks of them, with BatchNorm as part of the adapter.
+    """Configuration of residual bottleneck adapters for convolutions or blocks of them, see `ConvAdapterLayer`.
 
-    A pointwise convolution to fewer channels, a depthwise one, an activation, and a pointwise convolution back, which
-    starts at zero, so that an untrained adapter changes nothing. It follows Conv-Adapter (Chen et al. 2022, arXiv
-    2208.07463), whose bottleneck is depthwise separable too; with `kernel_size=1` it is the residual adapter of Rebuffi
-    et al. (2018, arXiv 1803.10082), factored.
+    The bottleneck is that of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463): pointwise, depthwise, activation,
+    pointwise. With `kernel_size=1` it is the residual adapter of Rebuffi et al. (2018, arXiv 1803.10082), with a
+    low-rank kernel.
 
     Args:
-        target_modules: what is adapted: module names, a regular expression, or layer roles, as in `ConvLoraConfig`. A
-            name may be a convolution's, or that of a block such as `blocks.2.0`, which is then adapted as a whole.
-            All adapters of a model adapt the same blocks.
-        exclude_modules: names, or a regular expression, of what is left out all the same.
-        modules_to_save: names of modules that are trained and saved whole, such as a new head.
-        reduction: the bottleneck has max(1, C // reduction) channels for an adapter of C input channels.
-        kernel_size: of the depthwise convolution, which takes stride, dilation and padding from the adapted one; 1:
-            there is none. None: that of the adapted convolution, and 3 for a block. A larger one than the adapted
-            convolution's cannot be merged.
-        placement: `"parallel"`: the adapter maps the adapted layer's input, and is added to its output.
-            `"sequential"`: it maps the output.
-        activation: timm's name of the activation, such as `"relu"`. None: the adapter is linear, the default because
-            a linear one in parallel to an ungrouped convolution can be merged, and then costs a device nothing.
-        norm: what the adapter does with BatchNorm layers, as in `ConvLoraConfig`.
-        init_weights: start as zero; False starts at random, for tests.
+        target_modules: Module names, a regular expression, or layer roles, as in `ConvLoraConfig`. A name such as
+            `blocks.2.0` adapts that block as a whole. All adapters of a model must adapt the same blocks.
+        exclude_modules: Names or a regular expression of modules to leave out.
+        modules_to_save: Names of modules that are trained and saved as a whole, such as a new head.
+        reduction: The bottleneck has max(1, C_in // reduction) channels.
+        kernel_size: Kernel size of the depthwise convolution, which has stride, dilation and padding of the adapted
+            layer; 1 leaves the depthwise convolution out. None: that of the adapted convolution, or 3 for a block. An
+            adapter with a larger kernel than the convolution cannot be merged.
+        placement: `"parallel"`: y = f(x) + adapter(x). `"sequential"`: y = f(x) + adapter(f(x)).
+        activation: timm's name of the activation, such as `"relu"`. None: a linear adapter; in parallel to an ungrouped
+            convolution it can be merged, and inference then costs as much as without it.
+        norm: How the adapter treats the BatchNorm layers, as in `ConvLoraConfig`.
+        init_weights: Initialise the last convolution to zero, so that the untrained adapter does not change the
+            output. False: at random, for tests.
 
     Raises:
-        ValueError: if a value is not one of these.
+        ValueError: If `placement`, `norm` or `activation` is unknown, or `reduction` or `kernel_size` not positive.
+
+    Example:
+        >>> import timm
+        >>> from peft import get_peft_model
+        >>> from peft_edge import ConvAdapterConfig
+        >>> model = timm.create_model("mobilenetv2_035", num_classes=10)
+        >>> get_peft_model(model, ConvAdapterConfig(target_modules="project")).print_trainable_parameters()
+        trainable params: 64,340 || all params: 473,388 || trainable%: 13.5914
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Names of modules or blocks, a regular expression, or layer roles: " + ", ".join(ROLES)},
-    )
-    exclude_modules: list[str] | str | None = field(default=None, metadata={"help": "What is left out all the same."})
-    modules_to_save: list[str] | None = field(default=None, metadata={"help": "Modules trained and saved whole."})
-    reduction: int = field(default=4, metadata={"help": "By how much the bottleneck has fewer channels."})
-    kernel_size: int | None = field(default=None, metadata={"help": "Kernel size of the depthwise convolution."})
-    placement: Placement = field(default="parallel", metadata={"help": "Adapt the input, or the output."})
-    activation: str | None = field(default=None, metadata={"help": "timm's name of the activation, None for linear."})
-    norm: Norm = field(default="stats", metadata={"help": "What the adapter does with BatchNorm layers."})
-    init_weights: bool = field(default=True, metadata={"help": "Start as zero."})
+    target_modules: list[str] | str | None = None
+    exclude_modules: list[str] | str | None = None
+    modules_to_save: list[str] | None = None
+    reduction: int = 4
+    kernel_size: int | None = None
+    placement: Placement = "parallel"
+    activation: str | None = None
+    norm: Norm = "stats"
+    init_weights: bool = True
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.peft_type = add_peft_type("CONV_ADAPTER")
-        for name in ("target_modules", "exclude_modules"):
-            value: Any = getattr(self, name)
-            setattr(self, name, set(value) if isinstance(value, list) else value)
+        self.peft_type = PeftType["CONV_ADAPTER"]
         if isinstance(self.target_modules, str) and self.target_modules in ROLES:
-            self.target_modules = {self.target_modules}  # type: ignore[assignment]
+            self.target_modules = [self.target_modules]
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            setattr(self, name, set(value) if isinstance(value, list) else value)
         for name, choices in {"placement": get_args(Placement), "norm": get_args(Norm)}.items():
             if getattr(self, name) not in choices:
                 expected = ", ".join(choices)
                 raise ValueError(f"ConvAdapterConfig: {name} is {getattr(self, name)!r}, expected one of: {expected}.")
         for name in ("reduction", "kernel_size"):
             value = getattr(self, name)
-            is_left_open = name == "kernel_size" and value is None
-            if not is_left_open and (not isinstance(value, int) or isinstance(value, bool) or value < 1):
+            if name == "kernel_size" and value is None:
+                continue
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(f"ConvAdapterConfig: {name} is {value!r}, expected a positive integer.")
         try:
             get_act_layer(self.activation)

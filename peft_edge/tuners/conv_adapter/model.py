@@ -1,58 +1,80 @@
-"""How ConvAdapter adapters get into a model, and out of it."""
+"""The model of ConvAdapter: injection of the adapters, and merging where it is possible."""
 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
 from typing import Any, ClassVar
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
+from peft_edge._compat import BatchNorm
 from peft_edge.roles import Convolution
+from peft_edge.tuners.adapted_layer import AdaptedLayer, check_convolution
 from peft_edge.tuners.conv_adapter.config import ConvAdapterConfig
-from peft_edge.tuners.conv_adapter.layer import AdapterBatchNormLayer, ConvAdapterLayer, Geometry
-from peft_edge.tuners.injection import Injection, TargetModule, iter_target_modules
-from peft_edge.tuners.kernel_adapter import adapter_names_for_layers, check_convolution
+from peft_edge.tuners.conv_adapter.layer import AdapterBatchNormLayer, ConvAdapterLayer, ConvSpec
+from peft_edge.tuners.injection import Injection, iter_target_modules, pass_adapter_names
 from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A model with ConvAdapter adapters, as `get_peft_model` and `PeftModel.from_pretrained` build it.
+    """A network with ConvAdapter adapters; `get_peft_model` and `PeftModel.from_pretrained` create it.
 
     Args:
-        model: the model to adapt.
-        peft_config: a `ConvAdapterConfig`, or several by adapter name.
-        adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded afterwards.
+        model: Network to adapt.
+        peft_config: A `ConvAdapterConfig`, or a dictionary of them by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading afterwards.
 
     Raises:
-        NoMatchingPeftModuleError: if no module matches `target_modules`.
-        ValueError: if a matching one cannot be adapted.
+        NoMatchingPeftModuleError: If no module matches `target_modules`.
+        ValueError: If a matching module cannot be adapted.
+
+    Example:
+        >>> import torch
+        >>> from peft_edge import ConvAdapterConfig, ConvAdapterModel
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> model = ConvAdapterModel(network, ConvAdapterConfig(target_modules="dense", norm="frozen"), "default")
+        >>> type(model.model[0]).__name__, type(model.model[1]).__name__
+        ('ConvAdapterLayer', 'AdapterBatchNormLayer')
+        >>> type(model.merge_and_unload()[0])
+        <class 'torch.nn.modules.conv.Conv2d'>
     """
 
     prefix = "conv_adapter_"
-    # Two kinds of layers, convolutions and norms, and nobody else's are in the model.
+    # ConvAdapterLayer and AdapterBatchNormLayer; the model has no tuner layers of other tuners.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     config_class = ConvAdapterConfig
 
-    def _check_targets(self, config: ConvAdapterConfig, model: nn.Module) -> None:
-        targets = [site for site in iter_target_modules(model) if check_target_module_exists(config, site.name)]
-        names = [site.name for site in targets]
+    def _check_targets(self, config: PeftConfig, model: nn.Module) -> None:
+        targets = [target for target in iter_target_modules(model) if check_target_module_exists(config, target.name)]
+        names = [target.name for target in targets]
         for inner in names:
             if outer := next((name for name in names if inner.startswith(f"{name}.")), None):
                 raise ValueError(f"target_modules: {inner!r} is a part of {outer!r}; adapt one of the two.")
-        for site in targets:
-            if isinstance(site.base, Convolution):
-                check_convolution(site.base, site.name)
-            elif site.module is site.base:
-                Geometry.of_block(site.base, site.name)
+        for target in targets:
+            if isinstance(target.base, Convolution):
+                check_convolution(target.base, target.name)
+            elif target.module is target.base:
+                ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            self._check_blocks({site.name for site in targets if not isinstance(site.base, Convolution)}, model)
+            self._check_blocks({target.name for target in targets if not isinstance(target.base, Convolution)}, model)
 
     def _check_blocks(self, blocks: set[str], model: nn.Module) -> None:
-        """The names of what an adapter saves hold the blocks that are wrapped, so these cannot differ."""
-        wrapped = {site.name for site in iter_target_modules(model) if _is_adapted_block(site)}
+        """Check that a further adapter adapts the same blocks.
+
+        A wrapped block changes the names of all parameters in it, and with them the keys of a saved adapter.
+
+        Raises:
+            ValueError: If the blocks differ.
+        """
+        wrapped = {
+            name
+            for name, _, _, module, base in iter_target_modules(model)
+            if isinstance(module, ConvAdapterLayer) and not isinstance(base, Convolution)
+        }
         if wrapped != blocks:
             raise ValueError(
                 f"target_modules: the adapters of this model adapt the blocks {sorted(wrapped)}, the new one adapts "
@@ -61,7 +83,7 @@ class ConvAdapterModel(Injection):
 
     def _create_and_replace(
         self,
-        peft_config: ConvAdapterConfig,
+        peft_config: PeftConfig,
         adapter_name: str,
         target: nn.Module,
         target_name: str,
@@ -72,27 +94,24 @@ class ConvAdapterModel(Injection):
         if isinstance(target, ConvAdapterLayer | BatchNormLayer):
             target.update_layer(adapter_name, config=peft_config)
             return
-        is_norm = isinstance(target, nn.modules.batchnorm._BatchNorm)
-        layer_cls = AdapterBatchNormLayer if is_norm else ConvAdapterLayer
-        layer = layer_cls(target, adapter_name, config=peft_config, target_name=current_key)
+        layer_cls = AdapterBatchNormLayer if isinstance(target, BatchNorm) else ConvAdapterLayer
+        layer: AdaptedLayer = layer_cls(target, adapter_name, config=peft_config, target_name=current_key)
         if adapter_name not in self.active_adapters:
-            # Adding an adapter does not start its training.
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        # PEFT moves the new layer to its base weight's device, which a block lacks; ours is there already.
-        setattr(parent, child_name, new_module)
-        new_module.train(child.training)
-
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        return adapter_names_for_layers(self, kwargs.pop("adapter_names", None))
+        return pass_adapter_names(self, kwargs.pop("adapter_names", None))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """As PEFT's.
+        """Merge adapters into the base layers.
+
+        Args:
+            adapter_names: Adapters to merge; None for the active ones.
+            safe_merge: Check the merged kernels for NaN and infinity.
 
         Raises:
-            NotImplementedError: if an adapter cannot be merged into one of its layers; nothing is changed then.
+            NotImplementedError: If an adapter cannot be merged into one of its layers. The model is unchanged then.
         """
         self._check_mergeable(adapter_names)
         super().merge_adapter(adapter_names, safe_merge)
@@ -107,26 +126,23 @@ class ConvAdapterModel(Injection):
         if merge:
             self._check_mergeable(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not look inside an adapted layer, and a block holds adapted norms.
-        for site in list(iter_target_modules(model)):
-            if isinstance(site.module, BatchNormLayer):
-                self._replace_module(site.parent, site.child_name, site.base, site.module)
+        # PEFT does not look for adapted layers within an adapted layer, such as the norms of an adapted block.
+        for _, parent, child_name, module, base in list(iter_target_modules(model)):
+            if isinstance(module, BatchNormLayer):
+                setattr(parent, child_name, base)
         return model
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names
-        for site in iter_target_modules(self.model):
-            if not isinstance(site.module, ConvAdapterLayer):
+        for target in iter_target_modules(self.model):
+            layer = target.module
+            if not isinstance(layer, ConvAdapterLayer):
                 continue
             for adapter in names:
-                reason = site.module.why_not_mergeable(adapter) if adapter in site.module.placement else None
+                reason = layer.why_not_mergeable(adapter) if adapter in layer.placement else None
                 if reason is not None:
                     raise NotImplementedError(
-                        f"Cannot merge adapter {adapter!r} into layer {site.name!r}: {reason}. Keep the adapter beside "
-                        'the layer, or train one with placement="parallel", activation=None and kernel_size=None on '
-                        "ungrouped convolutions."
+                        f"Cannot merge adapter {adapter!r} into layer {target.name!r}: {reason}. Keep the adapter "
+                        'beside the layer, or train one with placement="parallel", activation=None and '
+                        "kernel_size=None on ungrouped convolutions."
                     )
-
-
-def _is_adapted_block(site: TargetModule) -> bool:
-    return isinstance(site.module, ConvAdapterLayer) and not isinstance(site.base, Convolution)

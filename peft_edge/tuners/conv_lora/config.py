@@ -2,46 +2,56 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Literal, get_args
+from dataclasses import dataclass
+from typing import get_args
 
-from peft import LoraConfig
+from peft import LoraConfig, PeftType
 from torch import nn
 
+from peft_edge._compat import BatchNorm
 from peft_edge.roles import ROLES
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, LoraBatchNormLayer
 from peft_edge.tuners.norm import Norm
-from peft_edge.tuners.registry import add_peft_type
 
 
 @dataclass
 class ConvLoraConfig(LoraConfig):
-    """Low-rank adapters for convolutions of any kind, with BatchNorm as part of the adapter.
+    """Configuration of LoRA for convolutions: y = conv(x; W + (alpha/r) B A), see `ConvLoraLayer`.
 
-    Everything that `peft.LoraConfig` takes keeps its meaning. `target_modules` also takes layer roles, alone or in a
-    list beside module names: `all-conv`, `dense`, `depthwise`, `pointwise`, `expand`, `project` (see
-    `peft_edge.roles`). A module of that very name goes before the role. Roles are replaced by module names when the
-    adapter is added, so a saved configuration names modules. Linear layers keep PEFT's own LoRA.
+    It adds three things to `peft.LoraConfig`, whose arguments keep their meaning: layer roles, BatchNorm and LoRA-FA.
+    Linear layers get PEFT's own LoRA.
 
     Args:
-        norm: what the adapter does with BatchNorm layers. `"frozen"`: the base model's statistics, also while
-            training. `"recalibrate"`: statistics of its own that only `peft_edge.recalibrate` estimates. `"stats"`: normalises
-            by the batch while training and keeps running statistics of its own. `"affine"`: that, with weight and
-            bias of its own trained too. Whatever changes is saved, merged, switched and deleted with the adapter.
-        freeze_a: train B alone (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303).
+        target_modules: Module names or a regular expression, as in PEFT, or layer roles: `all-conv`, `dense`,
+            `depthwise`, `pointwise`, `expand`, `project`, `last-stage` (see `peft_edge.roles`). A list may contain
+            names and roles. A module with the name of a role takes precedence. Adding the adapter to a model replaces
+            the roles by module names, so a saved configuration contains names only.
+        norm: How the adapter treats the BatchNorm layers. Their changes are saved, merged, switched and deleted with
+            the adapter.
+
+            - `"frozen"`: the base model's statistics, also in training mode.
+            - `"recalibrate"`: its own statistics, which only `peft_edge.recalibrate` changes.
+            - `"stats"`: batch statistics in training mode, its own running statistics in eval mode.
+            - `"affine"`: as `"stats"`, and it trains its own weight and bias.
+        freeze_a: Train B only (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). An ungrouped convolution then saves its
+            r-channel projection for the backward pass, not its input.
 
     Raises:
-        ValueError: if `norm` is unknown, or as `peft.LoraConfig` does.
+        ValueError: If `norm` is unknown, or `peft.LoraConfig` rejects an argument.
+
+    Example:
+        >>> import timm
+        >>> from peft import get_peft_model
+        >>> from peft_edge import ConvLoraConfig
+        >>> model = timm.create_model("mobilenetv2_035", num_classes=10)
+        >>> config = ConvLoraConfig(r=4, target_modules="depthwise", norm="stats", modules_to_save=["classifier"])
+        >>> get_peft_model(model, config).print_trainable_parameters()
+        trainable params: 33,758 || all params: 442,806 || trainable%: 7.6237
     """
 
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={"help": "Module names, a regular expression, or layer roles: " + ", ".join(ROLES) + "."},
-    )
-    norm: Literal["frozen", "recalibrate", "stats", "affine"] = field(
-        default="stats", metadata={"help": "What the adapter does with BatchNorm layers."}
-    )
-    freeze_a: bool = field(default=False, metadata={"help": "Train lora_B alone (LoRA-FA)."})
+    target_modules: list[str] | str | None = None
+    norm: Norm = "stats"
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         if isinstance(self.target_modules, str) and self.target_modules in ROLES:
@@ -49,20 +59,15 @@ class ConvLoraConfig(LoraConfig):
         super().__post_init__()
         if self.norm not in get_args(Norm):
             raise ValueError(f"ConvLoraConfig: norm is {self.norm!r}, expected one of: {', '.join(get_args(Norm))}.")
-        self.peft_type = add_peft_type("CONV_LORA")
-        # PEFT does not serialise the mapping, but runs this method again on load.
+        self.peft_type = PeftType["CONV_LORA"]
+        # PEFT does not save this mapping, but calls this method again when it loads the configuration.
         self._register_custom_module(
-            {
-                nn.Conv1d: ConvLoraLayer,
-                nn.Conv2d: ConvLoraLayer,
-                nn.Conv3d: ConvLoraLayer,
-                nn.modules.batchnorm._BatchNorm: LoraBatchNormLayer,
-            }
+            {cls: ConvLoraLayer for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)} | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property
     def init_weights(self) -> bool | str:
-        """`init_lora_weights` under the name that PEFT's conversion on saving writes for every type but LORA."""
+        """`init_lora_weights`: for types other than LORA, PEFT uses this name when it converts PiSSA on saving."""
         return self.init_lora_weights
 
     @init_weights.setter

@@ -1,4 +1,4 @@
-"""How ConvLoRA adapters get into a model."""
+"""The models of ConvLoRA: `LoraModel` and `MixedModel` of PEFT with the layers of this package."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch.nn.functional as F
-from peft import PeftType
-from peft.config import PeftConfig
+from peft import PeftConfig, PeftType
 from peft.tuners.lora import LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import check_target_module_exists
@@ -17,29 +16,28 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from peft_edge.roles import Convolution
+from peft_edge.tuners.adapted_layer import check_convolution
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_rank
-from peft_edge.tuners.injection import Injection, iter_target_modules
-from peft_edge.tuners.kernel_adapter import adapter_names_for_layers, check_convolution
+from peft_edge.tuners.injection import Injection, iter_target_modules, pass_adapter_names
 from peft_edge.tuners.norm import BatchNormLayer
 
 
 class _ConvLoraInjection(Injection):
-    """What ConvLoRA adds to PEFT's injection of LoRA, for models of this tuner alone and for mixed ones."""
+    """The part of the injection that `ConvLoraModel` and `ConvLoraMixedModel` share."""
 
     config_class = ConvLoraConfig
 
-    def _check_targets(self, config: ConvLoraConfig, model: nn.Module) -> None:
-        for site in iter_target_modules(model):
-            if isinstance(site.base, Convolution) and check_target_module_exists(config, site.name):
-                check_convolution(site.base, site.name)
-                pattern = get_pattern_key(config.rank_pattern.keys(), site.name)
-                check_rank(config.rank_pattern.get(pattern, config.r), site.name)
+    def _check_targets(self, config: PeftConfig, model: nn.Module) -> None:
+        for name, *_, base in iter_target_modules(model):
+            if isinstance(base, Convolution) and check_target_module_exists(config, name):
+                check_convolution(base, name)
+                pattern = get_pattern_key(config.rank_pattern.keys(), name)
+                check_rank(config.rank_pattern.get(pattern, config.r), name)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT knows by the type which tuners Mamba's fused layers would pass over.
-        as_lora = SimpleNamespace(peft_type=PeftType.LORA)
-        super()._check_target_module_compatiblity(as_lora, model, target_name)
+        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for the types that it knows.
+        super()._check_target_module_compatiblity(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
 
     def _create_and_replace(
         self,
@@ -48,12 +46,10 @@ class _ConvLoraInjection(Injection):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        current_key: str,
+        *args: Any,
         **kwargs: Any,
     ) -> None:
-        super()._create_and_replace(
-            peft_config, adapter_name, target, target_name, parent, current_key=current_key, **kwargs
-        )
+        super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
         if isinstance(peft_config, ConvLoraConfig) and peft_config.freeze_a:
             layer = getattr(parent, target_name)
             layer.frozen_peft_weight_names = {**layer.frozen_peft_weight_names, adapter_name: ("lora_A",)}
@@ -61,29 +57,41 @@ class _ConvLoraInjection(Injection):
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
-    """A model with ConvLoRA adapters, as `get_peft_model` and `PeftModel.from_pretrained` build it.
+    """A network with ConvLoRA adapters; `get_peft_model` and `PeftModel.from_pretrained` create it.
+
+    It has the methods of `peft.LoraModel`: weighted adapters, merging, mixed batches, hotswapping.
 
     Args:
-        model: the model to adapt.
-        peft_config: a `ConvLoraConfig`, or several by adapter name.
-        adapter_name: the adapter's name.
-        low_cpu_mem_usage: create the adapter's weights on the meta device, to be loaded afterwards.
+        model: Network to adapt.
+        peft_config: A `ConvLoraConfig`, or a dictionary of them by adapter name.
+        adapter_name: Name of the adapter.
+        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading afterwards.
 
     Raises:
-        NoMatchingPeftModuleError: if no module matches `target_modules`.
-        ValueError: if a matching one cannot be adapted.
+        NoMatchingPeftModuleError: If no module matches `target_modules`.
+        ValueError: If a matching module cannot be adapted.
+
+    Example:
+        >>> import torch
+        >>> from peft_edge import ConvLoraConfig, ConvLoraModel
+        >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8))
+        >>> model = ConvLoraModel(network, ConvLoraConfig(r=2, target_modules="depthwise"), "default")
+        >>> [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+        ['model.2.lora_A.default.weight', 'model.2.lora_B.default.weight']
+        >>> type(model.merge_and_unload()[2])
+        <class 'torch.nn.modules.conv.Conv2d'>
     """
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         adapter_names = kwargs.pop("adapter_names", None)
-        with super()._enable_peft_forward_hooks(*args, **kwargs), adapter_names_for_layers(self, adapter_names):
+        with super()._enable_peft_forward_hooks(*args, **kwargs), pass_adapter_names(self, adapter_names):
             yield
 
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
     ) -> None:
-        """As PEFT's; the new adapter's BatchNorm state is the base model's plus the weighted changes."""
+        """Combine adapters into a new one, as `peft.LoraModel` does, and their BatchNorm states by task arithmetic."""
         if adapter_name in self.peft_config:
             return
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
@@ -103,24 +111,22 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor]:
+        svd = super()._svd_generalized_task_arithmetic_weighted_adapter
+        targets = target_lora_A, target_lora_B
         if not isinstance(target, ConvLoraLayer):
-            return super()._svd_generalized_task_arithmetic_weighted_adapter(
-                combination_type, adapters, weights, new_rank, target, target_lora_A, target_lora_B, *args, **kwargs
-            )
-        # PEFT factors matrices; it would take a kernel for a stack of them.
-        matrices = SimpleNamespace(
+            return svd(combination_type, adapters, weights, new_rank, target, *targets, *args, **kwargs)
+        # PEFT decomposes matrices, and would take a 4-D kernel for a stack of them.
+        as_matrix = SimpleNamespace(
             lora_A=target.lora_A,
             lora_embedding_A={},
             get_delta_weight=lambda name: target.get_delta_weight(name).flatten(1),
         )
         rank = min(new_rank, *target.weight.flatten(1).shape)
-        lora_a, lora_b = super()._svd_generalized_task_arithmetic_weighted_adapter(
-            combination_type, adapters, weights, rank, matrices, target_lora_A, target_lora_B, *args, **kwargs
-        )
+        lora_a, lora_b = svd(combination_type, adapters, weights, rank, as_matrix, *targets, *args, **kwargs)
         missing = new_rank - rank
         lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
         return lora_a.reshape(target_lora_A.shape), lora_b.reshape(target_lora_B.shape)
 
 
 class ConvLoraMixedModel(_ConvLoraInjection, MixedModel):
-    """The base of a `PeftMixedModel` that may hold ConvLoRA adapters beside PEFT's own."""
+    """The base model of a `PeftMixedModel`, which may hold adapters of ConvLoRA and of other PEFT tuners."""

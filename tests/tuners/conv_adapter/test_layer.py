@@ -16,7 +16,7 @@ from peft import get_peft_model
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 
-from peft_edge.tuners.conv_adapter.layer import Geometry
+from peft_edge.tuners.conv_adapter.layer import ConvSpec
 from tests.tuners.support import adapter_config
 
 CONVS = {
@@ -37,7 +37,7 @@ CONVS = {
 @pytest.mark.parametrize("kind", CONVS)
 def test_padding_for_a_kernel_of_another_size(kind: str, kernel_size: int, size: int) -> None:
     conv = copy.deepcopy(CONVS[kind])
-    geometry = Geometry.of_convolution(conv)
+    geometry = ConvSpec.of_convolution(conv)
     kernel = torch.randn(6, 4, kernel_size, kernel_size)
     x = torch.randn(2, 4, size, size)
 
@@ -54,7 +54,7 @@ def test_padding_for_a_kernel_of_another_size(kind: str, kernel_size: int, size:
 @pytest.mark.parametrize("kind", CONVS)
 def test_the_output_is_mapped_to_its_own_shape(kind: str) -> None:
     y = CONVS[kind](torch.randn(2, 4, 16, 16))
-    geometry = Geometry.of_convolution(CONVS[kind]).of_output()
+    geometry = ConvSpec.of_convolution(CONVS[kind]).of_output()
 
     for kernel_size in (geometry.kernel_size, (1, 1), (3, 3)):
         assert F.conv2d(geometry.pad(y, kernel_size), torch.ones(6, 1, *kernel_size), groups=6).shape == y.shape
@@ -75,7 +75,7 @@ def test_blocks(backbone: str, block: str, expected: tuple[int, int, int]) -> No
     model = timm.create_model(backbone)
     before = copy.deepcopy(model.state_dict())
 
-    geometry = Geometry.of_block(model.get_submodule(block), block)
+    geometry = ConvSpec.of_block(model.get_submodule(block), block)
 
     assert (geometry.in_channels, geometry.out_channels, geometry.stride) == (*expected[:2], (expected[2],) * 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -98,7 +98,7 @@ class _Flat(nn.Sequential):
 )
 def test_what_is_no_block_is_refused_by_name(block: nn.Module, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"layer 'here'.*{reason}.*exclude_modules=\['here'\]"):
-        Geometry.of_block(block, "here")
+        ConvSpec.of_block(block, "here")
 
 
 CONVS_layer = {
