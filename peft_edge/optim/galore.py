@@ -1,19 +1,20 @@
-"""The low-rank subspace that GaLore (Zhao et al. 2024, arXiv 2403.03507) projects the gradient of a matrix into.
+"""GaLore (Zhao et al. 2024, arXiv 2403.03507) for weights of any shape: optimizers with a low-rank state.
 
-GaLore (Zhao et al. 2024, arXiv 2403.03507) for weights of any shape: optimizers whose state has low rank.
+The gradient G of a weight W is projected to r rows, an optimizer rho computes an update of that size, and the update is
+projected back (algorithm 2 of the paper):
 
-The gradient of a weight is projected to a few rows or columns, the optimizer works on these, and its update is
-projected back. A kernel (C_out, C_in/g, *kernel) is read as the matrix (C_out, K), K = C_in/g * prod(kernel).
+    R = P^T G,    W <- W - lr * scale * P rho(R),
 
-Groups of parameters have the keys of galore-torch. Those with `rank` are projected:
+with P the first r left singular vectors of a recent G; or to r columns: R = G Q, W <- W - lr * scale * rho(R) Q^T. A
+kernel (C_out, C_in/g, kh, kw) is read as the matrix (C_out, K), K = C_in/g * kh * kw. For Adam, the state is P and two
+averages of shape (r, K) in place of two of shape (C_out, K).
 
-- `rank`: rows or columns that remain.
-- `update_proj_gap`: steps from one basis to the next, by default 200.
-- `scale`: factor of the projected updates, by default 0.25.
-- `proj_type`: a key of `PROJ_TYPES`, by default `"std"`.
+Parameter groups have the keys of galore-torch, and the defaults are those of Transformers:
 
-The others are trained as by the optimizer that a class is named after. `galore_param_groups` makes the groups of a
-model. The state holds tensors only.
+- `rank`: r. A group without this key is trained by the ordinary optimizer.
+- `update_proj_gap`: Steps after which P is computed again (default: 200).
+- `scale`: Factor of the update (default: 0.25).
+- `proj_type`: A key of `PROJ_TYPES` (default: `"std"`).
 """
 
 from __future__ import annotations
@@ -26,58 +27,62 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 from torch.optim import SGD, AdamW, Optimizer
 from torch.optim.optimizer import ParamsT
 from transformers.optimization import Adafactor
 
+from peft_edge._compat import call_without_hooks, is_fake
+
+ParamGroup = dict[str, Any]
+"""A parameter group of torch's optimizers."""
+
+State = dict[str, Tensor]
+"""The optimizer state of one weight."""
+
 PROJ_TYPES: dict[str, str] = {
-    "std": "the smaller side of the matrix is projected, its columns if it is square",
-    "reverse_std": "the larger side, the rows if it is square",
-    "right": "the columns",
-    "left": "the rows",
-    "full": "both",
+    "std": "project the smaller side of the matrix; the columns of a square one",
+    "reverse_std": "project the larger side; the rows of a square one",
+    "right": "project the columns",
+    "left": "project the rows",
+    "full": "project both",
 }
 
+_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 _LARGEST_EXACT_SIDE = 256
 _OVERSAMPLING = 8
 _POWER_ITERATIONS = 2
 
 
 class Basis(NamedTuple):
-    """Orthonormal vectors that span the subspace."""
+    """Orthonormal vectors that span the subspace of the projected gradients."""
 
     left: Tensor | None = None
-    """(rows, r), None where the rows stay as they are."""
+    """P, (rows, r); None if the rows are not projected."""
     right: Tensor | None = None
-    """(r, columns), None where the columns do."""
+    """Q^T, (r, columns); None if the columns are not projected."""
 
     def project(self, matrix: Tensor) -> Tensor:
-        """Maps (rows, columns) into the subspace: r rows, r columns or both."""
+        """Return P^T matrix Q: r rows, r columns, or both."""
         if self.left is not None:
             matrix = self.left.t() @ matrix
         return matrix if self.right is None else matrix @ self.right.t()
 
     def project_back(self, projected: Tensor) -> Tensor:
-        """Maps from the subspace to (rows, columns)."""
+        """Return P projected Q^T, of shape (rows, columns)."""
         if self.left is not None:
             projected = self.left @ projected
         return projected if self.right is None else projected @ self.right
 
 
 def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
-    """The first singular vectors of a gradient; where several processes train, those that process 0 has found.
+    """Compute the first `rank` singular vectors of a gradient (rows, columns), in its dtype.
 
-    They are exact for matrices with a side of at most 256, and for larger ones approximate, which takes a tenth of the
-    time; the random numbers for it are the same in each call, and none of the global generators'.
-
-    Args:
-        gradient: (rows, columns).
-        rank: r; of a matrix with a shorter side, that side is taken.
-        proj_type: A key of `PROJ_TYPES`.
+    The SVD is exact for matrices with a side of at most 256. Larger ones use a randomised SVD, which takes a tenth of
+    the time. It has its own generator with a fixed seed, so it neither depends on the global one nor advances it. In
+    distributed training, all processes use the vectors of process 0.
 
     Returns:
-        The basis in the gradient's dtype; None if the gradient has none because it is not finite.
+        The basis, or None if the gradient contains NaN or infinity.
     """
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
@@ -87,10 +92,10 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
         left, right = decompose(matrix, rank)
     except torch.linalg.LinAlgError:
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
-    narrow, wide = ("right", "left") if rows >= columns else ("left", "right")
-    side = {"std": narrow, "reverse_std": wide}.get(proj_type, proj_type)
-    # Copies, since slices would keep the whole decomposition alive; one vector after the other in memory, as LAPACK has
-    # them, so that products round as they do in galore-torch.
+    shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
+    side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
+    # Copies: a slice would keep the whole decomposition in memory. Each vector is contiguous, as LAPACK returns it, so
+    # that products round as in galore-torch.
     vectors = {
         name: matrix.t().to(gradient.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, matrix in (("left", left), ("right", right))
@@ -99,8 +104,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         for matrix in vectors.values():
             dist.broadcast(matrix, src=0)
-    # A fake tensor has no values to look at.
-    if not isinstance(gradient, FakeTensor) and not all(matrix.isfinite().all() for matrix in vectors.values()):
+    if not is_fake(gradient) and not all(matrix.isfinite().all() for matrix in vectors.values()):
         return None
     return Basis(**{name: matrix.t() for name, matrix in vectors.items()})
 
@@ -111,7 +115,7 @@ def _exact_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 def _randomised_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Halko et al. 2011 (arXiv 0909.4061), algorithms 4.4 and 5.1; `torch.svd_lowrank` takes no generator."""
+    """Apply algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061); `torch.svd_lowrank` takes no generator."""
     generator = torch.Generator(matrix.device).manual_seed(0)
     size = (matrix.shape[1], rank + _OVERSAMPLING)
     samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
@@ -122,17 +126,14 @@ def _randomised_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     return span @ left, right
 
 
-_DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-
-
 class _GaLore(Optimizer):
-    """Updates the groups with `rank`, and leaves the others to the next class."""
+    """Trains the groups with `rank`. The next class in the method resolution order trains the others."""
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's.
+    def add_param_group(self, param_group: ParamGroup) -> None:
+        """Add a group of parameters.
 
         Raises:
-            ValueError: A key of GaLore has a value that it cannot have, or a projected parameter is a vector.
+            ValueError: If a key of GaLore has an invalid value, or a projected parameter is a vector.
         """
         if "rank" not in param_group:
             super().add_param_group(param_group)
@@ -154,89 +155,72 @@ class _GaLore(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        """Updates every parameter that has a gradient.
+        """Update every parameter that has a gradient.
 
-        A projected weight gets a basis in its first step, and a new one every `update_proj_gap` of its steps. If its
-        gradient is not finite then, a warning is given, and the weight and its state stay as they are; its next step
-        tries again.
-
-        Args:
-            closure: Computes the gradients and returns the loss.
+        A projected weight gets a basis in its first step, and another one after every `update_proj_gap` steps. If its
+        gradient is not finite in such a step, a warning is issued, weight and state stay unchanged, and the next step
+        tries again. `closure`, if given, computes the gradients and returns the loss.
         """
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        skipped = [
-            weight
-            for group in groups
-            for weight in (group["params"] if "rank" in group else ())
-            if weight.grad is not None and not self._step_projected(weight, group)
-        ]
+        projected = [(weight, group) for group in groups if "rank" in group for weight in group["params"]]
+        skipped = [w for w, group in projected if w.grad is not None and not self._step_projected(w, w.grad, group)]
         if skipped:
             warnings.warn(
                 f"{len(skipped)} projected weights, the first of the shape {tuple(skipped[0].shape)}, have a gradient "
                 "that is not finite where a new basis is due: they stay as they are in this step, their bases too",
                 stacklevel=2,
             )
-        if plain := [group for group in groups if "rank" not in group]:
-            self.param_groups = plain
+        if ordinary := [group for group in groups if "rank" not in group]:
+            self.param_groups = ordinary
             try:
-                self._step_of_next_class()
+                call_without_hooks(super().step)
             finally:
                 self.param_groups = groups
         return loss
 
-    def _step_of_next_class(self) -> None:
-        step: Any = super().step
-        # Torch makes each class's step call the hooks, and the step that this one is a part of has called them.
-        step.__wrapped__(self) if getattr(step, "hooked", False) else step()
-
-    def _step_projected(self, weight: Tensor, group: dict[str, Any]) -> bool:
-        assert weight.grad is not None
-        state, gradient = self.state[weight], weight.grad.flatten(1)
+    def _step_projected(self, weight: Tensor, grad: Tensor, group: ParamGroup) -> bool:
+        state, gradient = self.state[weight], grad.flatten(1)
         step = int(state["step"]) if state else 0
         if step % group["update_proj_gap"] == 0:
             basis = new_basis(gradient, group["rank"], group["proj_type"])
             if basis is None:
                 return False
             state.update({f"basis_{side}": vectors for side, vectors in basis._asdict().items() if vectors is not None})
-        # A tensor, since torch makes it one when a state is loaded.
+        # A tensor, because torch converts it to one when it loads a state.
         state["step"] = torch.tensor(step + 1.0)
         basis = Basis(state.get("basis_left"), state.get("basis_right"))
         self._update(weight, gradient, basis, state, group, step + 1)
         return True
 
     def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: dict[str, Any], group: dict[str, Any], step: int
+        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
     ) -> None:
-        """Updates one weight in place.
-
-        Args:
-            weight: (C_out, C_in/g, *kernel).
-            gradient: (C_out, K).
-            basis: To project it.
-            state: The weight's.
-            group: The weight's.
-            step: Counted from 1.
-        """
+        """Update one weight (C_out, C_in/g, *kernel) in place; `gradient` is (C_out, K), `step` counts from 1."""
         raise NotImplementedError
 
 
 class GaLoreAdamW(_GaLore, AdamW):
-    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with projected gradients.
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the projected gradients of GaLore.
 
-    Args:
-        params: Parameters or groups of them.
-        lr: Learning rate.
-        betas: Decay of the running averages of the gradient and its square.
-        eps: Added to the root of the latter; for projected weights, as in galore-torch, before the averages are
-            corrected for their start at zero.
-        weight_decay: Decoupled, and of the whole weight.
+    In groups with `rank`, the averages of the gradient R = P^T G and of its square have the shape of R, and `eps` is
+    added before bias correction, as in galore-torch. Weight decay acts on the whole weight. The arguments are those of
+    `torch.optim.AdamW`.
 
     Raises:
-        ValueError: A value is out of its range, or `add_param_group` refuses a group.
+        ValueError: If a value is out of range, or a group is invalid.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Conv2d(16, 32, 3)
+        >>> optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=1e-3)
+        >>> model(torch.randn(2, 16, 8, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[model.weight].items()}
+        {'basis_left': (32, 4), 'step': (), 'exp_avg': (4, 144), 'exp_avg_sq': (4, 144)}
     """
 
     def __init__(
@@ -250,7 +234,7 @@ class GaLoreAdamW(_GaLore, AdamW):
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
     def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: dict[str, Any], group: dict[str, Any], step: int
+        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
     ) -> None:
         projected = basis.project(gradient)
         if step == 1:
@@ -265,23 +249,29 @@ class GaLoreAdamW(_GaLore, AdamW):
 
 
 class GaLoreSGD(_GaLore, SGD):
-    """SGD with momentum (Sutskever et al. 2013) and projected gradients.
+    """SGD with momentum (Sutskever et al. 2013) and the projected gradients of GaLore.
 
-    Args:
-        params: Parameters or groups of them.
-        lr: Learning rate.
-        momentum: Decay of the running sum of the gradients.
-        weight_decay: Times the weight, added to the gradient before it is projected.
+    In groups with `rank`, the momentum buffer has the shape of R = P^T (G + weight_decay W). The arguments are those of
+    `torch.optim.SGD`.
 
     Raises:
-        ValueError: A value is out of its range, or `add_param_group` refuses a group.
+        ValueError: If a value is out of range, or a group is invalid.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Conv2d(16, 32, 3)
+        >>> optimizer = GaLoreSGD(galore_param_groups(model, rank=4), lr=0.1)
+        >>> model(torch.randn(2, 16, 8, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> optimizer.state[model.weight]["momentum_buffer"].shape
+        torch.Size([4, 144])
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
     def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: dict[str, Any], group: dict[str, Any], step: int
+        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
     ) -> None:
         projected = basis.project(gradient.add(weight.flatten(1), alpha=group["weight_decay"]))
         if step == 1:
@@ -291,21 +281,23 @@ class GaLoreSGD(_GaLore, SGD):
 
 
 class GaLoreAdafactor(_GaLore, Adafactor):
-    """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with projected gradients.
+    """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with the projected gradients of GaLore.
 
-    The step size is `lr`, as Transformers sets it up for GaLore: relative neither to the weights nor to the step.
-
-    Args:
-        params: Parameters or groups of them.
-        lr: Learning rate.
-        eps: Of which the first is added to the squared gradient.
-        clip_threshold: Largest root mean square of an update, in units of `lr`.
-        decay_rate: Exponent of the step in the decay of the running averages.
-        beta1: Decay of the running average of the updates; None for none.
-        weight_decay: Decoupled, and of the whole weight.
+    In groups with `rank`, the row and column averages are those of the squared R = P^T G. The arguments are those of
+    `transformers.Adafactor` with `scale_parameter=False` and `relative_step=False`, as Transformers sets them for
+    GaLore: the step size is `lr`. Weight decay acts on the whole weight.
 
     Raises:
-        ValueError: `add_param_group` refuses a group.
+        ValueError: If a group is invalid.
+
+    Example:
+        >>> from torch import nn
+        >>> model = nn.Conv2d(16, 32, 3)
+        >>> optimizer = GaLoreAdafactor(galore_param_groups(model, rank=4), lr=1e-3)
+        >>> model(torch.randn(2, 16, 8, 8)).square().mean().backward()
+        >>> optimizer.step()
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[model.weight].items()}
+        {'basis_left': (32, 4), 'step': (), 'exp_avg_sq_row': (4, 1), 'exp_avg_sq_col': (1, 144)}
     """
 
     def __init__(
@@ -318,20 +310,13 @@ class GaLoreAdafactor(_GaLore, Adafactor):
         beta1: float | None = None,
         weight_decay: float = 0.0,
     ) -> None:
+        options = {"eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}
         super().__init__(  # type: ignore[call-arg]
-            params,
-            lr=lr,
-            eps=eps,
-            clip_threshold=clip_threshold,
-            decay_rate=decay_rate,
-            beta1=beta1,
-            weight_decay=weight_decay,
-            scale_parameter=False,
-            relative_step=False,
+            params, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, **options
         )
 
     def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: dict[str, Any], group: dict[str, Any], step: int
+        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
     ) -> None:
         projected = basis.project(gradient)
         squared = projected.square().add_(group["eps"][0])

@@ -1,7 +1,4 @@
-"""Which trainable parameters an optimizer decays, and which it projects.
-
-Updates inside the backward pass, so that no two gradients live at a time.
-"""
+"""Parameter groups for the optimizers of torch and of GaLore, and updates within the backward pass."""
 
 from __future__ import annotations
 
@@ -16,16 +13,19 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_edge.roles import ROLES, named_convolutions
 
+ParamGroups = list[dict[str, Any]]
 
-def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """The trainable parameters in two groups: kernels and matrices are decayed, biases, norms and magnitudes are not.
 
-    Args:
-        model: Any, adapted or not.
-        weight_decay: Of the first group.
+def decay_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
+    """Return the trainable parameters in two groups: kernels and matrices with weight decay, the others without it.
 
-    Returns:
-        Groups for any optimizer of torch, in the model's order; one without parameters is left out.
+    The others are biases, weights of norms, and the magnitudes of DoRA. Empty groups are left out. Any optimizer of
+    torch accepts the groups.
+
+    Example:
+        >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> [(group["weight_decay"], len(group["params"])) for group in decay_groups(model, 0.01)]
+        [(0.01, 1), (0.0, 3)]
     """
     return _groups(model, frozenset(), {}, weight_decay)
 
@@ -39,29 +39,34 @@ def galore_param_groups(
     proj_type: str = "std",
     weight_decay: float = 0.0,
     target_modules: str | Sequence[str] = "dense",
-) -> list[dict[str, Any]]:
-    """The trainable parameters in three groups: projected kernels, and those of `decay_groups` for the rest.
+) -> ParamGroups:
+    """Return the trainable parameters in three groups: projected kernels, and the two groups of `decay_groups`.
 
-    A kernel (C_out, C_in/g, *kernel) is projected as a matrix (C_out, K) if both sides are larger than the rank: below
-    that nothing is saved. Depthwise kernels have at most as many columns as the kernel has taps, and stay as they are
-    unless they are named. Weights of other layers, the classifier among them, are not projected.
+    The first group has the keys of galore-torch, see `peft_edge.optim.galore` for the formula. A kernel
+    (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, K) if C_out and K exceed the rank: otherwise the projection
+    saves no memory. Depthwise kernels have K = kh * kw, and are projected only if `target_modules` says so. Other
+    layers, such as the classifier, are never projected.
 
     Args:
-        model: Any, adapted or not.
-        rank: Of the projected gradients.
-        update_proj_gap: Steps from one basis to the next.
-        scale: Factor of the projected updates.
+        model: Model, adapted or not.
+        rank: Rank of the projected gradients.
+        update_proj_gap: Steps after which the projection is computed again.
+        scale: Factor of the updates of projected kernels.
         proj_type: A key of `peft_edge.optim.galore.PROJ_TYPES`.
-        weight_decay: Of kernels and matrices, projected or not.
-        target_modules: Role of the convolutions that are projected (see `peft_edge.roles`), the name of one, or
-            several of them.
+        weight_decay: Weight decay of kernels and matrices, projected or not.
+        target_modules: Convolutions to project: a role (see `peft_edge.roles`), a name, or a list of both.
 
     Returns:
-        Groups for the optimizers of `peft_edge.optim`, with the keys of galore-torch (Zhao et al. 2024, arXiv
-        2403.03507); one without parameters is left out.
+        Groups for the optimizers of `peft_edge.optim`, without empty ones.
 
     Raises:
-        ValueError: A target is neither a role nor a convolution, or no trainable kernel is left to project.
+        ValueError: If a target is neither a role nor a convolution, or there is no trainable kernel to project.
+
+    Example:
+        >>> import timm
+        >>> groups = galore_param_groups(timm.create_model("mobilenetv2_035"), rank=8)
+        >>> [(group.get("rank"), len(group["params"])) for group in groups]
+        [(8, 33), (None, 20), (None, 105)]
     """
     targets = {target_modules} if isinstance(target_modules, str) else set(target_modules)
     convolutions = list(named_convolutions(model))
@@ -92,38 +97,45 @@ def galore_param_groups(
     return _groups(model, projected, galore, weight_decay)
 
 
-def _groups(
-    model: nn.Module, projected: frozenset[Tensor], galore: dict[str, Any], weight_decay: float
-) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = [
+def _groups(model: nn.Module, projected: frozenset[Tensor], galore: dict[str, Any], weight_decay: float) -> ParamGroups:
+    groups: ParamGroups = [
         {"params": [], "weight_decay": weight_decay, **galore},
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},
     ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # PEFT keeps DoRA's vector of lengths in the shape of a kernel.
+            # The magnitudes of DoRA are a vector, but PEFT stores them in four dimensions.
             is_vector = parameter.ndim < 2 or "lora_magnitude_vector" in name
             groups[0 if parameter in projected else 2 if is_vector else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
 def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
-    """Makes the backward pass update each parameter, and drop its gradient, as soon as the gradient is complete.
+    """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
-    The result is that of an ordinary step. There is no moment at which all gradients are there, so they cannot be
-    clipped by their common norm; and every backward pass is a step, so nothing is accumulated: a loop with either would
-    be another one without an error. It may go on calling `step` and `zero_grad`, which find no gradients, and a
-    schedule's `step`.
+    The result equals an ordinary step, and only one gradient is in memory at a time. A training loop may still call
+    `step` and `zero_grad`, which then find no gradients, and the scheduler. Two things do not work, and raise no error:
+    clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step.
 
     Args:
-        optimizer: Any of torch or of this package, also as Accelerate has prepared it.
+        optimizer: Optimizer of torch or of this package; Accelerate may have prepared it.
 
     Returns:
-        Handles, one for each parameter; `remove` ends it.
+        A handle for each parameter, whose `remove()` restores ordinary training.
 
     Raises:
-        ValueError: Several processes train, which exchange gradients after this, or Accelerate scales the gradients.
+        ValueError: If several processes train, which average their gradients after this update, or if Accelerate scales
+            the gradients (fp16).
+
+    Example:
+        >>> import torch
+        >>> model = nn.Linear(4, 2)
+        >>> handles = update_in_backward(torch.optim.SGD(model.parameters(), lr=0.1))
+        >>> before = model.weight.clone()
+        >>> model(torch.ones(1, 4)).sum().backward()
+        >>> torch.equal(model.weight, before), model.weight.grad
+        (False, None)
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(

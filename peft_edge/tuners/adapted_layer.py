@@ -3,39 +3,56 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from timm.layers import Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
-from peft_edge._compat import has_plain_conv_forward
-from peft_edge.lean.layers import LeanConvolution
-from peft_edge.roles import Convolution
+from peft_edge._compat import BatchNorm, has_plain_conv_forward
+from peft_edge.lean.layers import LeanBatchNorm, LeanConvolution
 
-_CONVOLUTION_FORWARDS = {cls.forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)}
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)
 
 
-def check_convolution(conv: Convolution, name: str) -> None:
-    """Check that a layer computes a plain convolution with its weight.
+def check_plain(layer: nn.Module, name: str) -> None:
+    """Check that a layer computes what its class says: a subclass may transform the weight or the input first.
 
     Args:
-        conv: Convolution to check.
+        layer: Convolution or BatchNorm layer.
         name: Its name in the model, for the error message.
 
     Raises:
-        ValueError: If the layer transforms its weight or input first.
+        ValueError: If it is not a plain convolution of its weight, or not batch normalisation and an activation.
     """
-    is_plain = type(conv).forward in _CONVOLUTION_FORWARDS and has_plain_conv_forward(conv)
-    # torch's parametrisations and weight_norm replace the parameter by a computed tensor.
-    if not is_plain or "weight" not in dict(conv.named_parameters(recurse=False)):
+    if isinstance(layer, BatchNorm):
+        expected, is_plain = "batch normalisation", type(layer).forward in {cls.forward for cls in _BATCH_NORMS}
+    else:
+        expected = "convolution of its weight"
+        is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
+        # torch's parametrisations and weight_norm replace the parameter by a computed tensor.
+        is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
+    if not is_plain:
         raise ValueError(
-            f"Cannot adapt layer {name!r}: {type(conv).__name__} is not a plain convolution of its weight (it "
-            "transforms the weight or the input first), so a merged adapter would compute something else. Leave it out "
-            f"with exclude_modules=[{name!r}]."
+            f"Cannot adapt layer {name!r}: {type(layer).__name__} is not a plain {expected}, so a merged adapter would "
+            f"compute something else. Leave it out with exclude_modules=[{name!r}]."
         )
+
+
+def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
+    """Return, for each adapter in a mixed batch, the indices of its samples.
+
+    Example:
+        >>> rows_by_adapter(["snow", "fog", "snow"])
+        {'snow': [0, 2], 'fog': [1]}
+    """
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(adapter_names):
+        rows.setdefault(name, []).append(row)
+    return rows
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -54,13 +71,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._init_tuner(base_layer)
-        self._unmerged: dict[str, Tensor] = {}
-
-    def _init_tuner(self, base_layer: nn.Module) -> None:
-        """Set the attributes that PEFT reads."""
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
+        self._unmerged: dict[str, Tensor] = {}
+        if isinstance(self, LoraLayer):
+            LoraLayer.__init__(self, base_layer)  # sets the attributes that PEFT reads in all LoRA layers
 
     @property
     def _adapters(self) -> nn.ModuleDict:
@@ -71,24 +86,6 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self._adapters]
-
-    def _check_adapter_names(self, x: Tensor, adapter_names: Sequence[str] | None) -> None:
-        """Check that the layer can apply a different adapter to each sample of `x`; LoRA layers use PEFT's check.
-
-        Raises:
-            ValueError: If the number of names differs from the batch size, or an adapter is merged.
-        """
-        if adapter_names is None:
-            return
-        if len(adapter_names) != len(x):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
 
     def _base_tensor(self, name: str) -> Tensor | None:
         """Return a parameter or buffer of the base layer as it is without merged adapters."""
@@ -137,3 +134,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             tensor.data = value.to(tensor)
         self._unmerged = {}
         self.merged_adapters.clear()
+
+    def __repr__(self) -> str:
+        tuner = type(self).__module__.split(".")[-2]
+        return f"{tuner}.{super().__repr__()}"

@@ -17,8 +17,8 @@ from torch import nn
 
 from peft_edge._compat import BatchNorm, is_excluded
 from peft_edge.roles import ROLES, modules_with_role
-from peft_edge.tuners.adapted_layer import AdaptedLayer
-from peft_edge.tuners.norm import BatchNormLayer, check_batch_norm
+from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain
+from peft_edge.tuners.norm import BatchNormLayer
 
 
 class TargetModule(NamedTuple):
@@ -55,9 +55,9 @@ def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetMo
 def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetModule]:
     """Yield the BatchNorm layers with running statistics that `config` does not exclude."""
     for target in iter_target_modules(model):
-        if isinstance(target.base, BatchNorm) and target.base.running_mean is not None:
-            if not is_excluded(config, target.name):
-                yield target
+        has_statistics = isinstance(target.base, BatchNorm) and target.base.running_mean is not None
+        if has_statistics and not is_excluded(config, target.name):
+            yield target
 
 
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
@@ -144,7 +144,7 @@ class Injection(BaseTuner):
         resolve_roles(config, model)
         norms = list(iter_target_norms(config, model))
         for target in norms:
-            check_batch_norm(target.base, target.name)
+            check_plain(target.base, target.name)
         self._check_targets(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
@@ -190,7 +190,8 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
         adapter_names: Name of the adapter for each sample, `"__base__"` for none. None: change nothing.
 
     Raises:
-        ValueError: If the model is in training mode, or has no adapter of a given name.
+        ValueError: If the model is in training mode, has no adapter of a given name, or adapters are merged, or the
+            number of names is not the batch size.
     """
     if adapter_names is None:
         yield
@@ -202,7 +203,17 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
     if unknown := sorted(set(adapter_names) - known):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
 
+    if any(layer.merged for layer in layers):
+        raise ValueError(
+            "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+        )
+
     def add_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        if len(args[0]) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(args[0])} respectively."
+            )
         return args, {**kwargs, "adapter_names": adapter_names}
 
     wrapped = [module for module in model.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]

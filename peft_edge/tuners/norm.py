@@ -21,30 +21,11 @@ from torch import Tensor, nn
 from peft_edge._compat import BatchNorm, is_in_backward
 from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batch_norm
 from peft_edge.lean.inplace_norm import is_overwritable
-from peft_edge.lean.layers import LeanBatchNorm
-from peft_edge.tuners.adapted_layer import AdaptedLayer
+from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain, rows_by_adapter
 
 Norm = Literal["frozen", "recalibrate", "stats", "affine"]
 
-_BATCH_NORM_FORWARDS = {cls.forward for cls in (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)}
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
-
-
-def check_batch_norm(norm: nn.Module, name: str) -> None:
-    """Check that a BatchNorm layer computes batch normalisation, optionally followed by an activation.
-
-    Args:
-        norm: BatchNorm layer to check.
-        name: Its name in the model, for the error message.
-
-    Raises:
-        ValueError: If a subclass computes something else.
-    """
-    if type(norm).forward not in _BATCH_NORM_FORWARDS:
-        raise ValueError(
-            f"Cannot adapt layer {name!r}: {type(norm).__name__} is not a plain batch normalisation. "
-            f"Leave it out with exclude_modules=[{name!r}]."
-        )
 
 
 class NormState(nn.Module):
@@ -107,7 +88,7 @@ class BatchNormLayer(AdaptedLayer):
         self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, target_name: str = "", **kwargs: Any
     ) -> None:
         super().__init__(base_layer)
-        check_batch_norm(self.get_base_layer(), target_name)
+        check_plain(self.get_base_layer(), target_name)
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self._active_adapter = adapter_name
         self.estimating = False
@@ -137,18 +118,17 @@ class BatchNormLayer(AdaptedLayer):
     def forward(self, x: Tensor, *, adapter_names: list[str] | None = None) -> Tensor:
         """Normalise x of shape (B, C, *size).
 
-        Args:
-            x: Input.
-            adapter_names: Name of the adapter for each sample, `"__base__"` for none; in eval mode only.
+        With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
-        self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        base = self.get_base_layer()
         if adapter_names is None or self.disable_adapters:
             y = self._normalise(x, self.current_state())
         else:
-            y = self._normalise_mixed_batch(x, adapter_names)
+            y = torch.empty_like(x)
+            for adapter, rows in rows_by_adapter(adapter_names).items():
+                y[rows] = self._normalise(x[rows], self._state(adapter))
+        base = self.get_base_layer()
         return base.act(base.drop(y)) if isinstance(base, BatchNormAct2d) else y
 
     def current_state(self) -> NormState:
@@ -176,13 +156,9 @@ class BatchNormLayer(AdaptedLayer):
 
     def _tensors(self, state: NormState) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """Return mean, variance, weight and bias, the last two in the dtype of the mean."""
-        mean, var, weight, bias = (self._tensor(state, name) for name in _TENSORS)
-        return (
-            mean,
-            var,
-            None if weight is None else weight.to(mean.dtype),
-            None if bias is None else bias.to(mean.dtype),
-        )
+        mean, var, *affine = (self._tensor(state, name) for name in _TENSORS)
+        weight, bias = (None if tensor is None else tensor.to(mean.dtype) for tensor in affine)
+        return mean, var, weight, bias
 
     def _normalise(self, x: Tensor, state: NormState) -> Tensor:
         tensors, eps = self._tensors(state), self.get_base_layer().eps
@@ -204,28 +180,9 @@ class BatchNormLayer(AdaptedLayer):
         momentum = None if self.estimating else self.get_base_layer().momentum
         return 1.0 / float(state.num_batches_tracked) if momentum is None else momentum
 
-    def _normalise_mixed_batch(self, x: Tensor, adapter_names: list[str]) -> Tensor:
-        """Compute x * scale + shift with the rows of scale and shift, (B, C), taken from each sample's adapter."""
-        states = [self._state(name) for name in adapter_names]
-        mean, var = (torch.stack([self._tensor(state, name) for state in states]) for name in _TENSORS[:2])
-        scale = torch.rsqrt(var + self.get_base_layer().eps)
-        if self._tensor(_BASE_STATE, "weight") is not None:
-            scale = scale * torch.stack([self._tensor(state, "weight").to(scale.dtype) for state in states])
-        shift = -mean * scale
-        if self._tensor(_BASE_STATE, "bias") is not None:
-            shift = shift + torch.stack([self._tensor(state, "bias").to(scale.dtype) for state in states])
-        shape = (*scale.shape, *[1] * (x.dim() - 2))
-        return (x * scale.view(shape) + shift.view(shape)).to(x.dtype)
-
     @torch.no_grad()
     def combine(self, adapter_names: list[str], weights: list[float], into: str) -> None:
-        """Set an adapter to base + sum_i weights_i (adapter_i - base): task arithmetic (arXiv 2212.04089, section 2).
-
-        Args:
-            adapter_names: Adapters to combine.
-            weights: Weight of each of them.
-            into: Name of the adapter to set.
-        """
+        """Set adapter `into` to base + sum_i weights_i (adapter_i - base): task arithmetic (arXiv 2212.04089)."""
         target = self._state(into)
         states = [self._state(name) for name in adapter_names]
         for name in _TENSORS:

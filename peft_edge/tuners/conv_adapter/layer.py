@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -14,10 +14,13 @@ from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 
 from peft_edge._compat import f_pad_sides
-from peft_edge.roles import Convolution, named_convolutions
-from peft_edge.tuners.adapted_layer import AdaptedLayer
+from peft_edge.roles import is_convolution, named_convolutions
+from peft_edge.tuners.adapted_layer import AdaptedLayer, rows_by_adapter
 from peft_edge.tuners.conv_adapter.config import ConvAdapterConfig
 from peft_edge.tuners.norm import BatchNormLayer
+
+if TYPE_CHECKING:
+    from peft_edge.roles import Convolution
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # An even and an odd size, large enough for the strides of a whole stage.
@@ -47,15 +50,10 @@ class ConvSpec:
     @classmethod
     def of_convolution(cls, conv: Convolution) -> ConvSpec:
         """Return the specification of a plain convolution."""
-        return cls(
-            in_channels=conv.in_channels,
-            out_channels=conv.out_channels,
-            kernel_size=conv.kernel_size,
-            stride=conv.stride,
-            dilation=conv.dilation,
-            padding=None if isinstance(conv, Conv2dSame) else f_pad_sides(conv),
-            padding_mode="constant" if conv.padding_mode == "zeros" else conv.padding_mode,
-        )
+        padding = None if isinstance(conv, Conv2dSame) else f_pad_sides(conv)
+        mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
+        channels = conv.in_channels, conv.out_channels
+        return cls(*channels, conv.kernel_size, conv.stride, conv.dilation, padding, mode)
 
     @classmethod
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
@@ -118,7 +116,7 @@ class ConvSpec:
             x: Tensor of the layer's input size, (B, C, *size).
             kernel_size: The other kernel size; stride and dilation stay.
         """
-        sides = self._same_padding(x) if self.padding is None else self.padding
+        sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]
         sides = tuple(
             side - step * margin for side, step, margin in zip(sides, dilation, self.margins(kernel_size), strict=True)
@@ -165,12 +163,7 @@ class ConvAdapterLayer(AdaptedLayer):
         torch.Size([1, 16, 4, 4])
     """
 
-    adapter_layer_names = (
-        "conv_adapter_down",
-        "conv_adapter_depthwise",
-        "conv_adapter_activation",
-        "conv_adapter_up",
-    )
+    adapter_layer_names = tuple(f"conv_adapter_{part}" for part in ("down", "depthwise", "activation", "up"))
     other_param_names = ("placement",)
 
     def __init__(
@@ -179,7 +172,7 @@ class ConvAdapterLayer(AdaptedLayer):
         super().__init__(base_layer)
         self.spec = (
             ConvSpec.of_convolution(base_layer)
-            if isinstance(base_layer, Convolution)
+            if is_convolution(base_layer)
             else ConvSpec.of_block(base_layer, target_name)
         )
         self.placement: dict[str, str] = {}
@@ -218,15 +211,10 @@ class ConvAdapterLayer(AdaptedLayer):
         return parameter.device, parameter.dtype
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Compute f(x) and add the output of each active adapter.
+        """Compute f(x) for x of shape (B, C_in, *size), and add the output of each active adapter.
 
-        Args:
-            x: Input, (B, C_in, *size).
-            *args: Passed to the base layer.
-            adapter_names: Name of the adapter for each sample, `"__base__"` for none; in eval mode only.
-            **kwargs: Passed to the base layer.
+        With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
-        self._check_adapter_names(x, adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
         y = self.base_layer(x, *args, **kwargs)
@@ -234,9 +222,9 @@ class ConvAdapterLayer(AdaptedLayer):
             changes = [self._adapter_output(name, x, y).to(y.dtype) for name in self._applied_adapters()]
             return sum(changes, start=y)
         result = y.clone()
-        for adapter in sorted(set(adapter_names) & set(self.conv_adapter_up)):
-            rows = [row for row, name in enumerate(adapter_names) if name == adapter]
-            result[rows] += self._adapter_output(adapter, x[rows], y[rows]).to(y.dtype)
+        for adapter, rows in rows_by_adapter(adapter_names).items():
+            if adapter in self.conv_adapter_up:
+                result[rows] += self._adapter_output(adapter, x[rows], y[rows]).to(y.dtype)
         return result
 
     def _adapter_output(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
@@ -254,7 +242,7 @@ class ConvAdapterLayer(AdaptedLayer):
     def why_not_mergeable(self, adapter: str) -> str | None:
         """Return why an adapter cannot be merged into the kernel of the base layer, or None if it can."""
         base = self.base_layer
-        if not isinstance(base, Convolution):
+        if not is_convolution(base):
             return f"{type(base).__name__} is a block, not a convolution"
         if self.placement[adapter] != "parallel":
             return "it is in sequence with the convolution, not in parallel"
@@ -280,9 +268,6 @@ class ConvAdapterLayer(AdaptedLayer):
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         return {"weight": sum((self.get_delta_weight(name) for name in adapters), start=self._base_tensor("weight"))}
-
-    def __repr__(self) -> str:
-        return "conv_adapter." + super().__repr__()
 
 
 class AdapterBatchNormLayer(BatchNormLayer):

@@ -10,8 +10,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
 from torch import nn
 
 from peft_edge._compat import BatchNorm
-from peft_edge.roles import Convolution
-from peft_edge.tuners.adapted_layer import AdaptedLayer, check_convolution
+from peft_edge.roles import is_convolution
+from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain
 from peft_edge.tuners.conv_adapter.config import ConvAdapterConfig
 from peft_edge.tuners.conv_adapter.layer import AdapterBatchNormLayer, ConvAdapterLayer, ConvSpec
 from peft_edge.tuners.injection import Injection, iter_target_modules, pass_adapter_names
@@ -55,31 +55,20 @@ class ConvAdapterModel(Injection):
             if outer := next((name for name in names if inner.startswith(f"{name}.")), None):
                 raise ValueError(f"target_modules: {inner!r} is a part of {outer!r}; adapt one of the two.")
         for target in targets:
-            if isinstance(target.base, Convolution):
-                check_convolution(target.base, target.name)
+            if is_convolution(target.base):
+                check_plain(target.base, target.name)
             elif target.module is target.base:
                 ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            self._check_blocks({target.name for target in targets if not isinstance(target.base, Convolution)}, model)
-
-    def _check_blocks(self, blocks: set[str], model: nn.Module) -> None:
-        """Check that a further adapter adapts the same blocks.
-
-        A wrapped block changes the names of all parameters in it, and with them the keys of a saved adapter.
-
-        Raises:
-            ValueError: If the blocks differ.
-        """
-        wrapped = {
-            name
-            for name, _, _, module, base in iter_target_modules(model)
-            if isinstance(module, ConvAdapterLayer) and not isinstance(base, Convolution)
-        }
-        if wrapped != blocks:
-            raise ValueError(
-                f"target_modules: the adapters of this model adapt the blocks {sorted(wrapped)}, the new one adapts "
-                f"{sorted(blocks)}. Adapt the same blocks, or give the new adapter a model of its own."
-            )
+            # Wrapping a block changes the names of all parameters in it, and with them the keys of a saved adapter.
+            new = {target.name for target in targets if not is_convolution(target.base)}
+            adapted = (target for target in iter_target_modules(model) if isinstance(target.module, ConvAdapterLayer))
+            old = {target.name for target in adapted if not is_convolution(target.base)}
+            if old != new:
+                raise ValueError(
+                    f"target_modules: the adapters of this model adapt the blocks {sorted(old)}, the new one adapts "
+                    f"{sorted(new)}. Adapt the same blocks, or give the new adapter a model of its own."
+                )
 
     def _create_and_replace(
         self,
@@ -104,11 +93,7 @@ class ConvAdapterModel(Injection):
         return pass_adapter_names(self, kwargs.pop("adapter_names", None))
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base layers.
-
-        Args:
-            adapter_names: Adapters to merge; None for the active ones.
-            safe_merge: Check the merged kernels for NaN and infinity.
+        """Merge adapters into the base layers, as PEFT does.
 
         Raises:
             NotImplementedError: If an adapter cannot be merged into one of its layers. The model is unchanged then.

@@ -62,7 +62,7 @@ class ConvLoraConfig(LoraConfig):
         self.peft_type = PeftType["CONV_LORA"]
         # PEFT does not save this mapping, but calls this method again when it loads the configuration.
         self._register_custom_module(
-            {cls: ConvLoraLayer for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d)} | {BatchNorm: LoraBatchNormLayer}
+            dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoraLayer) | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property

@@ -6,7 +6,7 @@ import math
 import warnings
 from typing import Any
 
-import torch
+import torch.nn.functional as F
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer, variants
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -17,7 +17,7 @@ from peft_edge._compat import BatchNorm
 from peft_edge.functional.convolution import convolution, dora_scale, lowrank_kernel, memory_format, pad
 from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
 from peft_edge.lean.inplace_norm import mark_overwritable
-from peft_edge.tuners.adapted_layer import AdaptedLayer, check_convolution
+from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain, rows_by_adapter
 from peft_edge.tuners.norm import BatchNormLayer
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
@@ -25,11 +25,7 @@ _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 
 
 
 def check_rank(r: int, name: str) -> None:
-    """Check that the rank of layer `name` is a positive integer.
-
-    Raises:
-        ValueError: If it is not.
-    """
+    """Raise a `ValueError` unless the rank of layer `name` is a positive integer."""
     if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r} (layer {name!r})")
 
@@ -65,6 +61,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             weight-standardised one.
 
     Example:
+        >>> import torch
         >>> from peft_edge import ConvLoraConfig, ConvLoraLayer
         >>> layer = ConvLoraLayer(nn.Conv2d(8, 16, 3), "default", ConvLoraConfig(), r=2, lora_alpha=4)
         >>> layer.lora_A["default"].weight.shape, layer.lora_B["default"].weight.shape
@@ -84,12 +81,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         **kwargs: Any,
     ) -> None:
         super().__init__(base_layer)
-        check_convolution(self.get_base_layer(), target_name)
+        check_plain(self.get_base_layer(), target_name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
-
-    def _init_tuner(self, base_layer: nn.Module) -> None:
-        LoraLayer.__init__(self, base_layer)
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type | None]:
@@ -137,13 +131,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
-        """Compute y = conv(x; W + (alpha/r) B A) + b for the active adapters.
+        """Compute y = conv(x; W + (alpha/r) B A) + b for x of shape (B, C_in, *size) and the active adapters.
 
-        Args:
-            x: Input, (B, C_in, *size).
-            *args: Passed to the base layer.
-            adapter_names: Name of the adapter for each sample, `"__base__"` for none; in eval mode only.
-            **kwargs: Passed to the base layer.
+        With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         adapters = self._applied_adapters()
         if adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim():
@@ -214,9 +204,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
         y = self.base_layer(x)
-        for adapter in sorted(set(adapter_names) & set(self.lora_A)):
-            rows = [row for row, name in enumerate(adapter_names) if name == adapter]
-            y[rows] = self._two_branch_forward(x[rows], [adapter])
+        for adapter, rows in rows_by_adapter(adapter_names).items():
+            if adapter in self.lora_A:
+                y[rows] = self._two_branch_forward(x[rows], [adapter])
         return y
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -268,17 +258,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         """Whether `get_delta_weight` is the adapter's whole change, which PEFT's conversion to LoRA requires."""
         return not self.use_dora.get(adapter_name, False)
 
-    def __repr__(self) -> str:
-        return "conv_lora." + super().__repr__()
-
 
 class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
     """A `BatchNormLayer` that is also a `LoraLayer`, as `peft.LoraModel` expects of all its layers."""
 
     adapter_layer_names = ("lora_norm",)
-
-    def _init_tuner(self, base_layer: nn.Module) -> None:
-        LoraLayer.__init__(self, base_layer)
 
     def _get_in_out_features(self, module: BatchNorm) -> tuple[int, int]:
         return module.num_features, module.num_features
@@ -291,9 +275,6 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = 1.0
         super().update_layer(adapter_name, config=config)
-
-    def __repr__(self) -> str:
-        return "conv_lora." + super().__repr__()
 
 
 def pad_rank(model: nn.Module, rank: int) -> bool:
@@ -315,8 +296,8 @@ def pad_rank(model: nn.Module, rank: int) -> bool:
                     f"Cannot pad adapter {name!r} to rank {rank}: it has rank {lora_a.weight.shape[0]}. "
                     "Pass the largest rank of all the adapters as target_rank."
                 )
-            lora_a.weight.data = torch.cat([lora_a.weight, lora_a.weight.new_zeros(missing, *lora_a.weight.shape[1:])])
-            zeros = lora_b.weight.new_zeros(len(lora_b.weight), missing, *lora_b.weight.shape[2:])
-            lora_b.weight.data = torch.cat([lora_b.weight, zeros], dim=1)
+            # F.pad takes the last dimension first: the rank is the first one of A and the second one of B.
+            lora_a.weight.data = F.pad(lora_a.weight.data, [0, 0] * (lora_a.weight.dim() - 1) + [0, missing])
+            lora_b.weight.data = F.pad(lora_b.weight.data, [0, 0] * (lora_b.weight.dim() - 2) + [0, missing])
             lora_a.out_channels = lora_b.in_channels = rank
     return bool(layers)

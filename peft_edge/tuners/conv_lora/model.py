@@ -15,8 +15,8 @@ from peft.tuners.tuners_utils import check_target_module_exists
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from peft_edge.roles import Convolution
-from peft_edge.tuners.adapted_layer import check_convolution
+from peft_edge.roles import is_convolution
+from peft_edge.tuners.adapted_layer import check_plain
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_rank
 from peft_edge.tuners.injection import Injection, iter_target_modules, pass_adapter_names
@@ -30,8 +30,8 @@ class _ConvLoraInjection(Injection):
 
     def _check_targets(self, config: PeftConfig, model: nn.Module) -> None:
         for name, *_, base in iter_target_modules(model):
-            if isinstance(base, Convolution) and check_target_module_exists(config, name):
-                check_convolution(base, name)
+            if is_convolution(base) and check_target_module_exists(config, name):
+                check_plain(base, name)
                 pattern = get_pattern_key(config.rank_pattern.keys(), name)
                 check_rank(config.rank_pattern.get(pattern, config.r), name)
 
@@ -100,17 +100,9 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
                 layer.combine(adapters, weights, into=adapter_name)
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
-        self,
-        combination_type: str,
-        adapters: list[str],
-        weights: list[float],
-        new_rank: int,
-        target: nn.Module,
-        target_lora_A: Tensor,
-        target_lora_B: Tensor,
-        *args: Any,
-        **kwargs: Any,
-    ) -> tuple[Tensor, Tensor]:
+        self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: nn.Module,
+        target_lora_A: Tensor, target_lora_B: Tensor, *args: Any, **kwargs: Any,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
         svd = super()._svd_generalized_task_arithmetic_weighted_adapter
         targets = target_lora_A, target_lora_B
         if not isinstance(target, ConvLoraLayer):
