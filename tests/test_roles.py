@@ -1,4 +1,4 @@
-"""Layer roles against the structure that the papers of the networks describe."""
+"""Layer roles against the structure of networks in their papers."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_roles_partition_the_convolutions(name: str) -> None:
     assert roles["expand"] | roles["project"] <= roles["pointwise"] <= roles["dense"]
 
 
-def test_squeeze_excite_neither_expands_nor_projects() -> None:
+def test_squeeze_excite_is_neither_expand_nor_project() -> None:
     model = timm.create_model("mobilenetv3_small_050")
     squeeze_excite = {name for name in modules_with_role(model, "pointwise") if ".se." in name}
 
@@ -40,7 +40,7 @@ def test_squeeze_excite_neither_expands_nor_projects() -> None:
     assert squeeze_excite.isdisjoint(modules_with_role(model, "expand") + modules_with_role(model, "project"))
 
 
-def test_a_bottleneck_without_norms_still_expands_and_projects() -> None:
+def test_bottleneck_without_norms_has_expand_and_project() -> None:
     block = nn.Sequential(nn.Conv2d(8, 32, 1), nn.Conv2d(32, 32, 3, groups=32), nn.Conv2d(32, 8, 1))
 
     assert modules_with_role(block, "expand") == ["0"]
@@ -64,7 +64,7 @@ def test_a_bottleneck_without_norms_still_expands_and_projects() -> None:
         ("convnext_atto", "stages.3.downsample.1", "stages.3.blocks.1.mlp.fc2"),
     ],
 )
-def test_the_last_stage_goes_from_its_first_convolution_to_the_networks_last(name: str, first: str, last: str) -> None:
+def test_last_stage_extends_to_the_last_convolution(name: str, first: str, last: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name)
     found = modules_with_role(model, "last-stage")
@@ -73,11 +73,11 @@ def test_the_last_stage_goes_from_its_first_convolution_to_the_networks_last(nam
     assert [f"a.{name}" for name in found] == modules_with_role(nn.ModuleDict({"a": model}), "last-stage")
 
 
-def test_a_network_without_declared_stages_has_no_last_one() -> None:
+def test_network_without_feature_info_has_no_last_stage() -> None:
     assert modules_with_role(nn.Sequential(nn.Conv2d(1, 1, 1)), "last-stage") == []
 
 
-def test_names_stay_those_of_the_unadapted_model() -> None:
+def test_adapted_model_has_the_names_of_the_unadapted_one() -> None:
     model = timm.create_model("resnet18")
     before = [(name, roles) for name, _, roles in named_convolutions(model)]
 
@@ -86,6 +86,6 @@ def test_names_stay_those_of_the_unadapted_model() -> None:
     assert [(name, roles) for name, _, roles in named_convolutions(model)] == before
 
 
-def test_unknown_role_is_named_with_the_known_ones() -> None:
+def test_unknown_role_is_rejected_with_the_known_ones() -> None:
     with pytest.raises(ValueError, match=r"'depthwize'.*depthwise"):
         modules_with_role(nn.Conv2d(1, 1, 1), "depthwize")

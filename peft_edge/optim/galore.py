@@ -196,10 +196,8 @@ class _GaLore(Optimizer):
         self._update(weight, gradient, basis, state, group, step + 1)
         return True
 
-    def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
-    ) -> None:
-        """Update one weight (C_out, C_in/g, *kernel) in place; `gradient` is (C_out, K), `step` counts from 1."""
+    def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
+        """Update one weight (C_out, C_in/g, *kernel) in place; `grad` is (C_out, K), `step` counts from 1."""
         raise NotImplementedError
 
 
@@ -214,12 +212,13 @@ class GaLoreAdamW(_GaLore, AdamW):
         ValueError: If a value is out of range, or a group is invalid.
 
     Example:
-        >>> from torch import nn
-        >>> model = nn.Conv2d(16, 32, 3)
+        >>> import torch
+        >>> from peft_edge.optim import GaLoreAdamW, galore_param_groups
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=1e-3)
         >>> model(torch.randn(2, 16, 8, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> {key: tuple(value.shape) for key, value in optimizer.state[model.weight].items()}
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[model[0].weight].items()}
         {'basis_left': (32, 4), 'step': (), 'exp_avg': (4, 144), 'exp_avg_sq': (4, 144)}
     """
 
@@ -233,10 +232,8 @@ class GaLoreAdamW(_GaLore, AdamW):
     ) -> None:
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
 
-    def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
-    ) -> None:
-        projected = basis.project(gradient)
+    def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
+        projected = basis.project(grad)
         if step == 1:
             state.update(exp_avg=torch.zeros_like(projected), exp_avg_sq=torch.zeros_like(projected))
         beta1, beta2 = group["betas"]
@@ -258,22 +255,21 @@ class GaLoreSGD(_GaLore, SGD):
         ValueError: If a value is out of range, or a group is invalid.
 
     Example:
-        >>> from torch import nn
-        >>> model = nn.Conv2d(16, 32, 3)
+        >>> import torch
+        >>> from peft_edge.optim import GaLoreSGD, galore_param_groups
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> optimizer = GaLoreSGD(galore_param_groups(model, rank=4), lr=0.1)
         >>> model(torch.randn(2, 16, 8, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> optimizer.state[model.weight]["momentum_buffer"].shape
+        >>> optimizer.state[model[0].weight]["momentum_buffer"].shape
         torch.Size([4, 144])
     """
 
     def __init__(self, params: ParamsT, lr: float = 1e-3, momentum: float = 0.9, weight_decay: float = 0.0) -> None:
         super().__init__(params, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
-    def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
-    ) -> None:
-        projected = basis.project(gradient.add(weight.flatten(1), alpha=group["weight_decay"]))
+    def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
+        projected = basis.project(grad.add(weight.flatten(1), alpha=group["weight_decay"]))
         if step == 1:
             state["momentum_buffer"] = torch.zeros_like(projected)
         direction = basis.project_back(state["momentum_buffer"].mul_(group["momentum"]).add_(projected))
@@ -291,12 +287,13 @@ class GaLoreAdafactor(_GaLore, Adafactor):
         ValueError: If a group is invalid.
 
     Example:
-        >>> from torch import nn
-        >>> model = nn.Conv2d(16, 32, 3)
+        >>> import torch
+        >>> from peft_edge.optim import GaLoreAdafactor, galore_param_groups
+        >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> optimizer = GaLoreAdafactor(galore_param_groups(model, rank=4), lr=1e-3)
         >>> model(torch.randn(2, 16, 8, 8)).square().mean().backward()
         >>> optimizer.step()
-        >>> {key: tuple(value.shape) for key, value in optimizer.state[model.weight].items()}
+        >>> {key: tuple(value.shape) for key, value in optimizer.state[model[0].weight].items()}
         {'basis_left': (32, 4), 'step': (), 'exp_avg_sq_row': (4, 1), 'exp_avg_sq_col': (1, 144)}
     """
 
@@ -310,15 +307,13 @@ class GaLoreAdafactor(_GaLore, Adafactor):
         beta1: float | None = None,
         weight_decay: float = 0.0,
     ) -> None:
-        options = {"eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}
+        options: ParamGroup = {"eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}
         super().__init__(  # type: ignore[call-arg]
             params, lr=lr, weight_decay=weight_decay, scale_parameter=False, relative_step=False, **options
         )
 
-    def _update(
-        self, weight: Tensor, gradient: Tensor, basis: Basis, state: State, group: ParamGroup, step: int
-    ) -> None:
-        projected = basis.project(gradient)
+    def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
+        projected = basis.project(grad)
         squared = projected.square().add_(group["eps"][0])
         rows, columns = squared.mean(dim=1, keepdim=True), squared.mean(dim=0, keepdim=True)
         if step == 1:

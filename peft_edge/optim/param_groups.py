@@ -23,6 +23,8 @@ def decay_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
     torch accepts the groups.
 
     Example:
+        >>> from torch import nn
+        >>> from peft_edge.optim import decay_groups
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> [(group["weight_decay"], len(group["params"])) for group in decay_groups(model, 0.01)]
         [(0.01, 1), (0.0, 3)]
@@ -64,9 +66,10 @@ def galore_param_groups(
 
     Example:
         >>> import timm
+        >>> from peft_edge.optim import galore_param_groups
         >>> groups = galore_param_groups(timm.create_model("mobilenetv2_035"), rank=8)
         >>> [(group.get("rank"), len(group["params"])) for group in groups]
-        [(8, 33), (None, 20), (None, 105)]
+        [(8, 29), (None, 24), (None, 105)]
     """
     targets = {target_modules} if isinstance(target_modules, str) else set(target_modules)
     convolutions = list(named_convolutions(model))
@@ -130,7 +133,8 @@ def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
 
     Example:
         >>> import torch
-        >>> model = nn.Linear(4, 2)
+        >>> from peft_edge.optim import update_in_backward
+        >>> model = torch.nn.Linear(4, 2)
         >>> handles = update_in_backward(torch.optim.SGD(model.parameters(), lr=0.1))
         >>> before = model.weight.clone()
         >>> model(torch.ones(1, 4)).sum().backward()

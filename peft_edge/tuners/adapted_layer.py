@@ -11,8 +11,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from timm.layers import BatchNormAct2d, Conv2dSame
 from torch import Tensor, nn
 
-from peft_edge._compat import BatchNorm, has_plain_conv_forward
+from peft_edge._compat import has_plain_conv_forward
 from peft_edge.lean.layers import LeanBatchNorm, LeanConvolution
+from peft_edge.roles import is_convolution
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)
@@ -28,13 +29,13 @@ def check_plain(layer: nn.Module, name: str) -> None:
     Raises:
         ValueError: If it is not a plain convolution of its weight, or not batch normalisation and an activation.
     """
-    if isinstance(layer, BatchNorm):
-        expected, is_plain = "batch normalisation", type(layer).forward in {cls.forward for cls in _BATCH_NORMS}
-    else:
+    if is_convolution(layer):
         expected = "convolution of its weight"
         is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
         # torch's parametrisations and weight_norm replace the parameter by a computed tensor.
         is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
+    else:
+        expected, is_plain = "batch normalisation", type(layer).forward in {cls.forward for cls in _BATCH_NORMS}
     if not is_plain:
         raise ValueError(
             f"Cannot adapt layer {name!r}: {type(layer).__name__} is not a plain {expected}, so a merged adapter would "

@@ -221,9 +221,10 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         ValueError: If no active adapter has its own statistics, or there is no batch.
 
     Example:
+        >>> import torch
         >>> from peft import get_peft_model
         >>> from peft_edge import ConvLoraConfig, recalibrate
-        >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
+        >>> network = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.BatchNorm2d(8))
         >>> model = get_peft_model(network, ConvLoraConfig(target_modules="dense", norm="recalibrate"))
         >>> recalibrate(model, [torch.randn(4, 3, 8, 8) + 1 for _ in range(3)])
         >>> model.base_model.model[1].states["default"].num_batches_tracked

@@ -1,7 +1,4 @@
-"""The bases: the best of their rank, the same in all processes, and none from a broken gradient.
-
-GaLore against galore-torch on matrices, against torch's optimizers at full rank, and its state.
-"""
+"""GaLore against galore-torch and torch's optimizers, its bases, and its state."""
 
 from __future__ import annotations
 
@@ -40,7 +37,7 @@ def low_rank_matrix(rows: int, columns: int) -> Tensor:
 
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", SIDES)
-def test_keeps_what_the_best_approximation_keeps(shape: tuple[int, int], proj_type: str) -> None:
+def test_basis_gives_the_best_low_rank_approximation(shape: tuple[int, int], proj_type: str) -> None:
     gradient = torch.randn(shape)
 
     basis = new_basis(gradient, 3, proj_type)
@@ -58,7 +55,7 @@ def test_keeps_what_the_best_approximation_keeps(shape: tuple[int, int], proj_ty
 
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
 @pytest.mark.parametrize("shape", [(300, 400), (400, 300)])
-def test_a_large_matrix_is_projected_nearly_as_well(shape: tuple[int, int], proj_type: str) -> None:
+def test_basis_of_a_large_matrix_is_nearly_the_best(shape: tuple[int, int], proj_type: str) -> None:
     gradient = low_rank_matrix(*shape) + 1e-4 * torch.randn(shape)
 
     basis = new_basis(gradient, 4, proj_type)
@@ -67,7 +64,7 @@ def test_a_large_matrix_is_projected_nearly_as_well(shape: tuple[int, int], proj
     assert lost <= 1.001 * torch.linalg.svdvals(gradient)[4:].square().sum()
 
 
-def test_a_large_matrix_neither_takes_nor_heeds_random_numbers() -> None:
+def test_basis_of_a_large_matrix_is_independent_of_the_global_generator() -> None:
     gradient, state = low_rank_matrix(300, 400), torch.get_rng_state()
     first = new_basis(gradient, 4, "full")
     assert torch.equal(torch.get_rng_state(), state)
@@ -79,7 +76,7 @@ def test_a_large_matrix_neither_takes_nor_heeds_random_numbers() -> None:
     assert torch.equal(first.right, second.right)
 
 
-def test_a_rank_above_the_shorter_side_keeps_everything() -> None:
+def test_rank_above_the_shorter_side_loses_nothing() -> None:
     gradient = torch.randn(9, 5)
     basis = new_basis(gradient, 8, "std")
 
@@ -88,14 +85,14 @@ def test_a_rank_above_the_shorter_side_keeps_everything() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
-def test_the_basis_has_the_gradients_type(dtype: torch.dtype) -> None:
+def test_basis_has_the_gradients_dtype(dtype: torch.dtype) -> None:
     gradient = torch.randn(9, 5, dtype=dtype)
     assert new_basis(gradient, 2, "std").project(gradient).dtype == dtype
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
 @pytest.mark.parametrize("size", [20, 300])
-def test_a_gradient_that_is_not_finite_has_no_basis(size: int, value: float) -> None:
+def test_gradient_that_is_not_finite_has_no_basis(size: int, value: float) -> None:
     gradient = torch.randn(size, size)
     gradient[1, 2] = value
     assert new_basis(gradient, 4, "std") is None
@@ -123,7 +120,7 @@ def _train_in_two_processes(process_index: int, port: int, results: mp.Queue) ->
 
 
 @pytest.mark.distributed
-def test_all_processes_use_the_bases_of_the_first() -> None:
+def test_all_processes_use_the_bases_of_process_0() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -206,7 +203,7 @@ def test_equals_galore_torch_over_two_refreshes(name: str, proj_type: str, galor
 
 
 @pytest.mark.parametrize("proj_type", PROJ_TYPES)
-def test_sgd_equals_momentum_in_galore_torchs_subspace(proj_type: str, galore_torch: SimpleNamespace) -> None:
+def test_sgd_equals_momentum_in_the_subspace_of_galore_torch(proj_type: str, galore_torch: SimpleNamespace) -> None:
     ours, theirs = matrices(), matrices()
     optimizer = GaLoreSGD(projected(ours, proj_type=proj_type), lr=0.1, momentum=0.8)
     projectors = [galore_torch.Projector(4, update_proj_gap=20, scale=0.5, proj_type=proj_type) for _ in theirs]
@@ -239,7 +236,7 @@ def test_adafactor_averages_updates_as_galore_torch(galore_torch: SimpleNamespac
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_groups_without_rank_are_trained_as_by_the_plain_optimizer(name: str) -> None:
+def test_groups_without_rank_are_trained_by_the_plain_optimizer(name: str) -> None:
     ours, theirs = matrices(), matrices()
 
     train(ours, OPTIMIZERS[name](ours, lr=1e-2, weight_decay=0.1).step)
@@ -249,7 +246,7 @@ def test_groups_without_rank_are_trained_as_by_the_plain_optimizer(name: str) ->
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_both_kinds_of_groups_go_together(name: str) -> None:
+def test_groups_with_and_without_rank_train_together(name: str) -> None:
     ours, theirs, apart = matrices(), matrices(), matrices()
     make = partial(OPTIMIZERS[name], lr=1e-2)
 
@@ -262,7 +259,7 @@ def test_both_kinds_of_groups_go_together(name: str) -> None:
     assert not torch.allclose(ours[1], apart[1], atol=1e-3)
 
 
-def test_at_full_rank_and_scale_1_sgd_is_sgd() -> None:
+def test_sgd_at_full_rank_and_scale_1_is_plain_sgd() -> None:
     ours, theirs = matrices(), matrices()
 
     train(ours, GaLoreSGD(projected(ours, rank=24, scale=1.0, update_proj_gap=100), lr=0.1, weight_decay=0.01).step)
@@ -291,7 +288,7 @@ def test_a_kernel_is_trained_as_its_matrix(name: str, kind: str) -> None:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_saved_state_has_tensors_alone_and_goes_on_to_the_same_bits(name: str) -> None:
+def test_resuming_a_saved_state_gives_the_same_bits(name: str) -> None:
     def make(weights: list[nn.Parameter]) -> Optimizer:
         groups = [*projected(weights[1:], update_proj_gap=4, weight_decay=0.1), {"params": weights[:1]}]
         return OPTIMIZERS[name](groups, lr=1e-2)
@@ -314,7 +311,7 @@ def test_a_saved_state_has_tensors_alone_and_goes_on_to_the_same_bits(name: str)
     assert all(torch.equal(ours, expected) for ours, expected in zip(weights, whole, strict=True))
 
 
-def test_the_state_is_as_small_as_the_rank_says() -> None:
+def test_state_has_the_size_of_the_rank() -> None:
     weight = nn.Parameter(torch.randn(64, 16, 3, 3))
     optimizer = GaLoreAdamW(projected([weight]))
     weight.grad = torch.randn_like(weight)
@@ -327,7 +324,7 @@ def test_the_state_is_as_small_as_the_rank_says() -> None:
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_gradient_that_is_not_finite_postpones_the_refresh(name: str, value: float) -> None:
+def test_gradient_that_is_not_finite_postpones_the_new_basis(name: str, value: float) -> None:
     weight, other = nn.Parameter(torch.randn(8, 6)), nn.Parameter(torch.randn(6, 8))
     optimizer = OPTIMIZERS[name](projected([weight, other], update_proj_gap=2), lr=0.1)
 
@@ -359,7 +356,7 @@ def test_a_gradient_that_is_not_finite_postpones_the_refresh(name: str, value: f
     assert not torch.equal(optimizer.state[weight]["basis_right"], state["basis_right"])
 
 
-def test_a_parameter_without_gradient_is_left_alone() -> None:
+def test_parameter_without_gradient_is_unchanged() -> None:
     weights = [nn.Parameter(torch.ones(8, 6)) for _ in range(2)]
     optimizer = GaLoreAdamW(projected(weights, weight_decay=0.1))
     weights[0].grad = torch.randn(8, 6)
@@ -380,7 +377,7 @@ def test_hooks_are_called_once_a_step() -> None:
     assert calls == [2, 2, 2]
 
 
-def test_a_closure_computes_the_gradients() -> None:
+def test_step_calls_the_closure() -> None:
     weight = nn.Parameter(torch.randn(8, 6))
     optimizer = GaLoreSGD(projected([weight], update_proj_gap=1), lr=0.1)
 
@@ -403,14 +400,14 @@ def test_a_closure_computes_the_gradients() -> None:
         ({"proj_type": "sdt"}, "proj_type is 'sdt', expected one of: std, "),
     ],
 )
-def test_a_wrong_group_is_refused(options: dict[str, Any], message: str) -> None:
+def test_invalid_group_is_rejected(options: dict[str, Any], message: str) -> None:
     optimizer = GaLoreAdamW(matrices())
     with pytest.raises(ValueError, match=message):
         optimizer.add_param_group(projected([nn.Parameter(torch.ones(3, 3))], **options)[0])
     assert len(optimizer.param_groups) == 1
 
 
-def test_a_projected_vector_is_refused() -> None:
+def test_vector_in_a_group_with_rank_is_rejected() -> None:
     optimizer = GaLoreAdamW(matrices())
     with pytest.raises(ValueError, match=r"shapes \[\(3,\)\], expected two dimensions"):
         optimizer.add_param_group(projected([nn.Parameter(torch.ones(3))])[0])

@@ -1,4 +1,4 @@
-"""GaLore in Accelerate's loop, and in an analysis without memory."""
+"""GaLore in a training loop of Accelerate, and in an analysis on fake tensors."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ class Training:
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_a_checkpoint_of_accelerate_goes_on_to_the_same_bits(
+def test_resuming_a_checkpoint_of_accelerate_gives_the_same_bits(
     name: str, network: nn.Module, batches: list[tuple[Tensor, Tensor]], tmp_path: Path
 ) -> None:
     start, whole = copy.deepcopy(network), Training(copy.deepcopy(network), OPTIMIZERS[name])
@@ -79,7 +79,7 @@ def test_a_checkpoint_of_accelerate_goes_on_to_the_same_bits(
         assert not torch.equal(ours, before)
 
 
-def test_the_parts_of_a_batch_make_its_gradient(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
+def test_gradient_accumulation_equals_the_whole_batch(network: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> None:
     network.eval()
     other = copy.deepcopy(network)
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
@@ -107,7 +107,7 @@ def by_shape(optimizer: Callable[..., Optimizer], parameters: list[nn.Parameter]
 
 @pytest.mark.parametrize("size", ["small", "large"])
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_an_analysis_finds_the_state_of_a_real_step(name: str, size: str, network: nn.Module) -> None:
+def test_analysis_predicts_the_state_of_a_real_step(name: str, size: str, network: nn.Module) -> None:
     if size == "large":
         network = nn.Sequential(nn.Conv2d(3, 300, 1), nn.Conv2d(300, 280, 1), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     make: Any = partial(by_shape, OPTIMIZERS[name])

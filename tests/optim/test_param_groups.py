@@ -1,7 +1,4 @@
-"""Every trained parameter is in one group, and in the right one.
-
-Updates in the backward pass against those of an ordinary step.
-"""
+"""Parameter groups, and updates in the backward pass against ordinary steps."""
 
 from __future__ import annotations
 
@@ -37,7 +34,7 @@ def names_of(group: dict[str, Any], model: nn.Module) -> set[str]:
     return {names[parameter] for parameter in group["params"]}
 
 
-def test_decays_kernels_and_matrices_but_no_vector(tiny_backbone: nn.Module) -> None:
+def test_kernels_and_matrices_decay_and_vectors_do_not(tiny_backbone: nn.Module) -> None:
     tiny_backbone.conv_stem.requires_grad_(False)
 
     decayed, others = decay_groups(tiny_backbone, 0.1)
@@ -52,12 +49,12 @@ def test_decays_kernels_and_matrices_but_no_vector(tiny_backbone: nn.Module) -> 
     assert names_of(others, tiny_backbone) == trained - names_of(decayed, tiny_backbone)
 
 
-def test_leaves_empty_groups_out() -> None:
+def test_empty_groups_are_left_out() -> None:
     assert len(decay_groups(nn.Linear(3, 3, bias=False), 0.1)) == 1
     assert decay_groups(nn.Linear(3, 3).requires_grad_(False), 0.1) == []
 
 
-def test_the_lengths_of_dora_are_not_decayed(tiny_backbone: nn.Module) -> None:
+def test_magnitudes_of_dora_do_not_decay(tiny_backbone: nn.Module) -> None:
     model = get_peft_model(tiny_backbone, ConvLoraConfig(r=2, target_modules="pointwise", use_dora=True, norm="affine"))
 
     decayed, others = decay_groups(model, 0.1)
@@ -67,7 +64,7 @@ def test_the_lengths_of_dora_are_not_decayed(tiny_backbone: nn.Module) -> None:
     assert not any("lora_A" in name or "lora_B" in name for name in names_of(others, model))
 
 
-def test_projects_dense_kernels_larger_than_the_rank(tiny_backbone: nn.Module) -> None:
+def test_dense_kernels_larger_than_the_rank_are_projected(tiny_backbone: nn.Module) -> None:
     projected, decayed, others = galore_param_groups(tiny_backbone, rank=8, weight_decay=0.1)
 
     assert {key: value for key, value in projected.items() if key != "params"} == {
@@ -90,7 +87,7 @@ def test_projects_dense_kernels_larger_than_the_rank(tiny_backbone: nn.Module) -
     assert (decayed["weight_decay"], others["weight_decay"]) == (0.1, 0.0)
 
 
-def test_projects_what_is_named(tiny_backbone: nn.Module) -> None:
+def test_target_modules_select_the_projected_kernels(tiny_backbone: nn.Module) -> None:
     targets = ["blocks.1.0.conv_dw", "project", "conv_head"]
 
     projected = galore_param_groups(tiny_backbone, rank=4, target_modules=targets, proj_type="full", scale=1.0)[0]
@@ -101,7 +98,7 @@ def test_projects_what_is_named(tiny_backbone: nn.Module) -> None:
     assert (projected["proj_type"], projected["scale"]) == ("full", 1.0)
 
 
-def test_knows_the_convolutions_that_peft_has_wrapped(tiny_backbone: nn.Module) -> None:
+def test_convolutions_in_an_adapted_model_are_found(tiny_backbone: nn.Module) -> None:
     plain = names_of(galore_param_groups(tiny_backbone, rank=8)[0], tiny_backbone)
     model = get_peft_model(tiny_backbone, ConvLoraConfig(r=2, target_modules=["conv_head"], norm="frozen"))
     for parameter in model.parameters():
@@ -114,12 +111,12 @@ def test_knows_the_convolutions_that_peft_has_wrapped(tiny_backbone: nn.Module) 
 
 
 @pytest.mark.parametrize("targets", ["dens", ["dense", "blocks.9.conv"]])
-def test_refuses_unknown_targets(tiny_backbone: nn.Module, targets: str | list[str]) -> None:
+def test_unknown_targets_are_rejected(tiny_backbone: nn.Module, targets: str | list[str]) -> None:
     with pytest.raises(ValueError, match=r"'(dens|blocks\.9\.conv)' is neither a layer role nor a convolution"):
         galore_param_groups(tiny_backbone, rank=8, target_modules=targets)
 
 
-def test_refuses_to_project_nothing(tiny_backbone: nn.Module) -> None:
+def test_projecting_nothing_is_rejected(tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match="rank is 500, and none of the 35 trainable convolutions"):
         galore_param_groups(tiny_backbone, rank=500)
     with pytest.raises(ValueError, match="no convolution of target_modules='dense' is trainable"):
@@ -165,7 +162,7 @@ def train(model: nn.Module, optimizer: Optimizer, schedule: LinearLR, steps: int
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_the_result_is_that_of_ordinary_steps(name: str, tiny_backbone: nn.Module) -> None:
+def test_update_in_backward_equals_ordinary_steps(name: str, tiny_backbone: nn.Module) -> None:
     models = [tiny_backbone, copy.deepcopy(tiny_backbone)]
     optimizers = [OPTIMIZERS[name](model) for model in models]
     schedules = [LinearLR(optimizer, total_iters=4) for optimizer in optimizers]
@@ -182,7 +179,7 @@ def test_the_result_is_that_of_ordinary_steps(name: str, tiny_backbone: nn.Modul
         assert not torch.equal(ours, before)
 
 
-def test_one_gradient_lives_at_a_time(tiny_backbone: nn.Module) -> None:
+def test_one_gradient_at_a_time_is_in_memory(tiny_backbone: nn.Module) -> None:
     most = 0
 
     def count(parameter: Tensor) -> None:
@@ -198,7 +195,7 @@ def test_one_gradient_lives_at_a_time(tiny_backbone: nn.Module) -> None:
     assert all(parameter.grad is None for parameter in tiny_backbone.parameters())
 
 
-def test_the_handles_end_it() -> None:
+def test_removing_the_handles_restores_ordinary_training() -> None:
     model = nn.Linear(3, 3)
     for handle in update_in_backward(AdamW(model.parameters())):
         handle.remove()
@@ -210,14 +207,14 @@ def test_the_handles_end_it() -> None:
     assert model.weight.grad is not None
 
 
-def test_several_processes_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_several_processes_are_rejected(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "is_initialized", lambda: True)
     monkeypatch.setattr(dist, "get_world_size", lambda: 2)
     with pytest.raises(ValueError, match="update_in_backward in 2 processes"):
         update_in_backward(AdamW(nn.Linear(3, 3).parameters()))
 
 
-def test_an_optimizer_that_accelerate_holds_back_is_stepped(accelerator: Accelerator) -> None:
+def test_optimizer_prepared_for_accumulation_steps_in_every_backward(accelerator: Accelerator) -> None:
     model = nn.Linear(3, 3)
     model, optimizer = accelerator.prepare(model, AdamW(model.parameters()))
     update_in_backward(optimizer)
@@ -231,7 +228,7 @@ def test_an_optimizer_that_accelerate_holds_back_is_stepped(accelerator: Acceler
     assert model.weight.grad is None
 
 
-def test_scaled_gradients_are_refused(accelerator: Accelerator) -> None:
+def test_scaled_gradients_are_rejected(accelerator: Accelerator) -> None:
     optimizer = AcceleratedOptimizer(AdamW(nn.Linear(3, 3).parameters()), scaler=torch.amp.GradScaler("cpu"))
     with pytest.raises(ValueError, match="update_in_backward with mixed_precision='fp16'"):
         update_in_backward(optimizer)

@@ -16,17 +16,17 @@ from tests.tuners.support import adapter_config, lora_config
 
 @pytest.fixture
 def small() -> nn.Module:
-    """timm's smallest mobile network, for what takes long on a larger one."""
+    """timm's smallest mobile network, for slow tests."""
     return timm.create_model("test_efficientnet", num_classes=10).eval()
 
 
 @pytest.fixture(params=[ConvLoraConfig, ConvAdapterConfig])
 def config_cls(request: pytest.FixtureRequest) -> type[PeftConfig]:
-    """The configuration of each tuner, for what all of them do."""
+    """The configuration class of each tuner."""
     return request.param
 
 
 @pytest.fixture
 def config(config_cls: type[PeftConfig]) -> Callable[..., PeftConfig]:
-    """Makes configurations on every convolution that change the output from the start."""
+    """Makes configurations for all convolutions, initialised so that the adapter changes the output."""
     return lora_config if config_cls is ConvLoraConfig else adapter_config

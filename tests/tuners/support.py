@@ -1,4 +1,4 @@
-"""Configurations and statistics for the tests of the tuners."""
+"""Configurations for the tests of the tuners, and a model with changed statistics."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 
 
 def lora_config(**kwargs: object) -> ConvLoraConfig:
-    """LoRA on every convolution that changes the output from the start."""
+    """ConvLoRA on every convolution, initialised so that it changes the output."""
     return ConvLoraConfig(**{"r": 2, "target_modules": "all-conv", "init_lora_weights": False, **kwargs})
 
 
 def adapter_config(**kwargs: object) -> ConvAdapterConfig:
-    """Bottlenecks beside every convolution that change the output from the start."""
+    """ConvAdapter on every convolution, initialised so that it changes the output."""
     return ConvAdapterConfig(**{"target_modules": "all-conv", "init_weights": False, **kwargs})
 
 
 def shifted(model: nn.Module, images: Tensor, scale: float = 2.0) -> nn.Module:
-    """The model after its statistics moved to differently lit images."""
+    """Move the running statistics to brighter or darker images, and return the model in eval mode."""
     model.train()
     for _ in range(3):
         model(images * scale)

@@ -1,7 +1,4 @@
-"""Batches in which every sample has its own adapter, for every tuner.
-
-What a convolution must be to be adapted, and merging into its kernel, for every tuner.
-"""
+"""For every tuner: mixed batches, rejected layers, and merging."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ def model(config: Config, small: nn.Module, images: Tensor) -> nn.Module:
     return model
 
 
-def test_every_sample_gets_what_its_adapter_gives(model: nn.Module, images: Tensor) -> None:
+def test_mixed_batch_applies_each_samples_adapter(model: nn.Module, images: Tensor) -> None:
     # In double precision: rows and whole batches round differently, and the layers carry that on.
     model, images, expected = model.double(), images.double(), {}
     for name in ("default", "dark"):
@@ -50,7 +47,7 @@ def test_every_sample_gets_what_its_adapter_gives(model: nn.Module, images: Tens
     torch.testing.assert_close(model(images), expected["dark"])
 
 
-def test_wrong_names_are_refused(model: nn.Module, images: Tensor) -> None:
+def test_invalid_adapter_names_are_rejected(model: nn.Module, images: Tensor) -> None:
     with pytest.raises(ValueError, match=r"non-existing adapter.*: bright, light"):
         model(images, adapter_names=["light", "bright", "dark", "dark"])
     with pytest.raises(ValueError, match="got 3 and 4"):
@@ -59,7 +56,7 @@ def test_wrong_names_are_refused(model: nn.Module, images: Tensor) -> None:
         model.train()(images, adapter_names=["dark"] * 4)
 
 
-def test_merged_adapters_are_refused(config: Config, small: nn.Module, images: Tensor) -> None:
+def test_mixed_batch_with_merged_adapters_is_rejected(config: Config, small: nn.Module, images: Tensor) -> None:
     model = get_peft_model(small, config(target_modules="dense")).eval()
     model.merge_adapter()
 
@@ -71,7 +68,7 @@ ConvConfig = Callable[..., PeftConfig]
 
 
 @pytest.mark.parametrize("conv", [StdConv2d(4, 6, 3), ScaledStdConv2d(4, 6, 3), weight_norm(nn.Conv2d(4, 6, 3))])
-def test_a_layer_that_is_not_a_plain_convolution_is_refused_by_name(config: ConvConfig, conv: nn.Module) -> None:
+def test_layer_that_is_no_plain_convolution_is_rejected_by_name(config: ConvConfig, conv: nn.Module) -> None:
     model = nn.Sequential()
     model.conv = conv
 
@@ -79,7 +76,7 @@ def test_a_layer_that_is_not_a_plain_convolution_is_refused_by_name(config: Conv
         get_peft_model(model, config())
 
 
-def test_safe_merge_leaves_the_layer_alone_where_the_adapter_is_broken(config: ConvConfig) -> None:
+def test_safe_merge_of_a_broken_adapter_keeps_the_base_layer(config: ConvConfig) -> None:
     conv = nn.Conv2d(4, 4, 3)
     model = get_peft_model(nn.Sequential(copy.deepcopy(conv)), config())
     layer = model.base_model.model[0]
@@ -91,7 +88,7 @@ def test_safe_merge_leaves_the_layer_alone_where_the_adapter_is_broken(config: C
     assert torch.equal(layer.base_layer.weight, conv.weight)
 
 
-def test_unmerging_puts_back_the_same_bits_after_two_merges(config: ConvConfig) -> None:
+def test_unmerging_after_two_merges_restores_the_same_bits(config: ConvConfig) -> None:
     conv = nn.Conv2d(4, 6, 3)
     x = torch.randn(2, 4, 9, 9)
     model = get_peft_model(nn.Sequential(copy.deepcopy(conv)), config()).eval()

@@ -1,7 +1,4 @@
-"""Which layers names and roles reach, for every tuner.
-
-Adapters in a model, for every tuner: what is new, what stays, and what is saved and loaded again.
-"""
+"""For every tuner: which modules an adapter reaches, and how it is saved and loaded."""
 
 from __future__ import annotations
 
@@ -29,8 +26,8 @@ from peft_edge.tuners.injection import iter_target_modules
 from tests.tuners.support import shifted
 
 
-def test_a_role_never_reaches_a_layer_of_another_role(config: Callable[..., PeftConfig]) -> None:
-    """PEFT takes the whole name `conv1` also for the end of a name."""
+def test_role_does_not_match_a_layer_of_another_role(config: Callable[..., PeftConfig]) -> None:
+    """In PEFT, the name `conv1` also matches `block.conv1`."""
     model = nn.Sequential()
     model.conv1 = nn.Conv2d(3, 8, 3)
     model.block = nn.Sequential()
@@ -42,7 +39,7 @@ def test_a_role_never_reaches_a_layer_of_another_role(config: Callable[..., Peft
     assert adapted.base_model.targeted_module_names == ["conv1", "block.conv2"]
 
 
-def test_a_module_of_a_roles_name_goes_before_the_role(config: Callable[..., PeftConfig]) -> None:
+def test_module_with_the_name_of_a_role_takes_precedence(config: Callable[..., PeftConfig]) -> None:
     model = nn.Sequential()
     model.dense, model.conv = nn.Conv2d(4, 4, 1, groups=4), nn.Conv2d(4, 4, 1)
 
@@ -50,7 +47,7 @@ def test_a_module_of_a_roles_name_goes_before_the_role(config: Callable[..., Pef
 
 
 @pytest.mark.parametrize("target", ["depthwize", ["depthwize"]])
-def test_unknown_role_is_named_with_the_nearest(
+def test_misspelt_role_is_rejected_with_the_nearest_one(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module, target: str | list[str]
 ) -> None:
     before = [name for name, _ in tiny_backbone.named_modules()]
@@ -61,31 +58,29 @@ def test_unknown_role_is_named_with_the_nearest(
     assert [name for name, _ in tiny_backbone.named_modules()] == before
 
 
-def test_a_role_that_the_model_lacks_is_named(config: Callable[..., PeftConfig]) -> None:
+def test_role_without_a_module_is_rejected(config: Callable[..., PeftConfig]) -> None:
     with pytest.raises(NoMatchingPeftModuleError, match=r"\['depthwise'\] not found.* has no such convolution"):
         get_peft_model(nn.Sequential(nn.Conv2d(3, 3, 3)), config(target_modules="depthwise"))
 
 
-def test_pefts_own_message_where_everything_is_excluded(
-    config: Callable[..., PeftConfig], tiny_backbone: nn.Module
-) -> None:
+def test_excluding_every_target_raises_pefts_error(config: Callable[..., PeftConfig], tiny_backbone: nn.Module) -> None:
     with pytest.raises(NoMatchingPeftModuleError, match="mismatched target modules and excluded modules"):
         get_peft_model(tiny_backbone, config(target_modules=["conv_stem"], exclude_modules=["conv_stem"]))
 
 
-def test_without_targets_pefts_own_error(config: Callable[..., PeftConfig], tiny_backbone: nn.Module) -> None:
+def test_missing_targets_raise_pefts_error(config: Callable[..., PeftConfig], tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match="Please specify `target_modules`"):
         get_peft_model(tiny_backbone, config(target_modules=None))
 
 
-def test_a_misspelt_role_beside_a_right_one_is_named(
+def test_misspelt_role_beside_a_valid_one_is_rejected(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module
 ) -> None:
     with pytest.raises(ValueError, match="'all-convs' is no layer role and no module; did you mean 'all-conv'"):
         get_peft_model(tiny_backbone, config(target_modules=["depthwise", "all-convs"]))
 
 
-def test_saved_configuration_names_modules(
+def test_saved_configuration_contains_module_names(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module, tmp_path: Path
 ) -> None:
     get_peft_model(tiny_backbone, config()).save_pretrained(tmp_path)
@@ -94,19 +89,21 @@ def test_saved_configuration_names_modules(
     assert set(targets) == {"conv_stem", "conv_dw", "conv_pw", "conv_pwl", "conv_head"}
 
 
-def test_sites_are_those_of_the_unadapted_network(config: Callable[..., PeftConfig], tiny_backbone: nn.Module) -> None:
+def test_iter_target_modules_yields_those_of_the_unadapted_network(
+    config: Callable[..., PeftConfig], tiny_backbone: nn.Module
+) -> None:
     modules = dict(tiny_backbone.named_modules())
     names = [name for name in modules if name and not name.startswith("classifier")]
 
     model = get_peft_model(tiny_backbone, config(modules_to_save=["classifier"]))
 
     adapted = list(iter_target_modules(model.base_model.model))
-    assert [site.name for site in adapted] == names
-    assert all(site.base is modules[site.name] for site in adapted)
-    assert all(getattr(site.parent, site.child_name) is site.module for site in adapted)
+    assert [target.name for target in adapted] == names
+    assert all(target.base is modules[target.name] for target in adapted)
+    assert all(getattr(target.parent, target.child_name) is target.module for target in adapted)
 
 
-def test_an_untrained_adapter_changes_nothing(
+def test_untrained_adapter_keeps_the_output(
     config_cls: type[PeftConfig], tiny_backbone: nn.Module, images: Tensor
 ) -> None:
     model = get_peft_model(copy.deepcopy(tiny_backbone), config_cls(target_modules="all-conv")).eval()
@@ -114,7 +111,7 @@ def test_an_untrained_adapter_changes_nothing(
     assert torch.equal(model(images), tiny_backbone(images))
 
 
-def test_a_refused_layer_leaves_the_model_as_it_was(config: Callable[..., PeftConfig]) -> None:
+def test_rejected_layer_leaves_the_model_unchanged(config: Callable[..., PeftConfig]) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), StdConv2d(8, 8, 3))
 
     with pytest.raises(ValueError, match=r"'2': StdConv2d is not a plain convolution"):
@@ -123,9 +120,7 @@ def test_a_refused_layer_leaves_the_model_as_it_was(config: Callable[..., PeftCo
     assert [type(layer) for layer in model] == [nn.Conv2d, nn.BatchNorm2d, StdConv2d]
 
 
-def test_adding_an_adapter_leaves_the_others_as_frozen_as_they_were(
-    config: Callable[..., PeftConfig], tiny_backbone: nn.Module
-) -> None:
+def test_adding_an_adapter_keeps_the_others_frozen(config: Callable[..., PeftConfig], tiny_backbone: nn.Module) -> None:
     model = get_peft_model(tiny_backbone, config(norm="affine"))
     model.set_requires_grad("default", requires_grad=False)
 
@@ -135,7 +130,7 @@ def test_adding_an_adapter_leaves_the_others_as_frozen_as_they_were(
 
 
 @pytest.mark.parametrize("training", [True, False])
-def test_layers_are_in_the_mode_of_the_model(
+def test_new_layers_have_the_mode_of_the_model(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module, training: bool
 ) -> None:
     model = get_peft_model(tiny_backbone.train(training), config(norm="affine"))
@@ -146,7 +141,7 @@ def test_layers_are_in_the_mode_of_the_model(
     }
 
 
-def test_modules_to_save_travel_along(
+def test_modules_to_save_are_saved_and_loaded(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module, images: Tensor, tmp_path: Path
 ) -> None:
     model = get_peft_model(copy.deepcopy(tiny_backbone), config(modules_to_save=["classifier"]))
@@ -158,7 +153,7 @@ def test_modules_to_save_travel_along(
 
 
 @pytest.mark.parametrize("norm", ["stats", "affine"])
-def test_low_cpu_mem_usage(
+def test_low_cpu_mem_usage_loads_the_same_model(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module, images: Tensor, tmp_path: Path, norm: str
 ) -> None:
     model = shifted(get_peft_model(copy.deepcopy(tiny_backbone), config(norm=norm)), images)
@@ -172,7 +167,7 @@ def test_low_cpu_mem_usage(
     torch.testing.assert_close(loaded.eval()(images), model(images), atol=1e-4, rtol=1e-4)
 
 
-def test_injection_without_a_peft_model(
+def test_inject_adapter_in_model_works_without_a_peft_model(
     config: Callable[..., PeftConfig], tiny_backbone: nn.Module, images: Tensor
 ) -> None:
     adapted = shifted(get_peft_model(copy.deepcopy(tiny_backbone), config()), images)

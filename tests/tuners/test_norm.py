@@ -1,7 +1,4 @@
-"""BatchNorm with an adapter's own statistics, against torch's BatchNorm.
-
-Re-estimated statistics against torch's own re-estimation.
-"""
+"""BatchNorm layers of adapters, and `recalibrate`, against torch."""
 
 from __future__ import annotations
 
@@ -48,7 +45,7 @@ def x() -> Tensor:
 
 @pytest.mark.parametrize("norm", ["stats", "affine"])
 @pytest.mark.parametrize("layer", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, momentum=None), BatchNormAct2d(4)])
-def test_trains_as_torchs_own(adapt: Adapt, layer: nn.Module, norm: str, x: Tensor) -> None:
+def test_trains_as_torchs_batch_norm(adapt: Adapt, layer: nn.Module, norm: str, x: Tensor) -> None:
     reference = _Net(copy.deepcopy(layer)).train()
     model = adapt(copy.deepcopy(reference), norm).train()
 
@@ -70,7 +67,7 @@ def test_trains_as_torchs_own(adapt: Adapt, layer: nn.Module, norm: str, x: Tens
 
 
 @pytest.mark.parametrize("norm", ["frozen", "recalibrate"])
-def test_base_statistics_hold_while_training(adapt: Adapt, norm: str, x: Tensor) -> None:
+def test_base_statistics_are_used_in_training_mode(adapt: Adapt, norm: str, x: Tensor) -> None:
     net = _Net().eval()
     expected = net(x)
 
@@ -92,14 +89,14 @@ def test_base_layer_never_changes(adapt: Adapt, x: Tensor) -> None:
         assert torch.equal(value, before[name])
 
 
-def test_trainable_parameters_are_those_the_mode_names(adapt: Adapt) -> None:
+def test_trainable_parameters_depend_on_the_mode(adapt: Adapt) -> None:
     expected = {"frozen": [], "recalibrate": [], "stats": [], "affine": ["default.weight", "default.bias"]}
     for norm, names in expected.items():
         trained = [name for name, p in adapt(_Net(), norm).named_parameters() if p.requires_grad and "_norm." in name]
         assert [name.partition("_norm.")[2] for name in trained] == names
 
 
-def test_saved_entries_are_those_the_mode_changes(adapt: Adapt) -> None:
+def test_saved_entries_depend_on_the_mode(adapt: Adapt) -> None:
     statistics = {"running_mean", "running_var", "num_batches_tracked"}
     expected = {
         "frozen": set(),
@@ -133,7 +130,7 @@ def _outputs(model: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return outputs
 
 
-def test_every_adapter_has_its_own_and_mixed_batches_use_each(config: Config, x: Tensor) -> None:
+def test_mixed_batch_uses_each_adapters_statistics(config: Config, x: Tensor) -> None:
     model = _two_domains(x, config)
     outputs = _outputs(model, x)
     names = ["default", "dark", "__base__", "dark", "default", "__base__", "dark", "default"]
@@ -144,7 +141,7 @@ def test_every_adapter_has_its_own_and_mixed_batches_use_each(config: Config, x:
     torch.testing.assert_close(mixed, torch.stack([outputs[name][row] for row, name in enumerate(names)]))
 
 
-def test_of_several_active_adapters_the_last_one_normalises(config: Config, x: Tensor) -> None:
+def test_last_active_adapter_normalises(config: Config, x: Tensor) -> None:
     model = _two_domains(x, config)
     layer = model.base_model.model.norm
     y = torch.randn(8, 4, 5, 5)
@@ -155,7 +152,7 @@ def test_of_several_active_adapters_the_last_one_normalises(config: Config, x: T
     torch.testing.assert_close(together, layer(y))
 
 
-def test_merging_and_unmerging(config: Config, x: Tensor) -> None:
+def test_merging_keeps_the_output_and_unmerging_restores_the_base(config: Config, x: Tensor) -> None:
     model = _two_domains(x, config)
     outputs = _outputs(model, x)
     base = copy.deepcopy(model.base_model.model.norm.base_layer.state_dict())
@@ -172,7 +169,7 @@ def test_merging_and_unmerging(config: Config, x: Tensor) -> None:
     torch.testing.assert_close(merged(x), outputs["dark"])
 
 
-def test_deleting_leaves_the_other(config: Config, x: Tensor) -> None:
+def test_deleting_an_adapter_keeps_the_other(config: Config, x: Tensor) -> None:
     model = _two_domains(x, config)
     expected = _outputs(model, x)["default"]
 
@@ -221,7 +218,7 @@ def test_layers_without_weight_are_adapted(adapt: Adapt, x: Tensor) -> None:
     assert model.base_model.model.norm.states["default"].num_batches_tracked == 1
 
 
-def test_an_unknown_normalisation_is_refused_by_name(adapt: Adapt) -> None:
+def test_subclass_of_batch_norm_is_rejected_by_name(adapt: Adapt) -> None:
     class Other(nn.BatchNorm2d):
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x) ** 2
@@ -251,7 +248,9 @@ def adapt_all(config_cls: type[PeftConfig]) -> AdaptAll:
     return lambda model, norm="recalibrate": get_peft_model(model, config_cls(target_modules="depthwise", norm=norm))
 
 
-def test_equals_update_bn_of_torch(adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]) -> None:
+def test_recalibrate_equals_update_bn_of_torch(
+    adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]
+) -> None:
     reference = copy.deepcopy(tiny_backbone)
     model = adapt_all(tiny_backbone).train()
 
@@ -263,7 +262,7 @@ def test_equals_update_bn_of_torch(adapt_all: AdaptAll, tiny_backbone: nn.Module
     torch.testing.assert_close(model.eval()(batches[0]), reference.eval()(batches[0]))
 
 
-def test_statistics_are_then_frozen_and_travel_with_the_adapter(
+def test_recalibrated_statistics_are_constant_and_saved(
     adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor], tmp_path: object
 ) -> None:
     fresh = copy.deepcopy(tiny_backbone)
@@ -278,7 +277,7 @@ def test_statistics_are_then_frozen_and_travel_with_the_adapter(
     assert torch.equal(PeftModel.from_pretrained(fresh, tmp_path)(batches[0]), expected)
 
 
-def test_a_failing_batch_leaves_the_statistics_as_they_were(
+def test_failing_batch_restores_the_statistics(
     adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]
 ) -> None:
     model = adapt_all(tiny_backbone)
@@ -291,7 +290,7 @@ def test_a_failing_batch_leaves_the_statistics_as_they_were(
         assert torch.equal(value, before[name]), name
 
 
-def test_nothing_to_estimate_is_an_error(
+def test_recalibrate_without_own_statistics_raises(
     adapt_all: AdaptAll, tiny_backbone: nn.Module, batches: list[torch.Tensor]
 ) -> None:
     with pytest.raises(ValueError, match="no active adapter has BatchNorm statistics"):
@@ -300,6 +299,6 @@ def test_nothing_to_estimate_is_an_error(
         recalibrate(timm.create_model("mobilenetv2_035"), batches)
 
 
-def test_no_batch_is_an_error(adapt_all: AdaptAll, tiny_backbone: nn.Module) -> None:
+def test_recalibrate_without_batches_raises(adapt_all: AdaptAll, tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match="got no batch"):
         recalibrate(adapt_all(tiny_backbone), [])

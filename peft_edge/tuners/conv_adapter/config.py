@@ -47,7 +47,7 @@ class ConvAdapterConfig(PeftConfig):
         >>> from peft_edge import ConvAdapterConfig
         >>> model = timm.create_model("mobilenetv2_035", num_classes=10)
         >>> get_peft_model(model, ConvAdapterConfig(target_modules="project")).print_trainable_parameters()
-        trainable params: 64,340 || all params: 473,388 || trainable%: 13.5914
+        trainable params: 171,840 || all params: 580,778 || trainable%: 29.5879
     """
 
     target_modules: list[str] | str | None = None

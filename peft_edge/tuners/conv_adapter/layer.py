@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 if TYPE_CHECKING:
     from peft_edge.roles import Convolution
 
-_CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_CONVOLUTIONS: dict[int, Callable[..., Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
 # An even and an odd size, large enough for the strides of a whole stage.
 _PROBED_SIZES = (64, 65)
 
@@ -155,8 +156,9 @@ class ConvAdapterLayer(AdaptedLayer):
         ValueError: If a block does not act like a strided convolution, see `ConvSpec.of_block`.
 
     Example:
+        >>> import torch
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterLayer
-        >>> layer = ConvAdapterLayer(nn.Conv2d(8, 16, 3, stride=2), "default", ConvAdapterConfig(reduction=2))
+        >>> layer = ConvAdapterLayer(torch.nn.Conv2d(8, 16, 3, stride=2), "default", ConvAdapterConfig(reduction=2))
         >>> layer.conv_adapter_down["default"].weight.shape, layer.conv_adapter_depthwise["default"].weight.shape
         (torch.Size([4, 8, 1, 1]), torch.Size([4, 1, 3, 3]))
         >>> layer(torch.randn(1, 8, 9, 9)).shape
@@ -189,7 +191,8 @@ class ConvAdapterLayer(AdaptedLayer):
         kernel_size = spec.kernel_size if config.kernel_size is None else (config.kernel_size,) * dims
         width = max(1, spec.in_channels // config.reduction)
         conv_cls = _CONVOLUTIONS[dims]
-        depthwise, down_stride = nn.Identity(), spec.stride
+        depthwise: nn.Module = nn.Identity()
+        down_stride = spec.stride
         if max(kernel_size) > 1:
             depthwise = conv_cls(width, width, kernel_size, spec.stride, 0, spec.dilation, groups=width, bias=False)
             down_stride = (1,) * dims
@@ -267,7 +270,9 @@ class ConvAdapterLayer(AdaptedLayer):
         return F.pad(kernel, self.spec.margins(self._kernel_size(adapter)))
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        return {"weight": sum((self.get_delta_weight(name) for name in adapters), start=self._base_tensor("weight"))}
+        kernel = self._base_tensor("weight")
+        assert kernel is not None
+        return {"weight": sum((self.get_delta_weight(name) for name in adapters), start=kernel)}
 
 
 class AdapterBatchNormLayer(BatchNormLayer):

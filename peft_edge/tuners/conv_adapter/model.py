@@ -32,7 +32,7 @@ class ConvAdapterModel(Injection):
         ValueError: If a matching module cannot be adapted.
 
     Example:
-        >>> import torch
+        >>> from torch import nn
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterModel
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> model = ConvAdapterModel(network, ConvAdapterConfig(target_modules="dense", norm="frozen"), "default")

@@ -46,7 +46,7 @@ class ConvLoraConfig(LoraConfig):
         >>> model = timm.create_model("mobilenetv2_035", num_classes=10)
         >>> config = ConvLoraConfig(r=4, target_modules="depthwise", norm="stats", modules_to_save=["classifier"])
         >>> get_peft_model(model, config).print_trainable_parameters()
-        trainable params: 33,758 || all params: 442,806 || trainable%: 7.6237
+        trainable params: 23,854 || all params: 432,792 || trainable%: 5.5117
     """
 
     target_modules: list[str] | str | None = None

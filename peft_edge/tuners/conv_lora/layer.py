@@ -63,7 +63,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     Example:
         >>> import torch
         >>> from peft_edge import ConvLoraConfig, ConvLoraLayer
-        >>> layer = ConvLoraLayer(nn.Conv2d(8, 16, 3), "default", ConvLoraConfig(), r=2, lora_alpha=4)
+        >>> layer = ConvLoraLayer(torch.nn.Conv2d(8, 16, 3), "default", ConvLoraConfig(), r=2, lora_alpha=4)
         >>> layer.lora_A["default"].weight.shape, layer.lora_B["default"].weight.shape
         (torch.Size([2, 8, 3, 3]), torch.Size([16, 2, 1, 1]))
         >>> layer(torch.randn(1, 8, 5, 5)).shape

@@ -72,7 +72,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         ValueError: If a matching module cannot be adapted.
 
     Example:
-        >>> import torch
+        >>> from torch import nn
         >>> from peft_edge import ConvLoraConfig, ConvLoraModel
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8))
         >>> model = ConvLoraModel(network, ConvLoraConfig(r=2, target_modules="depthwise"), "default")

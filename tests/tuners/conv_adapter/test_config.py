@@ -1,4 +1,4 @@
-"""The configuration as PEFT stores and checks it."""
+"""ConvAdapterConfig: saving, loading and checks."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from peft import PeftConfig, PeftType
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 
 
-def test_round_trip_through_a_file(tmp_path: Path) -> None:
+def test_saved_and_loaded_config_is_equal(tmp_path: Path) -> None:
     config = ConvAdapterConfig(
         target_modules=["depthwise", "blocks.2.0"],
         reduction=8,
@@ -40,6 +40,6 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
         ({"activation": "relo"}, r"activation is 'relo'.*\"relu\""),
     ],
 )
-def test_wrong_values_are_refused_with_the_choices(wrong: dict[str, object], message: str) -> None:
+def test_invalid_values_are_rejected_with_the_choices(wrong: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ConvAdapterConfig(target_modules="dense", **wrong)

@@ -1,7 +1,4 @@
-"""Where the outputs of a layer lie in its input, against the layer itself.
-
-The bottleneck against its three convolutions, and against its merged self.
-"""
+"""ConvSpec against the layers it describes, and ConvAdapterLayer against its formula and its merged kernel."""
 
 from __future__ import annotations
 
@@ -19,7 +16,7 @@ from torch import Tensor, nn
 from peft_edge.tuners.conv_adapter.layer import ConvSpec
 from tests.tuners.support import adapter_config
 
-CONVS = {
+SPEC_CONVS = {
     "plain": nn.Conv2d(4, 6, 3, bias=False),
     "padded": nn.Conv2d(4, 6, 5, padding=2, stride=2, bias=False),
     "dilated": nn.Conv2d(4, 6, 3, padding=2, dilation=2, bias=False),
@@ -34,30 +31,30 @@ CONVS = {
 
 @pytest.mark.parametrize("size", [16, 17])
 @pytest.mark.parametrize("kernel_size", [1, 2, 3, 5])
-@pytest.mark.parametrize("kind", CONVS)
-def test_padding_for_a_kernel_of_another_size(kind: str, kernel_size: int, size: int) -> None:
-    conv = copy.deepcopy(CONVS[kind])
-    geometry = ConvSpec.of_convolution(conv)
+@pytest.mark.parametrize("kind", SPEC_CONVS)
+def test_padding_for_another_kernel_size_keeps_the_output_size(kind: str, kernel_size: int, size: int) -> None:
+    conv = copy.deepcopy(SPEC_CONVS[kind])
+    spec = ConvSpec.of_convolution(conv)
     kernel = torch.randn(6, 4, kernel_size, kernel_size)
     x = torch.randn(2, 4, size, size)
 
-    y = F.conv2d(geometry.pad(x, (kernel_size, kernel_size)), kernel, None, conv.stride, 0, conv.dilation)
+    y = F.conv2d(spec.pad(x, (kernel_size, kernel_size)), kernel, None, conv.stride, 0, conv.dilation)
 
     assert y.shape == conv(x).shape
-    margins = geometry.margins((kernel_size, kernel_size))
+    margins = spec.margins((kernel_size, kernel_size))
     if min(margins) >= 0:
         # The smaller kernel with zeros around it, in the place of the convolution's own.
         conv.weight.data = F.pad(kernel, margins)
         torch.testing.assert_close(y, conv(x))
 
 
-@pytest.mark.parametrize("kind", CONVS)
-def test_the_output_is_mapped_to_its_own_shape(kind: str) -> None:
-    y = CONVS[kind](torch.randn(2, 4, 16, 16))
-    geometry = ConvSpec.of_convolution(CONVS[kind]).of_output()
+@pytest.mark.parametrize("kind", SPEC_CONVS)
+def test_spec_of_the_output_keeps_its_shape(kind: str) -> None:
+    y = SPEC_CONVS[kind](torch.randn(2, 4, 16, 16))
+    spec = ConvSpec.of_convolution(SPEC_CONVS[kind]).of_output()
 
-    for kernel_size in (geometry.kernel_size, (1, 1), (3, 3)):
-        assert F.conv2d(geometry.pad(y, kernel_size), torch.ones(6, 1, *kernel_size), groups=6).shape == y.shape
+    for kernel_size in (spec.kernel_size, (1, 1), (3, 3)):
+        assert F.conv2d(spec.pad(y, kernel_size), torch.ones(6, 1, *kernel_size), groups=6).shape == y.shape
 
 
 @pytest.mark.parametrize(
@@ -71,13 +68,13 @@ def test_the_output_is_mapped_to_its_own_shape(kind: str) -> None:
         ("tf_mobilenetv3_small_minimal_100", "blocks.1.0", (16, 24, 2)),
     ],
 )
-def test_blocks(backbone: str, block: str, expected: tuple[int, int, int]) -> None:
+def test_spec_of_a_block_has_its_channels_and_stride(backbone: str, block: str, expected: tuple[int, int, int]) -> None:
     model = timm.create_model(backbone)
     before = copy.deepcopy(model.state_dict())
 
-    geometry = ConvSpec.of_block(model.get_submodule(block), block)
+    spec = ConvSpec.of_block(model.get_submodule(block), block)
 
-    assert (geometry.in_channels, geometry.out_channels, geometry.stride) == (*expected[:2], (expected[2],) * 2)
+    assert (spec.in_channels, spec.out_channels, spec.stride) == (*expected[:2], (expected[2],) * 2)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
 
 
@@ -96,12 +93,12 @@ class _Flat(nn.Sequential):
         (nn.Sequential(nn.Linear(3, 3), nn.Conv2d(3, 4, 1)), "found Sequential .*same reduction dim"),
     ],
 )
-def test_what_is_no_block_is_refused_by_name(block: nn.Module, reason: str) -> None:
+def test_module_that_is_no_block_is_rejected_by_name(block: nn.Module, reason: str) -> None:
     with pytest.raises(ValueError, match=rf"layer 'here'.*{reason}.*exclude_modules=\['here'\]"):
         ConvSpec.of_block(block, "here")
 
 
-CONVS_layer = {
+CONVS = {
     "strided": lambda: nn.Conv2d(4, 6, 3, stride=2, padding=1, bias=False),
     "dilated": lambda: nn.Conv2d(4, 6, 3, dilation=2),
     "pointwise": lambda: nn.Conv2d(4, 6, 1, stride=2),
@@ -127,9 +124,9 @@ def _input(conv: nn.Module, size: int = 9, **kwargs: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kernel_size", [None, 1])
-@pytest.mark.parametrize("kind", CONVS_layer)
-def test_the_linear_form_merges_exactly(kind: str, kernel_size: int | None) -> None:
-    conv = CONVS_layer[kind]()
+@pytest.mark.parametrize("kind", CONVS)
+def test_linear_parallel_adapter_merges_exactly(kind: str, kernel_size: int | None) -> None:
+    conv = CONVS[kind]()
     model, x = _adapt(copy.deepcopy(conv), kernel_size=kernel_size), _input(conv)
     expected = model(x)
     assert not torch.allclose(expected, conv(x), atol=1e-2)
@@ -145,7 +142,7 @@ def test_the_linear_form_merges_exactly(kind: str, kernel_size: int | None) -> N
 
 
 @pytest.mark.parametrize("activation", [None, "relu"])
-def test_parallel_is_added_to_the_output_for_the_same_input(activation: str | None) -> None:
+def test_parallel_adapter_maps_the_input(activation: str | None) -> None:
     conv = nn.Conv2d(4, 6, 3, stride=2, padding=2, dilation=2)
     model, x = _adapt(copy.deepcopy(conv), activation=activation, kernel_size=3), _input(conv)
     layer = model.base_model.model.conv
@@ -159,8 +156,8 @@ def test_parallel_is_added_to_the_output_for_the_same_input(activation: str | No
 
 
 @pytest.mark.parametrize("kind", ["strided", "depthwise"])
-def test_sequential_is_added_to_the_output_it_maps(kind: str) -> None:
-    conv = {**CONVS_layer, **GROUPED}[kind]()
+def test_sequential_adapter_maps_the_output(kind: str) -> None:
+    conv = {**CONVS, **GROUPED}[kind]()
     model, x = _adapt(copy.deepcopy(conv), placement="sequential", activation="hard_swish"), _input(conv)
     layer = model.base_model.model.conv
     down, depthwise, up = (getattr(layer, f"conv_adapter_{n}")["default"].weight for n in ("down", "depthwise", "up"))
@@ -173,9 +170,9 @@ def test_sequential_is_added_to_the_output_it_maps(kind: str) -> None:
 
 @pytest.mark.parametrize("placement", ["parallel", "sequential"])
 @pytest.mark.parametrize("kernel_size", [None, 1, 2, 5])
-@pytest.mark.parametrize("kind", [*CONVS_layer, *GROUPED])
+@pytest.mark.parametrize("kind", [*CONVS, *GROUPED])
 def test_gradients_equal_finite_differences(kind: str, kernel_size: int | None, placement: str) -> None:
-    conv = {**CONVS_layer, **GROUPED}[kind]()
+    conv = {**CONVS, **GROUPED}[kind]()
     model = _adapt(conv, kernel_size=kernel_size, placement=placement).double()
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     assert {name.split(".")[-3] for name in names} <= {f"conv_adapter_{n}" for n in ("down", "depthwise", "up")}
@@ -195,7 +192,7 @@ def test_the_bottleneck_has_at_least_one_channel() -> None:
 
 
 def test_several_active_adapters_add_up() -> None:
-    conv = CONVS_layer["strided"]()
+    conv = CONVS["strided"]()
     model, x = _adapt(copy.deepcopy(conv)), _input(conv)
     model.add_adapter("other", adapter_config(placement="sequential", activation="relu", kernel_size=5))
     changes = []
@@ -210,8 +207,8 @@ def test_several_active_adapters_add_up() -> None:
         assert torch.equal(model(x), conv(x))
 
 
-def test_half_precision_model_keeps_its_type() -> None:
-    conv = CONVS_layer["strided"]().bfloat16()
+def test_half_precision_model_keeps_its_dtype() -> None:
+    conv = CONVS["strided"]().bfloat16()
     model, x = _adapt(conv), _input(conv, dtype=torch.bfloat16)
 
     assert {p.dtype for n, p in model.named_parameters() if "conv_adapter" in n} == {torch.float32}
@@ -219,8 +216,8 @@ def test_half_precision_model_keeps_its_type() -> None:
     assert model.merge_and_unload()(x).dtype == torch.bfloat16
 
 
-def test_channels_last_stays() -> None:
-    conv = CONVS_layer["strided"]()
+def test_channels_last_is_preserved() -> None:
+    conv = CONVS["strided"]()
     model = _adapt(conv).to(memory_format=torch.channels_last)
 
     assert model(_input(conv).to(memory_format=torch.channels_last)).is_contiguous(memory_format=torch.channels_last)
@@ -235,7 +232,7 @@ def test_channels_last_stays() -> None:
         (nn.Conv2d(4, 6, 1), {"kernel_size": 3}, r"its kernel, \(3, 3\), is larger than the convolution's, \(1, 1\)"),
     ],
 )
-def test_what_cannot_be_merged_says_why(conv: nn.Module, options: dict[str, Any], reason: str) -> None:
+def test_merge_error_gives_the_reason(conv: nn.Module, options: dict[str, Any], reason: str) -> None:
     model = _adapt(conv, **options)
 
     with pytest.raises(NotImplementedError, match=rf"adapter 'default' into layer 'conv': {reason}"):
@@ -244,7 +241,7 @@ def test_what_cannot_be_merged_says_why(conv: nn.Module, options: dict[str, Any]
 
 @pytest.mark.parametrize("kind", ["same", "depthwise"])
 def test_compiles_as_one_graph(kind: str) -> None:
-    conv = {**CONVS_layer, **GROUPED}[kind]()
+    conv = {**CONVS, **GROUPED}[kind]()
     model, x = _adapt(conv, activation="relu"), _input(conv)
 
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)

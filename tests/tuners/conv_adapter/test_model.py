@@ -1,4 +1,4 @@
-"""Which layers and blocks an adapter reaches, and what a PEFT user expects of the adapted model."""
+"""ConvAdapterModel: which layers and blocks it adapts, and what PEFT users expect of it."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ FORMS = {
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "tf_mobilenetv3_small_minimal_100", "resnet10t"])
-def test_an_untrained_adapter_changes_nothing(backbone: str, form: str, images: Tensor) -> None:
+def test_untrained_adapter_keeps_the_output(backbone: str, form: str, images: Tensor) -> None:
     base = timm.create_model(backbone, num_classes=10).eval()
     options = dict(FORMS[form])
     if backbone == "resnet10t" and "target_modules" in options:
@@ -45,7 +45,7 @@ def test_an_untrained_adapter_changes_nothing(backbone: str, form: str, images: 
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_reload_gives_identical_logits_and_unloading_the_base(
+def test_reload_gives_identical_logits_and_unload_the_base_model(
     tiny_backbone: nn.Module, images: Tensor, tmp_path: Path, form: str
 ) -> None:
     config = adapter_config(**FORMS[form], modules_to_save=["classifier"])
@@ -83,7 +83,7 @@ assert torch.equal(model(expected["images"]), expected["logits"])
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
 
 
-def test_merging_a_whole_network(tiny_backbone: nn.Module, images: Tensor) -> None:
+def test_merged_network_gives_the_same_output(tiny_backbone: nn.Module, images: Tensor) -> None:
     # In double precision, where rounding does not grow through 52 untrained layers.
     tiny_backbone, images = tiny_backbone.double(), images.double()
     keys = tiny_backbone.state_dict().keys()
@@ -98,7 +98,7 @@ def test_merging_a_whole_network(tiny_backbone: nn.Module, images: Tensor) -> No
 
 @pytest.mark.parametrize("form", ["blocks", "activation"])
 @pytest.mark.parametrize("method", ["merge_adapter", "merge_and_unload"])
-def test_a_refused_merge_changes_nothing(small: nn.Module, images: Tensor, method: str, form: str) -> None:
+def test_rejected_merge_leaves_the_model_unchanged(small: nn.Module, images: Tensor, method: str, form: str) -> None:
     model = shifted(get_peft_model(small, adapter_config(**FORMS[form])), images)
     before = copy.deepcopy(model.state_dict())
     expected = model(images)
@@ -112,7 +112,7 @@ def test_a_refused_merge_changes_nothing(small: nn.Module, images: Tensor, metho
     assert torch.equal(model(images), expected)
 
 
-def test_the_adapter_that_can_be_merged_is(small: nn.Module, images: Tensor) -> None:
+def test_mergeable_adapter_merges_beside_an_unmergeable_one(small: nn.Module, images: Tensor) -> None:
     model = get_peft_model(small, adapter_config(target_modules="dense", activation="relu"))
     model.add_adapter("linear", adapter_config(target_modules="dense"))
     model.set_adapter("linear")
@@ -146,7 +146,7 @@ def test_adapters_are_added_switched_disabled_and_deleted(small: nn.Module, imag
     assert not [name for name in model.state_dict() if "dark" in name]
 
 
-def test_all_adapters_adapt_the_same_blocks(small: nn.Module, images: Tensor) -> None:
+def test_adapter_of_other_blocks_is_rejected(small: nn.Module, images: Tensor) -> None:
     model = get_peft_model(small, adapter_config(target_modules=["blocks.1.0"])).eval()
     expected = model(images)
 
@@ -165,7 +165,7 @@ def test_all_adapters_adapt_the_same_blocks(small: nn.Module, images: Tensor) ->
         (["conv_stem", "bn1"], "BatchNormAct2d is no convolution and holds none"),
     ],
 )
-def test_wrong_targets_leave_the_model_as_it_was(tiny_backbone: nn.Module, targets: list[str], message: str) -> None:
+def test_invalid_targets_leave_the_model_unchanged(tiny_backbone: nn.Module, targets: list[str], message: str) -> None:
     before = list(tiny_backbone.state_dict())
 
     with pytest.raises(ValueError, match=message):
@@ -175,7 +175,9 @@ def test_wrong_targets_leave_the_model_as_it_was(tiny_backbone: nn.Module, targe
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_checkpointing_and_memory_format_do_not_show(tiny_backbone: nn.Module, images: Tensor, form: str) -> None:
+def test_checkpointing_and_channels_last_give_the_same_gradients(
+    tiny_backbone: nn.Module, images: Tensor, form: str
+) -> None:
     images = images.double()
     model = get_peft_model(tiny_backbone.double(), adapter_config(**FORMS[form])).train()
     plain = copy.deepcopy(model)
@@ -191,7 +193,7 @@ def test_checkpointing_and_memory_format_do_not_show(tiny_backbone: nn.Module, i
             torch.testing.assert_close(got.grad, wanted.grad)
 
 
-def test_autocast(small: nn.Module, images: Tensor) -> None:
+def test_autocast_trains_with_finite_gradients(small: nn.Module, images: Tensor) -> None:
     model = get_peft_model(small, adapter_config(activation="relu", norm="affine")).train()
     with torch.autocast("cpu", torch.bfloat16):
         y = model(images)
@@ -202,13 +204,13 @@ def test_autocast(small: nn.Module, images: Tensor) -> None:
 
 
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
-def test_copies_work(small: nn.Module, images: Tensor, copied: object) -> None:
+def test_copies_give_the_same_output(small: nn.Module, images: Tensor, copied: object) -> None:
     model = shifted(get_peft_model(small, adapter_config(**FORMS["blocks"])), images)
 
     assert torch.equal(copied(model)(images), model(images))
 
 
-def test_statistics_inside_blocks_are_re_estimated(small: nn.Module, images: Tensor) -> None:
+def test_statistics_within_blocks_are_recalibrated(small: nn.Module, images: Tensor) -> None:
     model = get_peft_model(small, adapter_config(target_modules=BLOCKS, norm="recalibrate")).eval()
     before = model(images)
 

@@ -1,4 +1,4 @@
-"""The configuration as PEFT stores, copies and checks it."""
+"""ConvLoraConfig: saving, loading, copying and checks."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from peft import LoraConfig, PeftConfig
 from peft_edge import ConvLoraConfig
 
 
-def test_round_trip_through_a_file(tmp_path: Path) -> None:
+def test_saved_and_loaded_config_is_equal(tmp_path: Path) -> None:
     config = ConvLoraConfig(r=3, target_modules=["depthwise", "fc"], norm="affine", freeze_a=True, use_dora=True)
 
     config.save_pretrained(tmp_path)
@@ -23,7 +23,7 @@ def test_round_trip_through_a_file(tmp_path: Path) -> None:
     assert loaded._custom_modules == config._custom_modules
 
 
-def test_plain_peft_reads_it_under_its_own_type(tmp_path: Path) -> None:
+def test_plain_peft_reads_it_as_lora_config(tmp_path: Path) -> None:
     ConvLoraConfig(r=3, lora_alpha=5, target_modules=["conv"]).save_pretrained(tmp_path)
     path = tmp_path / "adapter_config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "peft_type": "LORA"}))
@@ -42,13 +42,13 @@ def test_replace_keeps_type_and_layer_classes() -> None:
     assert len(config._custom_modules) == 4
 
 
-def test_init_weights_is_the_same_setting_as_init_lora_weights() -> None:
+def test_init_weights_is_an_alias_of_init_lora_weights() -> None:
     config = ConvLoraConfig(init_lora_weights="pissa")
     config.init_weights = True
 
     assert config.init_lora_weights is True
 
 
-def test_unknown_norm_is_refused_with_the_choices() -> None:
+def test_unknown_norm_is_rejected_with_the_choices() -> None:
     with pytest.raises(ValueError, match=r"norm is 'batch'.*frozen, recalibrate, stats, affine"):
         ConvLoraConfig(norm="batch")

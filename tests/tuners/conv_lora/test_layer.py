@@ -1,165 +1,18 @@
-"""Adapters of norms and head alone: `target_modules=DUMMY_TARGET_MODULES`, PEFT's word for no target.
-
-The adapted convolution against PEFT's own, against finite differences and against its merged self.
-"""
+"""ConvLoraLayer against PEFT's LoRA convolution, finite differences, and its merged kernel."""
 
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from peft.utils.constants import DUMMY_TARGET_MODULES
+from peft import LoHaConfig, LoraConfig, get_peft_model
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 
-from peft_edge import ConvLoraConfig, recalibrate
-from tests.tuners.support import shifted
-
-
-def _adapt(model: nn.Module, norm: str, bias: str = "none") -> PeftModel:
-    config = ConvLoraConfig(target_modules=DUMMY_TARGET_MODULES, norm=norm, bias=bias, modules_to_save=["classifier"])
-    return get_peft_model(model, config)
-
-
-def _moved(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model after all that it trains has moved."""
-    model.train()(images).square().mean().backward()
-    for parameter in model.parameters():
-        if parameter.requires_grad:
-            assert parameter.grad is not None
-            parameter.data.add_(torch.randn_like(parameter) / 10)
-    return shifted(model, images)
-
-
-def test_names_of_what_is_saved(small: nn.Module) -> None:
-    """Adapters that are on the Hub must load for ever."""
-    saved = get_peft_model_state_dict(_adapt(small, "affine"))
-
-    assert {key.partition("bn1.")[2] for key in saved if key.startswith("base_model.model.bn1.")} == {
-        f"lora_norm.{name}" for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    }
-
-
-@pytest.mark.parametrize("bias", ["none", "all"])
-@pytest.mark.parametrize("norm", ["frozen", "recalibrate", "stats", "affine"])
-def test_saved_loaded_and_merged(small: nn.Module, images: Tensor, tmp_path: Path, norm: str, bias: str) -> None:
-    model = _moved(_adapt(copy.deepcopy(small), norm, bias), images)
-    expected = model(images)
-    assert not torch.allclose(expected, small(images), atol=1e-2)
-
-    model.save_pretrained(tmp_path)
-
-    assert torch.equal(PeftModel.from_pretrained(copy.deepcopy(small), tmp_path)(images), expected)
-    merged = model.merge_and_unload()
-    assert merged.state_dict().keys() == small.state_dict().keys()
-    torch.testing.assert_close(merged(images), expected)
-
-
-@pytest.mark.parametrize(
-    ("norm", "bias", "ends"),
-    [
-        ("stats", "none", {"classifier.modules_to_save.default"}),
-        ("affine", "none", {"classifier.modules_to_save.default", "lora_norm.default"}),
-        ("stats", "all", {"classifier.modules_to_save.default", "base_layer"}),
-        ("affine", "all", {"classifier.modules_to_save.default", "lora_norm.default"}),
-    ],
-)
-def test_what_is_trained(tiny_backbone: nn.Module, norm: str, bias: str, ends: set[str]) -> None:
-    trained = [name for name, p in _adapt(tiny_backbone, norm, bias).named_parameters() if p.requires_grad]
-
-    assert {end for end in ends if any(end in name for name in trained)} == ends
-    assert all(any(end in name for end in ends) for name in trained)
-    # MobileNetV2 has no biases but those of its 52 norms and of the head.
-    assert sum(name.endswith(".bias") for name in trained) == (1 if (norm, bias) == ("stats", "none") else 53)
-
-
-def test_statistics_alone_are_re_estimated(tiny_backbone: nn.Module, images: Tensor) -> None:
-    reference = copy.deepcopy(tiny_backbone)
-    model = _adapt(tiny_backbone, "recalibrate")
-
-    recalibrate(model, [images, images * 2])
-    update_bn([images, images * 2], reference)
-
-    torch.testing.assert_close(model(images), reference.eval()(images))
-
-
-def test_several_adapters(small: nn.Module, images: Tensor) -> None:
-    model = _moved(_adapt(small, "affine"), images)
-    first = model(images)
-    model.add_adapter(
-        "dark",
-        ConvLoraConfig(target_modules=DUMMY_TARGET_MODULES, norm="stats", modules_to_save=["classifier"]),
-    )
-    model.set_adapter("dark")
-    second = shifted(model, images, 0.1)(images)
-
-    mixed = model(images, adapter_names=["default", "dark", "dark", "default"])
-    torch.testing.assert_close(mixed, torch.stack([first[0], second[1], second[2], first[3]]), atol=1e-4, rtol=1e-4)
-    model.set_adapter("default")
-    model.delete_adapter("dark")
-    assert torch.equal(model(images), first)
-
-
-_TWO_PROCESSES = """
-import copy
-import sys
-import timm
-import torch
-import torch.distributed as dist
-from peft import get_peft_model
-from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch.nn.parallel import DistributedDataParallel
 from peft_edge import ConvLoraConfig
-
-torch.set_num_threads(1)
-torch.manual_seed(0)
-config = ConvLoraConfig(
-    target_modules=DUMMY_TARGET_MODULES, norm="affine", bias="all", modules_to_save=["classifier"]
-)
-model = get_peft_model(timm.create_model("test_efficientnet", num_classes=10), config).double().train()
-images = torch.randn(8, 3, 32, 32, dtype=torch.float64) + 1
-
-
-def train(model, batch):
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
-    for _ in range(3):
-        optimizer.zero_grad()
-        model(batch).square().mean().backward()
-        optimizer.step()
-
-
-whole = copy.deepcopy(model)
-train(whole, images)
-dist.init_process_group("gloo")
-train(DistributedDataParallel(model, broadcast_buffers=False), images.chunk(2)[dist.get_rank()])
-for (name, got), wanted in zip(model.state_dict().items(), whole.state_dict().values()):
-    torch.testing.assert_close(got, wanted, atol=1e-9, rtol=1e-9, msg=name)
-dist.destroy_process_group()
-"""
-
-
-@pytest.mark.distributed
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
-    script = tmp_path / "train.py"
-    script.write_text(_TWO_PROCESSES)
-    launcher = [
-        "-m",
-        "torch.distributed.run",
-        "--nproc_per_node=2",
-        "--rdzv_backend=c10d",
-        "--rdzv_endpoint=localhost:0",
-    ]
-
-    subprocess.run([sys.executable, *launcher, str(script)], check=True, timeout=200)
-
 
 CONVS = {
     "dense": lambda: nn.Conv2d(4, 6, 3, padding=1),
@@ -176,7 +29,7 @@ CONVS = {
 }
 
 
-def _adapt_layer(conv: nn.Module, config_cls: type[LoraConfig] = ConvLoraConfig, **kwargs: Any) -> nn.Module:
+def _adapt(conv: nn.Module, config_cls: type[LoraConfig] = ConvLoraConfig, **kwargs: Any) -> nn.Module:
     config = config_cls(target_modules=["conv"], init_lora_weights=False, **{"r": 3, "lora_alpha": 5} | kwargs)
     model = get_peft_model(_Model(conv), config)
     if config.use_dora:
@@ -201,10 +54,10 @@ def _input(conv: Any, size: int = 9, **kwargs: Any) -> Tensor:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", ["dense", "strided", "pointwise"])
-def test_one_group_is_pefts_own_layer(kind: str, use_dora: bool) -> None:
+def test_ungrouped_layer_equals_pefts_layer(kind: str, use_dora: bool) -> None:
     conv = CONVS[kind]()
-    ours = _adapt_layer(copy.deepcopy(conv), use_dora=use_dora)
-    theirs = _adapt_layer(copy.deepcopy(conv), LoraConfig, use_dora=use_dora)
+    ours = _adapt(copy.deepcopy(conv), use_dora=use_dora)
+    theirs = _adapt(copy.deepcopy(conv), LoraConfig, use_dora=use_dora)
     shapes = {name: value.shape for name, value in ours.state_dict().items()}
     assert shapes == {name: value.shape for name, value in theirs.state_dict().items()}
     theirs.load_state_dict(ours.state_dict())
@@ -225,9 +78,9 @@ def test_one_group_is_pefts_own_layer(kind: str, use_dora: bool) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", CONVS)
-def test_merging_keeps_the_output_and_unmerging_the_weights(kind: str, use_dora: bool) -> None:
+def test_merging_keeps_the_output_and_unmerging_restores_the_weights(kind: str, use_dora: bool) -> None:
     conv = CONVS[kind]()
-    model, x = _adapt_layer(copy.deepcopy(conv), use_dora=use_dora), _input(conv)
+    model, x = _adapt(copy.deepcopy(conv), use_dora=use_dora), _input(conv)
     expected = model(x)
     assert not torch.allclose(expected, conv(x), atol=1e-2)
 
@@ -242,7 +95,7 @@ def test_merging_keeps_the_output_and_unmerging_the_weights(kind: str, use_dora:
 @pytest.mark.parametrize("kind", CONVS)
 def test_gradients_equal_finite_differences(kind: str) -> None:
     conv = CONVS[kind]()
-    model, x = _adapt_layer(conv).double(), _input(conv, 5, dtype=torch.float64, requires_grad=True)
+    model, x = _adapt(conv).double(), _input(conv, 5, dtype=torch.float64, requires_grad=True)
     names, parameters = zip(*((n, p) for n, p in model.named_parameters() if p.requires_grad), strict=True)
     assert len(names) == 2
 
@@ -254,7 +107,7 @@ def test_gradients_equal_finite_differences(kind: str) -> None:
 
 def test_dora_gradient_treats_the_norm_as_constant() -> None:
     model, x = (
-        _adapt_layer(CONVS["depthwise"](), use_dora=True).double(),
+        _adapt(CONVS["depthwise"](), use_dora=True).double(),
         _input(CONVS["depthwise"](), dtype=torch.float64),
     )
     layer = model.base_model.model.conv
@@ -282,9 +135,9 @@ def test_depthwise_layers_of_mobilenetv2_take_few_parameters(rank: int) -> None:
 
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("kind", ["strided", "depthwise"])
-def test_dropout_acts_on_the_adapters_input_alone(kind: str, use_dora: bool) -> None:
+def test_dropout_acts_on_the_adapters_input_only(kind: str, use_dora: bool) -> None:
     conv = CONVS[kind]()
-    model, x = _adapt_layer(copy.deepcopy(conv), lora_dropout=0.5, use_dora=use_dora).train(), _input(conv)
+    model, x = _adapt(copy.deepcopy(conv), lora_dropout=0.5, use_dora=use_dora).train(), _input(conv)
     layer = model.base_model.model.conv
     torch.manual_seed(1)
     got = model(x)
@@ -300,7 +153,7 @@ def test_dropout_acts_on_the_adapters_input_alone(kind: str, use_dora: bool) -> 
 
 def test_several_active_adapters_add_up() -> None:
     conv = CONVS["depthwise"]()
-    model, x = _adapt_layer(copy.deepcopy(conv)), _input(conv)
+    model, x = _adapt(copy.deepcopy(conv)), _input(conv)
     model.add_adapter("other", ConvLoraConfig(r=1, target_modules=["conv"], init_lora_weights=False))
     changes = []
     for name in ("default", "other"):
@@ -314,9 +167,7 @@ def test_several_active_adapters_add_up() -> None:
     torch.testing.assert_close(model(x), conv(x) + sum(changes), atol=1e-5, rtol=1e-5)
 
 
-def test_another_tuner_below_is_honoured() -> None:
-    from peft import LoHaConfig
-
+def test_adapter_of_another_tuner_below_is_applied() -> None:
     conv = CONVS["dense"]()
     x = _input(conv)
     model = get_peft_model(
@@ -333,8 +184,8 @@ def test_another_tuner_below_is_honoured() -> None:
     torch.testing.assert_close(model(x), conv(x) + below + ours, atol=1e-5, rtol=1e-5)
 
 
-def test_frozen_a_trains_b_alone_and_stays_frozen() -> None:
-    model = _adapt_layer(CONVS["depthwise"](), freeze_a=True)
+def test_freeze_a_trains_b_only_after_switching_too() -> None:
+    model = _adapt(CONVS["depthwise"](), freeze_a=True)
     model.add_adapter("other", ConvLoraConfig(target_modules=["conv"]))
     for name, expected in {"other": {"lora_A.other", "lora_B.other"}, "default": {"lora_B.default"}}.items():
         model.set_adapter(name)
@@ -354,10 +205,10 @@ KEPT = {
 
 
 @pytest.mark.parametrize("case", KEPT)
-def test_the_layer_knows_whether_its_input_is_kept(case: str) -> None:
+def test_keeps_input_tells_what_autograd_saves(case: str) -> None:
     kind, options, expected = KEPT[case]
     conv = CONVS[kind]()
-    layer = _adapt_layer(conv, **options).train().base_model.model.conv
+    layer = _adapt(conv, **options).train().base_model.model.conv
     x = _input(conv, requires_grad=True)
     kept = set()
 
@@ -367,8 +218,8 @@ def test_the_layer_knows_whether_its_input_is_kept(case: str) -> None:
     assert layer.keeps_input == expected == (x.data_ptr() in kept)
 
 
-def test_disabled_and_merged_adapters_keep_what_the_base_layer_does() -> None:
-    model = _adapt_layer(CONVS["dense"](), freeze_a=True)
+def test_keeps_input_is_the_base_layers_without_adapters() -> None:
+    model = _adapt(CONVS["dense"](), freeze_a=True)
     layer = model.base_model.model.conv
     assert not layer.keeps_input
     with model.disable_adapter():
@@ -378,9 +229,9 @@ def test_disabled_and_merged_adapters_keep_what_the_base_layer_does() -> None:
     assert not layer.keeps_input
 
 
-def test_a_trained_kernel_has_a_gradient_beside_its_adapter() -> None:
+def test_trainable_base_kernel_gets_a_gradient() -> None:
     conv = CONVS["strided"]()
-    model, x = _adapt_layer(conv), _input(conv)
+    model, x = _adapt(conv), _input(conv)
     layer = model.base_model.model.conv
     layer.base_layer.weight.requires_grad_()
     assert layer.keeps_input
@@ -393,9 +244,9 @@ def test_a_trained_kernel_has_a_gradient_beside_its_adapter() -> None:
     torch.testing.assert_close(layer.base_layer.weight.grad, expected.weight.grad, atol=1e-4, rtol=1e-4)
 
 
-def test_a_sample_without_batch_is_mapped() -> None:
+def test_input_without_batch_dimension_works() -> None:
     conv = CONVS["grouped"]()
-    model, x = _adapt_layer(conv), _input(conv)
+    model, x = _adapt(conv), _input(conv)
 
     y = model(x[0])
 
@@ -403,35 +254,35 @@ def test_a_sample_without_batch_is_mapped() -> None:
     y.sum().backward()
 
 
-def test_bias_of_the_adapter_is_merged() -> None:
+def test_lora_bias_is_merged() -> None:
     conv = CONVS["depthwise"]()
-    model, x = _adapt_layer(conv, lora_bias=True), _input(conv)
+    model, x = _adapt(conv, lora_bias=True), _input(conv)
     expected = model(x)
 
     torch.testing.assert_close(model.merge_and_unload()(x), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_bias_of_the_adapter_without_one_in_the_layer_cannot_be_merged() -> None:
+def test_lora_bias_without_base_bias_cannot_be_merged() -> None:
     with pytest.warns(UserWarning, match=r"Conv2d has no bias.*layer 'conv'"):
-        model = _adapt_layer(CONVS["strided"](), lora_bias=True)
+        model = _adapt(CONVS["strided"](), lora_bias=True)
 
     with pytest.raises(RuntimeError, match="base layer has no bias"):
         model.merge_adapter()
 
 
 @pytest.mark.parametrize("use_dora", [False, True])
-def test_half_precision_model_keeps_its_type(use_dora: bool) -> None:
+def test_half_precision_model_keeps_its_dtype(use_dora: bool) -> None:
     conv = CONVS["depthwise"]().bfloat16()
-    model, x = _adapt_layer(conv, use_dora=use_dora), _input(conv, dtype=torch.bfloat16)
+    model, x = _adapt(conv, use_dora=use_dora), _input(conv, dtype=torch.bfloat16)
 
     assert {p.dtype for n, p in model.named_parameters() if "lora_" in n} == {torch.float32}
     assert model(x).dtype == torch.bfloat16
     assert model.merge_and_unload()(x).dtype == torch.bfloat16
 
 
-def test_channels_last_stays() -> None:
+def test_channels_last_is_preserved() -> None:
     conv = CONVS["depthwise"]()
-    model = _adapt_layer(conv, use_dora=True).to(memory_format=torch.channels_last)
+    model = _adapt(conv, use_dora=True).to(memory_format=torch.channels_last)
     x = _input(conv).to(memory_format=torch.channels_last)
 
     assert model(x).is_contiguous(memory_format=torch.channels_last)
@@ -440,8 +291,8 @@ def test_channels_last_stays() -> None:
 @pytest.mark.parametrize("rank", [0, -1])
 def test_rank_must_be_positive_for_every_adapter(rank: int) -> None:
     with pytest.raises(ValueError, match=rf"positive integer value but the value passed is {rank} \(layer 'conv'\)"):
-        _adapt_layer(CONVS["dense"](), r=rank)
+        _adapt(CONVS["dense"](), r=rank)
 
-    model = _adapt_layer(CONVS["dense"]())
+    model = _adapt(CONVS["dense"]())
     with pytest.raises(ValueError, match="positive integer"):
         model.add_adapter("second", ConvLoraConfig(r=rank, target_modules=["conv"]))
