@@ -1,4 +1,4 @@
-"""galore-torch, by the same authors as the paper, is the oracle of these tests."""
+"""galore-torch, written by the authors of the paper, as the reference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 @pytest.fixture
 def galore_torch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Its optimizers and projector, without what its `__init__` imports for 8-bit ones: bitsandbytes, 125 MB."""
+    """Import its optimizers and projector without its `__init__`, which imports bitsandbytes (125 MB)."""
     package = ModuleType("galore_torch")
     package.__path__ = find_spec("galore_torch").submodule_search_locations
     monkeypatch.setitem(sys.modules, "galore_torch", package)

@@ -30,7 +30,7 @@ SIDES = {
 
 
 def low_rank_matrix(rows: int, columns: int) -> Tensor:
-    """Singular values of 1, 1/2, 1/4, ..."""
+    """Return a matrix with the singular values 1, 1/2, 1/4, ..."""
     u, v = (torch.linalg.qr(torch.randn(size, 20)).Q for size in (rows, columns))
     return (u * 0.5 ** torch.arange(20)) @ v.t()
 
@@ -48,7 +48,7 @@ def test_basis_gives_the_best_low_rank_approximation(shape: tuple[int, int], pro
     for vectors in (basis.left, None if basis.right is None else basis.right.t()):
         if vectors is not None:
             torch.testing.assert_close(vectors.t() @ vectors, torch.eye(3))
-    # Eckart & Young 1936: what is lost are the other singular values.
+    # Eckart & Young 1936: the squared error is the sum of the other squared singular values.
     lost = (gradient - basis.project_back(projected)).square().sum()
     torch.testing.assert_close(lost, torch.linalg.svdvals(gradient)[3:].square().sum())
 
@@ -102,7 +102,7 @@ def _train_in_two_processes(process_index: int, port: int, results: mp.Queue) ->
     dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=process_index, world_size=2)
     if process_index == 1:
         svd = torch.linalg.svd
-        # Another library's vectors: other signs, and another order where singular values are equal.
+        # As another LAPACK could return: other signs, and another order of vectors.
         torch.linalg.svd = lambda *args, **options: (-svd(*args, **options)[0].flip(1), None, -svd(*args, **options)[2])
     generator = torch.Generator().manual_seed(0)
     small, large = (nn.Parameter(torch.randn(size, size, generator=generator)) for size in (12, 300))
@@ -155,7 +155,7 @@ KERNELS = {
 
 
 def matrices() -> list[nn.Parameter]:
-    """Of a network with two hidden layers: one with more rows, one square, one with more columns."""
+    """Return the weights of a network with two hidden layers: more rows than columns, square, more columns."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(24, 10), (24, 24), (6, 24)]
     return [nn.Parameter(torch.randn(shape, generator=generator) / shape[1] ** 0.5) for shape in shapes]
@@ -317,7 +317,7 @@ def test_state_has_the_size_of_the_rank() -> None:
     weight.grad = torch.randn_like(weight)
     optimizer.step()
 
-    # The basis of the 64 rows, two averages of 144 columns, a step.
+    # The basis of the 64 rows, two averages with 144 columns, and the step.
     size = sum(value.untyped_storage().nbytes() for value in optimizer.state[weight].values())
     assert size == 4 * (4 * 64 + 2 * 4 * 144 + 1)
 
@@ -368,7 +368,7 @@ def test_parameter_without_gradient_is_unchanged() -> None:
 
 def test_hooks_are_called_once_a_step() -> None:
     weights, calls = matrices(), []
-    AdamW(matrices())  # torch wraps a class's step when it makes the first instance
+    AdamW(matrices())  # torch wraps the step of a class when it creates the first instance
     optimizer = GaLoreAdamW([*projected(weights[1:]), {"params": weights[:1]}])
     optimizer.register_step_post_hook(lambda *arguments: calls.append(len(optimizer.param_groups)))
 

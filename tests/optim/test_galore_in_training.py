@@ -41,7 +41,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 class Training:
-    """A model with a schedule, trained in bfloat16, with clipping and two parts to a batch."""
+    """A training in bfloat16 with a schedule, clipping and gradient accumulation."""
 
     def __init__(self, model: nn.Module, optimizer: Callable[..., Optimizer]) -> None:
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)

@@ -167,7 +167,7 @@ def test_update_in_backward_equals_ordinary_steps(name: str, tiny_backbone: nn.M
     optimizers = [OPTIMIZERS[name](model) for model in models]
     schedules = [LinearLR(optimizer, total_iters=4) for optimizer in optimizers]
     update_in_backward(optimizers[1])
-    # Groups and state are other objects after loading.
+    # Loading replaces the groups and the state by other objects.
     optimizers[1].load_state_dict(optimizers[1].state_dict())
     start = copy.deepcopy(tiny_backbone)
 

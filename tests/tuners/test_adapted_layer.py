@@ -19,7 +19,7 @@ Config = Callable[..., PeftConfig]
 
 @pytest.fixture
 def model(config: Config, small: nn.Module, images: Tensor) -> nn.Module:
-    """A model with two adapters that have little in common, and heads of their own."""
+    """A model with two very different adapters, each with its own head."""
     model = get_peft_model(small, config(modules_to_save=["classifier"]))
     model.add_adapter("dark", config(modules_to_save=["classifier"], target_modules="pointwise", norm="affine"))
     for name, scale in {"default": 2.0, "dark": 0.1}.items():
@@ -30,7 +30,7 @@ def model(config: Config, small: nn.Module, images: Tensor) -> nn.Module:
 
 
 def test_mixed_batch_applies_each_samples_adapter(model: nn.Module, images: Tensor) -> None:
-    # In double precision: rows and whole batches round differently, and the layers carry that on.
+    # In double precision: single rows round differently from whole batches, and the layers amplify the difference.
     model, images, expected = model.double(), images.double(), {}
     for name in ("default", "dark"):
         model.set_adapter(name)
@@ -64,11 +64,8 @@ def test_mixed_batch_with_merged_adapters_is_rejected(config: Config, small: nn.
         model(images, adapter_names=["default"] * 4)
 
 
-ConvConfig = Callable[..., PeftConfig]
-
-
 @pytest.mark.parametrize("conv", [StdConv2d(4, 6, 3), ScaledStdConv2d(4, 6, 3), weight_norm(nn.Conv2d(4, 6, 3))])
-def test_layer_that_is_no_plain_convolution_is_rejected_by_name(config: ConvConfig, conv: nn.Module) -> None:
+def test_layer_that_is_no_plain_convolution_is_rejected_by_name(config: Config, conv: nn.Module) -> None:
     model = nn.Sequential()
     model.conv = conv
 
@@ -76,7 +73,7 @@ def test_layer_that_is_no_plain_convolution_is_rejected_by_name(config: ConvConf
         get_peft_model(model, config())
 
 
-def test_safe_merge_of_a_broken_adapter_keeps_the_base_layer(config: ConvConfig) -> None:
+def test_safe_merge_of_a_broken_adapter_keeps_the_base_layer(config: Config) -> None:
     conv = nn.Conv2d(4, 4, 3)
     model = get_peft_model(nn.Sequential(copy.deepcopy(conv)), config())
     layer = model.base_model.model[0]
@@ -88,7 +85,7 @@ def test_safe_merge_of_a_broken_adapter_keeps_the_base_layer(config: ConvConfig)
     assert torch.equal(layer.base_layer.weight, conv.weight)
 
 
-def test_unmerging_after_two_merges_restores_the_same_bits(config: ConvConfig) -> None:
+def test_unmerging_after_two_merges_restores_the_same_bits(config: Config) -> None:
     conv = nn.Conv2d(4, 6, 3)
     x = torch.randn(2, 4, 9, 9)
     model = get_peft_model(nn.Sequential(copy.deepcopy(conv)), config()).eval()

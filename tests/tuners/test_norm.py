@@ -258,7 +258,7 @@ def test_recalibrate_equals_update_bn_of_torch(
     update_bn(batches, reference)
 
     assert model.training
-    # An untrained adapter changes nothing, so what differs from the reference could only be the statistics.
+    # The untrained adapter keeps the output, so only the statistics can differ from the reference.
     torch.testing.assert_close(model.eval()(batches[0]), reference.eval()(batches[0]))
 
 

@@ -43,7 +43,7 @@ def test_padding_for_another_kernel_size_keeps_the_output_size(kind: str, kernel
     assert y.shape == conv(x).shape
     margins = spec.margins((kernel_size, kernel_size))
     if min(margins) >= 0:
-        # The smaller kernel with zeros around it, in the place of the convolution's own.
+        # Pad the smaller kernel with zeros and put it into the convolution.
         conv.weight.data = F.pad(kernel, margins)
         torch.testing.assert_close(y, conv(x))
 

@@ -84,7 +84,7 @@ assert torch.equal(model(expected["images"]), expected["logits"])
 
 
 def test_merged_network_gives_the_same_output(tiny_backbone: nn.Module, images: Tensor) -> None:
-    # In double precision, where rounding does not grow through 52 untrained layers.
+    # In double precision: 52 untrained layers amplify rounding errors.
     tiny_backbone, images = tiny_backbone.double(), images.double()
     keys = tiny_backbone.state_dict().keys()
     model = shifted(get_peft_model(tiny_backbone, adapter_config(target_modules="dense", norm="affine")), images)

@@ -128,7 +128,7 @@ def test_dora_gradient_treats_the_norm_as_constant() -> None:
 def test_depthwise_layers_of_mobilenetv2_take_few_parameters(rank: int) -> None:
     model = get_peft_model(timm.create_model("mobilenetv2_100"), ConvLoraConfig(r=rank, target_modules="depthwise"))
 
-    # r (C + 3 * 3) over the 17 layers, whose channels are those of the paper's table 2.
+    # r (C + 3 * 3) for each of the 17 layers; the channels are from table 2 of the paper.
     channels = [32, 96, *[144] * 2, *[192] * 3, *[384] * 4, *[576] * 3, *[960] * 3]
     assert model.get_nb_trainable_parameters()[0] == sum(rank * (c + 9) for c in channels) == 7289 * rank
 
@@ -194,7 +194,7 @@ def test_freeze_a_trains_b_only_after_switching_too() -> None:
 
 
 KEPT = {
-    # What the layer is, and whether its backward keeps its input.
+    # Kind of the layer, options, and whether autograd saves its input.
     "dense": ("dense", {}, True),
     "frozen A": ("dense", {"freeze_a": True}, False),
     "frozen A, grouped": ("depthwise", {"freeze_a": True}, True),

@@ -64,7 +64,7 @@ for name in ("default", "dark"):
 
 
 def test_adapter_loads_in_plain_peft_as_lora(tiny_backbone: nn.Module, images: Tensor, tmp_path: Path) -> None:
-    # In double precision, where rounding does not grow through 52 untrained layers.
+    # In double precision: 52 untrained layers amplify rounding errors.
     tiny_backbone, images = tiny_backbone.double(), images.double()
     model = get_peft_model(
         copy.deepcopy(tiny_backbone), lora_config(target_modules="dense", norm="frozen", use_dora=True)
@@ -356,7 +356,7 @@ def test_norms_and_head_alone_are_trained(tiny_backbone: nn.Module, norm: str, b
 
     assert {end for end in ends if any(end in name for name in trained)} == ends
     assert all(any(end in name for end in ends) for name in trained)
-    # MobileNetV2 has no biases but those of its 52 norms and of the head.
+    # MobileNetV2 has 53 biases: in 52 norms and in the head.
     assert sum(name.endswith(".bias") for name in trained) == (1 if (norm, bias) == ("stats", "none") else 53)
 
 
