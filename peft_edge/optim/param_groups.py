@@ -119,10 +119,8 @@ def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
 
     The result equals an ordinary step, and only one gradient is in memory at a time. A training loop may still call
     `step` and `zero_grad`, which then find no gradients, and the scheduler. Two things do not work, and raise no error:
-    clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step.
-
-    Args:
-        optimizer: Optimizer of torch or of this package; Accelerate may have prepared it.
+    clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step. Accelerate
+    may have prepared the optimizer.
 
     Returns:
         A handle for each parameter, whose `remove()` restores ordinary training.

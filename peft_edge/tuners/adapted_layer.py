@@ -20,11 +20,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
-    """Check that a layer computes what its class says: a subclass may transform the weight or the input first.
-
-    Args:
-        layer: Convolution or BatchNorm layer.
-        name: Its name in the model, for the error message.
+    """Check a convolution or BatchNorm layer called `name`: a subclass may compute something else.
 
     Raises:
         ValueError: If it is not a plain convolution of its weight, or not batch normalisation and an activation.
@@ -44,16 +40,8 @@ def check_plain(layer: nn.Module, name: str) -> None:
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
-    """Return, for each adapter in a mixed batch, the indices of its samples.
-
-    Example:
-        >>> rows_by_adapter(["snow", "fog", "snow"])
-        {'snow': [0, 2], 'fog': [1]}
-    """
-    rows: dict[str, list[int]] = {}
-    for row, name in enumerate(adapter_names):
-        rows.setdefault(name, []).append(row)
-    return rows
+    """Return the indices of each adapter's samples in a mixed batch."""
+    return {adapter: [row for row, name in enumerate(adapter_names) if name == adapter] for adapter in adapter_names}
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):

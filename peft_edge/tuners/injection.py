@@ -26,24 +26,16 @@ class TargetModule(NamedTuple):
 
     name: str
     """Name in the unadapted network."""
-
     parent: nn.Module
     child_name: str
-
     module: nn.Module
-    """The parent's child of that name: the module itself, or the tuner layer around it."""
-
+    """`parent.<child_name>`: the module, or the tuner layer around it."""
     base: nn.Module
-    """The module itself."""
+    """The module without a tuner layer."""
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield the modules of the unadapted network, except those in `modules_to_save`.
-
-    Args:
-        model: Network, adapted or not.
-        prefix: Put in front of every name.
-    """
+    """Yield the modules of the unadapted network, except those in `modules_to_save`; names start with `prefix`."""
     for child_name, child in model.named_children():
         if isinstance(child, AuxiliaryTrainingWrapper):
             continue
@@ -160,11 +152,7 @@ class Injection(BaseTuner):
                 layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _check_targets(self, config: PeftConfig, model: nn.Module) -> None:
-        """Check that every layer that `config` targets can be adapted.
-
-        Raises:
-            ValueError: If one cannot.
-        """
+        """Raise a `ValueError` if `config` targets a layer that cannot be adapted."""
         raise NotImplementedError
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
@@ -190,8 +178,8 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
         adapter_names: Name of the adapter for each sample, `"__base__"` for none. None: change nothing.
 
     Raises:
-        ValueError: If the model is in training mode, has no adapter of a given name, or adapters are merged, or the
-            number of names is not the batch size.
+        ValueError: If the model is in training mode or has merged adapters, if a name is unknown, or if the number of
+            names differs from the batch size.
     """
     if adapter_names is None:
         yield
@@ -202,7 +190,6 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
     known = {"__base__"}.union(*(layer._get_available_adapters() for layer in layers))
     if unknown := sorted(set(adapter_names) - known):
         raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(unknown)}")
-
     if any(layer.merged for layer in layers):
         raise ValueError(
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."

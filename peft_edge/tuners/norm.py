@@ -67,18 +67,11 @@ _BASE_STATE = NormState(nn.BatchNorm1d(1), "frozen")  # no tensors of its own: t
 
 
 class BatchNormLayer(AdaptedLayer):
-    """A BatchNorm layer with a `NormState` for each adapter.
+    """A BatchNorm layer (torch's, or timm's `BatchNormAct2d`) with a `NormState` for each adapter.
 
     The base layer never changes, not even when the model trains with its adapters disabled. If several adapters are
     active, the last one normalises. In distributed training, batch statistics are those of the batches of all
     processes. Each tuner has a subclass, whose `adapter_layer_names` is the key under which the states are saved.
-
-    Args:
-        base_layer: `BatchNorm1d`, `2d`, `3d`, `SyncBatchNorm` or timm's `BatchNormAct2d`, with running statistics.
-        adapter_name: Name of the first adapter.
-        config: Configuration of the first adapter; has the attribute `norm`.
-        target_name: Name of the layer in the model, for error messages.
-        **kwargs: Passed to `update_layer`.
 
     Raises:
         ValueError: If the base layer computes more than batch normalisation and an activation.
@@ -196,8 +189,8 @@ class BatchNormLayer(AdaptedLayer):
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         """Return the tensors of the last adapter: states of several adapters do not add up."""
         state = self._state(adapters[-1])
-        own = {name: getattr(state, name) for name in _TENSORS}
-        tensors = {name: self._base_tensor(name) if value is None else value for name, value in own.items()}
+        tensors = {name: self._base_tensor(name) for name in _TENSORS}
+        tensors |= {name: tensor for name in _TENSORS if (tensor := getattr(state, name)) is not None}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 

@@ -60,14 +60,11 @@ class ConvSpec:
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
         """Return a 3x3 convolution with the channels and the stride of a block of convolutions.
 
-        The stride is measured: a copy of the block on the meta device maps an input of even and one of odd size.
-
-        Args:
-            block: Block whose first convolution takes the block's input.
-            name: Its name in the model, for the error message.
+        The stride is measured: a copy of the block on the meta device maps an input of even and one of odd size. The
+        first convolution of the block must take the block's input.
 
         Raises:
-            ValueError: If the block does not map (B, C, *size) to (B, C', *ceil(size / stride)).
+            ValueError: If the block `name` does not map (B, C, *size) to (B, C', *ceil(size / stride)).
         """
         conv = next((conv for _, conv, _ in named_convolutions(block)), None)
         if conv is None:
@@ -111,11 +108,9 @@ class ConvSpec:
         return tuple(margins)
 
     def pad(self, x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
-        """Pad or crop `x` for an unpadded convolution of another kernel size, centred on this one's kernel.
+        """Pad or crop `x`, (B, C, *size), for an unpadded convolution of another kernel size.
 
-        Args:
-            x: Tensor of the layer's input size, (B, C, *size).
-            kernel_size: The other kernel size; stride and dilation stay.
+        The output has the same size as this convolution's, and the two kernels have the same centre.
         """
         sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]

@@ -21,11 +21,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 class ConvAdapterModel(Injection):
     """A network with ConvAdapter adapters; `get_peft_model` and `PeftModel.from_pretrained` create it.
 
-    Args:
-        model: Network to adapt.
-        peft_config: A `ConvAdapterConfig`, or a dictionary of them by adapter name.
-        adapter_name: Name of the adapter.
-        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading afterwards.
+    It has the arguments of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.

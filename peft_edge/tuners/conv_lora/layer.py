@@ -157,7 +157,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         if self.disable_adapters and self.merged:
             self.unmerge()
         if adapter_names is not None and not self.disable_adapters:
-            return self._mixed_batch_forward(x, adapter_names=adapter_names)
+            y = self.base_layer(x, *args, **kwargs)
+            for adapter, rows in rows_by_adapter(adapter_names).items():
+                if adapter in self.lora_A:
+                    y[rows] = self._two_branch_forward(x[rows], [adapter])
+            return y
         if not adapters:
             return self.base_layer(x, *args, **kwargs)
         if self._has_two_branches(adapters):
@@ -202,13 +206,6 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             kernel = next_kernel
         return y
 
-    def _mixed_batch_forward(self, x: Tensor, *args: Any, adapter_names: list[str], **kwargs: Any) -> Tensor:
-        y = self.base_layer(x)
-        for adapter, rows in rows_by_adapter(adapter_names).items():
-            if adapter in self.lora_A:
-                y[rows] = self._two_branch_forward(x[rows], [adapter])
-        return y
-
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
         conv = self.get_base_layer()
         dtype = conv.weight.dtype
@@ -218,13 +215,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return (alpha/r) B A in the shape of the kernel, without DoRA's scale."""
         weight = self.get_base_layer().weight
-        return lowrank_kernel(
-            self.lora_A[adapter].weight,
-            self.lora_B[adapter].weight,
-            self.scaling[adapter],
-            weight.shape,
-            memory_format(weight),
-        )
+        a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
+        return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format(weight))
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
         """Return kernel and bias of the base layer with `adapters` applied in turn, in the adapters' dtype."""
@@ -278,10 +270,9 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
 
 
 def pad_rank(model: nn.Module, rank: int) -> bool:
-    """Pad A and B of every adapter with zeros to `rank`, for hotswapping in a compiled model.
+    """Pad A and B of every adapter with zeros to `rank`; return whether the model has a `ConvLoraLayer`.
 
-    Returns:
-        Whether the model has a `ConvLoraLayer`.
+    A compiled model needs it before adapters of other ranks can be hotswapped.
 
     Raises:
         ValueError: If an adapter has a larger rank.

@@ -59,13 +59,7 @@ class _ConvLoraInjection(Injection):
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
     """A network with ConvLoRA adapters; `get_peft_model` and `PeftModel.from_pretrained` create it.
 
-    It has the methods of `peft.LoraModel`: weighted adapters, merging, mixed batches, hotswapping.
-
-    Args:
-        model: Network to adapt.
-        peft_config: A `ConvLoraConfig`, or a dictionary of them by adapter name.
-        adapter_name: Name of the adapter.
-        low_cpu_mem_usage: Create the adapter's weights on the meta device, for loading afterwards.
+    It has the arguments of `peft.LoraModel` and its methods: merging, weighted adapters, mixed batches, hotswapping.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
