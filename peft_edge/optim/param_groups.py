@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch.distributed as dist
 from accelerate.optimizer import AcceleratedOptimizer
@@ -11,16 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.hooks import RemovableHandle
 
+from peft_edge.optim.galore import ParamGroup
 from peft_edge.roles import ROLES, named_convolutions
 
-ParamGroups = list[dict[str, Any]]
 
-
-def decay_groups(model: nn.Module, weight_decay: float) -> ParamGroups:
+def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
     """Return the trainable parameters in two groups: kernels and matrices with weight decay, the others without it.
 
-    The others are biases, weights of norms, and the magnitudes of DoRA. Empty groups are left out. Any optimizer of
-    torch accepts the groups.
+    The others are biases, weights of norms, and the magnitudes of DoRA. Empty groups are left out. All optimizers of
+    torch accept the groups.
 
     Example:
         >>> from torch import nn
@@ -41,7 +39,7 @@ def galore_param_groups(
     proj_type: str = "std",
     weight_decay: float = 0.0,
     target_modules: str | Sequence[str] = "dense",
-) -> ParamGroups:
+) -> list[ParamGroup]:
     """Return the trainable parameters in three groups: projected kernels, and the two groups of `decay_groups`.
 
     The first group has the keys of galore-torch, see `peft_edge.optim.galore` for the formula. A kernel
@@ -100,8 +98,10 @@ def galore_param_groups(
     return _groups(model, projected, galore, weight_decay)
 
 
-def _groups(model: nn.Module, projected: frozenset[Tensor], galore: dict[str, Any], weight_decay: float) -> ParamGroups:
-    groups: ParamGroups = [
+def _groups(
+    model: nn.Module, projected: frozenset[Tensor], galore: ParamGroup, weight_decay: float
+) -> list[ParamGroup]:
+    groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
         {"params": [], "weight_decay": weight_decay},
         {"params": [], "weight_decay": 0.0},

@@ -7,13 +7,13 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
-from torch import nn
+from torch import Tensor, nn
 
 from peft_edge._compat import BatchNorm, is_excluded
 from peft_edge.roles import ROLES, modules_with_role
@@ -120,7 +120,7 @@ class Injection(BaseTuner):
     config_class: type[PeftConfig]
     """The tuner's configuration. A mixed model passes those of other tuners on to PEFT."""
 
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Inject an adapter into `model`.
 
         Raises:
@@ -195,7 +195,7 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
             "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
         )
 
-    def add_names(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    def add_names(module: nn.Module, args: tuple[Tensor], kwargs: dict[str, object]) -> tuple[object, object]:
         if len(args[0]) != len(adapter_names):
             raise ValueError(
                 "Length of `adapter_names` should be the same as the number of inputs, but got "

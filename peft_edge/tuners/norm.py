@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -78,7 +78,7 @@ class BatchNormLayer(AdaptedLayer):
     """
 
     def __init__(
-        self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, target_name: str = "", **kwargs: Any
+        self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, target_name: str = "", **kwargs: object
     ) -> None:
         super().__init__(base_layer)
         check_plain(self.get_base_layer(), target_name)
@@ -97,7 +97,7 @@ class BatchNormLayer(AdaptedLayer):
         """None. PEFT's `bias="lora_only"` trains the biases of adapted layers; here `norm` decides what trains."""
         return None
 
-    def update_layer(self, adapter_name: str, *args: Any, config: PeftConfig, **kwargs: Any) -> None:
+    def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:
         """Add an adapter that starts with the base layer's values, or reset it to them."""
         state = NormState(self.get_base_layer(), config.norm)
         # Set this state only: the user may have changed requires_grad of the others.

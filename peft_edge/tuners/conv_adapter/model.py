@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer, check_target_module_exists
@@ -74,7 +74,7 @@ class ConvAdapterModel(Injection):
         target_name: str,
         parent: nn.Module,
         current_key: str,
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         if isinstance(target, ConvAdapterLayer | BatchNormLayer):
             target.update_layer(adapter_name, config=peft_config)
@@ -85,8 +85,10 @@ class ConvAdapterModel(Injection):
             layer.requires_grad_(False)
         self._replace_module(parent, target_name, layer, target)
 
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> AbstractContextManager[None]:
-        return pass_adapter_names(self, kwargs.pop("adapter_names", None))
+    def _enable_peft_forward_hooks(
+        self, *args: object, adapter_names: list[str] | None = None, **kwargs: object
+    ) -> AbstractContextManager[None]:
+        return pass_adapter_names(self, adapter_names)
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         """Merge adapters into the base layers, as PEFT does.

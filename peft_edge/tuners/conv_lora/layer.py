@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any
 
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -78,7 +77,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         r: int,
         lora_alpha: int,
         target_name: str = "",
-        **kwargs: Any,
+        **kwargs: object,
     ) -> None:
         super().__init__(base_layer)
         check_plain(self.get_base_layer(), target_name)
@@ -91,7 +90,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return {(): None, ("use_dora",): _DORA_VARIANTS[len(self.get_base_layer().kernel_size)]}
 
     def update_layer(
-        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: Any
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: object
     ) -> None:
         """Add an adapter, or initialise it again.
 
@@ -130,7 +129,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             variant.init(self, adapter_name=adapter_name, config=config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
-    def forward(self, x: Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
         """Compute y = conv(x; W + (alpha/r) B A) + b for x of shape (B, C_in, *size) and the active adapters.
 
         With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
@@ -195,7 +194,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         is_single = len(adapters) == 1 and not self.get_base_layer().weight.requires_grad
         return is_single and not self._has_two_branches(adapters)
 
-    def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: Any, **kwargs: Any) -> Tensor:
+    def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: object, **kwargs: object) -> Tensor:
         """Add to the base layer's output a convolution with each adapter's change of the kernel."""
         y = self.base_layer(x, *args, **kwargs)
         kernel, _ = self._compose([])
@@ -260,7 +259,7 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
         return module.num_features, module.num_features
 
     def update_layer(  # type: ignore[override]  # PEFT passes the rank as a positional argument
-        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: Any
+        self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object
     ) -> None:
         """Add an adapter, or reset it; rank and alpha are stored because hotswapping compares them."""
         self.r[adapter_name] = r

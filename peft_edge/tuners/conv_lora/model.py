@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
-from typing import Any
 
 import torch.nn.functional as F
 from peft import PeftConfig, PeftType
@@ -46,8 +45,8 @@ class _ConvLoraInjection(Injection):
         target: nn.Module,
         target_name: str,
         parent: nn.Module,
-        *args: Any,
-        **kwargs: Any,
+        *args: object,
+        **kwargs: object,
     ) -> None:
         super()._create_and_replace(peft_config, adapter_name, target, target_name, parent, *args, **kwargs)
         if isinstance(peft_config, ConvLoraConfig) and peft_config.freeze_a:
@@ -77,13 +76,14 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     """
 
     @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        adapter_names = kwargs.pop("adapter_names", None)
+    def _enable_peft_forward_hooks(
+        self, *args: object, adapter_names: list[str] | None = None, **kwargs: object
+    ) -> Iterator[None]:
         with super()._enable_peft_forward_hooks(*args, **kwargs), pass_adapter_names(self, adapter_names):
             yield
 
     def add_weighted_adapter(
-        self, adapters: list[str], weights: list[float], adapter_name: str, *args: Any, **kwargs: Any
+        self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> None:
         """Combine adapters into a new one, as `peft.LoraModel` does, and their BatchNorm states by task arithmetic."""
         if adapter_name in self.peft_config:
@@ -95,7 +95,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: nn.Module,
-        target_lora_A: Tensor, target_lora_B: Tensor, *args: Any, **kwargs: Any,
+        target_lora_A: Tensor, target_lora_B: Tensor, *args: object, **kwargs: object,
     ) -> tuple[Tensor, Tensor]:  # fmt: skip
         svd = super()._svd_generalized_task_arithmetic_weighted_adapter
         targets = target_lora_A, target_lora_B
