@@ -75,7 +75,7 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
         )
     selects_layers = getattr(config, "layers_to_transform", None) is not None
     if selects_layers:
-        # PEFT checks a layer's number only if the end of its name matched: match the ends, then intersect.
+        # PEFT applies layers_to_transform only to targets that match the end of a name: match the ends, and intersect.
         by_end = [name.rpartition(".")[2] for name in with_role]
         with_role &= set(_matches(replace(config, target_modules=by_end), keys))
     named = [target for target in config.target_modules if target not in roles]
@@ -142,9 +142,9 @@ class Injection(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
-        # Not through target_modules: the saved configuration lists only what the user has named.
+        # The norms are not added to target_modules: the saved configuration lists only modules that the user chose.
         for name, parent, child_name, *_ in norms:
-            # Not TargetModule.module: PEFT has already adapted a norm that target_modules names.
+            # Read the child again: PEFT has wrapped it just now if target_modules matches it.
             layer = getattr(parent, child_name)
             self._create_and_replace(config, adapter_name, layer, child_name, parent, current_key=name)
             if not isinstance(layer, BatchNormLayer):
@@ -158,20 +158,20 @@ class Injection(BaseTuner):
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
         if isinstance(new_module, AdaptedLayer) or is_unwrapped:
-            # Not PEFT's method: it moves the new layer to the device of the old one's weight. A BatchNorm or a block
-            # may have no weight, and our layers create their adapters on the right device.
+            # PEFT's method would move the new layer to the device of the old layer's weight. A BatchNorm or a block may
+            # have no weight, and our layers create their adapters on the right device.
             setattr(parent, child_name, new_module)
         else:
             super()._replace_module(parent, child_name, new_module, child)
-        # A new layer is in training mode; one in an evaluated model must not use dropout or batch statistics.
+        # A new layer is in training mode. In a model in eval mode it must not use dropout or batch statistics.
         new_module.train(child.training)
 
 
 @contextmanager
 def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
-    """Pass `adapter_names` to every adapted layer that is called within the context: a batch for several adapters.
+    """Within the context, pass `adapter_names` to every adapted layer: each sample of a batch uses its own adapter.
 
-    PEFT's own implementation, in `LoraModel`, does not reach BatchNorm layers.
+    The implementation in `peft.LoraModel` does not reach BatchNorm layers.
 
     Args:
         model: Adapted model in eval mode.
