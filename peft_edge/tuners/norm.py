@@ -111,7 +111,7 @@ class BatchNormLayer(AdaptedLayer):
     def forward(self, x: Tensor, *, adapter_names: list[str] | None = None) -> Tensor:
         """Normalise x of shape (B, C, *size).
 
-        With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
+        `adapter_names` names the adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()

@@ -211,7 +211,7 @@ class ConvAdapterLayer(AdaptedLayer):
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
         """Compute f(x) for x of shape (B, C_in, *size), and add the output of each active adapter.
 
-        With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
+        `adapter_names` names the adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()

@@ -132,7 +132,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
         """Compute y = conv(x; W + (alpha/r) B A) + b for x of shape (B, C_in, *size) and the active adapters.
 
-        With `adapter_names`, use another adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
+        `adapter_names` names the adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         adapters = self._applied_adapters()
         if adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim():
