@@ -7,7 +7,9 @@ has a test for each, which fails when an upgrade removes or changes it.
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import copy
 from functools import wraps
+from typing import TYPE_CHECKING, Any
 
 import peft.mixed_model
 import peft.tuners.mixed
@@ -17,16 +19,104 @@ from peft import PeftConfig, PeftType
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import hotswap
+from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import FunctionCtx
+from torch.utils._mode_utils import no_dispatch as no_dispatch
+from torch.utils._pytree import tree_leaves
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
-
-# --- tuners: PEFT's injection, hotswap, mixed models ------------------------------------------------------------------
+# Imported above: `SqueezeExcite`, the layer of timm's mobile networks, which no public module of timm exports (seen in
+# timm 1.0.31), and `no_dispatch`, which hides operators from the dispatch modes that are active (seen in torch 2.14.1).
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch has no public one. Seen in torch 2.14.1."""
+
+ConvolutionBase = nn.modules.conv._ConvNd
+"""Base class of `nn.Conv1d`, `2d` and `3d`; torch has no public one. Seen in torch 2.14.1."""
+
+leaves = tree_leaves
+"""List the leaves of nested tuples, lists and dictionaries. Seen in torch 2.14.1."""
+
+
+class AutogradContext(FunctionCtx):
+    """The `ctx` of a `torch.autograd.Function`, for type checkers; torch's class declares none of this.
+
+    Seen in torch 2.14.1.
+    """
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+
+    if TYPE_CHECKING:
+        # A function may save None, and may set any attribute.
+        def save_for_backward(self, *tensors: Tensor | None) -> None: ...
+        def __getattr__(self, name: str) -> Any: ...
+        def __setattr__(self, name: str, value: object) -> None: ...
+
+
+def f_pad_sides(conv: ConvolutionBase) -> tuple[int, ...]:
+    """Return the padding of a convolution as `F.pad` takes it, with `padding="same"` resolved to numbers.
+
+    The public `conv.padding` keeps the string. Seen in torch 2.14.1.
+    """
+    return tuple(conv._reversed_padding_repeated_twice)
+
+
+def version_of(tensor: Tensor) -> int:
+    """Count the in-place changes of a tensor; torch documents this counter only. Seen in torch 2.14.1."""
+    return tensor._version
+
+
+def is_view(tensor: Tensor) -> bool:
+    """Whether autograd tracks a tensor as a view of another one. Seen in torch 2.14.1."""
+    return tensor._is_view()
+
+
+def is_transformed(tensor: Tensor) -> bool:
+    """Whether a tensor belongs to a transform of `torch.func`, such as `vmap`. Seen in torch 2.14.1."""
+    return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def use_counts(tensor: Tensor) -> tuple[int, int]:
+    """Count the references to the C++ tensor and to its storage; `sys.getrefcount` sees neither.
+
+    Seen in torch 2.14.1.
+    """
+    storage = tensor.untyped_storage()
+    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+
+
+def saved_tensors_hooks() -> object:
+    """Return the innermost hooks on saved tensors, or None; gradient checkpointing installs such hooks.
+
+    Seen in torch 2.14.1.
+    """
+    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether a module has forward or backward hooks; torch can add and remove them only. Seen in torch 2.14.1."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks)
+
+
+def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) -> nn.Module:
+    """Return a shallow copy of a module with `function` applied to its children; the module itself if none changes.
+
+    `setattr` on a shallow copy would change the original too, because both share `_modules`. Seen in torch 2.14.1.
+    """
+    children = {name: child if child is None else function(child) for name, child in module._modules.items()}
+    if all(child is module._modules[name] for name, child in children.items()):
+        return module
+    mapped = copy(module)
+    mapped._modules = children
+    return mapped
+
+
+# --- tuners: PEFT's injection, hotswap, mixed models ------------------------------------------------------------------
 
 
 def is_excluded(config: PeftConfig, name: str) -> bool:
@@ -44,14 +134,6 @@ def has_plain_conv_forward(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
     Seen in torch 2.14.1.
     """
     return any(type(conv)._conv_forward is cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
-
-
-def f_pad_sides(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> tuple[int, ...]:
-    """Return the padding of a convolution as `F.pad` takes it, with `padding="same"` resolved to numbers.
-
-    The public `conv.padding` keeps the string. Seen in torch 2.14.1.
-    """
-    return tuple(conv._reversed_padding_repeated_twice)
 
 
 def is_in_backward() -> bool:

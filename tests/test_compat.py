@@ -11,6 +11,7 @@ from pkgutil import resolve_name
 
 import peft.tuners.mixed.model
 import pytest
+import timm
 import torch
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
@@ -18,6 +19,7 @@ from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
 from peft.utils import hotswap
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 import peft_edge.tuners.conv_adapter
 import peft_edge.tuners.conv_lora
@@ -26,13 +28,118 @@ from peft_edge import ConvAdapterConfig, ConvAdapterModel, ConvLoraConfig, ConvL
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
 
-# --- tuners: PEFT's injection, hotswap, mixed models ------------------------------------------------------------------
+@pytest.mark.parametrize("cls", [nn.Conv1d, nn.Conv2d, nn.Conv3d])
+def test_convolution_base_is_the_base_class_of_torchs_layers(cls: type[nn.Module]) -> None:
+    assert issubclass(cls, _compat.ConvolutionBase)
+    assert not issubclass(nn.Linear, _compat.ConvolutionBase)
 
 
 @pytest.mark.parametrize("cls", [nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm])
 def test_batch_norm_is_the_base_class_of_torchs_layers(cls: type[nn.Module]) -> None:
     assert issubclass(cls, _compat.BatchNorm)
     assert not issubclass(nn.InstanceNorm2d, _compat.BatchNorm)
+
+
+def test_squeeze_excite_is_the_layer_of_timms_mobile_networks() -> None:
+    model = timm.create_model("mobilenetv3_small_050")
+
+    assert any(type(module) is _compat.SqueezeExcite for module in model.modules())
+
+
+def test_leaves_lists_nested_values() -> None:
+    assert _compat.leaves((1, [2], {"a": (3, None)})) == [1, 2, 3, None]
+
+
+def test_f_pad_sides_are_those_that_f_pad_takes() -> None:
+    assert _compat.f_pad_sides(nn.Conv2d(1, 1, (3, 5), padding=(1, 2))) == (2, 2, 1, 1)
+    assert _compat.f_pad_sides(nn.Conv1d(1, 1, 4, padding="same")) == (1, 2)
+
+
+def test_no_dispatch_hides_operators_from_active_modes() -> None:
+    with FlopCounterMode(display=False) as counter:
+        with _compat.no_dispatch():
+            torch.ones(2, 2) @ torch.ones(2, 2)
+        hidden = counter.get_total_flops()
+        torch.ones(2, 2) @ torch.ones(2, 2)
+
+    assert (hidden, counter.get_total_flops()) == (0, 16)
+
+
+def test_autograd_context_declares_what_a_function_finds() -> None:
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: _compat.AutogradContext, x: Tensor) -> Tensor:
+            ctx.save_for_backward(x, None)
+            ctx.factor = 2
+            return ctx.factor * x
+
+        @staticmethod
+        def backward(ctx: _compat.AutogradContext, gradient: Tensor) -> Tensor:
+            assert ctx.needs_input_grad == (True,)
+            assert len(ctx.saved_tensors) == 2
+            return ctx.factor * gradient
+
+    x = torch.ones(1, requires_grad=True)
+    assert torch.autograd.grad(Double.apply(x), x)[0] == 2
+
+
+def test_version_of_counts_in_place_changes() -> None:
+    x = torch.zeros(2)
+    before = _compat.version_of(x)
+    x.add_(1)
+
+    assert _compat.version_of(x) == before + 1
+
+
+def test_is_view_and_is_transformed_recognise_such_tensors() -> None:
+    x, transformed = torch.zeros(2), []
+    torch.vmap(lambda row: transformed.append(_compat.is_transformed(row)) or row)(x)
+
+    assert (_compat.is_view(x), _compat.is_view(x[:1])) == (False, True)
+    assert (_compat.is_transformed(x), transformed) == (False, [True])
+
+
+def test_use_counts_rise_with_views_and_with_saved_tensors() -> None:
+    x = torch.zeros(2, requires_grad=True)
+    tensor_count, storage_count = _compat.use_counts(x)
+    view, saved = x.detach(), x.exp().square()
+
+    assert _compat.use_counts(x)[1] == storage_count + 1, view
+    assert _compat.use_counts(x)[0] >= tensor_count, saved
+
+
+def test_saved_tensors_hooks_are_seen_while_active() -> None:
+    assert _compat.saved_tensors_hooks() is None
+    with torch.autograd.graph.save_on_cpu():
+        assert _compat.saved_tensors_hooks() is not None
+
+
+@pytest.mark.parametrize(
+    "register", ["forward_hook", "forward_pre_hook", "full_backward_hook", "full_backward_pre_hook"]
+)
+def test_has_hooks_sees_every_kind(register: str) -> None:
+    module = nn.Identity()
+    assert not _compat.has_hooks(module)
+
+    handle = getattr(module, f"register_{register}")(lambda *arguments: None)
+
+    assert _compat.has_hooks(module)
+    handle.remove()
+    assert not _compat.has_hooks(module)
+
+
+def test_map_children_changes_a_copy_and_shares_the_rest() -> None:
+    module = nn.Sequential(nn.ReLU(), nn.Linear(2, 2))
+
+    mapped = _compat.map_children(module, lambda child: nn.Identity() if isinstance(child, nn.ReLU) else child)
+
+    assert [type(child) for child in mapped] == [nn.Identity, nn.Linear]
+    assert [type(child) for child in module] == [nn.ReLU, nn.Linear]
+    assert mapped[1] is module[1]
+    assert _compat.map_children(module, lambda child: child) is module
+
+
+# --- tuners: PEFT's injection, hotswap, mixed models ------------------------------------------------------------------
 
 
 def test_is_excluded_distinguishes_excluded_from_unmatched_modules() -> None:
@@ -48,11 +155,6 @@ def test_has_plain_conv_forward_is_false_for_an_override() -> None:
 
     assert _compat.has_plain_conv_forward(nn.Conv2d(1, 1, 1))
     assert not _compat.has_plain_conv_forward(Scaled(1, 1, 1))
-
-
-def test_f_pad_sides_are_those_that_f_pad_takes() -> None:
-    assert _compat.f_pad_sides(nn.Conv2d(1, 1, (3, 5), padding=(1, 2))) == (2, 2, 1, 1)
-    assert _compat.f_pad_sides(nn.Conv1d(1, 1, 4, padding="same")) == (1, 2)
 
 
 def test_is_in_backward_within_the_backward_pass_only() -> None:

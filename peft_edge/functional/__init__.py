@@ -1,13 +1,6 @@
-"""Tensor arithmetic: no PEFT, and modules only where their settings are read."""
+"""Convolutions, norms and activations as functions of tensors, with backward passes that save little memory."""
 
-from peft_edge.functional.convolution import Geometry, dora_scale, frozen_convolution, lowrank_kernel
-from peft_edge.functional.lowrank import calibrate_routes, lowrank_conv2d
+from peft_edge.functional.convolution import Geometry, frozen_convolution
+from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_kernel
 
-__all__ = [
-    "Geometry",
-    "calibrate_routes",
-    "dora_scale",
-    "frozen_convolution",
-    "lowrank_conv2d",
-    "lowrank_kernel",
-]
+__all__ = ["Geometry", "dora_scale", "frozen_convolution", "lowrank_conv2d", "lowrank_kernel"]

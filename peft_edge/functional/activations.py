@@ -1,67 +1,187 @@
-"""Masks of a byte or a bit for each element of a tensor, in the order of its memory.
+"""Activations and gates that save less for the backward pass than torch's.
 
-Activations whose backward keeps as little as it needs.
-
-The slope of a clipped line, such as ReLU's, is zero or one, and the output tells which: a byte or a bit for each
-element is enough, where the element takes four bytes. A smooth activation needs its input, and nothing else.
-
-The product of a map and a gate for each of its channels, as squeeze-excite has it.
+- The slope of min(max(x, 0), c), such as ReLU and ReLU6, is 0 or 1. A mask of one byte or one bit an element is enough,
+  where the output takes four bytes. If the next layer saves the output anyway, sharing it costs nothing.
+- A smooth activation, such as SiLU, saves its input and lets other functions recompute its output from that.
+- The product of a map and a gate for each channel, as in squeeze-excite, saves what its map is recomputed from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from peft_edge._compat import AutogradContext
 from peft_edge.functional.recompute import Recompute, can_overwrite, get_recompute, set_recompute
 
-# Elements at a time on a CPU, so that what is in between stays in its cache.
+Activation = Callable[[Tensor], Tensor]
+Derivative = Callable[[Tensor, Tensor], Tensor]
+"""Maps dY and x to dX."""
+
+Kept = Literal["output", "byte", "bit"]
+"""What a clipped activation saves: its output, or a mask of one byte or one bit for each element."""
+
+# On a CPU, masks are computed for so many elements at a time, so that temporaries stay in the cache.
 _CACHED_ELEMENTS = 1 << 19
 
 
-def is_dense(x: Tensor) -> bool:
-    """Whether the elements lie side by side, in one of torch's memory formats."""
+def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
+    """Apply an activation y = min(max(x, 0), upper).
+
+    >>> x = torch.randn(4, 8, requires_grad=True)
+    >>> y = clipped_activation(x, torch.relu, upper=float("inf"), keep="bit")
+    >>> [(saved.dtype, saved.numel()) for saved in y.grad_fn.saved_tensors]
+    [(torch.uint8, 4)]
+
+    Args:
+        x: Of any shape.
+        forward: The activation. It is also applied to parts of x.
+        upper: The largest output; infinite for ReLU.
+        keep: What to save for the backward pass.
+        inplace: Whether `forward` overwrites its input and returns it.
+    """
+    recompute = get_recompute(x)
+    y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
+    return y if recompute.is_identity else set_recompute(y, recompute.then(forward))
+
+
+class _ClippedActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: AutogradContext, x: Tensor, forward: Activation, upper: float, keep: Kept, inplace: bool
+    ) -> Tensor:
+        # In place, each part is activated and masked while it is in the cache.
+        activates_parts = inplace and keep != "output" and has_standard_layout(x)
+        y = x if activates_parts else forward(x)
+        if inplace:
+            ctx.mark_dirty(x)
+
+        def has_slope_one(part: Tensor) -> Tensor:
+            y = forward(part) if activates_parts else part
+            # y as its own gradient becomes 0 at both ends. On a CPU a comparison is several times slower.
+            return (y if upper == float("inf") else _clip_gradient(y, y, upper, out=None)).bool()
+
+        ctx.keep = keep if has_standard_layout(y) else "output"
+        ctx.upper, ctx.stride = upper, y.stride()
+        ctx.save_for_backward(y if ctx.keep == "output" else make_mask(y, has_slope_one, packed=keep == "bit"))
+        return y
+
+    @staticmethod
+    def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        (saved,) = ctx.saved_tensors
+        overwrites = can_overwrite(gradient)
+        if ctx.keep == "output":
+            gradient = _clip_gradient(gradient, saved, ctx.upper, out=gradient if overwrites else None)
+        else:
+            if gradient.stride() != ctx.stride:
+                copied = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
+                gradient, overwrites = copied.copy_(gradient), True
+            if torch.is_grad_enabled():
+                # Second derivative: `mask_gradient` itself has no derivative.
+                is_set = mask_gradient(torch.ones_like(gradient), saved, out=torch.empty_like(gradient)).bool()
+                gradient = torch.where(is_set, gradient, torch.zeros_like(gradient))
+            else:
+                out = gradient if overwrites else torch.empty_like(gradient)
+                gradient = mask_gradient(gradient, saved, out=out)
+        return gradient, None, None, None, None
+
+
+def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None) -> Tensor:
+    """Return the gradient where 0 < y < upper, and 0 elsewhere."""
+    is_unbounded = upper == float("inf")
+    operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward
+    bounds = (0,) if is_unbounded else (0, upper)
+    return operator(gradient, y, *bounds) if out is None else operator.grad_input(gradient, y, *bounds, grad_input=out)
+
+
+def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
+    """Apply an activation that saves x, or what x is recomputed from, and never overwrites x."""
+    return set_recompute(_SmoothActivation.apply(x, forward, backward), get_recompute(x).then(forward))
+
+
+class _SmoothActivation(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: AutogradContext, x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
+        ctx.forward_of_x, ctx.backward_of_x = forward, backward
+        ctx.recompute_x, inputs, _ = get_recompute(x)
+        ctx.save_for_backward(*inputs)
+        return forward(x)
+
+    @staticmethod
+    def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x = ctx.recompute_x(*ctx.saved_tensors)
+        if torch.is_grad_enabled():
+            # Second derivative: most of torch's backward operators have no derivative themselves.
+            return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
+        return ctx.backward_of_x(gradient, x), None, None
+
+
+def gated_product(x: Tensor, gate: Tensor) -> Tensor:
+    """Return x * gate, of shapes (B, C, *size) and (B, C, 1, ...), and save what x is recomputed from instead of x."""
+    recompute_x, inputs, num_convolutions = get_recompute(x)
+
+    def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:
+        return recompute_x(*inputs) * gate
+
+    return set_recompute(_GatedProduct.apply(x, gate), Recompute(recompute, (gate, *inputs), num_convolutions))
+
+
+class _GatedProduct(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: AutogradContext, x: Tensor, gate: Tensor) -> Tensor:
+        ctx.recompute_x, inputs, _ = get_recompute(x)
+        ctx.save_for_backward(gate, *inputs)
+        return x * gate
+
+    @staticmethod
+    def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor, Tensor]:
+        gate, *inputs = ctx.saved_tensors
+        overwrites = can_overwrite(gradient)
+        grad_gate = (gradient * ctx.recompute_x(*inputs)).sum_to_size(gate.shape)
+        return gradient.mul_(gate) if overwrites else gradient * gate, grad_gate
+
+
+def has_standard_layout(x: Tensor) -> bool:
+    """Return whether a tensor has one of torch's memory formats, without gaps between its elements."""
     formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])]
     return any(x.is_contiguous(memory_format=memory_format) for memory_format in formats)
 
 
-def make_mask(x: Tensor, is_set: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
-    """The mask of the elements of a dense tensor that `is_set` says, of type uint8, as `mask_gradient` takes it.
+def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
+    """Return a uint8 mask of the elements of x that satisfy a condition, in the order of x's memory.
 
     Args:
-        x: dense, of any shape.
-        is_set: from some elements, a view of one dimension, to a boolean for each.
-        packed: a bit for each element, instead of a byte.
+        x: Of any shape, with a standard layout.
+        condition: Maps a one-dimensional part of x to a boolean for each element.
+        packed: Whether an element takes one bit instead of one byte.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)
-    for elements, block, bit in _parts(x, mask):
-        block.add_(is_set(elements), alpha=bit)
+    for part, block, bit in _iter_parts(x, mask):
+        block.add_(condition(part), alpha=bit)
     return mask
 
 
 def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
-    """Writes the gradient to `out`, with zeros where the mask is not set.
+    """Write the gradient to `out`, with zeros where the mask of `make_mask` is not set, and return `out`.
 
-    Args:
-        gradient: with the strides that the masked tensor had.
-        mask: from `make_mask`.
-        out: with the same strides; may be the gradient itself.
+    The gradient and `out`, which may be the same tensor, have the strides of the masked tensor.
     """
-    packed = len(mask) < gradient.numel()
-    for (elements, block, bit), (result, _, _) in zip(_parts(gradient, mask), _parts(out, mask), strict=True):
-        bits = block & bit if packed else block
-        # Where there is nothing to pass the result is zero, even for an infinite gradient: so no product.
-        torch.ops.aten.threshold_backward.grad_input(elements, bits.to(gradient.dtype), 0, grad_input=result)
+    is_packed = len(mask) < gradient.numel()
+    parts = zip(_iter_parts(gradient, mask), _iter_parts(out, mask), strict=True)
+    for (part, block, bit), (result, _, _) in parts:
+        bits = block & bit if is_packed else block
+        # Not a product: an infinite gradient times 0 would be NaN.
+        torch.ops.aten.threshold_backward.grad_input(part, bits.to(gradient.dtype), 0, grad_input=result)
     return out
 
 
-def _parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Some elements of x at a time, with their bytes of the mask and, as a number, their bit of each.
+def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
+    """Yield a part of x, the bytes of the mask that belong to it, and the value of its bit in these bytes.
 
-    Neighbours have the same bit of neighbouring bytes, so that all bits of a part are set or read by one operation.
+    Neighbouring elements use the same bit of neighbouring bytes, so one operation reads or sets all bits of a part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)
@@ -70,143 +190,3 @@ def _parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
             part = elements[start : start + len(block)]
             start += len(part)
             yield part, block[: len(part)], 1 << bit
-
-
-Kept = Literal["output", "byte", "bit"]
-
-
-def clipped_activation(
-    x: Tensor, forward: Callable[[Tensor], Tensor], *, upper: float, keep: Kept, inplace: bool = False
-) -> Tensor:
-    """An activation min(max(x, 0), upper).
-
-    Args:
-        x: of any shape.
-        forward: the activation, from x or some elements of it to their output.
-        upper: the largest output, possibly infinite.
-        keep: what the backward keeps: the output, which costs nothing where the next layer keeps it too, or a byte or
-            a bit for each element.
-        inplace: whether `forward` changes what it is given, and returns that.
-    """
-    recipe = get_recompute(x)
-    y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
-    return y if recipe.is_plain else set_recompute(y, recipe.then(forward))
-
-
-def smooth_activation(x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
-    """An activation that keeps its input, or what that can be made from.
-
-    Args:
-        x: of any shape; never overwritten.
-        forward: from x to the output.
-        backward: from the gradient of the output and x to the gradient of x.
-    """
-    return set_recompute(_SmoothActivation.apply(x, forward, backward), get_recompute(x).then(forward))
-
-
-class _ClippedActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], upper: float, keep: Kept, inplace: bool
-    ) -> Tensor:
-        # In place, a part is masked as soon as it is made, while it is in the cache.
-        in_parts = inplace and keep != "output" and is_dense(x)
-        y = x if in_parts else forward(x)
-        if inplace:
-            ctx.mark_dirty(x)
-
-        def is_on_line(part: Tensor) -> Tensor:
-            return _is_on_line(forward(part) if in_parts else part, upper)
-
-        ctx.keep = keep if is_dense(y) else "output"
-        ctx.upper, ctx.stride = upper, y.stride()
-        ctx.save_for_backward(y if ctx.keep == "output" else make_mask(y, is_on_line, packed=keep == "bit"))
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (kept,) = ctx.saved_tensors
-        is_ours = can_overwrite(gradient)
-        if ctx.keep == "output":
-            gradient = _through_line(gradient, kept, ctx.upper, out=gradient if is_ours else None)
-        else:
-            if gradient.stride() != ctx.stride:
-                ours = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
-                gradient, is_ours = ours.copy_(gradient), True
-            gradient = _MaskedGradient.apply(gradient, kept, is_ours)
-        return gradient, None, None, None, None
-
-
-class _MaskedGradient(torch.autograd.Function):
-    """The gradient where the mask is set, for a backward that is differentiated itself."""
-
-    @staticmethod
-    def forward(ctx: Any, gradient: Tensor, mask: Tensor, inplace: bool) -> Tensor:
-        ctx.save_for_backward(mask)
-        if inplace:
-            ctx.mark_dirty(gradient)
-        return mask_gradient(gradient, mask, out=gradient if inplace else torch.empty_like(gradient))
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        (mask,) = ctx.saved_tensors
-        return _MaskedGradient.apply(gradient, mask, False), None, None
-
-
-class _SmoothActivation(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, forward: Callable[[Tensor], Tensor], backward: Callable[..., Tensor]) -> Tensor:
-        ctx.forward_of_x, ctx.backward_of_x = forward, backward
-        ctx.make_x, ingredients, _ = get_recompute(x)
-        ctx.save_for_backward(*ingredients)
-        return forward(x)
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Any:
-        x = ctx.make_x(*ctx.saved_tensors)
-        if torch.is_grad_enabled():
-            # torch has no derivative of most of its backward operators.
-            return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
-        return ctx.backward_of_x(gradient, x), None, None
-
-
-def _is_on_line(y: Tensor, upper: float) -> Tensor:
-    # As its own gradient an output becomes zero at the ends; a comparison is several times slower on a CPU.
-    return (y if upper == float("inf") else _through_line(y, y, upper, out=None)).bool()
-
-
-def _through_line(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None) -> Tensor:
-    is_open = upper == float("inf")
-    backward = torch.ops.aten.threshold_backward if is_open else torch.ops.aten.hardtanh_backward
-    bounds = (0,) if is_open else (0, upper)
-    return backward(gradient, y, *bounds) if out is None else backward.grad_input(gradient, y, *bounds, grad_input=out)
-
-
-def gated(x: Tensor, gate: Tensor) -> Tensor:
-    """The product x * gate, keeping of x what it can be made from.
-
-    Args:
-        x: (B, C, *size).
-        gate: (B, C, 1, ...).
-    """
-    y = _Gated.apply(x, gate)
-    recipe = get_recompute(x)
-    ingredients = (gate, *recipe.ingredients)
-    return set_recompute(
-        y, Recompute(lambda gate, *kept: recipe.make(*kept) * gate, ingredients, recipe.num_convolutions)
-    )
-
-
-class _Gated(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, gate: Tensor) -> Tensor:
-        ctx.make, ingredients, _ = get_recompute(x)
-        ctx.save_for_backward(gate, *ingredients)
-        return x * gate
-
-    @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        gate, *ingredients = ctx.saved_tensors
-        is_ours = can_overwrite(gradient)
-        gradient_of_gate = (gradient * ctx.make(*ingredients)).sum_to_size(gate.shape)
-        return gradient.mul_(gate) if is_ours else gradient * gate, gradient_of_gate

@@ -1,115 +1,121 @@
-"""Convolutions with plain geometry, their gradients one by one, and the convolution of a frozen kernel.
+"""Convolutions of one to three dimensions, their gradients one by one, and the convolution with a frozen kernel.
 
-Autograd's convolution keeps its input whether or not the kernel is trained. Here each gradient is a function of its
-own, so that who needs only the gradient of the input keeps only the kernel. In one to three spatial dimensions.
+Autograd's convolution saves its input whether or not the kernel trains. With one function for each gradient, a layer
+that needs only the gradient of its input saves only the kernel.
 
-The kernels of low-rank adapters.
-
-A kernel W of shape (C_out, C_in/g, *kernel) is read as a matrix (C_out, K) with K = C_in/g * prod(kernel). LoRA (Hu et
-al. 2021, arXiv 2106.09685) adds s B A to it, with A of K columns and r rows and B of r columns and C_out rows. For one
-group that is the chain of a full and a 1x1 convolution; for a depthwise convolution A holds r spatial kernels that all
-channels share. DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) then gives every output channel a trained length.
+Shapes: x is (B, C_in, *size), y and its gradient are (B, C_out, *output size), the kernel is (C_out, C_in/g, *kernel)
+with g groups, the bias is (C_out,) or None.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
-from torch import Tensor, nn
+from torch import Tensor
+
+from peft_edge._compat import AutogradContext, ConvolutionBase, f_pad_sides
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Geometry(NamedTuple):
-    """How a kernel moves over a zero-padded input."""
+    """Stride, zero padding, dilation and groups of a convolution; one number for each spatial dimension."""
 
     stride: tuple[int, ...]
-    """For each spatial dimension."""
     padding: tuple[int, ...]
-    """Zeros on either side, for each spatial dimension."""
+    """The number of zeros on either side."""
     dilation: tuple[int, ...]
-    """For each spatial dimension."""
     groups: int = 1
 
 
-def pad(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d, x: Tensor) -> tuple[Tensor, Geometry]:
-    """The input that a layer gives to its convolution, and the geometry of that one.
+def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
+    """Return the input and the geometry with which a layer calls the plain convolution.
 
-    What is no zero padding of the same width on both sides (other padding modes, timm's same-padding) is put into the
-    input; else the input stays as it is.
+    Padding that `Geometry` cannot express (padding modes other than zeros, unequal sides, timm's same-padding) is
+    applied to the input. Otherwise the input is returned as it is.
 
-    Args:
-        conv: a plain convolution; its weight is not looked at.
-        x: (B, C_in, *size).
+    >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
+    >>> x, geometry = pad(conv, torch.zeros(1, 3, 8, 8))
+    >>> x.shape, geometry.padding
+    (torch.Size([1, 3, 10, 10]), (0, 0))
     """
     padding = conv.padding
     if isinstance(conv, Conv2dSame):
         x, padding = pad_same(x, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
     elif conv.padding_mode != "zeros" or isinstance(padding, str):
-        # (before, after) of the last dimension first, as `F.pad` takes them.
-        twice = conv._reversed_padding_repeated_twice
-        if conv.padding_mode == "zeros" and twice[::2] == twice[1::2]:
-            padding = tuple(twice[::-2])
+        # (before, after) for each dimension, the last dimension first.
+        sides = f_pad_sides(conv)
+        if conv.padding_mode == "zeros" and sides[::2] == sides[1::2]:
+            padding = tuple(sides[::-2])
         else:
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x, padding = F.pad(x, twice, mode=mode), (0,) * len(conv.kernel_size)
+            x, padding = F.pad(x, sides, mode=mode), (0,) * len(conv.kernel_size)
     return x, Geometry(conv.stride, padding, conv.dilation, conv.groups)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """The convolution itself, with autograd's own backward.
-
-    Args:
-        x: (B, C_in, *size).
-        weight: (C_out, C_in/g, *kernel).
-        bias: (C_out,) or None.
-        geometry: how the kernel moves.
-    """
+    """Run `F.conv1d`, `F.conv2d` or `F.conv3d`, with autograd's own backward pass."""
     return _CONVOLUTIONS[len(geometry.stride)](x, weight, bias, *geometry)
 
 
-def input_gradient(grad_output: Tensor, weight: Tensor, x_size: torch.Size, geometry: Geometry) -> Tensor:
-    """The gradient of a convolution's input.
-
-    Args:
-        grad_output: (B, C_out, *output size).
-        weight: (C_out, C_in/g, *kernel).
-        x_size: (B, C_in, *size), the result's.
-        geometry: how the kernel moves.
-    """
+def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry: Geometry) -> Tensor:
+    """Return dX, of shape `x_size`, of the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # `aten.convolution_backward` does the same but wants an input, of which it copies what is not real memory.
-    rests = tuple(
+    # A transposed convolution. `aten.convolution_backward` gives the same, but wants an input tensor, which it copies.
+    output_padding = tuple(
         size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for size, out, k, s, p, d in zip(
-            x_size[2:], grad_output.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
+            x_size[2:], grad_y.shape[2:], weight.shape[2:], stride, padding, dilation, strict=True
         )
     )
-    return torch.convolution(grad_output, weight, None, stride, padding, dilation, True, rests, groups)
+    return torch.convolution(grad_y, weight, None, stride, padding, dilation, True, output_padding, groups)
 
 
-def kernel_gradient(grad_output: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
-    """The gradient of a convolution's kernel.
-
-    Args:
-        grad_output: (B, C_out, *output size).
-        x: (B, C_in, *size).
-        weight_size: (C_out, C_in/g, *kernel), the result's.
-        geometry: how the kernel moves.
-    """
+def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
+    """Return dW, of shape `weight_size`, of the convolution y = x * W."""
     stride, padding, dilation, groups = geometry
-    # Only its shape and format count; one element, expanded, would be copied to a kernel of this format.
-    weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format(x))
+    # The operator reads only shape and memory format of the kernel. It would copy a single expanded element.
+    weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
-        grad_output, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
+        grad_y, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
     )[1]
 
 
-def memory_format(x: Tensor) -> torch.memory_format:
-    """The memory format of a (B, C, *size) tensor, contiguous where there is a choice."""
+def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+    """Convolve with a constant kernel and bias. The backward pass saves the kernel and not the input.
+
+    >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
+    >>> y = frozen_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
+    >>> [saved.shape for saved in y.grad_fn.saved_tensors]
+    [torch.Size([4, 3, 3, 3])]
+    """
+    if not needs_backward():
+        return convolution(x, weight, bias, geometry)
+    return _FrozenConvolution.apply(x, weight, bias, geometry)
+
+
+class _FrozenConvolution(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: AutogradContext, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
+        ctx.save_for_backward(weight)
+        y = convolution(x, weight, bias, geometry)
+        ctx.x_size, ctx.geometry, ctx.memory_format = x.shape, geometry, memory_format_of(y)
+        return y
+
+    @staticmethod
+    def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
+        # Pooling returns a contiguous gradient. Without this, all gradients before it would be contiguous as well.
+        grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
+        (weight,) = ctx.saved_tensors
+        # Under autocast the gradient has another type than the weight.
+        return input_gradient(grad_y, weight.to(grad_y.dtype), ctx.x_size, ctx.geometry), None, None, None
+
+
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the memory format of a (B, C, *size) tensor; contiguous if it has several."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return torch.contiguous_format
@@ -117,94 +123,5 @@ def memory_format(x: Tensor) -> torch.memory_format:
 
 
 def needs_backward() -> bool:
-    """Whether what runs now may be differentiated; `torch.jit.trace` would record a backward that it cannot save."""
+    """Return whether a backward pass may follow. `torch.jit.trace` counts as no: it cannot save our functions."""
     return torch.is_grad_enabled() and not torch.jit.is_tracing()
-
-
-class _FrozenConvolution(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(weight)
-        y = convolution(x, weight, bias, geometry)
-        ctx.x_size, ctx.geometry, ctx.memory_format = x.shape, geometry, memory_format(y)
-        return y
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        # A pooled map's gradient is contiguous, and all that comes of it would be.
-        grad_output = gradients[0].contiguous(memory_format=ctx.memory_format)
-        (weight,) = ctx.saved_tensors
-        # Under autocast the gradient has a type of its own.
-        return input_gradient(grad_output, weight.to(grad_output.dtype), ctx.x_size, ctx.geometry), None, None, None
-
-
-def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """A convolution whose kernel and bias are constants: its backward keeps the kernel and not the input.
-
-    Args:
-        x: (B, C_in, *size).
-        weight: (C_out, C_in/g, *kernel).
-        bias: (C_out,) or None.
-        geometry: how the kernel moves.
-    """
-    if not needs_backward():
-        return convolution(x, weight, bias, geometry)
-    return _FrozenConvolution.apply(x, weight, bias, geometry)
-
-
-def as_matrix(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """A kernel's matrix (C_out, K), with the columns in the order of a memory format: a view of a kernel that has it.
-
-    Args:
-        kernel: (C_out, C_in/g, *kernel).
-        memory_format: contiguous, or of the channels-last kind.
-    """
-    return (kernel if memory_format == torch.contiguous_format else kernel.movedim(1, -1)).flatten(1)
-
-
-def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """The view of a matrix as the kernel of that memory format, whose `as_matrix` it is.
-
-    Args:
-        matrix: (C_out, K).
-        shape: (C_out, C_in/g, *kernel).
-        memory_format: contiguous, or of the channels-last kind.
-    """
-    if memory_format == torch.contiguous_format:
-        return matrix.view(shape)
-    return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
-
-
-def lowrank_kernel(
-    lora_a: Tensor,
-    lora_b: Tensor,
-    scaling: float | Tensor,
-    shape: torch.Size,
-    memory_format: torch.memory_format = torch.contiguous_format,
-) -> Tensor:
-    """The kernel update s B A, in the kernel's shape.
-
-    Args:
-        lora_a: (r, C_in/g, *kernel).
-        lora_b: (C_out, r) with any number of trailing ones.
-        scaling: s.
-        shape: (C_out, C_in/g, *kernel) of the result.
-        memory_format: of the result; that of the kernel which it is added to saves rearranging either.
-    """
-    # The scaling goes to the smaller factor: no second kernel is made.
-    return as_kernel((lora_b.flatten(1) * scaling) @ as_matrix(lora_a, memory_format), shape, memory_format)
-
-
-def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
-    """The factor that gives each output channel of `kernel` its DoRA length, shaped to broadcast over the kernel.
-
-    The norm is a constant to autograd (DoRA, section 4.3).
-
-    Args:
-        kernel: (C_out, C_in/g, *kernel).
-        magnitude: C_out elements in any shape.
-    """
-    norm = as_matrix(kernel.detach(), memory_format(kernel)).norm(dim=1).to(magnitude.dtype)
-    # An all-zero channel has no direction: its scaled kernel stays zero instead of becoming NaN.
-    scale = magnitude.flatten() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
-    return scale.view(-1, *[1] * (kernel.dim() - 1))

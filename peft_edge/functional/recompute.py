@@ -1,13 +1,13 @@
-"""Tensors that are made anew in the backward pass, from others that are kept there anyway.
+"""Save memory in backward passes: recompute tensors, and overwrite gradients.
 
-The output of a smooth activation follows from its input, which the activation keeps: who needs the output in a backward
-pass of its own keeps the recipe instead, which costs no memory, and an elementwise operation later.
+The autograd functions of this package share two techniques:
 
-Whether a gradient may be overwritten.
-
-Autograd may hand one tensor to several branches, so a backward must not change what it is given. Where nobody else
-holds the tensor, overwriting it saves a buffer of its size, and on a CPU most of the time of an elementwise operation,
-which goes into the first touch of fresh memory.
+- **Recompute.** The output of a smooth activation follows from its input, which the activation saves. A function that
+  needs the output in its own backward pass saves the same input and recomputes the output: one elementwise operation
+  more, and no memory. `set_recompute` notes on a tensor how to recompute it, `get_recompute` reads the note.
+- **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must not change the gradient it
+  receives. If no other function holds the gradient, overwriting it saves a buffer. On a CPU that also saves most of the
+  time of an elementwise operation, which goes into page faults of new memory. `can_overwrite` checks this.
 """
 
 from __future__ import annotations
@@ -16,110 +16,111 @@ import functools
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._mode_utils import no_dispatch
 
-_DEVICES = ("cpu", "cuda")
+from peft_edge._compat import AutogradContext, no_dispatch, use_counts, version_of
 
 
 class Recompute(NamedTuple):
-    """How to make a tensor."""
+    """A function, and the inputs from which it recomputes a tensor."""
 
-    make: Callable[..., Tensor]
-    """From the ingredients to the tensor, bit for bit."""
+    function: Callable[..., Tensor]
+    """Maps `inputs` to the tensor, bit-identical to the original."""
 
-    ingredients: tuple[Tensor, ...]
-    """What is kept, by somebody else too."""
+    inputs: tuple[Tensor, ...]
+    """Tensors that another autograd function saves anyway."""
 
     num_convolutions: int = 0
-    """What it costs; the rest is elementwise."""
+    """The number of convolutions that `function` runs. Its other operations are elementwise."""
 
     @property
-    def is_plain(self) -> bool:
-        """Whether the tensor is its own ingredient."""
-        return self.make is _itself
+    def is_identity(self) -> bool:
+        """Whether the tensor is its own input, so that recomputing it saves nothing."""
+        return self.function is _identity
 
     def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recompute:
-        """How to make what a function makes of the tensor."""
-        types = {device: torch.get_autocast_dtype(device) for device in _DEVICES if torch.is_autocast_enabled(device)}
+        """Return the recomputation that applies `function`, with `num_convolutions`, to the recomputed tensor."""
+        # A backward pass runs without autocast, so the settings of the forward pass are restored.
+        dtypes = {
+            device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
+        }
 
-        def make(*ingredients: Tensor) -> Tensor:
-            with ExitStack() as surroundings:
-                # The backward pass runs outside of autocast.
-                for device, dtype in types.items():
-                    surroundings.enter_context(torch.autocast(device, dtype))
-                return function(self.make(*ingredients))
+        def recompute(*inputs: Tensor) -> Tensor:
+            with ExitStack() as stack:
+                for device, dtype in dtypes.items():
+                    stack.enter_context(torch.autocast(device, dtype))
+                return function(self.function(*inputs))
 
-        return Recompute(make, self.ingredients, self.num_convolutions + num_convolutions)
+        return Recompute(recompute, self.inputs, self.num_convolutions + num_convolutions)
 
 
-def set_recompute(tensor: Tensor, recipe: Recompute) -> Tensor:
-    """Notes on a tensor how to make it, for `get_recompute`, and returns it."""
+def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
+    """Note on a tensor how to recompute it, and return the tensor."""
     if not torch.compiler.is_compiling():
-        tensor._recipe = recipe, tensor._version  # type: ignore[attr-defined]
+        tensor._recompute = recompute, version_of(tensor)  # type: ignore[attr-defined]
     return tensor
 
 
 def get_recompute(tensor: Tensor) -> Recompute:
-    """How to make a tensor: as `set_recompute` noted it, unless it was changed in place since; else from itself."""
+    """Return what `set_recompute` noted on a tensor, or the identity if the tensor has changed in place since."""
     if not torch.compiler.is_compiling():
-        recipe, version = getattr(tensor, "_recipe", (None, None))
-        if recipe is not None and version == tensor._version:
-            return recipe
+        recompute, version = getattr(tensor, "_recompute", (None, None))
+        if recompute is not None and version == version_of(tensor):
+            return recompute
     return identity_recompute(tensor)
 
 
 def identity_recompute(tensor: Tensor) -> Recompute:
-    """The recipe that is the tensor."""
-    return Recompute(_itself, (tensor,))
+    """Return the recomputation whose only input is the tensor itself."""
+    return Recompute(_identity, (tensor,))
 
 
-def _itself(tensor: Tensor) -> Tensor:
+def _identity(tensor: Tensor) -> Tensor:
     return tensor
 
 
 def can_overwrite(gradient: Tensor) -> bool:
-    """Whether the caller, the `backward(ctx, gradient)` of an autograd function, is all that holds the gradient.
+    """Return whether only the caller, the `backward(ctx, gradient)` of an autograd function, holds the gradient.
 
-    Every holder shows in one of three counts: references to the Python object, to the tensor behind it, and to the
-    storage. What the counts are without another holder is measured once, in a backward pass where there is none.
+    Any other holder raises one of three counts: references to the Python object, to the C++ tensor, or to the storage.
+    The counts without another holder are measured once, in a backward pass that has none.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
-    return _holders(gradient) == _without_others()
+    return _reference_counts(gradient) == _counts_of_sole_holder()
 
 
-def _holders(gradient: Any) -> tuple[int, int, int]:
-    # Of any type, since not every version of torch declares its counts.
-    storage = torch._C._storage_Use_Count(gradient.untyped_storage()._cdata)
-    return sys.getrefcount(gradient), gradient._use_count(), storage
+def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
+    return sys.getrefcount(gradient), *use_counts(gradient)
+
+
+@functools.cache
+def _counts_of_sole_holder() -> tuple[int, int, int]:
+    # Not at import, because it starts autograd's threads. `no_dispatch` hides it from active FLOP and memory counters.
+    with no_dispatch(), torch.enable_grad():
+        x = torch.zeros(2, requires_grad=True)
+        _Probe.apply(x).square().sum().backward()
+    return _Probe.counts
 
 
 class _Probe(torch.autograd.Function):
-    found: tuple[int, int, int]
+    """The identity; its backward pass records the reference counts of a gradient without another holder."""
+
+    counts: tuple[int, int, int]
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
+    def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
         return x.clone()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        _Probe.found = _probe(gradient)
+    def backward(ctx: AutogradContext, gradient: Tensor) -> Tensor:
+        _Probe.counts = _probe(gradient)
         return gradient
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # As deep in calls as `can_overwrite`, since each call is a reference.
-    return _holders(gradient)
-
-
-@functools.cache
-def _without_others() -> tuple[int, int, int]:
-    # Not at import, which would start autograd's threads; and hidden from counters that are at work.
-    with no_dispatch(), torch.enable_grad():
-        x = torch.zeros(2, requires_grad=True)
-        _Probe.apply(x).square().sum().backward()
-    return _Probe.found
+    # Each call holds a reference: this function makes the probe as many calls deep as `can_overwrite`.
+    return _reference_counts(gradient)

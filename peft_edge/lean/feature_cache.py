@@ -1,9 +1,8 @@
-"""A model cut in two: a frozen prefix, whose outputs never change, and the tail that trains on them.
+"""Latent replay: compute the features of a frozen prefix once, store them, and train the rest of the model on them.
 
-Backpropagation stops at the first layer that trains anything. Where the layers before it are frozen too, what they make
-of a training image is the same in every epoch: latent replay (Pellegrini et al., arXiv 1912.01100, section III).
-
-What a prefix makes of every training image, on the disk, as a memory-mapped Hugging Face dataset.
+Backpropagation stops at the first layer that trains. If the layers before it are frozen, their outputs for a training
+image are the same in every epoch (Pellegrini et al. 2019, arXiv 1912.01100, section III). `FrozenPrefix` splits a model
+there, `FeatureCache` stores the features as a memory-mapped Hugging Face dataset.
 """
 
 from __future__ import annotations
@@ -12,10 +11,9 @@ import copy
 import hashlib
 import json
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import numpy as np
 import torch
@@ -26,43 +24,44 @@ from torch.utils.data import Dataset
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm.auto import tqdm
 
+from peft_edge._compat import map_children
 from peft_edge.files import atomic_write, remove
 
-
-class _Reached(Exception):
-    """Stops a forward pass where the tail begins."""
-
-
-@dataclass
-class _Call:
-    """A module that a forward pass went through, and the modules that ran inside of it, in their order."""
-
-    module: nn.Module
-    calls: list[_Call] = field(default_factory=list)
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 
 class FrozenPrefix:
-    """The layers of a model before the first one that trains anything.
+    """The layers of a model before the first one that trains.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    >>> frozen = model[0].requires_grad_(False)
+    >>> images = torch.randn(2, 3, 8, 8)
+    >>> prefix = FrozenPrefix(model, images)
+    >>> prefix.start
+    '2'
+    >>> torch.equal(prefix.tail(prefix.features(images)), model(images))
+    True
 
     Attributes:
-        tail: The model without its prefix: it takes what `features` returns, and gives what the model gives. Its
-            modules are those of the model, under the same names, so training it trains the model.
+        tail: The model without the prefix: it maps `features(images)` to what the model returns for the images. Its
+            modules and their names are the model's, so training the tail trains the model.
         start: The name of the module at which the tail starts.
 
     Args:
-        model: Any model that takes one tensor; its prefix is a chain of modules, as in timm's CNNs.
-        images: A batch to check the cut with, (B, 3, H, W) with B > 1, on the model's device.
+        model: Takes one tensor. Its prefix is a chain of modules, as in timm's CNNs.
+        images: A batch to check the split with, (B, 3, H, W) with B > 1, on the model's device.
 
     Raises:
-        ValueError: Nothing trains, nothing comes before what trains, the outputs of the prefix change while training,
-            or they are not all that the tail needs.
+        ValueError: If nothing trains, if no layer comes before the first trained one, if the prefix changes or computes
+            something else in training mode, or if its output is not all that the tail needs.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
         training = model.training
         model.eval()
         try:
-            self.start, modules, self.tail = _cut(model, images)
+            self.start, modules, self.tail = _split(model, images)
             self._start, self._model = model.get_submodule(self.start), model
             self._modules = {name: module for name, module in model.named_modules() if module in modules}
             self._check_constant(images)
@@ -71,7 +70,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Returns the prefix's outputs in eval mode, (B, *shape), for images of shape (B, 3, H, W)."""
+        """Return the prefix's outputs in eval mode, (B, *shape), for images of shape (B, 3, H, W)."""
         training = self._model.training
         try:
             device = next(self._model.parameters()).device
@@ -81,7 +80,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the layers of the prefix, their weights and their statistics, and with the place of the cut."""
+        """A hash of the prefix's layers, their weights and statistics, and the place of the split."""
         digest = hashlib.sha256(self.start.encode())
         for name, module in self._modules.items():
             digest.update(f"{name} {module}\n".encode())
@@ -91,60 +90,61 @@ class FrozenPrefix:
         return digest.hexdigest()
 
     def _check_constant(self, images: Tensor) -> None:
-        """Checks that the prefix does in training what it does in evaluation, without a trace on the model."""
+        """Check on a copy that the prefix computes the same in training and in eval mode."""
         model = copy.deepcopy(self._model)
         start, before = model.get_submodule(self.start), dict(self._model.named_buffers())
         with torch.no_grad(), torch.random.fork_rng():
             expected = _input_of(start, model, images)
             found = _input_of(start, model.train(), images)
-        moved = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
-        if moved:
+        changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
+        if changed:
             raise ValueError(
-                f"nothing can be replayed: {moved[0]} moves with every batch, and stands before the first trained "
-                f"layer, {self.start}: choose norm=recalibrate or norm=frozen"
+                f"nothing can be replayed: {changed[0]} changes with every batch, and belongs to a layer before the "
+                f"first trained one, {self.start}: choose norm=recalibrate or norm=frozen"
             )
         if not torch.equal(found, expected):
             raise ValueError(
-                f"nothing can be replayed: the layers before the first trained one, {self.start}, give something else "
-                "in training than in evaluation: leave dropout and drop path out of them"
+                f"nothing can be replayed: the layers before the first trained one, {self.start}, compute something "
+                "else in training than in evaluation: leave dropout and drop path out of them"
             )
 
 
-def _cut(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Module]:
-    """Finds the last place in front of what trains where one tensor holds all that the rest needs.
+def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Module]:
+    """Find the last module before which nothing trains and whose input is all that the rest of the model needs.
 
     Returns:
-        The name of the module in front of which that is, the modules before, and the tail.
+        The name of that module, the modules before it, and the tail.
     """
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
         expected, call = _trace(model, images)
-    skipped: set[nn.Module] = set()
-    cuts: list[tuple[nn.Module, set[nn.Module]]] = []
-    while (position := next((i for i, c in enumerate(call.calls) if _trains(c.module)), None)) is not None:
-        before = {earlier.module for earlier in call.calls[:position]}
-        call = call.calls[position]
-        if before - skipped:
-            skipped = skipped | before
-            cuts.append((call.module, skipped))
+    # From the model down to the first layer that trains: before each trained module, the modules that ran earlier.
+    before: set[nn.Module] = set()
+    splits: list[tuple[nn.Module, set[nn.Module]]] = []
+    while (position := next((i for i, inner in enumerate(call.inner) if _trains(inner.module)), None)) is not None:
+        earlier = {inner.module for inner in call.inner[:position]}
+        call = call.inner[position]
+        if earlier - before:
+            before = before | earlier
+            splits.append((call.module, before))
     if not _trains(model):
         raise ValueError("nothing can be replayed: nothing in the model is trained by gradients")
-    if not _has_weights(skipped):
+    if not _has_weights(before):
         first = names[call.module] or type(model).__name__
         raise ValueError(
             f"nothing can be replayed: {first} trains, and no layer comes before it. Train later layers only, for "
             "example with target_modules=last-stage"
         )
-    for start, before in reversed(cuts):
-        tail = _without(model, before)
+    for start, prefix in reversed(splits):
+        tail = _without(model, prefix)
         try:
             with torch.no_grad():
                 is_same = torch.equal(tail(_input_of(start, model, images)), expected)
         except (RuntimeError, AttributeError, LookupError, TypeError, ValueError):
-            # A cut through a block, whose shortcut needs the block's input, may not even run.
+            # A tail that starts inside a block may not run, because the shortcut needs the input of the block.
             continue
-        if is_same and _has_weights(before):
-            return names[start], before, tail
+        if is_same and _has_weights(prefix):
+            return names[start], prefix, tail
     raise ValueError(
         f"nothing can be replayed: {names[call.module]} trains, and what comes before it is no chain of modules, so "
         "that no single tensor holds all that the rest of the model needs. Train without replay"
@@ -159,39 +159,50 @@ def _has_weights(modules: set[nn.Module]) -> bool:
     return any(True for module in modules for _ in module.parameters())
 
 
+class _Call(NamedTuple):
+    """A module that ran, and the calls inside it, in order."""
+
+    module: nn.Module
+    inner: list[_Call]
+
+
 def _trace(model: nn.Module, images: Tensor) -> tuple[Tensor, _Call]:
-    """Returns the model's output, and what ran inside of what."""
-    running = [_Call(model)]
+    """Run the model, and return its output and the tree of its calls."""
+    root = _Call(model, [])
+    running = [root]
 
-    def enter(module: nn.Module, inputs: Any) -> None:
-        call = running[0] if module is model else _Call(module)
+    def enter(module: nn.Module, inputs: object) -> None:
         if module is not model:
-            running[-1].calls.append(call)
-        running.append(call)
+            running[-1].inner.append(_Call(module, []))
+        running.append(root if module is model else running[-1].inner[-1])
 
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+    def leave(module: nn.Module, inputs: object, output: object) -> None:
         running.pop()
 
     hooks = register_module_forward_pre_hook(enter), register_module_forward_hook(leave)
     try:
-        return model(images), running[0]
+        return model(images), root
     finally:
         for hook in hooks:
             hook.remove()
 
 
+class _StopForward(Exception):
+    """Ends a forward pass at the start of the tail."""
+
+
 def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
-    """Runs the model up to the module `start`, and returns that module's input."""
+    """Run the model up to the module `start`, and return a copy of that module's input."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         found.append(inputs[0])
-        raise _Reached
+        raise _StopForward
 
     hook = start.register_forward_pre_hook(stop, prepend=True)
     try:
         model(images)
-    except _Reached:
+    except _StopForward:
         pass
     finally:
         hook.remove()
@@ -199,41 +210,41 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Returns the module with identities in the place of those that are skipped; what holds none of them is shared."""
-    if module in skipped:
-        return nn.Identity()
-    children = {name: child if child is None else _without(child, skipped) for name, child in module._modules.items()}
-    if all(child is module._modules[name] for name, child in children.items()):
-        return module
-    view = copy.copy(module)
-    view._modules = children
-    return view
+    """Return the module with identities in place of skipped modules; modules that contain none of them are shared."""
+    return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
 StoredType = Literal["float32", "float16", "int8"]
+"""The type of stored features; int8 has one scale for each image."""
 
 Views = Callable[[int], Iterable[Mapping[str, Tensor]]]
-"""From the number of a view to batches of `pixel_values` and `labels`: every image once, in the same order."""
+"""Maps the number of a view to batches of `pixel_values` and `labels`: every image once, in the same order."""
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """The outputs of a prefix for some views of every image, to train its tail on.
+    """The features of a prefix for one or several augmented views of every training image. `open` creates one.
 
-    It yields whole batches for keys of an epoch and the index of an image: epoch `e` sees view `e % views`.
-    `pixel_values` is what `FrozenPrefix.tail` takes in the place of images, (B, *shape), in the type and the memory format in
-    which the prefix gave it. `FeatureCache.open` makes one.
+    A dataset of whole batches: `__getitems__` takes pairs (epoch, image) and returns `pixel_values`, the input of
+    `FrozenPrefix.tail` with its original type and memory format, and `labels`. Epoch e sees view e % views.
+
+    >>> from tempfile import TemporaryDirectory
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    >>> prefix = FrozenPrefix(model, torch.randn(2, 3, 8, 8))
+    >>> batch = {"pixel_values": torch.randn(5, 3, 8, 8), "labels": torch.arange(5)}
+    >>> with TemporaryDirectory() as folder:
+    ...     cache = FeatureCache.open(Path(folder), prefix, lambda view: [batch], key="random images", dtype="float16")
+    >>> first_epoch = cache.__getitems__([(0, 4), (0, 2)])
+    >>> first_epoch["pixel_values"].shape, first_epoch["labels"]
+    (torch.Size([2, 8, 6, 6]), tensor([4, 2]))
 
     Attributes:
-        info: What is stored, and what that took: `start` (where the tail starts), `images`, `views`, `dtype`, `shape`,
-            `relative_error` (the norm of what storing changed, by the norm of all), `size_bytes`, `fill_flops`
+        info: What is stored and what it took: `start` (name of the tail's first module), `images`, `views`, `dtype`,
+            `shape`, `relative_error` (norm of the rounding error by norm of the features), `size_bytes`, `fill_flops`
             (convolutions and matrix products, a multiply-add is two) and `fill_s`.
-
-    Args:
-        folder: One that `open` has written.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Here and below, because importing it takes longer than importing all of this package.
+        # Imported where needed, because importing `datasets` takes longer than importing this package.
         from datasets import Dataset as ArrowDataset
 
         self.info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
@@ -243,31 +254,29 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def open(
         cls, root: Path, prefix: FrozenPrefix, images: Views, *, key: str, views: int = 1, dtype: StoredType = "float32"
     ) -> FeatureCache:
-        """Opens the cache in `root` that belongs to a prefix and its images, and fills it first if there is none.
+        """Open the cache in `root` that belongs to a prefix and its images; fill it first if it is missing or damaged.
 
-        It is written whole or not at all, by one of the processes that ask for it at the same time. One whose files are
-        gone or cut short is filled again.
+        Writing is atomic. If several processes open the same cache, one of them fills it.
 
         Args:
             root: The folder of all caches.
-            prefix: What is computed once.
-            images: The training images, augmented as in training: from the number of a view to batches of
-                `pixel_values` and `labels`, every image once, in the same order.
+            prefix: Computes the features.
+            images: The training images, augmented as in training.
             key: Names everything that `images` depends on: data, transforms, seeds.
-            views: How many views of each image are stored.
-            dtype: Type of the stored values. `int8` has a scale for each image.
+            views: The number of views of each image to store.
+            dtype: The type of the stored values.
 
         Raises:
-            ValueError: The type is unknown, there are no images, views have different ones, or a value is not
+            ValueError: If `dtype` is unknown, there are no images, views have different images, or a feature is not
                 finite or too large for the type.
-            OSError: The disk is full.
+            OSError: If the disk is full.
         """
         if dtype not in get_args(StoredType):
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(get_args(StoredType))}")
         parts = (prefix.fingerprint, key, str(views), dtype)
         folder = root / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         root.mkdir(parents=True, exist_ok=True)
-        # A lock of the system's: it is free again when its process dies.
+        # The operating system releases the lock when its process dies.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 remove(folder)
@@ -281,13 +290,17 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return self.info["images"]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Reads features and labels: each key is the number of an epoch, from 0 on, and that of an image."""
+        """Return the features and labels for pairs of an epoch, from 0 on, and the number of an image.
+
+        Raises:
+            IndexError: If the number of an image is out of range.
+        """
         info = self.info
         for _, index in keys:
             if not 0 <= index < len(self):
                 raise IndexError(f"expected the number of an image, 0 to {len(self) - 1}, found {index}")
         rows = self._rows[[epoch % info["views"] * len(self) + index for epoch, index in keys]]
-        values, scales, labels = (_tensor(rows[name]) for name in ("values", "scale", "label"))
+        values, scales, labels = (_as_tensor(rows[name]) for name in ("values", "scale", "label"))
         features = values.to(getattr(torch, info["computed_dtype"])).view(len(keys), -1)
         if info["dtype"] == "int8":
             features = features * scales[:, None].to(features.dtype)
@@ -305,32 +318,33 @@ def _is_whole(folder: Path) -> bool:
         return False
 
 
-def _tensor(column: Any) -> Tensor:
-    """Copies a column of an Arrow table, since what is mapped from the disk cannot be written to."""
+def _as_tensor(column: pa.ChunkedArray) -> Tensor:
+    """Return a writable copy of a column, which is mapped read-only from the disk."""
     values = column.combine_chunks()
     return torch.from_numpy(np.array(values.flatten() if hasattr(values, "flatten") else values))
 
 
-def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype: StoredType) -> dict[str, Any]:
-    """Writes a row for each view of each image, all images of the first view first; returns `FeatureCache.info`."""
+def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype: StoredType) -> dict[str, object]:
+    """Write one row for each view of each image, all images of the first view first, and return `FeatureCache.info`."""
     import pyarrow as pa
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
     started = time.perf_counter()
     rows, flops, squared_error, squared_norm = [0] * views, 0, 0.0, 0.0
-    writer: Any = None
-    for view, batch in tqdm(_all(images, views), desc="storing features", unit="batch"):
+    writer: ArrowWriter | None = None
+    batches = ((view, batch) for view in range(views) for batch in images(view))
+    for view, batch in tqdm(batches, desc="storing features", unit="batch"):
         with FlopCounterMode(display=False) as counter:
             features = prefix.features(batch["pixel_values"]).cpu()
         flops += counter.get_total_flops()
         channels_last = features.dim() == 4 and features.is_contiguous(memory_format=torch.channels_last)
         flat = (features.movedim(1, -1) if channels_last else features).flatten(1)
-        values, scales = _stored(flat, dtype)
+        values, scales = _quantize(flat, dtype)
         squared_norm += flat.double().square().sum().item()
         squared_error += (values.double() * scales[:, None] - flat).square().sum().item()
+        size = values.shape[1]
         if writer is None:
-            size = values.shape[1]
             columns = {"values": List(Value(dtype), length=size), "scale": Value("float32"), "label": Value("int64")}
             writer = ArrowWriter(features=Features(columns), path=str(path))
         lists = pa.FixedSizeListArray.from_arrays(values.flatten().numpy(), size)
@@ -356,14 +370,8 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
     }
 
 
-def _all(images: Views, views: int) -> Iterator[tuple[int, Mapping[str, Tensor]]]:
-    for view in range(views):
-        for batch in images(view):
-            yield view, batch
-
-
-def _stored(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
-    """Returns the values to store, (B, N), and the scale of each image, (B,), by which they are multiplied again."""
+def _quantize(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
+    """Return the values to store, (B, N), and the factor of each image, (B,), that restores its features."""
     if not features.isfinite().all():
         raise ValueError("the prefix gives values that are not finite: look at the weights and the images")
     features, scales = features.float(), torch.ones(len(features), dtype=torch.float32)

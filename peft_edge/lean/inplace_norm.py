@@ -1,9 +1,14 @@
-"""A convolution and the frozen batch normalisation behind it as one layer: the norm works on the output in place.
+"""Let a frozen BatchNorm overwrite the output of the convolution before it.
 
-Neither layer changes: the convolution lets the norm have its output, and the norm writes over what it was given so.
-Whatever happens to either (another adapter, training, statistics estimated anew) shows in the next forward pass, and
-what does not go from one to the other is left as it is. A kernel that is scaled by the norm saves a little more time,
-but it rounds differently, which carries elements over the kinks of the activations: gradients differ by some percent.
+1. `prepare_model_for_lean_training(model, inplace_norm=True)` finds each convolution whose output goes to one norm and
+   nowhere else, and stores the pair on the convolution as an `InplaceNorm`.
+2. In a forward pass the convolution marks its output as overwritable by that norm (`mark_overwritable`), unless a hook,
+   a compiler or a function transform may see the output.
+3. The norm overwrites an input that carries its mark (`is_overwritable`), and allocates a new tensor otherwise.
+
+Neither layer changes. The mark is decided in every forward pass, so adapters, training modes and statistics may change
+at any time. Scaling the kernel by the norm would save a little more time. But it rounds differently, which moves
+elements across the kinks of the activations: gradients then differ by some percent.
 """
 
 from __future__ import annotations
@@ -16,20 +21,22 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from peft_edge._compat import has_hooks, is_transformed, is_view, saved_tensors_hooks, version_of
 
-def base_layer(layer: Any) -> Any:
-    """The layer that PEFT has adapted, or the layer itself."""
+
+def base_layer(layer: nn.Module) -> nn.Module:
+    """Return the layer inside an adapter of PEFT, or the layer itself."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 class ModuleRef:
-    """A place in a model, whose module changes when it is adapted.
+    """A reference to the module at a path in a model, which stays valid when PEFT replaces the module.
 
-    It goes along with a copy of the model. A copy of a part, or a pickled one, has nothing in its places.
+    It follows `copy.deepcopy` of the model. In a copy of one layer, or in a pickle, it refers to nothing.
 
     Args:
-        root: the model.
-        path: the place's name in it.
+        root: The model.
+        path: The module's name in it.
     """
 
     def __init__(self, root: nn.Module | None, path: str) -> None:
@@ -37,62 +44,58 @@ class ModuleRef:
 
     @property
     def module(self) -> Any:
-        """The module that stands there now, or None."""
-        return self._module(self._path)
+        """The module at the path now, or None."""
+        return self._get(self._path)
 
-    def modules_apart_from(self, other: ModuleRef) -> list[Any]:
-        """The modules around the place that are not around another one, and last the one that stands there now."""
+    def path_below(self, other: ModuleRef) -> list[nn.Module | None]:
+        """Return the modules on the path that are not on the path of `other`, outermost first."""
         paths = itertools.accumulate(self._path.split("."), "{}.{}".format)
-        return [self._module(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
+        return [self._get(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
 
-    def _module(self, path: str) -> Any:
+    def _get(self, path: str) -> nn.Module | None:
         try:
             return None if self._root is None else self._root.get_submodule(path)
         except AttributeError:
             return None
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleRef:
+    def __deepcopy__(self, memo: dict[int, nn.Module]) -> ModuleRef:
         return ModuleRef(memo.get(id(self._root)), self._path)
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[ModuleRef], tuple[None, str]]:
         return ModuleRef, (None, self._path)
 
 
 class InplaceNorm(NamedTuple):
-    """A convolution and the norm that takes its output, and nothing else does."""
+    """A convolution and the norm that alone takes its output."""
 
     conv: ModuleRef
     norm: ModuleRef
 
-    def layers(self) -> tuple[Any, Any] | None:
-        """The two that stand there now; None while one is gone, or hooks look at what goes from one to the other."""
-        before, behind = self.conv.modules_apart_from(self.norm), self.norm.modules_apart_from(self.conv)
-        for module in (*before, *behind):
-            if module is None or _is_observed(module) or _is_observed(base_layer(module)):
-                return None
-        return before[-1], behind[-1]
+    def layers(self) -> tuple[nn.Module, nn.Module] | None:
+        """Return both layers, or None if one is gone or hooks may see the tensor between them."""
+        convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
+        found = [module for module in (*convs, *norms) if module is not None]
+        if len(found) < len(convs) + len(norms) or any(_is_observed(m) or _is_observed(base_layer(m)) for m in found):
+            return None
+        return found[len(convs) - 1], found[-1]
 
 
 def inplace_norms(model: nn.Module) -> list[InplaceNorm]:
-    """What is folded in a model."""
-    return [pair for module in model.modules() if (pair := getattr(module, "inplace_pair", None)) is not None]
+    """Return the pairs of convolution and norm in a prepared model."""
+    return [pair for module in model.modules() if (pair := getattr(module, "inplace_norm", None)) is not None]
 
 
 def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
-    """Lets the norm behind a convolution write over its output, which is returned.
-
-    Not while hooks look at what is between the two, and not in compiled or traced models, or under `torch.func`.
+    """Mark the output of a convolution as overwritable by its `InplaceNorm`, if it has one, and return the output.
 
     Args:
-        y: the output, a tensor that the layer has made and does not keep.
-        layer: the convolution, or the adapted one around it.
+        y: A tensor that the layer has just made and does not save.
+        layer: The convolution, or the adapter around it.
     """
-    if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference() or is_view(y) or is_transformed(y):
         return y
-    if y._is_view() or torch._C._functorch.is_functorch_wrapped_tensor(y):
-        return y
-    pair = getattr(base_layer(layer), "inplace_pair", None)
-    # A map of one pixel is of several memory formats at once, and not of the same ones in place, which orders sums.
+    pair = getattr(base_layer(layer), "inplace_norm", None)
+    # A map of one pixel has several memory formats. In place it may get another one, which changes the order of sums.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     layers = pair.layers()
@@ -102,24 +105,17 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
 
 
 def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
-    """Whether a norm may write over its input; asked once.
-
-    Args:
-        x: the input.
-        norm: the layer in the norm's place.
-    """
+    """Return whether a norm, or the adapter around it, may overwrite its input. Removes the mark."""
     mark = vars(x).pop("_overwritable_by", None)
     return mark is not None and mark == _mark(x, norm)
 
 
-def _mark(y: Tensor, norm: nn.Module) -> tuple[Any, ...]:
-    # A checkpoint that begins between the two keeps what goes from one to the other. It shows in the surroundings.
-    surroundings = torch.is_grad_enabled(), torch._C._autograd._top_saved_tensors_default_hooks(True)
-    # Not the norm itself, which would be saved with the tensor.
-    return id(norm), y._version, *surroundings
+def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
+    # A checkpoint that begins between the two layers saves the tensor. Its hooks or its grad mode change the mark.
+    # The identity of the norm stands for the norm, which would otherwise be pickled with the tensor.
+    return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
 
 
 def _is_observed(layer: nn.Module) -> bool:
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    # What a wrapper answers is what the layer inside answers, which may not be the one that runs.
-    return any(hooks) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)
+    # A wrapper of PEFT passes attributes of one layer on, and may run another one.
+    return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

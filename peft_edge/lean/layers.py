@@ -1,254 +1,202 @@
-"""Layers that keep for the backward pass only what it needs.
+"""Layers that save for the backward pass only what it needs.
 
-Each stands in for a layer of torch's or timm's with the same parameters: a module becomes lean, and plain again, by a
-change of its class. What is trained, and what is compiled, is computed in the plain way.
+Each lean class has the parameters of one class of torch or timm. `prepare_model_for_lean_training` changes the class of
+a module, and `undo_lean_training` changes it back. Lean layers that train or are compiled run the plain forward pass.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from timm.layers import BatchNormAct2d, Conv2dSame, SEModule
-from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peft_edge.functional.activations import Kept, clipped_activation, gated, smooth_activation
+from peft_edge._compat import BatchNorm, ConvolutionBase, SqueezeExcite
+from peft_edge.functional.activations import Kept, clipped_activation, gated_product, smooth_activation
 from peft_edge.functional.batch_norm import frozen_batch_norm
 from peft_edge.functional.convolution import frozen_convolution, needs_backward, pad
 from peft_edge.functional.recompute import get_recompute
 from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable, mark_overwritable
 
+Function = Callable[..., object]
+
 Masks = Literal["byte", "bit", "off"]
+"""The size of a mask's element; with "off", activations save their output."""
+
+# The largest number of products an output element of a convolution that may be recomputed.
+_MAX_RECOMPUTED_PRODUCTS = 96
+
+# torch's pooling saves its input, if only for the shape.
+_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
-def _trains(layer: Any) -> bool:
-    # By what is there, which need not be parameters: a parametrisation computes the weight.
-    return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
-
-
-def _is_plain(x: Tensor) -> bool:
-    """Whether there is no backward pass to keep anything for, or a compiler sees to that."""
-    return torch.compiler.is_compiling() or not (needs_backward() and x.requires_grad)
-
-
-def keeps_input(module: nn.Module) -> bool:
-    """Whether a layer keeps its input for the backward pass, as far as one can tell."""
+def layer_keeps_input(module: nn.Module) -> bool:
+    """Return whether a layer saves its input for the backward pass: its `keeps_input`, or else an estimate."""
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
     return isinstance(module, _POOLS) or any(parameter.requires_grad for parameter in module.parameters())
 
 
-# torch's pooling asks for its input again, if only for the shape.
-_POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
+def _trains(layer: ConvolutionBase | BatchNorm) -> bool:
+    # Attributes instead of parameters, because a parametrisation computes the weight.
+    return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
 
 
-_CHEAP_PRODUCTS = 96
+def _runs_plain(x: Tensor) -> bool:
+    """Whether no backward pass follows, or a compiler decides what to save."""
+    return torch.compiler.is_compiling() or not (needs_backward() and x.requires_grad)
 
 
-class LeanConvolution(nn.Module):
-    """A convolution that keeps its kernel alone, where autograd's keeps the input too.
+class LeanConvolution(ConvolutionBase):
+    """A convolution that saves only its kernel while it is frozen.
 
     Attributes:
-        inplace_pair: the norm behind it that may write over its output, or None.
-        recompute: whether its output may be made again, if that is cheap.
+        inplace_norm: The norm after it that may overwrite its output, or None.
+        recompute: Whether an adapter may let other layers recompute its output, if that is cheap.
     """
 
-    inplace_pair: InplaceNorm | None = None
+    inplace_norm: InplaceNorm | None = None
     recompute: bool = False
 
     @property
     def keeps_input(self) -> bool:
-        """Whether its backward needs its input: while it is trained."""
+        """Whether the backward pass needs the input: while the layer trains."""
         return _trains(self)
 
     @property
-    def lets_recompute(self: Any) -> bool:
-        """Whether an adapter of it, which keeps the input, lets others make the output from that."""
-        return self.recompute and self.weight[0].numel() <= _CHEAP_PRODUCTS
+    def lets_recompute(self) -> bool:
+        """Whether an adapter of this layer that saves its input lets other layers recompute its output."""
+        return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Maps (B, C_in, *size) as the plain layer does."""
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the plain layer returns."""
         if _trains(self):
             return mark_overwritable(super().forward(x), self)
         x, geometry = pad(self, x)
         return mark_overwritable(frozen_convolution(x, self.weight, self.bias, geometry), self)
 
 
-class LeanBatchNorm(nn.Module):
-    """Batch normalisation that keeps one number a channel while its statistics are fixed."""
+class LeanBatchNorm(BatchNorm):
+    """A batch normalisation that saves one number for each channel while it is frozen and in eval mode."""
 
     @property
-    def keeps_input(self: Any) -> bool:
-        """Whether its backward needs its input: while it normalises by the batch, or is trained."""
+    def keeps_input(self) -> bool:
+        """Whether the backward pass needs the input: while the layer trains or uses the statistics of the batch."""
         return self.training or self.running_mean is None or _trains(self)
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Maps (B, C, *size) as the plain layer does."""
-        if self.keeps_input or torch.compiler.is_compiling():
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the plain layer returns."""
+        mean, var = self.running_mean, self.running_var
+        if self.keeps_input or mean is None or var is None or torch.compiler.is_compiling():
             return super().forward(x)
-        statistics = self.running_mean, self.running_var, self.weight, self.bias
-        x = frozen_batch_norm(x, *statistics, self.eps, inplace=is_overwritable(x, self))
+        x = frozen_batch_norm(x, mean, var, self.weight, self.bias, self.eps, inplace=is_overwritable(x, self))
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
 
 class LeanClippedActivation(nn.Module):
-    """ReLU and its kin, keeping a mask, or the output where what comes next keeps it anyway.
+    """An activation min(max(x, 0), upper) that saves a mask, or its output where the next layer saves that anyway.
 
     Attributes:
-        masks: what a mask has for each element; `"off"` for the output in any case.
-        consumers: where the layers are that take the output.
-        feeds_product: whether the output also goes into a product, which keeps it.
+        masks: The size of a mask's element.
+        consumers: The layers that take the output.
+        feeds_product: Whether a product, which saves the output, takes it as well.
     """
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
     feeds_product: bool = False
+    inplace: bool
     upper = float("inf")
 
     def kept(self) -> Kept:
-        """What its backward keeps now."""
-        takers = filter(None, (slot.module for slot in self.consumers))
-        if self.masks == "off" or self.feeds_product or any(map(keeps_input, takers)):
-            return "output"
-        return self.masks
+        """Return what the backward pass saves now."""
+        consumers = [ref.module for ref in self.consumers]
+        is_kept_anyway = any(module is not None and layer_keeps_input(module) for module in consumers)
+        return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Maps as the plain layer does."""
-        plain = super().forward
-        if _is_plain(x):
-            return plain(x)
-        can_be_made = self.masks != "off" and not get_recompute(x).is_plain
-        keep = self.masks if can_be_made else self.kept()
-        return clipped_activation(x, plain, upper=self.upper, keep=keep, inplace=self.inplace)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the plain layer returns."""
+        plain_forward = super().forward
+        if _runs_plain(x):
+            return plain_forward(x)
+        # Layers that would save an output that can be recomputed save the inputs of the recomputation instead.
+        is_recomputed = not get_recompute(x).is_identity
+        keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
+        return clipped_activation(x, plain_forward, upper=self.upper, keep=keep, inplace=self.inplace)
 
 
 class LeanSmoothActivation(nn.Module):
-    """Hard-swish and its kin, keeping the input alone also where the plain layer works in place."""
+    """An activation that saves only its input, also where the plain layer works in place."""
 
     keeps_input = True
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor]
 
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Maps as the plain layer does."""
-        if _is_plain(x):
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the plain layer returns."""
+        if _runs_plain(x):
             return super().forward(x)
         return smooth_activation(x, type(self).function, type(self).derivative)
 
 
-class _Gating(TorchFunctionMode):
-    """Replaces the product of a tensor and its gate."""
+class LeanGate(nn.Module):
+    """Squeeze-excite that saves what its input is recomputed from instead of its input."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return what the plain layer returns."""
+        if _runs_plain(x):
+            return super().forward(x)
+        with _GatedProducts(x):
+            return super().forward(x)
+
+
+class _GatedProducts(TorchFunctionMode):
+    """Replaces the product of a tensor and its gate by `gated_product`."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self._x = x
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(
+        self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
         if func.__name__ in ("mul", "__mul__") and args[0] is self._x and isinstance(args[1], Tensor):
-            return gated(*args)
+            return gated_product(self._x, args[1])
         return func(*args, **(kwargs or {}))
 
 
-class LeanGate(nn.Module):
-    """Squeeze-excite that keeps its input as what that can be made from."""
-
-    def forward(self: Any, x: Tensor) -> Tensor:
-        """Maps (B, C, H, W) as the plain layer does."""
-        if _is_plain(x):
-            return super().forward(x)
-        with _Gating(x):
-            return super().forward(x)
+LEAN: dict[type[nn.Module], type[nn.Module]] = {}
+"""The lean class for each plain class. Subclasses of a plain class are not replaced."""
 
 
-class LeanConv1d(LeanConvolution, nn.Conv1d):
-    """`Conv1d`, lean while frozen."""
+def _lean_class(lean: type[nn.Module], plain: type[nn.Module], **attributes: object) -> type[nn.Module]:
+    """Return the subclass of a lean and a plain class, and enter it into `LEAN`."""
+    # Pickle finds a class by its module and name, so each class is assigned to its name below.
+    LEAN[plain] = type(f"Lean{plain.__name__}", (lean, plain), {"__module__": __name__, **attributes})
+    return LEAN[plain]
 
 
-class LeanConv2d(LeanConvolution, nn.Conv2d):
-    """`Conv2d`, lean while frozen."""
-
-
-class LeanConv2dSame(LeanConvolution, Conv2dSame):
-    """timm's `Conv2dSame`, lean while frozen."""
-
-
-class LeanConv3d(LeanConvolution, nn.Conv3d):
-    """`Conv3d`, lean while frozen."""
-
-
-class LeanBatchNorm1d(LeanBatchNorm, nn.BatchNorm1d):
-    """`BatchNorm1d`, lean while frozen."""
-
-
-class LeanBatchNorm2d(LeanBatchNorm, nn.BatchNorm2d):
-    """`BatchNorm2d`, lean while frozen."""
-
-
-class LeanBatchNorm3d(LeanBatchNorm, nn.BatchNorm3d):
-    """`BatchNorm3d`, lean while frozen."""
-
-
-class LeanBatchNormAct2d(LeanBatchNorm, BatchNormAct2d):
-    """timm's `BatchNormAct2d`, lean while frozen."""
-
-
-class LeanReLU(LeanClippedActivation, nn.ReLU):
-    """`ReLU` that keeps a mask."""
-
-
-class LeanReLU6(LeanClippedActivation, nn.ReLU6):
-    """`ReLU6` that keeps a mask."""
-
-    upper = 6.0
-
-
-class LeanHardswish(LeanSmoothActivation, nn.Hardswish):
-    """`Hardswish` that keeps its input alone."""
-
-    function = staticmethod(F.hardswish)
-    derivative = staticmethod(torch.ops.aten.hardswish_backward)
-
-
-class LeanSqueezeExcite(LeanGate, SqueezeExcite):
-    """`SqueezeExcite` of timm's mobile networks."""
-
-
-class LeanSEModule(LeanGate, SEModule):
-    """timm's `SEModule`."""
-
-
-class LeanSiLU(LeanSmoothActivation, nn.SiLU):
-    """`SiLU` that keeps its input alone."""
-
-    function = staticmethod(F.silu)
-    derivative = staticmethod(torch.ops.aten.silu_backward)
-
-
-LEAN: dict[type[nn.Module], type[nn.Module]] = {
-    lean.__mro__[2]: lean
-    for lean in (
-        LeanConv1d,
-        LeanConv2d,
-        LeanConv2dSame,
-        LeanConv3d,
-        LeanBatchNorm1d,
-        LeanBatchNorm2d,
-        LeanBatchNorm3d,
-        LeanBatchNormAct2d,
-        LeanReLU,
-        LeanReLU6,
-        LeanHardswish,
-        LeanSiLU,
-        LeanSqueezeExcite,
-        LeanSEModule,
-    )
-}
-"""The lean layer for each plain one, by its exact class."""
+LeanConv1d = _lean_class(LeanConvolution, nn.Conv1d)
+LeanConv2d = _lean_class(LeanConvolution, nn.Conv2d)
+LeanConv2dSame = _lean_class(LeanConvolution, Conv2dSame)
+LeanConv3d = _lean_class(LeanConvolution, nn.Conv3d)
+LeanBatchNorm1d = _lean_class(LeanBatchNorm, nn.BatchNorm1d)
+LeanBatchNorm2d = _lean_class(LeanBatchNorm, nn.BatchNorm2d)
+LeanBatchNorm3d = _lean_class(LeanBatchNorm, nn.BatchNorm3d)
+LeanBatchNormAct2d = _lean_class(LeanBatchNorm, BatchNormAct2d)
+LeanReLU = _lean_class(LeanClippedActivation, nn.ReLU)
+LeanReLU6 = _lean_class(LeanClippedActivation, nn.ReLU6, upper=6.0)
+LeanHardswish = _lean_class(
+    LeanSmoothActivation, nn.Hardswish, function=F.hardswish, derivative=torch.ops.aten.hardswish_backward
+)
+LeanSiLU = _lean_class(LeanSmoothActivation, nn.SiLU, function=F.silu, derivative=torch.ops.aten.silu_backward)
+LeanSqueezeExcite = _lean_class(LeanGate, SqueezeExcite)
+LeanSEModule = _lean_class(LeanGate, SEModule)
 
 PLAIN = {lean: plain for plain, lean in LEAN.items()}
-"""The plain layer for each lean one."""
+"""The plain class for each lean class."""

@@ -1,233 +1,153 @@
-"""Which layers take a layer's output: seen while the model runs once on shapes.
-
-Makes a model lean, and plain again.
-
-What each layer of a model keeps for the backward pass.
-"""
+"""Make the frozen layers of a model lean, undo it, and list what each layer saves for the backward pass."""
 
 from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, TypeVar, get_args
+from typing import TypeVar, get_args
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves
 
+from peft_edge._compat import BatchNorm, ConvolutionBase, leaves
 from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, base_layer, inplace_norms
-from peft_edge.lean.layers import LEAN, PLAIN, LeanBatchNorm, LeanClippedActivation, LeanConvolution, Masks
-
-_PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
-
-PRODUCT = "*"
-"""A consumer that is no layer but a product."""
-FUNCTION = ""
-"""Any other consumer that is no layer: a function that the model calls, or whoever takes the model's own output."""
-
-
-def consumers(model: nn.Module, *, training: bool = False, intermediates: bool = False) -> Mapping[str, list[str]]:
-    """Runs a copy of the model on the meta device, and returns who takes each layer's output.
-
-    A layer is a module without modules inside, a norm, or one that PEFT has put into the model. For each, by its name,
-    there is one entry for every time that its output is taken: a layer's name, `PRODUCT` or `FUNCTION`. An activation
-    inside a norm takes the norm's place.
-
-    Args:
-        model: takes images.
-        training: whether it runs as in training.
-        intermediates: whether timm's `forward_intermediates` runs instead of `forward`.
-
-    Raises:
-        Exception: what the model raises that cannot run so.
-    """
-    traced: Any = copy.deepcopy(model).to("meta").train(training)
-    trace = _Trace()
-    for name, module in traced.named_modules():
-        if _is_layer(module):
-            module.register_forward_pre_hook(trace.enter(name), with_kwargs=True)
-            module.register_forward_hook(trace.leave(name), always_call=True)
-    with torch.no_grad(), trace:
-        run = traced.forward_intermediates if intermediates else traced
-        trace.take(run(_images(traced)), FUNCTION)
-    return trace.consumers
-
-
-def _is_layer(module: nn.Module) -> bool:
-    if isinstance(module, nn.Identity):
-        # What it returns is what it was given.
-        return False
-    return isinstance(module, (_BatchNorm, BaseTunerLayer)) or not any(True for _ in module.children())
-
-
-def _images(model: nn.Module) -> Tensor:
-    size = (getattr(model, "pretrained_cfg", None) or {}).get("input_size")
-    if size is None:
-        conv = next(module for module in model.modules() if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d))
-        size = (conv.in_channels, *[224] * len(conv.kernel_size))
-    return torch.empty(2, *size, device="meta", dtype=next(model.parameters()).dtype)
-
-
-class _Trace(TorchFunctionMode):
-    """Marks each layer's output with the layer's name, and notes who is given what is marked."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.consumers: defaultdict[str, list[str]] = defaultdict(list)
-        self._layers: list[str] = []
-
-    def take(self, values: Any, consumer: str) -> None:
-        for value in tree_leaves(values):
-            if isinstance(value, Tensor) and (producer := getattr(value, "_made_by", None)) is not None:
-                self.consumers[producer].append(consumer)
-
-    def enter(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, kwargs: Any) -> None:
-            self.take((args, kwargs), name)
-            self._layers.append(name)
-
-        return hook
-
-    def leave(self, name: str) -> Any:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            self._layers.pop()
-            if isinstance(output, Tensor) and not _is_activation_inside(output, module, name):
-                output._made_by = name  # type: ignore[attr-defined]
-
-        return hook
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not self._layers:
-            self.take((args, kwargs), PRODUCT if func.__name__ in _PRODUCTS else FUNCTION)
-            result._made_by = None  # type: ignore[attr-defined]
-        return result
-
-
-def _is_activation_inside(output: Tensor, module: nn.Module, name: str) -> bool:
-    """Whether a norm's output is what the activation inside of it has made."""
-    return isinstance(base_layer(module), _BatchNorm) and (getattr(output, "_made_by", None) or "").startswith(
-        f"{name}."
-    )
-
+from peft_edge.lean.layers import LEAN, PLAIN, Function, LeanBatchNorm, LeanClippedActivation, LeanConvolution, Masks
 
 Model = TypeVar("Model", bound=nn.Module)
 
-_ADDED = ("inplace_pair", "recompute", "masks", "consumers", "feeds_product")
+# Attributes that preparing sets on lean layers.
+_LEAN_ATTRIBUTES = ("inplace_norm", "recompute", "masks", "consumers", "feeds_product")
 
 
 def prepare_model_for_lean_training(
     model: Model, *, inplace_norm: bool = False, masks: Masks = "byte", recompute: bool = False
 ) -> Model:
-    """Makes the frozen layers of a convolutional network keep for the backward pass only what it needs.
+    """Make the frozen layers of a convolutional network save only what the backward pass needs.
 
-    Outputs and gradients stay what they are, the latter to rounding. A frozen convolution keeps nothing of its input, a
-    frozen BatchNorm nothing at all, ReLU and its kin a mask, or the output where the next layer keeps that anyway. What
-    is trained, and layers that are not known, stay as they are: `lean_summary` tells. PEFT's `get_peft_model` may come
-    before or after, and weights, statistics, adapters and modes may change at any time; checkpoints are the same.
+    Outputs are unchanged (bit-identical on a CPU), gradients are equal up to rounding. A frozen convolution saves only
+    its kernel, a frozen BatchNorm saves nothing, ReLU saves a mask, or its output where the next layer saves it anyway.
+    Trained and unknown layers stay as they are. PEFT's `get_peft_model` may run before or after. Weights, statistics,
+    adapters and training modes may change at any time. Checkpoints are unchanged.
+
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
+    >>> frozen = model[:3].requires_grad_(False).eval()
+    >>> model = prepare_model_for_lean_training(model, inplace_norm=True, masks="bit")
+    >>> print(lean_summary(model))
+        1  BatchNorm2d  nothing, and works in place
+        1  Conv2d       its input
+        1  Conv2d       nothing of its input
+        1  ReLU         its output
 
     Args:
-        model: any model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, such as timm's; changed in place.
-        inplace_norm: let a frozen BatchNorm write over the output of the convolution before it, where nothing else takes
-            that: no map of its own. Neither layer changes, so adapters stay valid without it. What takes an output
-            shows in a run of the model: who stores it by other means, such as an attribute, finds it normalised.
-        masks: a byte or a bit for each element, which takes a little longer; `"off"` keeps outputs.
-        recompute: of adapted convolutions of at most 96 products an output (depthwise ones, the first one, those of
-            few channels), which keep their input, let the next adapted layer make its own input from that again.
+        model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, such as timm's. It is changed in place.
+        inplace_norm: Whether a frozen BatchNorm overwrites the output of the convolution before it, if no other layer
+            takes that output. Neither layer changes, so adapters stay valid without lean training. An output that the
+            model also stores as an attribute ends up normalised.
+        masks: One "byte" or one "bit" for each element. Bits take a little longer. "off" saves outputs instead.
+        recompute: Whether the next adapted layer recomputes the output of an adapted convolution from its saved input,
+            if that takes at most 96 products an element (depthwise, first and narrow convolutions).
 
     Returns:
-        The model. `undo_lean_training` makes it plain again.
+        The model. `undo_lean_training` restores it.
 
     Raises:
-        ValueError: `masks` is unknown, or the model does not run on images, so that what could be folded is not seen.
+        ValueError: If `masks` is unknown, or if `inplace_norm` is set and the model does not run on the meta device.
     """
     if masks not in get_args(Masks):
         raise ValueError(f"masks is {masks!r}, expected one of: {', '.join(get_args(Masks))}")
-    taken_by = _consumers(model, is_needed=inplace_norm)
+    try:
+        consumers = find_consumers(model)
+    except Exception as error:
+        if inplace_norm:
+            raise ValueError(
+                f"inplace_norm=True needs to see which layer takes which output, and {type(model).__name__} does not "
+                f"run on the meta device ({type(error).__name__}: {error}): leave inplace_norm out"
+            ) from error
+        # Activations then save a mask even where the next layer saves their output.
+        consumers = {}
     undo_lean_training(model)
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]
-    slots = {name: ModuleRef(model, name) for name, _ in model.named_modules()}
-    for name, names in taken_by.items():
-        layer = slots[name].module
-        if isinstance(layer, LeanClippedActivation):
-            layer.consumers = tuple(slots[consumer] for consumer in names if consumer in slots)
-            layer.feeds_product = PRODUCT in names
-    for module in model.modules():
+    refs = {name: ModuleRef(model, name) for name, _ in model.named_modules()}
+    for name, module in model.named_modules():
         if isinstance(module, LeanClippedActivation):
             module.masks = masks
+            module.consumers = tuple(refs[consumer] for consumer in consumers.get(name, ()) if consumer in refs)
+            module.feeds_product = PRODUCT in consumers.get(name, ())
         elif isinstance(module, LeanConvolution):
             module.recompute = recompute
-    for pair in _inplace_pairs(model, taken_by, slots) if inplace_norm else ():
-        base_layer(pair.conv.module).inplace_pair = pair
+    if inplace_norm:
+        for conv, pair in _find_inplace_norms(model, consumers, refs):
+            conv.inplace_norm = pair
     return model
 
 
 def undo_lean_training(model: Model) -> Model:
-    """Makes the lean layers of a model plain again, and returns it."""
+    """Restore the plain layers of a model in place, and return the model.
+
+    >>> model = prepare_model_for_lean_training(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
+    >>> undo_lean_training(model)
+    Sequential(
+      (0): Conv2d(3, 8, kernel_size=(1, 1), stride=(1, 1))
+      (1): ReLU()
+    )
+    """
     for module in model.modules():
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]
-            for name in _ADDED:
+            for name in _LEAN_ATTRIBUTES:
                 vars(module).pop(name, None)
     return model
 
 
-def _consumers(model: nn.Module, *, is_needed: bool) -> Mapping[str, list[str]]:
-    try:
-        return consumers(model)
-    except Exception as error:
-        if is_needed:
-            raise ValueError(
-                f"inplace_norm=True needs to see which layer takes which output, and {type(model).__name__} does not run "
-                f"on images of shapes alone ({type(error).__name__}: {error}): leave inplace_norm out"
-            ) from error
-        # Without, activations keep masks also where the next layer keeps their output.
-        return {}
-
-
-def _inplace_pairs(
-    model: nn.Module, taken_by: Mapping[str, list[str]], slots: Mapping[str, ModuleRef]
-) -> Iterator[InplaceNorm]:
-    """The convolutions whose output one norm takes and nothing else, and whose output is all that the norm takes."""
-    inputs = Counter(consumer for names in taken_by.values() for consumer in names)
-    # Other ways to run it take what this one does not.
-    others = [consumers(model, training=True)]
+def _find_inplace_norms(
+    model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
+) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
+    """Yield each convolution whose output goes to one norm only, and is the only input of that norm."""
+    num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
+    # In training, and in timm's `forward_intermediates`, other layers may take the output.
+    other_runs = [find_consumers(model, training=True)]
     if hasattr(model, "forward_intermediates"):
         with suppress(Exception):  # another method of that name
-            others.append(consumers(model, intermediates=True))
-    # Which of these copies runs depends on the active adapter.
-    switched = tuple(f"{n}." for n, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper))
-    for name, names in taken_by.items():
-        is_alone = len(names) == 1 == inputs[names[0]] and all(other.get(name, names) == names for other in others)
-        if is_alone and names[0] in slots and not names[0].startswith(switched) and not name.startswith(switched):
-            conv, norm = base_layer(slots[name].module), base_layer(slots[names[0]].module)
-            if isinstance(conv, LeanConvolution) and isinstance(norm, LeanBatchNorm):
-                yield InplaceNorm(slots[name], slots[names[0]])
+            other_runs.append(find_consumers(model, intermediates=True))
+    # PEFT's wrappers hold several copies of a layer, and the active adapter decides which one runs.
+    wrapped = tuple(
+        f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
+    )
+    for name, names in consumers.items():
+        is_pair = len(names) == 1 == num_inputs[names[0]] and all(run.get(name, names) == names for run in other_runs)
+        if not is_pair or names[0] not in refs or name.startswith(wrapped) or names[0].startswith(wrapped):
+            continue
+        pair = InplaceNorm(refs[name], refs[names[0]])
+        conv, norm = (base_layer(model.get_submodule(path)) for path in (name, names[0]))
+        if isinstance(conv, LeanConvolution) and isinstance(norm, LeanBatchNorm):
+            yield conv, pair
 
 
 def lean_summary(model: nn.Module) -> str:
-    """A table of the layers of a model by kind, with what they keep for the backward pass as things stand.
+    """Return a table of a model's layers by kind, with what each saves for the backward pass in its present state.
 
-    Layers that `prepare_model_for_lean_training` does not know have "what torch keeps", with the name of the first one.
+    "what torch keeps" marks layers that are not lean, with the name of the first one of their kind.
 
-    Args:
-        model: with adapters or without, lean or plain.
+    >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
+    >>> print(lean_summary(prepare_model_for_lean_training(model)))
+        1  Conv2d   nothing of its input
+        1  Flatten  what torch keeps, such as 2
+        1  ReLU     a byte for each element
     """
     rows: Counter[tuple[str, str]] = Counter()
     first: dict[tuple[str, str], str] = {}
-    folded = {base_layer(layers[1]) for pair in inplace_norms(model) if (layers := pair.layers()) is not None}
-    for name, layer in _layers(model):
+    inplace = {base_layer(layers[1]) for pair in inplace_norms(model) if (layers := pair.layers()) is not None}
+    for name, layer in _summary_layers(model):
         base = base_layer(layer)
         kind = PLAIN.get(type(base), type(base)).__name__
-        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer, folded))
+        row = (f"{kind} in {type(layer).__name__}" if layer is not base else kind, _kept(layer, inplace))
         rows[row] += 1
         first.setdefault(row, name)
     width = max(len(kind) for kind, _ in rows)
@@ -240,18 +160,19 @@ def lean_summary(model: nn.Module) -> str:
 _UNKNOWN = "what torch keeps"
 
 
-def _layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    """Yield the names and layers of a model: adapted layers, norms, and modules without children."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         base = base_layer(child)
-        is_layer = child is not base or isinstance(base, _BatchNorm) or not any(True for _ in base.children())
+        is_layer = child is not base or isinstance(base, BatchNorm) or not any(True for _ in base.children())
         if is_layer and not isinstance(child, nn.Identity):
             yield path, child
-        # A norm of timm's has an activation inside; of an adapted layer only that is another layer.
-        yield from _layers(base, f"{path}.")
+        # timm's norms contain an activation. Other modules inside an adapted layer belong to the adapter.
+        yield from _summary_layers(base, f"{path}.")
 
 
-def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
+def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
     base = base_layer(layer)
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()
@@ -261,4 +182,82 @@ def _kept(layer: nn.Module, folded: Collection[nn.Module]) -> str:
         return _UNKNOWN
     if keeps_input:
         return "its input"
-    return "nothing, and works in place" if base in folded else "nothing of its input"
+    return "nothing, and works in place" if base in inplace else "nothing of its input"
+
+
+PRODUCT = "*"
+"""The name of a consumer that is a product outside of any layer."""
+FUNCTION = ""
+"""The name of any other consumer outside of a layer: a function, or the caller of the model.
+
+It is also the model's name in `named_modules`, so such an output counts as saved while anything in the model trains.
+"""
+
+_PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
+
+
+def find_consumers(model: nn.Module, *, training: bool = False, intermediates: bool = False) -> Mapping[str, list[str]]:
+    """Run a copy of the model on the meta device, and return the consumers of each layer's output.
+
+    A layer is a module without children, a norm, or an adapted layer. Each use of an output is one entry: the name of a
+    layer, `PRODUCT` or `FUNCTION`. The output of a norm with an activation inside counts as the activation's. With
+    `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
+    """
+    traced = copy.deepcopy(model).to("meta").train(training)
+    trace = _Trace()
+    for name, module in traced.named_modules():
+        # An identity returns its input.
+        is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
+        if is_leaf or isinstance(module, (BatchNorm, BaseTunerLayer)):
+            module.register_forward_pre_hook(trace.enter(name), with_kwargs=True)
+            module.register_forward_hook(trace.leave(name), always_call=True)
+    size = (getattr(traced, "pretrained_cfg", None) or {}).get("input_size")
+    if size is None:
+        conv = next(module for module in traced.modules() if isinstance(module, ConvolutionBase))
+        size = (conv.in_channels, *[224] * len(conv.kernel_size))
+    images = torch.empty(2, *size, device="meta", dtype=next(traced.parameters()).dtype)
+    forward = traced.forward_intermediates if intermediates else traced
+    with torch.no_grad(), trace:
+        trace.consume(forward(images), FUNCTION)  # type: ignore[operator]
+    return trace.consumers
+
+
+class _Trace(TorchFunctionMode):
+    """Marks each layer's output with the layer's name, and notes which layer or function receives a marked tensor."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.consumers: defaultdict[str, list[str]] = defaultdict(list)
+        self._running: list[str] = []
+
+    def consume(self, values: object, consumer: str) -> None:
+        for value in leaves(values):
+            if isinstance(value, Tensor) and (producer := getattr(value, "_made_by", None)) is not None:
+                self.consumers[producer].append(consumer)
+
+    def enter(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, kwargs: object) -> None:
+            self.consume((args, kwargs), name)
+            self._running.append(name)
+
+        return hook
+
+    def leave(self, name: str) -> Callable[[nn.Module, object, object], None]:
+        def hook(module: nn.Module, args: object, output: object) -> None:
+            self._running.pop()
+            # The activation inside a norm has marked its output already.
+            has_activation = isinstance(base_layer(module), BatchNorm)
+            is_marked = has_activation and (getattr(output, "_made_by", None) or "").startswith(f"{name}.")
+            if isinstance(output, Tensor) and not is_marked:
+                output._made_by = name  # type: ignore[attr-defined]
+
+        return hook
+
+    def __torch_function__(
+        self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
+    ) -> object:
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, Tensor) and not self._running:
+            self.consume((args, kwargs), PRODUCT if func.__name__ in _PRODUCTS else FUNCTION)
+            result._made_by = None  # type: ignore[attr-defined]
+        return result

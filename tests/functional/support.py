@@ -1,4 +1,4 @@
-"""Layers in tensors alone, for the tests of the low-rank convolution."""
+"""Random tensors of convolution layers, for the tests of the low-rank convolution."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peft_edge.functional.convolution import Geometry
-from peft_edge.functional.lowrank import Route, lowrank_conv2d
+from peft_edge.functional.lowrank import GradientRoute, lowrank_conv2d
 
 
 class Case(NamedTuple):
-    """Tensors of a layer of four channels, at double precision; all but the weight are trained."""
+    """Tensors of a layer with four input channels; all but the weight train."""
 
     geometry: Geometry
     x: Tensor
@@ -23,7 +23,7 @@ class Case(NamedTuple):
     magnitude: Tensor
     bias: Tensor
 
-    def run(self, *, dora: bool = False, route: Route | None = None) -> Tensor:
+    def run(self, *, dora: bool = False, route: GradientRoute | None = None) -> Tensor:
         geometry, x, weight, lora_a, lora_b, magnitude, bias = self
         return lowrank_conv2d(
             x, weight, lora_a, lora_b, 0.7, geometry=geometry, bias=bias, route=route,
@@ -31,7 +31,7 @@ class Case(NamedTuple):
         )  # fmt: skip
 
     def composed(self, *, dora: bool = False) -> Tensor:
-        """The same by autograd's own convolution."""
+        """Return the same as `run`, with autograd's backward pass."""
         rows = self.weight.flatten(1) + 0.7 * self.lora_b.flatten(1) @ self.lora_a.flatten(1)
         if dora:
             rows = rows * (self.magnitude.flatten() / rows.detach().norm(dim=1)).unsqueeze(1)
@@ -54,7 +54,7 @@ KINDS: dict[str, tuple[int, tuple[int, ...], Geometry]] = {
 
 
 def make_case(kind: str, dtype: torch.dtype = torch.float64, size: int = 6, **trained: bool) -> Case:
-    """Random tensors of a kind of layer, at rank 3; `trained` names what is not."""
+    """Return random tensors of a kind of layer, with rank 3. Pass `name=False` to freeze a tensor."""
     channels, kernel, geometry = KINDS[kind]
 
     def tensor(*shape: int) -> Tensor:
@@ -76,6 +76,6 @@ def make_case(kind: str, dtype: torch.dtype = torch.float64, size: int = 6, **tr
 
 
 def gradients_of(y: Tensor, case: Case) -> list[Tensor | None]:
-    """The gradients of all that is trained, in the order of the case."""
+    """Return the gradients of all trained tensors, in the order of the case."""
     wanted = [value for value in case[1:] if value.requires_grad]
     return list(torch.autograd.grad(y.square().sum(), wanted, allow_unused=True))

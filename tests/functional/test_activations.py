@@ -1,9 +1,4 @@
-"""Masks against indexing.
-
-Lean activations against torch's, and what they keep by counting bytes.
-
-The gated map against a plain product, and what it keeps.
-"""
+"""Test the activations and gates against torch's, and what they save for the backward pass."""
 
 from __future__ import annotations
 
@@ -17,8 +12,8 @@ from torch import Tensor
 from peft_edge.functional import activations
 from peft_edge.functional.activations import (
     clipped_activation,
-    gated,
-    is_dense,
+    gated_product,
+    has_standard_layout,
     make_mask,
     mask_gradient,
     smooth_activation,
@@ -31,7 +26,7 @@ SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
 @pytest.mark.parametrize("size", SIZES, ids=str)
 @pytest.mark.parametrize("packed", [True, False], ids=["bit", "byte"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-def test_the_gradient_stays_where_the_mask_is_set(
+def test_mask_gradient_keeps_the_gradient_where_the_mask_is_set(
     size: tuple[int, ...], packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "_CACHED_ELEMENTS", 1000)
@@ -46,7 +41,7 @@ def test_the_gradient_stays_where_the_mask_is_set(
 
 
 @pytest.mark.parametrize("packed", [True, False], ids=["bit", "byte"])
-def test_the_mask_is_in_the_order_of_the_memory(packed: bool) -> None:
+def test_mask_follows_the_memory_order_of_channels_last(packed: bool) -> None:
     x = torch.randn(2, 5, 6, 3).to(memory_format=torch.channels_last)
     gradient = torch.randn(2, 5, 6, 3).to(memory_format=torch.channels_last)
     expected = torch.where(x > 0, gradient, torch.zeros(()))
@@ -56,23 +51,23 @@ def test_the_mask_is_in_the_order_of_the_memory(packed: bool) -> None:
     assert torch.equal(gradient, expected)
 
 
-def test_where_nothing_passes_an_infinite_gradient_ends() -> None:
+def test_masked_infinite_gradients_become_zero() -> None:
     gradient = torch.tensor([float("inf"), float("nan"), float("inf")])
     mask = make_mask(torch.tensor([1.0, -1.0, -1.0]), lambda part: part > 0, packed=True)
 
     assert mask_gradient(gradient, mask, torch.empty(3)).tolist() == [float("inf"), 0.0, 0.0]
 
 
-def test_dense_is_what_leaves_no_gaps_in_the_memory() -> None:
+def test_has_standard_layout_rejects_gaps_and_permutations() -> None:
     x = torch.zeros(2, 4, 6, 8)
 
-    assert is_dense(x)
-    assert is_dense(x.to(memory_format=torch.channels_last))
-    assert is_dense(torch.zeros(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d))
-    assert is_dense(torch.zeros(()))
-    assert not is_dense(x[:, :2])
-    assert not is_dense(x.permute(1, 0, 2, 3))
-    assert not is_dense(torch.zeros(1).expand(4))
+    assert has_standard_layout(x)
+    assert has_standard_layout(x.to(memory_format=torch.channels_last))
+    assert has_standard_layout(torch.zeros(2, 3, 4, 5, 6).to(memory_format=torch.channels_last_3d))
+    assert has_standard_layout(torch.zeros(()))
+    assert not has_standard_layout(x[:, :2])
+    assert not has_standard_layout(x.permute(1, 0, 2, 3))
+    assert not has_standard_layout(torch.zeros(1).expand(4))
 
 
 CLIPPED = {
@@ -88,8 +83,7 @@ KEPT = ["output", "byte", "bit"]
 
 def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor]:
     leaf = x.clone().requires_grad_()
-    # A product before it, so that in-place forms have something to overwrite, and one after, so that the gradient is
-    # nobody else's.
+    # The product before it is a tensor to overwrite. The product after it makes a gradient that nothing else holds.
     y = function(leaf * 1)
     (y * seed).sum().backward()
     return y.detach(), leaf.grad
@@ -99,13 +93,13 @@ def gradient_of(function: Callable[[Tensor], Tensor], x: Tensor, seed: Tensor) -
 @pytest.mark.parametrize("keep", KEPT)
 @pytest.mark.parametrize("inplace", [True, False])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
-def test_clipped_activations_are_torchs_to_the_bit(
+def test_clipped_activations_are_bit_identical_to_torch(
     name: str, keep: str, inplace: bool, memory_format: torch.memory_format
 ) -> None:
     plain, upper = CLIPPED[name]
-    # Whole numbers among them, so that both ends of the line are met exactly.
+    # Whole numbers hit both ends of the range exactly.
     x = (5 * torch.randn(3, 5, 7, 9)).round(decimals=0).to(memory_format=memory_format)
-    seed = torch.randn(x.shape)  # contiguous: not the format of x
+    seed = torch.randn(x.shape)  # contiguous, unlike x
     expected = gradient_of(plain, x, seed)
 
     found = gradient_of(
@@ -119,7 +113,7 @@ def test_clipped_activations_are_torchs_to_the_bit(
 
 
 @pytest.mark.parametrize("name", SMOOTH)
-def test_smooth_activations_are_torchs_to_the_bit(name: str) -> None:
+def test_smooth_activations_are_bit_identical_to_torch(name: str) -> None:
     plain, backward = SMOOTH[name]
     x, seed = 3 * torch.randn(3, 5, 7, 9), torch.randn(3, 5, 7, 9)
 
@@ -132,7 +126,7 @@ def test_smooth_activations_are_torchs_to_the_bit(name: str) -> None:
 
 
 @pytest.mark.parametrize("keep", KEPT)
-def test_clipped_activations_can_be_differentiated_twice(keep: str) -> None:
+def test_clipped_activations_have_second_derivatives(keep: str) -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:
@@ -142,7 +136,7 @@ def test_clipped_activations_can_be_differentiated_twice(keep: str) -> None:
     assert torch.autograd.gradgradcheck(function, x)
 
 
-def test_smooth_activations_can_be_differentiated_twice() -> None:
+def test_smooth_activations_have_second_derivatives() -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:
@@ -153,7 +147,7 @@ def test_smooth_activations_can_be_differentiated_twice() -> None:
 
 
 @pytest.mark.parametrize(("keep", "bits"), [("output", 32), ("byte", 8), ("bit", 1)])
-def test_what_a_clipped_activation_keeps(keep: str, bits: int) -> None:
+def test_clipped_activation_saves_the_bits_it_claims(keep: str, bits: int) -> None:
     x = torch.randn(4, 8, 10, 10, requires_grad=True)
 
     y = clipped_activation(x, F.relu, upper=float("inf"), keep=keep)
@@ -162,7 +156,7 @@ def test_what_a_clipped_activation_keeps(keep: str, bits: int) -> None:
     assert 8 * kept.numel() * kept.element_size() == bits * x.numel()
 
 
-def test_an_output_with_gaps_is_kept_itself() -> None:
+def test_output_with_gaps_is_saved_without_a_mask() -> None:
     x = torch.randn(4, 8, 10, 10)
     seed = torch.randn(4, 4, 10, 10)
     expected = gradient_of(lambda x: F.relu(x[:, ::2]), x, seed)
@@ -180,7 +174,7 @@ def test_an_output_with_gaps_is_kept_itself() -> None:
 
 
 @pytest.mark.parametrize("keep", KEPT)
-def test_a_gradient_that_others_hold_is_left_alone(keep: str) -> None:
+def test_gradient_held_by_a_hook_is_not_overwritten(keep: str) -> None:
     x, held = torch.randn(64, requires_grad=True), []
 
     y = clipped_activation(x * 1, F.relu, upper=float("inf"), keep=keep)
@@ -195,33 +189,33 @@ def activated(x: Tensor) -> Tensor:
     return smooth_activation(x, F.silu, torch.ops.aten.silu_backward)
 
 
-def test_output_and_gradients_are_those_of_the_product() -> None:
+def test_gated_product_has_output_and_gradients_of_the_product() -> None:
     x = torch.randn(2, 3, 4, 4, dtype=torch.float64, requires_grad=True)
     gate = torch.randn(2, 3, 1, 1, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor, gate: Tensor) -> Tensor:
-        return gated(activated(x * 1), gate).square()
+        return gated_product(activated(x * 1), gate).square()
 
     torch.testing.assert_close(function(x, gate), (F.silu(x) * gate).square())
     assert torch.autograd.gradcheck(function, (x, gate))
     assert torch.autograd.gradgradcheck(function, (x, gate))
 
 
-def test_of_an_activation_only_its_input_is_kept() -> None:
+def test_gated_product_of_an_activation_saves_the_input_of_the_activation() -> None:
     x, gate = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)
     y = activated(x)
 
-    product = gated(y, gate)
+    product = gated_product(y, gate)
 
     assert {tensor.data_ptr() for tensor in product.grad_fn.saved_tensors} == {x.data_ptr(), gate.data_ptr()}
-    make, ingredients, _ = get_recompute(product)
-    assert {tensor.data_ptr() for tensor in ingredients} == {x.data_ptr(), gate.data_ptr()}
-    assert torch.equal(make(*ingredients), product)
+    function, inputs, _ = get_recompute(product)
+    assert {tensor.data_ptr() for tensor in inputs} == {x.data_ptr(), gate.data_ptr()}
+    assert torch.equal(function(*inputs), product)
 
 
-def test_what_is_no_activation_is_kept_itself() -> None:
+def test_gated_product_of_another_tensor_saves_the_tensor() -> None:
     x, gate = torch.randn(2, 3, 4, 4, requires_grad=True), torch.randn(2, 3, 1, 1, requires_grad=True)
 
-    product = gated(x, gate)
+    product = gated_product(x, gate)
 
     assert {tensor.data_ptr() for tensor in product.grad_fn.saved_tensors} == {x.data_ptr(), gate.data_ptr()}

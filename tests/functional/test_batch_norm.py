@@ -1,4 +1,4 @@
-"""The frozen and the synchronised normalisation against the plain one."""
+"""Test frozen and synchronised batch normalisation against torch's."""
 
 from __future__ import annotations
 
@@ -26,10 +26,10 @@ from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batc
         ((2, 12, 3, 4, 5), torch.channels_last_3d, torch.float32),
     ],
 )
-def test_frozen_normalisation_is_the_plain_one_to_the_bit(
+def test_frozen_batch_norm_is_bit_identical_to_torch(
     shape: tuple[int, ...], memory_format: torch.memory_format, dtype: torch.dtype, affine: bool, inplace: bool
 ) -> None:
-    # Half precision has statistics of full precision, as under autocast.
+    # Half precision uses statistics in full precision, as under autocast.
     precise = torch.float32 if dtype == torch.bfloat16 else dtype
     mean, var, weight, bias = torch.randn(4, 12, dtype=precise)
     values = mean, var.abs(), *((weight, bias) if affine else (None, None))
@@ -63,7 +63,7 @@ def _batch_norm_in_two_processes(
 
 @pytest.mark.distributed
 def test_two_processes_normalise_like_one_with_the_whole_batch() -> None:
-    # A large mean beside a small deviation shows lost digits.
+    # A mean much larger than the deviation reveals lost digits.
     x = torch.randn(8, 4, 3, 3, dtype=torch.float64) + 1e3
     target = torch.randn_like(x)
     with socket.socket() as free:

@@ -1,7 +1,4 @@
-"""Convolutions with plain geometry against torch's layers, and their gradients against autograd's.
-
-The kernel arithmetic against convolutions.
-"""
+"""Test convolutions against torch's layers, and their gradients against autograd's."""
 
 from __future__ import annotations
 
@@ -9,21 +6,16 @@ from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 
 from peft_edge.functional.convolution import (
     Geometry,
-    as_kernel,
-    as_matrix,
     convolution,
-    dora_scale,
     frozen_convolution,
     input_gradient,
     kernel_gradient,
-    lowrank_kernel,
     pad,
 )
 from peft_edge.profiling import FlopCounter, MemoryTracker
@@ -54,7 +46,7 @@ def _input(conv: nn.Module, **options: object) -> Tensor:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", CONVS)
-def test_padding_and_geometry_are_the_layers(kind: str) -> None:
+def test_pad_and_convolution_equal_the_layer(kind: str) -> None:
     conv = CONVS[kind]().double()
     x = _input(conv, dtype=torch.float64)
 
@@ -67,7 +59,7 @@ def _arguments(conv: nn.Module, x: Tensor) -> tuple[Tensor, Tensor, Tensor | Non
 
 
 @pytest.mark.parametrize("kind", ["dense", "same", "valid", "pointwise", "conv1d"])
-def test_plain_zero_padding_copies_nothing(kind: str) -> None:
+def test_pad_returns_the_input_for_zero_padding(kind: str) -> None:
     conv = CONVS[kind]()
     x = _input(conv)
 
@@ -75,7 +67,7 @@ def test_plain_zero_padding_copies_nothing(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", CONVS)
-def test_gradients_are_autograds(kind: str) -> None:
+def test_gradients_equal_autograd(kind: str) -> None:
     conv = CONVS[kind]().double()
     x, weight, bias, geometry = _arguments(conv, _input(conv, dtype=torch.float64))
     x = x.detach().requires_grad_()
@@ -119,7 +111,7 @@ def test_first_and_second_derivatives_equal_finite_differences(kind: str) -> Non
 
 @pytest.mark.parametrize("kind", ["dense", "pointwise", "depthwise"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_format_stays(kind: str, memory_format: torch.memory_format) -> None:
+def test_memory_format_is_preserved(kind: str, memory_format: torch.memory_format) -> None:
     conv = CONVS[kind]().to(memory_format=memory_format)
     x = _input(conv).to(memory_format=memory_format).requires_grad_()
 
@@ -131,7 +123,7 @@ def test_memory_format_stays(kind: str, memory_format: torch.memory_format) -> N
 
 
 @pytest.mark.parametrize("inside", [False, True])
-def test_autocast(inside: bool) -> None:
+def test_autocast_runs_in_half_precision(inside: bool) -> None:
     conv = CONVS["dense"]()
     x = _input(conv, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
@@ -153,25 +145,25 @@ class _Frozen(nn.Module):
         self.conv = conv.requires_grad_(False)
 
     def forward(self, x: Tensor) -> Tensor:
-        # Not the model's input: that one is the caller's, and stays.
+        # A new tensor, because the caller keeps the model's input alive.
         return frozen_convolution(*_arguments(self.conv, x * 2))
 
 
-def test_input_is_not_kept() -> None:
+def test_frozen_convolution_does_not_save_its_input() -> None:
     model, x = _Frozen(CONVS["pointwise"]()), torch.randn(2, 4, 9, 9, requires_grad=True)
     with MemoryTracker(model, inputs=x) as tracker:
         model(x).sum().backward()
 
     memory = tracker.result()
     y_bytes, scalar_bytes = 2 * 6 * 9 * 9 * 4, 4
-    # The sum's input is its output's shape alone, so that what is left at the end of the forward pass is x and y.
+    # The backward pass of a sum needs only the shape of its input, so only x and y are alive after the forward pass.
     assert memory.forward_end["activations"] <= x.nbytes + y_bytes + scalar_bytes
-    # The gradients of y and of the doubled x, and one gradient that has just become another.
+    # The gradients of y and of the doubled x, and one temporary gradient.
     assert memory.peak_bytes <= memory.start_bytes + 2 * x.nbytes + y_bytes + 100
 
 
 @pytest.mark.parametrize("kind", ["strided", "depthwise"])
-def test_flops_of_the_backward_are_those_of_the_forward(kind: str) -> None:
+def test_backward_flops_equal_forward_flops(kind: str) -> None:
     model, x = _Frozen(CONVS[kind]()), torch.randn(2, 4, 9, 8, requires_grad=True)
     with FlopCounter(model) as counter:
         model(x).sum().backward()
@@ -181,7 +173,7 @@ def test_flops_of_the_backward_are_those_of_the_forward(kind: str) -> None:
 
 
 @pytest.mark.parametrize("kind", ["strided", "depthwise", "conv3d"])
-def test_fake_tensors(kind: str) -> None:
+def test_fake_tensors_have_the_shapes_of_real_ones(kind: str) -> None:
     conv = CONVS[kind]()
     x = _input(conv)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
@@ -193,7 +185,7 @@ def test_fake_tensors(kind: str) -> None:
 
 
 @pytest.mark.slow
-def test_compiles_and_exports_as_one_graph() -> None:
+def test_frozen_convolution_compiles_and_exports_as_one_graph() -> None:
     model, x = _Frozen(CONVS["depthwise"]()), torch.randn(2, 4, 9, 8, requires_grad=True)
     expected = model(x)
 
@@ -204,68 +196,3 @@ def test_compiles_and_exports_as_one_graph() -> None:
     torch.testing.assert_close(*grads)
     program = torch.export.export(model, (x.detach(),))
     torch.testing.assert_close(program.module()(x.detach()), expected)
-
-
-FORMATS = [
-    (torch.Size([8, 3, 2, 5]), torch.contiguous_format),
-    (torch.Size([8, 3, 2, 5]), torch.channels_last),
-    (torch.Size([8, 3, 2, 5, 4]), torch.channels_last_3d),
-]
-
-
-def test_dense_kernel_is_the_chain_of_two_convolutions() -> None:
-    x, a, b = (torch.randn(shape, dtype=torch.float64) for shape in [(2, 3, 9, 9), (4, 3, 3, 3), (8, 4, 1, 1)])
-
-    kernel = lowrank_kernel(a, b, 0.5, torch.Size([8, 3, 3, 3]))
-
-    torch.testing.assert_close(F.conv2d(x, kernel, stride=2), 0.5 * F.conv2d(F.conv2d(x, a, stride=2), b))
-
-
-def test_depthwise_kernel_mixes_shared_spatial_kernels() -> None:
-    a, b = torch.randn(2, 1, 3, 3), torch.randn(6, 2, 1, 1)
-
-    kernel = lowrank_kernel(a, b, 2.0, torch.Size([6, 1, 3, 3]))
-
-    for channel in range(6):
-        expected = 2.0 * (b[channel, 0] * a[0] + b[channel, 1] * a[1])
-        torch.testing.assert_close(kernel[channel], expected)
-
-
-@pytest.mark.parametrize(("shape", "memory_format"), FORMATS)
-def test_a_kernel_comes_in_the_memory_format_of_another(shape: torch.Size, memory_format: torch.memory_format) -> None:
-    a, b = torch.randn(4, *shape[1:]), torch.randn(8, 4, *[1] * (len(shape) - 2))
-
-    kernel = lowrank_kernel(a, b, 0.5, shape, memory_format)
-
-    assert kernel.is_contiguous(memory_format=memory_format)
-    torch.testing.assert_close(kernel, 0.5 * torch.einsum("or,r...->o...", b.flatten(1), a))
-
-
-@pytest.mark.parametrize(("shape", "memory_format"), FORMATS)
-def test_a_kernel_and_its_matrix_are_views_of_each_other(shape: torch.Size, memory_format: torch.memory_format) -> None:
-    kernel = torch.randn(shape).to(memory_format=memory_format)
-
-    matrix = as_matrix(kernel, memory_format)
-
-    assert matrix.shape == (8, kernel[0].numel())
-    assert matrix.data_ptr() == kernel.data_ptr()
-    assert torch.equal(as_kernel(matrix, shape, memory_format), kernel)
-
-
-def test_dora_scale_gives_each_channel_its_length_and_no_gradient_to_the_norm() -> None:
-    kernel = torch.randn(5, 3, 2, 2, requires_grad=True)
-    magnitude = torch.rand(1, 5, 1, 1, requires_grad=True)
-
-    scaled = kernel * dora_scale(kernel, magnitude)
-    scaled.sum().backward()
-
-    torch.testing.assert_close(scaled.flatten(1).norm(dim=1), magnitude.flatten())
-    length = kernel.detach().flatten(1).norm(dim=1)
-    torch.testing.assert_close(kernel.grad, (magnitude.flatten() / length).view(5, 1, 1, 1).expand_as(kernel).detach())
-    torch.testing.assert_close(magnitude.grad.flatten(), kernel.detach().flatten(1).sum(1) / length)
-
-
-def test_dora_scale_keeps_a_zero_channel_zero() -> None:
-    kernel = torch.zeros(2, 3, 1, 1)
-
-    assert (kernel * dora_scale(kernel, torch.zeros(2)) == 0).all()

@@ -1,4 +1,4 @@
-"""The low-rank convolution under autocast, checkpointing, fake tensors, compilers and exporters."""
+"""Test the low-rank convolution with autocast, checkpointing, fake tensors, compilers and exporters."""
 
 from __future__ import annotations
 
@@ -11,18 +11,20 @@ from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.utils.checkpoint import checkpoint
 
-from peft_edge.functional.lowrank import Route
+from peft_edge.functional.lowrank import GradientRoute
 from peft_edge.profiling import FlopCounter
 from tests.functional.support import Case, gradients_of, make_case
 
 
-@pytest.mark.parametrize("route", ["project", "factor"])
+@pytest.mark.parametrize("route", ["full_kernel", "low_rank"])
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
-def test_memory_format_stays_whatever_thegradients_of(memory_format: torch.memory_format, route: Route) -> None:
+def test_memory_format_is_preserved_for_a_contiguous_gradient(
+    memory_format: torch.memory_format, route: GradientRoute
+) -> None:
     case = make_case("dense", torch.float32)
     x = case.x.detach().to(memory_format=memory_format).requires_grad_()
     y = case._replace(x=x).run(route=route)
-    # That of a pooled map is contiguous or without extent.
+    # The gradient of a pooled map is contiguous, or expanded without strides.
     (grad,) = torch.autograd.grad(y.mean((2, 3)).sum(), x)
 
     assert y.is_contiguous(memory_format=memory_format)
@@ -31,8 +33,8 @@ def test_memory_format_stays_whatever_thegradients_of(memory_format: torch.memor
 
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("trains_a", [False, True])
-@pytest.mark.parametrize("route", ["project", "factor"])
-def test_autocast(route: Route, trains_a: bool, inside: bool) -> None:
+@pytest.mark.parametrize("route", ["full_kernel", "low_rank"])
+def test_autocast_gradients_are_close_to_single_precision(route: GradientRoute, trains_a: bool, inside: bool) -> None:
     case = make_case("dense", torch.float32, lora_a=trains_a, magnitude=False)
     expected = gradients_of(case.run(), case)
     with torch.autocast("cpu", torch.bfloat16):
@@ -46,23 +48,23 @@ def test_autocast(route: Route, trains_a: bool, inside: bool) -> None:
         assert (gradient - wanted).norm() < 0.03 * wanted.norm()
 
 
-def test_half_precision_layer_with_full_precision_adapter() -> None:
+def test_half_precision_layer_takes_a_single_precision_adapter() -> None:
     case = make_case("dense", torch.float32)
     half = case._replace(**{name: getattr(case, name).detach().bfloat16() for name in ("x", "weight", "bias")})
 
-    for route in ("project", "factor"):
+    for route in ("full_kernel", "low_rank"):
         y = half.run(route=route)
         grads = torch.autograd.grad(y.sum(), [case.lora_a, case.lora_b])
         assert (y.dtype, {grad.dtype for grad in grads}) == (torch.bfloat16, {torch.float32})
 
 
-def test_half_precision_layer_and_adapter_with_full_precision_factors() -> None:
+def test_half_precision_layer_and_adapter_take_a_single_precision_magnitude() -> None:
     case = make_case("dense", torch.float32)
     names = ("x", "weight", "lora_a", "lora_b", "bias")
     half = case._replace(**{name: getattr(case, name).detach().bfloat16().requires_grad_() for name in names})
     half.weight.requires_grad_(False)
 
-    for dora, route in ((False, "project"), (False, "factor"), (True, "project")):
+    for dora, route in ((False, "full_kernel"), (False, "low_rank"), (True, "full_kernel")):
         y = half.run(dora=dora, route=route)
         grads = torch.autograd.grad(y.sum(), [half.lora_a, half.lora_b])
         assert {y.dtype, *(grad.dtype for grad in grads)} == {torch.bfloat16}
@@ -70,7 +72,7 @@ def test_half_precision_layer_and_adapter_with_full_precision_factors() -> None:
 
 @pytest.mark.parametrize("trains_a", [False, True])
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_gradient_checkpointing(use_reentrant: bool, trains_a: bool) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool, trains_a: bool) -> None:
     case = make_case("strided", lora_a=trains_a, magnitude=False)
     expected = gradients_of(case.run(), case)
 
@@ -81,7 +83,7 @@ def test_gradient_checkpointing(use_reentrant: bool, trains_a: bool) -> None:
 
 
 @pytest.mark.parametrize("kind", ["strided", "depthwise"])
-def test_fake_tensors(kind: str) -> None:
+def test_fake_tensors_have_the_shapes_of_real_ones(kind: str) -> None:
     case = make_case(kind)
     with FakeTensorMode() as mode:
         fake = Case(case.geometry, *[mode.from_tensor(value) for value in case[1:]])
@@ -101,7 +103,7 @@ class _Layer(nn.Module):
         return self.case._replace(x=x, lora_a=self.lora_a, lora_b=self.lora_b).run()
 
 
-def test_no_gradient_runs_one_convolution_as_plain_operators() -> None:
+def test_inference_runs_one_plain_convolution() -> None:
     case = make_case("dense", lora_a=False, magnitude=False, bias=False)
     with FlopCounter(_Layer(case)) as counter, torch.no_grad():
         y = case.run()
@@ -111,7 +113,7 @@ def test_no_gradient_runs_one_convolution_as_plain_operators() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit.trace", "ignore::torch.jit.TracerWarning")
-def test_a_trace_holds_plain_operators() -> None:
+def test_trace_contains_plain_operators_only() -> None:
     case = make_case("strided", bias=False, magnitude=False)
     x = case.x.detach()
 
@@ -124,7 +126,7 @@ def test_a_trace_holds_plain_operators() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["strided", "depthwise"])
 @pytest.mark.parametrize("trains_a", [False, True])
-def test_compiles_and_exports_as_one_graph(kind: str, trains_a: bool) -> None:
+def test_lowrank_convolution_compiles_and_exports_as_one_graph(kind: str, trains_a: bool) -> None:
     case = make_case(kind, magnitude=False, bias=False)
     model = _Layer(case)
     model.lora_a.requires_grad_(trains_a)

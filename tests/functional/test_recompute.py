@@ -1,7 +1,4 @@
-"""A recipe makes its tensor, or is not followed.
-
-A gradient counts as ours only where nothing else can see it.
-"""
+"""Test recomputed tensors, and that only gradients without another holder are overwritten."""
 
 from __future__ import annotations
 
@@ -19,130 +16,130 @@ from peft_edge.functional.batch_norm import frozen_batch_norm
 from peft_edge.functional.recompute import can_overwrite, get_recompute, set_recompute
 
 
-def test_a_recipe_makes_the_tensor() -> None:
+def test_recompute_returns_the_tensor() -> None:
     x = torch.randn(4)
     y = set_recompute(x.exp(), get_recompute(x).then(torch.exp))
 
-    recipe = get_recompute(y)
+    recompute = get_recompute(y)
 
-    assert not recipe.is_plain
-    assert recipe.ingredients == (x,)
-    assert torch.equal(recipe.make(x), y)
-    assert torch.equal(recipe.then(torch.exp).make(x), y.exp())
+    assert not recompute.is_identity
+    assert recompute.inputs == (x,)
+    assert torch.equal(recompute.function(x), y)
+    assert torch.equal(recompute.then(torch.exp).function(x), y.exp())
 
 
-def test_a_tensor_without_one_is_its_own() -> None:
+def test_tensor_without_a_note_recomputes_to_itself() -> None:
     x = torch.randn(4)
 
-    assert get_recompute(x).is_plain
-    assert get_recompute(x).ingredients == (x,)
-    assert get_recompute(x).make(x) is x
+    assert get_recompute(x).is_identity
+    assert get_recompute(x).inputs == (x,)
+    assert get_recompute(x).function(x) is x
 
 
-def test_a_tensor_that_was_changed_is_its_own() -> None:
+def test_tensor_changed_in_place_loses_its_note() -> None:
     x = torch.randn(4)
     y = set_recompute(x.exp(), get_recompute(x).then(torch.exp))
     y.add_(1.0)
 
-    assert get_recompute(y).is_plain
-    assert get_recompute(y).ingredients[0] is y
+    assert get_recompute(y).is_identity
+    assert get_recompute(y).inputs[0] is y
 
 
-class _Ask(torch.autograd.Function):
-    """Passes on; its backward asks, and overwrites what it is told that it may overwrite."""
+class _CheckOverwrite(torch.autograd.Function):
+    """The identity. Its backward pass notes whether it can overwrite the gradient, and does so if it can."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, answers: list[bool]) -> Tensor:
-        ctx.answers = answers
+    def forward(ctx: Any, x: Tensor, results: list[bool]) -> Tensor:
+        ctx.results = results
         return x.clone()
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        is_ours = can_overwrite(gradient)
-        ctx.answers.append(is_ours)
-        return gradient.mul_(1) if is_ours else gradient * 1, None
+        overwrites = can_overwrite(gradient)
+        ctx.results.append(overwrites)
+        return gradient.mul_(1) if overwrites else gradient * 1, None
 
 
-def answers_of(function: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], x: Tensor, **options: Any) -> list:
-    answers: list[bool] = []
-    output = function(x, lambda tensor: _Ask.apply(tensor, answers))
-    output.square().sum().backward(**options)
-    return answers
+def can_overwrite_results(function: Callable[[Tensor, Callable[[Tensor], Tensor]], Tensor], x: Tensor) -> list[bool]:
+    results: list[bool] = []
+    output = function(x, lambda tensor: _CheckOverwrite.apply(tensor, results))
+    output.square().sum().backward()
+    return results
 
 
-def test_a_gradient_that_one_operator_has_made_for_us_is_ours() -> None:
+def test_gradient_of_a_single_branch_can_be_overwritten() -> None:
     x = torch.randn(3, requires_grad=True)
 
-    assert answers_of(lambda x, ask: ask(x).exp(), x) == [True]
+    assert can_overwrite_results(lambda x, check: check(x).exp(), x) == [True]
 
 
-def test_the_first_of_two_branches_shares_its_gradient() -> None:
+def test_first_of_two_branches_must_not_overwrite_the_shared_gradient() -> None:
     x = torch.randn(3, requires_grad=True)
 
-    first, second = answers_of(lambda x, ask: (ask(x) + ask(2 * x)).exp(), x)
+    first, second = can_overwrite_results(lambda x, check: (check(x) + check(2 * x)).exp(), x)
 
     assert not first
-    assert second  # the first one has let go of it
+    assert second  # the first branch has released it
 
 
 @pytest.mark.parametrize("keep", ["output", "byte", "bit"])
-def test_what_our_own_layers_pass_on_is_ours(keep: Kept) -> None:
+def test_gradients_from_our_layers_can_be_overwritten(keep: Kept) -> None:
     x, statistics = torch.randn(2, 4, 3, 3, requires_grad=True), torch.rand(4, 4)
 
-    def function(x: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-        y = ask(frozen_batch_norm(ask(x), *statistics, 1e-5))
+    def function(x: Tensor, check: Callable[[Tensor], Tensor]) -> Tensor:
+        y = check(frozen_batch_norm(check(x), *statistics, 1e-5))
         return clipped_activation(y, torch.relu, upper=float("inf"), keep=keep).exp()
 
-    assert answers_of(function, x) == [True, True]
+    assert can_overwrite_results(function, x) == [True, True]
 
 
-def test_views_of_one_storage_are_seen() -> None:
+def test_gradient_that_shares_its_storage_is_not_overwritten() -> None:
     x = torch.randn(3, requires_grad=True)
 
-    assert answers_of(lambda x, ask: torch.cat([ask(x), x]).exp(), x) == [False]
+    assert can_overwrite_results(lambda x, check: torch.cat([check(x), x]).exp(), x) == [False]
 
 
-def test_a_hook_that_keeps_the_gradient_is_seen() -> None:
+def test_gradient_held_by_a_hook_is_not_overwritten() -> None:
     kept = []
 
-    def function(x: Tensor, ask: Callable[[Tensor], Tensor]) -> Tensor:
-        y = ask(x)
+    def function(x: Tensor, check: Callable[[Tensor], Tensor]) -> Tensor:
+        y = check(x)
         y.register_hook(lambda gradient: kept.append(gradient))
         return y.exp()
 
-    assert answers_of(function, torch.randn(3, requires_grad=True)) == [False]
+    assert can_overwrite_results(function, torch.randn(3, requires_grad=True)) == [False]
 
 
-def test_a_captured_gradient_is_seen() -> None:
-    x, answers = torch.randn(3, requires_grad=True), []
-    y = _Ask.apply(x, answers)
+def test_captured_gradient_is_not_overwritten() -> None:
+    x, results = torch.randn(3, requires_grad=True), []
+    y = _CheckOverwrite.apply(x, results)
 
     captured, _ = torch.autograd.grad(y.exp().sum(), [y, x])
 
-    assert answers == [False]
+    assert results == [False]
     torch.testing.assert_close(captured, x.exp().detach())
 
 
-def test_nothing_is_ours_while_the_backward_is_itself_recorded() -> None:
-    x, answers = torch.randn(3, requires_grad=True), []
+def test_nothing_is_overwritten_under_create_graph() -> None:
+    x, results = torch.randn(3, requires_grad=True), []
 
-    torch.autograd.grad(_Ask.apply(x, answers).exp().sum(), x, create_graph=True)
+    torch.autograd.grad(_CheckOverwrite.apply(x, results).exp().sum(), x, create_graph=True)
 
-    assert answers == [False]
+    assert results == [False]
 
 
-def test_fake_tensors_have_the_same_answers() -> None:
+def test_fake_tensors_give_the_same_answers() -> None:
     with FakeTensorMode():
         x = torch.randn(3, requires_grad=True)
 
-        assert answers_of(lambda x, ask: ask(x).exp(), x) == [True]
-        assert answers_of(lambda x, ask: (ask(x) + ask(2 * x)).exp(), x) == [False, True]
+        assert can_overwrite_results(lambda x, check: check(x).exp(), x) == [True]
+        assert can_overwrite_results(lambda x, check: (check(x) + check(2 * x)).exp(), x) == [False, True]
 
 
-def test_asking_is_no_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_can_overwrite_runs_no_visible_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     from peft_edge.functional import recompute
 
-    recompute._without_others.cache_clear()
+    recompute._counts_of_sole_holder.cache_clear()
     seen = []
 
     class Seen(FlopCounterMode):
@@ -152,9 +149,9 @@ def test_asking_is_no_arithmetic(monkeypatch: pytest.MonkeyPatch) -> None:
 
     x = torch.randn(3, requires_grad=True)
     with Seen(display=False):
-        assert answers_of(lambda x, ask: ask(x).exp(), x) == [True]
+        assert can_overwrite_results(lambda x, check: check(x).exp(), x) == [True]
         first = len(seen)
-        answers_of(lambda x, ask: ask(x).exp(), x)
+        can_overwrite_results(lambda x, check: check(x).exp(), x)
 
-    # The second time, gradients are added to those of the first.
+    # The second run adds its gradients to those of the first.
     assert len(seen) - first - first == sum(func is torch.ops.aten.add_.Tensor for func in seen)

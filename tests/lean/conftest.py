@@ -1,4 +1,4 @@
-"""Small networks of every kind that lean training knows."""
+"""Small frozen networks with random norms."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def backbone(name: str) -> nn.Module:
-    """A network for ten classes, frozen, with norms that do something."""
+    """Return a frozen network for ten classes with random norms."""
     model = timm.create_model(name, num_classes=10, drop_rate=0.0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -24,13 +24,13 @@ def backbone(name: str) -> nn.Module:
 
 @pytest.fixture
 def make_backbone() -> Callable[[str], nn.Module]:
-    """Makes a frozen network with norms that do something."""
+    """Return a function that creates a frozen network with random norms."""
     return backbone
 
 
 @pytest.fixture
 def chain() -> nn.Module:
-    """A convolution, a norm, an activation, and a convolution again."""
+    """A frozen convolution, norm, activation, and second convolution."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.Conv2d(8, 4, 1)]
     model = nn.Sequential(*layers)

@@ -1,4 +1,4 @@
-"""What tests of lean models compare."""
+"""Adapted models, and comparison of outputs and gradients."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MakeBackbone = Callable[[str], nn.Module]
 
 
 def with_adapter(model: nn.Module, config: Any = None, **options: Any) -> nn.Module:
-    """The model with an adapter that does something."""
+    """Return the model with a randomly initialised adapter."""
     torch.manual_seed(1)
     options = {"norm": "frozen", "target_modules": "all-conv", "init_lora_weights": False, **options}
     return get_peft_model(model, config or ConvLoraConfig(**options))
 
 
 def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """The output, and the gradient of every trained parameter."""
+    """Return the output and the gradient of every trained parameter."""
     model.zero_grad()
     output = model(images)
     output.square().sum().backward()
@@ -33,6 +33,6 @@ def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # Relative to the largest of a tensor: in a sum, what is small has the rounding of what is large.
+        # Relative to the largest value of the tensor, because small sums have the rounding errors of large terms.
         error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
         assert error <= tolerance, f"{name}: {error:.1e}"

@@ -1,3 +1,5 @@
+"""Test the split of a model into frozen prefix and tail, and the cache of the prefix's features."""
+
 from __future__ import annotations
 
 import copy
@@ -45,7 +47,7 @@ def adapted(
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_the_tail_is_the_model_and_learns_what_it_learns(name: str) -> None:
+def test_tail_has_the_outputs_and_gradients_of_the_model(name: str) -> None:
     model = adapted(name).train()
     images = torch.randn(4, 3, 32, 32)
     whole, tail = copy.deepcopy(model), FrozenPrefix(model, images)
@@ -63,14 +65,14 @@ def test_the_tail_is_the_model_and_learns_what_it_learns(name: str) -> None:
             torch.testing.assert_close(parameter.grad, other.grad)
 
 
-def test_a_head_alone_has_everything_else_as_its_prefix() -> None:
+def test_training_the_head_alone_makes_the_rest_the_prefix() -> None:
     model = METHODS["head"].prepare(timm.create_model("mobilenetv3_small_050", num_classes=10), {"norm": "recalibrate"})
     prefix = FrozenPrefix(model, torch.randn(2, 3, 32, 32))
     assert prefix.start == "base_model.model.classifier"
     assert prefix.features(torch.randn(3, 3, 32, 32)).shape == (3, 1024)
 
 
-def test_the_model_stays_as_it_is() -> None:
+def test_frozen_prefix_does_not_change_the_model() -> None:
     model = adapted("mobilenetv2_035", norm="recalibrate").train()
     before, state = copy.deepcopy(model.state_dict()), torch.get_rng_state()
     prefix = FrozenPrefix(model, torch.zeros(2, 3, 32, 32))
@@ -80,7 +82,7 @@ def test_the_model_stays_as_it_is() -> None:
     assert before.keys() == model.state_dict().keys()
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_pre_hooks for module in model.modules())
-    # Not a copy: what the tail learns, the model knows.
+    # Shared, not copied: training the tail trains the model.
     assert {id(p) for p in prefix.tail.parameters()} < {id(p) for p in model.parameters()}
 
 
@@ -123,17 +125,20 @@ def scaled_in_between() -> nn.Module:
         (scaled_in_between, "2 trains, and what comes before it is no chain of modules"),
         (
             lambda: adapted("mobilenetv2_035", norm="stats"),
-            r"bn1\.lora_norm.*moves with every batch, .*blocks\.6: choose norm=recalibrate or norm=frozen",
+            r"bn1\.lora_norm.*changes with every batch, .*blocks\.6: choose norm=recalibrate or norm=frozen",
         ),
-        (lambda: adapted("mobilenetv2_035", drop_path_rate=0.9), "something else in training than in evaluation"),
+        (
+            lambda: adapted("mobilenetv2_035", drop_path_rate=0.9),
+            "compute something else in training than in evaluation",
+        ),
     ],
 )
-def test_what_cannot_be_cut_is_refused(make: Callable[[], nn.Module], message: str) -> None:
+def test_model_that_cannot_be_split_raises(make: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         FrozenPrefix(make(), torch.randn(4, 3, 32, 32))
 
 
-def test_the_fingerprint_is_that_of_the_prefix() -> None:
+def test_fingerprint_changes_with_the_prefix_only() -> None:
     images = torch.randn(2, 3, 32, 32)
     model = adapted("mobilenetv3_small_050", norm="recalibrate")
     seen = {FrozenPrefix(model, images).fingerprint}
@@ -151,7 +156,7 @@ def test_the_fingerprint_is_that_of_the_prefix() -> None:
     assert len(seen) == 4
 
 
-def test_backpropagation_ends_where_the_prefix_does_also_without_a_cache() -> None:
+def test_backpropagation_stops_at_the_prefix_without_a_cache_too() -> None:
     model, images = adapted("mobilenetv3_small_050").train(), torch.randn(2, 3, 32, 32)
     prefix = FrozenPrefix(model, images)
     whole, tail = count_flops(model, images), count_flops(prefix.tail, prefix.features(images))
@@ -166,7 +171,7 @@ def test_backpropagation_ends_where_the_prefix_does_also_without_a_cache() -> No
 @pytest.mark.parametrize(
     ("name", "share"), [("mobilenetv2_100", 0.9), ("mobilenetv3_large_100", 0.95), ("mobilenetv4_conv_small", 0.95)]
 )
-def test_a_step_of_the_last_stage_saves_nearly_all_of_full_fine_tuning(name: str, share: float) -> None:
+def test_step_of_the_last_stage_saves_most_flops_of_full_fine_tuning(name: str, share: float) -> None:
     prefix = FrozenPrefix(adapted(name), torch.randn(2, 3, 224, 224))
     features = torch.empty(16, *prefix.features(torch.zeros(1, 3, 224, 224)).shape[1:])
     full = count_flops(timm.create_model(name, num_classes=10), torch.empty(16, 3, 224, 224))
@@ -204,7 +209,7 @@ def opened(root: Path, prefix: FrozenPrefix, images: Callable[[int], Any] = view
     return FeatureCache.open(root, prefix, images, **{"key": "a", "views": 2, **options})
 
 
-def test_an_epoch_sees_its_view_of_the_images_that_are_asked_for(tmp_path: Path, prefix: FrozenPrefix) -> None:
+def test_each_epoch_reads_its_view_of_the_requested_images(tmp_path: Path, prefix: FrozenPrefix) -> None:
     cache = opened(tmp_path, prefix)
     assert len(cache) == 10
     batch = cache.__getitems__([(0, 7), (1, 0), (2, 9), (5, 7)])
@@ -215,7 +220,7 @@ def test_an_epoch_sees_its_view_of_the_images_that_are_asked_for(tmp_path: Path,
     torch.testing.assert_close(cache.__getitems__([(0, 7)])["pixel_values"], prefix.features(IMAGES[7:8]))
 
 
-def test_features_come_back_as_they_lay_in_memory(tmp_path: Path, model: nn.Module) -> None:
+def test_features_keep_their_memory_format(tmp_path: Path, model: nn.Module) -> None:
     for format in (torch.contiguous_format, torch.channels_last):
         prefix = FrozenPrefix(model.to(memory_format=format), IMAGES[:2])
         features = opened(tmp_path, prefix, key=str(format)).__getitems__([(0, 1), (0, 2)])["pixel_values"]
@@ -224,13 +229,15 @@ def test_features_come_back_as_they_lay_in_memory(tmp_path: Path, model: nn.Modu
 
 
 @pytest.mark.parametrize(("dtype", "bytes_each"), [("float32", 4), ("float16", 2), ("int8", 1)])
-def test_the_error_of_a_type_is_measured(tmp_path: Path, prefix: FrozenPrefix, dtype: str, bytes_each: int) -> None:
+def test_relative_error_of_each_type_is_measured(
+    tmp_path: Path, prefix: FrozenPrefix, dtype: str, bytes_each: int
+) -> None:
     cache = opened(tmp_path, prefix, dtype=dtype, views=1)
     found = cache.__getitems__([(0, index) for index in range(10)])["pixel_values"]
     wanted = prefix.features(IMAGES)
     error = (found - wanted).norm() / wanted.norm()
     assert cache.info["relative_error"] == pytest.approx(error.item(), rel=1e-3, abs=1e-7)
-    # Half a step of 8 bits, and of the 11 bits of a half's mantissa.
+    # Half a step of 8 bits (int8) and of the 11 bits of a significand (float16).
     step = {"float32": 0.0, "float16": 2**-11, "int8": 0.5 / 127}[dtype]
     assert (found - wanted).abs().amax() <= step * wanted.abs().amax() * 1.001
     assert (cache.info["relative_error"] == 0) == (dtype == "float32")
@@ -238,7 +245,7 @@ def test_the_error_of_a_type_is_measured(tmp_path: Path, prefix: FrozenPrefix, d
     assert values < cache.info["size_bytes"] < values + 4000
 
 
-def test_a_vector_can_be_stored_too(tmp_path: Path) -> None:
+def test_vectors_can_be_stored(tmp_path: Path) -> None:
     model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8, 4))
     model[0].requires_grad_(False)
     prefix = FrozenPrefix(model, IMAGES[:2])
@@ -247,14 +254,14 @@ def test_a_vector_can_be_stored_too(tmp_path: Path) -> None:
     torch.testing.assert_close(found, prefix.features(IMAGES[3:4]), atol=1e-2, rtol=1e-2)
 
 
-def test_filling_costs_the_forward_passes_of_the_prefix(tmp_path: Path, prefix: FrozenPrefix) -> None:
+def test_fill_flops_are_the_forward_passes_of_the_prefix(tmp_path: Path, prefix: FrozenPrefix) -> None:
     info = opened(tmp_path, prefix).info
     # A multiply-add is two; two views of ten images, 4 x 4 positions, kernels of 3 x 3 x 3, 8 channels.
     assert info["fill_flops"] == 2 * (2 * 10) * (4 * 4) * (3 * 3 * 3) * 8
     assert info["fill_s"] > 0
 
 
-def test_what_is_stored_is_used_again_and_never_when_it_is_stale(tmp_path: Path, prefix: FrozenPrefix) -> None:
+def test_stored_features_are_reused_unless_stale(tmp_path: Path, prefix: FrozenPrefix) -> None:
     first = opened(tmp_path, prefix)
     assert opened(tmp_path, prefix, unseen).info == first.info
     for change in ({"key": "b"}, {"views": 3}, {"dtype": "int8"}):
@@ -268,7 +275,7 @@ def test_what_is_stored_is_used_again_and_never_when_it_is_stale(tmp_path: Path,
 
 @pytest.mark.parametrize("name", ["features.arrow", "info.json"])
 @pytest.mark.parametrize("damage", [lambda path: path.write_bytes(path.read_bytes()[:-9]), Path.unlink])
-def test_a_damaged_one_is_filled_again(
+def test_damaged_cache_is_filled_again(
     tmp_path: Path, prefix: FrozenPrefix, name: str, damage: Callable[[Path], object]
 ) -> None:
     expected = opened(tmp_path, prefix).__getitems__([(0, 3)])["pixel_values"]
@@ -277,7 +284,7 @@ def test_a_damaged_one_is_filled_again(
     assert torch.equal(opened(tmp_path, prefix).__getitems__([(0, 3)])["pixel_values"], expected)
 
 
-def test_it_is_written_whole_or_not_at_all(tmp_path: Path, prefix: FrozenPrefix) -> None:
+def test_interrupted_fill_leaves_no_cache(tmp_path: Path, prefix: FrozenPrefix) -> None:
     def broken(number: int) -> Iterator[dict[str, Tensor]]:
         yield from views(number)
         raise OSError("unplugged")
@@ -298,7 +305,7 @@ def test_it_is_written_whole_or_not_at_all(tmp_path: Path, prefix: FrozenPrefix)
         (0.0, "float64", "dtype is 'float64', expected one of float32, float16, int8"),
     ],
 )
-def test_what_cannot_be_stored_is_refused(
+def test_features_that_cannot_be_stored_raise(
     tmp_path: Path, prefix: FrozenPrefix, value: float, dtype: str, message: str
 ) -> None:
     with torch.no_grad():
@@ -308,7 +315,7 @@ def test_what_cannot_be_stored_is_refused(
     assert [path for path in tmp_path.iterdir() if path.is_dir()] == []
 
 
-def test_views_of_different_images_are_refused(tmp_path: Path, prefix: FrozenPrefix) -> None:
+def test_views_with_different_images_raise(tmp_path: Path, prefix: FrozenPrefix) -> None:
     def shorter(number: int) -> Iterator[dict[str, Tensor]]:
         yield from list(views(number))[number:]
 
@@ -318,11 +325,11 @@ def test_views_of_different_images_are_refused(tmp_path: Path, prefix: FrozenPre
 
 
 @pytest.mark.parametrize("index", [-1, 10])
-def test_an_image_that_is_not_there_is_named(tmp_path: Path, prefix: FrozenPrefix, index: int) -> None:
+def test_unknown_image_raises_with_its_number(tmp_path: Path, prefix: FrozenPrefix, index: int) -> None:
     with pytest.raises(IndexError, match=f"expected the number of an image, 0 to 9, found {index}"):
         opened(tmp_path, prefix).__getitems__([(0, 0), (0, index)])
 
 
-def test_no_images_are_an_error(tmp_path: Path, prefix: FrozenPrefix) -> None:
+def test_no_images_raise(tmp_path: Path, prefix: FrozenPrefix) -> None:
     with pytest.raises(ValueError, match="there are no images to store"):
         opened(tmp_path, prefix, lambda number: [])

@@ -1,4 +1,4 @@
-"""A folded norm is whatever stands in its slot, while both layers allow it and nobody looks between them."""
+"""Test that a norm overwrites the output of its convolution only if nothing else sees that output."""
 
 from __future__ import annotations
 
@@ -18,67 +18,67 @@ from peft_edge.lean.inplace_norm import ModuleRef, is_overwritable
 
 
 @pytest.fixture
-def folded(chain: nn.Module) -> nn.Module:
-    """The chain, folded."""
+def lean(chain: nn.Module) -> nn.Module:
+    """The chain, prepared with `inplace_norm=True`."""
     return prepare_model_for_lean_training(chain.double(), inplace_norm=True)
 
 
 @pytest.fixture
 def images() -> Tensor:
-    """What the chain takes."""
+    """Input of the chain."""
     return torch.randn(2, 3, 9, 9, dtype=torch.float64)
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """A copy that is not lean."""
+    """Return a copy that is not lean."""
     from peft_edge.lean import undo_lean_training
 
     return undo_lean_training(copy.deepcopy(model))
 
 
-def test_a_slot_follows_what_is_put_into_it(chain: nn.Module) -> None:
-    slot = ModuleRef(chain, "1")
+def test_module_ref_follows_a_replaced_module(chain: nn.Module) -> None:
+    ref = ModuleRef(chain, "1")
     chain[1] = replacement = nn.Identity()
 
-    assert slot.module is replacement
+    assert ref.module is replacement
 
 
-def test_the_norm_writes_over_what_it_is_handed(folded: nn.Module, images: Tensor) -> None:
-    expected = plain(folded)[:2](images)
-    y = folded[0](images)
+def test_norm_overwrites_the_output_of_its_convolution(lean: nn.Module, images: Tensor) -> None:
+    expected = plain(lean)[:2](images)
+    y = lean[0](images)
 
-    assert folded[1](y) is y
+    assert lean[1](y) is y
     assert torch.equal(y, expected)
 
 
-def test_a_norm_leaves_alone_what_it_is_not_handed(folded: nn.Module, images: Tensor) -> None:
-    y = folded[0](images)
+def test_norm_does_not_overwrite_an_unmarked_tensor(lean: nn.Module, images: Tensor) -> None:
+    y = lean[0](images)
     copied = y.clone()
-    stranger = copy.deepcopy(folded[1])
+    stranger = copy.deepcopy(lean[1])
 
-    assert torch.equal(folded[1](copied), stranger(y))
+    assert torch.equal(lean[1](copied), stranger(y))
     assert torch.equal(copied, y)
 
 
-def test_what_was_changed_or_is_normalised_already_is_not_handed_over(folded: nn.Module, images: Tensor) -> None:
-    changed, y = folded[0](images).add_(1.0), folded[0](images)
-    normalised = folded[1](y)
+def test_changed_or_normalised_output_is_not_overwritable(lean: nn.Module, images: Tensor) -> None:
+    changed, y = lean[0](images).add_(1.0), lean[0](images)
+    normalised = lean[1](y)
 
-    assert not is_overwritable(changed, folded[1])
-    assert not is_overwritable(normalised, folded[1])
+    assert not is_overwritable(changed, lean[1])
+    assert not is_overwritable(normalised, lean[1])
 
 
-def test_a_norm_that_changes_or_goes_by_the_batch_writes_nothing_over(folded: nn.Module, images: Tensor) -> None:
+def test_trained_norm_and_norm_in_training_mode_overwrite_nothing(lean: nn.Module, images: Tensor) -> None:
     for change in (lambda norm: norm.train(), lambda norm: norm.eval().requires_grad_(True)):
-        change(folded[1])
-        y = folded[0](images)
+        change(lean[1])
+        y = lean[0](images)
         before = y.clone()
 
-        assert folded[1](y) is not y
+        assert lean[1](y) is not y
         assert torch.equal(y, before)
 
 
-def test_there_is_nothing_to_hand_over_without_a_partner(chain: nn.Module, images: Tensor) -> None:
+def test_output_is_overwritable_only_with_a_pair_and_outside_inference_mode(chain: nn.Module, images: Tensor) -> None:
     prepare_model_for_lean_training(chain.double())
     assert not is_overwritable(chain[0](images), chain[1])
     prepare_model_for_lean_training(chain, inplace_norm=True)
@@ -88,35 +88,35 @@ def test_there_is_nothing_to_hand_over_without_a_partner(chain: nn.Module, image
         chain(images)
 
 
-def test_a_trained_convolution_hands_over_too(folded: nn.Module, images: Tensor) -> None:
-    unfolded = plain(folded)
-    for model in (folded, unfolded):
+def test_output_of_a_trained_convolution_is_overwritable(lean: nn.Module, images: Tensor) -> None:
+    plain_model = plain(lean)
+    for model in (lean, plain_model):
         model[0].requires_grad_(True)
         model(images).square().sum().backward()
 
-    assert is_overwritable(folded[0](images), folded[1])
-    assert torch.equal(folded[0].weight.grad, unfolded[0].weight.grad)
+    assert is_overwritable(lean[0](images), lean[1])
+    assert torch.equal(lean[0].weight.grad, plain_model[0].weight.grad)
 
 
-def test_a_mark_is_asked_for_once_and_is_plain_data(folded: nn.Module, images: Tensor) -> None:
-    y, other = folded[0](images), folded[0](images)
+def test_mark_is_valid_once_and_can_be_pickled(lean: nn.Module, images: Tensor) -> None:
+    y, other = lean[0](images), lean[0](images)
     file = io.BytesIO()
     torch.save(y, file)
     file.seek(0)
 
     torch.testing.assert_close(torch.load(file), y)
-    assert is_overwritable(y, folded[1])
-    assert not is_overwritable(y, folded[1])
-    assert not is_overwritable(other, folded[2])
-    assert not is_overwritable(other, folded[1])
+    assert is_overwritable(y, lean[1])
+    assert not is_overwritable(y, lean[1])
+    assert not is_overwritable(other, lean[2])
+    assert not is_overwritable(other, lean[1])
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
-def test_a_checkpoint_that_begins_at_the_norm_keeps_what_it_began_with(
-    folded: nn.Module, images: Tensor, use_reentrant: bool
+def test_checkpoint_that_begins_at_the_norm_keeps_its_input(
+    lean: nn.Module, images: Tensor, use_reentrant: bool
 ) -> None:
     gradients = []
-    for model in (folded, plain(folded)):
+    for model in (lean, plain(lean)):
         x = images.clone().requires_grad_()
         y = checkpoint(model[1:], model[0](x), use_reentrant=use_reentrant)
         y.square().sum().backward()
@@ -125,7 +125,7 @@ def test_a_checkpoint_that_begins_at_the_norm_keeps_what_it_began_with(
     torch.testing.assert_close(*gradients)
 
 
-def test_a_hook_on_what_ends_in_the_convolution_sees_its_output(images: Tensor) -> None:
+def test_hook_on_a_module_that_ends_in_the_convolution_sees_its_output(images: Tensor) -> None:
     model = nn.Sequential(nn.Sequential(nn.Identity(), nn.Conv2d(3, 4, 1)), nn.Sequential(nn.BatchNorm2d(4)))
     prepare_model_for_lean_training(model.double().eval().requires_grad_(False), inplace_norm=True)
     assert is_overwritable(model[0](images), model[1][0])
@@ -137,18 +137,18 @@ def test_a_hook_on_what_ends_in_the_convolution_sees_its_output(images: Tensor) 
     assert torch.equal(seen[0], model[0][1](images))
 
 
-def test_a_norm_that_is_gone_is_handed_nothing(folded: nn.Module, images: Tensor) -> None:
-    del folded[1:]
+def test_removed_norm_overwrites_nothing(lean: nn.Module, images: Tensor) -> None:
+    del lean[1:]
 
-    assert torch.equal(folded(images), folded[0](images))
+    assert torch.equal(lean(images), lean[0](images))
 
 
-def test_transformed_tensors_are_not_handed_over(folded: nn.Module, images: Tensor) -> None:
+def test_vmapped_outputs_are_not_overwritable(lean: nn.Module, images: Tensor) -> None:
     with torch.no_grad():
-        torch.testing.assert_close(torch.vmap(folded)(images[:, None])[:, 0], plain(folded)(images))
+        torch.testing.assert_close(torch.vmap(lean)(images[:, None])[:, 0], plain(lean)(images))
 
 
-def test_views_are_not_handed_over() -> None:
+def test_views_are_not_overwritable() -> None:
     model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.BatchNorm1d(4)).eval().requires_grad_(False)
     model.pretrained_cfg = {"input_size": (3, 8)}
     prepare_model_for_lean_training(model, inplace_norm=True)
@@ -168,50 +168,50 @@ def test_views_are_not_handed_over() -> None:
     ],
     ids=["hook", "pre-hook", "patched forward"],
 )
-def test_nobody_sees_the_difference_between_the_two(
-    folded: nn.Module, images: Tensor, index: int, observe: Callable[[nn.Module], object]
+def test_hooks_and_patched_forwards_see_the_plain_tensors(
+    lean: nn.Module, images: Tensor, index: int, observe: Callable[[nn.Module], object]
 ) -> None:
-    unfolded = plain(folded)
-    for model in (folded, unfolded):
+    plain_model = plain(lean)
+    for model in (lean, plain_model):
         observe(model[index])
 
-    torch.testing.assert_close(folded(images), unfolded(images))
+    torch.testing.assert_close(lean(images), plain_model(images))
 
 
-def test_statistics_that_change_show_in_the_next_pass(folded: nn.Module, images: Tensor) -> None:
-    before = folded(images)
+def test_changed_statistics_take_effect_in_the_next_pass(lean: nn.Module, images: Tensor) -> None:
+    before = lean(images)
 
-    folded[1].running_mean.add_(1.0)
+    lean[1].running_mean.add_(1.0)
 
-    assert not torch.allclose(folded(images), before)
-    torch.testing.assert_close(folded(images), plain(folded)(images))
+    assert not torch.allclose(lean(images), before)
+    torch.testing.assert_close(lean(images), plain(lean)(images))
 
 
-def test_a_copy_of_one_layer_is_that_layer(folded: nn.Module, images: Tensor) -> None:
-    expected = plain(folded)[0](images)
+def test_copied_and_pickled_layers_compute_the_same(lean: nn.Module, images: Tensor) -> None:
+    expected = plain(lean)[0](images)
     file = io.BytesIO()
-    torch.save(folded[0], file)
+    torch.save(lean[0], file)
     file.seek(0)
 
-    torch.testing.assert_close(copy.deepcopy(folded[0])(images), expected)
+    torch.testing.assert_close(copy.deepcopy(lean[0])(images), expected)
     torch.testing.assert_close(torch.load(file, weights_only=False)(images), expected)
-    torch.testing.assert_close(copy.deepcopy(folded)(images), folded(images))
+    torch.testing.assert_close(copy.deepcopy(lean)(images), lean(images))
 
 
-def test_a_copy_of_one_activation_leaves_the_rest_of_the_model_behind(folded: nn.Module) -> None:
+def test_copied_activation_does_not_copy_the_model(lean: nn.Module) -> None:
     file = io.BytesIO()
-    torch.save(folded[2], file)
+    torch.save(lean[2], file)
 
-    assert folded[2].consumers[0].module is folded[3]
-    assert copy.deepcopy(folded[2]).consumers[0].module is None
-    copied = copy.deepcopy(folded)
+    assert lean[2].consumers[0].module is lean[3]
+    assert copy.deepcopy(lean[2]).consumers[0].module is None
+    copied = copy.deepcopy(lean)
     assert copied[2].consumers[0].module is copied[3]
     assert b"BatchNorm" not in file.getvalue()
 
 
 @pytest.mark.parametrize("saved", ["0", "1"])
-def test_layers_that_peft_copies_are_the_copies(folded: nn.Module, images: Tensor, saved: str) -> None:
-    model = get_peft_model(folded, LoraConfig(target_modules=["3"], modules_to_save=[saved])).eval()
+def test_modules_to_save_runs_the_saved_copy(lean: nn.Module, images: Tensor, saved: str) -> None:
+    model = get_peft_model(lean, LoraConfig(target_modules=["3"], modules_to_save=[saved])).eval()
     copied = model.base_model.model[int(saved)].modules_to_save["default"]
     with torch.no_grad():
         copied.weight.mul_(1.5)
@@ -220,8 +220,8 @@ def test_layers_that_peft_copies_are_the_copies(folded: nn.Module, images: Tenso
     torch.testing.assert_close(model(images), plain(model)(images))
 
 
-def test_a_slice_that_is_adapted_is_what_it_is_without_folding_or_refused(folded: nn.Module, images: Tensor) -> None:
-    part = nn.Sequential(*folded[:3])
+def test_adapted_slice_of_a_lean_model_computes_the_same(lean: nn.Module, images: Tensor) -> None:
+    part = nn.Sequential(*lean[:3])
     model = get_peft_model(part, ConvLoraConfig(target_modules="all-conv", norm="stats", init_lora_weights=False))
     with torch.no_grad():
         model.base_model.model[1].states["default"].running_mean.add_(1.0)
@@ -229,9 +229,9 @@ def test_a_slice_that_is_adapted_is_what_it_is_without_folding_or_refused(folded
     torch.testing.assert_close(model.eval()(images), plain(model)(images))
 
 
-def test_mixed_batches_with_norms_outside_of_the_adapter(folded: nn.Module, images: Tensor) -> None:
+def test_mixed_batches_with_norms_outside_the_adapter_compute_the_same(lean: nn.Module, images: Tensor) -> None:
     config = ConvLoraConfig(target_modules="all-conv", exclude_modules=["1"], init_lora_weights=False, norm="frozen")
-    model: PeftModel = get_peft_model(folded, config).eval()
+    model: PeftModel = get_peft_model(lean, config).eval()
 
     found = model(images, adapter_names=["default", "__base__"])
 
@@ -249,7 +249,7 @@ class _OnlyInTraining(nn.Module):
         return self.norm(y) + y if self.training else self.norm(y)
 
 
-def test_what_happens_in_training_only_is_seen() -> None:
+def test_use_of_the_output_in_training_mode_prevents_overwriting() -> None:
     model = _OnlyInTraining().requires_grad_(False)
 
     prepare_model_for_lean_training(model, inplace_norm=True)

@@ -1,4 +1,4 @@
-"""Each lean layer against the plain one: outputs, gradients, and what is kept."""
+"""Test each lean layer against the plain one: outputs, gradients, and what it saves."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from timm.layers import BatchNormAct2d, Conv2dSame, SEModule
 from timm.models._efficientnet_blocks import SqueezeExcite
 from torch import Tensor, nn
 
-from peft_edge.lean.layers import LEAN, keeps_input
+from peft_edge.lean.layers import LEAN, layer_keeps_input
 
 LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "Conv1d": (lambda: nn.Conv1d(4, 6, 3, stride=2, padding=1), (2, 4, 9)),
@@ -57,14 +57,14 @@ def outcome(layer: nn.Module, x: Tensor, seed: Tensor) -> list[Tensor]:
     return [y.detach(), x.grad, *(parameter.grad for parameter in layer.parameters()), *layer.buffers()]
 
 
-def test_every_lean_layer_is_tried() -> None:
+def test_every_lean_class_is_covered() -> None:
     assert {type(layer_of(name)[0]) for name in LAYERS} == set(LEAN)
 
 
 @pytest.mark.parametrize("name", LAYERS)
 @pytest.mark.parametrize("training", [True, False], ids=["train", "eval"])
 @pytest.mark.parametrize("trained", [True, False], ids=["trained", "frozen"])
-def test_outputs_gradients_and_statistics_are_the_plain_layers(name: str, training: bool, trained: bool) -> None:
+def test_outputs_gradients_and_statistics_equal_the_plain_layer(name: str, training: bool, trained: bool) -> None:
     layer, x = layer_of(name)
     layer.train(training).requires_grad_(trained)
     seed = torch.randn(layer(x.clone()).shape)
@@ -77,7 +77,7 @@ def test_outputs_gradients_and_statistics_are_the_plain_layers(name: str, traini
 
 
 @pytest.mark.parametrize("name", [name for name in LAYERS if "Conv" in name or "BatchNorm" in name])
-def test_a_frozen_layer_keeps_nothing_of_the_size_of_its_input(name: str) -> None:
+def test_frozen_layer_saves_nothing_of_the_size_of_its_input(name: str) -> None:
     layer, x = layer_of(name)
     layer = lean(layer.eval().requires_grad_(False))
     if isinstance(layer, BatchNormAct2d):
@@ -91,7 +91,7 @@ def test_a_frozen_layer_keeps_nothing_of_the_size_of_its_input(name: str) -> Non
     assert all(tensor.data_ptr() in parameters or tensor.numel() <= x.shape[1] for tensor in kept)
 
 
-def test_without_a_gradient_to_come_no_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_mask_is_computed_without_a_backward_pass(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = lean(nn.ReLU())
     monkeypatch.setattr("peft_edge.lean.layers.clipped_activation", None)
 
@@ -100,19 +100,19 @@ def test_without_a_gradient_to_come_no_mask_is_made(monkeypatch: pytest.MonkeyPa
         layer(torch.ones(2, requires_grad=True))
 
 
-def test_who_keeps_its_input() -> None:
+def test_layer_keeps_input_knows_trained_layers_and_pools() -> None:
     conv = nn.Conv2d(3, 3, 1)
 
-    assert keeps_input(conv)
-    assert keeps_input(lean(conv))
-    assert not keeps_input(conv.requires_grad_(False))
-    assert not keeps_input(lean(conv))
-    assert keeps_input(nn.MaxPool2d(2))
-    assert not keeps_input(nn.Flatten())
+    assert layer_keeps_input(conv)
+    assert layer_keeps_input(lean(conv))
+    assert not layer_keeps_input(conv.requires_grad_(False))
+    assert not layer_keeps_input(lean(conv))
+    assert layer_keeps_input(nn.MaxPool2d(2))
+    assert not layer_keeps_input(nn.Flatten())
 
 
 @pytest.mark.parametrize("name", ["Conv2d", "Conv2dSame", "BatchNormAct2d", "ReLU6", "SiLU", "SEModule"])
-def test_compiled_layers_compute_the_same(name: str) -> None:
+def test_compiled_layers_compute_the_same_gradients(name: str) -> None:
     torch.compiler.reset()
     layer, x = layer_of(name)
     layer = lean(layer.eval().requires_grad_(False))

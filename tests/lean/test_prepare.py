@@ -1,9 +1,4 @@
-"""Who takes which output, against networks where one can see it.
-
-A lean model is the plain one: its outputs, its gradients, its life with adapters; and it needs less memory.
-
-The summary says of every layer what it keeps.
-"""
+"""Test lean models against plain ones (outputs, gradients, adapters, memory), the traced consumers, and the summary."""
 
 from __future__ import annotations
 
@@ -20,7 +15,7 @@ from torch import Tensor, nn
 from peft_edge import ConvAdapterConfig, ConvLoraConfig, recalibrate
 from peft_edge.lean import lean_summary, prepare_model_for_lean_training, undo_lean_training
 from peft_edge.lean.layers import LEAN
-from peft_edge.lean.prepare import FUNCTION, PRODUCT, consumers
+from peft_edge.lean.prepare import FUNCTION, PRODUCT, find_consumers
 from peft_edge.profiling import count_flops, track_memory
 from tests.lean.support import MakeBackbone, assert_same, outcome, with_adapter
 
@@ -37,8 +32,8 @@ class _Branches(nn.Module):
         return self.last(x) + x
 
 
-def test_layers_products_and_functions_are_told_apart() -> None:
-    assert consumers(_Branches()) == {
+def test_find_consumers_distinguishes_layers_products_and_functions() -> None:
+    assert find_consumers(_Branches()) == {
         "conv": ["norm"],
         "norm": ["act"],
         "act": [FUNCTION, PRODUCT],
@@ -47,19 +42,19 @@ def test_layers_products_and_functions_are_told_apart() -> None:
     }
 
 
-def test_the_model_is_left_as_it_is() -> None:
+def test_find_consumers_does_not_change_the_model() -> None:
     model = _Branches()
     before = {name: value.clone() for name, value in model.state_dict().items()}
 
-    consumers(model)
+    find_consumers(model)
 
     assert model.training
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
-def test_an_activation_inside_a_norm_takes_its_place() -> None:
-    found = consumers(timm.create_model("mobilenetv2_035"))
+def test_activation_inside_a_norm_counts_instead_of_the_norm() -> None:
+    found = find_consumers(timm.create_model("mobilenetv2_035"))
 
     assert found["conv_stem"] == ["bn1"]
     assert found["bn1.act"] == ["blocks.0.0.conv_dw"]
@@ -69,11 +64,11 @@ def test_an_activation_inside_a_norm_takes_its_place() -> None:
 
 
 @pytest.mark.parametrize("norm", ["frozen", "stats"])
-def test_an_adapted_layer_stands_for_what_it_wraps(norm: str) -> None:
+def test_adapted_layer_counts_instead_of_its_base_layer(norm: str) -> None:
     model = timm.create_model("mobilenetv2_035")
-    plain = consumers(model)
+    plain = find_consumers(model)
 
-    adapted = consumers(get_peft_model(model, ConvLoraConfig(target_modules="dense", norm=norm)))
+    adapted = find_consumers(get_peft_model(model, ConvLoraConfig(target_modules="dense", norm=norm)))
 
     def original(name: str) -> str:
         return name.removeprefix("base_model.model.").replace(".base_layer", "")
@@ -82,10 +77,10 @@ def test_an_adapted_layer_stands_for_what_it_wraps(norm: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "resnet10t", "regnetx_002", "ghostnet_050"])
-def test_every_convolution_of_a_network_is_seen(name: str, make_backbone: Callable[[str], nn.Module]) -> None:
+def test_find_consumers_lists_every_convolution(name: str, make_backbone: Callable[[str], nn.Module]) -> None:
     model = make_backbone(name)
 
-    found = consumers(model)
+    found = find_consumers(model)
 
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
     assert set(convolutions) <= set(found)
@@ -106,13 +101,13 @@ NETWORKS = [
 
 
 @pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("inplace_norm", [True, False], ids=["folded", "not folded"])
+@pytest.mark.parametrize("inplace_norm", [True, False], ids=["in place", "not in place"])
 @pytest.mark.parametrize(
     ("dtype", "memory_format", "tolerance"),
     [(torch.float32, torch.channels_last, 1e-5), (torch.float64, torch.contiguous_format, 1e-10)],
     ids=["single", "double"],
 )
-def test_outputs_and_gradients_are_the_plain_models(
+def test_outputs_and_gradients_equal_the_plain_model(
     name: str, inplace_norm: bool, dtype: Any, memory_format: Any, tolerance: float, make_backbone: MakeBackbone
 ) -> None:
     images = torch.randn(2, 3, 64, 64, dtype=dtype).contiguous(memory_format=memory_format)
@@ -121,13 +116,13 @@ def test_outputs_and_gradients_are_the_plain_models(
         expected = outcome(undo_lean_training(model).train(training), images)
         prepare_model_for_lean_training(model, inplace_norm=inplace_norm, masks="bit", recompute=recompute)
         found = outcome(model, images)
-        # An output that rounds otherwise may be on the other side of a kink, with other gradients altogether.
+        # A different rounding could cross an activation's kink and change the gradient.
         assert torch.equal(found["output"], expected["output"])
         assert_same(found, expected, tolerance)
 
 
 @pytest.mark.parametrize("norm", ["stats", "affine", "recalibrate"])
-def test_norms_of_every_kind_are_left_in_peace(norm: str, make_backbone: MakeBackbone) -> None:
+def test_adapted_norms_compute_the_same_in_a_lean_model(norm: str, make_backbone: MakeBackbone) -> None:
     images = torch.randn(4, 3, 32, 32, dtype=torch.float64)
     plain = with_adapter(make_backbone("mobilenetv2_035").double(), norm=norm).train()
     lean = prepare_model_for_lean_training(copy.deepcopy(plain), inplace_norm=True)
@@ -138,7 +133,7 @@ def test_norms_of_every_kind_are_left_in_peace(norm: str, make_backbone: MakeBac
     assert all(torch.equal(value, state[name]) for name, value in plain.state_dict().items() if "running" in name)
 
 
-def test_before_and_after_the_adapter_are_the_same(make_backbone: MakeBackbone) -> None:
+def test_preparing_before_and_after_adapting_is_the_same(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32)
     model = make_backbone("mobilenetv2_035")
 
@@ -149,7 +144,7 @@ def test_before_and_after_the_adapter_are_the_same(make_backbone: MakeBackbone) 
     assert all(torch.equal(found[name], value) for name, value in expected.items())
 
 
-def test_lean_training_needs_less_memory(make_backbone: MakeBackbone) -> None:
+def test_lean_training_saves_activation_memory(make_backbone: MakeBackbone) -> None:
     images = torch.empty(8, 3, 96, 96, device="meta")
     plain = with_adapter(make_backbone("mobilenetv2_035"), target_modules="project").train()
 
@@ -163,7 +158,7 @@ def test_lean_training_needs_less_memory(make_backbone: MakeBackbone) -> None:
     assert bit < before / 3
 
 
-def test_what_is_recomputed_is_not_kept(make_backbone: MakeBackbone) -> None:
+def test_recomputed_outputs_are_not_saved(make_backbone: MakeBackbone) -> None:
     images = torch.empty(8, 3, 96, 96, device="meta")
     model = with_adapter(make_backbone("test_efficientnet"), target_modules="all-conv").train()
 
@@ -177,7 +172,7 @@ def test_what_is_recomputed_is_not_kept(make_backbone: MakeBackbone) -> None:
     assert same_forward == forward
 
 
-def test_undo_leaves_nothing_behind(make_backbone: MakeBackbone) -> None:
+def test_undo_restores_classes_and_attributes(make_backbone: MakeBackbone) -> None:
     model = make_backbone("mobilenetv3_small_050")
     classes = {name: type(module) for name, module in model.named_modules()}
     attributes = {name: set(vars(module)) for name, module in model.named_modules()}
@@ -201,14 +196,16 @@ def test_preparing_again_changes_the_settings(make_backbone: MakeBackbone) -> No
     assert torch.equal(model(images), folded)
 
 
-def test_a_checkpoint_is_the_plain_models(make_backbone: MakeBackbone) -> None:
+def test_lean_checkpoint_equals_the_plain_one(make_backbone: MakeBackbone) -> None:
     model = make_backbone("mobilenetv2_035")
     keys = list(model.state_dict())
 
     assert list(prepare_model_for_lean_training(model, inplace_norm=True).state_dict()) == keys
 
 
-def test_adapters_may_come_go_merge_and_mix(make_backbone: MakeBackbone, images: Tensor, tmp_path: Any) -> None:
+def test_adapters_switch_mix_and_merge_in_a_lean_model(
+    make_backbone: MakeBackbone, images: Tensor, tmp_path: Any
+) -> None:
     base = make_backbone("mobilenetv2_035").double()
     images = images.double()
     plain = with_adapter(copy.deepcopy(base), norm="stats")
@@ -260,7 +257,7 @@ def test_other_adapters_work_on_a_lean_model(config: Any, make_backbone: MakeBac
     assert_same(outcome(before, images), expected, 1e-10)
 
 
-def test_statistics_may_move_on_before_what_is_recomputed(make_backbone: MakeBackbone) -> None:
+def test_statistics_may_change_before_outputs_are_recomputed(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     model = with_adapter(make_backbone("mobilenetv2_035").double()).eval()
     expected = outcome(model, images)
@@ -277,7 +274,7 @@ def test_statistics_may_move_on_before_what_is_recomputed(make_backbone: MakeBac
     assert_same({"output": output.detach(), **found}, expected, 1e-10)
 
 
-def test_a_weight_that_is_computed_is_trained(chain: nn.Module) -> None:
+def test_parametrised_weight_gets_gradients(chain: nn.Module) -> None:
     prepare_model_for_lean_training(chain, inplace_norm=True)
     torch.nn.utils.parametrizations.weight_norm(chain[0]).requires_grad_(True)
 
@@ -286,12 +283,12 @@ def test_a_weight_that_is_computed_is_trained(chain: nn.Module) -> None:
     assert all(parameter.grad is not None for parameter in chain[0].parameters())
 
 
-def test_wrong_masks_are_refused(chain: nn.Module) -> None:
+def test_unknown_masks_raise(chain: nn.Module) -> None:
     with pytest.raises(ValueError, match="masks is 'bits', expected one of: byte, bit, off"):
         prepare_model_for_lean_training(chain, masks="bits")  # type: ignore[arg-type]
 
 
-def test_a_model_that_does_not_run_on_images_is_not_folded() -> None:
+def test_model_that_does_not_run_on_the_meta_device_raises() -> None:
     model = timm.create_model("mobilenetv2_035", in_chans=4).eval().requires_grad_(False)
     model.pretrained_cfg = {"input_size": (3, 224, 224)}
 
@@ -306,7 +303,7 @@ def lines(model: nn.Module) -> list[str]:
     return [" ".join(line.split()) for line in lean_summary(model).splitlines()]
 
 
-def test_a_plain_model_is_what_torch_makes_of_it(chain: nn.Module) -> None:
+def test_lean_summary_of_a_plain_model(chain: nn.Module) -> None:
     assert lines(chain) == [
         "1 BatchNorm2d what torch keeps, such as 1",
         "2 Conv2d what torch keeps, such as 0",
@@ -314,7 +311,7 @@ def test_a_plain_model_is_what_torch_makes_of_it(chain: nn.Module) -> None:
     ]
 
 
-def test_a_lean_model(chain: nn.Module) -> None:
+def test_lean_summary_of_a_lean_model(chain: nn.Module) -> None:
     chain.append(nn.Flatten())
     prepare_model_for_lean_training(chain, masks="bit")
     assert lines(chain) == [
@@ -335,7 +332,7 @@ def test_a_lean_model(chain: nn.Module) -> None:
     ]
 
 
-def test_an_adapted_model(chain: nn.Module) -> None:
+def test_lean_summary_of_an_adapted_model(chain: nn.Module) -> None:
     model = get_peft_model(chain, ConvLoraConfig(target_modules=["3"], norm="stats")).train()
     prepare_model_for_lean_training(model)
 

@@ -1,4 +1,4 @@
-"""A lean model under what torch and timm have for models: checkpointing, autocast, compilers, exporters, taps."""
+"""Test lean models with checkpointing, autocast, compilers, exporters and intermediate features."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from tests.lean.support import MakeBackbone, assert_same, outcome, with_adapter
 
 
 @pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "not reentrant"])
-def test_gradient_checkpointing_goes_on_working(use_reentrant: bool, make_backbone: MakeBackbone) -> None:
+def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool, make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64, requires_grad=True)
     model = with_adapter(make_backbone("mobilenetv2_035").double()).train()
     prepare_model_for_lean_training(model, inplace_norm=True)
@@ -29,7 +29,7 @@ def test_gradient_checkpointing_goes_on_working(use_reentrant: bool, make_backbo
     assert_same({"output": expected["output"], **found}, expected, 1e-12)
 
 
-def test_autocast_goes_on_working(make_backbone: MakeBackbone) -> None:
+def test_autocast_gives_close_gradients(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32)
     plain = with_adapter(make_backbone("mobilenetv2_035"))
     lean = prepare_model_for_lean_training(copy.deepcopy(plain), masks="bit")
@@ -40,7 +40,7 @@ def test_autocast_goes_on_working(make_backbone: MakeBackbone) -> None:
     assert_same(found, expected, 0.1)
 
 
-def test_autocast_reaches_what_is_recomputed(make_backbone: MakeBackbone) -> None:
+def test_autocast_applies_to_recomputed_tensors(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32)
     plain = with_adapter(make_backbone("mobilenetv2_035"))
     lean = prepare_model_for_lean_training(copy.deepcopy(plain), recompute=True)
@@ -51,7 +51,7 @@ def test_autocast_reaches_what_is_recomputed(make_backbone: MakeBackbone) -> Non
     assert_same(found, expected, 0.1)
 
 
-def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
+def test_compiled_lean_model_computes_the_same(chain: nn.Module) -> None:
     torch.compiler.reset()
     images = torch.randn(2, 3, 16, 16, dtype=torch.float64)
     model = prepare_model_for_lean_training(with_adapter(chain.double()).train(), inplace_norm=True)
@@ -62,7 +62,7 @@ def test_a_compiled_model_computes_the_same(chain: nn.Module) -> None:
     assert_same({name.removeprefix("_orig_mod."): value for name, value in found.items()}, expected, 1e-10)
 
 
-def test_a_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) -> None:
+def test_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32, dtype=torch.float64)
     model = prepare_model_for_lean_training(make_backbone("mobilenetv2_035").double(), inplace_norm=True)
     copied = copy.deepcopy(model)
@@ -75,7 +75,7 @@ def test_a_lean_model_can_be_copied_and_exported(make_backbone: MakeBackbone) ->
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("grad_enabled", [True, False])
-def test_a_lean_model_can_be_traced(chain: nn.Module, grad_enabled: bool) -> None:
+def test_lean_model_can_be_traced(chain: nn.Module, grad_enabled: bool) -> None:
     images, others = torch.randn(2, 3, 9, 9), torch.randn(3, 3, 9, 9)
     model = prepare_model_for_lean_training(with_adapter(chain), inplace_norm=True)
 
@@ -85,13 +85,13 @@ def test_a_lean_model_can_be_traced(chain: nn.Module, grad_enabled: bool) -> Non
     assert torch.equal(traced(others), model(others))
 
 
-def test_what_intermediates_are_made_of_is_left_alone(make_backbone: MakeBackbone) -> None:
+def test_forward_intermediates_returns_outputs_before_the_norm(make_backbone: MakeBackbone) -> None:
     images = torch.randn(2, 3, 32, 32)
-    # It gives away the output of its first convolution, before the norm.
+    # Its `forward_intermediates` returns the output of the first convolution, before the norm.
     model = with_adapter(make_backbone("ghostnet_050"))
     expected = model.forward_intermediates(images)[1]
 
     found = prepare_model_for_lean_training(model, inplace_norm=True).forward_intermediates(images)[1]
 
     assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, expected, strict=True))
-    assert any("inplace_pair" in vars(module) for module in model.modules())
+    assert any("inplace_norm" in vars(module) for module in model.modules())

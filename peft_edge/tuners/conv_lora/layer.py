@@ -13,8 +13,8 @@ from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
 
 from peft_edge._compat import BatchNorm
-from peft_edge.functional.convolution import convolution, dora_scale, lowrank_kernel, memory_format, pad
-from peft_edge.functional.lowrank import keeps_input, lowrank_conv2d
+from peft_edge.functional.convolution import convolution, memory_format_of, pad
+from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_keeps_input, lowrank_kernel
 from peft_edge.lean.inplace_norm import mark_overwritable
 from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain, rows_by_adapter
 from peft_edge.tuners.norm import BatchNormLayer
@@ -177,7 +177,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         if not self._is_fused(adapters):
             return True
         (adapter,) = adapters
-        return keeps_input(
+        return lowrank_keeps_input(
             self.get_base_layer().groups,
             trains_a=self.lora_A[adapter].weight.requires_grad,
             trains_b=self.lora_B[adapter].weight.requires_grad,
@@ -215,7 +215,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         """Return (alpha/r) B A in the shape of the kernel, without DoRA's scale."""
         weight = self.get_base_layer().weight
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
-        return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format(weight))
+        return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format_of(weight))
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
         """Return kernel and bias of the base layer with `adapters` applied in turn, in the adapters' dtype."""
