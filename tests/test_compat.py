@@ -102,10 +102,10 @@ def test_is_view_and_is_transformed_recognise_such_tensors() -> None:
 def test_use_counts_rise_with_views_and_with_saved_tensors() -> None:
     x = torch.zeros(2, requires_grad=True)
     tensor_count, storage_count = _compat.use_counts(x)
-    view, saved = x.detach(), x.exp().square()
+    view, square = x.detach(), x.square()
 
-    assert _compat.use_counts(x)[1] == storage_count + 1, view
-    assert _compat.use_counts(x)[0] >= tensor_count, saved
+    assert _compat.use_counts(x)[1] > storage_count, view
+    assert _compat.use_counts(x)[0] > tensor_count, square
 
 
 def test_saved_tensors_hooks_are_seen_while_active() -> None:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from peft_edge._compat import AutogradContext
+from peft_edge.functional.convolution import memory_format_of
 from peft_edge.functional.recompute import Recompute, can_overwrite, get_recompute, set_recompute
 
 Activation = Callable[[Tensor], Tensor]
@@ -80,7 +81,7 @@ class _ClippedActivation(torch.autograd.Function):
                 copied = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
                 gradient, overwrites = copied.copy_(gradient), True
             if torch.is_grad_enabled():
-                # Second derivative: `mask_gradient` itself has no derivative.
+                # For second derivatives: `mask_gradient` has no derivative.
                 is_set = mask_gradient(torch.ones_like(gradient), saved, out=torch.empty_like(gradient)).bool()
                 gradient = torch.where(is_set, gradient, torch.zeros_like(gradient))
             else:
@@ -114,7 +115,7 @@ class _SmoothActivation(torch.autograd.Function):
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.recompute_x(*ctx.saved_tensors)
         if torch.is_grad_enabled():
-            # Second derivative: most of torch's backward operators have no derivative themselves.
+            # For second derivatives: most of torch's backward operators have no derivative.
             return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
         return ctx.backward_of_x(gradient, x), None, None
 
@@ -146,17 +147,14 @@ class _GatedProduct(torch.autograd.Function):
 
 def has_standard_layout(x: Tensor) -> bool:
     """Return whether a tensor has one of torch's memory formats, without gaps between its elements."""
-    formats = [torch.contiguous_format, *{4: [torch.channels_last], 5: [torch.channels_last_3d]}.get(x.dim(), [])]
-    return any(x.is_contiguous(memory_format=memory_format) for memory_format in formats)
+    return x.is_contiguous(memory_format=memory_format_of(x))
 
 
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
-    """Return a uint8 mask of the elements of x that satisfy a condition, in the order of x's memory.
+    """Return a uint8 mask of the elements of x that satisfy a condition, one bit (`packed`) or one byte for each.
 
-    Args:
-        x: Of any shape, with a standard layout.
-        condition: Maps a one-dimensional part of x to a boolean for each element.
-        packed: Whether an element takes one bit instead of one byte.
+    The mask follows the order of x's memory, which has a standard layout. `condition` maps one-dimensional parts of x to
+    booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)
     for part, block, bit in _iter_parts(x, mask):
@@ -170,8 +168,7 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     The gradient and `out`, which may be the same tensor, have the strides of the masked tensor.
     """
     is_packed = len(mask) < gradient.numel()
-    parts = zip(_iter_parts(gradient, mask), _iter_parts(out, mask), strict=True)
-    for (part, block, bit), (result, _, _) in parts:
+    for (part, block, bit), (result, _, _) in zip(_iter_parts(gradient, mask), _iter_parts(out, mask), strict=True):
         bits = block & bit if is_packed else block
         # Not a product: an infinite gradient times 0 would be NaN.
         torch.ops.aten.threshold_backward.grad_input(part, bits.to(gradient.dtype), 0, grad_input=result)

@@ -27,7 +27,7 @@ Function = Callable[..., object]
 Masks = Literal["byte", "bit", "off"]
 """The size of a mask's element; with "off", activations save their output."""
 
-# The largest number of products an output element of a convolution that may be recomputed.
+# A convolution may be recomputed if it takes at most so many products for each output element.
 _MAX_RECOMPUTED_PRODUCTS = 96
 
 # torch's pooling saves its input, if only for the shape.
@@ -53,15 +53,12 @@ def _runs_plain(x: Tensor) -> bool:
 
 
 class LeanConvolution(ConvolutionBase):
-    """A convolution that saves only its kernel while it is frozen.
-
-    Attributes:
-        inplace_norm: The norm after it that may overwrite its output, or None.
-        recompute: Whether an adapter may let other layers recompute its output, if that is cheap.
-    """
+    """A convolution that saves only its kernel while it is frozen."""
 
     inplace_norm: InplaceNorm | None = None
+    """The norm after it that may overwrite its output."""
     recompute: bool = False
+    """Whether an adapter may let other layers recompute its output, if that is cheap."""
 
     @property
     def keeps_input(self) -> bool:
@@ -99,17 +96,13 @@ class LeanBatchNorm(BatchNorm):
 
 
 class LeanClippedActivation(nn.Module):
-    """An activation min(max(x, 0), upper) that saves a mask, or its output where the next layer saves that anyway.
-
-    Attributes:
-        masks: The size of a mask's element.
-        consumers: The layers that take the output.
-        feeds_product: Whether a product, which saves the output, takes it as well.
-    """
+    """An activation min(max(x, 0), upper) that saves a mask, or its output where the next layer saves that anyway."""
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
+    """The layers that take the output."""
     feeds_product: bool = False
+    """Whether a product takes the output, which saves it."""
     inplace: bool
     upper = float("inf")
 
@@ -124,7 +117,7 @@ class LeanClippedActivation(nn.Module):
         plain_forward = super().forward
         if _runs_plain(x):
             return plain_forward(x)
-        # Layers that would save an output that can be recomputed save the inputs of the recomputation instead.
+        # If x can be recomputed, so can the output, and the next layer saves the inputs of the recomputation instead.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, plain_forward, upper=self.upper, keep=keep, inplace=self.inplace)
