@@ -32,11 +32,6 @@ _CACHED_ELEMENTS = 1 << 19
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Apply an activation y = min(max(x, 0), upper).
 
-    >>> x = torch.randn(4, 8, requires_grad=True)
-    >>> y = clipped_activation(x, torch.relu, upper=float("inf"), keep="bit")
-    >>> [(saved.dtype, saved.numel()) for saved in y.grad_fn.saved_tensors]
-    [(torch.uint8, 4)]
-
     Args:
         x: Of any shape.
         forward: The activation. It is also applied to parts of x.
@@ -153,7 +148,7 @@ def has_standard_layout(x: Tensor) -> bool:
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
     """Return a uint8 mask of the elements of x that satisfy a condition, one bit (`packed`) or one byte for each.
 
-    The mask follows the order of x's memory, which has a standard layout. `condition` maps one-dimensional parts of x to
+    The mask follows the memory order of x, which has a standard layout. `condition` maps one-dimensional parts of x to
     booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)

@@ -36,11 +36,6 @@ def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
 
     Padding that `Geometry` cannot express (padding modes other than zeros, unequal sides, timm's same-padding) is
     applied to the input. Otherwise the input is returned as it is.
-
-    >>> conv = torch.nn.Conv2d(3, 8, 3, padding=1, padding_mode="reflect")
-    >>> x, geometry = pad(conv, torch.zeros(1, 3, 8, 8))
-    >>> x.shape, geometry.padding
-    (torch.Size([1, 3, 10, 10]), (0, 0))
     """
     padding = conv.padding
     if isinstance(conv, Conv2dSame):

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter, defaultdict
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import TypeVar, get_args
 
 import torch
@@ -209,8 +210,8 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
         # An identity returns its input.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
         if is_leaf or isinstance(module, (BatchNorm, BaseTunerLayer)):
-            module.register_forward_pre_hook(trace.enter(name), with_kwargs=True)
-            module.register_forward_hook(trace.leave(name), always_call=True)
+            module.register_forward_pre_hook(partial(trace.enter, name), with_kwargs=True)
+            module.register_forward_hook(partial(trace.leave, name), always_call=True)
     size = (getattr(traced, "pretrained_cfg", None) or {}).get("input_size")
     if size is None:
         conv = next(module for module in traced.modules() if isinstance(module, ConvolutionBase))
@@ -235,23 +236,17 @@ class _Trace(TorchFunctionMode):
             if isinstance(value, Tensor) and (producer := getattr(value, "_made_by", None)) is not None:
                 self.consumers[producer].append(consumer)
 
-    def enter(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, kwargs: object) -> None:
-            self.consume((args, kwargs), name)
-            self._running.append(name)
+    def enter(self, name: str, module: nn.Module, args: object, kwargs: object) -> None:
+        self.consume((args, kwargs), name)
+        self._running.append(name)
 
-        return hook
-
-    def leave(self, name: str) -> Callable[[nn.Module, object, object], None]:
-        def hook(module: nn.Module, args: object, output: object) -> None:
-            self._running.pop()
-            # The activation inside a norm has marked its output already.
-            has_activation = isinstance(base_layer(module), BatchNorm)
-            is_marked = has_activation and (getattr(output, "_made_by", None) or "").startswith(f"{name}.")
-            if isinstance(output, Tensor) and not is_marked:
-                output._made_by = name  # type: ignore[attr-defined]
-
-        return hook
+    def leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
+        self._running.pop()
+        # The activation inside a norm has marked the output already.
+        is_norm = isinstance(base_layer(module), BatchNorm)
+        is_marked = is_norm and (getattr(output, "_made_by", None) or "").startswith(f"{name}.")
+        if isinstance(output, Tensor) and not is_marked:
+            output._made_by = name  # type: ignore[attr-defined]
 
     def __torch_function__(
         self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
