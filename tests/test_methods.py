@@ -143,7 +143,7 @@ def test_fixed_statistics_are_used_while_training(backbone: nn.Module, method: s
 
 @pytest.mark.parametrize("method", PEERS)
 def test_peers_say_what_they_cannot_do(backbone: nn.Module, method: str) -> None:
-    with pytest.raises(ValueError, match="norm: 'frozen' is not for PEFT's own adapters"):
+    with pytest.raises(ValueError, match="norm: 'frozen' does not work with PEFT's own adapters"):
         prepared(backbone, method, norm="frozen")
 
 

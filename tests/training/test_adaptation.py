@@ -143,7 +143,7 @@ def test_fewer_images_than_a_batch_are_counted(run: Run, tmp_path: Path) -> None
 def test_a_method_with_nothing_to_save_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(METHODS, "mine", Method(prepare=lambda model, options: model))
     with pytest.raises(
-        ValueError, match="'mine' makes no PEFT model, and is not registered with saves_full_model=True"
+        ValueError, match="'mine' returns no PEFT model and is not registered with saves_full_model=True"
     ):
         run(tmp_path / "run", "method=mine")
 

@@ -131,6 +131,6 @@ def test_lean_layers_change_nothing(run: Run, tmp_path: Path) -> None:
 def test_what_cannot_be_replayed_is_refused_before_the_source_is_trained(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     with pytest.raises(ValueError, match=rf"training\.replay: nothing can be replayed: .*{message}"):
         run(tmp_path / "run", *REPLAY, *overrides)

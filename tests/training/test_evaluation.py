@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 
 from peft_edge.backbones import load_backbone
 from peft_edge.training.adaptation import merged_copy
-from peft_edge.training.evaluation import Predictions, check_saved, kernel_changes, logits, predict, results
+from peft_edge.training.evaluation import Predictions, check_saved, eval_logits, kernel_changes, predict, results
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 
 
@@ -30,7 +30,7 @@ def test_every_image_is_asked_about_once() -> None:
 
 def test_the_same_model_answers_the_same() -> None:
     model, images = load_backbone("mobilenetv3_small_050", num_classes=3), torch.randn(2, 3, 32, 32)
-    assert check_saved(model, merged_copy(model), images, logits(model, images)) == {
+    assert check_saved(model, merged_copy(model), images, eval_logits(model, images)) == {
         "reloaded_max_logit_difference": 0.0
     }
 
@@ -38,7 +38,7 @@ def test_the_same_model_answers_the_same() -> None:
 def test_adapter_that_cannot_be_merged_is_checked_unmerged() -> None:
     config = ConvAdapterConfig(target_modules="dense", activation="relu")
     model, images = get_peft_model(load_backbone("mobilenetv3_small_050"), config), torch.randn(2, 3, 32, 32)
-    assert check_saved(model, merged_copy(model), images, logits(model, images)) == {
+    assert check_saved(model, merged_copy(model), images, eval_logits(model, images)) == {
         "reloaded_max_logit_difference": 0.0
     }
 
@@ -47,7 +47,7 @@ def test_adapter_that_cannot_be_merged_is_checked_unmerged() -> None:
 def test_model_that_is_another_one_is_reported(change: float) -> None:
     model, images = load_backbone("mobilenetv3_small_050", num_classes=3), torch.randn(2, 3, 32, 32)
     with pytest.raises(RuntimeError, match="the reloaded model is not the one that was trained"):
-        check_saved(model, model, images, logits(model, images) + change)
+        check_saved(model, model, images, eval_logits(model, images) + change)
 
 
 def predictions(right: int, wrong: int) -> Predictions:

@@ -25,7 +25,8 @@ from peft_edge.profiling.callback import ProfilingCallback
 from peft_edge.records import FAILED, Record, StepProfile
 from peft_edge.training import loop
 from peft_edge.training.loop import termination_deferred
-from peft_edge.training.run import start
+from peft_edge.training.pipeline import start_accelerator
+from peft_edge.training.run_folder import Run
 
 
 def terminate() -> None:
@@ -173,12 +174,11 @@ def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list
     AcceleratorState._reset_state(reset_partial_state=True)
     given = ["training.epochs=1", "training.max_grad_norm=1.0", "training.batch_size=8", "trackers=[]", "--cpu"]
     config = load_config([f"output_dir={folder}", "data.shift=blend", *given, *overrides])
-    accelerator = start(config)
+    accelerator = start_accelerator(config)
     optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
     batches = DataLoader(DATA, batch_size=8)
     prepared = accelerator.prepare(network, optimizer, get_constant_schedule(optimizer), batches, batches)
-    options = {"config": config, "accelerator": accelerator, "run": folder, "name": "a"}
-    return loop.train(*prepared, evaluated=prepared[0], **options)[1]
+    return loop.train(*prepared, evaluated=prepared[0], run=Run(config, accelerator, False), name="a")[1]
 
 
 class ImageTrainer(Trainer):

@@ -12,14 +12,14 @@ from accelerate import Accelerator
 from peft_edge.config import load_config
 from peft_edge.records import CANCELED, FAILED, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
 from peft_edge.training.run_folder import open_run
-from peft_edge.training.summary import failure_recorded, table
+from peft_edge.training.summary import failure_recorded, summary_table
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError("lost"), FAILED), (KeyboardInterrupt(), CANCELED)])
 def test_run_that_stops_leaves_a_record(tmp_path: Path, error: BaseException, status: str) -> None:
     config = load_config([f"output_dir={tmp_path / 'run'}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
-    with pytest.raises(type(error)), failure_recorded(config, run, 0.0):
+    with pytest.raises(type(error)), failure_recorded(run, 0.0):
         raise error
     record = Record.from_json((tmp_path / "run" / "record.json").read_text())
     assert record.train_info.status == status
@@ -36,7 +36,7 @@ def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path:
     for row in rows:
         file = tmp_path / "profile" / "lr_0.01" / f"process_{row.process_index}.json"
         file.write_text(json.dumps({"rows": [asdict(row)], "times": []}))
-    with pytest.raises(RuntimeError), failure_recorded(config, run, 0.0):
+    with pytest.raises(RuntimeError), failure_recorded(run, 0.0):
         raise RuntimeError("lost")
     assert Record.from_json((tmp_path / "record.json").read_text()).profile == rows[::-1]
 
@@ -44,7 +44,7 @@ def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path:
 def test_run_that_is_terminated_leaves_a_record(tmp_path: Path) -> None:
     config = load_config([f"output_dir={tmp_path}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
-    with pytest.raises(SystemExit) as caught, failure_recorded(config, run, 0.0):
+    with pytest.raises(SystemExit) as caught, failure_recorded(run, 0.0):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.code == 128 + signal.SIGTERM
     assert Record.from_json((tmp_path / "record.json").read_text()).train_info.status == FAILED
@@ -78,7 +78,7 @@ def test_table_shows_gain_loss_and_cost() -> None:
         meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
         profile=[StepProfile(process_index=0, scope="step", forward_s=0.0123)],
     )
-    lines = table(record).splitlines()
+    lines = summary_table(record).splitlines()
     header = (
         "test accuracy on  target  source  retained  trained parameters  of the model  saved bytes  training seconds"
     )

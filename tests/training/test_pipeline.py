@@ -14,12 +14,12 @@ from peft_edge.config import load_config
 from peft_edge.methods import METHODS
 from peft_edge.records import SUCCESS, Record
 from peft_edge.training.adaptation import load_update
-from peft_edge.training.run import start, start_trackers
+from peft_edge.training.pipeline import start_accelerator, start_trackers
 from tests.hub import stand_in
 
 
 def test_threads_accumulation_and_device_are_those_of_the_configuration() -> None:
-    accelerator = start(
+    accelerator = start_accelerator(
         load_config(
             [
                 "output_dir=a",
@@ -38,26 +38,26 @@ def test_threads_accumulation_and_device_are_those_of_the_configuration() -> Non
 
 def test_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"trackers: wandb is not installed: pip install wandb"):
-        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[wandb]"]))
+        start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[wandb]"]))
 
 
 def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+    start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started and Accelerate sees 1: add --cpu"):
-        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+        start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
 
 
 def test_processes_that_were_not_started_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.warns(UserWarning, match="starts one process whatever --num_processes says"):
-        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+        start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
 
 
 def test_trackers_get_figures_under_the_logs_of_the_run(tmp_path: Path) -> None:
     config = load_config([f"output_dir={tmp_path}", "data.shift=blend", "--cpu"])
-    accelerator = start(config)
+    accelerator = start_accelerator(config)
     start_trackers(config, accelerator)
     accelerator.log({"lr_0.01/train loss": 0.5}, step=3)
     accelerator.end_training()
@@ -78,15 +78,19 @@ def hub(tmp_path: Path) -> Iterator[stand_in.StandIn]:
 @pytest.mark.slow
 @torch.no_grad()
 def test_a_run_whose_push_fails_is_complete_and_pushed_by_the_same_command(
-    run: Callable[..., Record], hub: stand_in.StandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    run: Callable[..., Record],
+    hub: stand_in.StandIn,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = ["method=lora", "hub.repo_id=me/adapter", "hub.private=true", "hub.license=mit"]
     hub.is_full = True
     with torch.enable_grad():
         assert run(tmp_path / "run", *arguments).train_info.status == "success"
     failed = capfd.readouterr()
-    assert "error: me/adapter: expected to push to http" in failed.out
-    assert "The run has succeeded. The same command" in failed.out
+    assert "error: me/adapter: expected to push to http" in caplog.text
+    assert "The run has succeeded. The same command" in caplog.text
     model = load_pretrained(tmp_path / "run" / "adapter")
     assert set(hub.files("me/adapter")) == {".gitattributes"}
 
@@ -101,7 +105,7 @@ def test_a_run_whose_push_fails_is_complete_and_pushed_by_the_same_command(
     assert "license: mit" in card
     assert "adapted from `digits` to blend" in card
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    for text in (*files, *hub.received, *(part.encode() for part in (*failed, *pushed))):
+    for text in (*files, *hub.received, *(part.encode() for part in (*failed, *pushed, caplog.text))):
         assert stand_in.TOKEN.encode() not in text
     for content in hub.files("me/adapter").values():
         assert str(tmp_path).encode() not in content
@@ -178,7 +182,7 @@ def test_every_method_runs_and_what_it_saves_is_what_was_trained(run: Run, tmp_p
 def test_wrong_adapter_is_reported_before_anything_is_trained(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     with pytest.raises(ValueError, match="no_such_layer"):
         run(tmp_path / "run", "adapter.target_modules=[no_such_layer]")
 
@@ -193,7 +197,7 @@ def test_finished_run_only_prints_its_table(
 ) -> None:
     first = run(tmp_path / "run", "method=none")
     capsys.readouterr()
-    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     assert run(tmp_path / "run", "method=none") == first
     assert "holds this run, finished" in capsys.readouterr().out
 
