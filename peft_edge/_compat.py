@@ -6,11 +6,6 @@ has a test for each, which fails when an upgrade removes or changes it.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from datasets import Dataset
-
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
 
@@ -21,12 +16,3 @@ if TYPE_CHECKING:
 
 
 # --- the rest: data, training, hub, export, study ---------------------------------------------------------------------
-
-
-def dataset_fingerprint(dataset: Dataset) -> str:
-    """Return the hash that `datasets` keeps of a dataset's rows and transforms.
-
-    `datasets` documents fingerprints and its cache relies on them, but has no public attribute for them.
-    Seen in datasets 5.2.0.
-    """
-    return dataset._fingerprint

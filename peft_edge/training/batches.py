@@ -12,7 +12,6 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
-from peft_edge._compat import dataset_fingerprint
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, build_loader, build_transform, load_batches
 from peft_edge.data.loader import EpochSampler
@@ -94,7 +93,7 @@ def open_replay(run: Run, model: nn.Module, source: nn.Module, target: Domain) -
     key = cache_key(
         config,
         accelerator.device.type,
-        images=dataset_fingerprint(target.train),
+        images=target.fingerprint,
         transform=_timm_config(config, source),
         mixed_precision=settings.mixed_precision,
     )
