@@ -16,15 +16,8 @@ from torch import nn
 from torch.optim import SGD, AdamW, Optimizer
 from transformers.optimization import Adafactor
 
+from peft_edge import optim
 from peft_edge.backbones import head_names
-from peft_edge.optim import (
-    GaLoreAdafactor,
-    GaLoreAdamW,
-    GaLoreSGD,
-    decay_groups,
-    galore_param_groups,
-    update_in_backward,
-)
 from peft_edge.roles import ROLES, modules_with_role
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 from peft_edge.tuners.conv_lora import ConvLoraConfig
@@ -42,31 +35,31 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
 """torch's optimizers with their defaults, and Transformers' Adafactor with a fixed learning rate."""
 
 _GALORE: dict[str, OptimizerFactory] = {
-    "adamw": GaLoreAdamW,
-    "sgd": partial(GaLoreSGD, momentum=0.0),
-    "sgd-momentum": GaLoreSGD,
-    "adafactor": GaLoreAdafactor,
+    "adamw": optim.GaLoreAdamW,
+    "sgd": partial(optim.GaLoreSGD, momentum=0.0),
+    "sgd-momentum": optim.GaLoreSGD,
+    "adafactor": optim.GaLoreAdafactor,
 }
 
 
 def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
-    return OPTIMIZERS[name](decay_groups(model, weight_decay), lr=lr)
+    return OPTIMIZERS[name](optim.decay_groups(model, weight_decay), lr=lr)
 
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
     # `target_modules` holds names of the backbone's layers, without PEFT's prefix.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
-    groups = galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
+    groups = optim.galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
     if options["layerwise"]:
-        update_in_backward(optimizer)
+        optim.update_in_backward(optimizer)
     return optimizer
 
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to adapt a model. Entries of `METHODS` are available in train.py and in the `peft-edge` commands.
+    """One way to adapt a model. As an entry of `METHODS`, it has the sweep, checkpoints, tests and record of train.py.
 
     >>> def last_block(model, options):
     ...     model.requires_grad_(False)
@@ -84,7 +77,7 @@ class Method:
     section: str | None = "adapter"
     """Section of the configuration that holds the options. `norm` is always added; None: `norm` is the only option."""
 
-    optimizer: Callable[..., Optimizer] | None = _plain_optimizer
+    optimizer: OptimizerFactory | None = _plain_optimizer
     """Called with the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`.
     None: no parameter is trained by gradients."""
 
@@ -103,9 +96,8 @@ def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
     """Adapt BatchNorm only, by our tuner: so `norm` means the same for every method, on any number of processes."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
-        saved = head_names(model) if saves_head else None
-        settings = {"target_modules": DUMMY_TARGET_MODULES, "norm": options["norm"], "modules_to_save": saved}
-        return get_peft_model(model, ConvLoraConfig(**{**settings, **fixed}))
+        settings = {"norm": options["norm"], "modules_to_save": head_names(model) if saves_head else None, **fixed}
+        return get_peft_model(model, ConvLoraConfig(target_modules=DUMMY_TARGET_MODULES, **settings))
 
     return prepare
 
@@ -117,10 +109,7 @@ def _everything(model: nn.Module, options: Options) -> nn.Module:
 
 
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
-    """Use PEFT's own adapter, with BatchNorm layers in `modules_to_save`: PEFT has no other way to save them.
-
-    `names` maps our name of each option to PEFT's.
-    """
+    """Use PEFT's own adapter. `names` maps our options to PEFT's. BatchNorm layers are saved as whole modules."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         norm, targets = options["norm"], options["target_modules"]

@@ -42,7 +42,7 @@ from peft_edge.training.batches import (
 )
 from peft_edge.training.evaluation import eval_logits, first_images, predict
 from peft_edge.training.loop import DivergedError, train
-from peft_edge.training.run_folder import Progress, Run
+from peft_edge.training.run_folder import ActiveRun, Progress
 from peft_edge.training.source import new_backbone
 from peft_edge.tuners.norm import recalibrate
 
@@ -110,7 +110,7 @@ class TrainedCandidate(BaseModel):
 
 
 def sweep(
-    run: Run, target: Domain, source: nn.Module, *, increment: int | None = None, previous: Path | None = None
+    run: ActiveRun, target: Domain, source: nn.Module, *, increment: int | None = None, previous: Path | None = None
 ) -> tuple[list[TrainedCandidate], list[dict[str, object]]]:
     """Train a candidate for every learning rate of the configuration. The source model is not changed.
 
@@ -153,7 +153,7 @@ def sweep(
 
 
 def _adapt(
-    run: Run,
+    run: ActiveRun,
     method: Method,
     target: Domain,
     source: nn.Module,

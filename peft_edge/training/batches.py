@@ -17,7 +17,7 @@ from peft_edge.data import Domain, build_loader, build_transform, load_batches
 from peft_edge.data.loader import EpochSampler
 from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
 from peft_edge.records import StepProfile
-from peft_edge.training.run_folder import Run, cache_folder, cache_key
+from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
@@ -73,7 +73,7 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
         raise ValueError(f"training.replay: {error}") from error
 
 
-def open_replay(run: Run, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
+def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
     """Store the outputs of the model's frozen prefix for the target's training images, or find them stored.
 
     The model is prepared for training, its BatchNorm statistics are estimated, and it is not changed. The images are

@@ -24,7 +24,7 @@ from transformers import TrainerControl, TrainerState
 from peft_edge.profiling.callback import ProfilingCallback
 from peft_edge.records import StepProfile
 from peft_edge.training.evaluation import predict
-from peft_edge.training.run_folder import Progress, Run, last_good_checkpoint, load_checkpoint, save_checkpoint
+from peft_edge.training.run_folder import ActiveRun, Progress, last_good_checkpoint, load_checkpoint, save_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def train(
     validation: DataLoaderShard,
     *,
     evaluated: nn.Module,
-    run: Run,
+    run: ActiveRun,
     name: str,
 ) -> tuple[Progress, list[StepProfile]]:
     """Train for `training.epochs`, from the newest checkpoint if there is one, with bit-identical results.

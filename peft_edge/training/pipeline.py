@@ -19,7 +19,7 @@ from peft_edge.hub import push_update
 from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, load_update, merged_copy, sweep
 from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_tests
-from peft_edge.training.run_folder import Run, lock_output_dir, open_run
+from peft_edge.training.run_folder import ActiveRun, lock_output_dir, open_run
 from peft_edge.training.source import source_model
 from peft_edge.training.summary import build_record, failure_recorded
 
@@ -51,7 +51,7 @@ def run(config: RunConfig) -> Record:
     return record
 
 
-def _run_stages(run: Run) -> Record:
+def _run_stages(run: ActiveRun) -> Record:
     config, accelerator = run.config, run.accelerator
     started, clock = time.time(), time.perf_counter()
     with failure_recorded(run, started):
@@ -159,7 +159,7 @@ def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
     accelerator.init_trackers("peft-edge", config=scalars)
 
 
-def _push(run: Run, repo_id: str) -> None:
+def _push(run: ActiveRun, repo_id: str) -> None:
     """Push the update of a finished run. If this fails, warn: the run is complete on the disk."""
     hub = run.config.hub
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())

@@ -24,7 +24,7 @@ from peft_edge.records import SUCCESS, Record, read_record
 
 
 @dataclass(frozen=True)
-class Run:
+class ActiveRun:
     """A run and its folder `config.output_dir`. Only the main process writes to the folder."""
 
     config: RunConfig
@@ -85,7 +85,7 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
         yield
 
 
-def open_run(config: RunConfig, accelerator: Accelerator) -> Run:
+def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
     """Create the folder of a run, or open it if the same run was started there before.
 
     Raises:
@@ -98,7 +98,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> Run:
         with atomic_write(path / "config.yaml") as unfinished:
             unfinished.write_text(to_yaml(config), encoding="utf-8")
     accelerator.wait_for_everyone()
-    return Run(config, accelerator, is_resumed)
+    return ActiveRun(config, accelerator, is_resumed)
 
 
 def _is_started(config: RunConfig, path: Path) -> bool:

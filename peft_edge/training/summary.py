@@ -37,11 +37,11 @@ from peft_edge.records import (
 from peft_edge.training.adaptation import TrainedCandidate
 from peft_edge.training.evaluation import SOURCE, SOURCE_BEFORE, TARGET, TARGET_BEFORE, Predictions, results
 from peft_edge.training.loop import DivergedError, on_termination
-from peft_edge.training.run_folder import Run
+from peft_edge.training.run_folder import ActiveRun
 
 
 def build_record(
-    run: Run,
+    run: ActiveRun,
     task: Task,
     source: nn.Module,
     *,
@@ -121,7 +121,7 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 
 
 @contextmanager
-def failure_recorded(run: Run, started: float) -> Iterator[None]:
+def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
     """Write a record if the block raises. The same command resumes the run and replaces the record.
 
     SIGTERM counts as an error: a launcher sends it to the other processes when one has died.

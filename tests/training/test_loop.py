@@ -25,7 +25,7 @@ from peft_edge.records import FAILED, StepProfile
 from peft_edge.training import loop
 from peft_edge.training.loop import termination_deferred
 from peft_edge.training.pipeline import start_accelerator
-from peft_edge.training.run_folder import Run
+from peft_edge.training.run_folder import ActiveRun
 from tests.training.support import RunTraining, adapter_of, record_of
 
 
@@ -171,7 +171,7 @@ def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list
     optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
     batches = DataLoader(DATA, batch_size=8)
     prepared = accelerator.prepare(network, optimizer, get_constant_schedule(optimizer), batches, batches)
-    return loop.train(*prepared, evaluated=prepared[0], run=Run(config, accelerator, False), name="a")[1]
+    return loop.train(*prepared, evaluated=prepared[0], run=ActiveRun(config, accelerator, False), name="a")[1]
 
 
 class ImageTrainer(Trainer):
