@@ -93,7 +93,7 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 
 
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
-    """Adapt BatchNorm only, by our tuner: so `norm` means the same for every method, on any number of processes."""
+    """Adapt only BatchNorm, with our tuner: `norm` then means the same for every method and number of processes."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         settings = {"norm": options["norm"], "modules_to_save": head_names(model) if saves_head else None, **fixed}

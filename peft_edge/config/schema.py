@@ -26,7 +26,7 @@ ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project"
 
 def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
     def check(name: str) -> str:
-        # A user who has registered a method has imported this module; everyone else is spared the seconds it takes.
+        # This module imports torch. A program that has registered a method of its own has imported it already.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]

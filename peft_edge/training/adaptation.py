@@ -281,7 +281,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write the adapter to `folder/adapter`, or the merged model to `folder/model`. It may consume `model`."""
+    """Write the adapter to `folder/adapter`, or the merged model to `folder/model`. `model` is unusable afterwards."""
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
     else:

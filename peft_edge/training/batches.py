@@ -74,7 +74,7 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Store the outputs of the model's frozen prefix for the target's training images, or find them stored.
+    """Store the outputs of the model's frozen prefix for the target's training images, or open the stored ones.
 
     The model is prepared for training, its BatchNorm statistics are estimated, and it is not changed. The images are
     prepared with the data configuration of the source model.

@@ -103,7 +103,7 @@ def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
-    """Return the largest difference of a logit between the trained and the reloaded model, and after merging.
+    """Return the largest logit difference between the trained model and the reloaded one, and the merged one.
 
     `trained` are the trained model's logits for `images`, (B, num_classes).
 

@@ -50,7 +50,7 @@ def train(
     run: ActiveRun,
     name: str,
 ) -> tuple[Progress, list[StepProfile]]:
-    """Train for `training.epochs`, from the newest checkpoint if there is one, with bit-identical results.
+    """Train for `training.epochs`, from the newest checkpoint if there is one. Resuming gives bit-identical results.
 
     The accelerator has prepared the first five arguments. `evaluated` is the model to evaluate: `model`, or the whole
     model of which `model` is a part. `name` names this training in the run's folder, trackers and progress bar.
@@ -188,7 +188,7 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Handle SIGTERM with `handler` inside the block. Outside the main thread, which alone may do this, do nothing."""
+    """Handle SIGTERM with `handler` inside the block. Python allows this only in the main thread; others do nothing."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -201,10 +201,10 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 
 @contextmanager
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
-    """Let the process survive the first SIGTERM inside the block, and yield a function that says whether it came.
+    """Let the process survive the first SIGTERM inside the block; yield a function that returns whether one came.
 
-    A second SIGTERM has its previous effect, and so has the first one unless the run `is_alone`: a process that is one
-    of several would wait for the others to save a checkpoint, and one of them may have died.
+    A second SIGTERM has its previous effect. In one of several processes (`is_alone` is false), so has the first one:
+    saving a checkpoint would wait for the other processes, and one of them may have died.
     """
     if not is_alone:
         yield lambda: False

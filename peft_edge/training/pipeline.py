@@ -114,7 +114,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     torch.backends.cudnn.deterministic = True
     training = config.training
     accelerator = Accelerator(
-        # Without a GPU, several processes form a group only if the CPU is asked for explicitly.
+        # Without a GPU, several processes form a group only if the CPU is requested explicitly.
         cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=training.mixed_precision,
         log_with=list(config.trackers) or None,

@@ -212,7 +212,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
     """Delete the checkpoints from `step` on, and return the newest that is left. All processes call it.
 
-    `step` is the first one whose weights may be bad: they are known to be good only when the loss of the next step is.
+    `step` is the first one whose weights may be bad. Weights are known to be good only once the next step's loss is.
     """
     good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:
