@@ -35,8 +35,7 @@ DIVERGED_LOSS = 100.0
 class DivergedError(ValueError):
     """Training whose loss is not finite or is above `DIVERGED_LOSS`."""
 
-    tried: Sequence[dict[str, object]] = ()
-    """The learning rates tried so far, for the record."""
+    tried: Sequence[dict[str, object]] = ()  # the learning rates tried so far, for the record
 
 
 def train(
@@ -80,14 +79,8 @@ def train(
             f"training.warmup_steps, or set training.max_grad_norm. {kept}"
         )
 
-    profiling = ProfilingCallback(
-        run.config.profiling.every_n_steps,
-        output_dir=run.path,
-        name=name,
-        log=log,
-        trace=run.config.profiling.trace,
-        show_table=False,
-    )
+    options = run.config.profiling.model_dump()
+    profiling = ProfilingCallback(**options, output_dir=run.path, name=name, log=log, show_table=False)
     # The callback receives the same events as from transformers' Trainer.
     state, control = TrainerState(global_step=progress.step), TrainerControl()
     unwrapped = accelerator.unwrap_model(model)

@@ -161,17 +161,10 @@ def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
 
 def _push(run: ActiveRun, repo_id: str) -> None:
     """Push the update of a finished run. If this fails, warn: the run is complete on the disk."""
-    hub = run.config.hub
+    options = run.config.hub.model_dump(exclude={"repo_id"})
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
     try:
-        address = push_update(
-            update,
-            repo_id,
-            record=run.path / "record.json",
-            license=hub.license,
-            private=hub.private,
-            revision=hub.revision,
-        )
+        address = push_update(update, repo_id, record=run.path / "record.json", **options)
     except (OSError, ValueError) as error:
         logger.warning("error: %s\nThe run has succeeded. The same command pushes again, without training", error)
     else:

@@ -25,13 +25,7 @@ from peft_edge.training.run_folder import cache_folder, cache_key
 def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
     """Build the backbone with the weights from which the source model is trained."""
     set_seed(config.seed)
-    return load_backbone(
-        config.backbone.name,
-        num_classes,
-        pretrained=config.backbone.pretrained,
-        checkpoint=config.backbone.checkpoint,
-        small_images=config.backbone.small_images,
-    )
+    return load_backbone(num_classes=num_classes, **config.backbone.model_dump())
 
 
 def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Module:

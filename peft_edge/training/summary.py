@@ -130,11 +130,10 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
-            statuses = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}
             message = "".join(traceback.format_exception(error))
             # The disk may be full, and a second signal must not interrupt the writing.
             with on_termination(signal.SIG_IGN), suppress(OSError):
-                status = statuses.get(type(error), FAILED)
+                status = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}.get(type(error), FAILED)
                 record = new_record(run.config, status, started=started, error_msg=message)
                 record.train_info.sweep = list(getattr(error, "tried", ()))
                 record.profile = read_profile(run.path / "profile")
