@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import cast
 
 import torch
@@ -120,4 +120,5 @@ def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[Step
     # Without `save_embedding_layers=False`, PEFT asks the Hub for the size of the base model's vocabulary.
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
     adapter_bytes = sum(tensor.nbytes for tensor in saved)
-    return [replace(row, adapter_bytes=adapter_bytes) if row.scope == "step" else row for row in profile]
+    whole = {"adapter_bytes": adapter_bytes}
+    return [StepProfile(**{**vars(row), **whole}) if row.scope == "step" else row for row in profile]

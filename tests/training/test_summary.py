@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -36,7 +35,7 @@ def test_the_record_of_a_failed_run_holds_the_profile_measured_so_far(tmp_path: 
     (tmp_path / "profile" / "lr_0.01").mkdir(parents=True)
     for row in rows:
         file = tmp_path / "profile" / "lr_0.01" / f"process_{row.process_index}.json"
-        file.write_text(json.dumps({"rows": [asdict(row)], "times": []}))
+        file.write_text(json.dumps({"rows": [vars(row)], "times": []}))
     with pytest.raises(RuntimeError), failure_recorded(run, 0.0):
         raise RuntimeError("lost")
     assert record_of(tmp_path).profile == rows[::-1]
