@@ -21,7 +21,7 @@ def backbone() -> nn.Module:
 
 
 def prepared(model: nn.Module, name: str, **changes: Any) -> nn.Module:
-    """With the defaults of train.py, but PEFT's own LoRA for dense convolutions only."""
+    """Use the defaults of train.py, but PEFT's own LoRA on dense convolutions only."""
     method = find_method(name)
     options = RunConfig(output_dir="").options(method.section)
     dense = {"target_modules": "dense"} if name in ("peft-lora", "peft-dora") else {}
@@ -33,7 +33,7 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def unwrapped(names: set[str]) -> set[str]:
-    """Without what adapters put into a parameter's name."""
+    """Remove the parts that adapters add to a parameter's name."""
     parts = ("base_model", "base_layer", "modules_to_save", "default", "lora_norm")
     return {".".join(part for part in name.split(".") if part not in parts).removeprefix("model.") for name in names}
 
@@ -41,7 +41,7 @@ def unwrapped(names: set[str]) -> set[str]:
 HEAD = {"classifier.weight", "classifier.bias"}
 
 
-def test_methods_without_adapted_layers_train_what_they_are_called_after(backbone: nn.Module) -> None:
+def test_methods_without_adapted_layers_train_the_parameters_in_their_name(backbone: nn.Module) -> None:
     everything = {name for name, _ in backbone.named_parameters()}
     norms = {
         f"{name}.{part}"
@@ -74,7 +74,7 @@ def test_methods_without_adapted_layers_train_what_they_are_called_after(backbon
         ("peft-dora", {"lora_A", "lora_B", "lora_magnitude_vector"}),
     ],
 )
-def test_adapters_train_their_parts_and_the_head(backbone: nn.Module, method: str, parts: set[str]) -> None:
+def test_adapters_train_their_matrices_and_the_head(backbone: nn.Module, method: str, parts: set[str]) -> None:
     dense_only = method in PEERS
     model = prepared(copy.deepcopy(backbone), method)
     assert isinstance(model, PeftModel)
@@ -100,10 +100,10 @@ TRAINED = [name for name, method in METHODS.items() if method.optimizer is not N
 
 @pytest.mark.parametrize("norm", ["stats", "affine"])
 @pytest.mark.parametrize("method", TRAINED)
-def test_every_trained_parameter_gets_a_gradient_and_is_in_the_optimizer(
+def test_every_trained_parameter_has_a_gradient_and_is_in_the_optimizer(
     backbone: nn.Module, method: str, norm: str
 ) -> None:
-    """Several processes would wait for one that gets none."""
+    """With several processes, training would hang on a parameter without gradient."""
     model = prepared(backbone, method, norm=norm).train()
     model(torch.randn(4, 3, 48, 48)).square().sum().backward()
     assert trained_names(model) == {name for name, parameter in model.named_parameters() if parameter.grad is not None}
@@ -113,7 +113,7 @@ def test_every_trained_parameter_gets_a_gradient_and_is_in_the_optimizer(
     assert {parameter for group in optimizer.param_groups for parameter in group["params"]} == trained
 
 
-def test_galore_takes_names_of_the_backbone(backbone: nn.Module) -> None:
+def test_galore_targets_are_names_of_the_backbone(backbone: nn.Module) -> None:
     options = {**RunConfig(output_dir="").options("galore"), "target_modules": ["conv_head"]}
     optimizer = METHODS["galore"].optimizer(prepared(backbone, "galore"), "adamw", options, lr=1e-2, weight_decay=0.0)
     (projected,) = (group["params"] for group in optimizer.param_groups if "rank" in group)
@@ -135,30 +135,30 @@ def test_every_optimizer_takes_a_step(backbone: nn.Module, method: str, name: st
 
 @pytest.mark.parametrize("norm", ["frozen", "recalibrate"])
 @pytest.mark.parametrize("method", ["full", "lora", "conv-adapter", "head"])
-def test_fixed_statistics_are_used_while_training(backbone: nn.Module, method: str, norm: str) -> None:
+def test_fixed_statistics_are_used_in_train_mode(backbone: nn.Module, method: str, norm: str) -> None:
     images = torch.randn(2, 3, 48, 48)
     model = prepared(backbone, method, norm=norm)
     torch.testing.assert_close(model.train()(images), model.eval()(images))
 
 
 @pytest.mark.parametrize("method", PEERS)
-def test_peers_say_what_they_cannot_do(backbone: nn.Module, method: str) -> None:
-    with pytest.raises(ValueError, match="norm: 'frozen' is not for PEFT's own adapters"):
+def test_peft_methods_refuse_fixed_statistics(backbone: nn.Module, method: str) -> None:
+    with pytest.raises(ValueError, match="norm: 'frozen' does not work with PEFT's own adapters"):
         prepared(backbone, method, norm="frozen")
 
 
-def test_peft_lora_says_that_depthwise_convolutions_need_another_rank(backbone: nn.Module) -> None:
+def test_peft_lora_refuses_depthwise_convolutions_and_names_the_remedy(backbone: nn.Module) -> None:
     message = r"groups=16 and rank 4(?s:.*)adapter\.target_modules=dense"
     with pytest.warns(UserWarning, match="groups > 1"), pytest.raises(ValueError, match=message):
         prepared(backbone, "peft-lora", target_modules="all-conv")
 
 
-def test_unknown_method_names_the_nearest() -> None:
+def test_an_unknown_method_names_the_nearest() -> None:
     with pytest.raises(ValueError, match=r"unknown method 'lorra'; the nearest is 'lora'"):
         find_method("lorra")
 
 
-def test_a_method_of_ones_own_is_found(monkeypatch: pytest.MonkeyPatch, backbone: nn.Module) -> None:
+def test_a_users_own_method_is_found(monkeypatch: pytest.MonkeyPatch, backbone: nn.Module) -> None:
     def last_block(model: nn.Module, options: dict[str, Any]) -> nn.Module:
         model.requires_grad_(False).get_submodule("blocks.5").requires_grad_(True)
         return model

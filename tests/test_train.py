@@ -12,7 +12,7 @@ import train
     ("argument", "message"),
     [("training.epochs=0", "training.epochs: should be greater"), ("data.shift=blent", "did you mean 'blend'?")],
 )
-def test_wrong_input_is_one_message_and_exit_code_2(
+def test_wrong_input_gives_one_message_and_exit_code_2(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],

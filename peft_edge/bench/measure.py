@@ -24,7 +24,7 @@ from tqdm.auto import tqdm
 
 from peft_edge.backbones import head_names, load_backbone
 from peft_edge.bench.results import BenchRecord, BenchRow, PhaseTimes
-from peft_edge.methods import memory_format
+from peft_edge.methods import training_memory_format
 from peft_edge.profiling.analysis import classification_loss, prepare_step
 from peft_edge.profiling.callback import CountedStep
 from peft_edge.records import StepProfile, load_average, package_info, system_info
@@ -116,7 +116,7 @@ def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _in_its_format(model: nn.Module, optimizer: Optimizer | None) -> Step:
-    return model.to(memory_format=memory_format(model)), optimizer
+    return model.to(memory_format=training_memory_format(model)), optimizer
 
 
 def _ours(method: str, *, lean: dict[str, Any] | None = FOLDED, norm: str = "frozen", **adapter: str) -> Any:
@@ -238,7 +238,7 @@ class _Steps:
     def __init__(self, contender: Contender, network: nn.Module, images: Tensor, lora_rank: int) -> None:
         self._model, self._optimizer = contender.build(copy.deepcopy(network), lora_rank)
         _check_output(self._model, network, images[:2])
-        self._images = images.to(memory_format=memory_format(self._model))
+        self._images = images.to(memory_format=training_memory_format(self._model))
 
     def count(self) -> StepProfile:
         """Takes two steps, of which the first makes the optimizer's state, and returns what the second one costs."""

@@ -1,12 +1,12 @@
-"""Reads a run's configuration from YAML files and the command line, and reports every error at once."""
+"""Read a run's configuration from YAML files and the command line, and report every error at once."""
 
 from __future__ import annotations
 
 import difflib
 import re
+import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 from pydantic import ValidationError
@@ -17,11 +17,11 @@ from peft_edge.config.schema import RunConfig, Section, conflicts
 
 
 class ConfigError(ValueError):
-    """Everything that is wrong with a configuration."""
+    """All errors of a configuration, one per line, each with its key and the file or argument it comes from."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader, which reads as YAML 1.2 does: 1e-3 is a number, and `no` and `off` are words."""
+    """YAML's safe loader with the rules of YAML 1.2: 1e-3 is a number, and `no` and `off` are words."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -34,50 +34,59 @@ _Loader.add_implicit_resolver(
 )
 
 
-def load_config(arguments: Sequence[str], *, choices: Mapping[str, Collection[str]] | None = None) -> RunConfig:
-    """Builds the configuration of a run.
+def load_config(arguments: Sequence[str]) -> RunConfig:
+    """Build the configuration of a run. Neither torch nor PEFT is imported.
+
+    >>> arguments = ["output_dir=runs/a", "data.shift=blend", "--training.learning_rate", "1e-3"]
+    >>> load_config([*arguments, "adapter.r=8"]).adapter
+    AdapterConfig(r=8, lora_alpha=8, lora_dropout=0.0, target_modules='all-conv')
+    >>> load_config([*arguments, "adapter.rank=8"])
+    Traceback (most recent call last):
+    peft_edge.config.reader.ConfigError: 1 error in the configuration:
+      adapter.rank: unknown key; did you mean adapter.r? (command line)
 
     Args:
-        arguments: `--config FILE` and overrides: `key=value`, `--key value` or `--key=value`. The keys of a section are
-            dotted (`training.epochs=3`), values are YAML, and a `--key` alone means true.
-        choices: For keys whose values another module defines, those values.
+        arguments: `--config FILE`, any number of times, and overrides: `key=value`, `--key value` or `--key=value`.
+            Keys of a section are dotted (`training.epochs=3`), values are YAML, and a `--key` alone means true. The
+            command line overrides the files, and a later file overrides an earlier one.
 
     Raises:
-        ConfigError: Unknown keys, wrong types, values out of range and impossible combinations, all of them, each with
-            the file or the argument it comes from.
+        ConfigError: If a key is unknown, a value has the wrong type or range, or a combination cannot work.
     """
     values, origins, errors = _collect(arguments)
     config, invalid = _validate(values)
-    for key, message in [*invalid, *_outside(config, choices or {}), *conflicts(config)]:
-        errors.append(f"{key}: {message} ({_origin(key, origins)})")
+    for key, message in [*invalid, *conflicts(config)]:
+        # The origin of a section is that of its first key.
+        origin = next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
+        errors.append(f"{key}: {message} ({origin})")
     if errors:
         noun = "error" if len(errors) == 1 else "errors"
         raise ConfigError("\n  ".join([f"{len(errors)} {noun} in the configuration:", *errors]))
     return config
 
 
-def _origin(key: str, origins: Mapping[str, str]) -> str:
-    """Where a key comes from, or the first key of a section."""
-    return next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
-
-
 def to_yaml(config: RunConfig) -> str:
-    """Returns the resolved configuration, every key included, as YAML that `load_config` reads back."""
+    """Return every key of the configuration as YAML that `load_config` reads back."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
-def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Returns nested sections as one dictionary with dotted keys."""
-    flat: dict[str, Any] = {}
+def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    """Return nested sections as one dictionary with dotted keys.
+
+    >>> flatten({"seed": 1, "adapter": {"r": 4}})
+    {'seed': 1, 'adapter.r': 4}
+    """
+    flat: dict[str, object] = {}
     for key, value in values.items():
         flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value})
     return flat
 
 
 def describe_keys() -> str:
-    """Returns every key with its default and its meaning."""
+    """Return every key with its default and its description."""
     return "\n\n".join(
-        f"{key}: {'required' if field.is_required() else field.get_default()}\n    {field.description}"
+        f"{key}: {'required' if field.is_required() else field.get_default()}\n"
+        + textwrap.indent(field.description or "", "    ")
         for key, field in _fields(RunConfig)
     )
 
@@ -90,12 +99,12 @@ def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
             yield f"{prefix}{name}", field
 
 
-def _collect(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], list[str]]:
-    """Returns the given values by dotted key, where each comes from, and what could not be read."""
-    values: dict[str, Any] = {}
+def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
+    """Return the values by dotted key, the origin of each, and the errors of unreadable arguments and files."""
+    values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
-    # The files first, wherever they stand: what the command line says overrides them.
+    # Files first, wherever they appear, so that the command line overrides them.
     for key, text, argument in sorted(_split(arguments), key=lambda item: item[0] != "config"):
         try:
             if text is None:
@@ -110,7 +119,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, Any], dict[str, str], 
 
 
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
-    """Yields key, text of the value (None if it has none) and the argument itself."""
+    """Yield the key, the text of the value (None if it is missing) and the argument itself."""
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -125,51 +134,45 @@ def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
             yield key, None if key == "config" else "true", argument
 
 
-def _read_file(path: Path) -> dict[str, Any]:
+def _read_file(path: Path) -> dict[str, object]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except OSError as error:
-        raise ConfigError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"cannot read {path}: {error}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
 
 
-def _validate(values: dict[str, Any]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """Returns the errors by key, and a configuration in which the values with an error are the defaults."""
+def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, str]]]:
+    """Return a configuration in which invalid values are replaced by defaults, and the errors by key."""
     try:
         return RunConfig.model_validate(_nest(values)), []
     except ValidationError as error:
         keys = dict(_fields(RunConfig))
         found: dict[str, str] = {}
         for detail in error.errors():
-            key = _key_of(detail["loc"], keys)
+            # The location of an error may continue into the value, by type and by index.
+            location = ".".join(map(str, detail["loc"]))
+            key = next((key for key in keys if f"{location}.".startswith(f"{key}.")), location)
             message = _explain(detail, key, keys)
-            # A value that may have several types yields an error for each.
+            # A value that may have several types gives one error for each.
             found[key] = f"{found[key]}, or {message}" if key in found else message
     valid = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{bad}.") for bad in found)}
     return RunConfig.model_validate(_nest({"output_dir": "", **valid})), list(found.items())
 
 
-def _nest(flat: Mapping[str, Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
+def _nest(flat: Mapping[str, object]) -> dict[str, object]:
+    nested: dict[str, object] = {}
     for key, value in flat.items():
         *sections, name = key.split(".")
         node = nested
         for section in sections:
-            if not isinstance(node.get(section), dict):
-                node[section] = {}
-            node = node[section]
+            inner = node.get(section)
+            node[section] = inner = inner if isinstance(inner, dict) else {}
+            node = inner
         node[name] = value
     return nested
-
-
-def _key_of(location: tuple[int | str, ...], keys: Collection[str]) -> str:
-    """The dotted key of an error; its location may go on into the value, by type and by index."""
-    dotted = ".".join(map(str, location))
-    return next((key for key in keys if f"{dotted}.".startswith(f"{key}.")), dotted)
 
 
 def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
@@ -177,6 +180,8 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
         return "is required"
     if detail["type"] == "model_type":
         return f"expected a section of keys, found {detail['input']!r}"
+    if detail["type"] == "value_error":
+        return str(detail["ctx"]["error"])
     if detail["type"] != "extra_forbidden":
         return f"{detail['msg'].removeprefix('Input ')}, found {detail['input']!r}"
     section, _, name = key.rpartition(".")
@@ -188,11 +193,3 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
         or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     )
     return "unknown key" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
-
-
-def _outside(config: RunConfig, choices: Mapping[str, Collection[str]]) -> Iterator[tuple[str, str]]:
-    values = flatten(config.model_dump())
-    for key, allowed in choices.items():
-        if values[key] not in allowed:
-            nearest = difflib.get_close_matches(values[key], allowed, n=1, cutoff=0.0)[0]
-            yield key, f"expected one of {', '.join(allowed)}, found {values[key]!r}; did you mean {nearest}?"

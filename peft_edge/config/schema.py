@@ -1,301 +1,292 @@
-"""The keys of a run: their types, ranges, defaults and meaning.
+"""The keys of a run: their types, ranges, defaults and meaning, and the combinations that cannot work.
 
-Values that are valid each for itself and cannot work, as far as that shows without data and network.
+Only pydantic and YAML are imported here, so that a mistake in a configuration is reported in a fraction of a second.
+The names of methods, optimizers and layer roles are therefore repeated as constants; tests compare them with
+`METHODS`, `OPTIMIZERS` and `ROLES`.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
+import sys
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from huggingface_hub.errors import HFValidationError
-from huggingface_hub.utils import validate_repo_id
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-from peft_edge.roles import ROLES
+METHOD_NAMES = (
+    *("none", "head", "norm-stats", "norm-affine", "bias", "full"),
+    *("lora", "lora-fa", "dora", "conv-adapter", "galore"),
+    *("peft-lora", "peft-dora", "peft-loha", "peft-lokr"),
+)
+OPTIMIZER_NAMES = ("adamw", "sgd", "sgd-momentum", "adafactor")
+ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project", "last-stage")
+
+
+def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
+    def check(name: str) -> str:
+        # This module imports torch. A program that has registered a method of its own has imported it already.
+        known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
+        if name not in known:
+            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
+            raise ValueError(f"expected one of {', '.join(known)}, found {name!r}; did you mean {nearest}?")
+        return name
+
+    return AfterValidator(check)
+
+
+def _check_targets(target: str | list[str]) -> str | list[str]:
+    if isinstance(target, str):
+        if re.fullmatch("[a-z]+(-[a-z]+)+", target) and target not in ROLE_NAMES:
+            raise ValueError(f"{target!r} is not a role; the roles are {', '.join(ROLE_NAMES)}")
+        try:
+            re.compile(target)
+        except re.error as error:
+            raise ValueError(f"{target!r} is not a regular expression: {error}") from error
+    return target
+
+
+def _check_repo_id(repo_id: str) -> str:
+    from huggingface_hub.utils import validate_repo_id
+
+    if "/" not in repo_id:
+        raise ValueError(f"expected owner/name, found {repo_id!r}")
+    validate_repo_id(repo_id)
+    return repo_id
+
+
+def _as_list(value: object) -> object:
+    return value if isinstance(value, list) else [value]
+
+
+def _as_names(value: object) -> object:
+    # YAML reads a class called 7 as a number.
+    return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
+
 
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-
-
-def _as_list(value: Any) -> Any:
-    return value if isinstance(value, list) else [value]
-
-
-def _as_names(value: Any) -> Any:
-    """YAML takes a class called 7 for a number."""
-    return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 
 
 class Section(BaseModel):
-    """A group of keys; unknown keys are errors, and a value is never converted to another type."""
+    """A group of keys. Unknown keys are errors, and no value is converted to another type."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
 
 class BackboneConfig(Section):
-    """The network and the weights it starts from."""
+    """The network and its initial weights."""
 
     name: str = "mobilenetv3_small_050"
     """A timm model name, or the id of a timm model on the Hub."""
-
     pretrained: bool = False
-    """Start from timm's pretrained weights."""
-
+    """Start from timm's pretrained weights. Recommended for photographs; needs the Hub or its local cache."""
     checkpoint: str | None = None
     """Start from these weights: a folder written by `save_backbone`, or a .safetensors file."""
-
     small_images: bool = False
-    """Keep more resolution in the network, for images of about 32 to 64 pixels."""
+    """Remove the stride of the stem. Recommended for images of about 32 to 64 pixels."""
 
 
 class DataConfig(Section):
-    """The task: images of a source, images of a target, and what shifted between them."""
+    """The task: source images, target images, and what differs between them."""
 
     name: str = "digits"
-    """`digits`, `shapes`, a Hugging Face dataset, or a folder with one subfolder a class."""
-
+    """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
     shift: str | None = None
-    """What makes the target differ: a corruption, another split of the data set, or another data set or folder."""
-
+    """How the target differs: a corruption, another split of the dataset, or another dataset or folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """How strong the corruption is, 1 to 5, where it comes in degrees; 5 by default."""
-
+    """Strength of a corruption that has levels, 1 to 5; 5 by default."""
     shift_filters: list[list[str | int | float]] = []
-    """Which rows to read of a data set that is the shift: `[column, operator, value]` each."""
+    """Rows to read when the shift is a dataset: `[column, operator, value]` each."""
 
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
     """Instead of a shift: classes that the source model does not know, in the order in which they arrive."""
-
     increments: PositiveCount = 1
-    """In how many parts, one after another, the new classes arrive."""
-
+    """Number of parts in which the new classes arrive, one after another."""
     rehearsal_size: Count = 0
-    """Images of the classes before that are trained on again, of all of them together; with 0, their rows of the head
-    are frozen."""
+    """Images of all earlier classes together to train on again, e.g. 10 per class; 0 freezes their rows of the head."""
 
     image_size: PositiveCount = 48
-    """Height and width in pixels of what the network sees."""
-
+    """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount = 512
-    """The largest number of images to adapt with."""
+    """Largest number of images to adapt with."""
 
     subset: str | None = None
-    """The configuration of a Hugging Face dataset."""
-
+    """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
-    """The split to train on."""
-
+    """Split to train on."""
     image_column: str | None = None
-    """The column of images, where there are several."""
-
+    """Image column, for a dataset with several."""
     label_column: str | None = None
-    """The column of classes, where there are several."""
+    """Class column, for a dataset with several."""
 
 
 class AdapterConfig(Section):
-    """The low-rank adapter, for the methods that have one; the names are those of `ConvLoraConfig`."""
+    """Options of the low-rank methods, named as in `ConvLoraConfig`."""
 
     r: PositiveCount = 4
-    """Rank."""
-
+    """Rank. 4 to 16 is usual: more adapts better to a strong shift and saves a larger adapter."""
     lora_alpha: Positive = 8
-    """The update is scaled by lora_alpha / r."""
-
-    lora_dropout: Share = 0.0
-    """Share of the adapter's input that is dropped in training."""
-
-    target_modules: str | list[str] = "all-conv"
-    """The adapted layers: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
+    """The update is scaled by lora_alpha / r; twice the rank is a good start."""
+    lora_dropout: Fraction = 0.0
+    """Dropout on the adapter's input while training. Above 0, a layer runs two convolutions, which takes longer."""
+    target_modules: Targets = "all-conv"
+    """Layers to adapt: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
 
 
 class ConvAdapterOptions(Section):
-    """The bottleneck of method conv-adapter; the names are those of `ConvAdapterConfig`."""
+    """Options of method conv-adapter, named as in `ConvAdapterConfig`."""
 
     reduction: PositiveCount = 4
-    """The bottleneck has this many times fewer channels than the adapted layer's input."""
-
+    """The bottleneck has the input channels of the adapted layer divided by this."""
     kernel_size: PositiveCount | None = None
-    """Height and width of the bottleneck's depthwise convolution: by default the adapted convolution's; 1 for none."""
-
+    """Kernel of the bottleneck's depthwise convolution: by default the adapted layer's; 1 leaves it out."""
     placement: Literal["parallel", "sequential"] = "parallel"
-    """Beside the adapted layer, or after it."""
-
+    """Where the bottleneck runs: parallel to the adapted layer, or after it."""
     activation: str | None = None
-    """timm's name of the bottleneck's non-linearity, such as relu; without one, a parallel adapter merges."""
-
-    target_modules: str | list[str] = "dense"
-    """The adapted layers or blocks: a role, a list of names, or a regular expression."""
+    """timm's name of the bottleneck's activation, such as relu. Without one, a parallel adapter can be merged."""
+    target_modules: Targets = "dense"
+    """Layers or blocks to adapt: a role, a list of names, or a regular expression."""
 
 
 class GaloreOptions(Section):
-    """The projection of method galore; the names are those of galore-torch, gap and scale are for short trainings."""
+    """Options of method galore, named as in galore-torch; gap and scale have defaults for short training."""
 
     rank: PositiveCount = 8
     """Rank of the projected gradients."""
-
     update_proj_gap: PositiveCount = 50
-    """Optimizer steps between two projections."""
-
+    """Optimizer steps between two projections; galore-torch's default of 200 suits long training."""
     scale: Positive = 1.0
-    """The projected update is scaled by this."""
-
+    """Factor of the projected update; galore-torch's default is 0.25."""
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
-    """Which sides of the gradient are projected: std, reverse_std, right, left or full."""
-
+    """Sides of the gradient to project: std, reverse_std, right, left or full."""
     target_modules: str | list[str] = "dense"
-    """The convolutions with projected gradients: a role or a list of names."""
-
+    """Convolutions with projected gradients: a role or a list of names."""
     layerwise: bool = False
     """Update each layer during the backward pass, so that only one gradient is in memory at a time."""
 
 
 class SourceConfig(Section):
-    """Training of the source model: SGD with Nesterov momentum, a one-cycle schedule, no decay of norms and biases."""
+    """Training of the source model: SGD with Nesterov momentum and a one-cycle schedule."""
 
     epochs: Count = 12
-    """Passes over the source images; 0 takes the backbone's weights as they are."""
-
+    """Passes over the source images; 0 uses the backbone's weights unchanged."""
     batch_size: PositiveCount = 32
     """Images per step."""
-
     learning_rate: Positive = 0.1
-    """The peak of the one-cycle schedule."""
-
-    momentum: Share = 0.9
+    """Peak of the one-cycle schedule: 0.1 for random weights, 0.01 for pretrained ones."""
+    momentum: Fraction = 0.9
     """Nesterov momentum."""
-
     weight_decay: NonNegative = 5e-4
-    """Decay of the weights of convolutions and linear layers."""
+    """Weight decay of convolutions and linear layers; norms and biases have none."""
 
 
 class TrainingConfig(Section):
-    """Adaptation to the target: warm-up and a cosine schedule."""
+    """Adaptation to the target: warm-up, then a cosine schedule."""
 
     epochs: PositiveCount = 10
     """Passes over the target's training images."""
-
     batch_size: PositiveCount = 32
     """Images per optimizer step, over all processes and accumulation steps together."""
 
     learning_rate: Annotated[list[Positive], BeforeValidator(_as_list), Field(min_length=1)] = [1e-2]
-    """A number, or a list: each is tried with the whole budget, and the target's validation split chooses."""
-
-    optimizer: str = "adamw"
-    """adamw, sgd, sgd-momentum or adafactor; for the method galore, its form of that optimizer."""
-
+    """A number, or a list to try; the target's validation split chooses. 3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for
+    full fine-tuning."""
+    optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
+    """adamw, sgd, sgd-momentum or adafactor; method galore uses its own variant of each."""
     weight_decay: NonNegative = 0.0
-    """Decay of all weights but those of norms and biases, as the optimizer defines it."""
-
+    """Weight decay, norms and biases excluded. 0 is usual for adapters."""
     warmup_steps: Count = 10
-    """Optimizer steps until the learning rate is reached."""
-
+    """Optimizer steps of linear warm-up."""
     max_grad_norm: Positive | None = None
-    """Gradients are clipped to this norm."""
+    """Clip gradients to this norm. Try 1 when training diverges."""
 
     gradient_accumulation_steps: PositiveCount = 1
-    """A batch is worked off in this many parts, to save memory."""
-
+    """Split each batch into this many parts, to save memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Type of the activations in training and evaluation: no, fp16 or bf16."""
+    """Data type of training and evaluation: no (float32), fp16 (GPU only) or bf16."""
 
     eval_batch_size: PositiveCount = 128
     """Images per evaluation step, over all processes."""
-
     eval_every_epochs: PositiveCount = 1
-    """Epochs from one evaluation on the validation split to the next; the last epoch always ends with one."""
-
+    """Epochs between evaluations on the validation split; the last epoch is always evaluated."""
     checkpoint_every_steps: PositiveCount = 50
-    """Optimizer steps between checkpoints; a run that dies loses at most these."""
+    """Optimizer steps between checkpoints; an interrupted run repeats at most these."""
+    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
+    """Newest checkpoints to keep; at least 2, since training may diverge after the last one."""
 
     replay: bool = False
-    """Train on stored outputs of the frozen layers before the first trained one, which are computed only once; the
-    BatchNorm layers among them must be frozen or recalibrate."""
-
+    """Compute the frozen layers before the first trained one only once, and train on their stored outputs. Their
+    BatchNorm must be frozen or recalibrate."""
     replay_views: PositiveCount = 1
-    """How many augmented views of each image are stored; an epoch sees one of them, in turn."""
-
+    """Augmented views of each image to store; epochs use them in turn."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """Type of the stored values: float32, float16 or int8, which has a scale for each image."""
-
-    keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """How many of the newest checkpoints stay on the disk; at least two, since training may diverge after the last."""
+    """Data type of the stored outputs: float32, float16, or int8 with one scale per image."""
 
 
 class LeanConfig(Section):
-    """What is frozen keeps only what the backward pass needs: the same results in less memory."""
+    """Lean training: frozen layers save only what the backward pass needs. Results do not change."""
 
     enabled: bool = False
-    """Train in the lean form; what is saved is the plain one."""
-
+    """Rewrite the model for lean training; the saved update is in the plain form."""
     inplace_norm: bool = False
-    """Let frozen BatchNorm layers work in place on the outputs of the convolutions before them."""
-
+    """Let frozen BatchNorm layers overwrite the output of the convolution before them."""
     masks: Literal["byte", "bit", "off"] = "byte"
-    """What ReLU and its kin keep: a byte or a bit for each value, or, with off, the values."""
-
+    """What ReLU and similar activations save: a byte or a bit per value, or the values themselves (off)."""
     recompute: bool = False
-    """Make the output of adapted convolutions that cost little again, instead of keeping it."""
+    """Recompute the outputs of cheap adapted convolutions in the backward pass instead of saving them."""
 
 
 class ProfilingConfig(Section):
-    """What adaptation costs: FLOPs, memory and seconds of a sample of its steps, in the record and the trackers."""
+    """FLOPs, memory and seconds of sampled steps, for the record and the trackers."""
 
     every_n_steps: Count = 1000
-    """Optimizer steps from one sample to the next, beginning with the second step; 0 for no samples."""
-
+    """Optimizer steps between samples, starting at the second step; 0 turns profiling off."""
     trace: bool = False
-    """Write torch.profiler's trace of one step of each process to output_dir/traces."""
+    """Write torch.profiler's trace of one step per process to output_dir/traces."""
 
 
 class HubConfig(Section):
-    """Where the update goes when the run is over, with its record and a card; the token is that of `hf auth login`."""
+    """Publishing of the update, its record and a model card. The token is that of `hf auth login`."""
 
-    repo_id: str | None = None
-    """`owner/name` on the Hub; without it, nothing leaves this machine."""
-
+    repo_id: Annotated[str, AfterValidator(_check_repo_id)] | None = None
+    """`owner/name` on the Hub; by default nothing is uploaded."""
     private: bool = False
-    """Only the owner sees the repository, if it is made here."""
-
+    """Make a new repository private."""
     revision: str | None = None
-    """The branch to push to; by default main."""
-
+    """Branch to push to; main by default."""
     license: str | None = None
-    """The Hub's identifier of a license, for the card; by default that of timm's pretrained weights."""
+    """The Hub's license identifier for the card; by default that of timm's pretrained weights."""
 
 
 class RunConfig(Section):
     """One run: adapt a source model to a target with one method."""
 
     output_dir: str
-    """Where everything goes: the adapter, the record, checkpoints and logs."""
-
-    method: str = "lora"
-    """How the model is adapted: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter,
-    galore; or PEFT's own peft-lora, peft-dora, peft-loha, peft-lokr."""
-
+    """Folder of the adapter, the record, checkpoints and logs."""
+    method: Annotated[str, _registered("METHODS", METHOD_NAMES)] = "lora"
+    """How the model is adapted: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter or
+    galore; or PEFT's peft-lora, peft-dora, peft-loha or peft-lokr."""
     norm: Literal["frozen", "recalibrate", "stats", "affine"] = "stats"
-    """What a method changes in the BatchNorm layers: frozen, recalibrate, stats or affine. Methods that are called after
-    norms have their own, those that ship the model train weight and bias always, and PEFT's know stats and affine."""
+    """What BatchNorm does: frozen (source statistics), recalibrate (estimated once on target images, then fixed), stats
+    (batch statistics) or affine (stats, and weight and bias are trained). norm-stats and norm-affine set their own;
+    PEFT's methods accept stats and affine; full and galore always train weight and bias."""
 
     seed: Count = 0
     """Seed of the splits, the weights and the order of the images."""
-
     cache_dir: str | None = None
-    """Where source models are kept for other runs; by default `cache` beside output_dir."""
-
+    """Where runs share source models and stored features; by default `cache` next to output_dir."""
     cpu: bool = False
-    """Stay on the CPU even where there is a GPU."""
-
+    """Use the CPU even if there is a GPU."""
     num_threads: PositiveCount = 1
-    """CPU threads of each process. Another number gives other rounding, and so another source model."""
-
+    """CPU threads per process. Another number rounds differently, so the source model is trained again."""
     num_workers: Count = 0
-    """Processes that read images, for each training process."""
+    """Image-loading processes per training process."""
 
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Where curves are sent: any of tensorboard, wandb and trackio."""
@@ -311,52 +302,34 @@ class RunConfig(Section):
     profiling: ProfilingConfig = ProfilingConfig()
     hub: HubConfig = HubConfig()
 
-    def options(self, section: str | None) -> dict[str, Any]:
-        """The options of a method whose section is called so; without a section it has one, `norm`."""
-        return {"norm": self.norm} | (getattr(self, section).model_dump() if section is not None else {})
+    def options(self, section: str | None) -> dict[str, object]:
+        """Return `norm` and the keys of a method's section, as `Method.prepare` takes them.
+
+        >>> RunConfig(output_dir="runs/a").options("adapter")
+        {'norm': 'stats', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}
+        """
+        return {"norm": self.norm, **(getattr(self, section).model_dump() if section is not None else {})}
 
 
-Problem = tuple[str, str]
-"""A key, and what is wrong with it."""
-
-
-def conflicts(config: RunConfig) -> Iterator[Problem]:
-    """Yields what cannot work in `config`."""
-    yield from _source(config)
-    yield from _task(config)
-    yield from _training(config)
-    yield from _lean(config)
-    yield from _hub(config)
-    for section in ("adapter", "conv_adapter"):
-        yield from _targets(f"{section}.target_modules", getattr(config, section).target_modules)
-
-
-def _source(config: RunConfig) -> Iterator[Problem]:
-    backbone = config.backbone
+def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield each impossible combination of valid values: the key to change, and what is wrong."""
+    backbone, data, training, lean = config.backbone, config.data, config.training, config.lean
     if backbone.pretrained and backbone.checkpoint is not None:
-        yield "backbone.checkpoint", "cannot be given together with backbone.pretrained: choose one"
-    if config.source.epochs == 0 and not (backbone.pretrained or backbone.checkpoint is not None):
+        yield "backbone.checkpoint", "cannot be used together with backbone.pretrained: choose one"
+    if config.source.epochs == 0 and not backbone.pretrained and backbone.checkpoint is None:
         yield (
             "source.epochs",
             "is 0 and the weights are random: set backbone.pretrained or backbone.checkpoint, or train the source",
         )
-
-
-def _task(config: RunConfig) -> Iterator[Problem]:
-    data = config.data
     if (data.shift is None) == (not data.new_classes):
         found = "neither" if data.shift is None else "both"
-        yield "data.shift", f"expected a shift or data.new_classes, found {found}: give one of them"
-    if data.new_classes and not data.rehearsal_size and config.training.weight_decay:
+        yield "data.shift", f"expected a shift or data.new_classes, found {found}: set exactly one of them"
+    if data.new_classes and not data.rehearsal_size and training.weight_decay:
         yield (
             "training.weight_decay",
-            "would shrink the old classes' rows of the head, which are frozen where data.rehearsal_size is 0: set it "
+            "would shrink the old classes' rows of the head, which are frozen because data.rehearsal_size is 0: set it "
             "to 0, or rehearse",
         )
-
-
-def _training(config: RunConfig) -> Iterator[Problem]:
-    training = config.training
     if training.batch_size % training.gradient_accumulation_steps:
         yield (
             "training.batch_size",
@@ -366,43 +339,17 @@ def _training(config: RunConfig) -> Iterator[Problem]:
     if training.mixed_precision == "fp16" and config.cpu:
         yield "training.mixed_precision", "fp16 needs a GPU: use bf16, or leave cpu out"
     if config.method == "galore" and config.galore.layerwise:
-        whole = {
-            "training.max_grad_norm": training.max_grad_norm is not None,
-            "training.gradient_accumulation_steps": training.gradient_accumulation_steps > 1,
-            "training.mixed_precision": training.mixed_precision == "fp16",
-        }
-        for key, needs_all_gradients in whole.items():
-            if needs_all_gradients:
-                yield key, "needs all gradients at once, of which galore.layerwise keeps one: leave one of them out"
-
-
-def _lean(config: RunConfig) -> Iterator[Problem]:
-    if config.lean.enabled and config.lean.inplace_norm and config.norm in ("stats", "affine"):
+        for key, is_set in (
+            ("training.max_grad_norm", training.max_grad_norm is not None),
+            ("training.gradient_accumulation_steps", training.gradient_accumulation_steps > 1),
+            ("training.mixed_precision", training.mixed_precision == "fp16"),
+        ):
+            if is_set:
+                yield key, "needs all gradients at once, and galore.layerwise keeps only one: remove one of the two"
+    if lean.enabled and lean.inplace_norm and config.norm in ("stats", "affine"):
         yield (
             "lean.inplace_norm",
-            f"folds frozen BatchNorm, and norm is {config.norm}: set norm to frozen or recalibrate",
+            f"needs frozen BatchNorm, and norm is {config.norm}: set norm to frozen or recalibrate",
         )
-
-
-def _hub(config: RunConfig) -> Iterator[Problem]:
-    if config.hub.repo_id is None:
-        return
-    if config.method == "none":
-        yield "hub.repo_id", "is given and the method none makes nothing to push: leave one of them out"
-    if "/" not in config.hub.repo_id:
-        yield "hub.repo_id", f"expected owner/name, found {config.hub.repo_id!r}"
-    try:
-        validate_repo_id(config.hub.repo_id)
-    except HFValidationError as error:
-        yield "hub.repo_id", str(error)
-
-
-def _targets(key: str, target: str | list[str]) -> Iterator[Problem]:
-    if not isinstance(target, str):
-        return
-    if re.fullmatch("[a-z]+(-[a-z]+)+", target) and target not in ROLES:
-        yield key, f"{target!r} is no role; the roles are {', '.join(ROLES)}"
-    try:
-        re.compile(target)
-    except re.error as error:
-        yield key, f"{target!r} is no regular expression: {error}"
+    if config.hub.repo_id is not None and config.method == "none":
+        yield "hub.repo_id", "is set, and method none produces nothing to push: remove one of the two"

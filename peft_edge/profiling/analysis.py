@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 from peft_edge.backbones import load_backbone
 from peft_edge.config import RunConfig
 from peft_edge.lean import prepare_model_for_lean_training
-from peft_edge.methods import OPTIMIZERS, find_method, memory_format
+from peft_edge.methods import OPTIMIZERS, find_method, training_memory_format
 from peft_edge.optim import update_in_backward
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
@@ -152,7 +152,7 @@ def prepare_step(
     options = _options(method, lora_rank, adapter or {})
     model = _prepare(model, method, options).train()
     if isinstance(method, str):
-        model = model.to(memory_format=memory_format(model))
+        model = model.to(memory_format=training_memory_format(model))
     if lean is not None:
         model = prepare_model_for_lean_training(model, **lean)
     is_trained = any(parameter.requires_grad for parameter in model.parameters())

@@ -13,7 +13,6 @@ from pydantic import Field, ValidationError
 
 from peft_edge.config import ConfigError, Section, load_config
 from peft_edge.files import matching_files
-from peft_edge.methods import CHOICES
 from peft_edge.study.costs import CostGrid, cost_jobs
 from peft_edge.study.jobs import Job, RunJob
 
@@ -87,7 +86,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[Job]:
         arguments = [argument for path in paths for argument in ("--config", str(path))]
         arguments += [*(f"{key}={text}" for key, text in chosen.items()), "output_dir=."]
         try:
-            config = load_config(arguments, choices=CHOICES)
+            config = load_config(arguments)
         except ConfigError as error:
             errors.append(f"{setting}: {error}")
             continue

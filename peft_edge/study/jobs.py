@@ -20,7 +20,7 @@ from peft_edge import training
 from peft_edge.config import RunConfig
 from peft_edge.files import remove
 from peft_edge.hub.card import shareable
-from peft_edge.records import DIVERGED, SUCCESS, CostRecord, Record, add_record
+from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, add_record, read_record
 
 
 @dataclass(frozen=True)
@@ -116,7 +116,7 @@ class RunJob(Job):
         Raises:
             ValueError: The record is damaged; the message names the file.
         """
-        found = [training.read_record(folder) for folder in (self.folder, self._failure)]
+        found = [read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)]
         ours = [record for record in found if record is not None and self._is_ours(record)]
         return max(ours, key=lambda record: record.run_info.created_at, default=None)
 
@@ -129,7 +129,8 @@ class RunJob(Job):
 
     def record_failure(self, reason: str) -> None:
         """Writes a record beside the folder, which may not have been begun, or hold another run."""
-        add_record(self._failure, "record", training.failed_record(self.config, reason, started=time.time()))
+        record = training.new_record(self.config, FAILED, started=time.time(), error_msg=reason)
+        add_record(self._failure, "record", record)
 
     @property
     def _failure(self) -> Path:

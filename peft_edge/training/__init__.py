@@ -1,7 +1,6 @@
-"""Runs: make or find the source model, adapt it, evaluate it, and write down what came of it."""
+"""Runs: train or load the source model, adapt it, test what was saved, and write the record."""
 
-from peft_edge.training.run import run
-from peft_edge.training.run_folder import read_record
-from peft_edge.training.summary import failed_record, table
+from peft_edge.training.pipeline import run
+from peft_edge.training.summary import new_record, summary_table
 
-__all__ = ["failed_record", "read_record", "run", "table"]
+__all__ = ["new_record", "run", "summary_table"]

@@ -1,119 +1,109 @@
-"""Batches of a split, prepared as a backbone expects them.
-
-Training on stored features: the frozen layers before the first trained one see every image once.
-"""
+"""Batches of a split, prepared as a backbone expects them, and training on stored features (latent replay)."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from importlib.metadata import version
-from typing import Any
+from dataclasses import dataclass
+from typing import cast
 
 import torch
-from accelerate import Accelerator
 from datasets import Dataset
 from peft import PeftModel, get_peft_model_state_dict
 from timm.data import resolve_model_data_config
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.data import DataLoader
 
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, build_loader, build_transform, load_batches
+from peft_edge.data.loader import EpochSampler
 from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
 from peft_edge.records import StepProfile
-from peft_edge.training.run_folder import cache_folder
+from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
-    """Shuffled and augmented batches of `batch_size` images over all processes; an incomplete last one is left out."""
+    """Return shuffled, augmented batches of `batch_size` images over all processes; an incomplete one is dropped."""
     return _batches(config, backbone, images, train=True, shuffle=True, batch_size=batch_size)
 
 
 def evaluation_batches(config: RunConfig, backbone: nn.Module, images: Dataset) -> DataLoader:
-    """All images, in order and as they are."""
+    """Return batches of all images, in order and without augmentation."""
     return _batches(config, backbone, images, train=False, shuffle=False, batch_size=config.training.eval_batch_size)
-
-
-def views(config: RunConfig, backbone: nn.Module, images: Dataset) -> Callable[[int], DataLoader]:
-    """From the number of a view to all images, in order and augmented as in the epoch of that number."""
-    loader = _batches(config, backbone, images, train=True, shuffle=False, batch_size=config.training.eval_batch_size)
-
-    def view(number: int) -> DataLoader:
-        sampler: Any = loader.sampler
-        sampler.set_epoch(number)
-        return loader
-
-    return view
-
-
-def data_config(config: RunConfig, backbone: nn.Module) -> dict[str, Any]:
-    """How the backbone expects its images, in timm's terms, at the size of the run."""
-    size = config.data.image_size
-    return {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
 
 
 def _batches(
     config: RunConfig, backbone: nn.Module, images: Dataset, *, train: bool, shuffle: bool, batch_size: int
 ) -> DataLoader:
-    transform = build_transform(data_config(config, backbone), train=train)
+    transform = build_transform(_timm_config(config, backbone), train=train)
     return build_loader(
         images, transform, batch_size=batch_size, shuffle=shuffle, seed=config.seed, num_workers=config.num_workers
     )
 
 
+def _timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
+    """Return timm's data configuration of the backbone, at the image size of the run."""
+    size = config.data.image_size
+    return {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
+
+
+def set_epoch(batches: DataLoader, epoch: int) -> None:
+    """Choose the order and the augmentations of the next pass over a loader that Accelerate has not prepared."""
+    cast(EpochSampler, batches.sampler).set_epoch(epoch)
+
+
 @dataclass(frozen=True)
 class Replay:
-    """What is trained, and on what, in the place of the model and the images."""
+    """The part of a model behind its frozen prefix, and the stored outputs of the prefix."""
 
-    tail: nn.Module
-    """The part of the model behind the prefix; training it trains the model."""
-
-    batches: DataLoader
-    """What the prefix makes of the images, as `pixel_values`, and `labels`."""
-
-    info: dict[str, Any]
-    """What is stored, and what storing it took."""
+    tail: nn.Module  # takes features in place of images; its modules are those of the model, so training it trains both
+    batches: DataLoader  # features as `pixel_values`, and `labels`
+    info: dict[str, object]  # `FeatureCache.info`: what is stored, and the cost of storing it
 
 
-def check_replay(config: RunConfig, model: nn.Module) -> None:
-    """Checks that there is something to store before what the model trains.
+def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
+    """Return the frozen layers before the first trained one.
 
     Raises:
-        ValueError: There is not; the message says why.
+        ValueError: If there are none, or their outputs change in training.
     """
+    size, generator = config.data.image_size, torch.Generator().manual_seed(0)
+    images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
     try:
-        FrozenPrefix(model, _two_images(config, model))
+        return FrozenPrefix(model, images)
     except ValueError as error:
         raise ValueError(f"training.replay: {error}") from error
 
 
-def open_replay(
-    config: RunConfig, model: nn.Module, source: nn.Module, target: Domain, accelerator: Accelerator
-) -> Replay:
-    """Stores what a model's frozen prefix makes of the training images, or finds it stored by a run before.
+def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
+    """Store the outputs of the model's frozen prefix for the target's training images, or open the stored ones.
 
-    Args:
-        config: The run's configuration.
-        model: Prepared for training, its statistics estimated; left as it is.
-        source: The source model, which says how images are prepared.
-        target: Whose training images.
-        accelerator: The run's.
+    The model is prepared for training, its BatchNorm statistics are estimated, and it is not changed. The images are
+    prepared with the data configuration of the source model.
 
     Raises:
-        ValueError: The prefix changes in training, or gives values that cannot be stored.
-        OSError: The disk is full.
+        ValueError: If the prefix changes in training, or its outputs cannot be stored.
+        OSError: If the disk is full.
     """
-    settings = config.training
+    config, settings, accelerator = run.config, run.config.training, run.accelerator
+    loader = _batches(config, source, target.train, train=True, shuffle=False, batch_size=settings.eval_batch_size)
+
+    def view(number: int) -> DataLoader:
+        set_epoch(loader, number)
+        return loader
+
+    key = cache_key(
+        config,
+        accelerator.device.type,
+        images=target.fingerprint,
+        transform=_timm_config(config, source),
+        mixed_precision=settings.mixed_precision,
+    )
     with accelerator.autocast():
-        prefix = FrozenPrefix(model, _two_images(config, model))
+        prefix = frozen_prefix(config, model)
         cache = FeatureCache.open(
             cache_folder(config) / "features",
             prefix,
-            views(config, source, target.train),
-            key=_key(config, source, target, accelerator),
+            view,
+            key=key,
             views=settings.replay_views,
             dtype=settings.replay_dtype,
         )
@@ -124,31 +114,11 @@ def open_replay(
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Counts to the adapter of a profiled tail what `model` saves of its prefix: re-estimated statistics."""
+    """Return the profile of a tail with the adapter bytes of the whole model: the prefix saves statistics, too."""
     if not isinstance(model, PeftModel):
         return profile
-    # Without the argument, PEFT asks the Hub how large the base model's vocabulary is.
+    # Without `save_embedding_layers=False`, PEFT asks the Hub for the size of the base model's vocabulary.
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
     adapter_bytes = sum(tensor.nbytes for tensor in saved)
-    return [replace(row, adapter_bytes=adapter_bytes) if row.scope == "step" else row for row in profile]
-
-
-def _key(config: RunConfig, source: nn.Module, target: Domain, accelerator: Accelerator) -> str:
-    """A fingerprint of everything that the stored features depend on, but for the prefix."""
-    recipe = {
-        # `datasets` documents this attribute, yet offers no public name for it.
-        "images": target.train._fingerprint,
-        "transform": data_config(config, source),
-        "seed": config.seed,
-        "mixed_precision": config.training.mixed_precision,
-        "device": accelerator.device.type,
-        "num_threads": config.num_threads,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
-    }
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()
-
-
-def _two_images(config: RunConfig, model: nn.Module) -> Tensor:
-    size, generator = config.data.image_size, torch.Generator().manual_seed(0)
-    images = torch.randn(2, 3, size, size, generator=generator)
-    return images.to(next(model.parameters()).device)
+    whole = {"adapter_bytes": adapter_bytes}
+    return [StepProfile(**{**vars(row), **whole}) if row.scope == "step" else row for row in profile]

@@ -1,14 +1,8 @@
-"""Accuracy on a split, and proof that a saved update is the model that was trained.
-
-What a run has gained and lost, from the predictions of its models.
-
-What an update has done to each kernel: how much it has moved, and in how many directions.
-"""
+"""Evaluation: predictions and accuracies, the check of a saved update, and the change of each kernel."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -25,31 +19,28 @@ from peft_edge.training.batches import evaluation_batches
 RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-3
 
+TARGET, SOURCE = "test accuracy", "source test accuracy"
+TARGET_BEFORE, SOURCE_BEFORE = f"{TARGET} without update", f"{SOURCE} without update"
+
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model said of a split, in the order of the images, over all processes."""
+    """Predicted and true classes of a split, in the order of the images, gathered from all processes."""
 
-    predictions: list[int]
-    """The class of the largest logit; -1 where the logits are not finite."""
-
+    predictions: list[int]  # the class with the largest logit; -1 if a logit is not finite
     references: list[int]
-    """The right classes."""
 
     @property
     def accuracy(self) -> float:
-        """The share that is right."""
+        """The fraction of correct predictions."""
         return Accuracy().compute(**vars(self))["accuracy"]
 
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Predictions:
-    """Asks a model about every image once. Leaves it in eval mode.
+    """Predict the class of every image once, in eval mode, which the model is left in.
 
-    Args:
-        model: On the accelerator's device, prepared or not.
-        batches: A loader from `evaluation_batches`, prepared by the accelerator.
-        accelerator: The run's.
+    The accelerator has prepared `batches`; the model is on its device, prepared or not.
     """
     model.eval()
     found = Predictions([], [])
@@ -64,71 +55,22 @@ def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
 
 
 def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
-    """Returns the predictions to the source's test split, and to that of each target."""
+    """Return the predictions for the test split of the source, and then of each target."""
     loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
     return [predict(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
 
 
-@torch.no_grad()
-def logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Returns what the model predictions in eval mode: (B, num_classes) for images of shape (B, 3, H, W)."""
-    model.eval()
-    device = next(model.parameters()).device
-    return model(images.to(device)).float().cpu()
+def results(predictions: list[list[Predictions]]) -> dict[str, object]:
+    """Return the accuracies, retention and forgetting of a run, by their names in the record.
 
-
-def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tensor:
-    """Returns the images, (B, 3, H, W), that a saved update is checked with: from the target's test split."""
-    return next(iter(evaluation_batches(config, backbone, target.test)))["pixel_values"]
-
-
-def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
-    """Compares the trained model's logits with the reloaded model's, and with those after merging the adapter.
-
-    Args:
-        reloaded: From `load_update`.
-        merged: From `merged_copy`.
-        images: From `first_images`, (B, 3, H, W).
-        trained: (B, num_classes), the trained model's logits for them.
-
-    Returns:
-        The largest difference of a logit after reloading and, where there is an adapter that has merged, after it.
-
-    Raises:
-        RuntimeError: A difference is more than rounding.
-    """
-    found = {"reloaded": (logits(reloaded, images), RELOAD_TOLERANCE)}
-    if merged is not None and merged is not reloaded:
-        found["merged"] = (logits(merged, images), MERGE_TOLERANCE)
-    scale = max(1.0, trained.abs().max().item())
-    differences = {name: (answer - trained).abs().max().item() for name, (answer, _) in found.items()}
-    for name, (_, tolerance) in found.items():
-        # Written so that a NaN fails too.
-        if not differences[name] <= tolerance * scale:
-            raise RuntimeError(
-                f"the {name} model is not the one that was trained: a logit differs by {differences[name]}, of at most "
-                f"{scale:.3g}. Please report this with the record of the run"
-            )
-    return {f"{name}_max_logit_difference": difference for name, difference in differences.items()}
-
-
-TARGET, SOURCE = "test accuracy", "source test accuracy"
-TARGET_BEFORE, SOURCE_BEFORE = f"{TARGET} without update", f"{SOURCE} without update"
-
-
-def results(predictions: list[list[Predictions]]) -> dict[str, Any]:
-    """Returns the figures of a run by their names in the record.
-
-    Args:
-        predictions: For the source model, and then for the model after each target: the predictions to the source's test
-            split, and to that of every target.
+    `predictions` holds a row from `predict_tests` for the source model, and one for the model after each target.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
-    # Without an update, the model afterwards is the one from before.
+    # Without an update, the source model is also the model after it.
     rows = predictions if len(predictions) > 1 else predictions * 2
-    # After each step, the domains that it has seen.
-    accuracies = [[answer.accuracy for answer in row[: step + 1]] for step, row in enumerate(rows)]
-    figures = {
+    # After each step, the accuracies on the domains that the model has seen by then.
+    accuracies = [[split.accuracy for split in row[: step + 1]] for step, row in enumerate(rows)]
+    figures: dict[str, object] = {
         TARGET: _pooled(targets_after).accuracy,
         SOURCE: source_after.accuracy,
         TARGET_BEFORE: _pooled(targets_before).accuracy,
@@ -140,28 +82,62 @@ def results(predictions: list[list[Predictions]]) -> dict[str, Any]:
     return figures if len(accuracies) == 2 else {**figures, "accuracies": accuracies}
 
 
-def _pooled(parts: list[Predictions]) -> Predictions:
+def _pooled(splits: list[Predictions]) -> Predictions:
     return Predictions(
-        [prediction for part in parts for prediction in part.predictions],
-        [reference for part in parts for reference in part.references],
+        [prediction for split in splits for prediction in split.predictions],
+        [reference for split in splits for reference in split.references],
     )
 
 
-_KINDS = ("depthwise", "pointwise", "dense")
+def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tensor:
+    """Return the batch of the target's test split, (B, 3, H, W), on which a saved update is checked."""
+    return next(iter(evaluation_batches(config, backbone, target.test)))["pixel_values"]
+
+
+@torch.no_grad()
+def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
+    """Return the model's logits in eval mode, (B, num_classes) on the CPU, for images (B, 3, H, W)."""
+    model.eval()
+    device = next(model.parameters()).device
+    return model(images.to(device)).float().cpu()
+
+
+def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
+    """Return the largest logit difference between the trained model and the reloaded one, and the merged one.
+
+    `trained` are the trained model's logits for `images`, (B, num_classes).
+
+    Raises:
+        RuntimeError: If a difference is larger than rounding.
+    """
+    found = {"reloaded": (eval_logits(reloaded, images), RELOAD_TOLERANCE)}
+    if merged is not None and merged is not reloaded:
+        found["merged"] = (eval_logits(merged, images), MERGE_TOLERANCE)
+    scale = max(1.0, trained.abs().max().item())
+    differences = {}
+    for name, (logits, tolerance) in found.items():
+        difference = differences[f"{name}_max_logit_difference"] = (logits - trained).abs().max().item()
+        # A NaN must fail, too.
+        if not difference <= tolerance * scale:
+            raise RuntimeError(
+                f"the {name} model is not the one that was trained: a logit differs by {difference}, and the largest "
+                f"logit is {scale:.3g}. Please report this with the record of the run"
+            )
+    return differences
 
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Compares the convolutions of two models.
+    """Return how much each convolution has changed, and in how many directions, by the layer's name.
 
-    A kernel (C_out, C_in/g, *kernel) is read as a matrix (C_out, K), as the adapters read it.
+    `updated` is `source` with the update merged. A kernel (C_out, C_in/g, *kernel) is read as a matrix (C_out, K).
+    Unchanged layers are left out.
 
-    Args:
-        source: The model from before.
-        updated: The same with its update merged.
-
-    Returns:
-        The change of each convolution that has changed, by its name.
+    >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
+    >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))
+    >>> _ = nn.init.constant_(source[0].weight, 1.0), nn.init.constant_(updated[0].weight, 1.5)
+    >>> kernel_changes(source, updated)
+    {'0': KernelChange(kind='pointwise', relative_norm=0.5, stable_rank=1.0)}
     """
     before = {name: conv.weight for name, conv, _ in named_convolutions(source)}
     changes = {}
@@ -169,21 +145,13 @@ def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelCha
         old = before[name].double().flatten(1)
         change = conv.weight.to(old).flatten(1) - old
         if change.any():
+            kind = next((role for role in ("depthwise", "pointwise", "dense") if role in roles), "grouped")
+            # The squared singular values, from the smaller of the two products.
+            wide = change if change.shape[0] <= change.shape[1] else change.T
+            squares = torch.linalg.eigvalsh(wide @ wide.T)
+            norm, rank = change.norm() / old.norm(), squares.sum() / squares[-1]
+            # Four digits are enough, and every record holds these figures for every layer.
             changes[name] = KernelChange(
-                kind=next((kind for kind in _KINDS if kind in roles), "grouped"),
-                relative_norm=_rounded(change.norm() / old.norm()),
-                stable_rank=_rounded(_stable_rank(change)),
+                kind=kind, relative_norm=float(f"{norm:.4g}"), stable_rank=float(f"{rank:.4g}")
             )
     return changes
-
-
-def _stable_rank(matrix: Tensor) -> Tensor:
-    wide = matrix if matrix.shape[0] <= matrix.shape[1] else matrix.T
-    # The squares of the singular values, from the smaller of the two products.
-    squares = torch.linalg.eigvalsh(wide @ wide.T)
-    return squares.sum() / squares[-1]
-
-
-def _rounded(value: Tensor) -> float:
-    """To four digits: every run's record has them for every layer."""
-    return float(f"{value.item():.4g}")

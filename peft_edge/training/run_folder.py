@@ -1,6 +1,6 @@
-"""The folder of a run: whose it is, and what it holds when the run is over.
+"""The folder of a run (lock, configuration, record, update, checkpoints), and the cache that runs share.
 
-Checkpoints from which a run goes on as if it had never stopped.
+Checkpoints hold everything that training needs to continue with bit-identical results.
 """
 
 from __future__ import annotations
@@ -11,42 +11,39 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
 
 import yaml
 from accelerate import Accelerator
 from filelock import FileLock, Timeout
 
-from peft_edge import records
 from peft_edge.config import ConfigError, RunConfig, flatten, to_yaml
 from peft_edge.files import atomic_write, remove, unfinished_path
-from peft_edge.records import SUCCESS, Record
-
-_RESULTS = ("checkpoints", "candidates", "adapter", "model")
+from peft_edge.records import SUCCESS, Record, read_record
 
 
 @dataclass(frozen=True)
-class RunFolder:
-    """`output_dir`, which belongs to the one run whose configuration it holds. Only the main process writes to it."""
+class ActiveRun:
+    """A run and its folder `config.output_dir`. Only the main process writes to the folder."""
 
-    path: Path
-    """The folder."""
-
+    config: RunConfig
     accelerator: Accelerator
-    """The run's."""
+    is_resumed: bool  # whether an earlier process has started this run
 
-    is_resumed: bool
-    """Whether the run was started before."""
+    @property
+    def path(self) -> Path:
+        """The run's folder."""
+        return Path(self.config.output_dir)
 
     @property
     def record(self) -> Record | None:
-        """The record of the run, if it has succeeded."""
-        record = read_record(self.path)
+        """The record of the run if it has succeeded, else None."""
+        record = read_record(self.path / "record.json", Record)
         return record if record is not None and record.train_info.status == SUCCESS else None
 
     def write_record(self, record: Record) -> None:
-        """Writes `record.json`; with that of a success, what only an unfinished run needs goes away."""
+        """Write `record.json`. If the run has succeeded, delete what only an unfinished run needs."""
         if self.accelerator.is_main_process:
             with atomic_write(self.path / "record.json") as unfinished:
                 unfinished.write_text(record.to_json(), encoding="utf-8")
@@ -55,7 +52,7 @@ class RunFolder:
                     remove(self.path / name)
 
     def publish(self, update: Path) -> Path:
-        """Copies the chosen adapter or model to where users look for it, and returns that folder."""
+        """Copy the chosen `adapter` or `model` folder into the run's folder, and return the copy."""
         published = self.path / update.name
         if self.accelerator.is_main_process:
             with atomic_write(published) as unfinished:
@@ -64,78 +61,67 @@ class RunFolder:
         return published
 
 
-def read_record(folder: Path) -> Record | None:
-    """Returns the record in the folder of a run, whatever its outcome; None if there is none.
-
-    Raises:
-        ValueError: It is damaged; the message names the file.
-    """
-    return records.read_record(folder / "record.json", Record)
-
-
-def cache_folder(config: RunConfig) -> Path:
-    """What runs share: source models, and stored features."""
-    # Adapters name their source model, and are loaded from other folders, too.
-    return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
-
-
 @contextmanager
 def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Keeps other runs out of `output_dir` for as long as this one lives, by a lock of the system's beside it.
+    """Keep other runs out of `output_dir` with a file lock, which the system releases when the process ends.
 
     Raises:
-        ConfigError: Another run is working there.
-        OSError: The lock cannot be made.
+        ConfigError: If another run holds the lock.
+        OSError: If the lock file cannot be created.
     """
     if not accelerator.is_main_process:
         yield
         return
     path = Path(config.output_dir).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path.with_name(f".{path.name}.lock"), timeout=0)
     try:
-        lock.acquire()
+        lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
             f"output_dir: another run is working in {config.output_dir}: wait until it has ended, or choose another "
             "folder"
         ) from error
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
-def open_run(config: RunConfig, accelerator: Accelerator) -> RunFolder:
-    """Makes `output_dir` the folder of this run, or goes on with the one that this run has begun there.
+def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
+    """Create the folder of a run, or open it if the same run was started there before.
 
     Raises:
-        ConfigError: The folder holds another run, or files of something else.
-        OSError: It cannot be written.
+        ConfigError: If the folder holds another run or unrelated files.
+        OSError: If the folder cannot be written.
     """
     path = Path(config.output_dir)
-    is_resumed = accelerator.is_main_process and _is_begun(config, path)
+    is_resumed = accelerator.is_main_process and _is_started(config, path)
     if accelerator.is_main_process and not is_resumed:
         with atomic_write(path / "config.yaml") as unfinished:
             unfinished.write_text(to_yaml(config), encoding="utf-8")
     accelerator.wait_for_everyone()
-    return RunFolder(path, accelerator, is_resumed)
+    return ActiveRun(config, accelerator, is_resumed)
 
 
-def _is_begun(config: RunConfig, path: Path) -> bool:
+def _is_started(config: RunConfig, path: Path) -> bool:
     file = path / "config.yaml"
-    # A run that was killed in its first moment leaves only the unfinished file.
+    # A run that was killed while it wrote its first file leaves only the unfinished file.
     if not path.exists() or not {entry.name for entry in path.iterdir()} - {unfinished_path(file).name}:
         return False
     try:
-        begun = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
+        found = flatten(yaml.safe_load(file.read_text(encoding="utf-8")))
     except FileNotFoundError as error:
         raise ConfigError(f"output_dir: {path} is not empty and holds no run: choose another folder") from error
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"output_dir: {file} is damaged: choose another folder, or delete it ({error})") from error
-    differences = _differences(begun, flatten(yaml.safe_load(to_yaml(config))))
-    if differences and not any((path / name).exists() for name in _RESULTS):
-        # A run that failed before it had anything to keep, as one with a mistake in its configuration does.
+    given = flatten(yaml.safe_load(to_yaml(config)))
+    # Neither the folder's name nor where the result is published makes it another run.
+    keys = sorted(key for key in found.keys() | given.keys() if key != "output_dir" and not key.startswith("hub."))
+    differences = [
+        f"{key} is {found.get(key)!r} there and {given.get(key)!r} here"
+        for key in keys
+        if found.get(key) != given.get(key)
+    ]
+    if differences and not any((path / name).exists() for name in ("checkpoints", "candidates", "adapter", "model")):
+        # The other run failed before it had anything to keep, for example because of a mistake in its configuration.
         return False
     if differences:
         raise ConfigError(
@@ -144,53 +130,47 @@ def _is_begun(config: RunConfig, path: Path) -> bool:
     return True
 
 
-def _differences(begun: dict[str, Any], asked: dict[str, Any]) -> list[str]:
-    """One line for each key in which two runs differ; where their results lie makes no other run of them."""
-    keys = sorted(key for key in begun.keys() | asked.keys() if key != "output_dir" and not key.startswith("hub."))
-    return [
-        f"{key} is {begun.get(key)!r} there and {asked.get(key)!r} here"
-        for key in keys
-        if begun.get(key) != asked.get(key)
-    ]
+def cache_folder(config: RunConfig) -> Path:
+    """Return the absolute path of the folder in which runs share source models and stored features."""
+    # Absolute, because a saved adapter names its source model and may be loaded from another working directory.
+    return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
-_PROGRESS = "progress.json"
-"""Holds the :class:`Progress`."""
+def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
+    """Return a SHA-256 fingerprint of `parts` and of what influences every computation: seed, device, versions."""
+    parts |= {
+        "seed": config.seed,
+        "device": device_type,
+        "num_threads": config.num_threads,
+        "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
-_DIGESTS = "sha256.json"
-"""Holds the digest of every other file."""
+
+_PROGRESS, _DIGESTS = "progress.json", "sha256.json"
 
 
 @dataclass
 class Progress:
-    """How far a training has come."""
+    """How far training has come."""
 
     num_processes: int
-    """Processes of the run."""
-
-    step: int = 0
-    """Optimizer steps done."""
-
-    train_time: float = 0.0
-    """Seconds spent in them."""
-
-    loss_sum: float = 0.0
-    """Sum of the losses of the current epoch."""
-
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """What each finished epoch gave."""
+    step: int = 0  # optimizer steps done
+    train_time: float = 0.0  # seconds spent in these steps
+    loss_sum: float = 0.0  # sum of the losses of the current epoch
+    metrics: list[dict[str, int | float | None]] = field(default_factory=list)  # figures of each finished epoch
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> None:
-    """Writes `folder/step_<n>` whole, then deletes all but the newest `keep` checkpoints. All processes call it.
+    """Write `folder/step_<n>` atomically, then delete all but the newest `keep` checkpoints. All processes call it.
 
     Raises:
-        OSError: The checkpoint cannot be written; the ones before it stay.
+        OSError: If the checkpoint cannot be written; earlier checkpoints are kept.
     """
     path = folder / f"step_{progress.step:08d}"
     is_writer = accelerator.is_main_process
     with atomic_write(path) if is_writer else nullcontext(unfinished_path(path)) as unfinished:
-        # The main process has cleared the place before others write to it, and names it when all are done.
+        # The main process clears the folder before the others write to it, and renames it when all have finished.
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
@@ -205,49 +185,49 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Puts the newest checkpoint into everything that the accelerator has prepared; without one, nothing changes.
+    """Restore the newest checkpoint into everything the accelerator has prepared; without one, change nothing.
 
     Raises:
-        ValueError: The checkpoint is damaged, or of a run with another number of processes.
+        ValueError: If the checkpoint is damaged or was written by another number of processes.
     """
-    found = _checkpoints(folder)
-    if not found:
+    checkpoints = _checkpoints(folder)
+    if not checkpoints:
         return Progress(accelerator.num_processes)
-    if not _is_whole(found[-1]):
+    newest = checkpoints[-1]
+    if not _is_intact(newest):
         raise ValueError(
-            f"the checkpoint {found[-1]} is damaged: its files are not those that were written. Delete it, and the "
-            "same command goes on from the one before, or from the start if there is none"
+            f"the checkpoint {newest} is damaged: its files are not those that were written. Delete it, and the same "
+            "command continues from the one before, or from the start if there is none"
         )
-    progress = Progress(**json.loads((found[-1] / _PROGRESS).read_text(encoding="utf-8")))
+    progress = Progress(**json.loads((newest / _PROGRESS).read_text(encoding="utf-8")))
     if progress.num_processes != accelerator.num_processes:
         raise ValueError(
-            f"{found[-1]} is the checkpoint of a run with --num_processes {progress.num_processes}, and this one has "
+            f"{newest} is the checkpoint of a run with --num_processes {progress.num_processes}, and this one has "
             f"{accelerator.num_processes}: start it with the same number, or choose another output_dir"
         )
-    accelerator.load_state(str(found[-1]))
+    accelerator.load_state(str(newest))
     return progress
 
 
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
-    """Returns the newest checkpoint from before `step`, and removes the later ones. All processes call it.
+    """Delete the checkpoints from `step` on, and return the newest that is left. All processes call it.
 
-    Args:
-        accelerator: The run's.
-        folder: Of the checkpoints.
-        step: The first one after which the weights were not good; a checkpoint is only known to be good when the step
-            after it has gone well.
+    `step` is the first one whose weights may be bad. Weights are known to be good only once the next step's loss is.
     """
-    good = [path for path in _checkpoints(folder) if _step_of(path) < step]
+    good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:
-        for path in _checkpoints(folder):
-            if path not in good:
-                remove(path)
+        for path in _checkpoints(folder)[len(good) :]:
+            remove(path)
     accelerator.wait_for_everyone()
     return good[-1] if good else None
 
 
-def _is_whole(checkpoint: Path) -> bool:
-    # Accelerate passes over random states that it cannot read, and weights with a flipped bit are weights.
+def _checkpoints(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())
+
+
+def _is_intact(checkpoint: Path) -> bool:
+    # Accelerate silently skips random states that it cannot read, and cannot notice a flipped bit in the weights.
     try:
         written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
         return all(_digest(checkpoint / name) == digest for name, digest in written.items())
@@ -257,11 +237,3 @@ def _is_whole(checkpoint: Path) -> bool:
 
 def _digest(file: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def _checkpoints(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.glob("step_*") if path.name.removeprefix("step_").isdecimal())

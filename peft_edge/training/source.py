@@ -1,12 +1,8 @@
-"""The source stage: the model that runs adapt, trained once and then shared by every run that asks for the same one."""
+"""The source model: trained once, then shared by every run whose configuration asks for the same one."""
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
-from importlib.metadata import version
-from typing import Any
 
 import torch
 from accelerate.utils import set_seed
@@ -21,39 +17,43 @@ from peft_edge.backbones import fingerprint, load_backbone, save_backbone, set_c
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
 from peft_edge.files import atomic_write
-from peft_edge.training.batches import training_batches
-from peft_edge.training.run_folder import cache_folder
+from peft_edge.optim import decay_groups
+from peft_edge.training.batches import set_epoch, training_batches
+from peft_edge.training.run_folder import cache_folder, cache_key
 
 
 def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
-    """Builds the backbone with the weights that the source stage starts from."""
+    """Build the backbone with the weights from which the source model is trained."""
     set_seed(config.seed)
-    return load_backbone(
-        config.backbone.name,
-        num_classes,
-        pretrained=config.backbone.pretrained,
-        checkpoint=config.backbone.checkpoint,
-        small_images=config.backbone.small_images,
-    )
+    return load_backbone(num_classes=num_classes, **config.backbone.model_dump())
 
 
 def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Module:
-    """Returns the source model, in channels_last: from the cache, or trained and put there.
+    """Return the source model in channels_last, from the cache if an earlier run has trained it.
 
-    It is trained by one process while the others wait, so it does not depend on their number. Two runs that need the
-    same model at the same time train it once.
+    One process trains it while all others wait, those of other runs included. So it does not depend on the number of
+    processes.
 
     Raises:
-        ValueError: The training diverged, or there are fewer images than one batch.
-        OSError: The cache cannot be written.
+        ValueError: If training diverges, or there are fewer images than one batch.
+        OSError: If the cache cannot be written.
     """
     model = new_backbone(config, task.source.num_classes)
     set_class_names(model, task.source.class_names)
-    # Weights of the Hub as they are need no copy: their name loads them anywhere.
+    # Unchanged weights of the Hub need no copy: an adapter finds them by name on any machine.
     if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
-        folder = cache_folder(config) / "sources" / _recipe(config, task, model, device)
+        key = cache_key(
+            config,
+            device.type,
+            backbone=config.backbone.model_dump(),
+            initial_weights=fingerprint(model),
+            data=task.source.fingerprint,
+            image_size=config.data.image_size,
+            source=config.source.model_dump(),
+        )
+        folder = cache_folder(config) / "sources" / key[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # A lock of the system's: it is free again when its process dies.
+        # The system releases this lock when the process ends, however it ends.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.exists():
                 if config.source.epochs > 0:
@@ -64,51 +64,28 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def _recipe(config: RunConfig, task: Task, model: nn.Module, device: torch.device) -> str:
-    """A fingerprint of everything that the trained weights depend on."""
-    recipe = {
-        "backbone": config.backbone.model_dump(),
-        "initial_weights": fingerprint(model),
-        "data": task.source.fingerprint,
-        "image_size": config.data.image_size,
-        "source": config.source.model_dump(),
-        "seed": config.seed,
-        "device": device.type,
-        "num_threads": config.num_threads,
-        "versions": {name: version(name) for name in ("torch", "torchvision", "timm")},
-    }
-    return hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device) -> None:
-    recipe = config.source
-    batches = training_batches(config, model, task.source.train, batch_size=recipe.batch_size)
+    settings = config.source
+    batches = training_batches(config, model, task.source.train, batch_size=settings.batch_size)
     model.to(device).to(memory_format=torch.channels_last).train()
-    weights = [parameter for parameter in model.parameters() if parameter.ndim > 1]
-    norms_and_biases = [parameter for parameter in model.parameters() if parameter.ndim <= 1]
-    groups: list[dict[str, Any]] = [
-        {"params": weights, "weight_decay": recipe.weight_decay},
-        {"params": norms_and_biases},
-    ]
     optimizer = SGD(
-        groups,
-        lr=recipe.learning_rate,
-        momentum=recipe.momentum,
-        nesterov=recipe.momentum > 0,
+        decay_groups(model, settings.weight_decay),
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
     )
-    total_steps = recipe.epochs * len(batches)
+    total_steps = settings.epochs * len(batches)
     if total_steps < 2:
         raise ValueError(
-            f"source.epochs: {len(task.source.train)} images in batches of {recipe.batch_size} make {total_steps} "
-            f"steps in {recipe.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
+            f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
+            f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
         )
-    # torch divides by the length of the way up, which a fifth of five steps makes zero.
+    # torch divides by the length of the warm-up minus one, which a fifth of five steps makes zero.
     pct_start = 0.4 if total_steps == 5 else 0.2
-    schedule = OneCycleLR(optimizer, recipe.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
-    sampler: Any = batches.sampler
+    schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     with tqdm(total=total_steps, desc="source model", unit="step") as bar:
-        for epoch in range(recipe.epochs):
-            sampler.set_epoch(epoch)
+        for epoch in range(settings.epochs):
+            set_epoch(batches, epoch)
             for batch in batches:
                 loss = F.cross_entropy(model(batch["pixel_values"].to(device)), batch["labels"].to(device))
                 optimizer.zero_grad()
@@ -120,5 +97,5 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
             if not math.isfinite(loss.item()):
                 raise ValueError(
                     f"the source model diverged in epoch {epoch + 1} (loss {loss.item()}): lower source.learning_rate, "
-                    f"which is {recipe.learning_rate}"
+                    f"which is {settings.learning_rate}"
                 )

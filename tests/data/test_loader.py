@@ -9,7 +9,6 @@ import pytest
 import timm
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
-from tests.data.conftest import ImageFolder
 from datasets import Dataset
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -19,6 +18,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from peft_edge.data import build_loader, build_transform, load_task
+from tests.data.conftest import ImageFolder
 
 
 @pytest.fixture

@@ -10,13 +10,13 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
-from tests.data.conftest import ImageFolder
 from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 from datasets import Image as ImageFeature
 from PIL import Image
 
 from peft_edge.data import Domain, Task, embedded, load_task, sources, task
 from peft_edge.data.task import class_increments
+from tests.data.conftest import ImageFolder
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
 SPLITS = ("train", "validation", "test")

@@ -1,4 +1,4 @@
-"""A source model for all runs, and the run to which nothing happens."""
+"""The shared cache of source models, and the undisturbed run to compare with."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache: str) -> str:
-    """The digest of its adapter."""
+    """The digest of the adapter of an undisturbed run."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     completed(folder, cache)
     return digest(folder)

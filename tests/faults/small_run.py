@@ -1,4 +1,4 @@
-"""A short run of train.py in a process of its own; as a module it is one, with the arguments of train.py."""
+"""Short runs of train.py, each in its own process. This module also is a program with the arguments of train.py."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ FIRST_TRAINING = "lr_0.003"
 
 _BEGIN = "--- a process begins"
 
-# Each process is forked from one that has imported everything and computed nothing.
+# Each process is forked from a server process that has imported everything and computed nothing.
 _PROCESSES = multiprocessing.get_context("forkserver")
 _PROCESSES.set_forkserver_preload([__name__])
 
@@ -47,12 +47,12 @@ def arguments(folder: Path, *options: str) -> list[str]:
 
 
 def begin(folder: Path, *options: str, prepare: Callable[[], object] | None = None) -> BaseProcess:
-    """Starts a run in `folder`, or goes on with it; what it prints is added to the file beside it, `log_of(folder)`.
+    """Start or resume a run in `folder`, and append its output to `log_of(folder)`.
 
     Args:
-        folder: Its output_dir.
-        options: Added to `OPTIONS`.
-        prepare: Called in the process before anything else, to bring about a fault.
+        folder: The output_dir of the run.
+        options: Arguments in addition to `OPTIONS`.
+        prepare: Called first in the new process, to cause a fault.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     process = _PROCESSES.Process(target=_run, args=(arguments(folder, *options), folder, prepare))
@@ -65,7 +65,7 @@ def log_of(folder: Path) -> Path:
 
 
 def ended(process: BaseProcess) -> tuple[int | None, float]:
-    """Waits for the end of a process; returns its exit code and the seconds that this took."""
+    """Wait for the process to end, and return its exit code and the seconds this took."""
     started = time.monotonic()
     process.join(180)
     if process.is_alive():
@@ -75,7 +75,7 @@ def ended(process: BaseProcess) -> tuple[int | None, float]:
 
 
 def completed(folder: Path, *options: str) -> float:
-    """Runs to the end, or on to the end from the newest checkpoint, and returns the seconds that it took."""
+    """Run to the end, from the newest checkpoint if there is one, and return the seconds this took."""
     saved = {path.name: steps_saved(folder, path.name) for path in (folder / "checkpoints").glob("*")}
     process = begin(folder, *options)
     code, seconds = ended(process)
@@ -89,7 +89,7 @@ def completed(folder: Path, *options: str) -> float:
 
 
 def wait_for(step: int, folder: Path, process: BaseProcess, training: str = FIRST_TRAINING) -> None:
-    """Waits for the checkpoint of a step."""
+    """Wait until the checkpoint of a step exists."""
     checkpoint = folder / "checkpoints" / training / f"step_{step:08d}"
     while not checkpoint.exists():
         assert process.is_alive(), log_of(folder).read_text()
@@ -102,7 +102,7 @@ def steps_saved(folder: Path, training: str = FIRST_TRAINING) -> list[int]:
 
 
 def digest(folder: Path) -> str:
-    """Of the adapter's weights."""
+    """Return a hash of the adapter's weights."""
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
@@ -117,7 +117,7 @@ def _run(options: list[str], folder: Path, prepare: Callable[[], object] | None)
 
 
 def main(options: list[str]) -> None:
-    """`train.py` with few images."""
+    """Run `train.py` with few images."""
     torch.set_num_threads(1)
     embedded.DIGITS_SPLIT_SIZES = {"adaptation": 100, "validation": 30, "test": 60}
     sys.argv = ["train.py", *options]

@@ -1,4 +1,4 @@
-"""The table of faults in reports/: one record for each, written by the test that brings the fault about."""
+"""The table of faults in reports/: one record per fault, written by the test that causes the fault."""
 
 from __future__ import annotations
 
@@ -8,28 +8,28 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 FOLDER = "PEFT_EDGE_FAULTS"
-"""The environment variable that names the folder for records; without it, none are written."""
+"""The environment variable with the folder for records; if it is not set, none are written."""
 
 
 @dataclass(frozen=True)
 class Fault:
-    """What was done to a run, and what came of it."""
+    """A fault, and the reaction of the program."""
 
     fault: str
     answer: str
-    """What the program did."""
+    """The reaction of the program."""
 
     stop_s: float | None
-    """Seconds from the fault until the program had stopped; None where it went on, or that was not measured."""
+    """Seconds from the fault until the program had stopped; None if it continued, or was not measured."""
 
     recover_s: float | None
-    """Seconds that the same command took until the run was complete; None where nothing was to be recovered."""
+    """Seconds the same command took to complete the run; None if there was nothing to recover."""
 
     lost: str
 
 
 def add(fault: Fault) -> None:
-    """Writes the record of a fault and the page of all of them, where the environment asks for it."""
+    """Write the record of a fault and the page of all faults, if `PEFT_EDGE_FAULTS` is set."""
     folder = os.environ.get(FOLDER)
     if folder is None:
         return

@@ -1,4 +1,4 @@
-"""What a run does when something goes wrong, and that nothing more is lost than what is said."""
+"""Each fault gives the documented reaction, and loses no more than documented."""
 
 from __future__ import annotations
 
@@ -46,18 +46,18 @@ def record_of(run: Path) -> Record:
 
 
 def error_of(text: str) -> str:
-    """The message that the program ends with."""
+    """Return the first line of the error message."""
     return text[text.index("error: ") :].splitlines()[0]
 
 
-def test_termination(run: Path, cache: str, whole: str) -> None:
+def test_sigterm_saves_the_current_step(run: Path, cache: str, whole: str) -> None:
     process = begin(run, cache)
     wait_for(2, run, process)
     process.terminate()
     code, stop_s = ended(process)
     assert code == 128 + signal.SIGTERM
     said = log_of(run).read_text()
-    assert "is saved, to go on from" in said
+    assert "the same command resumes there" in said
     step = int(said.split("terminated: step ")[1].split()[0])
     assert steps_saved(run)[-1] == step
     recover_s = completed(run, cache)
@@ -65,8 +65,8 @@ def test_termination(run: Path, cache: str, whole: str) -> None:
     add(Fault("SIGTERM", "ends its step, saves a checkpoint, exits with 143", stop_s, recover_s, NOTHING))
 
 
-def test_full_disk(run: Path, cache: str, whole: str) -> None:
-    """The folder of the run is a file system that holds two checkpoints, and then has space again."""
+def test_a_full_disk_names_the_file_and_the_free_bytes(run: Path, cache: str, whole: str) -> None:
+    """The run's folder is a file system with space for two checkpoints, which is enlarged afterwards."""
     run.mkdir()
     command = f"{sys.executable} -m tests.faults.small_run {shlex.join(arguments(run, cache))}"
     script = (
@@ -95,7 +95,7 @@ def test_full_disk(run: Path, cache: str, whole: str) -> None:
     )
 
 
-def test_vanished_image(run: Path, tmp_path: Path) -> None:
+def test_a_vanished_image_is_named(run: Path, tmp_path: Path) -> None:
     photos = tmp_path / "photos"
     for number in range(48):
         file = photos / "ab"[number % 2] / f"{number}.png"
@@ -134,7 +134,7 @@ def test_vanished_image(run: Path, tmp_path: Path) -> None:
     )
 
 
-def test_a_loss_that_is_no_number(run: Path, cache: str) -> None:
+def test_a_nan_loss_stops_training_and_keeps_good_checkpoints(run: Path, cache: str) -> None:
     code, _ = ended(begin(run, cache, "training.learning_rate=1e20", "training.checkpoint_every_steps=1"))
     assert code == 2
     said = error_of(log_of(run).read_text())
@@ -154,7 +154,7 @@ def test_a_loss_that_is_no_number(run: Path, cache: str) -> None:
 
 
 @pytest.mark.distributed
-def test_one_of_two_processes_dies(run: Path, cache: str) -> None:
+def test_if_one_of_two_processes_is_killed_the_other_ends(run: Path, cache: str) -> None:
     launcher = ["accelerate", "launch", "--multi_gpu", "--num_processes", "2", "-m", "tests.faults.small_run"]
     long = ["training.epochs=1000", "training.checkpoint_every_steps=10", "profiling.every_n_steps=1000"]
     command = [*launcher, *arguments(run, cache, *long)]
@@ -195,7 +195,7 @@ def is_measured(profile: Path) -> bool:
     return profile.exists() and bool(json.loads(profile.read_text())["times"])
 
 
-def test_a_reading_process_dies(run: Path, cache: str) -> None:
+def test_if_an_image_loading_process_is_killed_the_run_ends(run: Path, cache: str) -> None:
     process = begin(run, cache, "num_workers=1", "training.epochs=1000")
     wait_for(4, run, process)
     next(child for child in psutil.Process(process.pid).children()).kill()
@@ -214,7 +214,7 @@ def test_a_reading_process_dies(run: Path, cache: str) -> None:
     )
 
 
-def test_the_clock_jumps(run: Path, cache: str, whole: str) -> None:
+def test_durations_stay_right_while_the_clock_jumps(run: Path, cache: str, whole: str) -> None:
     process = begin(run, cache, prepare=_let_the_clock_jump)
     code, seconds = ended(process)
     assert code == 0, log_of(run).read_text()
@@ -224,7 +224,7 @@ def test_the_clock_jumps(run: Path, cache: str, whole: str) -> None:
     add(Fault("the clock is set back by a day, again and again", "goes on; durations stay right", None, None, NOTHING))
 
 
-def test_two_runs_in_one_folder(run: Path, cache: str, whole: str) -> None:
+def test_a_second_run_in_the_same_folder_is_refused(run: Path, cache: str, whole: str) -> None:
     first = begin(run, cache)
     wait_for(2, run, first)
     second = begin(run, cache)
@@ -236,7 +236,7 @@ def test_two_runs_in_one_folder(run: Path, cache: str, whole: str) -> None:
     add(Fault("a second run in the same folder", "the second exits with 2; the first goes on", stop_s, None, NOTHING))
 
 
-def test_a_damaged_checkpoint(run: Path, cache: str, whole: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_recovery_uses_the_one_before(run: Path, cache: str, whole: str) -> None:
     assert ended(begin(run, cache, prepare=_let_it_die_after_a_second_checkpoint))[0] == -signal.SIGKILL
     newest = run / "checkpoints" / FIRST_TRAINING / f"step_{steps_saved(run)[-1]:08d}"
     weights = newest / "model.safetensors"
@@ -258,10 +258,10 @@ def test_a_damaged_checkpoint(run: Path, cache: str, whole: str) -> None:
     )
 
 
-def test_the_hub_cannot_be_reached(run: Path, cache: str, whole: str) -> None:
+def test_a_run_succeeds_when_the_hub_cannot_be_reached(run: Path, cache: str, whole: str) -> None:
     code, _ = ended(begin(run, cache, "hub.repo_id=me/adapter", prepare=_let_the_hub_be_away))
     assert code == 0
-    assert "The same command trains nothing, and pushes again" in log_of(run).read_text()
+    assert "The same command pushes again, without training" in log_of(run).read_text()
     assert record_of(run).train_info.status == SUCCESS
     assert digest(run) == whole
     add(

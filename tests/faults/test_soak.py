@@ -16,8 +16,8 @@ KILLS = int(os.environ.get("PEFT_EDGE_KILLS", "4"))
 
 
 @pytest.mark.slow
-def test_runs_that_are_killed_at_any_moment_end_with_the_same_bits(tmp_path: Path) -> None:
-    """`PEFT_EDGE_KILLS=200 pytest -m slow tests/faults/test_soak.py` takes half an hour."""
+def test_runs_killed_at_random_moments_end_with_identical_bits(tmp_path: Path) -> None:
+    """`PEFT_EDGE_KILLS=200 pytest -m slow tests/faults/test_soak.py` runs for half an hour."""
     seconds = completed(tmp_path / "whole" / "run")
     expected = digest(tmp_path / "whole" / "run")
 
@@ -30,7 +30,7 @@ def test_runs_that_are_killed_at_any_moment_end_with_the_same_bits(tmp_path: Pat
     def killed_and_resumed(number: int) -> float:
         run, moments = tmp_path / str(number) / "run", random.Random(number)
         while not is_killed(run, moments.uniform(0, seconds)):
-            shutil.rmtree(run.parent)  # it was over before
+            shutil.rmtree(run.parent)  # the run ended before the kill
         recovery = completed(run)
         assert digest(run) == expected, log_of(run).read_text()
         shutil.rmtree(run.parent)

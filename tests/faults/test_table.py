@@ -9,11 +9,11 @@ from tests.faults import table
 REPORTS = Path(__file__).parents[2] / "reports" / "faults"
 
 
-def test_the_committed_page_is_that_of_its_records() -> None:
+def test_the_committed_page_is_made_from_its_records() -> None:
     assert (REPORTS / "README.md").read_text(encoding="utf-8") == table.page(table.read(REPORTS))
 
 
-def test_a_fault_is_a_record_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_fault_adds_a_record_and_a_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fault = table.Fault("kill -9, twice", "ends", 0.04, None, "nothing")
     monkeypatch.setenv(table.FOLDER, str(tmp_path))
     table.add(fault)
@@ -22,7 +22,7 @@ def test_a_fault_is_a_record_and_a_row(tmp_path: Path, monkeypatch: pytest.Monke
     assert "| kill -9, twice | ends | 0.0 | - | nothing |" in (tmp_path / "README.md").read_text()
 
 
-def test_nothing_is_written_unasked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nothing_is_written_without_the_environment_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(table.FOLDER, raising=False)
     monkeypatch.chdir(tmp_path)
     table.add(table.Fault("a", "b", None, None, "c"))

@@ -11,7 +11,7 @@ from filelock import FileLock
 from peft_edge import training
 from peft_edge.config import RunConfig
 from peft_edge.hub.card import shareable
-from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, add_record, read_archive
+from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, Record, add_record, read_archive, read_record
 from peft_edge.study.jobs import JobAttempt, RunJob
 from tests.study.support import FakeCell, done_in, fake_cell, record_of
 
@@ -206,7 +206,7 @@ def test_a_run_that_cannot_begin_leaves_the_folder_of_another_as_it_is(tmp_path:
     job = RunJob("a", tmp_path / "runs" / "a", other.model_copy(update={"method": "bias"}))
     add_record(job.folder, "record", theirs := record_of(other))
     assert attempt_at(job, tmp_path).run()
-    assert training.read_record(job.folder) == theirs
+    assert read_record(job.folder / "record.json", Record) == theirs
     assert job.status == FAILED
     assert "holds no run: choose another folder" in job.record.run_info.error_msg
     assert result_of(job, tmp_path) == shareable(job.record)

@@ -1,8 +1,7 @@
-"""Short runs of train.py, which share one source model."""
+"""Short runs of train.py that share one source model."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,6 +10,7 @@ from accelerate.state import AcceleratorState
 import train
 from peft_edge.data import embedded
 from peft_edge.records import Record
+from tests.training.support import RunTraining, record_of
 
 SHORT = [
     "backbone.name=mobilenetv3_small_050",
@@ -31,7 +31,7 @@ SHORT = [
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What is evaluated on is most of what a short run takes its time for."""
+    """Shrink the splits, since evaluation takes most of the time of a short run."""
     monkeypatch.setattr(embedded, "DIGITS_SPLIT_SIZES", {"adaptation": 100, "validation": 30, "test": 60})
 
 
@@ -46,12 +46,12 @@ def arguments(cache: Path) -> list[str]:
 
 
 @pytest.fixture
-def run(arguments: list[str]) -> Callable[..., Record]:
-    """Runs train.py in this process and returns the record."""
+def run(arguments: list[str]) -> RunTraining:
+    """Run train.py in this process, and return the record."""
 
     def run(output_dir: Path, *overrides: str) -> Record:
         AcceleratorState._reset_state(reset_partial_state=True)
         train.main([*arguments, f"output_dir={output_dir}", *overrides])
-        return Record.from_json((output_dir / "record.json").read_text())
+        return record_of(output_dir)
 
     return run

@@ -1,4 +1,4 @@
-"""Runs train.py in double precision, in which a difference between two runs is not rounding."""
+"""Run train.py in double precision, where two equal runs differ by less than 1e-9."""
 
 from __future__ import annotations
 

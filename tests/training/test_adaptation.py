@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,9 +11,10 @@ from torch import nn
 from peft_edge.backbones import class_names, load_backbone, save_backbone
 from peft_edge.config import RunConfig, load_config
 from peft_edge.methods import METHODS, Method
-from peft_edge.records import DIVERGED, Record
+from peft_edge.records import DIVERGED
 from peft_edge.training.adaptation import continue_update, load_update, new_learner, save_update
 from peft_edge.training.loop import DivergedError
+from tests.training.support import RunTraining, record_of
 
 METHOD_NAMES = ["head", "norm-affine", "bias", "full", "lora", "conv-adapter", "peft-lora"]
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def source(tmp_path: Path) -> nn.Module:
 
 
 def train_a_little(model: nn.Module) -> torch.Tensor:
-    """Returns what the model predictions afterwards."""
+    """Take two steps, and return the logits afterwards."""
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()
@@ -48,7 +48,7 @@ def train_a_little(model: nn.Module) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", METHOD_NAMES)
-def test_what_is_loaded_is_what_was_saved_and_can_be_trained_on(source: nn.Module, tmp_path: Path, name: str) -> None:
+def test_a_saved_update_reloads_unchanged_and_trains_further(source: nn.Module, tmp_path: Path, name: str) -> None:
     model = prepared(load_backbone(str(tmp_path / "source")), name)
     predictions = train_a_little(model)
     trained = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
@@ -78,7 +78,7 @@ def learner_source() -> nn.Module:
 
 
 @pytest.mark.parametrize("method", ["head", "full", "lora", "conv-adapter", "peft-loha"])
-def test_the_head_grows_and_the_old_classes_are_answered_as_before(learner_source: nn.Module, method: str) -> None:
+def test_the_head_grows_and_the_logits_of_old_classes_stay(learner_source: nn.Module, method: str) -> None:
     images = torch.randn(2, 3, 48, 48)
     model = new_learner(config_for(method), METHODS[method], learner_source, TARGET, None).eval()
     torch.testing.assert_close(model(images)[:, :3], learner_source(images), atol=1e-5, rtol=1e-5)
@@ -87,7 +87,7 @@ def test_the_head_grows_and_the_old_classes_are_answered_as_before(learner_sourc
     assert learner_source.num_classes == 3
 
 
-def test_a_method_that_trains_nothing_learns_no_class(learner_source: nn.Module) -> None:
+def test_the_head_does_not_grow_if_nothing_trains(learner_source: nn.Module) -> None:
     assert new_learner(config_for("norm-stats"), METHODS["norm-stats"], learner_source, TARGET, None).num_classes == 3
 
 
@@ -108,18 +108,15 @@ def test_without_rehearsal_the_old_rows_get_no_gradient(
     assert (weight.grad[:3] != 0).any() == rehearses
 
 
-Run = Callable[..., Record]
-
-
-def test_warm_up_that_takes_all_steps_is_refused(run: Run, tmp_path: Path) -> None:
+def test_warm_up_that_takes_all_steps_is_refused(run: RunTraining, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.warmup_steps: 4 take all of the 4 steps"):
         run(tmp_path / "run", "training.warmup_steps=4")
 
 
-def test_diverged_training_keeps_the_last_good_checkpoint_and_says_so(run: Run, tmp_path: Path) -> None:
+def test_diverged_training_keeps_and_names_the_last_good_checkpoint(run: RunTraining, tmp_path: Path) -> None:
     with pytest.raises(DivergedError, match=r"lr_1000.0 diverged: the loss at step \d .*Lower training.learning_rate"):
         run(tmp_path / "run", "training.learning_rate=1e3", "training.epochs=4")
-    record = Record.from_json((tmp_path / "run" / "record.json").read_text())
+    record = record_of(tmp_path / "run")
     assert record.train_info.status == DIVERGED
     assert [entry["learning_rate"] for entry in record.train_info.sweep] == [1e3]
     assert "last good checkpoint" in record.run_info.error_msg
@@ -129,27 +126,29 @@ def test_diverged_training_keeps_the_last_good_checkpoint_and_says_so(run: Run, 
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])
-def test_a_last_step_that_goes_wrong_is_found_too(run: Run, tmp_path: Path, method: str) -> None:
+def test_divergence_in_the_last_step_is_detected(run: RunTraining, tmp_path: Path, method: str) -> None:
     one_step = ["training.batch_size=64", "training.epochs=1", "training.warmup_steps=0"]
     with pytest.raises(DivergedError, match="the loss at step 1 is nan"):
         run(tmp_path / "run", f"method={method}", "training.learning_rate=1e30", *one_step)
 
 
-def test_fewer_images_than_a_batch_are_counted(run: Run, tmp_path: Path) -> None:
+def test_fewer_images_than_a_batch_are_refused(run: RunTraining, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"training\.batch_size is 128, and there are 64 images to adapt with"):
         run(tmp_path / "run", "training.batch_size=128")
 
 
-def test_a_method_with_nothing_to_save_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_method_with_nothing_to_save_is_refused(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(METHODS, "mine", Method(prepare=lambda model, options: model))
     with pytest.raises(
-        ValueError, match="'mine' makes no PEFT model, and is not registered with saves_full_model=True"
+        ValueError, match="'mine' returns no PEFT model and is not registered with saves_full_model=True"
     ):
         run(tmp_path / "run", "method=mine")
 
 
 def test_one_diverged_learning_rate_does_not_end_the_sweep(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    run: RunTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = run(tmp_path / "run", "training.learning_rate=[1e3,1e-2]", "training.epochs=4")
     failed, kept = record.train_info.sweep

@@ -1,20 +1,18 @@
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
 from peft_edge.backbones import load_backbone
 from peft_edge.config import load_config
 from peft_edge.data import load_task
 from peft_edge.lean import feature_cache
-from peft_edge.records import Record
 from peft_edge.training import loop
 from peft_edge.training.batches import evaluation_batches, training_batches
+from tests.training.support import RunTraining, adapter_of
 
 CONFIG = load_config(["output_dir=a", "data.shift=blend", "data.image_size=32", "training.eval_batch_size=64"])
 
@@ -23,7 +21,7 @@ def pixels(loader) -> Tensor:
     return torch.cat([batch["pixel_values"] for batch in loader])
 
 
-def test_batches_have_the_size_that_was_asked_for_and_leave_the_random_numbers_of_training_alone() -> None:
+def test_batches_have_the_given_size_and_leave_the_global_random_state_alone() -> None:
     backbone = load_backbone(CONFIG.backbone.name, num_classes=10)
     target = load_task("digits", shift="invert", image_size=32).targets[0]
     state = torch.get_rng_state()
@@ -35,26 +33,20 @@ def test_batches_have_the_size_that_was_asked_for_and_leave_the_random_numbers_o
     assert torch.equal(evaluated, pixels(evaluation_batches(CONFIG, backbone, target.validation)))
 
 
-Run = Callable[..., Record]
-
 REPLAY = ["adapter.target_modules=last-stage", "norm=recalibrate", "training.replay=true"]
 
 
 @pytest.fixture(autouse=True)
 def own_features(arguments: list[str], cache: Path, tmp_path: Path) -> None:
-    """The source model is shared with other tests, what is stored of its features is not."""
+    """Share the source model with other tests, but not its stored features."""
     (cache / "sources").mkdir(exist_ok=True)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "sources").symlink_to(cache / "sources")
     arguments[arguments.index(f"cache_dir={cache}")] = f"cache_dir={tmp_path / 'cache'}"
 
 
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
-def test_a_stored_view_for_each_epoch_gives_what_the_images_give(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_replay_with_one_view_per_epoch_equals_training_on_images(
+    run: RunTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain = ["training.optimizer=sgd-momentum", *REPLAY[:2]]
     images = run(tmp_path / "images", *plain)
@@ -75,12 +67,12 @@ def test_a_stored_view_for_each_epoch_gives_what_the_images_give(
     assert "2 stored views of 64 images" in capsys.readouterr().out
 
 
-def test_a_run_that_stops_goes_on_to_the_same_bits_from_what_is_stored(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_an_interrupted_replay_resumes_with_identical_bits(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = [*REPLAY, "adapter.lora_dropout=0.1", "training.replay_dtype=int8"]
     run(tmp_path / "whole", *options)
-    monkeypatch.setattr(feature_cache, "_fill", None)  # all runs share what the first one stored
+    monkeypatch.setattr(feature_cache, "_fill", None)  # every run must use the features that the first one stored
     step, steps = loop._step, []
 
     def stop_at_the_third(*arguments: object) -> torch.Tensor:
@@ -100,7 +92,7 @@ def test_a_run_that_stops_goes_on_to_the_same_bits_from_what_is_stored(
 
 
 @pytest.mark.parametrize("method", ["head", "lora"])
-def test_new_classes_and_the_rehearsed_ones_are_stored_alike(run: Run, tmp_path: Path, method: str) -> None:
+def test_replay_stores_new_and_rehearsed_classes(run: RunTraining, tmp_path: Path, method: str) -> None:
     new = ["data.shift=null", "data.new_classes=[8, 9]", "data.rehearsal_size=16", "training.batch_size=8"]
     record = run(tmp_path / "run", *REPLAY, *new, f"method={method}", "profiling.every_n_steps=9")
     assert record.train_info.checks["reloaded_max_logit_difference"] <= 1e-5
@@ -111,7 +103,7 @@ def test_new_classes_and_the_rehearsed_ones_are_stored_alike(run: Run, tmp_path:
 
 
 @pytest.mark.slow
-def test_lean_layers_change_nothing(run: Run, tmp_path: Path) -> None:
+def test_replay_with_lean_layers_gives_the_same_adapter(run: RunTraining, tmp_path: Path) -> None:
     plain = [*REPLAY, "training.optimizer=sgd-momentum"]
     run(tmp_path / "plain", *plain)
     run(tmp_path / "lean", *plain, "lean.enabled=true", "lean.inplace_norm=true")
@@ -128,9 +120,9 @@ def test_lean_layers_change_nothing(run: Run, tmp_path: Path) -> None:
         (["norm=stats"], "choose norm=recalibrate or norm=frozen"),
     ],
 )
-def test_what_cannot_be_replayed_is_refused_before_the_source_is_trained(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
+def test_impossible_replay_is_refused_before_the_source_is_trained(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, overrides: list[str], message: str
 ) -> None:
-    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     with pytest.raises(ValueError, match=rf"training\.replay: nothing can be replayed: .*{message}"):
         run(tmp_path / "run", *REPLAY, *overrides)

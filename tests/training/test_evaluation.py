@@ -11,12 +11,12 @@ from torch.utils.data import DataLoader
 
 from peft_edge.backbones import load_backbone
 from peft_edge.training.adaptation import merged_copy
-from peft_edge.training.evaluation import Predictions, check_saved, kernel_changes, logits, predict, results
+from peft_edge.training.evaluation import Predictions, check_saved, eval_logits, kernel_changes, predict, results
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 
 
-def test_every_image_is_asked_about_once() -> None:
-    """Ten images in batches of four, of which the identity gets seven right."""
+def test_every_image_is_predicted_once() -> None:
+    """Ten images in batches of four, of which the identity classifies seven correctly."""
     scores = torch.eye(10)
     labels = torch.arange(10)
     labels[:3] = 9
@@ -28,33 +28,33 @@ def test_every_image_is_asked_about_once() -> None:
     assert found.accuracy == pytest.approx(0.7)
 
 
-def test_the_same_model_answers_the_same() -> None:
+def test_the_same_model_differs_by_nothing() -> None:
     model, images = load_backbone("mobilenetv3_small_050", num_classes=3), torch.randn(2, 3, 32, 32)
-    assert check_saved(model, merged_copy(model), images, logits(model, images)) == {
+    assert check_saved(model, merged_copy(model), images, eval_logits(model, images)) == {
         "reloaded_max_logit_difference": 0.0
     }
 
 
-def test_adapter_that_cannot_be_merged_is_checked_unmerged() -> None:
+def test_an_adapter_that_cannot_be_merged_is_checked_unmerged() -> None:
     config = ConvAdapterConfig(target_modules="dense", activation="relu")
     model, images = get_peft_model(load_backbone("mobilenetv3_small_050"), config), torch.randn(2, 3, 32, 32)
-    assert check_saved(model, merged_copy(model), images, logits(model, images)) == {
+    assert check_saved(model, merged_copy(model), images, eval_logits(model, images)) == {
         "reloaded_max_logit_difference": 0.0
     }
 
 
 @pytest.mark.parametrize("change", [1e-3, float("nan")])
-def test_model_that_is_another_one_is_reported(change: float) -> None:
+def test_a_reloaded_model_that_differs_is_reported(change: float) -> None:
     model, images = load_backbone("mobilenetv3_small_050", num_classes=3), torch.randn(2, 3, 32, 32)
     with pytest.raises(RuntimeError, match="the reloaded model is not the one that was trained"):
-        check_saved(model, model, images, logits(model, images) + change)
+        check_saved(model, model, images, eval_logits(model, images) + change)
 
 
 def predictions(right: int, wrong: int) -> Predictions:
     return Predictions([1] * right + [0] * wrong, [1] * (right + wrong))
 
 
-def test_one_target() -> None:
+def test_results_of_one_target() -> None:
     before, after = [predictions(8, 2), predictions(1, 4)], [predictions(6, 4), predictions(4, 1)]
     assert results([before, after]) == {
         "test accuracy": 0.8,
@@ -72,7 +72,7 @@ def test_nothing_is_forgotten_without_an_update() -> None:
     assert (found["retention"], found["forgetting"]) == (1, 0)
 
 
-def test_increments_are_pooled_and_forgetting_counts_from_the_best() -> None:
+def test_results_of_increments_are_pooled_and_forgetting_is_relative_to_the_best() -> None:
     """The first target is learned to 1.0 and falls to 0.5; the source falls from 1.0 to 0.8 and to 0.7."""
     found = results(
         [
@@ -97,14 +97,14 @@ def source() -> nn.Module:
     return model
 
 
-def test_only_kernels_that_have_changed_are_named(source: nn.Module) -> None:
+def test_only_changed_kernels_are_listed(source: nn.Module) -> None:
     updated = copy.deepcopy(source)
     updated[1].weight.data += 1
     updated[0].bias.data += 1
     assert {name: change.kind for name, change in kernel_changes(source, updated).items()} == {"1": "depthwise"}
 
 
-def test_kinds_are_those_of_the_layers(source: nn.Module) -> None:
+def test_each_kernel_has_the_kind_of_its_layer(source: nn.Module) -> None:
     updated = copy.deepcopy(source)
     for conv in updated:
         conv.weight.data += 1
@@ -112,7 +112,7 @@ def test_kinds_are_those_of_the_layers(source: nn.Module) -> None:
     assert kinds == ["pointwise", "depthwise", "dense", "grouped"]
 
 
-def test_a_multiple_goes_in_one_direction(source: nn.Module) -> None:
+def test_a_scaled_kernel_changes_in_one_direction(source: nn.Module) -> None:
     updated = copy.deepcopy(source)
     updated[2].weight.data *= 1.25
     change = kernel_changes(source, updated)["2"]
@@ -120,7 +120,7 @@ def test_a_multiple_goes_in_one_direction(source: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("columns", [1, 2, 4])
-def test_orthogonal_columns_of_one_length_count_in_full(source: nn.Module, columns: int) -> None:
+def test_orthogonal_columns_of_equal_norm_each_add_one_to_the_stable_rank(source: nn.Module, columns: int) -> None:
     updated = copy.deepcopy(source)
     updated[0].weight.data[:, :columns, 0, 0] += torch.eye(8)[:, :columns]
     change = kernel_changes(source, updated)["0"]
@@ -128,7 +128,7 @@ def test_orthogonal_columns_of_one_length_count_in_full(source: nn.Module, colum
     assert change.relative_norm == pytest.approx((columns / 32) ** 0.5, rel=1e-3)
 
 
-def test_it_is_the_ratio_of_squared_singular_values(source: nn.Module) -> None:
+def test_the_stable_rank_is_a_ratio_of_squared_singular_values(source: nn.Module) -> None:
     updated = copy.deepcopy(source)
     updated[2].weight.data += torch.randn_like(updated[2].weight)
     values = torch.linalg.svdvals((updated[2].weight - source[2].weight).double().flatten(1)) ** 2

@@ -12,7 +12,6 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 from peft import get_peft_model
-from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 from torch.optim import AdamW
@@ -22,17 +21,19 @@ from transformers import Trainer, TrainingArguments, get_constant_schedule
 from peft_edge import ConvLoraConfig
 from peft_edge.config import load_config
 from peft_edge.profiling.callback import ProfilingCallback
-from peft_edge.records import FAILED, Record, StepProfile
+from peft_edge.records import FAILED, StepProfile
 from peft_edge.training import loop
 from peft_edge.training.loop import termination_deferred
-from peft_edge.training.run import start
+from peft_edge.training.pipeline import start_accelerator
+from peft_edge.training.run_folder import ActiveRun
+from tests.training.support import RunTraining, adapter_of, record_of
 
 
 def terminate() -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-def test_the_first_time_is_remembered_and_the_second_has_the_effect_from_before() -> None:
+def test_the_first_sigterm_is_deferred_and_the_second_has_its_previous_effect() -> None:
     seen: list[int] = []
     outside = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
@@ -49,14 +50,14 @@ def test_the_first_time_is_remembered_and_the_second_has_the_effect_from_before(
         signal.signal(signal.SIGTERM, outside)
 
 
-def test_one_of_several_processes_is_terminated_at_once() -> None:
+def test_one_of_several_processes_does_not_defer_sigterm() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with termination_deferred(is_alone=False) as is_asked:
         assert signal.getsignal(signal.SIGTERM) is before
         assert not is_asked()
 
 
-def test_another_thread_than_the_main_one_changes_no_signal() -> None:
+def test_outside_the_main_thread_no_signal_handler_changes() -> None:
     found: list[bool] = []
 
     def enter() -> None:
@@ -69,18 +70,11 @@ def test_another_thread_than_the_main_one_changes_no_signal() -> None:
     assert found == [False]
 
 
-def test_the_handler_from_before_is_back_after_an_error() -> None:
+def test_the_previous_handler_is_restored_after_an_error() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(RuntimeError), termination_deferred(is_alone=True):
         raise RuntimeError
     assert signal.getsignal(signal.SIGTERM) is before
-
-
-Run = Callable[..., Record]
-
-
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
 def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> None:
@@ -88,10 +82,10 @@ def assert_identical(left: dict[str, torch.Tensor], right: dict[str, torch.Tenso
     assert [name for name in left if not torch.equal(left[name], right[name])] == []
 
 
-def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_to_the_same_bits(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_after_a_full_disk_the_run_resumes_with_identical_bits(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    options = ["adapter.lora_dropout=0.1"]  # so that the state of the random numbers matters too
+    options = ["adapter.lora_dropout=0.1"]  # makes the random state matter
     run(tmp_path / "whole", *options)
     save_checkpoint = loop.save_checkpoint
 
@@ -109,7 +103,7 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_to_the_same_bit
             run(tmp_path / "stopped", *options)
     checkpoints = tmp_path / "stopped" / "checkpoints" / "lr_0.01"
     assert [path.name for path in checkpoints.iterdir()] == ["step_00000001"]
-    failed = Record.from_json((tmp_path / "stopped" / "record.json").read_text())
+    failed = record_of(tmp_path / "stopped")
     assert failed.train_info.status == FAILED
     assert "no space to write" in failed.run_info.error_msg
 
@@ -122,8 +116,8 @@ def test_full_disk_keeps_the_last_checkpoint_and_the_run_goes_on_to_the_same_bit
     assert_identical(adapter_of(tmp_path / "stopped"), adapter_of(tmp_path / "whole"))
 
 
-def test_terminated_run_saves_its_last_step_and_goes_on_to_the_same_bits(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_terminated_run_saves_its_last_step_and_resumes_with_identical_bits(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = ["adapter.lora_dropout=0.1", "training.checkpoint_every_steps=1000"]
     run(tmp_path / "whole", *options)
@@ -148,7 +142,7 @@ def test_terminated_run_saves_its_last_step_and_goes_on_to_the_same_bits(
     assert_identical(adapter_of(tmp_path / "stopped"), adapter_of(tmp_path / "whole"))
 
 
-def test_accumulation_changes_memory_not_the_result(run: Run, tmp_path: Path) -> None:
+def test_gradient_accumulation_does_not_change_the_result(run: RunTraining, tmp_path: Path) -> None:
     """With frozen norms an image's gradient does not depend on the rest of its batch."""
     frozen = ["norm=frozen", "training.epochs=1"]
     run(tmp_path / "one", *frozen)
@@ -173,12 +167,11 @@ def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list
     AcceleratorState._reset_state(reset_partial_state=True)
     given = ["training.epochs=1", "training.max_grad_norm=1.0", "training.batch_size=8", "trackers=[]", "--cpu"]
     config = load_config([f"output_dir={folder}", "data.shift=blend", *given, *overrides])
-    accelerator = start(config)
+    accelerator = start_accelerator(config)
     optimizer = AdamW([parameter for parameter in network.parameters() if parameter.requires_grad])
     batches = DataLoader(DATA, batch_size=8)
     prepared = accelerator.prepare(network, optimizer, get_constant_schedule(optimizer), batches, batches)
-    options = {"config": config, "accelerator": accelerator, "run": folder, "name": "a"}
-    return loop.train(*prepared, evaluated=prepared[0], **options)[1]
+    return loop.train(*prepared, evaluated=prepared[0], run=ActiveRun(config, accelerator, False), name="a")[1]
 
 
 class ImageTrainer(Trainer):
@@ -187,7 +180,7 @@ class ImageTrainer(Trainer):
 
 
 @pytest.mark.parametrize("parts", [1, 2])
-def test_trainer_gives_the_same_figures_as_our_loop(
+def test_trainer_reports_the_same_profile_as_our_loop(
     network: nn.Module, tmp_path: Path, trainer_arguments: Callable[..., TrainingArguments], parts: int
 ) -> None:
     ours = train_in_our_loop(copy.deepcopy(network), tmp_path, f"training.gradient_accumulation_steps={parts}")

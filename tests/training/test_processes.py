@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_edge.records import Record, StepProfile
+from peft_edge.records import StepProfile
+from tests.training.support import adapter_of, record_of
 
 ROOT = Path(__file__).parents[2]
 TWO_PROCESSES = (
@@ -33,16 +34,8 @@ def finish(process: subprocess.Popen[str]) -> None:
     assert process.returncode == 0, errors
 
 
-def adapter_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "adapter" / "adapter_model.safetensors")
-
-
 def processes_of(folder: Path) -> str:
     return record_of(folder).meta_info.system_info["num_processes"]
-
-
-def record_of(folder: Path) -> Record:
-    return Record.from_json((folder / "record.json").read_text())
 
 
 def steps_of(profile: list[StepProfile]) -> list[StepProfile]:
@@ -51,11 +44,11 @@ def steps_of(profile: list[StepProfile]) -> list[StepProfile]:
 
 @pytest.mark.distributed
 def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: Path) -> None:
-    """In double precision: in single, Adam makes of rounding steps of up to the learning rate, also in one process."""
+    """In double precision: in single precision, Adam turns rounding into steps of up to the learning rate."""
     measured = [*arguments, "profiling.every_n_steps=1000"]
     finish(start(measured, tmp_path / "one", script=IN_DOUBLE))
     finish(start(measured, tmp_path / "two", *TWO_PROCESSES, script=IN_DOUBLE))
-    # Accelerate may run fewer processes than asked for, and then this would compare one with one.
+    # Accelerate may run fewer processes than requested; then this would compare one process with one.
     assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
     assert {tensor.dtype for tensor in one.values()} == {torch.float64, torch.int64}
@@ -65,12 +58,12 @@ def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: P
     (whole,), (first, second) = (steps_of(record_of(tmp_path / name).profile) for name in ("one", "two"))
     assert [row.process_index for row in (whole, first, second)] == [0, 0, 1]
     assert first.forward_s != second.forward_s
-    # Half of the images, and each process makes all kernels.
+    # Each process has half of the images, and composes all kernels.
     assert whole.flops_forward / 2 < first.flops_forward == second.flops_forward < whole.flops_forward
 
 
 @pytest.mark.distributed
-def test_two_processes_store_features_once_and_learn_the_same(arguments: list[str], tmp_path: Path) -> None:
+def test_two_processes_store_features_once_and_train_the_same_adapter(arguments: list[str], tmp_path: Path) -> None:
     replay = ["adapter.target_modules=last-stage", "norm=recalibrate", "training.replay=true"]
     sources = next(argument for argument in arguments if argument.startswith("cache_dir="))
     for name, launcher in (("one", ()), ("two", TWO_PROCESSES)):
@@ -82,13 +75,13 @@ def test_two_processes_store_features_once_and_learn_the_same(arguments: list[st
     one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
     assert one.keys() == two.keys()
     for name in one:
-        # What is stored is in single precision, so that the last bits of the prefix may round the other way.
+        # Features are stored in single precision, so the last bits of the prefix may round differently.
         torch.testing.assert_close(two[name], one[name], atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.distributed
 @pytest.mark.parametrize("method", ["norm-stats", "galore"])
-def test_any_method_gives_the_same_on_two_processes(arguments: list[str], tmp_path: Path, method: str) -> None:
+def test_other_methods_give_the_same_update_on_two_processes(arguments: list[str], tmp_path: Path, method: str) -> None:
     options = [*arguments, f"method={method}", "data.shift=null", "data.new_classes=[8, 9]", "data.rehearsal_size=40"]
     finish(start(options, tmp_path / "one", script=IN_DOUBLE))
     finish(start(options, tmp_path / "two", *TWO_PROCESSES, script=IN_DOUBLE))

@@ -22,7 +22,7 @@ def config_for(folder: Path, *overrides: str) -> RunConfig:
     return load_config([f"output_dir={folder}", "data.shift=blend", *overrides])
 
 
-def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
+def test_a_run_is_resumed_in_its_folder(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     assert not open_run(config_for(tmp_path / "run"), accelerator).is_resumed
     run = open_run(config_for(tmp_path / "run"), accelerator)
@@ -30,13 +30,13 @@ def test_a_run_goes_on_in_its_own_folder(tmp_path: Path) -> None:
     assert run.record is None
 
 
-def test_a_folder_may_be_moved(tmp_path: Path) -> None:
+def test_a_run_is_resumed_in_a_moved_folder(tmp_path: Path) -> None:
     open_run(config_for(tmp_path / "run"), Accelerator(cpu=True))
     (tmp_path / "run").rename(tmp_path / "moved")
     assert open_run(config_for(tmp_path / "moved"), Accelerator(cpu=True)).is_resumed
 
 
-def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None:
+def test_the_folder_of_another_run_is_refused_and_not_changed(tmp_path: Path) -> None:
     accelerator = Accelerator(cpu=True)
     open_run(config_for(tmp_path / "run", "training.epochs=2"), accelerator)
     (tmp_path / "run" / "checkpoints").mkdir()
@@ -48,7 +48,7 @@ def test_folder_of_another_run_is_refused_and_left_alone(tmp_path: Path) -> None
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
 
 
-def test_folder_of_a_run_that_has_left_nothing_is_taken_over(tmp_path: Path) -> None:
+def test_the_folder_of_a_run_without_results_is_reused(tmp_path: Path) -> None:
     open_run(config_for(tmp_path / "run", "backbone.name=mistyped"), Accelerator(cpu=True))
 
     run = open_run(config_for(tmp_path / "run"), Accelerator(cpu=True))
@@ -57,21 +57,21 @@ def test_folder_of_a_run_that_has_left_nothing_is_taken_over(tmp_path: Path) -> 
     assert "mistyped" not in (tmp_path / "run" / "config.yaml").read_text()
 
 
-def test_run_killed_while_it_wrote_its_first_file_starts_again(tmp_path: Path) -> None:
+def test_a_run_killed_while_writing_its_first_file_starts_again(tmp_path: Path) -> None:
     (tmp_path / ".config.yaml.unfinished").write_text("output_")
 
     assert not open_run(config_for(tmp_path), Accelerator(cpu=True)).is_resumed
 
 
 @pytest.mark.parametrize("content", ["", "- a", "a: [", "\x00"])
-def test_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
+def test_a_damaged_configuration_is_named(tmp_path: Path, content: str) -> None:
     (tmp_path / "config.yaml").write_text(content)
 
     with pytest.raises(ConfigError, match=r"config.yaml is damaged"):
         open_run(config_for(tmp_path), Accelerator(cpu=True))
 
 
-def test_damaged_record_is_named(tmp_path: Path) -> None:
+def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     run = open_run(config_for(tmp_path), Accelerator(cpu=True))
     (tmp_path / "record.json").write_text('{"run_info"')
 
@@ -79,14 +79,14 @@ def test_damaged_record_is_named(tmp_path: Path) -> None:
         _ = run.record
 
 
-def test_folder_with_other_files_is_refused(tmp_path: Path) -> None:
+def test_a_folder_with_other_files_is_refused(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(ConfigError, match="is not empty and holds no run"):
         open_run(config_for(tmp_path), Accelerator(cpu=True))
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
-def test_the_update_is_published_whole(tmp_path: Path) -> None:
+def test_the_update_is_copied_into_the_run_folder(tmp_path: Path) -> None:
     run = open_run(config_for(tmp_path / "run"), Accelerator(cpu=True))
     (tmp_path / "candidate" / "adapter").mkdir(parents=True)
     (tmp_path / "candidate" / "adapter" / "a").write_text("a")
@@ -95,7 +95,7 @@ def test_the_update_is_published_whole(tmp_path: Path) -> None:
     assert (published / "a").read_text() == "a"
 
 
-def test_two_runs_do_not_work_in_one_folder(tmp_path: Path) -> None:
+def test_two_runs_cannot_use_one_folder_at_a_time(tmp_path: Path) -> None:
     accelerator, config = Accelerator(cpu=True), config_for(tmp_path / "run")
     with (
         lock_output_dir(config, accelerator),
@@ -114,7 +114,7 @@ def prepared() -> tuple[Accelerator, nn.Module]:
     return accelerator, accelerator.prepare(model, torch.optim.AdamW(model.parameters()))[0]
 
 
-def test_newest_checkpoint_brings_everything_back(tmp_path: Path) -> None:
+def test_the_newest_checkpoint_restores_weights_progress_and_random_state(tmp_path: Path) -> None:
     accelerator, model = prepared()
     for step in (9, 10, 11):
         save_checkpoint(accelerator, tmp_path, Progress(1, step, loss_sum=0.1, metrics=[{"step": step}]), keep=2)
@@ -128,19 +128,19 @@ def test_newest_checkpoint_brings_everything_back(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(3), draw)
 
 
-def test_nothing_to_load_is_a_start(tmp_path: Path) -> None:
+def test_without_a_checkpoint_training_starts_at_step_0(tmp_path: Path) -> None:
     accelerator, _ = prepared()
     assert load_checkpoint(accelerator, tmp_path / "none") == Progress(1)
 
 
-def test_unfinished_checkpoint_is_passed_over(tmp_path: Path) -> None:
+def test_an_unfinished_checkpoint_is_ignored(tmp_path: Path) -> None:
     accelerator, _ = prepared()
     save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
     (tmp_path / ".step_00000006.unfinished").mkdir()
     assert load_checkpoint(accelerator, tmp_path).step == 3
 
 
-def test_another_number_of_processes_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_number_of_processes_is_refused(tmp_path: Path) -> None:
     accelerator, _ = prepared()
     save_checkpoint(accelerator, tmp_path, Progress(num_processes=2, step=3), keep=2)
     with pytest.raises(ValueError, match="a run with --num_processes 2, and this one has 1"):
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_is_named(tmp_path: Path, name: str) -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", "3", "null", "[" * 100_000, '{"progress.json": 1}', '{"no_such_file": ""}'])
-def test_digests_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
+def test_a_checkpoint_with_invalid_digests_is_damaged(tmp_path: Path, text: str) -> None:
     accelerator, _ = prepared()
     save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
     (tmp_path / "step_00000003" / "sha256.json").write_text(text)
@@ -170,7 +170,7 @@ def test_digests_that_are_none_are_damage(tmp_path: Path, text: str) -> None:
         load_checkpoint(accelerator, tmp_path)
 
 
-def test_what_others_leave_beside_and_in_checkpoints_is_passed_over(tmp_path: Path) -> None:
+def test_foreign_files_beside_and_in_checkpoints_are_ignored(tmp_path: Path) -> None:
     accelerator, _ = prepared()
     save_checkpoint(accelerator, tmp_path, Progress(1, 3), keep=2)
     (tmp_path / "step_00000003" / ".DS_Store").write_text("")
@@ -180,7 +180,7 @@ def test_what_others_leave_beside_and_in_checkpoints_is_passed_over(tmp_path: Pa
     assert last_good_checkpoint(accelerator, tmp_path, 9) == tmp_path / "step_00000003"
 
 
-def test_checkpoints_that_are_not_known_to_be_good_are_removed(tmp_path: Path) -> None:
+def test_checkpoints_from_the_bad_step_on_are_deleted(tmp_path: Path) -> None:
     accelerator, _ = prepared()
     for step in (4, 5):
         save_checkpoint(accelerator, tmp_path, Progress(1, step), keep=2)

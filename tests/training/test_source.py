@@ -31,19 +31,21 @@ def config_for(folder: Path, *overrides: str) -> RunConfig:
     )
 
 
-def test_model_is_trained_once_and_then_shared(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_source_model_is_trained_once_and_then_shared(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
     first = source.source_model(config_for(tmp_path), task, CPU)
     assert Path(first.name_or_path).parent == tmp_path / "cache" / "sources"
     assert fingerprint(first) != fingerprint(source.new_backbone(config_for(tmp_path), task.source.num_classes))
     monkeypatch.setattr(source, "_train", None)
-    # Neither the method nor the target is part of what made it.
+    # It depends neither on the method nor on the target.
     again = source.source_model(config_for(tmp_path, "method=full", "training.epochs=3"), task, CPU)
     assert fingerprint(again) == fingerprint(first)
     with pytest.raises(TypeError, match="not callable"):
         source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
 
 
-def test_failed_training_leaves_nothing_in_the_cache(tmp_path: Path, task: Task) -> None:
+def test_failed_source_training_leaves_nothing_in_the_cache(tmp_path: Path, task: Task) -> None:
     with pytest.raises(ValueError, match=r"the source model diverged in epoch 1 .*: lower source.learning_rate"):
         source.source_model(config_for(tmp_path, "source.learning_rate=1e30"), task, CPU)
     assert [path.suffix for path in (tmp_path / "cache" / "sources").iterdir()] in ([], [".lock"])

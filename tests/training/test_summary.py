@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -12,46 +11,47 @@ from accelerate import Accelerator
 from peft_edge.config import load_config
 from peft_edge.records import CANCELED, FAILED, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
 from peft_edge.training.run_folder import open_run
-from peft_edge.training.summary import failure_recorded, table
+from peft_edge.training.summary import failure_recorded, summary_table
+from tests.training.support import record_of
 
 
 @pytest.mark.parametrize(("error", "status"), [(RuntimeError("lost"), FAILED), (KeyboardInterrupt(), CANCELED)])
-def test_run_that_stops_leaves_a_record(tmp_path: Path, error: BaseException, status: str) -> None:
+def test_a_run_that_fails_leaves_a_record(tmp_path: Path, error: BaseException, status: str) -> None:
     config = load_config([f"output_dir={tmp_path / 'run'}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
-    with pytest.raises(type(error)), failure_recorded(config, run, 0.0):
+    with pytest.raises(type(error)), failure_recorded(run, 0.0):
         raise error
-    record = Record.from_json((tmp_path / "run" / "record.json").read_text())
+    record = record_of(tmp_path / "run")
     assert record.train_info.status == status
     assert type(error).__name__ in record.run_info.error_msg
     assert record.run_info.created_at == "1970-01-01T00:00:00+00:00"
     assert run.record is None
 
 
-def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path: Path) -> None:
+def test_the_record_of_a_failed_run_holds_the_profile_measured_so_far(tmp_path: Path) -> None:
     config = load_config([f"output_dir={tmp_path}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
     rows = [StepProfile(process_index=index, scope="step", steps=1) for index in (10, 2)]
     (tmp_path / "profile" / "lr_0.01").mkdir(parents=True)
     for row in rows:
         file = tmp_path / "profile" / "lr_0.01" / f"process_{row.process_index}.json"
-        file.write_text(json.dumps({"rows": [asdict(row)], "times": []}))
-    with pytest.raises(RuntimeError), failure_recorded(config, run, 0.0):
+        file.write_text(json.dumps({"rows": [vars(row)], "times": []}))
+    with pytest.raises(RuntimeError), failure_recorded(run, 0.0):
         raise RuntimeError("lost")
-    assert Record.from_json((tmp_path / "record.json").read_text()).profile == rows[::-1]
+    assert record_of(tmp_path).profile == rows[::-1]
 
 
-def test_run_that_is_terminated_leaves_a_record(tmp_path: Path) -> None:
+def test_a_terminated_run_leaves_a_record(tmp_path: Path) -> None:
     config = load_config([f"output_dir={tmp_path}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
-    with pytest.raises(SystemExit) as caught, failure_recorded(config, run, 0.0):
+    with pytest.raises(SystemExit) as caught, failure_recorded(run, 0.0):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.code == 128 + signal.SIGTERM
-    assert Record.from_json((tmp_path / "record.json").read_text()).train_info.status == FAILED
+    assert record_of(tmp_path).train_info.status == FAILED
     assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
 
 
-def test_table_shows_gain_loss_and_cost() -> None:
+def test_the_summary_table_shows_gain_loss_and_cost() -> None:
     results = {
         "test accuracy": 0.75,
         "source test accuracy": 0.9,
@@ -78,7 +78,7 @@ def test_table_shows_gain_loss_and_cost() -> None:
         meta_info=MetaInfo(model_info={}, dataset_info={}, package_info={}, system_info={}, pytorch_info=""),
         profile=[StepProfile(process_index=0, scope="step", forward_s=0.0123)],
     )
-    lines = table(record).splitlines()
+    lines = summary_table(record).splitlines()
     header = (
         "test accuracy on  target  source  retained  trained parameters  of the model  saved bytes  training seconds"
     )

@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,14 +12,15 @@ from peft_edge import load_pretrained
 from peft_edge.backbones import class_names, load_backbone
 from peft_edge.config import load_config
 from peft_edge.methods import METHODS
-from peft_edge.records import SUCCESS, Record
+from peft_edge.records import SUCCESS
 from peft_edge.training.adaptation import load_update
-from peft_edge.training.run import start, start_trackers
+from peft_edge.training.pipeline import start_accelerator, start_trackers
 from tests.hub import stand_in
+from tests.training.support import RunTraining
 
 
-def test_threads_accumulation_and_device_are_those_of_the_configuration() -> None:
-    accelerator = start(
+def test_the_accelerator_has_the_configured_threads_accumulation_and_device() -> None:
+    accelerator = start_accelerator(
         load_config(
             [
                 "output_dir=a",
@@ -36,28 +37,28 @@ def test_threads_accumulation_and_device_are_those_of_the_configuration() -> Non
     assert accelerator.gradient_accumulation_steps == 4
 
 
-def test_tracker_that_is_not_installed_is_named() -> None:
+def test_a_tracker_that_is_not_installed_is_named() -> None:
     with pytest.raises(ValueError, match=r"trackers: wandb is not installed: pip install wandb"):
-        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[wandb]"]))
+        start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[wandb]"]))
 
 
-def test_processes_that_do_not_know_of_each_other_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+def test_processes_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(ValueError, match="2 processes were started and Accelerate sees 1: add --cpu"):
-        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+        start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
 
 
-def test_processes_that_were_not_started_are_warned_of(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_launcher_that_starts_one_process_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.warns(UserWarning, match="starts one process whatever --num_processes says"):
-        start(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
+        start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
 
 
-def test_trackers_get_figures_under_the_logs_of_the_run(tmp_path: Path) -> None:
+def test_trackers_write_to_the_logs_of_the_run(tmp_path: Path) -> None:
     config = load_config([f"output_dir={tmp_path}", "data.shift=blend", "--cpu"])
-    accelerator = start(config)
+    accelerator = start_accelerator(config)
     start_trackers(config, accelerator)
     accelerator.log({"lr_0.01/train loss": 0.5}, step=3)
     accelerator.end_training()
@@ -65,7 +66,7 @@ def test_trackers_get_figures_under_the_logs_of_the_run(tmp_path: Path) -> None:
     assert (event.step, event.value) == (3, 0.5)
 
 
-# The client uploads in a way of which its own HTTP library warns.
+# The Hub's client triggers a warning of its own HTTP library.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
 
@@ -77,16 +78,20 @@ def hub(tmp_path: Path) -> Iterator[stand_in.StandIn]:
 
 @pytest.mark.slow
 @torch.no_grad()
-def test_a_run_whose_push_fails_is_complete_and_pushed_by_the_same_command(
-    run: Callable[..., Record], hub: stand_in.StandIn, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+def test_a_run_whose_push_fails_is_complete_and_the_same_command_pushes_it(
+    run: RunTraining,
+    hub: stand_in.StandIn,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     arguments = ["method=lora", "hub.repo_id=me/adapter", "hub.private=true", "hub.license=mit"]
     hub.is_full = True
     with torch.enable_grad():
         assert run(tmp_path / "run", *arguments).train_info.status == "success"
     failed = capfd.readouterr()
-    assert "error: me/adapter: expected to push to http" in failed.out
-    assert "The run has succeeded. The same command" in failed.out
+    assert "error: me/adapter: expected to push to http" in caplog.text
+    assert "The run has succeeded. The same command" in caplog.text
     model = load_pretrained(tmp_path / "run" / "adapter")
     assert set(hub.files("me/adapter")) == {".gitattributes"}
 
@@ -101,16 +106,14 @@ def test_a_run_whose_push_fails_is_complete_and_pushed_by_the_same_command(
     assert "license: mit" in card
     assert "adapted from `digits` to blend" in card
     files = [path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()]
-    for text in (*files, *hub.received, *(part.encode() for part in (*failed, *pushed))):
+    for text in (*files, *hub.received, *(part.encode() for part in (*failed, *pushed, caplog.text))):
         assert stand_in.TOKEN.encode() not in text
     for content in hub.files("me/adapter").values():
         assert str(tmp_path).encode() not in content
 
 
 @torch.no_grad()
-def test_a_finished_run_is_pushed_when_it_is_asked_for_later(
-    run: Callable[..., Record], hub: stand_in.StandIn, tmp_path: Path
-) -> None:
+def test_a_finished_run_can_be_pushed_later(run: RunTraining, hub: stand_in.StandIn, tmp_path: Path) -> None:
     with torch.enable_grad():
         run(tmp_path / "run", "method=full")
     assert not hub.repos
@@ -122,11 +125,8 @@ def test_a_finished_run_is_pushed_when_it_is_asked_for_later(
     assert torch.equal(pushed.eval()(images), local.eval()(images))
 
 
-Run = Callable[..., Record]
-
-
-def test_run_leaves_an_adapter_a_record_and_a_table(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_run_saves_an_adapter_and_a_record_and_prints_a_table(
+    run: RunTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     record = run(tmp_path / "run", "training.learning_rate=[1e-3,1e-2]", "profiling.every_n_steps=1000")
     assert {path.name for path in (tmp_path / "run").iterdir()} == {"adapter", "config.yaml", "record.json"}
@@ -148,7 +148,7 @@ def test_run_leaves_an_adapter_a_record_and_a_table(
     assert f"{train.metrics[-1]['test accuracy']:.3f}" in printed
 
 
-def test_evaluation_may_be_left_to_the_last_epoch(run: Run, tmp_path: Path) -> None:
+def test_evaluation_can_be_limited_to_the_last_epoch(run: RunTraining, tmp_path: Path) -> None:
     record = run(tmp_path / "run", "method=head", "training.eval_every_epochs=5")
     *epochs, _ = record.train_info.metrics
     first, last = (epoch["valid accuracy"] for epoch in epochs)
@@ -157,7 +157,7 @@ def test_evaluation_may_be_left_to_the_last_epoch(run: Run, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_every_method_runs_and_what_it_saves_is_what_was_trained(run: Run, tmp_path: Path, method: str) -> None:
+def test_every_method_runs_and_saves_what_it_trained(run: RunTraining, tmp_path: Path, method: str) -> None:
     dense = ["adapter.target_modules=dense"] if method in ("peft-lora", "peft-dora") else []
     record = run(tmp_path / "run", f"method={method}", "training.epochs=1", *dense)
     results, train = record.train_info.metrics[-1], record.train_info
@@ -175,25 +175,25 @@ def test_every_method_runs_and_what_it_saves_is_what_was_trained(run: Run, tmp_p
     assert results["forgetting"] == results["source test accuracy without update"] - results["source test accuracy"]
 
 
-def test_wrong_adapter_is_reported_before_anything_is_trained(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_wrong_adapter_is_reported_before_anything_is_trained(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     with pytest.raises(ValueError, match="no_such_layer"):
         run(tmp_path / "run", "adapter.target_modules=[no_such_layer]")
 
 
-def test_unknown_backbone_names_the_nearest(run: Run, tmp_path: Path) -> None:
+def test_an_unknown_backbone_names_the_nearest(run: RunTraining, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="mobilenetv3_small_050"):
         run(tmp_path / "run", "backbone.name=mobilenetv3_smal_050")
 
 
-def test_finished_run_only_prints_its_table(
-    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+def test_a_finished_run_only_prints_its_table(
+    run: RunTraining, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first = run(tmp_path / "run", "method=none")
     capsys.readouterr()
-    monkeypatch.setattr("peft_edge.training.run.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     assert run(tmp_path / "run", "method=none") == first
     assert "holds this run, finished" in capsys.readouterr().out
 
@@ -208,7 +208,7 @@ NEW_CLASSES = [
 
 
 @pytest.mark.parametrize("method", ["lora", "full", "norm-stats", "peft-lokr"])
-def test_new_classes_arrive_in_increments(run: Run, tmp_path: Path, method: str) -> None:
+def test_new_classes_arrive_in_increments(run: RunTraining, tmp_path: Path, method: str) -> None:
     record = run(tmp_path / "run", f"method={method}", *NEW_CLASSES)
     results = record.train_info.metrics[-1]
     assert [len(row) for row in results["accuracies"]] == [1, 2, 3]
@@ -219,7 +219,7 @@ def test_new_classes_arrive_in_increments(run: Run, tmp_path: Path, method: str)
     assert model(torch.zeros(1, 3, 32, 32)).shape == (1, 10 if learns else 7)
 
 
-def test_without_rehearsal_the_old_rows_of_the_head_stay(run: Run, tmp_path: Path) -> None:
+def test_without_rehearsal_the_old_rows_of_the_head_do_not_change(run: RunTraining, tmp_path: Path) -> None:
     record = run(tmp_path / "run", "data.shift=null", "data.new_classes=[9]", "method=head", "training.batch_size=8")
     source = load_backbone(record.run_info.peft_config["base_model_name_or_path"])
     head = load_update(tmp_path / "run" / "adapter", torch.device("cpu")).get_base_model().get_classifier()

@@ -1,0 +1,171 @@
+"""A whole run, stage by stage: data, source model, adaptation, tests, record, upload."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+import warnings
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.tracking import get_available_trackers
+from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
+
+from peft_edge.config import RunConfig, flatten
+from peft_edge.data import load_task
+from peft_edge.hub import push_update
+from peft_edge.records import Record
+from peft_edge.training.adaptation import check_adaptation, load_update, merged_copy, sweep
+from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_tests
+from peft_edge.training.run_folder import ActiveRun, lock_output_dir, open_run
+from peft_edge.training.source import source_model
+from peft_edge.training.summary import build_record, failure_recorded
+
+logger = logging.getLogger(__name__)
+
+
+def run(config: RunConfig) -> Record:
+    """Train or load the source model, adapt it, and test what was saved.
+
+    Afterwards `config.output_dir` holds the update and the record, and so does the Hub with `hub.repo_id`. An
+    interrupted run continues from its newest checkpoint, and a finished run is only read.
+
+    Raises:
+        ValueError: If the configuration does not fit the data or the network; the message says what to change.
+        DivergedError: If training diverges at every learning rate.
+        OSError: If a file cannot be read or written.
+    """
+    accelerator = start_accelerator(config)
+    with lock_output_dir(config, accelerator):
+        opened = open_run(config, accelerator)
+        record = opened.record
+        if record is None:
+            record = _run_stages(opened)
+        else:
+            accelerator.print(f"{opened.path} holds this run, finished:")
+        if accelerator.is_main_process and config.hub.repo_id is not None:
+            _push(opened, config.hub.repo_id)
+    accelerator.end_training()
+    return record
+
+
+def _run_stages(run: ActiveRun) -> Record:
+    config, accelerator = run.config, run.accelerator
+    started, clock = time.time(), time.perf_counter()
+    with failure_recorded(run, started):
+        # Data: the source, the targets, and what differs between them.
+        task = load_task(**config.data.model_dump(), seed=config.seed)
+        check_adaptation(config, task)
+
+        # The source model: trained once, then shared by every run that needs the same one.
+        source = source_model(config, task, accelerator.device)
+        predictions = [predict_tests(source, config, task, accelerator)]
+
+        # Adaptation: every learning rate has the same budget, and the target's validation split chooses.
+        start_trackers(config, accelerator)
+        chosen, tried, checks, changes, update = [], [], {}, {}, None
+        for number, target in enumerate(task.targets if config.method != "none" else (), start=1):
+            increment = number if len(task.targets) > 1 else None
+            candidates, entries = sweep(run, target, source, increment=increment, previous=update)
+            best = max(candidates, key=lambda candidate: candidate.validation_accuracy)
+            chosen.append(best)
+            tried += entries
+
+            # Test what users get: the saved update, loaded into a fresh model.
+            update = best.update
+            reloaded = load_update(update, accelerator.device)
+            merged = merged_copy(reloaded)
+            checks = check_saved(reloaded, merged, first_images(config, source, target), best.logits)
+            changes = {} if merged is None else kernel_changes(source, merged)
+            predictions.append(predict_tests(reloaded, config, task, accelerator))
+
+        record = build_record(
+            run,
+            task,
+            source,
+            started=started,
+            # By a clock that does not follow changes of the system's time.
+            total_time=None if run.is_resumed else time.perf_counter() - clock,
+            predictions=predictions,
+            chosen=chosen,
+            tried=tried,
+            update=run.publish(update) if update is not None else None,
+            checks=checks,
+            changes=changes,
+        )
+        run.write_record(record)
+    return record
+
+
+def start_accelerator(config: RunConfig) -> Accelerator:
+    """Build the run's `Accelerator`, and set the number of threads.
+
+    Raises:
+        ValueError: If a tracker is not installed, the processes do not form one group, or a batch cannot be divided
+            among them.
+    """
+    if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
+        names = " ".join(sorted(missing))
+        raise ValueError(f"trackers: {names} is not installed: pip install {names}, or leave it out")
+    torch.set_num_threads(config.num_threads)
+    # Resumed runs are bit-identical only if every operation is deterministic.
+    torch.backends.cudnn.deterministic = True
+    training = config.training
+    accelerator = Accelerator(
+        # Without a GPU, several processes form a group only if the CPU is requested explicitly.
+        cpu=config.cpu or not torch.accelerator.is_available(),
+        mixed_precision=training.mixed_precision,
+        log_with=list(config.trackers) or None,
+        project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "logs")),
+        # A batch size counts the images of all processes, so a run does not depend on their number.
+        dataloader_config=DataLoaderConfiguration(split_batches=True),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
+        ),
+    )
+
+    # Accelerate silently runs fewer processes than requested in two cases.
+    num_processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
+    if started != num_processes:
+        # Each process would act as the only one, and write to the same folder.
+        raise ValueError(f"{started} processes were started and Accelerate sees {num_processes}: add --cpu")
+    if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
+        warnings.warn(
+            "`accelerate launch --cpu` starts one process whatever --num_processes says. For several on the CPU: "
+            "accelerate launch --multi_gpu --num_processes 2 train.py --cpu",
+            stacklevel=2,
+        )
+    parts = num_processes * training.gradient_accumulation_steps
+    if training.batch_size % parts:
+        raise ValueError(
+            f"training.batch_size: {training.batch_size} images cannot be divided among {num_processes} processes and "
+            f"{training.gradient_accumulation_steps} accumulation steps: choose a multiple of {parts}"
+        )
+    if training.eval_batch_size % num_processes:
+        raise ValueError(
+            f"training.eval_batch_size: {training.eval_batch_size} images cannot be divided among {num_processes} "
+            f"processes: choose a multiple of {num_processes}"
+        )
+    return accelerator
+
+
+def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
+    """Start the trackers, and send them the configuration."""
+    values = flatten(config.model_dump()).items()
+    # Trackers accept no lists.
+    scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values}
+    accelerator.init_trackers("peft-edge", config=scalars)
+
+
+def _push(run: ActiveRun, repo_id: str) -> None:
+    """Push the update of a finished run. If this fails, warn: the run is complete on the disk."""
+    options = run.config.hub.model_dump(exclude={"repo_id"})
+    update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
+    try:
+        address = push_update(update, repo_id, record=run.path / "record.json", **options)
+    except (OSError, ValueError) as error:
+        logger.warning("error: %s\nThe run has succeeded. The same command pushes again, without training", error)
+    else:
+        run.accelerator.print(f"pushed: {address}")
