@@ -1,6 +1,6 @@
 """The figures of the report: readable without colours, and byte-identical for the same records.
 
-Every `draw_...` function writes a PNG and an SVG file.
+Every `draw_...` function writes a PNG and an SVG file to a path without an ending.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,9 +31,6 @@ _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
 Style = dict[str, Any]
 """Keyword arguments of matplotlib's drawing functions."""
 
-SubplotDrawer = Callable[["Axes", DataFrame, Mapping[str, Style]], None]
-"""Draws the data of a subplot, with a style for each method."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class Subplot:
@@ -51,24 +49,16 @@ Grid = Sequence[Sequence[Subplot | None]]
 
 
 def draw_over_rank(grid: Grid, path: Path) -> None:
-    """Draw ranges over the rank: methods with a rank as lines, and the others to the left of them.
-
-    Args:
-        grid: The subplots.
-        path: Path of the files without their ending.
-    """
+    """Draw ranges over the rank: methods with a rank as lines, and the others to the left of them."""
     _draw_grid(grid, path, _draw_ranks, panel_width=3.6, legend_columns=min(6, 2 * len(grid[0])))
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
-    """Draw a point for each variant; the markers of a method grow with its rank.
+    """Draw a point for each variant, and the Pareto front for small `x` and large `y`.
 
-    Args:
-        grid: The subplots.
-        path: Path of the files without their ending.
-        with_front: Draw the Pareto front for small `x` and large `y`.
+    The markers of a method grow with its rank.
     """
-    draw = _draw_points_and_front if with_front else _draw_points
+    draw = partial(_draw_points, with_front=with_front)
     _draw_grid(grid, path, draw, panel_width=4.6 if len(grid[0]) < 3 else 3.6, legend_columns=5)
 
 
@@ -77,8 +67,8 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
 
     Args:
         parts: Length of each part (column) of each bar (row, from the top).
-        ranges: `low` and `high` of the sum of each bar.
-        path: Path of the files without their ending.
+        ranges: `min` and `max` of the sum of each bar.
+        path: See above.
         title: Title of the figure.
         label: What the bars show, with its unit.
     """
@@ -89,7 +79,7 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
         for number, part in enumerate(parts):
             axes.barh(parts.index.tolist(), parts[part].tolist(), left=ends, label=part, **_bar_style(number))
             ends = ends + parts[part].to_numpy()
-        for place, (low, high) in enumerate(ranges[["low", "high"]].to_numpy()):
+        for place, (low, high) in enumerate(ranges[["min", "max"]].to_numpy()):
             axes.plot([low, high], [place, place], color="black", marker="|", markersize=7, linewidth=1.2)
         axes.axvline(100, color="black", linewidth=0.8, linestyle="--")
         axes.set(title=title, xlabel=label)
@@ -104,7 +94,7 @@ def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str
     Args:
         panels: For each title the lengths: a row for each name, from the top, and a column for each group. A missing
             length is written as "no record".
-        path: Path of the files without their ending.
+        path: See above.
         label: What the bars show, with its unit.
     """
     groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
@@ -123,11 +113,7 @@ def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str
 def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
     """Yield an empty figure and save it as PNG and SVG when the block ends.
 
-    Neither the user's matplotlib settings nor the date change the files.
-
-    Args:
-        path: Path of the files without their ending.
-        size: Width and height in inches.
+    The size is width and height in inches. Neither the user's matplotlib settings nor the date change the files.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -153,22 +139,27 @@ def method_styles(names: Sequence[str]) -> dict[str, Style]:
 
     A method of `METHODS` has the same style in every figure; other names follow after these.
     """
-    others = [name for name in names if name not in METHODS]
-    numbers = {name: list(METHODS).index(name) for name in names if name in METHODS}
-    numbers |= {name: len(METHODS) + number for number, name in enumerate(others)}
+    order = [*METHODS, *(name for name in names if name not in METHODS)]
     return {
         name: {
-            "color": _COLOURS[number % len(_COLOURS)],
-            "marker": _MARKERS[number % len(_MARKERS)],
-            "linestyle": _LINES[number % len(_LINES)],
+            "color": _COLOURS[order.index(name) % len(_COLOURS)],
+            "marker": _MARKERS[order.index(name) % len(_MARKERS)],
+            "linestyle": _LINES[order.index(name) % len(_LINES)],
             "markeredgecolor": "black",
             "markeredgewidth": 0.5,
         }
-        for name, number in numbers.items()
+        for name in names
     }
 
 
-def _draw_grid(grid: Grid, path: Path, draw: SubplotDrawer, *, panel_width: float, legend_columns: int) -> None:
+def _draw_grid(
+    grid: Grid,
+    path: Path,
+    draw: Callable[[Axes, DataFrame, Mapping[str, Style]], None],
+    *,
+    panel_width: float,
+    legend_columns: int,
+) -> None:
     panels = [panel for row in grid for panel in row if panel is not None]
     styles = method_styles(list(dict.fromkeys(name for panel in panels for name in panel.data["method"])))
     with figure_file(path, size=(0.6 + panel_width * len(grid[0]), 1.0 + 3.0 * len(grid))) as figure:
@@ -210,20 +201,17 @@ def _draw_ranges(axes: Axes, places: Sequence[float], points: DataFrame, name: s
     axes.errorbar(places, middle, yerr=errors, label=name, markersize=6, linewidth=1.2, elinewidth=0.8, **style)
 
 
-def _draw_points(axes: Axes, data: DataFrame, styles: Mapping[str, Style]) -> None:
+def _draw_points(axes: Axes, data: DataFrame, styles: Mapping[str, Style], *, with_front: bool) -> None:
+    if with_front:
+        points = data[["x", "y"]].drop_duplicates()
+        front = points[pareto_front((points * [1, -1]).to_numpy())].sort_values(["x", "y"]).to_numpy()
+        axes.step(*front.T, where="post", color="black", linewidth=2.2, alpha=0.45, label="Pareto front")
     for name, points in data.groupby("method", sort=False):
         style = styles[name]
         axes.plot(points["x"].to_numpy(), points["y"].to_numpy(), **{**style, "marker": ""}, linewidth=0.8)
         for number, (x, y) in enumerate(points[["x", "y"]].to_numpy()):
             label = name if number == 0 else None
             axes.plot(x, y, **{**style, "linestyle": "none"}, markersize=5 + 1.5 * number, label=label)
-
-
-def _draw_points_and_front(axes: Axes, data: DataFrame, styles: Mapping[str, Style]) -> None:
-    points = data[["x", "y"]].drop_duplicates()
-    front = points[pareto_front((points * [1, -1]).to_numpy())].sort_values(["x", "y"]).to_numpy()
-    axes.step(*front.T, where="post", color="black", linewidth=2.2, alpha=0.45, label="Pareto front")
-    _draw_points(axes, data, styles)
 
 
 def _draw_bar_groups(axes: Axes, lengths: DataFrame, groups: Sequence[str]) -> None:
@@ -244,11 +232,8 @@ def _draw_bar_groups(axes: Axes, lengths: DataFrame, groups: Sequence[str]) -> N
 
 
 def _bar_style(number: int) -> Style:
-    return {
-        "color": _COLOURS[number % len(_COLOURS)],
-        "hatch": _HATCHES[number % len(_HATCHES)],
-        "edgecolor": "white",
-    }
+    colour, hatch = _COLOURS[number % len(_COLOURS)], _HATCHES[number % len(_HATCHES)]
+    return {"color": colour, "hatch": hatch, "edgecolor": "white"}
 
 
 def _set_frame(axes: Axes) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 from pandas import DataFrame, concat, isna
 
@@ -30,67 +31,65 @@ AGREEING_REDUCTION = 0.9
 NO_VALUE = "-"
 """Marks a cell without a record."""
 
-_GRID = "configs/study/costs.yaml"
-_EXACT, _STUDY_COUNT = f"{AS_IS}, exact", f"{AS_IS}, source study's accounting"
-_STORED_EXACT = f"{STORED}, exact"
-_COUNTS = [_STUDY_COUNT, _EXACT, f"{LEAN}, exact", _STORED_EXACT]
-_CSV_NAMES = {
+CSV_NAMES = {
+    "backbone": "network",
     "variant": "method",
+    "is_equal": "not_distinguishable_from_best",
+    "memory": "peak_bytes",
     "peak": "peak_bytes",
     "full_peak": "full_peak_bytes",
+    "flops": "flops_per_step",
+    "full_flops": "full_flops_per_step",
+    "shipped": "shipped_bytes",
     "file": "record",
     "full_file": "full_record",
 }
+"""Columns of frames that have another name in CSV files."""
+
+_GRID = "configs/study/costs.yaml"
+_LARGEST_REDUCTIONS = {
+    f"{AS_IS}, exact": "Counted exactly, the largest reduction by an adapter is {}.",
+    f"{AS_IS}, source study's accounting": "By the source study's accounting it is {}.",
+    f"{STORED}, exact": "Counted exactly on stored features it is {}.",
+}
+_EXACT, _STUDY_COUNT, _STORED_EXACT = _LARGEST_REDUCTIONS
+_COUNTS = [_STUDY_COUNT, _EXACT, f"{LEAN}, exact", _STORED_EXACT]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Chart:
-    """A figure of a section."""
+class Chart(NamedTuple):
+    """A figure: its caption, and the function that draws it to a path without an ending."""
 
     caption: str
-
     draw: Callable[[Path], None]
-    """Writes the figure to a path plus `.png` and `.svg`."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the records say on a claim of the source study."""
+    """What the records say on a claim of the source study.
+
+    Attributes:
+        verdict: `AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`.
+        finding, details: The result with its main figures, and more figures.
+        setting: Ranks and sizes of what was measured.
+        table: The table of the page, see `markdown_table`.
+        data: The full table, which names the records of each row.
+        charts: The figures by file name.
+    """
 
     verdict: str
-    """`AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`."""
-
     finding: str
-    """The result with its main figures."""
-
     details: str = ""
-    """More figures."""
-
     setting: str = ""
-    """Ranks and sizes of what was measured."""
-
     table: DataFrame | None = None
-    """The table of the page, see `markdown_table`."""
-
     data: DataFrame | None = None
-    """The full table, which names the records of each row."""
-
     charts: Mapping[str, Chart] = field(default_factory=dict)
-    """The figures by file name."""
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result, with the command that makes the missing records.
-
-    Args:
-        lacking: The missing records.
-        grid: The study that makes them.
-    """
+    """Return a claim without a result, with the command that makes the lacking records from the grid of a study."""
     command = f"peft-edge study --grid {grid} --output-dir runs"
-    return Claim(
-        verdict=NOT_MEASURED,
-        finding=f"There is no record of {lacking}; `{command}` makes them, in `runs/results`.",
-    )
+    finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
+    return Claim(verdict=NOT_MEASURED, finding=finding)
 
 
 def verdict_of(agreeing: int, total: int) -> str:
@@ -99,11 +98,7 @@ def verdict_of(agreeing: int, total: int) -> str:
 
 
 def memory_claim(costs: DataFrame) -> Claim:
-    """Compare the memory that methods save on depthwise-separable networks and on language models.
-
-    Args:
-        costs: See `cost_frame`.
-    """
+    """Compare the memory that methods save on depthwise-separable networks and on language models."""
     kinds: set[str] = set()
     if not costs.empty:
         steps = comparable_steps(costs)
@@ -116,34 +111,31 @@ def memory_claim(costs: DataFrame) -> Claim:
     if pairs.empty:
         return not_measured("the same method and batch size on both kinds of networks", _GRID)
     less, half = int((pairs["depthwise"] < pairs["transformer"]).sum()), int(pairs["ratio"].between(*ABOUT_HALF).sum())
-    details = "; ".join(
-        f"batch {batch_size}: "
-        + ", ".join(
-            f"{variant} {percent(row['depthwise'])} % against {percent(row['transformer'])} %"
-            for (_, variant), row in rows.iterrows()
-        )
-        for batch_size, rows in pairs.groupby(level="batch_size")
-    )
     means = _mean_savings(steps, "method")
+    ours = ", ".join(
+        f"{percent(saved)} % for {method} at batch {batch_size}"
+        for (batch_size, method), saved in means["depthwise"].dropna().items()
+        if method in (f"lora ({LEAN})", f"lora ({STORED})")
+    )
     table = means[list(NETWORK_KINDS)].map(percent).add_suffix(" [%]")
     table["depthwise / transformer"] = [fixed(ratio, 2) for ratio in means["ratio"]]
     table.index = table.index.set_names(["batch", "method"])
-    shares = steps[list(MEMORY_PARTS)].div(steps["full_peak"], axis=0).add_prefix("share_")
-    data = steps[["kind", "network", "batch_size", "method", "peak", "full_peak", "saved_memory"]]
+    shares = steps[MEMORY_PARTS].div(steps["full_peak"], axis=0).add_prefix("share_")
+    columns = ["kind", "network", "batch_size", "method", "peak", "full_peak", "saved_memory"]
     return Claim(
         verdict=AGREED if half == len(pairs) else IN_PART if less else NOT_AGREED,
         finding=(
             f"Of {len(pairs)} pairs of method and batch size, {less} save less on depthwise-separable networks than on "
-            f"language models, and {half} save about half as much.{_saved_by_ours(means)}"
+            f"language models, and {half} save about half as much."
         ),
-        details=f"In detail, {details}.",
+        details=f"Trained our way, depthwise-separable networks save {ours}." if ours else "",
         setting=_setting_text(steps),
         table=table,
-        data=concat([data, shares, steps[["file", "full_file"]]], axis=1).rename(columns=_CSV_NAMES),
+        data=concat([steps[columns], shares, steps[["file", "full_file"]]], axis=1).rename(columns=CSV_NAMES),
         charts={
             f"memory_batch_{batch_size}": Chart(
-                caption=f"Memory at the peak by kind of tensor, batch {batch_size}: means over networks",
-                draw=partial(_draw_memory, costs, rows, batch_size),
+                f"Memory at the peak by kind of tensor, batch {batch_size}: means over networks",
+                partial(_draw_memory, costs, rows, batch_size),
             )
             for batch_size, rows in steps.groupby("batch_size")
         },
@@ -159,16 +151,6 @@ def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
     return means
 
 
-def _saved_by_ours(means: DataFrame) -> str:
-    """Return a sentence on LoRA trained lean and on stored features, which the source study does not have."""
-    parts = [
-        f"{method} {percent(saved)} % at batch {batch_size}"
-        for (batch_size, method), saved in means["depthwise"].dropna().items()
-        if method.startswith((f"lora ({LEAN})", f"lora ({STORED})"))
-    ]
-    return f" Trained our way, depthwise-separable networks save more: {', '.join(parts)}." if parts else ""
-
-
 def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path) -> None:
     # Full fine-tuning comes first, then the kinds of networks of each method side by side.
     references = costs[costs["file"].isin(steps["full_file"])].assign(method=f"full ({AS_IS})")
@@ -178,8 +160,8 @@ def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path
     percentages = 100 * bars[[*MEMORY_PARTS, "peak"]].div(bars["full_peak"], axis=0)
     groups = percentages.groupby(bars["method"] + ", " + bars["kind"], sort=False)
     draw_stacked_bars(
-        groups[list(MEMORY_PARTS)].mean(),
-        groups["peak"].agg(["min", "max"]).set_axis(["low", "high"], axis=1),
+        groups[MEMORY_PARTS].mean(),
+        groups["peak"].agg(["min", "max"]),
         path,
         title=f"Memory of a training step, batch {batch_size}",
         label="mean peak, and its range over networks [% of full fine-tuning's]",
@@ -187,11 +169,7 @@ def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path
 
 
 def arithmetic_claim(costs: DataFrame) -> Claim:
-    """Compare the FLOPs that adapters save, by the accounting of the source study and counted exactly.
-
-    Args:
-        costs: See `cost_frame`.
-    """
+    """Compare the FLOPs that adapters save, by the accounting of the source study and counted exactly."""
     lacking = not_measured("an adapter's step on a convolutional network", _GRID)
     if costs.empty:
         return lacking
@@ -208,11 +186,6 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
         return lacking
     best = edge_adapters.loc[edge_adapters.groupby("count")["saved_flops"].idxmax()].set_index("count")
     largest = {row.Index: f"{percent(row.saved_flops)} % ({row.variant} on {row.network})" for row in best.itertuples()}
-    finding = f"Counted exactly, the largest reduction by an adapter is {largest[_EXACT]}."
-    if _STUDY_COUNT in largest:
-        finding += f" By the source study's accounting it is {largest[_STUDY_COUNT]}."
-    if _STORED_EXACT in largest:
-        finding += f" On stored features, counted exactly, it is {largest[_STORED_EXACT]}."
     table = adapters.pivot_table(
         index=["kind", "network"], columns=["variant", "count"], values="saved_flops", aggfunc="first", sort=False
     )
@@ -220,18 +193,16 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
     table = table[[count for count in counts if count in table]].map(percent)
     table.columns = [f"{variant}: {count}" for variant, count in table.columns]
     columns = ["kind", "network", "variant", "batch_size", "form", "accounting", "flops", "full_flops", "saved_flops"]
+    caption = "Reduction of the forward and backward FLOPs of a step, by both accountings"
     return Claim(
         verdict=AGREED if best.loc[_EXACT, "saved_flops"] >= AGREEING_REDUCTION else NOT_AGREED,
-        finding=finding,
+        finding=" ".join(
+            text.format(largest[count]) for count, text in _LARGEST_REDUCTIONS.items() if count in largest
+        ),
         setting=f"{_setting_text(steps)}, batch {steps['batch_size'].iloc[0]}",
         table=table,
-        data=steps[[*columns, "file", "full_file"]].rename(columns=_CSV_NAMES),
-        charts={
-            "flops": Chart(
-                caption="Reduction of the forward and backward FLOPs of a step, by both accountings",
-                draw=partial(_draw_arithmetic, edge_adapters),
-            )
-        },
+        data=steps[[*columns, "file", "full_file"]].rename(columns=CSV_NAMES),
+        charts={"flops": Chart(caption, partial(_draw_arithmetic, edge_adapters))},
     )
 
 
@@ -255,11 +226,7 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return the time ratio, and in brackets the peak memory in MiB, of each contender on each network.
-
-    Args:
-        timings: See `timing_frame`.
-    """
+    """Return the time ratio, and in brackets the peak memory in MiB, of each contender on each network."""
     cells = [
         NO_VALUE if row.error else f"{fixed(row.ratio, 2)} ({fixed(row.peak_bytes / 2**20, 0)})"
         for row in timings.itertuples()

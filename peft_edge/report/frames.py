@@ -3,6 +3,8 @@
 `run_frame`, `change_frame`, `cost_frame` and `timing_frame` have one row for each run, changed kernel, analysed step
 and timed step. Every row names the file of its record, so each figure of the report can be traced back to its source.
 `variant_frame` summarises the runs over their seeds. `archive_frame` holds every field of every record.
+
+Paths of files are relative to the page; `folder` is the path of the records. Without records, a frame is empty.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pandas import DataFrame, concat
 
 from peft_edge.bench.results import BenchRecord
 from peft_edge.methods import METHODS
-from peft_edge.records import Archive, CostRecord, Record, StepProfile
+from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
 
 NETWORK_KINDS = ("standard", "depthwise", "transformer")
@@ -28,10 +30,10 @@ AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", 
 """How a step is trained: as autograd and PEFT do it, with our layers before and after
 `prepare_model_for_lean_training`, and on stored features."""
 
-MEMORY_PARTS = ("activations", "temporaries", "parameters", "buffers", "gradients", "optimizer")
+MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
 
-CHANGE_MEASURES = ("relative_norm", "stable_rank")
+CHANGE_MEASURES = ["relative_norm", "stable_rank"]
 """The measures of a changed kernel, see `KernelChange`."""
 
 COST_COLUMNS = ["memory", "flops", "shipped"]
@@ -40,8 +42,9 @@ COST_COLUMNS = ["memory", "flops", "shipped"]
 STANDARD_ERRORS = 2
 """A paired difference is clear if its mean is more than this many standard errors from zero."""
 
+_TASK_SETTINGS = ("backbone.", "data.", "source.")
 # Settings that do not change the result, and the seed, over which the report averages.
-_NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling", "seed")
+_NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling.", "seed")
 # Two analysed steps can be compared if these agree.
 _STEP = ["network", "batch_size", "image_size", "sequence_length", "accounting"]
 _CONTEST = ["task", "backbone"]
@@ -58,113 +61,89 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
         variant: Method and rank: the unit of comparison.
         target, target_before, source, forgetting: Test results.
-        score: Accuracy on the target; with new classes, the harmonic mean of new and old accuracy.
+        score, score_label: Accuracy on the target; with new classes, the harmonic mean of new and old accuracy.
         memory, flops, shipped: See `COST_COLUMNS`; all missing if one was not measured.
-
-    Args:
-        archive: The records.
-        folder: Path of the records, relative to the page.
 
     Raises:
         ValueError: If two records describe the same run.
     """
-    configs = {name: flatten(record.run_info.train_config) for name, record in archive.finished.items()}
-    if not configs:
+    configs = [flatten(record.run_info.train_config) for record in archive.finished.values()]
+    rows = [_run_row(record, config) for record, config in zip(archive.finished.values(), configs, strict=True)]
+    if not rows:
         return DataFrame()
-    changed: dict[object, set[str]] = {}
-    for name, config in configs.items():
-        kinds = {change.kind for change in archive.runs[name].train_info.changes.values()}
-        changed.setdefault(config["backbone.name"], set()).update(kinds)
-    frame = DataFrame(
-        [
-            {
-                "name": name,
-                "file": posixpath.join(folder, name),
-                **_run_row(archive.runs[name], config, changed[config["backbone.name"]]),
-            }
-            for name, config in configs.items()
-        ]
-    ).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
-    frame["task"] = disambiguate(
-        frame[["backbone", "task"]], [_settings_of_task(config) for config in configs.values()]
-    )
-    methods = frame[["backbone", "task", "lora_rank", "method"]]
-    frame["method"] = disambiguate(methods, [_settings_of_method(config) for config in configs.values()])
+    frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
+    frame["name"] = list(archive.finished)
+    frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
+    # The head alone changes no convolution, so the kind of a network shows in other runs.
+    kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
+    frame["kind"] = [
+        "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
+        for name in frame["backbone"]
+    ]
+    tasks = [{key: config[key] for key in config if key.startswith(_TASK_SETTINGS)} for config in configs]
+    frame["task"] += distinguishing_settings(frame[["backbone", "task"]], tasks)
+    methods = [{key: config[key] for key in config if not key.startswith(_NOT_COMPARED)} for config in configs]
+    frame["method"] += distinguishing_settings(frame[["backbone", "task", "lora_rank", "method"]], methods)
     ranks = ", rank " + frame["lora_rank"].astype(str)
     frame["variant"] = frame["method"] + ranks.where(frame["lora_rank"].notna(), "")
-    frame = frame.sort_values(
-        [*_CONTEST, "order", "method", "lora_rank", "seed"], na_position="first", ignore_index=True
-    )
+    order = [*_CONTEST, "order", "method", "lora_rank", "seed"]
+    frame = frame.sort_values(order, na_position="first", ignore_index=True)
     run = [*_CONTEST, "variant", "seed"]
     for _, same in frame[frame.duplicated(run, keep=False)].groupby(run):
         raise ValueError(f"{' and '.join(same['file'])} are records of the same run: remove one of them")
     return frame
 
 
-def _run_row(record: Record, config: Mapping[str, object], kinds: set[str]) -> dict[str, object]:
-    method, results = str(config["method"]), record.train_info.metrics[-1]
+def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
+    method, results, step = str(config["method"]), record.train_info.metrics[-1], record.step
     section = METHODS[method].section if method in METHODS else None
     new_classes = bool(config["data.new_classes"])
-    step, shipped = record.step, record.train_info.file_size
-    costs = (None, None, None) if step is None else (step.memory_peak_bytes, all_flops(step), shipped)
+    costs: list[int | None] = [None, None, None]
+    if step is not None:
+        flops = [value for name, value in vars(step).items() if name.startswith("flops_")]
+        costs = [step.memory_peak_bytes, None if None in flops else sum(flops), record.train_info.file_size]
     return {
         "task": f"{config['data.name']}, {'new classes' if new_classes else config['data.shift']}",
         "backbone": config["backbone.name"],
-        "kind": "depthwise" if "depthwise" in kinds else "standard" if kinds else "unknown",
+        "kinds": {change.kind for change in record.train_info.changes.values()},
         "order": _method_order(method),
         "method": method,
         "family": method.removeprefix("peft-"),
         "lora_rank": {"adapter": config.get("adapter.r"), "galore": config.get("galore.rank")}.get(section or ""),
         "seed": config["seed"],
-        "new_classes": new_classes,
         "trains": record.train_info.num_trainable_params != 0,
         "target": results[TARGET],
         "target_before": results[TARGET_BEFORE],
         "source": results[SOURCE],
         "forgetting": results["forgetting"],
         "score": results["harmonic mean" if new_classes else TARGET],
-        **dict(zip(COST_COLUMNS, (None, None, None) if None in costs else costs, strict=True)),
+        "score_label": "harmonic mean of accuracies [%]" if new_classes else "target accuracy [%]",
+        **dict(zip(COST_COLUMNS, [None] * 3 if None in costs else costs, strict=True)),
     }
-
-
-def _settings_of_task(config: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in config.items() if key.startswith(("backbone.", "data.", "source."))}
-
-
-def _settings_of_method(config: Mapping[str, object]) -> dict[str, object]:
-    return {key: value for key, value in config.items() if key.split(".")[0] not in _NOT_COMPARED}
-
-
-def all_flops(step: StepProfile) -> int | None:
-    """Return the FLOPs of a step, elementwise and optimizer FLOPs included; None if a part was not counted."""
-    parts = [value for name, value in vars(step).items() if name.startswith("flops_")]
-    return None if None in parts else sum(parts)
 
 
 def variant_frame(runs: DataFrame) -> DataFrame:
     """Summarise runs over their seeds: one row for each task, network and variant, in the order of `run_frame`.
 
-    The frame is empty without runs.
-
     Columns, besides those that all runs of a variant share:
         seeds, records: Number of runs and the files of their records.
         score, target, source, and each with `_std`: Means and sample standard deviations.
-        gained, forgetting: Mean accuracy gained on the target and lost on the source.
+        gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in points.
         memory, flops, shipped: Means of the costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
         is_best: Highest mean score of the variants with `full_seeds` seeds.
         is_equal: The best variant, or one without a clear paired difference from it.
         is_pareto: No other variant is at least as good in score and costs, and better in one of them.
-        to_full, to_head, and each with `_error` and `_clear`: Paired difference from full fine-tuning and from the head
-            alone, see `paired_differences`.
+        to_full_..., to_head_...: `paired_differences` from full fine-tuning and from training the head alone.
     """
     if runs.empty:
         return runs
-    groups = runs.assign(gained=runs["target"] - runs["target_before"]).groupby([*_CONTEST, "variant"], sort=False)
-    shared = groups[["kind", "order", "method", "family", "lora_rank", "new_classes", "trains"]].first()
+    gained, lost = 100 * (runs["target"] - runs["target_before"]), 100 * runs["forgetting"]
+    groups = runs.assign(gained_points=gained, lost_points=lost).groupby([*_CONTEST, "variant"], sort=False)
+    shared = groups[["kind", "order", "method", "family", "lora_rank", "score_label", "trains"]].first()
     measures = ["score", "target", "source"]
     # Rounded, so that equal means stay equal in whatever order they are summed.
-    means = groups[[*measures, "gained", "forgetting", *COST_COLUMNS]].mean()
+    means = groups[[*measures, "gained_points", "lost_points", *COST_COLUMNS]].mean()
     means["score"] = means["score"].round(12)
     counts = groups.agg(seeds=("seed", "count"), records=("file", " ".join))
     frame = concat([shared, means, groups[measures].std().add_suffix("_std"), counts], axis=1).reset_index()
@@ -198,14 +177,7 @@ def pooled_frame(runs: DataFrame) -> DataFrame:
 
 
 def _compare_with_references(scores: DataFrame) -> DataFrame:
-    found = {name: paired_differences(scores, name) for name in ("full", "head")}
-    return DataFrame(
-        {
-            f"to_{name}{suffix}": differences[column]
-            for name, differences in found.items()
-            for suffix, column in (("", "mean"), ("_error", "error"), ("_clear", "clear"))
-        }
-    )
+    return concat([paired_differences(scores, name).add_prefix(f"to_{name}_") for name in ("full", "head")], axis=1)
 
 
 def score_table(runs: DataFrame) -> DataFrame:
@@ -253,10 +225,6 @@ def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
         file, order, method, lora_rank, variant: Those of the run.
         layers: `dense`, `depthwise` or `grouped` layers, and the kind of the network.
         relative_norm, stable_rank: See `KernelChange`.
-
-    Args:
-        archive: The records.
-        runs: Their `run_frame`.
     """
     rows = []
     for run in runs.itertuples():
@@ -285,32 +253,22 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
         full_file, full_peak: Record and peak of the reference of the same step; missing if it was not analysed.
         saved_memory, saved_flops: 1 - the step's / the reference's.
 
-    Args:
-        archive: The records.
-        folder: Path of the records, relative to the page.
-
     Raises:
         ValueError: If an analysis has no memory or no FLOPs.
     """
     if not archive.costs:
         return DataFrame()
-    frame = DataFrame([_cost_row(name, record, folder) for name, record in archive.costs.items()])
+    frame = DataFrame([_cost_row(posixpath.join(folder, name), record) for name, record in archive.costs.items()])
     frame["method"] = frame["family"] + " (" + frame["form"] + ")"
-    distinguished = disambiguate(
-        frame[["network", "batch_size", "accounting", "method"]], [record.setting for record in archive.costs.values()]
+    settings = [record.setting for record in archive.costs.values()]
+    names = distinguishing_settings(frame[["network", "batch_size", "accounting", "method"]], settings)
+    frame["method"], frame["variant"] = frame["method"] + names, frame["family"] + names
+    orders = {"kind": NETWORK_KINDS.index, "form": TRAINING_FORMS.index, "family": _method_order}
+    frame = frame.sort_values(
+        ["kind", "network", "batch_size", "accounting", "form", "family", "method"],
+        key=lambda column: column.map(orders[column.name]) if column.name in orders else column,
+        ignore_index=True,
     )
-    frame["variant"] = [
-        family + label.removeprefix(method)
-        for family, label, method in zip(frame["family"], distinguished, frame["method"], strict=True)
-    ]
-    frame["method"] = distinguished
-    orders = {
-        "kind": frame["kind"].map(NETWORK_KINDS.index),
-        "form": frame["form"].map(TRAINING_FORMS.index),
-        "order": frame["family"].map(_method_order),
-    }
-    names = ["kind", "network", "batch_size", "accounting", "form", "order", "method"]
-    frame = frame.loc[frame.assign(**orders).sort_values(names).index].reset_index(drop=True)
     frame["is_reference"] = (frame["family"] == "full") & (frame["form"] == AS_IS)
     reference = frame.loc[frame["is_reference"], [*_STEP, "file", "peak", "flops"]].drop_duplicates(_STEP)
     reference = reference.rename(columns={name: f"full_{name}" for name in ("file", "peak", "flops")})
@@ -320,23 +278,23 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
     return frame
 
 
-def _cost_row(name: str, record: CostRecord, folder: str) -> dict[str, object]:
+def _cost_row(file: str, record: CostRecord) -> dict[str, object]:
     profile, setting = record.profile, record.setting
     forward, backward, peak = profile.flops_forward, profile.flops_backward, profile.memory_peak_bytes
     if forward is None or backward is None or peak is None:
-        needed = {"flops_forward": forward, "flops_backward": backward, "memory_peak_bytes": peak}
-        missing = ", ".join(key for key, value in needed.items() if value is None)
-        raise ValueError(f"{name}: an analysis needs {missing}, which is null: delete the record and analyse again")
+        raise ValueError(
+            f"{file}: an analysis needs flops_forward ({forward}), flops_backward ({backward}) and memory_peak_bytes "
+            f"({peak}), and one of them is null: delete the record and analyse again"
+        )
+    is_plain = record.kind == "transformer" or record.method.startswith("peft-") or record.method in ("full", "galore")
     if setting.get("replay"):
         form = STORED
     elif setting.get("lean") is not None:
         form = LEAN
-    elif record.kind == "transformer" or record.method.startswith("peft-") or record.method in ("full", "galore"):
-        form = AS_IS
     else:
-        form = NOT_LEAN
+        form = AS_IS if is_plain else NOT_LEAN
     return {
-        "file": posixpath.join(folder, name),
+        "file": file,
         "kind": record.kind,
         "network": record.network,
         **{key: setting.get(key) for key in ("batch_size", "image_size", "sequence_length", "accounting", "lora_rank")},
@@ -349,18 +307,13 @@ def _cost_row(name: str, record: CostRecord, folder: str) -> dict[str, object]:
 
 
 def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
-    """Return one row for each contender of each comparison.
+    """Return one row for each contender of each comparison of `peft-edge bench`, by the paths of their records.
 
     Columns:
-        network, batch_size, image_size, processor, threads, method: From the record.
         ratio: Median over the rounds of the step time divided by full fine-tuning's time in the same round.
         lowest, highest: Range of these ratios.
         peak_bytes: Memory at the peak of a step.
         error: First line of the reason why it did not run.
-        record: Path of the record.
-
-    Args:
-        records: Comparisons by their paths, relative to the page.
     """
     rows = [
         {
@@ -405,10 +358,6 @@ def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
 
     A run has its last metrics (the test results), the step profile of the first process, and the median changes of its
     kernels for each kind of layer. Folders of the machine are left out.
-
-    Args:
-        archive: The records.
-        folder: Path of the records, relative to the page.
     """
     rows = [
         {"file": posixpath.join(folder, name), **row}
@@ -469,26 +418,21 @@ def flatten(block: Mapping[str, object], prefix: str = "") -> dict[str, object]:
     return flat
 
 
-def disambiguate(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return a label for each row: its last column, with the settings appended in which rows of equal keys differ.
+def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return for each row the settings in which it differs from rows with equal keys, to append to a label.
 
-    >>> disambiguate(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
-    ['lora, norm=stats', 'lora, norm=frozen']
-
-    Args:
-        keys: What a row belongs to, and its name in the last column.
-        settings: The settings of each row.
+    >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
+    [', norm=stats', ', norm=frozen']
     """
-    labels = keys.iloc[:, -1].tolist()
-    for rows in keys.reset_index(drop=True).groupby(list(keys), dropna=False, sort=False).indices.values():
-        same = [settings[row] for row in rows]
-        names = sorted({name for setting in same for name in setting})
-        differing = [name for name in names if len({json.dumps(setting.get(name)) for setting in same}) > 1]
-        for row in rows:
-            labels[row] += "".join(f", {name}={settings[row].get(name)}" for name in differing)
+    labels = [""] * len(keys)
+    for rows in keys.groupby(list(keys), dropna=False, sort=False).indices.values():
+        for name in sorted({name for row in rows for name in settings[row]}):
+            values = [settings[row].get(name) for row in rows]
+            if len(set(map(json.dumps, values))) > 1:
+                for row, value in zip(rows, values, strict=True):
+                    labels[row] += f", {name}={value}"
     return labels
 
 
 def _method_order(name: str) -> int:
-    """Return the position of a method in tables: that in `METHODS`, and behind it for any other."""
     return list(METHODS).index(name) if name in METHODS else len(METHODS)

@@ -10,6 +10,7 @@ from pandas import DataFrame, Series, concat
 
 from peft_edge.report.charts import Grid, Subplot, draw_over_rank, draw_scatter
 from peft_edge.report.claims import (
+    CSV_NAMES,
     NO_VALUE,
     NOT_MEASURED,
     STUDY_FAMILIES,
@@ -26,14 +27,6 @@ from peft_edge.report.frames import CHANGE_MEASURES, COST_COLUMNS, pooled_frame
 
 _GRID = "configs/study/embedded.yaml"
 _CONTEST = ["task", "backbone"]
-_CSV_NAMES = {
-    "backbone": "network",
-    "variant": "method",
-    "is_equal": "not_distinguishable_from_best",
-    "memory": "peak_bytes",
-    "flops": "flops_per_step",
-    "shipped": "shipped_bytes",
-}
 _COST_UNITS: dict[str, tuple[str, float, str]] = {
     "memory": ("memory", 2**20, "MiB"),
     "flops": ("arithmetic", 1e9, "GFLOP"),
@@ -46,37 +39,26 @@ _MEASURE_LABELS = {
 
 
 def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
-    """Compare the scores of all methods and ranks, by paired differences over seeds.
-
-    Args:
-        runs: See `run_frame`.
-        variants: Their `variant_frame`.
-    """
+    """Compare the scores of all methods and ranks, by paired differences over seeds."""
     if runs.empty:
         return not_measured("a run that has succeeded", _GRID)
-    trained = variants[variants["trains"]]
-    charts = {}
+    trained, charts = variants[variants["trains"]], {}
     if not trained.empty:
-        charts["score_over_rank"] = Chart(
-            caption="Score over the rank: mean and standard deviation over seeds, of all methods that train",
-            draw=partial(_draw_scores, trained),
-        )
-        charts["forgetting"] = Chart(
-            caption="Accuracy lost on the source against accuracy gained on the target, mean over seeds; markers grow "
-            "with the rank",
-            draw=partial(_draw_forgetting, trained),
-        )
+        caption = "Score over the rank: mean and standard deviation over seeds, of all methods that train"
+        charts["score_over_rank"] = Chart(caption, partial(_draw_scores, trained))
+        caption = "Accuracy lost on the source against accuracy gained on the target; markers grow with the rank"
+        charts["forgetting"] = Chart(caption, partial(_draw_forgetting, trained))
     verdict, finding, details = _compare_with_full(variants)
     columns = ["task", "kind", "backbone", "variant", "seeds", "score", "score_std", "target", "target_std", "source"]
-    columns += ["source_std", "gained", "forgetting", "is_best", "is_equal"]
-    columns += [f"to_{reference}{part}" for reference in ("full", "head") for part in ("", "_error", "_clear")]
+    columns += ["source_std", "gained_points", "lost_points", "is_best", "is_equal"]
+    columns += [f"to_{name}_{part}" for name in ("full", "head") for part in ("mean", "error", "pairs", "clear")]
     data = concat([variants, pooled_frame(runs)], ignore_index=True)
     return Claim(
         verdict=verdict,
         finding=finding,
         details=details,
         table=_scores_of_variants(variants),
-        data=data[[*columns, "records"]].rename(columns=_CSV_NAMES),
+        data=data[[*columns, "records"]].rename(columns=CSV_NAMES),
         charts=charts,
     )
 
@@ -88,9 +70,9 @@ def _compare_with_full(variants: DataFrame) -> tuple[str, str, str]:
     if best.empty:
         lacking = f"both full fine-tuning and one of {', '.join(STUDY_FAMILIES)} on two or more common seeds"
         return NOT_MEASURED, f"No network and task has {lacking}, so there are no paired differences.", ""
-    reaching = int(((best["to_full"] >= 0) | ~best["to_full_clear"]).sum())
+    reaching = int(((best["to_full_mean"] >= 0) | ~best["to_full_clear"]).sum())
     means = [
-        f"{100 * rows['to_full'].mean():+.1f} points on {kind} networks"
+        f"{100 * rows['to_full_mean'].mean():+.1f} points on {kind} networks"
         for kind, rows in best.groupby("kind", sort=False)
     ]
     is_equal = variants.merge(best[_CONTEST]).groupby(_CONTEST)["is_equal"]
@@ -110,27 +92,23 @@ def _scores_of_variants(variants: DataFrame) -> DataFrame:
     """Return the scores in per cent, a row for each variant and a column for each task and network."""
     cells = []
     for row in variants.itertuples():
-        score = mean_and_deviation(row.score, row.score_std) + _seeds_if_fewer(row.seeds, row.full_seeds)
+        seeds = "" if row.seeds == row.full_seeds else f" ({row.seeds})"
+        score = mean_and_deviation(row.score, row.score_std) + seeds
         cells.append(f"**{score}**" if row.is_equal else score)
-    cells = variants.assign(cell=cells, column=variants["task"] + ": " + variants["backbone"])
-    columns = cells["column"].unique()
-    cells = cells.sort_values(["order", "method", "lora_rank"], na_position="first")
-    table = cells.pivot_table(index="variant", columns="column", values="cell", aggfunc="first", sort=False)
-    return table.reindex(columns=columns).fillna(NO_VALUE).rename_axis("method")
-
-
-def _seeds_if_fewer(seeds: int, full_seeds: int) -> str:
-    return "" if seeds == full_seeds else f" ({seeds})"
+    variants = variants.assign(cell=cells, column=variants["task"] + ": " + variants["backbone"])
+    ordered = variants.sort_values(["order", "method", "lora_rank"], na_position="first")
+    table = ordered.pivot_table(index="variant", columns="column", values="cell", aggfunc="first", sort=False)
+    return table.reindex(columns=variants["column"].unique()).fillna(NO_VALUE).rename_axis("method")
 
 
 def _draw_scores(variants: DataFrame, path: Path) -> None:
     middle, deviation = 100 * variants["score"], 100 * variants["score_std"].fillna(0)
     points = variants.assign(low=middle - deviation, middle=middle, high=middle + deviation)
-    draw_over_rank(_grid(points, lambda rows: _subplot(rows, "rank", _score_label(rows))), path)
+    draw_over_rank(_grid(points, lambda rows: _subplot(rows, "rank", rows["score_label"].iloc[0])), path)
 
 
 def _draw_forgetting(variants: DataFrame, path: Path) -> None:
-    points = variants.assign(x=100 * variants["gained"], y=100 * variants["forgetting"])
+    points = variants.assign(x=variants["gained_points"], y=variants["lost_points"])
     labels = "accuracy gained on the target [points]", "accuracy lost on the source [points]"
     draw_scatter(_grid(points, lambda rows: _subplot(rows, *labels)), path)
 
@@ -147,16 +125,8 @@ def _subplot(rows: DataFrame, x_label: str, y_label: str) -> Subplot:
     return Subplot(title=title, x_label=x_label, y_label=y_label, data=rows)
 
 
-def _score_label(rows: DataFrame) -> str:
-    return "harmonic mean of accuracies [%]" if rows["new_classes"].iloc[0] else "target accuracy [%]"
-
-
 def updates_claim(changes: DataFrame) -> Claim:
-    """Relate the rank to how far, and in how many directions, the kernels change.
-
-    Args:
-        changes: See `change_frame`.
-    """
+    """Relate the rank to how far, and in how many directions, the kernels change."""
     if changes.empty:
         return not_measured("the change of a kernel", _GRID)
     verdict, finding, details = _compare_ranks(changes)
@@ -164,7 +134,7 @@ def updates_claim(changes: DataFrame) -> Claim:
     # Depthwise layers, which only some networks have, come last.
     layers = sorted(changes["layers"].unique(), key=lambda name: (name.startswith("depthwise"), name))
     # Rounded, so that the error of the interpolation does not show.
-    quartiles = groups[list(CHANGE_MEASURES)].quantile([0.25, 0.5, 0.75]).round(12).unstack()
+    quartiles = groups[CHANGE_MEASURES].quantile([0.25, 0.5, 0.75]).round(12).unstack()
     columns, data = {}, groups.size().rename("changed_layers").to_frame()
     for measure in CHANGE_MEASURES:
         low, middle, high = (quartiles[measure][quantile] for quantile in (0.25, 0.5, 0.75))
@@ -174,17 +144,14 @@ def updates_claim(changes: DataFrame) -> Claim:
         data = data.assign(**{f"{measure}_lower": low, f"{measure}_median": middle, f"{measure}_upper": high})
     table = DataFrame(columns).reindex(changes["variant"].unique()).fillna(NO_VALUE).rename_axis("method")
     data["records"] = groups["file"].agg(lambda files: " ".join(files.unique()))
-    chart = Chart(
-        caption="Relative norm and stable rank of the changes over the rank: median and quartiles",
-        draw=partial(_draw_updates, changes, layers),
-    )
+    caption = "Relative norm and stable rank of the changes over the rank: median and quartiles"
     return Claim(
         verdict=verdict,
         finding=finding,
         details=details,
         table=table,
-        data=data.reset_index().rename(columns=_CSV_NAMES),
-        charts={"updates": chart},
+        data=data.reset_index().rename(columns=CSV_NAMES),
+        charts={"updates": Chart(caption, partial(_draw_updates, changes, layers))},
     )
 
 
@@ -193,7 +160,7 @@ def _compare_ranks(changes: DataFrame) -> tuple[str, str, str]:
     dense = changes[changes["layers"].str.startswith("dense")]
     rises, parts = [], []
     for method, rows in dense.groupby("method", sort=False):
-        medians = rows.groupby("lora_rank")[list(CHANGE_MEASURES)].median()
+        medians = rows.groupby("lora_rank")[CHANGE_MEASURES].median()
         if len(medians) > 1:
             low, high = medians.iloc[0], medians.iloc[-1]
             rises.append(bool(high["stable_rank"] > low["stable_rank"]))
@@ -206,7 +173,7 @@ def _compare_ranks(changes: DataFrame) -> tuple[str, str, str]:
         f"The median stable rank of the changes of dense layers rises with the rank for {sum(rises)} of {len(rises)} "
         "methods."
     )
-    full = dense.loc[dense["method"] == "full", list(CHANGE_MEASURES)]
+    full = dense.loc[dense["method"] == "full", CHANGE_MEASURES]
     reference = "" if full.empty else f"; full fine-tuning has {_measures_text(full.median())}"
     return verdict_of(sum(rises), len(rises)), finding, f"In detail, {', '.join(parts)}{reference}."
 
@@ -230,11 +197,7 @@ def _draw_updates(changes: DataFrame, layers: list[str], path: Path) -> None:
 
 
 def choice_claim(variants: DataFrame) -> Claim:
-    """Find the methods and ranks that no other beats in score, memory, arithmetic and bytes at once.
-
-    Args:
-        variants: See `variant_frame`.
-    """
+    """Find the methods and ranks that no other beats in score, memory, arithmetic and bytes at once."""
     profiled = variants if variants.empty else variants.dropna(subset=COST_COLUMNS)
     if profiled.empty:
         return not_measured("a run whose steps were profiled", _GRID)
@@ -249,19 +212,18 @@ def choice_claim(variants: DataFrame) -> Claim:
     names = front["variant"].where(~front["is_equal"], "**" + front["variant"] + "**")
     table = names.groupby([front["task"], front["backbone"]]).agg("; ".join).reset_index()
     table.columns = ["task", "network", "Pareto-optimal, highest score first"]
+    data = profiled.assign(**profiled[COST_COLUMNS].round().astype("Int64"))
     columns = ["task", "kind", "backbone", "variant", "seeds", "score", "score_std", *COST_COLUMNS]
     return Claim(
         verdict=verdict_of(several, len(sizes)),
         finding=finding,
         details=f"Not compared, because no training step was profiled: {unprofiled}." if unprofiled else "",
         table=table.set_index(list(table.columns)),
-        data=profiled.assign(**profiled[COST_COLUMNS].round().astype("Int64"))[
-            [*columns, "is_pareto", "is_best", "is_equal", "records"]
-        ].rename(columns=_CSV_NAMES),
+        data=data[[*columns, "is_pareto", "is_best", "is_equal", "records"]].rename(columns=CSV_NAMES),
         charts={
             f"tradeoff_{number}": Chart(
-                caption=f"{task}: score against peak memory and FLOPs of a step; markers grow with the rank",
-                draw=partial(_draw_tradeoff, rows),
+                f"{task}: score against peak memory and FLOPs of a step; markers grow with the rank",
+                partial(_draw_tradeoff, rows),
             )
             for number, (task, rows) in enumerate(profiled.groupby("task"), start=1)
         },
@@ -269,16 +231,16 @@ def choice_claim(variants: DataFrame) -> Claim:
 
 
 def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
-    labels = {"memory": "peak memory of a step [MiB]", "flops": "FLOPs of a step [GFLOP]"}
-    grid = [
-        [
-            _subplot(
-                rows.assign(x=rows[column] / _COST_UNITS[column][1], y=100 * rows["score"]), label, _score_label(rows)
-            )
-            for column, label in labels.items()
-        ]
-        for _, rows in variants.groupby("backbone")
-    ]
+    grid = []
+    for _, rows in variants.groupby("backbone"):
+        label, scores = rows["score_label"].iloc[0], rows.assign(y=100 * rows["score"])
+        memory, flops = scores.assign(x=rows["memory"] / 2**20), scores.assign(x=rows["flops"] / 1e9)
+        grid.append(
+            [
+                _subplot(memory, "peak memory of a step [MiB]", label),
+                _subplot(flops, "FLOPs of a step [GFLOP]", label),
+            ]
+        )
     draw_scatter(grid, path, with_front=True)
 
 
@@ -286,9 +248,6 @@ def decision_table(variants: DataFrame) -> DataFrame | None:
     """Return the method to take for each task and network, by the resource that is short.
 
     The candidates are the best and all that cannot be distinguished from it. None if no run was profiled.
-
-    Args:
-        variants: See `variant_frame`.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(_CONTEST) if not variants.empty else ():
