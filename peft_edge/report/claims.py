@@ -113,9 +113,10 @@ def memory_claim(costs: DataFrame) -> Claim:
     less, half = int((pairs["depthwise"] < pairs["transformer"]).sum()), int(pairs["ratio"].between(*ABOUT_HALF).sum())
     means = _mean_savings(steps, "method")
     ours = ", ".join(
-        f"{percent(saved)} % for {method} at batch {batch_size}"
+        f"{percent(saved)} % ({form}, batch {batch_size})"
+        for form in (LEAN, STORED)
         for (batch_size, method), saved in means["depthwise"].dropna().items()
-        if method in (f"lora ({LEAN})", f"lora ({STORED})")
+        if method == f"lora ({form})"
     )
     table = means[list(NETWORK_KINDS)].map(percent).add_suffix(" [%]")
     table["depthwise / transformer"] = [fixed(ratio, 2) for ratio in means["ratio"]]
@@ -126,9 +127,9 @@ def memory_claim(costs: DataFrame) -> Claim:
         verdict=AGREED if half == len(pairs) else IN_PART if less else NOT_AGREED,
         finding=(
             f"Of {len(pairs)} pairs of method and batch size, {less} save less on depthwise-separable networks than on "
-            f"language models, and {half} save about half as much."
+            f"language models, {'and' if half == less else 'but only'} {half} save about half as much."
+            + (f" Our LoRA saves {ours} on depthwise-separable networks." if ours else "")
         ),
-        details=f"Trained our way, depthwise-separable networks save {ours}." if ours else "",
         setting=_setting_text(steps),
         table=table,
         data=concat([steps[columns], shares, steps[["file", "full_file"]]], axis=1).rename(columns=CSV_NAMES),
