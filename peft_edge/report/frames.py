@@ -215,7 +215,7 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     """
     no_worse = (points[:, None] <= points[None]).all(axis=2)
     better = (points[:, None] < points[None]).any(axis=2)
-    return ~(no_worse & better).any(axis=0)
+    return np.logical_not((no_worse & better).any(axis=0))
 
 
 def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
