@@ -19,6 +19,7 @@ import numpy as np
 from pandas import DataFrame, concat
 
 from peft_edge.bench.results import BenchRecord
+from peft_edge.config.reader import flatten
 from peft_edge.methods import METHODS
 from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
@@ -74,7 +75,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # The head alone changes no convolution, so the kind of a network shows in other runs.
+    # The head alone changes no convolution, so the kind of its network comes from other runs.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -142,8 +143,8 @@ def variant_frame(runs: DataFrame) -> DataFrame:
     groups = runs.assign(gained_points=gained, lost_points=lost).groupby([*_CONTEST, "variant"], sort=False)
     shared = groups[["kind", "order", "method", "family", "lora_rank", "score_label", "trains"]].first()
     measures = ["score", "target", "source"]
-    # Rounded, so that equal means stay equal in whatever order they are summed.
     means = groups[[*measures, "gained_points", "lost_points", *COST_COLUMNS]].mean()
+    # Equal scores must have equal means, in whatever order they are summed.
     means["score"] = means["score"].round(12)
     counts = groups.agg(seeds=("seed", "count"), records=("file", " ".join))
     frame = concat([shared, means, groups[measures].std().add_suffix("_std"), counts], axis=1).reset_index()
@@ -402,20 +403,6 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
         "train.num_total_params": record.num_total_params,
         **flatten(vars(record.profile), "step."),
     }
-
-
-def flatten(block: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return the values of nested mappings by dotted keys.
-
-    Unlike `pandas.json_normalize`, this keeps integers beside missing values.
-
-    >>> flatten({"lr": 0.1, "data": {"name": "digits"}})
-    {'lr': 0.1, 'data.name': 'digits'}
-    """
-    flat: dict[str, object] = {}
-    for key, value in block.items():
-        flat.update(flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value})
-    return flat
 
 
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:

@@ -26,7 +26,6 @@ from peft_edge.report.frames import (
     change_frame,
     cost_frame,
     distinguishing_settings,
-    flatten,
     paired_differences,
     pareto_front,
     pooled_frame,
@@ -312,10 +311,6 @@ def test_settings_that_one_row_lacks_distinguish_it() -> None:
     settings = [{"norm": "stats", "alpha": 8}, {"norm": "frozen", "alpha": 8}, {"norm": "affine"}]
     assert distinguishing_settings(keys, settings) == [", norm=stats", ", norm=frozen", ""]
     assert distinguishing_settings(keys[:2], [{}, {"lean": True}]) == [", lean=None", ", lean=True"]
-
-
-def test_nested_blocks_are_flattened_to_dotted_keys() -> None:
-    assert flatten({"a": 1, "b": {"c": [2], "d": {"e": None}}}) == {"a": 1, "b.c": [2], "b.d.e": None}
 
 
 def test_methods_are_in_the_order_of_the_registry_and_others_follow(run: MakeRun) -> None:
