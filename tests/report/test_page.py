@@ -42,7 +42,7 @@ def test_findings_have_the_verdict_of_every_claim(archive: Archive) -> None:
 
 
 def test_page_warns_of_networks_trained_from_scratch(archive: Archive) -> None:
-    assert "**The accuracy results come from toys.**" in page_of(archive)
+    assert "**The accuracy results come from toys**" in page_of(archive)
     assert "(digits, 48 px)" in page_of(archive)
     for run in archive.runs.values():
         run.run_info.train_config["backbone"]["pretrained"] = True
@@ -50,10 +50,17 @@ def test_page_warns_of_networks_trained_from_scratch(archive: Archive) -> None:
     assert "trained from random weights" not in page_of(archive)
 
 
-def test_failed_runs_are_listed_with_their_reason(archive: Archive, run: Callable[..., Record]) -> None:
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [("Traceback\nValueError: it broke", "ValueError: it broke"), ("a|b", r"a\|b"), ("", "no reason given")],
+)
+def test_failed_runs_are_listed_with_their_reason(
+    archive: Archive, run: Callable[..., Record], message: str, reason: str
+) -> None:
     archive.runs["broken.json"] = run(status="diverged", seed=7)
+    archive.runs["broken.json"].run_info.error_msg = message
     text = page_of(archive).split("## What did not succeed")[1]
-    row = "| lora | mobile_net | 7 | diverged | ValueError: it broke | [broken](results/broken.json) |"
+    row = f"| lora | mobile_net | 7 | diverged | {reason} | [broken](results/broken.json) |"
     assert row in text.splitlines()
 
 
@@ -94,9 +101,9 @@ def test_machines_and_versions_are_counted(archive: Archive) -> None:
 
 
 def test_number_of_seeds_is_told(archive: Archive) -> None:
-    assert "- There are 3 seeds for each method." in page_of(archive)
+    assert "- Each method ran with 3 seeds." in page_of(archive)
     archive.runs.clear()
-    assert "seeds for each method" not in page_of(archive)
+    assert "Each method ran" not in page_of(archive)
 
 
 def contents(folder: Path) -> dict[str, bytes]:
