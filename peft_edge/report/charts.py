@@ -54,9 +54,9 @@ def draw_over_rank(grid: Grid, path: Path) -> None:
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
-    """Draw a point for each variant, and the Pareto front for small `x` and large `y`.
+    """Draw a point for each variant; the markers of a method grow with its rank.
 
-    The markers of a method grow with its rank.
+    `with_front` adds the Pareto front for small `x` and large `y`.
     """
     draw = partial(_draw_points, with_front=with_front)
     _draw_grid(grid, path, draw, panel_width=4.6 if len(grid[0]) < 3 else 3.6, legend_columns=5)

@@ -86,7 +86,7 @@ class Claim:
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result, with the command that makes the lacking records from the grid of a study."""
+    """Return a claim without a result, with the command that makes the lacking records from a study's grid."""
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
     return Claim(verdict=NOT_MEASURED, finding=finding)
@@ -216,7 +216,7 @@ def _draw_arithmetic(adapters: DataFrame, path: Path) -> None:
 
 
 def comparable_steps(costs: DataFrame) -> DataFrame:
-    """Return the analysed steps for which full fine-tuning of the same step was analysed, without the latter."""
+    """Return the analysed steps that can be compared with full fine-tuning of the same step."""
     return costs[~costs["is_reference"] & costs["full_file"].notna()]
 
 
