@@ -1,5 +1,5 @@
-"""The report: a page, figures and a data file, from records alone."""
+"""The report: a Markdown page, its figures and CSV files, rendered from records alone."""
 
-from peft_edge.report.write import write_report
+from peft_edge.report.page import write_report
 
 __all__ = ["write_report"]

@@ -1,103 +1,156 @@
-"""The page: every section, put together from records alone."""
+"""Renders the page from its template and writes the report."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from urllib.parse import quote
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from pandas import DataFrame
 
 from peft_edge.bench.results import BenchRecord
-from peft_edge.records import Archive
-from peft_edge.report.claims.accuracy import accuracy_claim
-from peft_edge.report.claims.arithmetic import arithmetic_claim
-from peft_edge.report.claims.choice import choice_claim, decision_table
-from peft_edge.report.claims.claim import Claim
-from peft_edge.report.claims.memory import memory_claim
-from peft_edge.report.claims.updates import updates_claim
-from peft_edge.report.costs import Cost
-from peft_edge.report.markdown import links, numbered, table
-from peft_edge.report.provenance import limits_section, machine_section
-from peft_edge.report.runs import Run
-from peft_edge.report.savings import not_compared
-from peft_edge.report.times import times_section
+from peft_edge.files import atomic_write
+from peft_edge.records import Archive, Record, read_archive
+from peft_edge.report.claims import (
+    ABOUT_HALF,
+    AGREEING_REDUCTION,
+    Chart,
+    arithmetic_claim,
+    markdown_table,
+    memory_claim,
+    timing_table,
+)
+from peft_edge.report.frames import (
+    STANDARD_ERRORS,
+    archive_frame,
+    change_frame,
+    cost_frame,
+    read_bench,
+    run_frame,
+    timing_frame,
+    variant_frame,
+)
+from peft_edge.report.run_claims import accuracy_claim, choice_claim, decision_table, updates_claim
 
 
-@dataclass(frozen=True, kw_only=True)
-class Rows:
-    """All that a page is made from, but for times."""
+def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
+    """Write the page, its figures and its CSV files. The same records give the same bytes.
 
-    archive: Archive
-    """The records."""
-
-    folder: str
-    """Where they lie, seen from the page."""
-
-    runs: list[Run]
-    """The runs that have succeeded."""
-
-    costs: list[Cost]
-    """The analyses."""
-
-
-def claims_of(rows: Rows) -> list[Claim]:
-    """Returns the sections on the claims of the source study, in their order."""
-    return [
-        memory_claim(rows.costs),
-        arithmetic_claim(rows.costs),
-        accuracy_claim(rows.runs),
-        updates_claim(rows.runs),
-        choice_claim(rows.runs),
-    ]
-
-
-def page(rows: Rows, claims: Sequence[Claim], measured: Mapping[str, BenchRecord], command: str) -> str:
-    """Returns the page in Markdown.
+    Nothing is written before everything is made, and other files in the folder stay as they are.
 
     Args:
-        rows: The records.
-        claims: From `claims_of`.
-        measured: Comparisons of `peft-edge bench` by their files, seen from the page.
-        command: With which the page is made.
+        records: Folder with the records of runs and analyses.
+        out: Folder of the report. It gets `README.md`, `data.csv` with every record, `claims` with the full table of
+            each section, and `figures` as PNG and SVG.
+        bench: Folder with records of `peft-edge bench`.
+
+    Returns:
+        The files that were written.
+
+    Raises:
+        ValueError: If there are no records, one is damaged, or two describe the same run.
+        ImportError: If matplotlib is not installed.
+        OSError: If a file cannot be written.
     """
-    archive = rows.archive
-    decisions = decision_table(rows.runs)
-    sections = [
-        "# The study",
-        "The findings of *From LLMs to Edge: Parameter-Efficient Fine-Tuning on Edge Devices* "
-        f"([arXiv 2507.23536](https://arxiv.org/abs/2507.23536)), measured again from {len(archive.runs)} runs and "
-        f"{len(archive.costs)} analyses. This page is made from their records alone:",
-        f"```bash\n{command}\n```",
-        "Rows of tables end in the numbers of the records that they come from, which lead there; "
-        "[data.csv](data.csv) has a row for each record.",
-        "## Summary",
-        "\n".join(f"- **{claim.title}.** {claim.found}" for claim in claims),
-    ]
-    if decisions is not None:
-        sections += [
-            "## In short: what to take",
-            "For each task and network: the best score; and, of what cannot be told apart from it, what takes the "
-            "least memory in training, what the least arithmetic, and what ships the fewest bytes.",
-            decisions,
-        ]
-    sections += [claim.section for claim in claims]
+    archive, folder = read_archive(records), _relative(records, out)
+    command = f"peft-edge report --records {_from_beside(out, folder)} --out {out.resolve().name}"
+    measured = {}
+    if bench is not None:
+        place = _relative(bench, out)
+        measured = {f"{place}/{name}": record for name, record in read_bench(bench).items()}
+        command += f" --bench {_from_beside(out, place)}"
+    page, tables, charts = make_report(archive, folder, measured, command)
+    with TemporaryDirectory() as scratch:
+        made = Path(scratch)
+        (made / "claims").mkdir()
+        (made / "figures").mkdir()
+        (made / "README.md").write_text(page, encoding="utf-8")
+        archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
+        for name, table in tables.items():
+            # Six digits, so that the order in which numbers are summed does not show.
+            table.to_csv(made / "claims" / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
+        for name, chart in charts.items():
+            chart.draw(made / "figures" / name)
+        files = sorted(file.relative_to(made) for file in made.rglob("*") if file.is_file())
+        for file in files:
+            with atomic_write(out / file) as unfinished:
+                unfinished.write_bytes((made / file).read_bytes())
+    return [out / file for file in files]
+
+
+def make_report(
+    archive: Archive, folder: str, measured: Mapping[str, BenchRecord], command: str
+) -> tuple[str, dict[str, DataFrame], dict[str, Chart]]:
+    """Return the page, the tables of its CSV files and its figures, by file name.
+
+    `folder` and the keys of `measured`, comparisons of `peft-edge bench`, are paths relative to the page.
+    """
+    runs, costs, timings = run_frame(archive, folder), cost_frame(archive, folder), timing_frame(measured)
+    variants = variant_frame(runs)
+    claims = {
+        "memory": memory_claim(costs),
+        "arithmetic": arithmetic_claim(costs),
+        "accuracy": accuracy_claim(runs, variants),
+        "updates": updates_claim(change_frame(archive, runs)),
+        "choice": choice_claim(variants),
+    }
+    tables = {name: claim.data for name, claim in claims.items() if claim.data is not None}
     if measured:
-        sections.append(times_section(measured))
-    sections += [machine_section(archive), limits_section(rows.runs)]
-    sections += _unfinished(rows)
-    if alone := not_compared(rows.costs):
-        files = links(cost.file for cost in alone)
-        sections.append(f"{len(alone)} analyses have no full fine-tuning to be compared with: {files}.")
-    return numbered("\n\n".join(sections) + "\n")
+        tables["timing"] = timings
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
+    environment.filters.update(table=markdown_table, link=_link)
+    configs = [run.run_info.train_config for run in archive.finished.values()]
+    page = environment.get_template("page.md.jinja").render(
+        archive=archive,
+        folder=folder,
+        claims=claims,
+        decisions=decision_table(variants),
+        timings=timings,
+        timing_table=timing_table(timings) if measured else None,
+        command=command,
+        # Rules of the verdicts.
+        about_half=ABOUT_HALF,
+        agreeing_reduction=AGREEING_REDUCTION,
+        standard_errors=STANDARD_ERRORS,
+        # Limits of the records.
+        from_scratch=bool(configs) and not any(config["backbone"].get("pretrained") for config in configs),
+        seeds=[] if variants.empty else sorted(variants["full_seeds"].unique()),
+        data_sets=sorted({config["data"]["name"] for config in configs}),
+        image_sizes=sorted({config["data"]["image_size"] for config in configs}),
+        not_compared=[] if costs.empty else list(costs.loc[~costs["is_reference"] & costs["full_file"].isna(), "file"]),
+        # Where the records come from.
+        machines=Counter(map(_machine, archive.runs.values())),
+        versions=Counter(
+            ", ".join(f"{name.removesuffix('-version')} {version}" for name, version in sorted(packages.items()))
+            for packages in [
+                *(run.meta_info.package_info for run in archive.runs.values()),
+                *(cost.package_info for cost in archive.costs.values()),
+            ]
+        ),
+    )
+    return page, tables, {name: chart for claim in claims.values() for name, chart in claim.charts.items()}
 
 
-def _unfinished(rows: Rows) -> list[str]:
-    """What has failed, diverged or been canceled."""
-    lines = []
-    for name, run in rows.archive.runs.items():
-        if name in rows.archive.finished:
-            continue
-        config = run.run_info.train_config
-        reason = (run.run_info.error_msg.strip().splitlines() or ["no reason given"])[-1].replace("|", "\\|")
-        cells = [config["method"], config["backbone"]["name"], str(config.get("seed")), run.train_info.status, reason]
-        lines.append([*cells, links([f"{rows.folder}/{name}"])])
-    head = ["method", "network", "seed", "status", "reason", "record"]
-    return ["## What did not succeed", table(head, lines, words=5)] if lines else []
+def _machine(run: Record) -> str:
+    system, threads = run.meta_info.system_info, run.run_info.train_config["num_threads"]
+    names = [system.get(key) or f"unknown {key}" for key in ("system", "machine", "processor")]
+    accelerator = f"accelerator {system.get('accelerator', 'unknown')}"
+    return ", ".join([*names, accelerator, f"{threads} CPU thread{'' if threads == 1 else 's'} per process"])
+
+
+def _link(file: str) -> str:
+    return f"[{Path(file).stem}]({quote(file, safe='/=,')})"
+
+
+def _relative(folder: Path, out: Path) -> str:
+    return Path(os.path.relpath(folder.resolve(), out.resolve())).as_posix()
+
+
+def _from_beside(out: Path, folder: str) -> str:
+    """Return the path of a folder relative to the parent of `out`: the page must not depend on where it is made."""
+    return Path(os.path.normpath(Path(out.resolve().name) / folder)).as_posix()

@@ -1,4 +1,4 @@
-"""Archives that are made up, with figures that follow simple formulas."""
+"""Made-up archives, with figures that follow simple formulas."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from peft_edge.bench.results import BenchRecord, BenchRow, PhaseTimes
 from peft_edge.records import (
     Archive,
     CostRecord,
@@ -191,3 +192,24 @@ def run() -> Callable[..., Record]:
 @pytest.fixture
 def cost() -> Callable[..., CostRecord]:
     return make_cost
+
+
+@pytest.fixture
+def bench() -> BenchRecord:
+    """A comparison of two contenders on one network, and a third that did not run."""
+    profile = StepProfile(process_index=0, scope="step", memory_peak_bytes=3 * 2**20)
+    rounds = [PhaseTimes(forward_s=1.0, backward_s=2.0, optimizer_s=0.0)]
+    return BenchRecord(
+        created_at="",
+        setting={"backbone": "net", "batch_size": 16, "image_size": 224, "threads": 1},
+        rows=[
+            BenchRow(name="full", label="full fine-tuning", profile=profile, rounds=rounds, ratio_median=1.0),
+            BenchRow(name="lora", label="our LoRA", profile=profile, rounds=rounds, ratio_median=0.516),
+            BenchRow(name="other", label="another package", error="it is not installed\nreally"),
+        ],
+        total_time=1.0,
+        load_average=[0.0, 0.0],
+        package_info={},
+        system_info={"processor": "a processor", "cores": "2"},
+        pytorch_info="",
+    )

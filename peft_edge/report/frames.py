@@ -1,0 +1,425 @@
+"""Records as pandas frames, and the statistics of the report.
+
+`run_frame`, `change_frame`, `cost_frame` and `timing_frame` have one row for each run, changed kernel, analysed step
+and timed step. Every row names the file of its record, so each figure of the report can be traced back to its source.
+`variant_frame` summarises the runs over their seeds. `archive_frame` holds every field of every record.
+
+Paths of files are relative to the page; `folder` is the path of the records. Without records, a frame is empty.
+"""
+
+from __future__ import annotations
+
+import json
+import posixpath
+import statistics
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+from pandas import DataFrame, concat
+
+from peft_edge.bench.results import BenchRecord
+from peft_edge.config.reader import flatten
+from peft_edge.methods import METHODS
+from peft_edge.records import Archive, CostRecord, Record
+from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
+
+NETWORK_KINDS = ("standard", "depthwise", "transformer")
+"""The kinds of networks, in the order of tables."""
+
+AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
+"""How a step is trained: as autograd and PEFT do it, with our layers before and after
+`prepare_model_for_lean_training`, and on stored features."""
+
+MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
+"""The kinds of tensors that make up the peak memory of a step."""
+
+CHANGE_MEASURES = ["relative_norm", "stable_rank"]
+"""The measures of a changed kernel, see `KernelChange`."""
+
+COST_COLUMNS = ["memory", "flops", "shipped"]
+"""What a run costs: peak bytes and FLOPs of a training step, and bytes of the saved weights."""
+
+STANDARD_ERRORS = 2
+"""A paired difference is clear if its mean is more than this many standard errors from zero."""
+
+_TASK_SETTINGS = ("backbone.", "data.", "source.")
+# Settings that do not change the result, and the seed, over which the report averages.
+_NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling.", "seed")
+# Two analysed steps can be compared if these agree.
+_STEP = ["network", "batch_size", "image_size", "sequence_length", "accounting"]
+_CONTEST = ["task", "backbone"]
+
+
+def run_frame(archive: Archive, folder: str = "") -> DataFrame:
+    """Return one row for each run that succeeded, sorted by task, network, method, rank and seed.
+
+    Columns:
+        name, file: Path of the record in the archive, and relative to the page.
+        task: Data set, and the shift or `new classes`.
+        backbone, kind: Network, and `depthwise`, `standard` or `unknown`.
+        method, family: Method with the settings that distinguish it, and its plain name without `peft-`.
+        lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
+        variant: Method and rank: the unit of comparison.
+        target, target_before, source, forgetting: Test results.
+        score, score_label: Accuracy on the target; with new classes, the harmonic mean of new and old accuracy.
+        memory, flops, shipped: See `COST_COLUMNS`; all missing if one was not measured.
+
+    Raises:
+        ValueError: If two records describe the same run.
+    """
+    configs = [flatten(record.run_info.train_config) for record in archive.finished.values()]
+    rows = [_run_row(record, config) for record, config in zip(archive.finished.values(), configs, strict=True)]
+    if not rows:
+        return DataFrame()
+    frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
+    frame["name"] = list(archive.finished)
+    frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
+    # The head alone changes no convolution, so the kind of its network comes from other runs.
+    kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
+    frame["kind"] = [
+        "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
+        for name in frame["backbone"]
+    ]
+    tasks = [{key: config[key] for key in config if key.startswith(_TASK_SETTINGS)} for config in configs]
+    frame["task"] += distinguishing_settings(frame[["backbone", "task"]], tasks)
+    methods = [{key: config[key] for key in config if not key.startswith(_NOT_COMPARED)} for config in configs]
+    frame["method"] += distinguishing_settings(frame[["backbone", "task", "lora_rank", "method"]], methods)
+    ranks = ", rank " + frame["lora_rank"].astype(str)
+    frame["variant"] = frame["method"] + ranks.where(frame["lora_rank"].notna(), "")
+    order = [*_CONTEST, "order", "method", "lora_rank", "seed"]
+    frame = frame.sort_values(order, na_position="first", ignore_index=True)
+    run = [*_CONTEST, "variant", "seed"]
+    for _, same in frame[frame.duplicated(run, keep=False)].groupby(run):
+        raise ValueError(f"{' and '.join(same['file'])} are records of the same run: remove one of them")
+    return frame
+
+
+def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
+    method, results, step = str(config["method"]), record.train_info.metrics[-1], record.step
+    section = METHODS[method].section if method in METHODS else None
+    new_classes = bool(config["data.new_classes"])
+    costs: list[int | None] = [None, None, None]
+    if step is not None:
+        flops = [value for name, value in vars(step).items() if name.startswith("flops_")]
+        costs = [step.memory_peak_bytes, None if None in flops else sum(flops), record.train_info.file_size]
+    return {
+        "task": f"{config['data.name']}, {'new classes' if new_classes else config['data.shift']}",
+        "backbone": config["backbone.name"],
+        "kinds": {change.kind for change in record.train_info.changes.values()},
+        "order": _method_order(method),
+        "method": method,
+        "family": method.removeprefix("peft-"),
+        "lora_rank": {"adapter": config.get("adapter.r"), "galore": config.get("galore.rank")}.get(section or ""),
+        "seed": config["seed"],
+        "trains": record.train_info.num_trainable_params != 0,
+        "target": results[TARGET],
+        "target_before": results[TARGET_BEFORE],
+        "source": results[SOURCE],
+        "forgetting": results["forgetting"],
+        "score": results["harmonic mean" if new_classes else TARGET],
+        "score_label": "harmonic mean of accuracies [%]" if new_classes else "target accuracy [%]",
+        **dict(zip(COST_COLUMNS, [None] * 3 if None in costs else costs, strict=True)),
+    }
+
+
+def variant_frame(runs: DataFrame) -> DataFrame:
+    """Summarise runs over their seeds: one row for each task, network and variant, in the order of `run_frame`.
+
+    Columns, besides those that all runs of a variant share:
+        seeds, records: Number of runs and the files of their records.
+        score, target, source, and each with `_std`: Means and sample standard deviations.
+        gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in points.
+        memory, flops, shipped: Means of the costs; missing if no run of the variant was profiled.
+        full_seeds: Largest number of seeds of any variant of the same task and network.
+        is_best: Highest mean score of the variants with `full_seeds` seeds.
+        is_equal: The best variant, or one without a clear paired difference from it.
+        is_pareto: No other variant is at least as good in score and costs, and better in one of them.
+        to_full_..., to_head_...: `paired_differences` from full fine-tuning and from training the head alone.
+    """
+    if runs.empty:
+        return runs
+    gained, lost = 100 * (runs["target"] - runs["target_before"]), 100 * runs["forgetting"]
+    groups = runs.assign(gained_points=gained, lost_points=lost).groupby([*_CONTEST, "variant"], sort=False)
+    shared = groups[["kind", "order", "method", "family", "lora_rank", "score_label", "trains"]].first()
+    measures = ["score", "target", "source"]
+    means = groups[[*measures, "gained_points", "lost_points", *COST_COLUMNS]].mean()
+    # Equal scores must have equal means, in whatever order they are summed.
+    means["score"] = means["score"].round(12)
+    counts = groups.agg(seeds=("seed", "count"), records=("file", " ".join))
+    frame = concat([shared, means, groups[measures].std().add_suffix("_std"), counts], axis=1).reset_index()
+    frame["full_seeds"] = frame.groupby(_CONTEST)["seeds"].transform("max")
+    contests = []
+    for key, variants in frame.groupby(_CONTEST, sort=False):
+        variants = variants.set_index("variant")
+        scores = score_table(runs[(runs["task"] == key[0]) & (runs["backbone"] == key[1])])
+        best = variants.loc[variants["seeds"] == variants["full_seeds"], "score"].idxmax()
+        variants["is_best"] = variants.index == best
+        variants["is_equal"] = ~paired_differences(scores, best)["clear"]
+        variants = variants.join(_compare_with_references(scores))
+        costs = variants[COST_COLUMNS].dropna()
+        variants["is_pareto"] = False
+        variants.loc[costs.index, "is_pareto"] = pareto_front(costs.assign(score=-variants["score"]).to_numpy())
+        contests.append(variants.reset_index())
+    return concat(contests, ignore_index=True)
+
+
+def pooled_frame(runs: DataFrame) -> DataFrame:
+    """Return the paired differences over the seeds of all networks of a kind, for each task, kind and variant.
+
+    It has the columns of `variant_frame` that apply to several networks. Networks of unknown kind are left out.
+    """
+    frames = [DataFrame()]
+    for (task, kind), members in runs[runs["kind"] != "unknown"].groupby(["task", "kind"]):
+        records = members.groupby("variant", sort=False)["file"].agg(" ".join).rename("records")
+        frame = _compare_with_references(score_table(members)).join(records).reset_index()
+        frames.append(frame.assign(task=task, kind=kind, backbone=f"all {kind} networks"))
+    return concat(frames, ignore_index=True)
+
+
+def _compare_with_references(scores: DataFrame) -> DataFrame:
+    return concat([paired_differences(scores, name).add_prefix(f"to_{name}_") for name in ("full", "head")], axis=1)
+
+
+def score_table(runs: DataFrame) -> DataFrame:
+    """Return the scores with one row for each variant and one column for each network and seed."""
+    table = runs.pivot(index="variant", columns=["backbone", "seed"], values="score")
+    return table.loc[runs["variant"].unique()]
+
+
+def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
+    """Compare every row of a score table with one of its rows, paired by column.
+
+    Runs of one seed start from the same source model, so a pair has less noise than two independent runs.
+
+    Args:
+        scores: See `score_table`.
+        reference: The row that is subtracted. All differences are missing if there is no such row.
+
+    Returns:
+        For each row the `mean` difference, its standard `error` (sample standard deviation over the square root of the
+        number of pairs; missing for one pair), the number of `pairs`, and whether the difference is `clear`. The row of
+        the reference has no pairs.
+    """
+    differences = scores - scores.loc[reference] if reference in scores.index else scores * np.nan
+    differences.loc[differences.index == reference] = np.nan
+    pairs = differences.count(axis=1)
+    mean, error = differences.mean(axis=1), differences.std(axis=1) / pairs**0.5
+    return DataFrame({"mean": mean, "error": error, "pairs": pairs, "clear": mean.abs() > STANDARD_ERRORS * error})
+
+
+def pareto_front(points: np.ndarray) -> np.ndarray:
+    """Return a mask of the points that no other point dominates.
+
+    Args:
+        points: Shape (points, criteria); smaller is better in every criterion.
+    """
+    no_worse = (points[:, None] <= points[None]).all(axis=2)
+    better = (points[:, None] < points[None]).any(axis=2)
+    return np.logical_not((no_worse & better).any(axis=0))
+
+
+def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
+    """Return one row for each convolution whose kernel a run has changed, in the order of methods and ranks.
+
+    Columns:
+        file, order, method, lora_rank, variant: Those of the run.
+        layers: `dense`, `depthwise` or `grouped` layers, and the kind of the network.
+        relative_norm, stable_rank: See `KernelChange`.
+    """
+    rows = []
+    for run in runs.itertuples():
+        for change in archive.runs[run.name].train_info.changes.values():
+            layers = change.kind if change.kind in ("depthwise", "grouped") else "dense"
+            measures = {measure: getattr(change, measure) for measure in CHANGE_MEASURES}
+            rows.append({"name": run.name, "layers": f"{layers} layers, {run.kind} networks", **measures})
+    if not rows:
+        return DataFrame()
+    columns = ["name", "file", "order", "method", "lora_rank", "variant"]
+    frame = DataFrame(rows).merge(runs[columns], on="name")
+    return frame.sort_values(["order", "method", "lora_rank"], na_position="first", kind="stable", ignore_index=True)
+
+
+def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
+    """Return one row for each analysed step, sorted by kind, network, batch size, accounting, form and method.
+
+    Columns:
+        file, kind, network, batch_size, image_size, sequence_length, accounting, lora_rank: From the record.
+        family: Method without `peft-`: PEFT's LoRA and ours are the same method.
+        form: One of `TRAINING_FORMS`.
+        variant, method: Family with the settings that distinguish it, and the same with the form: `lora (lean)`.
+        peak, flops: Bytes at the peak, and FLOPs of convolutions and matrix products, forward and backward.
+        activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
+        is_reference: Whether this is full fine-tuning as it is.
+        full_file, full_peak: Record and peak of the reference of the same step; missing if it was not analysed.
+        saved_memory, saved_flops: 1 - the step's / the reference's.
+
+    Raises:
+        ValueError: If an analysis has no memory or no FLOPs.
+    """
+    if not archive.costs:
+        return DataFrame()
+    frame = DataFrame([_cost_row(posixpath.join(folder, name), record) for name, record in archive.costs.items()])
+    frame["method"] = frame["family"] + " (" + frame["form"] + ")"
+    settings = [record.setting for record in archive.costs.values()]
+    names = distinguishing_settings(frame[["network", "batch_size", "accounting", "method"]], settings)
+    frame["method"], frame["variant"] = frame["method"] + names, frame["family"] + names
+    orders = {"kind": NETWORK_KINDS.index, "form": TRAINING_FORMS.index, "family": _method_order}
+    frame = frame.sort_values(
+        ["kind", "network", "batch_size", "accounting", "form", "family", "method"],
+        key=lambda column: column.map(orders[column.name]) if column.name in orders else column,
+        ignore_index=True,
+    )
+    frame["is_reference"] = (frame["family"] == "full") & (frame["form"] == AS_IS)
+    reference = frame.loc[frame["is_reference"], [*_STEP, "file", "peak", "flops"]].drop_duplicates(_STEP)
+    reference = reference.rename(columns={name: f"full_{name}" for name in ("file", "peak", "flops")})
+    frame = frame.merge(reference, how="left", on=_STEP)
+    frame["saved_memory"] = 1 - frame["peak"] / frame["full_peak"]
+    frame["saved_flops"] = 1 - frame["flops"] / frame["full_flops"]
+    return frame
+
+
+def _cost_row(file: str, record: CostRecord) -> dict[str, object]:
+    profile, setting = record.profile, record.setting
+    forward, backward, peak = profile.flops_forward, profile.flops_backward, profile.memory_peak_bytes
+    if forward is None or backward is None or peak is None:
+        raise ValueError(
+            f"{file}: an analysis needs flops_forward ({forward}), flops_backward ({backward}) and memory_peak_bytes "
+            f"({peak}), and one of them is null: delete the record and analyse again"
+        )
+    is_plain = record.kind == "transformer" or record.method.startswith("peft-") or record.method in ("full", "galore")
+    if setting.get("replay"):
+        form = STORED
+    elif setting.get("lean") is not None:
+        form = LEAN
+    else:
+        form = AS_IS if is_plain else NOT_LEAN
+    return {
+        "file": file,
+        "kind": record.kind,
+        "network": record.network,
+        **{key: setting.get(key) for key in ("batch_size", "image_size", "sequence_length", "accounting", "lora_rank")},
+        "family": record.method.removeprefix("peft-"),
+        "form": form,
+        "peak": peak,
+        "flops": forward + backward,
+        **{part: getattr(profile, f"memory_{part}_bytes") or 0 for part in MEMORY_PARTS},
+    }
+
+
+def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
+    """Return one row for each contender of each comparison of `peft-edge bench`, by the paths of their records.
+
+    Columns:
+        ratio: Median over the rounds of the step time divided by full fine-tuning's time in the same round.
+        lowest, highest: Range of these ratios.
+        peak_bytes: Memory at the peak of a step.
+        error: First line of the reason why it did not run.
+    """
+    rows = [
+        {
+            "network": record.setting["backbone"],
+            **{key: record.setting[key] for key in ("batch_size", "image_size", "threads")},
+            "processor": record.system_info["processor"],
+            "method": row.label,
+            "ratio": row.ratio_median,
+            "lowest": row.ratio_lowest,
+            "highest": row.ratio_highest,
+            "peak_bytes": None if row.profile is None else row.profile.memory_peak_bytes,
+            "error": row.error.partition("\n")[0],
+            "record": file,
+        }
+        for file, record in records.items()
+        for row in record.rows
+    ]
+    if not rows:
+        return DataFrame()
+    return DataFrame(rows).astype({"ratio": float, "lowest": float, "highest": float, "peak_bytes": "Int64"})
+
+
+def read_bench(folder: Path) -> dict[str, BenchRecord]:
+    """Read the comparisons of `peft-edge bench` in a folder, by file name.
+
+    Raises:
+        ValueError: If the folder has no comparison, or a JSON file in it is not one.
+    """
+    records = {}
+    for file in sorted(folder.glob("*.json")):
+        try:
+            records[file.name] = BenchRecord.from_json(file.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{file} is not a record of peft-edge bench: move it elsewhere ({error})") from error
+    if not records:
+        raise ValueError(f"{folder} holds no record of peft-edge bench: make one with --json, or omit --bench")
+    return records
+
+
+def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
+    """Return one row for each record, successful or not, with every setting and every figure.
+
+    A run has its last metrics (the test results), the step profile of the first process, and the median changes of its
+    kernels for each kind of layer. Folders of the machine are left out.
+    """
+    rows = [
+        {"file": posixpath.join(folder, name), **row}
+        for name, row in [
+            *((name, _all_of_run(record)) for name, record in archive.runs.items()),
+            *((name, _all_of_cost(record)) for name, record in archive.costs.items()),
+        ]
+    ]
+    columns = ["file", "record", *sorted({key for row in rows for key in row} - {"file", "record"})]
+    cells = [[row.get(column) for column in columns] for row in rows]
+    cells = [[json.dumps(cell) if isinstance(cell, list) else cell for cell in row] for row in cells]
+    # Objects, so that integers stay integers in columns with gaps.
+    return DataFrame(cells, columns=columns, dtype=object)
+
+
+def _all_of_run(record: Record) -> dict[str, object]:
+    info, train = record.run_info, record.train_info
+    config = {key: value for key, value in info.train_config.items() if key not in ("output_dir", "cache_dir")}
+    single = {key: value for key, value in vars(train).items() if key not in ("metrics", "sweep", "changes")}
+    row: dict[str, object] = {
+        "record": "run",
+        "total_time": info.total_time,
+        **flatten(config, "config."),
+        **flatten(single, "train."),
+        **flatten(train.metrics[-1] if train.metrics else {}, "result."),
+        **flatten({} if record.step is None else vars(record.step), "step."),
+    }
+    for kind in {change.kind for change in train.changes.values()}:
+        for measure in CHANGE_MEASURES:
+            values = [getattr(change, measure) for change in train.changes.values() if change.kind == kind]
+            row[f"changes.{kind}.{measure}"] = statistics.median(values)
+    return row
+
+
+def _all_of_cost(record: CostRecord) -> dict[str, object]:
+    return {
+        "record": "cost",
+        "network": record.network,
+        "kind": record.kind,
+        "config.method": record.method,
+        **flatten(record.setting, "setting."),
+        "train.num_total_params": record.num_total_params,
+        **flatten(vars(record.profile), "step."),
+    }
+
+
+def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
+    """Return for each row the settings in which it differs from rows with equal keys, to append to a label.
+
+    >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
+    [', norm=stats', ', norm=frozen']
+    """
+    labels = [""] * len(keys)
+    for rows in keys.groupby(list(keys), dropna=False, sort=False).indices.values():
+        for name in sorted({name for row in rows for name in settings[row]}):
+            values = [settings[row].get(name) for row in rows]
+            if len(set(map(json.dumps, values))) > 1:
+                for row, value in zip(rows, values, strict=True):
+                    labels[row] += f", {name}={value}"
+    return labels
+
+
+def _method_order(name: str) -> int:
+    return list(METHODS).index(name) if name in METHODS else len(METHODS)
