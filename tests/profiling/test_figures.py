@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from peft_edge.profiling.figures import Panel, save_bars, save_cost_figure
+from peft_edge.profiling.figures import StackedBars, save_bars, save_cost_figure
 from peft_edge.records import StepProfile
 
 COSTS = {
@@ -52,7 +52,8 @@ def test_bars_are_as_long_as_their_bytes(tmp_path: Path) -> None:
 
 
 def test_a_bar_that_rounding_puts_outside_of_its_spread_is_drawn(tmp_path: Path) -> None:
-    panel = Panel(label="time", parts={"forward": [0.7], "backward": [0.2], "optimizer": [0.1]}, spread=[(1.0, 1.0)])
+    parts = {"forward": [0.7], "backward": [0.2], "optimizer": [0.1]}
+    panel = StackedBars(label="time", parts=parts, spread=[(1.0, 1.0)])
     assert 0.7 + 0.2 + 0.1 < 1.0
 
     save_bars(["full"], [panel], tmp_path / "bars.png", title="a network")

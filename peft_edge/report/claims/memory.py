@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from peft_edge.profiling.figures import Panel
+from peft_edge.profiling.figures import StackedBars
 from peft_edge.report.claims.claim import AGREED, IN_PART, NOT_AGREED, Claim, Picture, not_measured
 from peft_edge.report.costs import PLAIN, Cost
 from peft_edge.report.figures.bars import save_stacked
@@ -167,7 +167,7 @@ def _draw(found: Sequence[Saving], batch_size: int, path: Path) -> None:
         for kind, of_kind in grouped(members, lambda one: one.cost.kind).items():
             rows[f"{method}, {kind}"] = [(one.cost, one.full) for one in of_kind]
     peaks = [[100 * cost.peak / full.peak for cost, full in pairs] for pairs in rows.values()]
-    panel = Panel(
+    panel = StackedBars(
         label="mean peak, and its range over networks [% of full fine-tuning's]",
         parts={
             part: [100 * statistics.fmean(_share(cost, full, part) for cost, full in pairs) for pairs in rows.values()]

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peft_edge.profiling.figures import Panel
+from peft_edge.profiling.figures import StackedBars
 from peft_edge.report.figures.canvas import canvas, fill, legend_below, plain
 
 
@@ -25,7 +25,7 @@ class BarPanel:
     """A bar in every row, by what tells the bars of a row apart; None where there is no record."""
 
 
-def save_stacked(names: Sequence[str], panel: Panel, path: Path, *, title: str) -> None:
+def save_stacked(names: Sequence[str], panel: StackedBars, path: Path, *, title: str) -> None:
     """Draws stacked bars with their spread.
 
     Args:

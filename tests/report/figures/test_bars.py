@@ -4,7 +4,7 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from peft_edge.profiling.figures import Panel
+from peft_edge.profiling.figures import StackedBars
 from peft_edge.report.figures.bars import BarPanel, _draw, save_grouped, save_stacked
 
 PANEL = BarPanel(title="lora", label="reduction [%]", groups={"exact": [20.0, -5.0], "source study's": [90.0, None]})
@@ -21,7 +21,7 @@ def test_bars_are_as_long_as_their_values_and_missing_ones_say_so() -> None:
 
 def test_figures_have_both_forms(tmp_path: Path) -> None:
     save_grouped(["net", "other"], [PANEL, PANEL], tmp_path / "grouped")
-    stack = Panel(label="[%]", parts={"a": [60.0], "b": [30.0]}, spread=[(80.0, 95.0)], line=100)
+    stack = StackedBars(label="[%]", parts={"a": [60.0], "b": [30.0]}, spread=[(80.0, 95.0)], line=100)
     save_stacked(["full"], stack, tmp_path / "stacked", title="t")
     assert sorted(path.name for path in tmp_path.iterdir()) == [
         "grouped.png",
