@@ -42,16 +42,12 @@ class Analysis:
 
     flops: FlopCount
     """Floating-point operations."""
-
     memory: MemoryProfile
     """Bytes at the peak and at the end of the forward pass. The figures of a real process are None."""
-
     profile: list[StepProfile]
     """The same as rows of a record: one for the step, and one for the layers of each LoRA rank."""
-
     num_trainable_params: int
     """Parameters that are trained."""
-
     num_total_params: int
     """Parameters of the network, adapters included."""
 

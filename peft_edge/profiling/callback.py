@@ -301,9 +301,8 @@ class TimedStep:
 
     def __enter__(self) -> TimedStep:
         before = self._model.register_forward_pre_hook(self._enter_model, prepend=True, with_kwargs=True)
-        after = self._model.register_forward_hook(self._leave_model)
-        self._hooks.callback(before.remove)
-        self._hooks.callback(after.remove)
+        for handle in (before, self._model.register_forward_hook(self._leave_model)):
+            self._hooks.callback(handle.remove)
         return self
 
     def __exit__(self, *exception: object) -> None:

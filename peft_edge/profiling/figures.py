@@ -28,13 +28,10 @@ class StackedBars:
 
     label: str
     """The quantity with its unit."""
-
     parts: Mapping[str, Sequence[float]]
     """The lengths of each part, one for each name."""
-
     spread: Sequence[tuple[float, float]] = ()
     """The lowest and the highest measured length of each bar; empty for a single measurement."""
-
     line: float | None = None
     """The length of a reference line."""
 

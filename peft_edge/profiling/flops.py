@@ -42,16 +42,12 @@ class Flops:
 
     forward: int = 0
     """Convolutions, matrix products and attention of the forward pass and the loss."""
-
     backward: int = 0
     """The same operators in the backward pass, including what checkpointing recomputes."""
-
     optimizer: int = 0
     """All operations of the update: the optimizer, and clipping and scaling of gradients."""
-
     elementwise_forward: int = 0
     """All other operators of the forward pass: activations, normalisation, pooling, sums."""
-
     elementwise_backward: int = 0
     """All other operators of the backward pass."""
 
@@ -70,7 +66,6 @@ class FlopCount(Flops):
 
     by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
     """By name in `named_modules`, submodules included; `""` is the model without the loss and the optimizer."""
-
     by_operator: dict[str, Flops] = field(default_factory=dict, repr=False)
     """By torch's name, such as `aten.convolution_backward`."""
 

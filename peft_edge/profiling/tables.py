@@ -145,12 +145,6 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
     """Return the costs of steps as text: arithmetic and time, and below it memory at the peak and saved bytes.
 
     A column that nothing was measured for is left out. A dash stands for a single missing value.
-
-    >>> print(cost_table({"head": StepProfile(process_index=0, scope="step", forward_s=0.0123, samples_per_s=81.3)}))
-    arithmetic and time of a training step
-               ms        ms         ms    per s
-          forward  backward  optimizer  samples
-    head     12.3         -          -     81.3
     """
     tables = []
     for caption, groups in _TABLES.items():

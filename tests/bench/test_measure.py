@@ -92,7 +92,7 @@ def test_a_real_step_costs_what_the_analysis_says() -> None:
     backbone = load_backbone("mobilenetv2_035", 10)
     size = {"batch_size": 2, "image_size": 64}
     adapter = {"norm": "frozen", "target_modules": "project"}
-    lean = analyse(backbone, "lora", lora_rank=4, adapter=adapter, lean=measure.FOLDED, **size).profile[0]
+    lean = analyse(backbone, "lora", lora_rank=4, adapter=adapter, lean=measure.LEAN, **size).profile[0]
     assert without_times(project.profile) == without_times(lean)
     assert without_times(full.profile) == without_times(analyse(backbone, None, **size).profile[0])
     assert [len(row.rounds) for row in record.rows] == [2, 2]
@@ -114,7 +114,7 @@ def test_a_contender_that_fails_or_computes_something_else_has_a_reason(monkeypa
     rows = run_bench("test_resnet", ["fails", "changes", "inference"], **SMALL).rows
     assert [row.name for row in rows] == ["full", "fails", "changes", "inference"]
     assert rows[1].error == "no such attribute"
-    assert rows[2].error.startswith("it computes something else than the network: logits differ by ")
+    assert rows[2].error.startswith("its output is not that of the network: logits differ by ")
     assert (rows[1].rounds, rows[1].profile, rows[3].error) == ([], None, "")
     assert rows[3].rounds[0].backward_s == rows[3].rounds[0].optimizer_s == 0
     assert torch.get_num_threads() == threads
