@@ -203,7 +203,7 @@ def node_number(node: Node) -> int:
 
     Seen in torch 2.14.1.
     """
-    return node._sequence_nr()  # type: ignore[attr-defined]
+    return node._sequence_nr()
 
 
 def last_node_number() -> int:

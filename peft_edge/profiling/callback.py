@@ -8,7 +8,7 @@ import warnings
 from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import NamedTuple
@@ -31,8 +31,8 @@ from peft_edge.profiling.step import BACKWARD, FORWARD, OPTIMIZER, PHASES
 from peft_edge.profiling.tables import profile_table, step_rows
 from peft_edge.records import StepProfile
 
-_LOGGED_OF_LAYERS = ("flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes")
-_NOT_LOGGED = ("process_index", "scope", "lora_rank", "steps", "memory_peak_phase")
+_LOGGED_OF_LAYERS = {"flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes"}
+_NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phase"}
 # Dispatch modes belong to the process, and Trainer has no event for a training that fails in the middle of a step: the
 # next training ends the measurements that are still open.
 _measuring: set[ProfilingCallback] = set()
@@ -172,7 +172,8 @@ class ProfilingCallback(TrainerCallback):
         elif isinstance(step, TimedStep):
             self._times.append(step.times())
             self._add([])
-            self._send([replace(self._counted[0], **self._times[-1]._asdict()), *self._counted[1:]], control)
+            step_row = StepProfile(**{**vars(self._counted[0]), **self._times[-1]._asdict()})
+            self._send([step_row, *self._counted[1:]], control)
 
     def on_train_end(self, *arguments: object, **kwargs: object) -> None:
         """Gather the figures of all processes."""
@@ -181,7 +182,7 @@ class ProfilingCallback(TrainerCallback):
             return
         self.rows = gather_object(self.rows)
         if PartialState().is_main_process and self.rows:
-            _write(self._whole_file, [asdict(row) for row in self.rows])
+            _write(self._whole_file, [vars(row) for row in self.rows])
             if self._show_table:
                 tqdm.write(profile_table(self.rows))
 
@@ -194,12 +195,12 @@ class ProfilingCallback(TrainerCallback):
         """Update `rows`, with those of a counted step if there was one, and write the file."""
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
-        self.rows = [replace(row, steps=steps) for row in rows]
+        self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]
         for name in StepTimes._fields:
             if known := [value for times in self._times if (value := getattr(times, name)) is not None]:
                 setattr(self.rows[0], name, median(known))
         times = [times._asdict() for times in self._times]
-        _write(self._file, {"rows": [asdict(row) for row in self.rows], "times": times})
+        _write(self._file, {"rows": [vars(row) for row in self.rows], "times": times})
 
     def _send(self, rows: list[StepProfile], control: TrainerControl) -> None:
         if self._log is None or not PartialState().is_main_process:
@@ -207,8 +208,9 @@ class ProfilingCallback(TrainerCallback):
         figures: dict[str, float] = {}
         for row in rows:
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
-            names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in asdict(row) if n not in _NOT_LOGGED]
-            figures |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
+            names = _LOGGED_OF_LAYERS if row.scope == "layers" else vars(row).keys() - _NOT_LOGGED
+            known = {name: value for name, value in vars(row).items() if value is not None}
+            figures |= {f"{prefix}/{name}": known[name] for name in known if name in names}
         # Trainer.log resets should_log, and Trainer would then leave out the step's own figures.
         should_log = control.should_log
         self._log(figures)

@@ -12,14 +12,13 @@ import dataclasses
 import re
 import sys
 import weakref
-from collections import Counter
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import psutil
+import psutil  # type: ignore[import-untyped]
 import torch
 from torch import Tensor, UntypedStorage, nn
 from torch.optim import Optimizer
@@ -232,10 +231,10 @@ class MemoryTracker(DispatchMode):
     def _live_bytes(self, events: int) -> tuple[KindBytes, dict[str, KindBytes]]:
         total = dict.fromkeys(MEMORY_KINDS, 0)
         by_module = {name: dict.fromkeys(MEMORY_KINDS, 0) for name in self._modules}
-        for (module, kind), size in self._log.live_bytes(events).items():
-            total[kind] += size
-            for name in ancestors(module):
-                by_module[name][kind] += size
+        for storage, change, _ in self._log.events[:events]:
+            total[storage.kind] += change
+            for name in ancestors(storage.module):
+                by_module[name][storage.kind] += change
         return total, by_module
 
     def _end_forward(self) -> None:
@@ -297,13 +296,6 @@ class StorageLog:
     def totals(self) -> list[int]:
         """Return the bytes alive before the first event and after each event."""
         return [0, *accumulate(event.change for event in self.events)]
-
-    def live_bytes(self, events: int) -> Counter[tuple[str | None, str]]:
-        """Return the bytes alive after the first `events` events, by module and kind."""
-        live: Counter[tuple[str | None, str]] = Counter()
-        for event in self.events[:events]:
-            live[event.storage.module, event.storage.kind] += event.change
-        return live
 
     def observe(self, value: object, module: str | None = None) -> None:
         """Log new and resized storages of a tensor, or of nested lists and tuples; new ones belong to `module`."""

@@ -102,7 +102,7 @@ class StepLocation:
             register_module_forward_pre_hook(self._enter_module),
             register_module_forward_hook(self._leave_module, always_call=True),
             register_optimizer_step_pre_hook(lambda *_: self._updates.append(_compat.backward_pass_id())),
-            register_optimizer_step_post_hook(lambda *_: self._updates.pop()),
+            register_optimizer_step_post_hook(self._leave_optimizer),
         ):
             self._hooks.callback(handle.remove)
         return self
@@ -167,6 +167,9 @@ class StepLocation:
         # The list is empty if the module was entered before the block.
         if self._running:
             self._running.pop()
+
+    def _leave_optimizer(self, *arguments: object) -> None:
+        self._updates.pop()
 
 
 def ancestors(module: str | None) -> Iterator[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import fields
+from typing import Any
 
 from peft import get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
@@ -62,7 +63,7 @@ def _trained(modules: list[nn.Module]) -> int:
     return sum(parameter.numel() for parameter in trained)
 
 
-def _sums(counts: Sequence[Flops], peaks: Sequence[KindBytes]) -> dict[str, int]:
+def _sums(counts: Sequence[Flops], peaks: Sequence[KindBytes]) -> dict[str, Any]:
     # The optimizer updates all parameters at once, so its operations belong to no layer.
     names = [entry.name for entry in fields(Flops) if entry.name != OPTIMIZER]
     flops = {f"flops_{name}": sum(getattr(count, name) for count in counts) for name in names}
