@@ -31,7 +31,7 @@ from peft_edge.profiling.step import BACKWARD, FORWARD, OPTIMIZER, PHASES
 from peft_edge.profiling.tables import profile_table, step_rows
 from peft_edge.records import StepProfile
 
-_LOGGED_OF_LAYERS = {"flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes"}
+_LOGGED_OF_LAYERS = ["flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes"]
 _NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phase"}
 # Dispatch modes belong to the process, and Trainer has no event for a training that fails in the middle of a step: the
 # next training ends the measurements that are still open.
@@ -208,9 +208,8 @@ class ProfilingCallback(TrainerCallback):
         figures: dict[str, float] = {}
         for row in rows:
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
-            names = _LOGGED_OF_LAYERS if row.scope == "layers" else vars(row).keys() - _NOT_LOGGED
-            known = {name: value for name, value in vars(row).items() if value is not None}
-            figures |= {f"{prefix}/{name}": known[name] for name in known if name in names}
+            names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in vars(row) if n not in _NOT_LOGGED]
+            figures |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
         # Trainer.log resets should_log, and Trainer would then leave out the step's own figures.
         should_log = control.should_log
         self._log(figures)
@@ -248,23 +247,20 @@ def _traced(path: Path) -> Iterator[None]:
         profiler.export_chrome_trace(str(unfinished))
 
 
-class CountedStep:
+class CountedStep(ExitStack):
     """Count the FLOPs and track the memory of the step in a `with` block, which takes several times as long."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
+        super().__init__()
         self._model = model
         self._flops = FlopCounter(model)
         self._memory = MemoryTracker(model, optimizer)
         self._process = ProcessPeak(_cuda_device(model))
-        self._entered = ExitStack()
 
     def __enter__(self) -> CountedStep:
         for counter in (self._process, self._memory, self._flops):
-            self._entered.enter_context(counter)
+            self.enter_context(counter)
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._entered.close()
 
     def rows(self, process_index: int) -> list[StepProfile]:
         """Return a row for the step, and one for the layers of each LoRA rank; all without times."""
@@ -285,7 +281,7 @@ class StepTimes(NamedTuple):
     samples_per_s: float | None
 
 
-class TimedStep:
+class TimedStep(ExitStack):
     """Time the phases of the step in a `with` block by two hooks on the model.
 
     The forward pass lasts from the call of the model until the first gradient reaches its output, so it includes the
@@ -293,22 +289,19 @@ class TimedStep:
     """
 
     def __init__(self, model: nn.Module) -> None:
+        super().__init__()
         self._model = model
         self._device = _cuda_device(model)
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._samples = 0
         self._phase: str | None = None
         self._since = 0.0
-        self._hooks = ExitStack()
 
     def __enter__(self) -> TimedStep:
         before = self._model.register_forward_pre_hook(self._enter_model, prepend=True, with_kwargs=True)
         for handle in (before, self._model.register_forward_hook(self._leave_model)):
-            self._hooks.callback(handle.remove)
+            self.callback(handle.remove)
         return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._hooks.close()
 
     def enter(self, phase: str | None) -> None:
         """End the running phase, and start `phase`, or none."""

@@ -109,7 +109,7 @@ def count_flops(
     return counter.result()
 
 
-class FlopCounter:
+class FlopCounter(FlopCounterMode):
     """Count the operations inside a `with` block, by phase, module and operator.
 
     >>> model = nn.Linear(4, 2)
@@ -132,20 +132,13 @@ class FlopCounter:
             raise ValueError(f"accounting is {accounting!r}, expected one of {', '.join(ACCOUNTINGS)}")
         self._is_exact = accounting == "exact"
         corrected = {aten.convolution_backward: convolution_backward} if self._is_exact else {}
-        self._mode = FlopCounterMode(display=False, custom_mapping={**elementwise_formulas(), **_PRODUCTS, **corrected})
+        super().__init__(display=False, custom_mapping={**elementwise_formulas(), **_PRODUCTS, **corrected})
         # torch's own ModuleTracker does not distinguish the phases.
-        self._mode.mod_tracker = StepLocation(model)  # type: ignore[assignment]
-
-    def __enter__(self) -> FlopCounter:
-        self._mode.__enter__()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._mode.__exit__(*exception)
+        self.mod_tracker = StepLocation(model)  # type: ignore[assignment]
 
     def result(self) -> FlopCount:
         """Return the operations that were counted since the block was entered."""
-        counts = cast("dict[tuple[str, str | None], dict[object, int]]", self._mode.flop_counts)
+        counts = cast("dict[tuple[str, str | None], dict[object, int]]", self.flop_counts)
         total = FlopCount()
         by_module: dict[str, Flops] = defaultdict(Flops)
         by_operator: dict[str, Flops] = defaultdict(Flops)
