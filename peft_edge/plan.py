@@ -47,7 +47,7 @@ class Setting(NamedTuple):
         return f"{self.lean['masks']} masks{', in-place norms' if self.lean.get('inplace_norm') else ''}"
 
 
-# The first two give the same results; fixed statistics of the norms may cost accuracy.
+# The first two give the same results. The third fixes the statistics of the norms, which may cost accuracy.
 _SETTINGS = (
     Setting("stats", None),
     Setting("stats", {"masks": "bit"}),
@@ -69,7 +69,7 @@ class Budget:
     """Bytes of the saved update."""
 
     def excess(self, profile: StepProfile) -> list[str]:
-        """Return a text for each limit that a step exceeds; none if it fits."""
+        """Return a line for each limit that a step exceeds; an empty list if it fits."""
         found = (profile.memory_peak_bytes or 0, step_flops(profile), profile.adapter_bytes or 0)
         return [
             f"{name} {amount / size:,.1f} {unit}, {(amount - most) / size:,.1f} over"
@@ -90,7 +90,7 @@ class Budget:
 
 
 def step_flops(profile: StepProfile) -> int:
-    """Return all operations of a step: forward, backward, elementwise and the optimizer's."""
+    """Return the number of operations of a step: forward, backward, elementwise and the optimizer's."""
     parts = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
@@ -326,7 +326,7 @@ def plan_table(plan: Plan) -> str:
 def _reason_for_order(plan: Plan) -> str:
     text = "these fit, each in the mildest setting that does"
     if all(option.evidence is None for option in plan.fitting):
-        return f"{text}; no accuracy is known, so most trained parameters come first"
+        return f"{text}; nothing is known of their accuracy, so most trained parameters come first"
     where = "this backbone" if plan.is_same_backbone else "other backbones"
     return (
         f"{text}; the most accurate first, by {plan.records} runs on {where}, then those without runs, most trained "

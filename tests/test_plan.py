@@ -277,7 +277,7 @@ def test_table_has_a_line_for_each_option_and_reasons_for_the_others() -> None:
     lines = plan_table(
         Plan(fitting=[TABLE_HEAD], exceeding=[TABLE_LORA], records=0, is_same_backbone=False)
     ).splitlines()
-    assert "no accuracy is known" in lines[0]
+    assert "nothing is known of their accuracy" in lines[0]
     assert lines[4].split() == ["head", "stats", "off", "200.0", "1.01", "64.0", "12.8", "-"]
     assert lines[-1] == (
         "  lora, dense, rank 4 (norm frozen, lean bit masks, in-place norms): memory 200.0 MiB, 8.0 over; "
