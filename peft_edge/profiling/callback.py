@@ -26,7 +26,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from peft_edge._compat import leaves
 from peft_edge.files import atomic_write, remove
 from peft_edge.profiling.flops import FlopCounter
-from peft_edge.profiling.memory import MemoryTracker, ProcessPeak
+from peft_edge.profiling.memory import MemoryTracker, ProcessPeak, cuda_device
 from peft_edge.profiling.step import BACKWARD, FORWARD, OPTIMIZER, PHASES
 from peft_edge.profiling.tables import profile_table, step_rows
 from peft_edge.records import StepProfile
@@ -255,7 +255,7 @@ class CountedStep(ExitStack):
         self._model = model
         self._flops = FlopCounter(model)
         self._memory = MemoryTracker(model, optimizer)
-        self._process = ProcessPeak(_cuda_device(model))
+        self._process = ProcessPeak(cuda_device(model))
 
     def __enter__(self) -> CountedStep:
         for counter in (self._process, self._memory, self._flops):
@@ -291,7 +291,7 @@ class TimedStep(ExitStack):
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
         self._model = model
-        self._device = _cuda_device(model)
+        self._device = cuda_device(model)
         self._seconds = dict.fromkeys(PHASES, 0.0)
         self._samples = 0
         self._phase: str | None = None
@@ -329,7 +329,3 @@ class TimedStep(ExitStack):
         tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
         if tensors:
             register_multi_grad_hook(tensors, lambda gradient: self.enter(BACKWARD), mode="any")
-
-
-def _cuda_device(model: nn.Module) -> torch.device | None:
-    return next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)

@@ -122,7 +122,7 @@ def track_memory(
         ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, or model and optimizer
             cannot be copied.
     """
-    device = next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
+    device = cuda_device(model)
     allocated_before = 0 if device is None else torch.cuda.memory_allocated(device)
     process = ProcessPeak(device)
     with ExitStack() as surroundings:
@@ -357,6 +357,11 @@ def innermost_around(module: str | None, other: str | None) -> str | None:
     return next((name for name in ancestors(module) if name in around), None)
 
 
+def cuda_device(model: nn.Module) -> torch.device | None:
+    """Return the first CUDA device with a parameter of the model, or None."""
+    return next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
+
+
 class ProcessPeak:
     """Measure the peaks of this process inside a `with` block. Blocks must not overlap.
 
@@ -370,15 +375,15 @@ class ProcessPeak:
     rss_growth_bytes: int | None = None
     """That peak minus the memory before the block; None where the peak cannot be reset."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator on `cuda_device`; None without one."""
+    """Peak of the CUDA allocator on `device`; None without one."""
 
-    def __init__(self, cuda_device: torch.device | None = None) -> None:
-        self._cuda_device = cuda_device
+    def __init__(self, device: torch.device | None = None) -> None:
+        self._device = device
         self._rss_before: int | None = None
 
     def __enter__(self) -> ProcessPeak:
-        if self._cuda_device is not None:
-            torch.cuda.reset_peak_memory_stats(self._cuda_device)
+        if self._device is not None:
+            torch.cuda.reset_peak_memory_stats(self._device)
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
             # glibc keeps freed memory. Reusing it would not count as growth.
             libc.malloc_trim(0)
@@ -389,8 +394,8 @@ class ProcessPeak:
         self.peak_rss_bytes = peak_rss_bytes()
         if self._rss_before is not None and self.peak_rss_bytes is not None:
             self.rss_growth_bytes = self.peak_rss_bytes - self._rss_before
-        if self._cuda_device is not None:
-            self.cuda_peak_bytes = torch.cuda.max_memory_allocated(self._cuda_device)
+        if self._device is not None:
+            self.cuda_peak_bytes = torch.cuda.max_memory_allocated(self._device)
 
 
 _STATUS = Path("/proc/self/status")
