@@ -88,7 +88,7 @@ def _loralib(model: nn.Module, lora_rank: int) -> Step:
             raise ValueError(f"loralib has only plain convolutions with square kernels, and {name} is {conv}")
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[0]
         layer = Conv2d(*sizes, r=lora_rank, lora_alpha=2 * lora_rank, merge_weights=False)
-        # In place of the convolution that the layer has created.
+        # The layer has created a convolution.
         layer.conv = conv
         model.set_submodule(name, layer)
     return _train(model, lora_rank)
@@ -222,7 +222,7 @@ def _measure(
     for number in range(rounds):
         bar.set_description(f"round {number + 1} of {rounds}")
         for name in list(running) if number % 2 == 0 else list(reversed(running)):
-            # Otherwise a collection could fall into any contender's step.
+            # Otherwise garbage is collected during a timed step.
             gc.collect()
             rows[name].rounds.append(running[name].time())
             bar.update()

@@ -313,7 +313,7 @@ class TimedStep(ExitStack):
         self._phase, self._since = phase, now
 
     def times(self) -> StepTimes:
-        """Return the seconds of the phases, and the samples of this process a second."""
+        """Return the seconds of each phase, and the samples per second of this process."""
         is_complete = self._samples and all(self._seconds.values())
         forward_s, backward_s, optimizer_s = (self._seconds[phase] or None for phase in PHASES)
         samples_per_s = self._samples / sum(self._seconds.values()) if is_complete else None

@@ -90,7 +90,7 @@ class StepLocation:
         }
         self._thread = threading.get_ident()
         self._running: list[str | None] = []
-        # The module self._owners[i] created the nodes from self._numbers[i] on.
+        # Module `_owners[i]` created the nodes from number `_numbers[i]` to `_numbers[i + 1] - 1`.
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
         self._updates: list[int] = []
