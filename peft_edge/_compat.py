@@ -21,10 +21,12 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import hotswap
 from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd.function import FunctionCtx
+from torch.autograd.graph import Node
 from torch.utils._mode_utils import no_dispatch as no_dispatch
-from torch.utils._pytree import tree_leaves
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
@@ -38,7 +40,7 @@ ConvolutionBase = nn.modules.conv._ConvNd
 """Base class of `nn.Conv1d`, `2d` and `3d`; torch has no public one. Seen in torch 2.14.1."""
 
 leaves = tree_leaves
-"""List the leaves of nested tuples, lists and dictionaries. Seen in torch 2.14.1."""
+"""List the leaves of nested tuples, lists and dictionaries; torch has no public function. Seen in torch 2.14.1."""
 
 
 class AutogradContext(FunctionCtx):
@@ -241,6 +243,70 @@ CALLED_TUNERS = (
 
 
 # --- profiling: dispatch modes, pytrees, autograd's graph -------------------------------------------------------------
+
+# A dispatch mode sees every operator; hooks see modules and gradients only. torch documents the mode in its notes but
+# keeps the module private. Seen in torch 2.14.1.
+DispatchMode = TorchDispatchMode
+
+# Fake tensors have a shape and no memory. torch.export is built on them, and no public interface runs a training step
+# with them. The exception is raised when a step reads a value. Seen in torch 2.14.1.
+FakeMode = FakeTensorMode
+FakeValueError = DataDependentOutputException
+
+map_only = tree_map_only
+"""Apply a function to the leaves of one type in nested containers. Seen in torch 2.14.1."""
+
+# FlopCounterMode passes shapes to a formula; with this attribute it passes the tensors, which is several times faster.
+# torch's decorator `register_flop_formula(get_raw=True)` sets it, too, but registers globally. Seen in torch 2.14.1.
+RAW_FORMULA = "_get_raw"
+
+
+def backward_pass_id() -> int:
+    """Return the number of the backward pass that this thread is in, -1 outside of one.
+
+    No public function tells whether the backward pass is running. Seen in torch 2.14.1.
+    """
+    return torch._C._current_graph_task_id()
+
+
+def current_node() -> Node | None:
+    """Return the autograd node that is being executed, None outside a backward pass.
+
+    Hooks on nodes would have to be registered on each of them. Seen in torch 2.14.1.
+    """
+    return torch._C._current_autograd_node()
+
+
+def node_number(node: Node) -> int:
+    """Return the number of an autograd node: every thread counts its nodes in the order of creation.
+
+    Seen in torch 2.14.1.
+    """
+    return node._sequence_nr()
+
+
+def last_node_number() -> int:
+    """Return the number of the autograd node that this thread has created last.
+
+    Seen in torch 2.14.1.
+    """
+    return torch.autograd._get_sequence_nr() - 1
+
+
+def operator_names() -> list[str]:
+    """Return the names of all operators with their overloads, such as `aten::add.Tensor`.
+
+    `dir(torch.ops.aten)` lists those only that were used before. Seen in torch 2.14.1.
+    """
+    return torch._C._dispatch_get_all_op_names()
+
+
+def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
+    """Return indices and values of a sparse tensor; `indices()` and `values()` refuse one with repeated indices.
+
+    Seen in torch 2.14.1.
+    """
+    return tensor._indices(), tensor._values()
 
 
 # --- the rest: data, training, hub, export, study ---------------------------------------------------------------------

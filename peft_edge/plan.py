@@ -1,10 +1,6 @@
-"""A budget: amounts with units, and what exceeds them.
+"""Find the methods, layers and ranks that fit a budget, each in the mildest lean setting that it needs.
 
-What records of runs say about the accuracy of ways to train.
-
-The search: for every method, placement and rank, the mildest setting that fits a budget.
-
-A plan as text.
+torch is imported by `find_plan` only, so that the command line reads the amounts and defaults below at once.
 """
 
 from __future__ import annotations
@@ -16,87 +12,110 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from torch import nn
-from tqdm.auto import tqdm
-
-from peft_edge.methods import METHODS, find_method
-from peft_edge.profiling.analysis import analyse
-from peft_edge.profiling.tables import text_table
 from peft_edge.records import Record, StepProfile, read_archive
-from peft_edge.roles import ROLES, modules_with_role
+
+if TYPE_CHECKING:
+    from torch import nn
+
+METHODS_TO_PLAN = ("head", "norm-affine", "lora", "lora-fa", "dora", "galore", "full")
+PLACEMENTS = ("all-conv", "dense", "project", "last-stage")
+LORA_RANKS = (4, 16)
 
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-"""The units of amounts, and how many bytes or operations they are."""
+"""The units of amounts."""
 
-_AMOUNT = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
+
+class Setting(NamedTuple):
+    """How a step trains the norms, and its lean form."""
+
+    norm: str
+    """What the method changes in BatchNorm layers."""
+    lean: Mapping[str, Any] | None
+    """Arguments of `prepare_model_for_lean_training`; None for a step that is not lean."""
+
+    def __str__(self) -> str:
+        return f"norm {self.norm}, lean {self.lean_text}"
+
+    @property
+    def lean_text(self) -> str:
+        """`off`, or the masks and what the norms do."""
+        if self.lean is None:
+            return "off"
+        return f"{self.lean['masks']} masks{', in-place norms' if self.lean.get('inplace_norm') else ''}"
+
+
+# The first two give the same results. The third fixes the statistics of the norms, which may cost accuracy.
+_SETTINGS = (
+    Setting("stats", None),
+    Setting("stats", {"masks": "bit"}),
+    Setting("frozen", {"inplace_norm": True, "masks": "bit"}),
+)
+# Methods that train the norms, which then cannot be frozen.
+_TRAIN_NORMS = ("norm-affine", "galore", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most that a training step, and the update that is shipped, may take; None for what does not matter."""
+    """The most that a training step and the saved update may take; None for no limit."""
 
     memory_bytes: int | None = None
-    """Bytes of tensors at the peak of a step: weights, activations, gradients, the optimizer's state."""
-
+    """Bytes of tensors at the peak of a step: weights, activations, gradients, optimizer state."""
     flops: int | None = None
-    """All arithmetic of a step."""
-
+    """All operations of a step."""
     adapter_bytes: int | None = None
     """Bytes of the saved update."""
 
     def excess(self, profile: StepProfile) -> list[str]:
-        """Says what of the budget a step exceeds, and by how much; nothing if it fits."""
-        kinds = [
-            ("memory", self.memory_bytes, profile.memory_peak_bytes or 0, "MiB", 2**20),
-            ("arithmetic", self.flops, step_flops(profile), "GFLOP", 10**9),
-            ("saved update", self.adapter_bytes, profile.adapter_bytes or 0, "KiB", 2**10),
-        ]
+        """Return a line for each limit that a step exceeds; an empty list if it fits."""
+        found = (profile.memory_peak_bytes or 0, step_flops(profile), profile.adapter_bytes or 0)
         return [
-            f"{name} {found / size:,.1f} {unit}, {(found - most) / size:,.1f} over"
-            for name, most, found, unit, size in kinds
-            if most is not None and found > most
+            f"{name} {amount / size:,.1f} {unit}, {(amount - most) / size:,.1f} over"
+            for (name, most, unit, size), amount in zip(self._limits(), found, strict=True)
+            if most is not None and amount > most
         ]
 
     def __str__(self) -> str:
-        amounts = [
-            (self.memory_bytes, "memory", "MiB", 2**20),
-            (self.flops, "arithmetic", "GFLOP", 10**9),
-            (self.adapter_bytes, "saved update", "KiB", 2**10),
-        ]
-        limits = [f"{name} {most / size:,g} {unit}" for most, name, unit, size in amounts if most is not None]
+        limits = [f"{name} {most / size:,g} {unit}" for name, most, unit, size in self._limits() if most is not None]
         return f"at most {', '.join(limits)}" if limits else "no limit"
+
+    def _limits(self) -> list[tuple[str, int | None, str, int]]:
+        return [
+            ("memory", self.memory_bytes, "MiB", 2**20),
+            ("arithmetic", self.flops, "GFLOP", 10**9),
+            ("saved update", self.adapter_bytes, "KiB", 2**10),
+        ]
 
 
 def step_flops(profile: StepProfile) -> int:
-    """All arithmetic of a step: products and elementwise, forward, backward and the optimizer's."""
+    """Return the number of operations of a step: forward, backward, elementwise and the optimizer's."""
     parts = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
 
 def parse_bytes(text: str) -> int:
-    """Reads an amount of bytes such as `256MiB`.
+    """Return the number of bytes of a text such as `256MiB`.
 
     Raises:
-        ValueError: It is no number with a unit, or zero.
+        ValueError: If the text is not a number with a unit, or the amount is zero.
     """
     return _parse(text, BYTES, "256MiB")
 
 
 def parse_flops(text: str) -> int:
-    """Reads an amount of floating-point operations such as `3GFLOP`; a multiply-add is two.
+    """Return the number of operations of a text such as `3GFLOP`; a multiply-add is two.
 
     Raises:
-        ValueError: It is no number with a unit, or zero.
+        ValueError: If the text is not a number with a unit, or the amount is zero.
     """
     return _parse(text, FLOPS, "3GFLOP")
 
 
 def _parse(text: str, units: Mapping[str, int], example: str) -> int:
     sizes = {unit.lower(): size for unit, size in units.items()}
-    match = _AMOUNT.fullmatch(text)
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if match is None or match[2].lower() not in sizes:
         raise ValueError(f"{text!r} is no amount: expected a number and one of {', '.join(units)}, such as {example}")
     amount = round(float(match[1]) * sizes[match[2].lower()])
@@ -105,110 +124,72 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
     return amount
 
 
-# The name in PEFT's method_comparison, and so in the records.
-_ACCURACY = "test accuracy"
+class Variant(NamedTuple):
+    """The part of a run's configuration that decides its accuracy; the placement and rank are those of an adapter."""
 
-Way = tuple[str, str | None, int | None, str | None]
-"""What decides on the accuracy: method, target modules, LoRA rank and norm."""
+    method: str
+    target_modules: str | None
+    lora_rank: int | None
+    norm: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evidence:
-    """What is known of one way to train."""
+class Evidence(NamedTuple):
+    """The accuracy of one variant in the records."""
 
     accuracy: float
     """The mean test accuracy of its runs."""
-
     runs: int
-    """How many there are."""
-
+    """The number of its runs."""
     advantage: float
-    """How much more that is than the mean of all runs on the same task, on average over its tasks: what can be
-    compared where ways were tried on different tasks."""
+    """Its accuracy minus the mean of all runs on the same task, averaged over tasks: comparable across tasks."""
 
 
-def on_backbone(records: Sequence[Record], backbone: str) -> list[Record]:
-    """The records of runs on this network."""
-    return [record for record in records if record.run_info.train_config["backbone"]["name"] == backbone]
-
-
-def evidence(records: Sequence[Record]) -> dict[Way, Evidence]:
-    """Returns what the records say of every way that was tried."""
-    tasks: dict[str, list[float]] = defaultdict(list)
-    ways: dict[Way, list[tuple[str, float]]] = defaultdict(list)
+def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
+    """Return the accuracy of each variant in the records."""
+    by_task: dict[str, list[float]] = defaultdict(list)
+    by_variant: dict[Variant, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
         config = record.run_info.train_config
         task = json.dumps([config["backbone"], config["data"]], sort_keys=True)
-        accuracy = record.train_info.metrics[-1][_ACCURACY]
-        tasks[task].append(accuracy)
-        ways[_way(config)].append((task, accuracy))
-    means = {task: statistics.fmean(accuracies) for task, accuracies in tasks.items()}
-    return {
-        way: Evidence(
-            accuracy=statistics.fmean(accuracy for _, accuracy in runs),
-            runs=len(runs),
-            advantage=_advantage(runs, means),
-        )
-        for way, runs in ways.items()
-    }
+        accuracy = record.train_info.metrics[-1]["test accuracy"]
+        by_task[task].append(accuracy)
+        by_variant[_variant(config)][task].append(accuracy)
+    means = {task: statistics.fmean(accuracies) for task, accuracies in by_task.items()}
+    known = {}
+    for variant, tasks in by_variant.items():
+        accuracies = [accuracy for of_task in tasks.values() for accuracy in of_task]
+        advantage = statistics.fmean(statistics.fmean(of_task) - means[task] for task, of_task in tasks.items())
+        known[variant] = Evidence(statistics.fmean(accuracies), len(accuracies), advantage)
+    return known
 
 
-def _advantage(runs: Sequence[tuple[str, float]], means: dict[str, float]) -> float:
-    own: dict[str, list[float]] = defaultdict(list)
-    for task, accuracy in runs:
-        own[task].append(accuracy)
-    return statistics.fmean(statistics.fmean(accuracies) - means[task] for task, accuracies in own.items())
+def _variant(config: dict[str, Any]) -> Variant:
+    from peft_edge.methods import METHODS
 
-
-def _way(config: dict[str, Any]) -> Way:
-    method = config["method"]
+    method, adapter = config["method"], config["adapter"]
     if method in METHODS and METHODS[method].section == "adapter":
-        targets = config["adapter"]["target_modules"]
-        return method, targets, config["adapter"]["r"], config["norm"]
-    return method, None, None, config["norm"]
-
-
-METHODS_TO_PLAN = ("head", "norm-affine", "lora", "lora-fa", "dora", "galore", "full")
-PLACEMENTS = ("all-conv", "dense", "project", "last-stage")
-LORA_RANKS = (4, 16)
-
-# Without change to the results first; then with the norms' statistics fixed, which may cost accuracy.
-_SETTINGS: tuple[tuple[str, Mapping[str, Any] | None], ...] = (
-    ("stats", None),
-    ("stats", {"masks": "bit"}),
-    ("frozen", {"inplace_norm": True, "masks": "bit"}),
-)
-# They train the norms, which then cannot be frozen.
-_TRAIN_NORMS = ("norm-affine", "galore", "full")
+        return Variant(method, adapter["target_modules"], adapter["r"], config["norm"])
+    return Variant(method, None, None, config["norm"])
 
 
 @dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """A way to train, and what a step of it costs."""
+class PlanOption:
+    """A variant in the setting that it needs, and the cost of a step."""
 
     method: str
     """A key of `METHODS`."""
-
     target_modules: str | None
-    """A layer role; None for a method without placement."""
-
+    """A layer role or a regular expression; None for a method without adapters."""
     lora_rank: int | None
-    """None for a method without."""
-
-    norm: str
-    """What BatchNorm does."""
-
-    lean: Mapping[str, Any] | None
-    """Options of `prepare_model_for_lean_training`; None where it is not needed."""
-
+    """The rank of the adapters; None for a method without adapters."""
+    setting: Setting
+    """The mildest setting that fits, or the most frugal one."""
     profile: StepProfile
     """The step."""
-
     excess: list[str]
-    """What of the budget it exceeds; empty if it fits."""
-
+    """The limits of the budget that it exceeds; none if it fits."""
     evidence: Evidence | None = None
-    """What the records say of its accuracy; None if nothing."""
+    """Its accuracy in the records; None if there are no runs of it."""
 
     @property
     def name(self) -> str:
@@ -219,20 +200,16 @@ class Candidate:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What fits a budget, and what does not."""
+    """The options that fit a budget, and those that do not."""
 
-    fitting: list[Candidate]
-    """Each in the mildest setting that fits, the most accurate first, as far as records tell; then those of which they
-    do not, from the most trained parameters to the fewest."""
-
-    exceeding: list[Candidate]
-    """Each in the most frugal setting; with higher ranks it takes more."""
-
+    fitting: list[PlanOption]
+    """Most accurate first, according to the records; then those without records, most trained parameters first."""
+    exceeding: list[PlanOption]
+    """Options that exceed the budget also in their most frugal setting; higher ranks exceed it by more."""
     records: int
-    """How many runs the order is based on."""
-
+    """The number of runs that the order is based on."""
     is_same_backbone: bool
-    """Whether these were of the same network, or of others."""
+    """Whether they were runs of this backbone; otherwise of others."""
 
 
 def find_plan(
@@ -247,47 +224,42 @@ def find_plan(
     optimizer: str = "adamw",
     records: Path | None = None,
 ) -> Plan:
-    """Analyses methods, placements and ranks by shapes alone, each in one setting after the other until it fits.
+    """Analyse methods, placements and ranks from shapes alone, each in one setting after the other until it fits.
 
-    The settings are: as it is; lean; lean, with the norms frozen and folded. A rank above one that does not fit is not
-    tried.
-
-    Args:
-        backbone: A timm model, with the head that is trained; left as it is.
-        budget: What a step and the saved update may take.
-        methods: Keys of `METHODS`.
-        target_modules: Placements of the adapters: layer roles or regular expressions.
-        lora_ranks: Ranks of the adapters.
-        batch_size: Images in the step.
-        image_size: Height and width in pixels.
-        optimizer: A key of `OPTIMIZERS`.
-        records: A folder with records of runs, to order what fits by their accuracy.
+    The settings are: not lean; lean; lean with frozen norms that work in place. Ranks above one that does not fit are
+    skipped. `backbone` is a timm model with the head that is trained, and is not changed. `methods` and `optimizer` are
+    keys of `METHODS` and `OPTIMIZERS`, and `target_modules` are layer roles or regular expressions. `records` is the
+    folder of records that order the options by accuracy.
 
     Raises:
-        ValueError: See `analyse`; or the folder holds no records.
+        ValueError: If `analyse` raises it, or the folder has no records.
     """
+    from tqdm.auto import tqdm
+
     found = [] if records is None else list(read_archive(records).finished.values())
-    same = on_backbone(found, getattr(backbone, "name_or_path", ""))
+    name = getattr(backbone, "name_or_path", "")
+    same = [record for record in found if record.run_info.train_config["backbone"]["name"] == name]
     known = evidence(same or found)
     step = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
     fitting, exceeding = [], []
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # With more layers, or a higher rank, a milder setting than before does not fit either.
+        # The setting that a placement needs. With more layers or a higher rank, a milder one does not fit either.
         needed: list[tuple[str, frozenset[str], int]] = []
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
-            setting = max((last for other, fewer, last in needed if other == method and fewer <= layers), default=0)
+            settings = [setting for setting in _SETTINGS if setting.norm != "frozen" or method not in _TRAIN_NORMS]
+            first = max((last for other, fewer, last in needed if other == method and fewer <= layers), default=0)
             for lora_rank in [None] if place is None else sorted(set(lora_ranks)):
-                candidate = _mildest(backbone, budget, method, place, lora_rank, _settings(method)[setting:], step)
-                setting = _settings(method).index((candidate.norm, candidate.lean))
+                option = _mildest(backbone, budget, method, place, lora_rank, settings[first:], step)
+                first = settings.index(option.setting)
                 if lora_rank in (None, min(lora_ranks)):
-                    needed.append((method, layers, setting))
-                if candidate.excess:
-                    exceeding.append(candidate)
+                    needed.append((method, layers, first))
+                if option.excess:
+                    exceeding.append(option)
                     break
-                way = (method, place, lora_rank, candidate.norm)
-                fitting.append(replace(candidate, evidence=known.get(way)))
+                variant = Variant(method, place, lora_rank, option.setting.norm)
+                fitting.append(replace(option, evidence=known.get(variant)))
     return Plan(
         fitting=sorted(fitting, key=_order),
         exceeding=exceeding,
@@ -299,22 +271,18 @@ def find_plan(
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """The placements that differ on this network, with their layers and the smallest first.
+    """The placements that differ on this backbone and their layers, smallest first; one None if not an adapter."""
+    from peft_edge.methods import find_method
+    from peft_edge.roles import ROLES, modules_with_role
 
-    One without a name for a method that has none.
-    """
     if find_method(method).section != "adapter":
         return [(None, frozenset())]
-    # An expression is not resolved, and compared with nothing.
+    # A regular expression is not resolved, so it is compared with no other placement.
     layers = {
         name: frozenset(modules_with_role(backbone, name) if name in ROLES else [name]) for name in target_modules
     }
     distinct = {modules: name for name, modules in reversed(layers.items()) if modules}
     return [(name, modules) for modules, name in sorted(distinct.items(), key=lambda entry: len(entry[0]))]
-
-
-def _settings(method: str) -> Sequence[tuple[str, Mapping[str, Any] | None]]:
-    return [setting for setting in _SETTINGS if method not in _TRAIN_NORMS or setting[0] != "frozen"]
 
 
 def _mildest(
@@ -323,66 +291,61 @@ def _mildest(
     method: str,
     place: str | None,
     lora_rank: int | None,
-    settings: Sequence[tuple[str, Mapping[str, Any] | None]],
+    settings: Sequence[Setting],
     step: Mapping[str, Any],
-) -> Candidate:
+) -> PlanOption:
     """The first setting that fits, or else the last."""
-    for norm, lean in settings:
-        adapter = {"norm": norm} if place is None else {"norm": norm, "target_modules": place}
-        profile = analyse(backbone, method, lora_rank=lora_rank, adapter=adapter, lean=lean, **step).profile[0]
+    from peft_edge.profiling import analysis
+
+    for setting in settings:
+        adapter = {"norm": setting.norm} if place is None else {"norm": setting.norm, "target_modules": place}
+        cost = analysis.analyse(backbone, method, lora_rank=lora_rank, adapter=adapter, lean=setting.lean, **step)
+        profile = cost.profile[0]
         excess = budget.excess(profile)
         if not excess:
             break
-    return Candidate(
-        method=method,
-        target_modules=place,
-        lora_rank=lora_rank,
-        norm=norm,
-        lean=lean,
-        profile=profile,
-        excess=excess,
+    return PlanOption(
+        method=method, target_modules=place, lora_rank=lora_rank, setting=setting, profile=profile, excess=excess
     )
 
 
-def _order(candidate: Candidate) -> tuple[bool, float, int]:
-    known, trained = candidate.evidence, candidate.profile.num_trainable_params or 0
+def _order(option: PlanOption) -> tuple[bool, float, int]:
+    known, trained = option.evidence, option.profile.num_trainable_params or 0
     return known is None, 0.0 if known is None else -known.advantage, -trained
 
 
 def plan_table(plan: Plan) -> str:
-    """Returns what fits, a line for each, on what its order is based, and why the others do not fit."""
-    parts = [_order_of(plan)] if plan.fitting else ["nothing fits"]
-    if plan.fitting:
-        parts.append(_table(plan))
+    """Return the options that fit as a table, the reason for its order, and why the others do not fit."""
+    parts = [_reason_for_order(plan), _fitting_table(plan)] if plan.fitting else ["nothing fits"]
     if plan.exceeding:
-        lines = [
-            f"  {candidate.name} ({_setting(candidate)}): {'; '.join(candidate.excess)}" for candidate in plan.exceeding
-        ]
+        lines = [f"  {option.name} ({option.setting}): {'; '.join(option.excess)}" for option in plan.exceeding]
         parts.append("\n".join(["these do not fit, nor with a higher rank, in the most frugal setting", *lines]))
     return "\n\n".join(parts)
 
 
-def _order_of(plan: Plan) -> str:
-    what = "these fit, each in the mildest setting that does"
-    if any(candidate.evidence is not None for candidate in plan.fitting):
-        where = "this backbone" if plan.is_same_backbone else "other backbones"
-        return (
-            f"{what}; the most accurate first, by {plan.records} runs on {where}, and those without accuracy by the "
-            "number of trained parameters"
-        )
-    return f"{what}; nothing is known of their accuracy, so they are ordered by the number of trained parameters"
+def _reason_for_order(plan: Plan) -> str:
+    text = "these fit, each in the mildest setting that does"
+    if all(option.evidence is None for option in plan.fitting):
+        return f"{text}; nothing is known of their accuracy, so most trained parameters come first"
+    where = "this backbone" if plan.is_same_backbone else "other backbones"
+    return (
+        f"{text}; the most accurate first, by {plan.records} runs on {where}, then those without runs, most trained "
+        "parameters first"
+    )
 
 
-def _table(plan: Plan) -> str:
+def _fitting_table(plan: Plan) -> str:
+    from peft_edge.profiling.tables import text_table
+
     rows = [["", "", "", "MiB", "GFLOP", "KiB", "k", "test"]]
     rows.append(["", "norm", "lean", "peak", "a step", "saved", "trained", "accuracy"])
-    for candidate in plan.fitting:
-        profile, known = candidate.profile, candidate.evidence
+    for option in plan.fitting:
+        profile, known = option.profile, option.evidence
         rows.append(
             [
-                candidate.name,
-                candidate.norm,
-                _lean(candidate),
+                option.name,
+                option.setting.norm,
+                option.setting.lean_text,
                 f"{(profile.memory_peak_bytes or 0) / 2**20:,.1f}",
                 f"{step_flops(profile) / 1e9:,.2f}",
                 f"{(profile.adapter_bytes or 0) / 2**10:,.1f}",
@@ -391,13 +354,3 @@ def _table(plan: Plan) -> str:
             ]
         )
     return text_table(rows)
-
-
-def _setting(candidate: Candidate) -> str:
-    return f"norm {candidate.norm}, lean {_lean(candidate)}"
-
-
-def _lean(candidate: Candidate) -> str:
-    if candidate.lean is None:
-        return "off"
-    return f"{candidate.lean['masks']} masks{', folded norms' if candidate.lean.get('inplace_norm') else ''}"

@@ -239,4 +239,77 @@ def test_private_method_of_peft_exists(path: str, method: str, reason: str) -> N
 # --- profiling: dispatch modes, pytrees, autograd's graph -------------------------------------------------------------
 
 
+def test_a_dispatch_mode_sees_the_operators_of_both_passes() -> None:
+    class Log(_compat.DispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            names.append(func.overloadpacket.__name__)
+            return func(*args, **(kwargs or {}))
+
+    names: list[str] = []
+    with Log():
+        torch.ones(2, requires_grad=True).exp().sum().backward()
+    assert names.index("exp") < names.index("sum") < names.index("mul")
+
+
+def test_fake_tensors_have_shapes_and_refuse_values() -> None:
+    with _compat.FakeMode(allow_non_fake_inputs=True) as mode:
+        product = mode.from_tensor(torch.ones(3, 4), static_shapes=True) @ torch.ones(4, 2)
+        assert product.shape == (3, 2)
+        with pytest.raises(_compat.FakeValueError):
+            product.sum().item()
+
+
+def test_containers_of_tensors_are_walked() -> None:
+    nested = {"a": [torch.ones(1), 2], "b": (torch.ones(3),)}
+    assert [type(leaf) for leaf in _compat.leaves(nested)] == [torch.Tensor, int, torch.Tensor]
+    doubled = _compat.map_only(torch.Tensor, lambda tensor: 2 * tensor, nested)
+    assert (doubled["a"][0].item(), doubled["a"][1]) == (2, 2)
+
+
+def test_a_raw_formula_gets_tensors() -> None:
+    def formula(*arguments, out_val=None):
+        return isinstance(arguments[0], torch.Tensor) and 7
+
+    setattr(formula, _compat.RAW_FORMULA, True)
+    with FlopCounterMode(display=False, custom_mapping={torch.ops.aten.exp: formula}) as counter:
+        torch.ones(2).exp()
+    assert counter.get_total_flops() == 7
+
+
+def test_nodes_are_numbered_in_the_order_of_creation_and_known_in_the_backward_pass() -> None:
+    seen: list[tuple[int, int]] = []
+
+    class Probe(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx, gradient):
+            seen.append((_compat.backward_pass_id(), _compat.node_number(_compat.current_node())))
+            return gradient
+
+    x = Probe.apply(torch.ones(2, requires_grad=True))
+    first = _compat.last_node_number()
+    y = Probe.apply(x)
+    second = _compat.last_node_number()
+    assert (_compat.backward_pass_id(), _compat.current_node()) == (-1, None)
+    y.sum().backward()
+    assert [number for _, number in seen] == [second, first]
+    assert all(backward_pass >= 0 for backward_pass, _ in seen)
+    assert first < second
+
+
+def test_operator_names_include_operators_that_were_not_used() -> None:
+    names = _compat.operator_names()
+    assert {"aten::add.Tensor", "aten::_fused_adamw_"} <= set(names)
+
+
+def test_parts_of_a_sparse_gradient_with_repeated_indices_are_read() -> None:
+    layer = nn.Embedding(10, 4, sparse=True)
+    layer(torch.tensor([3, 3])).sum().backward()
+    indices, values = _compat.sparse_parts(layer.weight.grad)
+    assert (indices.tolist(), values.shape) == ([[3, 3]], (2, 4))
+
+
 # --- the rest: data, training, hub, export, study ---------------------------------------------------------------------

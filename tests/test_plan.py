@@ -10,21 +10,22 @@ import pytest
 import torch
 from torch import nn
 
-from peft_edge import plan
 from peft_edge.backbones import load_backbone
 from peft_edge.plan import (
     Budget,
-    Candidate,
     Evidence,
     Plan,
+    PlanOption,
+    Setting,
+    Variant,
     evidence,
     find_plan,
-    on_backbone,
     parse_bytes,
     parse_flops,
     plan_table,
     step_flops,
 )
+from peft_edge.profiling import analysis
 from peft_edge.profiling.analysis import classification_loss, prepare_step
 from peft_edge.profiling.memory import track_memory
 from peft_edge.records import Record, StepProfile
@@ -44,28 +45,28 @@ PROFILE = StepProfile(
     ("text", "amount"),
     [("256MiB", 256 * 2**20), ("1.5 GB", 1_500_000_000), ("200kib", 204_800), ("512B", 512), (" 2 GiB ", 2**31)],
 )
-def test_bytes_have_units(text: str, amount: int) -> None:
+def test_parse_bytes_reads_units(text: str, amount: int) -> None:
     assert parse_bytes(text) == amount
 
 
 @pytest.mark.parametrize(("text", "amount"), [("3GFLOP", 3 * 10**9), ("0.5 TFLOP", 5 * 10**11), ("7mflop", 7 * 10**6)])
-def test_arithmetic_has_units(text: str, amount: int) -> None:
+def test_parse_flops_reads_units(text: str, amount: int) -> None:
     assert parse_flops(text) == amount
 
 
 @pytest.mark.parametrize("text", ["256", "MiB", "256 MFLOP", "-1MiB", "1e3MiB", "1,000 B", ""])
-def test_what_is_no_amount_is_named_with_an_example(text: str) -> None:
+def test_wrong_amount_raises_with_an_example(text: str) -> None:
     with pytest.raises(ValueError, match=r"is no amount: expected a number and one of B, .*, such as 256MiB"):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["0MiB", "0.4B"])
-def test_nothing_is_no_budget(text: str) -> None:
+def test_amount_of_zero_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="is nothing: expected more, such as 256MiB"):
         parse_bytes(text)
 
 
-def test_what_is_exceeded_is_said_with_by_how_much() -> None:
+def test_excess_lists_each_limit_and_the_difference() -> None:
     assert step_flops(PROFILE) == 3_300_000_000
     assert Budget().excess(PROFILE) == []
     tight = Budget(memory_bytes=parse_bytes("256MiB"), flops=parse_flops("3GFLOP"), adapter_bytes=2**17)
@@ -73,7 +74,7 @@ def test_what_is_exceeded_is_said_with_by_how_much() -> None:
     assert str(tight) == "at most memory 256 MiB, arithmetic 3 GFLOP, saved update 128 KiB"
 
 
-def test_exactly_the_budget_fits() -> None:
+def test_step_of_exactly_the_budget_fits() -> None:
     assert Budget(memory_bytes=300 * 2**20).excess(PROFILE) == []
     assert Budget(memory_bytes=300 * 2**20 - 1).excess(PROFILE) != []
 
@@ -81,11 +82,11 @@ def test_exactly_the_budget_fits() -> None:
 MakeRecord = Callable[..., Record]
 
 
-LORA, HEAD = ("lora", "dense", 4, "stats"), ("head", None, None, "stats")
+LORA, HEAD = Variant("lora", "dense", 4, "stats"), Variant("head", None, None, "stats")
 
 
-def test_ways_are_compared_on_the_same_task(record: MakeRecord) -> None:
-    # LoRA is better on either task, and was tried more often on the hard one.
+def test_variants_are_compared_on_the_same_task(record: MakeRecord) -> None:
+    # LoRA is better on both tasks, but has more runs on the hard one.
     runs = [record("lora", 0.9), record("head", 0.8), record("head", 0.8)]
     runs += [record("lora", accuracy, task="hard") for accuracy in (0.3, 0.4)] + [record("head", 0.1, task="hard")]
     known = evidence(runs)
@@ -97,29 +98,24 @@ def test_ways_are_compared_on_the_same_task(record: MakeRecord) -> None:
     assert known[LORA].advantage > known[HEAD].advantage
 
 
-def test_records_of_a_backbone(record: MakeRecord) -> None:
-    runs = [record("lora", 0.9), record("lora", 0.8, backbone="other")]
-    assert on_backbone(runs, "other") == runs[1:]
-
-
 MIB = 2**20
 
 
-def measured_bytes(backbone: nn.Module, candidate: Candidate, *, batch_size: int, image_size: int) -> int:
-    """The peak of a real step."""
-    place = {} if candidate.target_modules is None else {"target_modules": candidate.target_modules}
+def measured_bytes(backbone: nn.Module, option: PlanOption, *, batch_size: int, image_size: int) -> int:
+    """Return the peak of a real step."""
+    place = {} if option.target_modules is None else {"target_modules": option.target_modules}
     model, optimizer = prepare_step(
         backbone,
-        candidate.method,
-        lora_rank=candidate.lora_rank,
-        adapter={"norm": candidate.norm, **place},
-        lean=candidate.lean,
+        option.method,
+        lora_rank=option.lora_rank,
+        adapter={"norm": option.setting.norm, **place},
+        lean=option.setting.lean,
     )
     images = torch.randn(batch_size, 3, image_size, image_size)
     return track_memory(model, images, optimizer=optimizer, loss_fn=classification_loss).peak_bytes
 
 
-def test_what_fits_is_measured_to_fit() -> None:
+def test_options_that_fit_have_that_peak_in_a_real_step() -> None:
     backbone, step = load_backbone("test_efficientnet", 10), {"batch_size": 4, "image_size": 96}
     plan = find_plan(
         backbone,
@@ -129,27 +125,27 @@ def test_what_fits_is_measured_to_fit() -> None:
         lora_ranks=[4],
         **step,
     )
-    assert {(candidate.method, candidate.norm, candidate.lean is not None) for candidate in plan.fitting} == {
+    assert {(option.method, option.setting.norm, option.setting.lean is not None) for option in plan.fitting} == {
         ("head", "stats", False),
         ("lora-fa", "stats", True),
         ("lora", "frozen", True),
     }
-    assert [candidate.name for candidate in plan.exceeding] == ["lora, all-conv, rank 4", "lora-fa, all-conv, rank 4"]
-    for candidate in plan.fitting:
-        real = measured_bytes(load_backbone("test_efficientnet", 10), candidate, **step)
-        assert real == candidate.profile.memory_peak_bytes <= 4 * MIB
+    assert [option.name for option in plan.exceeding] == ["lora, all-conv, rank 4", "lora-fa, all-conv, rank 4"]
+    for option in plan.fitting:
+        real = measured_bytes(load_backbone("test_efficientnet", 10), option, **step)
+        assert real == option.profile.memory_peak_bytes <= 4 * MIB
 
 
 @pytest.mark.slow
-def test_ten_of_what_fits_a_large_step_are_measured_to_fit() -> None:
+def test_ten_options_of_a_large_step_have_that_peak_in_a_real_step() -> None:
     plan = find_plan(load_backbone("mobilenetv2_100", 10), Budget(memory_bytes=256 * MIB))
-    for candidate in random.sample(plan.fitting, 10):
-        real = measured_bytes(load_backbone("mobilenetv2_100", 10), candidate, batch_size=16, image_size=224)
-        assert real == candidate.profile.memory_peak_bytes <= 256 * MIB, candidate.name
+    for option in random.sample(plan.fitting, 10):
+        real = measured_bytes(load_backbone("mobilenetv2_100", 10), option, batch_size=16, image_size=224)
+        assert real == option.profile.memory_peak_bytes <= 256 * MIB, option.name
 
 
 class Costs:
-    """In the place of an analysis: memory from a formula, and a list of what was asked."""
+    """Stands in for `analyse`: computes the memory by a formula, and lists the calls."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []
@@ -171,13 +167,11 @@ class Costs:
 @pytest.fixture
 def costs(monkeypatch: pytest.MonkeyPatch) -> Costs:
     costs = Costs()
-    monkeypatch.setattr(plan, "analyse", costs)
+    monkeypatch.setattr(analysis, "analyse", costs)
     return costs
 
 
-def test_each_gets_the_mildest_setting_that_fits_and_nothing_is_tried_in_vain(
-    tiny_backbone: nn.Module, costs: Costs
-) -> None:
+def test_each_option_has_the_mildest_setting_that_fits(tiny_backbone: nn.Module, costs: Costs) -> None:
     plan = find_plan(
         tiny_backbone,
         Budget(memory_bytes=24 * MIB),
@@ -185,7 +179,7 @@ def test_each_gets_the_mildest_setting_that_fits_and_nothing_is_tried_in_vain(
         target_modules=["all-conv", "dense", "project"],
         lora_ranks=[8, 2],
     )
-    found = {candidate.name: (candidate.norm, candidate.lean is not None) for candidate in plan.fitting}
+    found = {option.name: (option.setting.norm, option.setting.lean is not None) for option in plan.fitting}
     assert found == {
         "head": ("stats", False),
         "lora, project, rank 2": ("stats", False),
@@ -193,13 +187,13 @@ def test_each_gets_the_mildest_setting_that_fits_and_nothing_is_tried_in_vain(
         "lora, dense, rank 2": ("stats", True),
         "lora, dense, rank 8": ("frozen", True),
     }
-    # By what is trained: nothing is known of their accuracy.
-    assert [candidate.name for candidate in plan.fitting][::4] == ["lora, dense, rank 8", "head"]
-    assert [(candidate.name, candidate.excess) for candidate in plan.exceeding] == [
+    # No accuracy is known, so most trained parameters come first.
+    assert [option.name for option in plan.fitting][::4] == ["lora, dense, rank 8", "head"]
+    assert [(option.name, option.excess) for option in plan.exceeding] == [
         ("lora, all-conv, rank 2", ["memory 27.0 MiB, 3.0 over"])
     ]
     asked = [entry[1:] for entry in costs.asked if entry[0] == "lora"]
-    # From what a part of the layers, or a lower rank, needed.
+    # The search starts from the setting that a part of the layers, or a lower rank, needed.
     assert asked == [
         ("project", 2, "stats", False),
         ("project", 8, "stats", False),
@@ -213,30 +207,42 @@ def test_each_gets_the_mildest_setting_that_fits_and_nothing_is_tried_in_vain(
     ]
 
 
-def test_norms_that_are_trained_are_not_frozen(tiny_backbone: nn.Module, costs: Costs) -> None:
+def test_methods_that_train_norms_never_freeze_them(tiny_backbone: nn.Module, costs: Costs) -> None:
     plan = find_plan(tiny_backbone, Budget(memory_bytes=0), methods=["full", "norm-affine", "galore"])
     assert {entry[3] for entry in costs.asked} == {"stats"}
-    assert [candidate.name for candidate in plan.exceeding] == ["full", "norm-affine", "galore"]
+    assert [option.name for option in plan.exceeding] == ["full", "norm-affine", "galore"]
 
 
-def test_placements_of_the_same_layers_are_one(costs: Costs) -> None:
+def test_placements_with_the_same_layers_are_tried_once(costs: Costs) -> None:
     resnet = load_backbone("resnet10t")
     plan = find_plan(
         resnet, Budget(), methods=["lora"], target_modules=["dense", "all-conv", "depthwise"], lora_ranks=[4]
     )
-    assert [candidate.name for candidate in plan.fitting] == ["lora, dense, rank 4"]
+    assert [option.name for option in plan.fitting] == ["lora, dense, rank 4"]
 
 
-def test_what_records_know_comes_first(
+def test_options_with_records_come_first(
     tiny_backbone: nn.Module, costs: Costs, record: Callable[..., Record], tmp_path: Path
 ) -> None:
     (tmp_path / "head.json").write_text(record("head", 0.7).to_json(), encoding="utf-8")
     ways = {"methods": ["head", "lora"], "target_modules": ["dense"], "lora_ranks": [2, 8]}
     plan = find_plan(tiny_backbone, Budget(), **ways, records=tmp_path)
-    assert [candidate.name for candidate in plan.fitting] == ["head", "lora, dense, rank 8", "lora, dense, rank 2"]
+    assert [option.name for option in plan.fitting] == ["head", "lora, dense, rank 8", "lora, dense, rank 2"]
     assert plan.fitting[0].evidence is not None
     assert plan.fitting[0].evidence.accuracy == 0.7
     assert (plan.records, plan.is_same_backbone) == (1, False)
+
+
+def test_runs_of_other_backbones_are_ignored_if_there_are_runs_of_this_one(
+    tiny_backbone: nn.Module, costs: Costs, record: Callable[..., Record], tmp_path: Path
+) -> None:
+    tiny_backbone.name_or_path = "tiny"
+    runs = {"other": record("head", 0.9), "same": record("head", 0.7, backbone="tiny")}
+    for name, run in runs.items():
+        (tmp_path / f"{name}.json").write_text(run.to_json(), encoding="utf-8")
+    plan = find_plan(tiny_backbone, Budget(), methods=["head"], records=tmp_path)
+    assert plan.fitting[0].evidence == Evidence(accuracy=0.7, runs=1, advantage=0.0)
+    assert (plan.records, plan.is_same_backbone) == (1, True)
 
 
 TABLE_PROFILE = StepProfile(
@@ -248,40 +254,44 @@ TABLE_PROFILE = StepProfile(
     memory_peak_bytes=200 * 2**20,
     adapter_bytes=2**16,
 )
-TABLE_HEAD = Candidate(
-    method="head", target_modules=None, lora_rank=None, norm="stats", lean=None, profile=TABLE_PROFILE, excess=[]
+TABLE_HEAD = PlanOption(
+    method="head",
+    target_modules=None,
+    lora_rank=None,
+    setting=Setting("stats", None),
+    profile=TABLE_PROFILE,
+    excess=[],
 )
-TABLE_LORA = Candidate(
+TABLE_LORA = PlanOption(
     method="lora",
     target_modules="dense",
     lora_rank=4,
-    norm="frozen",
-    lean={"inplace_norm": True, "masks": "bit"},
+    setting=Setting("frozen", {"inplace_norm": True, "masks": "bit"}),
     profile=TABLE_PROFILE,
     excess=["memory 200.0 MiB, 8.0 over", "saved update 64.0 KiB, 4.0 over"],
     evidence=Evidence(accuracy=0.75, runs=3, advantage=0.1),
 )
 
 
-def test_a_line_for_what_fits_and_one_with_reasons_for_what_does_not() -> None:
+def test_table_has_a_line_for_each_option_and_reasons_for_the_others() -> None:
     lines = plan_table(
         Plan(fitting=[TABLE_HEAD], exceeding=[TABLE_LORA], records=0, is_same_backbone=False)
     ).splitlines()
     assert "nothing is known of their accuracy" in lines[0]
     assert lines[4].split() == ["head", "stats", "off", "200.0", "1.01", "64.0", "12.8", "-"]
     assert lines[-1] == (
-        "  lora, dense, rank 4 (norm frozen, lean bit masks, folded norms): memory 200.0 MiB, 8.0 over; "
+        "  lora, dense, rank 4 (norm frozen, lean bit masks, in-place norms): memory 200.0 MiB, 8.0 over; "
         "saved update 64.0 KiB, 4.0 over"
     )
 
 
-def test_the_order_is_explained_where_accuracies_are_known() -> None:
+def test_table_explains_the_order_by_accuracy() -> None:
     plan = Plan(fitting=[TABLE_LORA, TABLE_HEAD], exceeding=[], records=3, is_same_backbone=True)
     lines = plan_table(plan).splitlines()
     assert "the most accurate first, by 3 runs on this backbone" in lines[0]
     assert lines[4].endswith("0.750 (3)")
 
 
-def test_that_nothing_fits_is_said() -> None:
+def test_table_says_that_nothing_fits() -> None:
     table = plan_table(Plan(fitting=[], exceeding=[TABLE_LORA], records=0, is_same_backbone=False))
     assert table.startswith("nothing fits\n\nthese do not fit")

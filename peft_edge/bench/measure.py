@@ -1,7 +1,4 @@
-"""What is compared: ways to train a network, ours and those of other packages.
-
-The measuring: every contender once in every round, so that all see the same machine.
-"""
+"""The contenders, ours and those of other packages, and the measurement: each takes one step in every round."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import copy
 import gc
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import partial
@@ -31,35 +28,37 @@ from peft_edge.records import StepProfile, load_average, package_info, system_in
 from peft_edge.roles import modules_with_role
 
 Step = tuple[nn.Module, Optimizer | None]
+Build = Callable[[nn.Module, int], Step]
 
-FOLDED = {"inplace_norm": True, "masks": "bit"}
-"""The lean form of a network whose BatchNorm layers are frozen."""
+LEAN = {"inplace_norm": True, "masks": "bit"}
+"""The lean form of a network with frozen BatchNorm."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train a network. All train the head, but for `inference`."""
+    """One way to train a network. All train the head, except `inference`."""
 
     label: str
-    """What it is called in tables."""
+    """Its name in tables."""
+    build: Build
+    """Turns a timm model, in place, and a LoRA rank into the model in the mode that it runs in, and its optimizer.
 
-    build: Callable[[nn.Module, int], Step]
-    """From a timm model, changed in place, and a LoRA rank to the model in the mode that it runs in and its optimizer.
-
-    Its first output is the timm model's. It may raise what it will where it cannot be built.
+    The output of the built model must equal that of the timm model. Any exception means that it cannot be built.
     """
 
 
-def _full(model: nn.Module, lora_rank: int) -> Step:
-    return _in_its_format(*prepare_step(model, None))
+def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
+    """Train the parameters that require a gradient, or PEFT's adapter."""
+    model, optimizer = prepare_step(model, config)
+    return model.to(memory_format=training_memory_format(model)), optimizer
 
 
 def _inference(model: nn.Module, lora_rank: int) -> Step:
-    # Without anything to train, autograd keeps nothing.
-    return _in_its_format(model.requires_grad_(False).eval(), None)
+    # Autograd keeps nothing if nothing is trained.
+    return model.requires_grad_(False).eval().to(memory_format=training_memory_format(model)), None
 
 
-def _peft(model: nn.Module, lora_rank: int, **options: Any) -> Step:
+def _peft(model: nn.Module, lora_rank: int, **options: bool) -> Step:
     config = LoraConfig(
         r=lora_rank,
         lora_alpha=2 * lora_rank,
@@ -67,7 +66,7 @@ def _peft(model: nn.Module, lora_rank: int, **options: Any) -> Step:
         modules_to_save=head_names(model),
         **options,
     )
-    return _in_its_format(*prepare_step(model, config))
+    return _train(model, lora_rank, config)
 
 
 def _lycoris(model: nn.Module, lora_rank: int) -> Step:
@@ -75,10 +74,10 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
     for name, conv in _frozen_dense_convolutions(model):
         adapter = LoConModule(name, conv, lora_dim=lora_rank, alpha=2 * lora_rank)
-        # It takes the place of the convolution's forward, and the model must hold it to be trained.
+        # This replaces the forward of the convolution; the model must hold the adapter to train it.
         adapter.apply_to()
         model.add_module(f"lycoris_{name.replace('.', '_')}", adapter)
-    return _in_its_format(*prepare_step(model, None))
+    return _train(model, lora_rank)
 
 
 def _loralib(model: nn.Module, lora_rank: int) -> Step:
@@ -86,27 +85,16 @@ def _loralib(model: nn.Module, lora_rank: int) -> Step:
 
     for name, conv in _frozen_dense_convolutions(model):
         if type(conv) is not nn.Conv2d or len({*conv.kernel_size}) != 1:
-            raise ValueError(f"it has plain convolutions with square kernels only, and {name} is {conv}")
-        layer = Conv2d(
-            conv.in_channels,
-            conv.out_channels,
-            conv.kernel_size[0],
-            r=lora_rank,
-            lora_alpha=2 * lora_rank,
-            merge_weights=False,
-            stride=conv.stride,
-            padding=conv.padding,
-            dilation=conv.dilation,
-            bias=conv.bias is not None,
-            padding_mode=conv.padding_mode,
-        )
-        # It makes a convolution of its own.
+            raise ValueError(f"loralib has only plain convolutions with square kernels, and {name} is {conv}")
+        sizes = conv.in_channels, conv.out_channels, conv.kernel_size[0]
+        layer = Conv2d(*sizes, r=lora_rank, lora_alpha=2 * lora_rank, merge_weights=False)
+        # The layer has created a convolution.
         layer.conv = conv
         model.set_submodule(name, layer)
-    return _in_its_format(*prepare_step(model, None))
+    return _train(model, lora_rank)
 
 
-def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, Any]]:
+def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     names = modules_with_role(model, "dense")
     model.requires_grad_(False)
     for name in head_names(model):
@@ -115,11 +103,7 @@ def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, Any]]:
         yield name, model.get_submodule(name)
 
 
-def _in_its_format(model: nn.Module, optimizer: Optimizer | None) -> Step:
-    return model.to(memory_format=training_memory_format(model)), optimizer
-
-
-def _ours(method: str, *, lean: dict[str, Any] | None = FOLDED, norm: str = "frozen", **adapter: str) -> Any:
+def _ours(method: str, *, lean: Mapping[str, object] | None = LEAN, norm: str = "frozen", **adapter: str) -> Build:
     def build(model: nn.Module, lora_rank: int) -> Step:
         return prepare_step(model, method, lora_rank=lora_rank, adapter={"norm": norm, **adapter}, lean=lean)
 
@@ -130,38 +114,33 @@ def _galore(model: nn.Module, lora_rank: int) -> Step:
     return prepare_step(model, "galore", adapter={"rank": lora_rank})
 
 
+_lora_dense = partial(_ours, "lora", target_modules="dense")
+
 REFERENCE = "full"
-"""What the others' time is a multiple of."""
+"""The contender that the others' times are divided by."""
 
 CONTENDERS: dict[str, Contender] = {
-    REFERENCE: Contender("full fine-tuning", _full),
+    REFERENCE: Contender("full fine-tuning", _train),
     "inference": Contender("plain inference", _inference),
     "peft-lora": Contender("PEFT LoRA, dense", _peft),
     "peft-dora": Contender("PEFT DoRA, dense", partial(_peft, use_dora=True)),
     "lycoris-locon": Contender("LyCORIS LoCon, dense", _lycoris),
     "loralib": Contender("loralib ConvLoRA, dense", _loralib),
-    "lora-plain": Contender("our LoRA, dense, not lean", _ours("lora", target_modules="dense", lean=None)),
-    "lora-dense": Contender("our LoRA, dense", _ours("lora", target_modules="dense")),
-    "lora-byte": Contender(
-        "our LoRA, dense, byte masks", _ours("lora", target_modules="dense", lean={**FOLDED, "masks": "byte"})
-    ),
-    "lora-recompute": Contender(
-        "our LoRA, dense, recompute", _ours("lora", target_modules="dense", lean={**FOLDED, "recompute": True})
-    ),
-    "lora-stats": Contender(
-        "our LoRA, dense, norm=stats", _ours("lora", target_modules="dense", norm="stats", lean={"masks": "bit"})
-    ),
+    "lora-plain": Contender("our LoRA, dense, not lean", _lora_dense(lean=None)),
+    "lora-dense": Contender("our LoRA, dense", _lora_dense()),
+    "lora-byte": Contender("our LoRA, dense, byte masks", _lora_dense(lean={**LEAN, "masks": "byte"})),
+    "lora-recompute": Contender("our LoRA, dense, recompute", _lora_dense(lean={**LEAN, "recompute": True})),
+    "lora-stats": Contender("our LoRA, dense, norm=stats", _lora_dense(norm="stats", lean={"masks": "bit"})),
     "lora-all-conv": Contender("our LoRA, all convolutions", _ours("lora", target_modules="all-conv")),
     "lora-project": Contender("our LoRA, project", _ours("lora", target_modules="project")),
     "lora-fa-project": Contender("our LoRA-FA, project", _ours("lora-fa", target_modules="project")),
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
     "galore": Contender("our GaLore, dense", _galore),
 }
-"""By name. Where nothing else is said, ours are lean, with frozen BatchNorm, folded."""
-
+"""By name. Unless the label says otherwise, ours are lean, with frozen BatchNorm that works in place."""
 
 _PEERS = ("lycoris-lora", "loralib")
-# Of the largest logit: rounding, through some fifty layers, in another order.
+# Relative to the largest logit: rounding in another order, through about fifty layers.
 _TOLERANCE = 1e-3
 
 
@@ -176,30 +155,22 @@ def run_bench(
     rounds: int = 7,
     threads: int = 1,
 ) -> BenchRecord:
-    """Measures training steps of several contenders on one network, with random images and the CPU.
+    """Measure training steps of several contenders on one network, with random images, on the CPU.
 
-    Memory and FLOPs are those of a step that is not timed. Then come rounds, in each of which every contender takes one
-    step, in an order that turns round from one to the next. All models are there at once, which is little beside what
-    one step takes, and memory is counted for each model alone.
+    `backbone` is the name of a timm model, whose weights are then random, or the folder of a saved model. `contenders`
+    are keys of `CONTENDERS`; the reference is always measured.
 
-    Args:
-        backbone: A timm model name, or the folder of a saved model; weights of a name are random.
-        contenders: Keys of `CONTENDERS`; the reference is measured in any case.
-        num_classes: Outputs of the head.
-        batch_size: Images in the step.
-        image_size: Height and width in pixels.
-        lora_rank: Rank of the adapters.
-        rounds: Timed steps of each contender.
-        threads: Of the CPU.
+    Memory and FLOPs come from a step that is not timed. Then each contender takes one step a round, in an order that
+    is reversed from round to round. All models exist at the same time; memory is counted for each model alone.
 
     Raises:
-        ValueError: The network is unknown, or cannot be trained on such images. What other contenders raise, and
-            whether they compute something else than the network, is said in their rows.
+        ValueError: If the network is unknown, or cannot be trained on such images. A contender that fails, or whose
+            output differs from the network's, has the reason in its row.
     """
     created_at, started, load = datetime.now(timezone.utc), time.perf_counter(), load_average()
     network, images = load_backbone(backbone, num_classes), torch.randn(batch_size, 3, image_size, image_size)
     try:
-        # Frozen norms need statistics that keep a network of random weights from fading away or overflowing.
+        # Without estimated statistics, frozen norms would let the maps of random weights vanish or overflow.
         update_bn([images], network)
     except RuntimeError as error:
         raise ValueError(f"{backbone} cannot be trained on images of {image_size} px: {error}") from error
@@ -232,23 +203,56 @@ def run_bench(
     )
 
 
+def _measure(
+    rows: dict[str, BenchRow], network: nn.Module, images: Tensor, lora_rank: int, rounds: int, bar: tqdm[Any]
+) -> None:
+    running: dict[str, _Steps] = {}
+    for name, row in rows.items():
+        bar.set_description(f"counting {name}")
+        try:
+            steps = _Steps(CONTENDERS[name], network, images, lora_rank)
+            row.profile = steps.count()
+            running[name] = steps
+        except Exception as error:
+            # Other packages may raise any exception.
+            row.error = " ".join(str(error).split()) or type(error).__name__
+            if name == REFERENCE:
+                raise
+        bar.update()
+    for number in range(rounds):
+        bar.set_description(f"round {number + 1} of {rounds}")
+        for name in list(running) if number % 2 == 0 else list(reversed(running)):
+            # Otherwise garbage is collected during a timed step.
+            gc.collect()
+            rows[name].rounds.append(running[name].time())
+            bar.update()
+    for name in running:
+        rows[name].compare(rows[REFERENCE].rounds)
+
+
 class _Steps:
-    """A contender that takes steps."""
+    """The steps of one contender."""
 
     def __init__(self, contender: Contender, network: nn.Module, images: Tensor, lora_rank: int) -> None:
         self._model, self._optimizer = contender.build(copy.deepcopy(network), lora_rank)
-        _check_output(self._model, network, images[:2])
+        is_training = self._model.training
+        with torch.no_grad():
+            expected, found = network.eval()(images[:2]), self._model.eval()(images[:2])
+        self._model.train(is_training)
+        difference = ((found - expected).abs().max() / expected.abs().max()).item()
+        if not difference <= _TOLERANCE:
+            raise ValueError(f"its output is not that of the network: logits differ by {difference:.0%} of the largest")
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def count(self) -> StepProfile:
-        """Takes two steps, of which the first makes the optimizer's state, and returns what the second one costs."""
+        """Return the cost of a second step; the first one creates the optimizer's state."""
         self.time()
         with CountedStep(self._model, self._optimizer) as counted:
             self.time()
         return counted.rows(0)[0]
 
     def time(self) -> PhaseTimes:
-        """Takes a step."""
+        """Take a step."""
         started = time.perf_counter()
         loss = classification_loss(self._model(self._images))
         forward_end = backward_end = optimizer_end = time.perf_counter()
@@ -263,42 +267,3 @@ class _Steps:
             backward_s=backward_end - forward_end,
             optimizer_s=optimizer_end - backward_end,
         )
-
-
-def _check_output(model: nn.Module, network: nn.Module, images: Tensor) -> None:
-    is_training = model.training
-    with torch.no_grad():
-        expected, found = network.eval()(images), model.eval()(images)
-    model.train(is_training)
-    difference = ((found - expected).abs().max() / expected.abs().max()).item()
-    if not difference <= _TOLERANCE:
-        raise ValueError(
-            f"it computes something else than the network: logits differ by {difference:.0%} of the largest"
-        )
-
-
-def _measure(
-    rows: dict[str, BenchRow], network: nn.Module, images: Tensor, lora_rank: int, rounds: int, bar: tqdm
-) -> None:
-    running: dict[str, _Steps] = {}
-    for name, row in rows.items():
-        bar.set_description(f"counting {name}")
-        try:
-            steps = _Steps(CONTENDERS[name], network, images, lora_rank)
-            row.profile = steps.count()
-            running[name] = steps
-        except Exception as error:
-            # Others' packages raise what they will.
-            row.error = " ".join(str(error).split()) or type(error).__name__
-            if name == REFERENCE:
-                raise
-        bar.update()
-    for number in range(rounds):
-        bar.set_description(f"round {number + 1} of {rounds}")
-        for name in list(running) if number % 2 == 0 else list(reversed(running)):
-            # A collection would fall into the step of whom it happens to.
-            gc.collect()
-            rows[name].rounds.append(running[name].time())
-            bar.update()
-    for name in running:
-        rows[name].compare(rows[REFERENCE].rounds)

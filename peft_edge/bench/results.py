@@ -1,130 +1,106 @@
-"""The record of a comparison, and what is made of it: a table and a picture."""
+"""The record of a comparison, and its table and picture."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any
 
-from peft_edge.profiling.figures import Panel, memory_panel, save_bars
+from pydantic import BaseModel, ConfigDict
+
+from peft_edge.profiling.figures import StackedBars, memory_panel, save_bars
 from peft_edge.profiling.tables import cost_table, text_table
 from peft_edge.records import StepProfile
 
 
-@dataclass(frozen=True, kw_only=True)
-class PhaseTimes:
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class PhaseTimes(_Strict):
     """Seconds of one step."""
 
     forward_s: float
     """The model and the loss."""
-
     backward_s: float
-    """The backward pass; 0 where there is none."""
-
+    """The backward pass; 0 if there is none."""
     optimizer_s: float
-    """The update; 0 where there is none."""
+    """The update; 0 if there is none."""
 
     @property
     def step_s(self) -> float:
-        """All three."""
+        """The sum of the three."""
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
-@dataclass(kw_only=True)
-class BenchRow:
-    """What one contender took."""
+class BenchRow(_Strict):
+    """The figures of one contender."""
 
     name: str
-    """The key in `CONTENDERS`."""
-
+    """Its key in `CONTENDERS`."""
     label: str
-    """What it is called in tables."""
-
+    """Its name in tables."""
     error: str = ""
-    """Why it did not run; empty where it did."""
-
+    """Why it did not run; empty if it did."""
     profile: StepProfile | None = None
     """FLOPs and memory of a step, and the medians of its times."""
-
-    rounds: list[PhaseTimes] = field(default_factory=list)
-    """The times of every round."""
-
+    rounds: list[PhaseTimes] = []
+    """The times of each round."""
     ratio_best: float | None = None
-    """The fastest step, over the reference's fastest."""
-
+    """The fastest step, divided by the fastest step of the reference."""
     ratio_median: float | None = None
-    """The median over the rounds of a step's time, over the reference's in the same round."""
-
+    """The median, over the rounds, of a step's time divided by that of the reference in the same round."""
     ratio_lowest: float | None = None
-    """The lowest of these."""
-
+    """The lowest of these ratios."""
     ratio_highest: float | None = None
-    """The highest of these."""
+    """The highest of these ratios."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
-        """Sets the ratios, and the medians in the profile.
-
-        Args:
-            reference: The reference's times, round for round.
-        """
+        """Set the ratios to the times of the reference, round by round, and the medians in the profile."""
         ratios = [own.step_s / other.step_s for own, other in zip(self.rounds, reference, strict=True)]
         self.ratio_best = min(times.step_s for times in self.rounds) / min(times.step_s for times in reference)
         self.ratio_median = statistics.median(ratios)
         self.ratio_lowest, self.ratio_highest = min(ratios), max(ratios)
         if self.profile is not None:
-            for phase in ("forward_s", "backward_s", "optimizer_s"):
+            for phase in PhaseTimes.model_fields:
                 median = statistics.median(getattr(times, phase) for times in self.rounds)
                 setattr(self.profile, phase, median or None)
 
 
-@dataclass(kw_only=True)
-class BenchRecord:
+class BenchRecord(_Strict):
     """One comparison."""
 
     created_at: str
     """When it started: ISO 8601, UTC."""
-
-    setting: dict[str, Any]
+    setting: dict[str, str | int]
     """Backbone, classes, batch and image size, LoRA rank, rounds and threads."""
-
     rows: list[BenchRow]
     """One for each contender; the first is the reference."""
-
     total_time: float
-    """Seconds of all of it."""
-
+    """Seconds of the whole comparison."""
     load_average: list[float | None]
-    """How many processes wanted a core in the minute before the start and before the end: times are worth less where
-    others did."""
-
+    """Processes that wanted a core, in the minute before the start and before the end. Times are less reliable if other
+    processes ran."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
 
     def to_json(self) -> str:
-        """Returns the record as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        """Return the record as JSON text."""
+        return self.model_dump_json(indent=2) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> BenchRecord:
-        """Reads what `to_json` wrote.
+        """Read what `to_json` wrote.
 
         Raises:
-            ValueError: The text is no JSON, or a field is missing or unknown.
+            ValueError: If a field is missing, unknown or wrong; the message lists all of them.
         """
-        blocks = json.loads(text)
-        try:
-            return cls(**{**blocks, "rows": [_row(row) for row in blocks["rows"]]})
-        except (AttributeError, KeyError, TypeError) as error:
-            raise ValueError(f"not the record of a comparison: {error}") from error
+        return cls.model_validate_json(text)
 
     @property
     def title(self) -> str:
-        """What was measured, in one line."""
+        """The setting in one line."""
         return (
             "{backbone}, {num_classes} classes, batch {batch_size}, {image_size} px, rank {lora_rank}, AdamW, "
             "threads: {threads}, rounds: {rounds}"
@@ -136,20 +112,12 @@ class BenchRecord:
         return [(row, row.profile) for row in self.rows if row.profile is not None and row.rounds]
 
 
-def _row(block: dict[str, Any]) -> BenchRow:
-    profile = None if block["profile"] is None else StepProfile(**block["profile"])
-    return BenchRow(**{**block, "profile": profile, "rounds": [PhaseTimes(**times) for times in block["rounds"]]})
-
-
 def bench_table(record: BenchRecord) -> str:
-    """Returns the record as lines of text: memory and time against the reference, then the costs in full.
-
-    What did not run stands below, with the reason.
-    """
+    """Return the record as text: memory and time relative to the reference, all costs, and the errors."""
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
-        lines.append("ours are lean with frozen BatchNorm, folded, where nothing else is said")
+        lines.append("unless the label says otherwise, ours are lean, with frozen BatchNorm that works in place")
         lines += ["", cost_table({row.label: profile for row, profile in record.measured})]
     if failed := [row for row in record.rows if row.error]:
         lines += ["", "did not run", *(f"  {row.label}: {row.error}" for row in failed)]
@@ -179,28 +147,23 @@ def _comparison(record: BenchRecord) -> str:
 
 
 def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
-    """Draws memory by kind, and the median time by phase with its spread over the rounds; see `save_bars`.
+    """Draw memory by kind, and the median time by phase with its spread over the rounds; see `save_bars`.
 
-    Args:
-        record: With at least one contender that ran.
-        path: Where to; a .png, .svg or .pdf file.
+    At least one contender must have run.
     """
     rows, profiles = zip(*record.measured, strict=True)
-    save_bars([row.label for row in rows], [memory_panel(profiles), _time_panel(rows)], Path(path), title=record.title)
+    save_bars([row.label for row in rows], [memory_panel(profiles), _time_panel(rows)], path, title=record.title)
 
 
-def _time_panel(rows: Sequence[BenchRow]) -> Panel:
-    return Panel(
+def _time_panel(rows: Sequence[BenchRow]) -> StackedBars:
+    def length(row: BenchRow, phase: str) -> float:
+        # Mean shares, unlike medians, add up to 1.
+        share = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
+        return (row.ratio_median or 0) * share
+
+    return StackedBars(
         label="time of a step, as a multiple of full fine-tuning's",
-        parts={
-            phase: [(row.ratio_median or 0) * _share(row.rounds, f"{phase}_s") for row in rows]
-            for phase in ("forward", "backward", "optimizer")
-        },
+        parts={phase.removesuffix("_s"): [length(row, phase) for row in rows] for phase in PhaseTimes.model_fields},
         spread=[(row.ratio_lowest or 0, row.ratio_highest or 0) for row in rows],
         line=1.0,
     )
-
-
-def _share(rounds: Sequence[PhaseTimes], phase: str) -> float:
-    """Of a step's time: the mean, so that the phases add up."""
-    return statistics.fmean(getattr(times, phase) / times.step_s for times in rounds)

@@ -1,13 +1,9 @@
-"""What a method costs on a network, from shapes alone: in seconds, and without the memory of a step.
-
-The costs of several methods on one network, side by side.
-"""
+"""Analyse what a method costs on a network from shapes alone: in seconds, and without the memory of a step."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,9 +12,9 @@ from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves
 from tqdm.auto import tqdm
 
+from peft_edge._compat import leaves
 from peft_edge.backbones import load_backbone
 from peft_edge.config import RunConfig
 from peft_edge.lean import prepare_model_for_lean_training
@@ -30,25 +26,30 @@ from peft_edge.profiling.step import Inputs, fake_copy, logits_of, meta_copy, ta
 from peft_edge.profiling.tables import step_rows
 from peft_edge.records import StepProfile
 
+MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Analysis:
-    """The cost of one training step, and of the update it trains."""
+    """The cost of one training step, returned by `analyse`.
+
+    >>> analysis = analyse("mobilenetv2_035", "head", batch_size=2, image_size=32)
+    >>> analysis.num_trainable_params  # the classifier
+    1281000
+    >>> analysis.flops.backward  # the gradient of its weight
+    5120000
+    """
 
     flops: FlopCount
     """Floating-point operations."""
-
     memory: MemoryProfile
-    """Bytes at the peak and at the end of the forward pass; what only a real process has is None."""
-
+    """Bytes at the peak and at the end of the forward pass. The figures of a real process are None."""
     profile: list[StepProfile]
-    """The same as rows of a record: the step, and the layers of each LoRA rank."""
-
+    """The same as rows of a record: one for the step, and one for the layers of each LoRA rank."""
     num_trainable_params: int
     """Parameters that are trained."""
-
     num_total_params: int
-    """Parameters of the network with its adapter."""
+    """Parameters of the network, adapters included."""
 
 
 def analyse(
@@ -59,36 +60,42 @@ def analyse(
     batch_size: int = 16,
     image_size: int = 224,
     sequence_length: int = 512,
-    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None = "adamw",
-    adapter: Mapping[str, Any] | None = None,
+    optimizer: str | MakeOptimizer | None = "adamw",
+    adapter: Mapping[str, object] | None = None,
     lean: Mapping[str, Any] | None = None,
     inputs: Inputs | None = None,
     accounting: Accounting = "exact",
 ) -> Analysis:
-    """Analyses the second training step of a method under fake tensors; the first one allocates the optimizer's state.
+    """Analyse a training step under fake tensors: the second one, because the first creates the optimizer's state.
+
+    >>> full, lora = (analyse("mobilenetv2_035", name, batch_size=2, image_size=32) for name in ("full", "lora"))
+    >>> lora.num_trainable_params < full.num_trainable_params
+    True
+    >>> lora.memory.peak["activations"] == full.memory.peak["activations"]  # frozen layers keep their inputs, too
+    True
 
     Args:
-        backbone: A timm model name; or any model, also one on the meta device, that takes images of shape (B, 3, H, W)
-            or, as a transformers text model, tokens. It is left as it is.
-        method: A key of `METHODS`, for timm's models; a PEFT configuration, such as PEFT's own `LoraConfig`; or None,
-            to train what requires a gradient in the model as it is.
-        lora_rank: Rank of the adapters; None for that of train.py's defaults, or of the configuration.
+        backbone: The name of a timm model; or any model, also on the meta device, that takes images of shape
+            (B, 3, H, W) or the tokens of a transformers text model. It is not changed.
+        method: A key of `METHODS`, for timm models; or a PEFT configuration, such as `peft.LoraConfig`; or None, to
+            train the parameters that require a gradient.
+        lora_rank: Rank of the adapters; by default that of `train.py` or of the PEFT configuration.
         batch_size: Images or sequences in the step.
         image_size: Height and width in pixels.
         sequence_length: Tokens in a sequence.
-        optimizer: A key of `OPTIMIZERS`, for a method given by name in the form that the method trains with; or what
-            makes an optimizer of the trained parameters; None for a step without.
-        adapter: Options of a method given by name, in the place of train.py's defaults: `norm`, and the keys of the
-            method's section of the configuration, or of the adapter's PEFT configuration.
-        lean: Options of `prepare_model_for_lean_training`, which then rewrites the model; None to leave it out.
-        inputs: What the model is called with, in the place of images or tokens: a tensor or a tuple for positional
-            arguments, a mapping for keyword arguments; tensors may be on the meta device.
+        optimizer: A key of `OPTIMIZERS` (GaLore uses its own form of it); or a function from the trained parameters to
+            an optimizer; or None for no update.
+        adapter: For a method by name: `norm`, and options of its section of the configuration or of its PEFT
+            configuration, in place of the defaults of `train.py`.
+        lean: Arguments of `prepare_model_for_lean_training`; None leaves the model as it is.
+        inputs: The model's inputs, if they are not images or tokens: a tensor or a tuple for positional arguments, a
+            mapping for keyword arguments. Tensors may be on the meta device.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: The method, the optimizer or the accounting is unknown, the adapter does not fit the network, the
-            network cannot run on such inputs, or the step depends on a tensor's values.
-        TypeError: A method is given by name, and needs to know the head of a model that is not timm's.
+        ValueError: If the method, the optimizer or the accounting is unknown, the adapter does not fit the network, the
+            network does not run on the inputs, or the step reads the value of a tensor.
+        TypeError: If a method that is given by name needs the head of a model that is not timm's.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -101,18 +108,22 @@ def analyse(
         lean=lean,
     )
     if inputs is None:
-        inputs = _inputs(model, batch_size, image_size, sequence_length)
+        inputs = _default_inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
     if fake_optimizer is not None and _options(method, lora_rank, adapter or {}).get("layerwise"):
-        # What the method has registered with the model's own parameters, the copy lacks.
+        # The copied parameters lack the hooks that the method has registered with the originals.
         update_in_backward(fake_optimizer)
     counter = FlopCounter(fake_model, accounting)
     tracker = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
-    with _explained(inputs), mode:
-        if fake_optimizer is not None:
-            take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
-        with counter, tracker:
-            take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
+    try:
+        with mode:
+            if fake_optimizer is not None:
+                take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
+            with counter, tracker:
+                take_step(fake_model, fake_inputs, fake_optimizer, classification_loss)
+    except RuntimeError as error:
+        shapes = [tuple(leaf.shape) for leaf in leaves(inputs) if isinstance(leaf, Tensor)]
+        raise ValueError(f"the network cannot take a step on inputs of the shape {shapes}: {error}") from error
     flops, memory = counter.result(), tracker.result()
     return Analysis(
         flops=flops,
@@ -123,127 +134,17 @@ def analyse(
     )
 
 
-def prepare_step(
-    model: nn.Module,
-    method: str | PeftConfig | None,
-    *,
-    lora_rank: int | None = None,
-    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None = "adamw",
-    adapter: Mapping[str, Any] | None = None,
-    lean: Mapping[str, Any] | None = None,
-) -> tuple[nn.Module, Optimizer | None]:
-    """Makes of a model what `analyse` analyses, to take such a step with real tensors.
-
-    Args:
-        model: Changed in place.
-        method: See `analyse`, as for the others.
-        lora_rank: Rank of the adapters.
-        optimizer: Its name, or what makes it.
-        adapter: Options of the method.
-        lean: Options of `prepare_model_for_lean_training`.
-
-    Returns:
-        The model in train mode, in the memory format that it computes in, and its optimizer; None if nothing is
-        trained.
-
-    Raises:
-        ValueError: See `analyse`.
-    """
-    options = _options(method, lora_rank, adapter or {})
-    model = _prepare(model, method, options).train()
-    if isinstance(method, str):
-        model = model.to(memory_format=training_memory_format(model))
-    if lean is not None:
-        model = prepare_model_for_lean_training(model, **lean)
-    is_trained = any(parameter.requires_grad for parameter in model.parameters())
-    return model, _optimizer(optimizer, model, method, options) if is_trained else None
-
-
-@contextmanager
-def _explained(inputs: Inputs) -> Iterator[None]:
-    try:
-        yield
-    except RuntimeError as error:
-        shapes = [tuple(leaf.shape) for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)]
-        raise ValueError(f"the network cannot take a step on inputs of the shape {shapes}: {error}") from error
-
-
-def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, Any]) -> dict[str, Any]:
-    """What differs from the configuration of a method, or of the adapter."""
-    if isinstance(method, str):
-        section = find_method(method).section
-        rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}
-        return {**RunConfig(output_dir="").options(section), **rank, **adapter}
-    if adapter:
-        raise ValueError(f"adapter ({', '.join(adapter)}) goes with a method's name: set it in the configuration")
-    if lora_rank is None:
-        return {}
-    if method is not None and not hasattr(method, "r"):
-        raise ValueError(f"lora_rank is {lora_rank}, and {type(method).__name__} has no rank: leave it out")
-    return {"r": lora_rank}
-
-
-def _prepare(model: nn.Module, method: str | PeftConfig | None, options: Mapping[str, Any]) -> nn.Module:
-    if isinstance(method, str):
-        try:
-            return find_method(method).prepare(model, options)
-        except TypeError as error:
-            if "unexpected keyword argument" not in str(error):
-                raise
-            raise ValueError(f"adapter: {error}; {method} has the options {', '.join(options)}") from error
-    return model if method is None else get_peft_model(model, dataclasses.replace(method, **options))
-
-
-def _optimizer(
-    optimizer: str | Callable[[list[nn.Parameter]], Optimizer] | None,
-    model: nn.Module,
-    method: str | PeftConfig | None,
-    options: Mapping[str, Any],
-) -> Optimizer | None:
-    if optimizer is None:
-        return None
-    if isinstance(optimizer, str) and optimizer not in OPTIMIZERS:
-        raise ValueError(f"unknown optimizer {optimizer!r}. There are: {', '.join(OPTIMIZERS)}")
-    if isinstance(optimizer, str) and isinstance(method, str):
-        build = find_method(method).optimizer
-        # The rate is a factor: it changes no count.
-        return None if build is None else build(model, optimizer, options, lr=1e-3, weight_decay=0.0)
-    make = OPTIMIZERS[optimizer] if isinstance(optimizer, str) else optimizer
-    return make([parameter for parameter in model.parameters() if parameter.requires_grad])
-
-
-def _inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:
-    if getattr(model, "main_input_name", None) == "input_ids":
-        return {"input_ids": torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")}
-    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    dtype = next(floating, torch.float32)
-    return torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")
-
-
-def classification_loss(output: Any) -> Tensor:
-    """Cross-entropy of an image's or every token's logits, which is what these networks are trained with."""
-    logits = logits_of(output, advice="take a model with a head").float().flatten(0, -2)
-    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
-
-
 def compare_methods(
-    backbone: str | nn.Module,
-    methods: Sequence[str],
-    *,
-    lora_ranks: Sequence[int],
-    adapter: Mapping[str, Any] | None = None,
-    batch_size: int = 16,
-    image_size: int = 224,
-    optimizer: str = "adamw",
-    accounting: Accounting = "exact",
+    backbone: str | nn.Module, methods: Sequence[str], *, lora_ranks: Sequence[int], **options: Any
 ) -> dict[str, StepProfile]:
-    """Analyses every method, at every rank where it has one; see `analyse` for the arguments.
+    """Analyse several methods, adapters at each rank; `options` are further arguments of `analyse`.
+
+    >>> costs = compare_methods("mobilenetv2_035", ["head", "lora"], lora_ranks=[2, 4], batch_size=2, image_size=32)
+    >>> {name: cost.num_trainable_params for name, cost in costs.items()}
+    {'head': 1281000, 'lora, rank 2': 1301744, 'lora, rank 4': 1322488}
 
     Returns:
-        The cost of a step by `method`, or `method, rank r`.
-
-    Raises:
-        ValueError: See `analyse`.
+        The cost of a step by `<method>`, or by `<method>, rank <r>` for adapters.
     """
     costs: dict[str, StepProfile] = {}
     pairs = [(method, lora_rank) for method in methods for lora_rank in lora_ranks]
@@ -254,15 +155,79 @@ def compare_methods(
             if name in costs:
                 continue
             bar.set_description(f"analysing {method}")
-            analysis = analyse(
-                backbone,
-                method,
-                lora_rank=lora_rank,
-                batch_size=batch_size,
-                image_size=image_size,
-                optimizer=optimizer,
-                adapter=adapter,
-                accounting=accounting,
-            )
-            costs[name] = analysis.profile[0]
+            costs[name] = analyse(backbone, method, lora_rank=lora_rank, **options).profile[0]
     return costs
+
+
+def prepare_step(
+    model: nn.Module,
+    method: str | PeftConfig | None,
+    *,
+    lora_rank: int | None = None,
+    optimizer: str | MakeOptimizer | None = "adamw",
+    adapter: Mapping[str, object] | None = None,
+    lean: Mapping[str, Any] | None = None,
+) -> tuple[nn.Module, Optimizer | None]:
+    """Apply a method to a model, in place, for a step with real tensors; see `analyse` for the arguments and errors.
+
+    Returns:
+        The model in train mode and in the memory format of the method, and its optimizer; None if nothing is trained.
+    """
+    options = _options(method, lora_rank, adapter or {})
+    model = _apply_method(model, method, options).train()
+    if isinstance(method, str):
+        model = model.to(memory_format=training_memory_format(model))
+    if lean is not None:
+        model = prepare_model_for_lean_training(model, **lean)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if not trained or optimizer is None:
+        return model, None
+    if not isinstance(optimizer, str):
+        return model, optimizer(trained)
+    if optimizer not in OPTIMIZERS:
+        raise ValueError(f"unknown optimizer {optimizer!r}. There are: {', '.join(OPTIMIZERS)}")
+    if not isinstance(method, str):
+        return model, OPTIMIZERS[optimizer](trained)
+    build = find_method(method).optimizer
+    # The learning rate is a factor and changes no count.
+    return model, None if build is None else build(model, optimizer, options, lr=1e-3, weight_decay=0.0)
+
+
+def classification_loss(output: object) -> Tensor:
+    """Return the cross-entropy of each image's or each token's logits, with class 0 as the label."""
+    logits = logits_of(output, advice="take a model with a head").float().flatten(0, -2)
+    return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
+
+
+def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
+    """The options of a method with their defaults, or those that replace a value in the PEFT configuration."""
+    if isinstance(method, str):
+        section = find_method(method).section
+        rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}
+        return {**RunConfig(output_dir="").options(section), **rank, **adapter}
+    if adapter:
+        raise ValueError(f"adapter ({', '.join(adapter)}) needs a method's name: set it in the configuration")
+    if lora_rank is None:
+        return {}
+    if method is not None and not hasattr(method, "r"):
+        raise ValueError(f"lora_rank is {lora_rank}, but {type(method).__name__} has no rank: leave it out")
+    return {"r": lora_rank}
+
+
+def _apply_method(model: nn.Module, method: str | PeftConfig | None, options: Mapping[str, Any]) -> nn.Module:
+    if not isinstance(method, str):
+        return model if method is None else get_peft_model(model, dataclasses.replace(method, **options))
+    try:
+        return find_method(method).prepare(model, options)
+    except TypeError as error:
+        if "unexpected keyword argument" not in str(error):
+            raise
+        raise ValueError(f"adapter: {error}; {method} has the options {', '.join(options)}") from error
+
+
+def _default_inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:
+    if getattr(model, "main_input_name", None) == "input_ids":
+        return {"input_ids": torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")}
+    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
+    dtype = next(floating, torch.float32)
+    return torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""Costs as a picture."""
+"""Draw costs as stacked bars."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from peft_edge.files import atomic_write
 from peft_edge.records import StepProfile
@@ -14,46 +14,44 @@ from peft_edge.records import StepProfile
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-# Okabe and Ito's colours, which differ for every kind of colour vision, and hatches for print in black and white.
-_STYLES = (
-    ("#0072B2", ""),
-    ("#E69F00", "///"),
-    ("#56B4E9", "..."),
-    ("#D55E00", "\\\\\\"),
-    ("#CC79A7", "xxx"),
-    ("#F0E442", "---"),
-)
+FORMATS = (".png", ".svg", ".pdf")
+# The palette of Okabe and Ito, which is safe for colour-blind readers, and hatches for black-and-white print.
+_COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#CC79A7", "#F0E442")
+_HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
 _MEMORY = ("activations", "temporaries", "parameters", "buffers", "gradients", "optimizer")
 _FLOPS = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
-_UNDATED: dict[str, dict[str, Any]] = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}
-FORMATS = (".png", ".svg", ".pdf")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Panel:
-    """Stacked bars, one for each name of a figure."""
+class StackedBars:
+    """One panel of a figure: a stacked bar for each name."""
 
     label: str
-    """What the bars show, with its unit."""
-
+    """The quantity with its unit."""
     parts: Mapping[str, Sequence[float]]
     """The lengths of each part, one for each name."""
-
     spread: Sequence[tuple[float, float]] = ()
-    """The lowest and the highest length of each bar, where there are several measurements of it."""
-
+    """The lowest and the highest measured length of each bar; empty for a single measurement."""
     line: float | None = None
-    """A length to compare with."""
+    """The length of a reference line."""
 
 
-def memory_panel(costs: Sequence[StepProfile]) -> Panel:
-    """Memory at the peak by kind."""
-    return Panel(label="memory at the peak of a step [MiB]", parts=_parts(costs, "memory_{}_bytes", _MEMORY, 2**20))
+def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draw memory at the peak by kind, and FLOPs by phase, as a stacked bar for each name; see `save_bars`."""
+    steps = list(costs.values())
+    save_bars(list(costs), [memory_panel(steps), flops_panel(steps)], path, title=title)
 
 
-def flops_panel(costs: Sequence[StepProfile]) -> Panel:
-    """FLOPs by phase."""
-    return Panel(label="arithmetic of a step [GFLOP]", parts=_parts(costs, "flops_{}", _FLOPS, 1e9))
+def memory_panel(costs: Sequence[StepProfile]) -> StackedBars:
+    """Return bars of the memory at the peak, by kind."""
+    return StackedBars(
+        label="memory at the peak of a step [MiB]", parts=_parts(costs, "memory_{}_bytes", _MEMORY, 2**20)
+    )
+
+
+def flops_panel(costs: Sequence[StepProfile]) -> StackedBars:
+    """Return bars of the FLOPs, by phase."""
+    return StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(costs, "flops_{}", _FLOPS, 1e9))
 
 
 def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: float) -> dict[str, list[float]]:
@@ -62,31 +60,13 @@ def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: 
     }
 
 
-def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draws memory at the peak by kind, and FLOPs by phase, as one stacked bar for each method; see `save_bars`.
-
-    Args:
-        costs: A step of each method, by the name that it gets in the picture.
-        path: Where to.
-        title: What was analysed.
-    """
-    steps = list(costs.values())
-    save_bars(list(costs), [memory_panel(steps), flops_panel(steps)], path, title=title)
-
-
-def save_bars(names: Sequence[str], panels: Sequence[Panel], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draws panels of bars side by side.
-
-    Args:
-        names: Of the bars, from the top.
-        panels: From the left.
-        path: Where to; a .png, .svg or .pdf file.
-        title: Stands above all.
+def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | os.PathLike[str], *, title: str) -> None:
+    """Draw panels side by side, with a bar for each name from the top; the same bars give the same file.
 
     Raises:
-        ValueError: The file has another ending.
-        ImportError: matplotlib is missing.
-        OSError: The file cannot be written.
+        ValueError: If the path does not end in .png, .svg or .pdf.
+        ImportError: If matplotlib is missing.
+        OSError: If the file cannot be written.
     """
     path = Path(path)
     if path.suffix not in FORMATS:
@@ -103,22 +83,20 @@ def save_bars(names: Sequence[str], panels: Sequence[Panel], path: str | os.Path
     for place, panel in zip(axes, panels, strict=True):
         _draw(place, names, panel)
     axes[0].invert_yaxis()
-    # Without a date and random names in it, the same bars are the same file.
+    undated = {".svg": {"Date": None}, ".pdf": {"CreationDate": None}}.get(path.suffix)
     with atomic_write(path) as unfinished, rc_context({"svg.hashsalt": "peft-edge"}):
-        figure.savefig(unfinished, format=path.suffix[1:], dpi=150, metadata=_UNDATED.get(path.suffix))
+        figure.savefig(unfinished, format=path.suffix[1:], dpi=150, metadata=undated)
 
 
-def _draw(axes: Axes, names: Sequence[str], panel: Panel) -> None:
+def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
     ends = [0.0] * len(names)
-    for (part, widths), (colour, hatch) in zip(panel.parts.items(), _STYLES, strict=False):
+    for (part, widths), colour, hatch in zip(panel.parts.items(), _COLOURS, _HATCHES, strict=False):
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     if panel.spread:
-        # A bar is the sum of its parts, to rounding, and so may end a little outside of its spread.
-        below, above = zip(
-            *((max(end - low, 0), max(high - end, 0)) for end, (low, high) in zip(ends, panel.spread, strict=True)),
-            strict=True,
-        )
+        # Rounding can put the end of a bar slightly outside its spread.
+        below = [max(end - low, 0) for end, (low, _) in zip(ends, panel.spread, strict=True)]
+        above = [max(high - end, 0) for end, (_, high) in zip(ends, panel.spread, strict=True)]
         axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", capsize=3)
     if panel.line is not None:
         axes.axvline(panel.line, color="black", linewidth=0.8, linestyle="--")

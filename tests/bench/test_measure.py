@@ -22,7 +22,7 @@ def trained(model: nn.Module) -> int:
 
 
 def adapter_size(backbone: nn.Module, role: str, rank: int) -> int:
-    """Of LoRA as it is defined: A of (r, K) and B of (C_out, r) for each layer."""
+    """Return the parameters of LoRA: A of shape (r, K) and B of shape (C_out, r) for each layer."""
     kernels = [backbone.get_submodule(name).weight.flatten(1) for name in modules_with_role(backbone, role)]
     return sum(rank * sum(kernel.shape) for kernel in kernels)
 
@@ -31,7 +31,7 @@ def adapter_size(backbone: nn.Module, role: str, rank: int) -> int:
     ("name", "role"),
     [*((name, "dense") for name in DENSE), ("lora-project", "project"), ("lora-all-conv", "all-conv")],
 )
-def test_adapters_have_the_size_of_their_layers_and_train_the_head(
+def test_contenders_train_adapters_of_the_expected_size_and_the_head(
     tiny_backbone: nn.Module, name: str, role: str
 ) -> None:
     expected = adapter_size(tiny_backbone, role, 2) + 1280 * 10 + 10
@@ -40,7 +40,7 @@ def test_adapters_have_the_size_of_their_layers_and_train_the_head(
     assert trained(model) == expected
 
 
-def test_the_reference_trains_everything_in_channels_last_and_inference_nothing(tiny_backbone: nn.Module) -> None:
+def test_reference_trains_all_parameters_and_inference_none(tiny_backbone: nn.Module) -> None:
     full, optimizer = CONTENDERS[REFERENCE].build(copy.deepcopy(tiny_backbone), 4)
     assert optimizer is not None
     assert trained(full) == sum(parameter.numel() for parameter in full.parameters())
@@ -51,7 +51,7 @@ def test_the_reference_trains_everything_in_channels_last_and_inference_nothing(
 
 
 @pytest.mark.parametrize(("name", "package"), [("lycoris-locon", "lycoris"), ("loralib", "loralib")])
-def test_peers_train_adapters_where_they_are_installed(
+def test_other_packages_train_their_adapters_and_the_head(
     tiny_backbone: nn.Module, images: torch.Tensor, name: str, package: str
 ) -> None:
     pytest.importorskip(package)
@@ -63,12 +63,12 @@ def test_peers_train_adapters_where_they_are_installed(
     with_gradient = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
     assert with_gradient == {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     frozen = adapter_size(plain, "dense", 2)
-    # LoRA of a pointwise kernel has one size; loralib's factors of larger ones are larger.
+    # loralib's factors are larger than ours, except for pointwise kernels.
     assert frozen + 12810 <= trained(model) < 2 * (frozen + 12810)
 
 
 @pytest.mark.parametrize(("name", "package"), [("lycoris-locon", "lycoris"), ("loralib", "loralib")])
-def test_a_peer_that_is_missing_says_so(
+def test_missing_package_is_named(
     tiny_backbone: nn.Module, monkeypatch: pytest.MonkeyPatch, name: str, package: str
 ) -> None:
     for module in [module for module in sys.modules if module.split(".")[0] == package]:
@@ -86,13 +86,13 @@ def without_times(profile: StepProfile | None) -> dict[str, object]:
     return {name: value for name, value in vars(profile).items() if not name.endswith(measured)}
 
 
-def test_a_real_step_costs_what_the_analysis_says() -> None:
+def test_real_step_costs_as_much_as_the_analysis() -> None:
     record = run_bench("mobilenetv2_035", ["lora-project"], **SMALL)
     full, project = record.rows
     backbone = load_backbone("mobilenetv2_035", 10)
     size = {"batch_size": 2, "image_size": 64}
     adapter = {"norm": "frozen", "target_modules": "project"}
-    lean = analyse(backbone, "lora", lora_rank=4, adapter=adapter, lean=measure.FOLDED, **size).profile[0]
+    lean = analyse(backbone, "lora", lora_rank=4, adapter=adapter, lean=measure.LEAN, **size).profile[0]
     assert without_times(project.profile) == without_times(lean)
     assert without_times(full.profile) == without_times(analyse(backbone, None, **size).profile[0])
     assert [len(row.rounds) for row in record.rows] == [2, 2]
@@ -100,7 +100,7 @@ def test_a_real_step_costs_what_the_analysis_says() -> None:
     assert record.setting["threads"] == 1
 
 
-def test_a_contender_that_fails_or_computes_something_else_has_a_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failing_contender_has_the_reason_in_its_row(monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(model: nn.Module, lora_rank: int) -> tuple[nn.Module, None]:
         raise AttributeError("no\nsuch attribute")
 
@@ -114,12 +114,12 @@ def test_a_contender_that_fails_or_computes_something_else_has_a_reason(monkeypa
     rows = run_bench("test_resnet", ["fails", "changes", "inference"], **SMALL).rows
     assert [row.name for row in rows] == ["full", "fails", "changes", "inference"]
     assert rows[1].error == "no such attribute"
-    assert rows[2].error.startswith("it computes something else than the network: logits differ by ")
+    assert rows[2].error.startswith("its output is not that of the network: logits differ by ")
     assert (rows[1].rounds, rows[1].profile, rows[3].error) == ([], None, "")
     assert rows[3].rounds[0].backward_s == rows[3].rounds[0].optimizer_s == 0
     assert torch.get_num_threads() == threads
 
 
-def test_a_network_that_cannot_be_trained_on_such_images_is_named() -> None:
+def test_images_that_are_too_small_are_refused() -> None:
     with pytest.raises(ValueError, match="inception_v3 cannot be trained on images of 32 px: "):
         run_bench("inception_v3", ["inference"], batch_size=2, image_size=32, rounds=1)

@@ -8,6 +8,8 @@ import pytest
 from peft_edge.bench.results import BenchRecord, BenchRow, PhaseTimes, bench_table, save_bench_figure
 from peft_edge.records import StepProfile
 
+COMMITTED = Path(__file__).parents[2] / "reports" / "bench"
+
 
 def row(name: str, *steps: tuple[float, float, float], peak_mib: int = 100, error: str = "") -> BenchRow:
     profile = StepProfile(process_index=0, scope="step", memory_peak_bytes=peak_mib * 2**20, flops_forward=10**9)
@@ -17,7 +19,7 @@ def row(name: str, *steps: tuple[float, float, float], peak_mib: int = 100, erro
 
 @pytest.fixture
 def record() -> BenchRecord:
-    # The machine is twice as slow in the second round.
+    # In the second round the machine is half as fast.
     full = row("full", (0.1, 0.2, 0.1), (0.2, 0.4, 0.2), (0.1, 0.25, 0.1), peak_mib=1000)
     lora = row("lora", (0.1, 0.1, 0.0), (0.2, 0.2, 0.0), (0.1, 0.17, 0.0), peak_mib=250)
     for contender in (full, lora):
@@ -42,20 +44,20 @@ def record() -> BenchRecord:
     )
 
 
-def test_ratios_are_those_within_a_round(record: BenchRecord) -> None:
+def test_ratios_compare_steps_of_the_same_round(record: BenchRecord) -> None:
     full, lora, _ = record.rows
     assert (full.ratio_best, full.ratio_median, full.ratio_lowest, full.ratio_highest) == (1, 1, 1, 1)
     found = (lora.ratio_best, lora.ratio_median, lora.ratio_lowest, lora.ratio_highest)
     assert found == pytest.approx((0.5, 0.5, 0.5, 0.6))
 
 
-def test_the_profile_has_the_medians_and_null_where_there_is_no_phase(record: BenchRecord) -> None:
+def test_profile_has_median_times_and_none_for_a_missing_phase(record: BenchRecord) -> None:
     profile = record.rows[1].profile
     assert profile is not None
     assert (profile.forward_s, profile.backward_s, profile.optimizer_s) == (0.1, 0.17, None)
 
 
-def test_the_table_compares_and_says_what_did_not_run(record: BenchRecord) -> None:
+def test_table_shows_ratios_and_errors(record: BenchRecord) -> None:
     lines = bench_table(record).splitlines()
     assert lines[0].startswith("One training step of net, 10 classes, batch 2, 32 px, rank 4")
     compared = next(line.split() for line in lines if line.split()[:1] == ["lora"])
@@ -64,20 +66,26 @@ def test_the_table_compares_and_says_what_did_not_run(record: BenchRecord) -> No
     assert lines[-1].startswith("load average before and after: 0.1, -, on 2 cores")
 
 
-def test_the_json_has_every_round(record: BenchRecord) -> None:
+def test_json_has_each_round(record: BenchRecord) -> None:
     written = json.loads(record.to_json())
     assert written["rows"][1]["rounds"][2] == {"forward_s": 0.1, "backward_s": 0.17, "optimizer_s": 0.0}
     assert written["rows"][2]["error"] == "No module named 'peer'"
     assert BenchRecord.from_json(record.to_json()) == record
 
 
+@pytest.mark.parametrize("file", sorted(COMMITTED.glob("*.json")), ids=lambda file: file.stem)
+def test_committed_records_keep_their_data(file: Path) -> None:
+    text = file.read_text(encoding="utf-8")
+    assert json.loads(BenchRecord.from_json(text).to_json()) == json.loads(text)
+
+
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{"profile": null}]}'])
-def test_what_is_no_record_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match=r"not the record of a comparison|Expecting"):
+def test_wrong_json_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="validation error"):
         BenchRecord.from_json(text)
 
 
-def test_the_picture_names_what_ran(record: BenchRecord, tmp_path: Path) -> None:
+def test_figure_shows_the_contenders_that_ran(record: BenchRecord, tmp_path: Path) -> None:
     save_bench_figure(record, tmp_path / "bench.svg")
     text = (tmp_path / "bench.svg").read_text(encoding="utf-8")
     for label in ("net, 10 classes", "lora", "[MiB]", "time of a step", "forward", "activations"):

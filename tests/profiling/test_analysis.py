@@ -18,7 +18,7 @@ from peft_edge.roles import modules_with_role
 SMALL = {"batch_size": 4, "image_size": 64}
 
 
-def test_a_method_is_analysed_by_name(tiny_backbone: nn.Module) -> None:
+def test_analyse_accepts_a_method_by_name(tiny_backbone: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_backbone.state_dict().items()}
     full, head, none = (analyse(tiny_backbone, method, **SMALL) for method in ("full", "head", "none"))
     size = sum(parameter.numel() for parameter in tiny_backbone.parameters())
@@ -29,9 +29,9 @@ def test_a_method_is_analysed_by_name(tiny_backbone: nn.Module) -> None:
     saved = [analysis.profile[0].adapter_bytes for analysis in (full, head, none)]
     assert saved == [4 * size + norms, 4 * classifier + norms, 0]
     assert [len(analysis.profile) for analysis in (full, head, none)] == [1, 1, 1]
-    # The gradient of a linear layer costs what its forward costs, and nothing before it is trained.
+    # The gradient of a linear layer costs as much as its forward pass, and nothing before it is trained.
     assert [head.flops.backward, none.flops.backward] == [2 * 4 * 1280 * 10, 0]
-    # AdamW's two moments and a counter for each parameter; none where nothing is trained.
+    # AdamW has two moments and a counter for each trained parameter.
     moments = [analysis.memory.forward_end["optimizer"] for analysis in (full, head, none)]
     assert moments == [8 * size + 4 * len(list(tiny_backbone.parameters())), 8 * classifier + 8, 0]
     assert (
@@ -45,7 +45,7 @@ def test_a_method_is_analysed_by_name(tiny_backbone: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("lora_rank", [1, 8])
-def test_adapters_of_a_rank(tiny_backbone: nn.Module, lora_rank: int) -> None:
+def test_adapters_have_the_parameters_of_their_rank(tiny_backbone: nn.Module, lora_rank: int) -> None:
     analysis = analyse(
         tiny_backbone, "lora", lora_rank=lora_rank, adapter={"target_modules": "depthwise", "norm": "frozen"}, **SMALL
     )
@@ -61,12 +61,12 @@ def test_adapters_of_a_rank(tiny_backbone: nn.Module, lora_rank: int) -> None:
 def test_dora_costs_no_second_convolution() -> None:
     full, lora, dora = (analyse("resnet10t", method, **SMALL).flops for method in ("full", "lora", "dora"))
     assert dora.forward == lora.forward
-    # The trained lengths need the gradient of the whole kernel, as full fine-tuning does; LoRA may do without.
+    # DoRA's magnitudes need the gradient of the full kernel, as full fine-tuning does; LoRA's factors may not.
     assert dora.forward + dora.backward == pytest.approx(full.forward + full.backward, rel=0.1)
     assert lora.backward < 0.6 * dora.backward
 
 
-def test_by_the_same_route_dora_costs_what_lora_does(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_dora_costs_as_much_as_lora_with_the_full_kernel_gradient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("peft_edge.functional.lowrank.choose_gradient_route", lambda *arguments: "full_kernel")
     lora, dora = (analyse("resnet10t", method, lora_rank=4, **SMALL).flops for method in ("lora", "dora"))
     assert dora.forward == lora.forward
@@ -75,7 +75,7 @@ def test_by_the_same_route_dora_costs_what_lora_does(monkeypatch: pytest.MonkeyP
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd-momentum", "adafactor"])
-def test_galore_keeps_less_than_adamw(optimizer: str) -> None:
+def test_galore_keeps_less_state_than_adamw(optimizer: str) -> None:
     backbone = timm.create_model("resnet10t", num_classes=10)
     rank = {"rank": 4, "target_modules": "dense"}
     galore = analyse(backbone, "galore", optimizer=optimizer, adapter=rank, **SMALL)
@@ -101,7 +101,7 @@ def test_layerwise_updates_keep_one_gradient_at_a_time() -> None:
     assert layerwise.memory.peak["gradients"] <= 4 * largest
 
 
-def test_a_model_is_analysed_as_it_is_with_inputs_of_its_own() -> None:
+def test_analyse_accepts_any_model_and_inputs() -> None:
     class Product(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -116,12 +116,12 @@ def test_a_model_is_analysed_as_it_is_with_inputs_of_its_own() -> None:
     assert analysis.num_trainable_params == 6 * 5 + 5
 
 
-def test_inputs_that_do_not_fit_are_named(tiny_backbone: nn.Module) -> None:
+def test_inputs_of_a_wrong_shape_are_named(tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match=r"cannot take a step on inputs of the shape \[\(2, 1, 8, 8\)\]"):
         analyse(tiny_backbone, "full", inputs=torch.empty(2, 1, 8, 8))
 
 
-def test_peft_configurations_are_methods(tiny_backbone: nn.Module) -> None:
+def test_analyse_accepts_a_peft_configuration(tiny_backbone: nn.Module) -> None:
     config = LoraConfig(r=2, target_modules=["conv_head"])
     by_config = analyse(tiny_backbone, config, **SMALL)
     by_rank = analyse(tiny_backbone, config, lora_rank=6, **SMALL)
@@ -132,13 +132,13 @@ def test_peft_configurations_are_methods(tiny_backbone: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("kind", [LoHaConfig, LoKrConfig])
-def test_methods_that_drop_modules_at_random_drop_none(tiny_backbone: nn.Module, kind: type[PeftConfig]) -> None:
+def test_module_dropout_drops_nothing_in_an_analysis(tiny_backbone: nn.Module, kind: type[PeftConfig]) -> None:
     analysis = analyse(tiny_backbone, kind(r=2, target_modules=["conv_head"], module_dropout=0.9), **SMALL)
     assert analysis.flops.optimizer >= 13 * analysis.num_trainable_params > 0
 
 
 @pytest.mark.slow
-def test_a_language_model_of_seven_billion_parameters_takes_no_memory() -> None:
+def test_analysis_of_a_7b_language_model_needs_no_memory() -> None:
     with torch.device("meta"):
         model = LlamaForCausalLM(LlamaConfig())
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -146,7 +146,7 @@ def test_a_language_model_of_seven_billion_parameters_takes_no_memory() -> None:
     assert analysis.num_total_params - analysis.num_trainable_params == 6_738_415_616
     assert analysis.num_trainable_params == 32 * 2 * 8 * (4096 + 4096)
     assert analysis.memory.peak["parameters"] == 4 * analysis.num_total_params
-    # Every weight but the embedding's multiplies every token once.
+    # Each weight except those of the embedding and of the norms multiplies each token once.
     weights = 6_738_415_616 - 32000 * 4096 - 65 * 4096
     attention = 32 * 2 * 2 * 128 * 128 * 4096
     adapters = 2 * 128 * analysis.num_trainable_params
@@ -158,12 +158,12 @@ def test_a_language_model_of_seven_billion_parameters_takes_no_memory() -> None:
 BERT = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64)
 
 
-def test_an_encoder_with_a_head_is_trained_like_any_model() -> None:
+def test_transformers_encoder_with_a_head_is_analysed() -> None:
     analysis = analyse(BertForSequenceClassification(BERT), "full", batch_size=2, sequence_length=16)
     assert analysis.flops.backward > analysis.flops.forward > 0
 
 
-def test_a_model_without_a_head_is_named() -> None:
+def test_model_without_a_head_is_refused() -> None:
     with pytest.raises(ValueError, match=r"BaseModelOutput.*, expected a tensor or logits: take a model with a head"):
         analyse(BertModel(BERT), "full", batch_size=2, sequence_length=16)
 
@@ -179,12 +179,12 @@ def test_a_model_without_a_head_is_named() -> None:
         ("full", {"accounting": "paper"}, "expected one of exact, source-study"),
     ],
 )
-def test_wrong_arguments_are_named(tiny_backbone: nn.Module, method: object, options: dict, message: str) -> None:
+def test_wrong_argument_is_named(tiny_backbone: nn.Module, method: object, options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         analyse(tiny_backbone, method, **SMALL, **options)
 
 
-def test_a_lean_step_is_analysed_as_it_is_really_taken() -> None:
+def test_analysis_of_a_lean_step_matches_a_real_one() -> None:
     settings = {"lora_rank": 2, "adapter": {"norm": "frozen", "target_modules": "project"}}
     lean = {"inplace_norm": True, "masks": "byte"}
     backbone = timm.create_model("test_efficientnet", num_classes=10)
@@ -202,7 +202,7 @@ def test_a_lean_step_is_analysed_as_it_is_really_taken() -> None:
 SMALL_STEP = {"batch_size": 2, "image_size": 32}
 
 
-def test_every_rank_of_a_method_with_ranks_is_analysed() -> None:
+def test_compare_methods_analyses_each_rank() -> None:
     costs = compare_methods("resnet10t", ["peft-loha", "conv-adapter"], lora_ranks=[2, 4], **SMALL_STEP)
     assert list(costs) == ["peft-loha, rank 2", "peft-loha, rank 4", "conv-adapter"]
     two, four, _ = (cost.num_trainable_params for cost in costs.values())
@@ -210,7 +210,7 @@ def test_every_rank_of_a_method_with_ranks_is_analysed() -> None:
     assert four - head == 2 * (two - head)
 
 
-def test_methods_with_adapters_are_analysed_at_every_rank_and_others_once() -> None:
+def test_methods_without_a_rank_are_analysed_once() -> None:
     costs = compare_methods("resnet10t", ["head", "lora", "full"], lora_ranks=[1, 3], **SMALL_STEP)
     assert list(costs) == ["head", "lora, rank 1", "lora, rank 3", "full"]
     assert [cost.lora_rank for cost in costs.values()] == [None, 1, 3, None]
@@ -219,7 +219,7 @@ def test_methods_with_adapters_are_analysed_at_every_rank_and_others_once() -> N
 
 
 @pytest.mark.parametrize(("optimizer", "moments"), [("adamw", 2), ("sgd", 0), ("sgd-momentum", 1)])
-def test_the_optimizer_decides_on_the_state(optimizer: str, moments: int) -> None:
+def test_optimizer_state_has_the_size_of_its_moments(optimizer: str, moments: int) -> None:
     assert optimizer in OPTIMIZERS
     (cost,) = compare_methods("mobilenetv2_035", ["head"], lora_ranks=[1], optimizer=optimizer, **SMALL_STEP).values()
     weights = (1280 * 1000 + 1000) * 4

@@ -24,7 +24,7 @@ from peft_edge.records import StepProfile
 
 
 class Clock:
-    """Stands still but for what is added to `now`."""
+    """A clock that only tests advance, by adding to `now`."""
 
     now = 0.0
 
@@ -33,7 +33,7 @@ class Clock:
 
 
 class Slow(torch.autograd.Function):
-    """Takes so many seconds forward, and ten times as many backward."""
+    """Take `seconds` in the forward pass, and ten times as long in the backward pass."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clock: Clock, seconds: float) -> Tensor:
@@ -64,11 +64,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     return clock
 
 
-def test_phases_are_timed_and_parts_of_a_batch_add_up(clock: Clock) -> None:
+def test_times_of_gradient_accumulation_add_up(clock: Clock) -> None:
     model = SlowModel(clock)
     with TimedStep(model) as step:
         for part in (torch.ones(5, 1), torch.ones(3, 1)):
-            clock.now += 100  # of nobody: the batch is fetched
+            clock.now += 100  # outside the phases: the batch is loaded
             logits = model(x=part)["logits"]
             loss = Slow.apply(logits.sum(), clock, 0.5)
             loss.backward()
@@ -77,21 +77,21 @@ def test_phases_are_timed_and_parts_of_a_batch_add_up(clock: Clock) -> None:
         step.enter(None)
         clock.now += 100
     times = step.times()
-    # The gradient of the loss goes by until the model's output has its own.
+    # The forward pass lasts until the gradient reaches the model's output.
     assert times.forward_s == 2 * (2 + 0.5 + 5)
     assert times.backward_s == 2 * 20
     assert times.optimizer_s == 7
     assert times.samples_per_s == pytest.approx(8 / (15 + 40 + 7))
 
 
-def test_what_was_not_seen_is_none(clock: Clock) -> None:
+def test_phases_that_did_not_run_have_no_time(clock: Clock) -> None:
     with TimedStep(SlowModel(clock)) as step:
         clock.now += 1
     times = step.times()
     assert (times.forward_s, times.backward_s, times.optimizer_s, times.samples_per_s) == (None,) * 4
 
 
-def test_no_hook_stays_behind(clock: Clock) -> None:
+def test_timed_step_removes_its_hooks(clock: Clock) -> None:
     model = SlowModel(clock)
     with TimedStep(model):
         assert model._forward_hooks
@@ -117,7 +117,7 @@ def train(
     done: int = 0,
     sizes: Sequence[int] = (6,),
 ) -> list[str]:
-    """Trains as `Trainer` does, and returns what each step was: counted, timed, or neither."""
+    """Train as `Trainer` does, and return the kind of each step: `c`ounted, `t`imed or `-`."""
     model = model or network()
     optimizer: Optimizer = SGD(model.parameters(), lr=0.1)
     state, control = TrainerState(global_step=done), TrainerControl()
@@ -145,13 +145,13 @@ def train(
 @pytest.mark.parametrize(
     ("every_n_steps", "kinds"), [(5, "-ct---ct---c"), (2, "-ctctctctctc"), (1, "-ctctctctctc"), (0, "-" * 12)]
 )
-def test_two_steps_in_every_so_many_are_measured(tmp_path: Path, every_n_steps: int, kinds: str) -> None:
+def test_callback_measures_two_steps_in_each_interval(tmp_path: Path, every_n_steps: int, kinds: str) -> None:
     callback = ProfilingCallback(every_n_steps, output_dir=tmp_path)
     assert "".join(train(callback, 12)) == kinds
     assert [row.steps for row in callback.rows] == [kinds.count("c")] * (every_n_steps > 0)
 
 
-def test_the_default_is_that_of_the_configuration() -> None:
+def test_default_interval_is_that_of_the_configuration() -> None:
     default = inspect.signature(ProfilingCallback).parameters["every_n_steps"].default
     assert default == RunConfig(output_dir="a").profiling.every_n_steps
 
@@ -161,7 +161,7 @@ def test_negative_interval_is_refused() -> None:
         ProfilingCallback(-1)
 
 
-def test_what_is_trained_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
+def test_trained_weights_are_bit_identical_with_the_callback(tmp_path: Path) -> None:
     trained = []
     for every_n_steps in (0, 1):
         torch.manual_seed(0)
@@ -171,7 +171,7 @@ def test_what_is_trained_is_the_same_to_the_last_bit(tmp_path: Path) -> None:
     assert all(torch.equal(trained[0][name], trained[1][name]) for name in trained[0])
 
 
-def test_files_and_the_table_hold_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_files_and_printed_table_hold_the_rows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     callback = ProfilingCallback(output_dir=tmp_path, name="lr_0.01")
     train(callback, 3)
     (row,) = callback.rows
@@ -185,9 +185,7 @@ def test_files_and_the_table_hold_the_rows(tmp_path: Path, capsys: pytest.Captur
     assert profile_table([row]) in capsys.readouterr().out
 
 
-def test_times_are_medians_and_memory_is_that_of_the_highest_peak(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_rows_have_median_times_and_the_highest_memory_peak(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     callback = ProfilingCallback(1, output_dir=tmp_path)
     logged: list[dict[str, float]] = []
     monkeypatch.setattr(callback, "_log", logged.append)
@@ -201,9 +199,9 @@ def test_times_are_medians_and_memory_is_that_of_the_highest_peak(
     assert row.forward_s == sorted(entry["profile/forward_s"] for entry in logged)[1]
 
 
-def test_resumed_training_goes_on_with_its_figures_and_a_new_one_does_not(tmp_path: Path) -> None:
+def test_resumed_training_continues_its_figures_and_a_new_one_starts_over(tmp_path: Path) -> None:
     train(ProfilingCallback(output_dir=tmp_path), 3)
-    (tmp_path / "profile" / "process_1.json").write_text("of a process that is no more")
+    (tmp_path / "profile" / "process_1.json").write_text("of a process of the earlier training")
     resumed = ProfilingCallback(output_dir=tmp_path)
     train(resumed, 6, done=3)
     assert [row.steps for row in resumed.rows] == [2]
@@ -215,7 +213,7 @@ def test_resumed_training_goes_on_with_its_figures_and_a_new_one_does_not(tmp_pa
     assert [row.process_index for row in read_profile(tmp_path)] == [0]
 
 
-def test_damaged_figures_are_left_out_with_a_warning(tmp_path: Path) -> None:
+def test_damaged_figures_are_ignored_with_a_warning(tmp_path: Path) -> None:
     train(ProfilingCallback(output_dir=tmp_path), 3)
     (tmp_path / "profile" / "process_1.json").write_text('{"rows": [{"unknown": 1}], "times": []}')
     with pytest.warns(UserWarning, match=r"process_1\.json is damaged"):
@@ -227,19 +225,19 @@ def test_damaged_figures_are_left_out_with_a_warning(tmp_path: Path) -> None:
     assert [row.steps for row in resumed.rows] == [1]
 
 
-def test_no_more_measurements_are_planned_than_taken(tmp_path: Path) -> None:
+def test_planned_measurements_do_not_pile_up(tmp_path: Path) -> None:
     callback = ProfilingCallback(1, output_dir=tmp_path)
     train(callback, 12)
     assert len(callback._planned) <= 1
 
 
-def test_a_training_too_short_to_be_measured_leaves_no_figures_of_another(tmp_path: Path) -> None:
+def test_short_training_deletes_the_figures_of_an_earlier_one(tmp_path: Path) -> None:
     train(ProfilingCallback(output_dir=tmp_path), 3)
     train(ProfilingCallback(output_dir=tmp_path), 1)
     assert not list(tmp_path.rglob("*.json"))
 
 
-def test_training_that_fails_while_it_is_counted_leaves_no_mode_behind(tmp_path: Path) -> None:
+def test_failed_training_leaves_no_dispatch_mode_entered(tmp_path: Path) -> None:
     failing = network()
     failing.register_forward_hook(lambda *arguments: 1 / 0 if _get_current_dispatch_mode_stack() else None)
     with pytest.raises(ZeroDivisionError):
@@ -247,7 +245,7 @@ def test_training_that_fails_while_it_is_counted_leaves_no_mode_behind(tmp_path:
     assert not _get_current_dispatch_mode_stack()
 
 
-def test_trace_is_written_on_request(tmp_path: Path) -> None:
+def test_trace_is_written_if_requested(tmp_path: Path) -> None:
     train(ProfilingCallback(output_dir=tmp_path, name="a", trace=True), 4)
     trace = json.loads((tmp_path / "traces" / "a" / "process_0.json").read_text())
     assert any(event.get("name") == "aten::linear" for event in trace["traceEvents"])
@@ -265,7 +263,7 @@ def trainer(trainer_arguments: Callable[..., TrainingArguments]) -> Trainer:
     return RegressionTrainer(network(), arguments, train_dataset=data)
 
 
-def test_trainer_logs_the_figures_beside_its_own(trainer: Trainer, tmp_path: Path) -> None:
+def test_trainer_logs_the_profile_and_its_own_figures(trainer: Trainer, tmp_path: Path) -> None:
     callback = ProfilingCallback(log=trainer.log)
     trainer.add_callback(callback)
     trainer.train()
@@ -276,7 +274,7 @@ def test_trainer_logs_the_figures_beside_its_own(trainer: Trainer, tmp_path: Pat
     assert json.loads((tmp_path / "profile.json").read_text())[0]["process_index"] == 0
 
 
-def test_after_a_trainer_that_failed_the_next_training_is_clean(trainer: Trainer, tmp_path: Path) -> None:
+def test_training_after_a_failed_trainer_is_measured(trainer: Trainer, tmp_path: Path) -> None:
     trainer.add_callback(ProfilingCallback())
     handle = trainer.model.register_forward_hook(
         lambda *arguments: 1 / 0 if _get_current_dispatch_mode_stack() else None

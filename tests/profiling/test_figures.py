@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from peft_edge.profiling.figures import Panel, save_bars, save_cost_figure
+from peft_edge.profiling.figures import StackedBars, save_bars, save_cost_figure
 from peft_edge.records import StepProfile
 
 COSTS = {
@@ -23,7 +23,7 @@ COSTS = {
 
 
 @pytest.mark.parametrize("ending", ["png", "svg"])
-def test_the_same_costs_are_the_same_picture_and_other_costs_another(tmp_path: Path, ending: str) -> None:
+def test_same_costs_give_the_same_file(tmp_path: Path, ending: str) -> None:
     pictures = []
     for costs in (COSTS, COSTS, {**COSTS, "head": COSTS["full"]}):
         save_cost_figure(costs, tmp_path / f"costs.{ending}", title="a network")
@@ -32,14 +32,14 @@ def test_the_same_costs_are_the_same_picture_and_other_costs_another(tmp_path: P
     assert [path.name for path in tmp_path.iterdir()] == [f"costs.{ending}"]
 
 
-def test_a_picture_names_what_it_shows(tmp_path: Path) -> None:
+def test_figure_shows_labels_and_units(tmp_path: Path) -> None:
     save_cost_figure(COSTS, tmp_path / "costs.svg", title="a network")
     text = (tmp_path / "costs.svg").read_text(encoding="utf-8")
     for label in ("a network", "full", "lora, rank 4", "[MiB]", "[GFLOP]", "activations", "elementwise, backward"):
         assert label in text
 
 
-def test_bars_are_as_long_as_their_bytes(tmp_path: Path) -> None:
+def test_bars_are_proportional_to_bytes(tmp_path: Path) -> None:
     save_cost_figure(COSTS, tmp_path / "costs.png", title="a network")
     picture = Image.open(tmp_path / "costs.png").convert("RGB")
     blue = (0x00, 0x72, 0xB2)
@@ -51,8 +51,9 @@ def test_bars_are_as_long_as_their_bytes(tmp_path: Path) -> None:
     assert longer == pytest.approx(2 * shorter, rel=0.02)
 
 
-def test_a_bar_that_rounding_puts_outside_of_its_spread_is_drawn(tmp_path: Path) -> None:
-    panel = Panel(label="time", parts={"forward": [0.7], "backward": [0.2], "optimizer": [0.1]}, spread=[(1.0, 1.0)])
+def test_bar_slightly_outside_its_spread_is_drawn(tmp_path: Path) -> None:
+    parts = {"forward": [0.7], "backward": [0.2], "optimizer": [0.1]}
+    panel = StackedBars(label="time", parts=parts, spread=[(1.0, 1.0)])
     assert 0.7 + 0.2 + 0.1 < 1.0
 
     save_bars(["full"], [panel], tmp_path / "bars.png", title="a network")
@@ -60,6 +61,6 @@ def test_a_bar_that_rounding_puts_outside_of_its_spread_is_drawn(tmp_path: Path)
     assert (tmp_path / "bars.png").exists()
 
 
-def test_an_unknown_ending_is_named(tmp_path: Path) -> None:
+def test_unknown_suffix_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"costs\.gif has the ending '\.gif', expected one of \.png, \.svg, \.pdf"):
         save_cost_figure(COSTS, tmp_path / "costs.gif", title="a network")

@@ -19,7 +19,7 @@ from peft_edge.roles import modules_with_role
 
 SIZE = 3 * 4 * 5 * 6
 
-# Before torch 2.15, a mode that looks on is shown what the derivative is made of.
+# Before torch 2.15, a dispatch mode sees the derivative as several operators.
 SILU_DERIVATIVE = SIZE if torch.__version__ >= (2, 15) else 6 * SIZE
 
 
@@ -49,7 +49,7 @@ def count(function: Any, *shapes: tuple[int, ...]) -> FlopCount:
         (lambda x: F.softmax(x, -1), 5 * SIZE, 4 * SIZE),
     ],
 )
-def test_elementwise_operators_cost_so_much_an_element(function: Any, forward: int, backward: int) -> None:
+def test_elementwise_operators_cost_a_number_for_each_element(function: Any, forward: int, backward: int) -> None:
     counted = count(function, (3, 4, 5, 6))
     assert (counted.forward, counted.backward) == (0, 0)
     assert (counted.elementwise_forward, counted.elementwise_backward) == (forward, backward)
@@ -84,18 +84,18 @@ def test_products_cost_their_multiply_adds(function: Any, shapes: list[tuple[int
         lambda x: F.dropout(x, 0.5),
     ],
 )
-def test_both_passes_read_or_write_every_element(function: Any) -> None:
+def test_both_passes_cost_at_least_one_operation_an_element(function: Any) -> None:
     counted = count(function, (3, 4, 5, 6))
     assert counted.elementwise_forward >= SIZE
     assert counted.elementwise_backward >= SIZE
 
 
-def test_a_sum_reads_its_input_and_a_broadcast_writes_its_output() -> None:
+def test_elementwise_cost_follows_the_largest_tensor() -> None:
     assert count(lambda x: x.detach().sum(), (7, 5)).elementwise_forward == 35
     assert count(lambda x, y: x.detach() * y.detach(), (7, 1), (1, 5)).elementwise_forward == 35
 
 
-def test_the_update_of_an_affine_map_with_fixed_statistics_costs_what_is_trained() -> None:
+def test_backward_of_batch_norm_in_eval_mode_costs_the_requested_gradients() -> None:
     norm = nn.BatchNorm2d(4).eval()
     x = torch.rand(3, 4, 5, 6)
     for trained, cost in (((), 1), (("weight",), 5), (("bias",), 2), (("weight", "bias"), 6)):
@@ -108,7 +108,7 @@ def test_the_update_of_an_affine_map_with_fixed_statistics_costs_what_is_trained
 
 
 OPTIMIZERS = [
-    # A parameter with weight decay: decay, two moments of (3, 4), root, correction, epsilon, step of 3.
+    # For each element: weight decay 1, the moments 3 and 4, root, correction and epsilon 3, the step 3.
     (torch.optim.AdamW, {}, 14),
     (torch.optim.AdamW, {"weight_decay": 0.0}, 13),
     (torch.optim.Adam, {"weight_decay": 0.1}, 15),
@@ -120,7 +120,7 @@ OPTIMIZERS = [
 
 @pytest.mark.parametrize("implementation", ["loop", "foreach", "fused"])
 @pytest.mark.parametrize(("kind", "options", "cost"), OPTIMIZERS)
-def test_every_implementation_of_an_optimizer_costs_the_same(
+def test_loop_foreach_and_fused_optimizers_cost_the_same(
     kind: Any, options: dict[str, Any], cost: int, implementation: str
 ) -> None:
     model = nn.Sequential(nn.Linear(30, 40), nn.Linear(40, 50))
@@ -133,13 +133,13 @@ def test_every_implementation_of_an_optimizer_costs_the_same(
         optimizer.step()
     size = sum(parameter.numel() for parameter in model.parameters())
     counted = counter.result()
-    # Step counters are scalars, a few to each parameter.
+    # Each parameter has a few scalar step counters.
     assert cost * size <= counted.optimizer <= cost * size + 4 * len(list(model.parameters()))
     assert counted.forward == counted.elementwise_forward == 0
 
 
-# What LoRA (r = 4, all dense convolutions, batch 2, 224 px) saves against full fine-tuning, in percent: as the source
-# study counts, and exactly.
+# FLOPs that LoRA (r = 4, all dense convolutions, batch 2, 224 px) saves against full fine-tuning, in percent: in the
+# accounting of the source study, and exactly.
 REDUCTIONS = {
     "resnet18": (30, 30),
     "mobilenetv2_100": (88, 24),
@@ -164,9 +164,7 @@ FVCORE_BACKBONES = [
 @pytest.mark.parametrize("dilation", [1, 2])
 @pytest.mark.parametrize("groups", [1, 4, 16, 32])
 @pytest.mark.parametrize("dims", [1, 2, 3])
-def test_a_convolution_costs_its_multiply_adds_and_its_backward_twice_that(
-    dims: int, groups: int, dilation: int, stride: int
-) -> None:
+def test_backward_of_a_convolution_costs_two_forward_passes(dims: int, groups: int, dilation: int, stride: int) -> None:
     first = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dims - 1](3, 32, 1)
     kind = type(first)
     model = nn.Sequential(first, kind(32, 64, 3, stride=stride, padding=1, dilation=dilation, groups=groups))
@@ -183,7 +181,7 @@ def test_a_convolution_costs_its_multiply_adds_and_its_backward_twice_that(
 
 @pytest.mark.parametrize("groups", [1, 4, 16, 32])
 @pytest.mark.parametrize(("stride", "dilation"), [(1, 1), (2, 1), (2, 2), (3, 1)])
-def test_a_transposed_convolution_costs_one_kernel_for_each_input_position(
+def test_transposed_convolution_costs_one_kernel_for_each_input_position(
     stride: int, dilation: int, groups: int
 ) -> None:
     layer = nn.ConvTranspose2d(32, 64, 3, stride=stride, dilation=dilation, output_padding=stride - 1, groups=groups)
@@ -193,7 +191,7 @@ def test_a_transposed_convolution_costs_one_kernel_for_each_input_position(
     assert counted.by_module["1"].backward == 4 * multiply_adds
 
 
-def test_what_is_frozen_costs_no_gradient_of_its_kernel_and_what_comes_before_none_at_all() -> None:
+def test_frozen_layers_cost_one_gradient_and_layers_before_the_first_trained_one_none() -> None:
     model = nn.Sequential(*[nn.Conv2d(8, 8, 3, padding=1, groups=groups) for groups in (1, 8, 8, 2)])
     for trained in range(4):
         model.requires_grad_(False)
@@ -204,7 +202,7 @@ def test_what_is_frozen_costs_no_gradient_of_its_kernel_and_what_comes_before_no
 
 
 @pytest.mark.parametrize(("name", "stock"), [("mobilenetv2_100", 19.5), ("mobilenetv3_small_100", 34)])
-def test_the_backward_of_a_mobile_network_costs_two_forwards_where_torch_counts_many(name: str, stock: float) -> None:
+def test_backward_of_a_mobile_network_costs_two_forward_passes(name: str, stock: float) -> None:
     model = timm.create_model(name).train()
     x = torch.empty(2, 3, 224, 224)
     counted = count_flops(model, x)
@@ -218,7 +216,7 @@ def test_the_backward_of_a_mobile_network_costs_two_forwards_where_torch_counts_
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:FutureWarning")
 @pytest.mark.parametrize("name", FVCORE_BACKBONES)
-def test_the_forward_costs_what_fvcore_counts(name: str) -> None:
+def test_forward_flops_match_fvcore(name: str) -> None:
     from fvcore.nn import FlopCountAnalysis
 
     logging.getLogger("fvcore").setLevel(logging.ERROR)
@@ -231,7 +229,7 @@ def test_the_forward_costs_what_fvcore_counts(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-def test_the_reductions_of_the_source_study_and_the_exact_ones(name: str) -> None:
+def test_flop_reductions_match_the_source_study_and_the_exact_count(name: str) -> None:
     x = torch.empty(2, 3, 224, 224)
     full = timm.create_model(name).train()
     config = LoraConfig(r=4, target_modules=modules_with_role(full, "dense"))
@@ -243,7 +241,7 @@ def test_the_reductions_of_the_source_study_and_the_exact_ones(name: str) -> Non
     assert reductions == pytest.approx(REDUCTIONS[name], abs=1)
 
 
-def test_the_parts_add_up(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
+def test_modules_and_operators_add_up_to_the_total(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
     optimizer = torch.optim.AdamW(tiny_backbone.parameters())
     labels = torch.zeros(4, dtype=torch.long)
     counted = count_flops(
@@ -259,13 +257,11 @@ def test_the_parts_add_up(tiny_backbone: nn.Module, images: torch.Tensor) -> Non
             counted.by_module[""], column
         )
     assert counted.by_module[""].forward == counted.forward
-    # The loss stands outside the model.
+    # The loss is outside the model.
     assert counted.by_module[""].elementwise_forward < counted.elementwise_forward
 
 
-def test_a_fake_step_counts_what_a_real_one_does_and_changes_nothing(
-    tiny_backbone: nn.Module, images: torch.Tensor
-) -> None:
+def test_fake_step_counts_the_same_as_a_real_one(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
     tiny_backbone.train()
     optimizer = torch.optim.AdamW(tiny_backbone.parameters())
     before = {name: tensor.clone() for name, tensor in tiny_backbone.state_dict().items()}
@@ -284,7 +280,7 @@ def test_a_fake_step_counts_what_a_real_one_does_and_changes_nothing(
     assert counter.result() == counted
 
 
-def test_checkpointing_computes_the_forward_again() -> None:
+def test_checkpointing_counts_the_recomputed_forward_pass() -> None:
     layers = nn.Sequential(nn.Conv2d(3, 8, 1), *[nn.Sequential(nn.Conv2d(8, 8, 3), nn.Sigmoid()) for _ in range(4)])
 
     class Checkpointed(nn.Module):
@@ -303,6 +299,6 @@ def test_checkpointing_computes_the_forward_again() -> None:
     assert checkpointed.backward == plain.backward + again
 
 
-def test_an_unknown_accounting_is_named(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
+def test_unknown_accounting_is_refused(tiny_backbone: nn.Module, images: torch.Tensor) -> None:
     with pytest.raises(ValueError, match="accounting is 'study', expected one of exact, source-study"):
         count_flops(tiny_backbone, images, accounting="study")

@@ -1,9 +1,4 @@
-"""The log of storages against sizes known beforehand.
-
-The process's figures against allocations of known size, and against each other.
-
-Memory of training steps against closed formulas and torch's own tracker.
-"""
+"""Memory of training steps against closed formulas, torch's own tracker and figures measured for the design."""
 
 from __future__ import annotations
 
@@ -18,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import timm
 import torch
 from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
@@ -28,17 +24,17 @@ from torch.utils.checkpoint import checkpoint
 
 from peft_edge.profiling import memory
 from peft_edge.profiling.memory import (
-    KINDS,
+    MEMORY_KINDS,
     MemoryTracker,
     ProcessPeak,
     StorageLog,
     innermost_around,
     peak_rss_bytes,
     reset_peak_rss,
-    rss_bytes,
     track_memory,
 )
 from peft_edge.profiling.step import take_step
+from peft_edge.roles import modules_with_role
 
 
 @pytest.fixture
@@ -46,18 +42,25 @@ def log() -> StorageLog:
     return StorageLog(set())
 
 
-def test_views_share_one_storage_and_empty_tensors_have_none(log: StorageLog) -> None:
+def module_and_kind(log: StorageLog) -> tuple[str | None, str]:
+    """Return the module and the kind of the only storage in the log."""
+    ((storage, change, _),) = log.events
+    assert change == 32
+    return storage.module, storage.kind
+
+
+def test_views_share_one_storage_and_empty_tensors_count_zero(log: StorageLog) -> None:
     whole = torch.zeros(6, 4)
 
-    log.see([whole, (whole[1], whole.t()), torch.zeros(0), 3, None])
+    log.observe([whole, (whole[1], whole.t()), torch.zeros(0), 3, None])
 
     assert log.totals()[-1] == 96
 
 
-def test_the_end_of_a_storage_is_logged_when_its_last_view_goes(log: StorageLog) -> None:
+def test_storage_is_freed_with_its_last_view(log: StorageLog) -> None:
     whole = torch.zeros(6, 4)
     view = whole[0]
-    log.see(whole)
+    log.observe(whole)
     del whole
     gc.collect()
     assert log.totals()[-1] == 96
@@ -66,10 +69,10 @@ def test_the_end_of_a_storage_is_logged_when_its_last_view_goes(log: StorageLog)
     assert log.totals()[-1] == 0
 
 
-def test_what_only_autograd_holds_is_alive(log: StorageLog) -> None:
+def test_tensor_saved_by_autograd_is_alive(log: StorageLog) -> None:
     leaf = torch.zeros(8, requires_grad=True)
     kept = leaf.exp()
-    log.see(kept)
+    log.observe(kept)
     result = kept.sum()
     del kept
     gc.collect()
@@ -79,76 +82,75 @@ def test_what_only_autograd_holds_is_alive(log: StorageLog) -> None:
     assert log.totals()[-1] == 0
 
 
-def test_a_resized_storage_counts_with_its_new_size(log: StorageLog) -> None:
+def test_resized_storage_counts_its_new_size(log: StorageLog) -> None:
     tensor = torch.zeros(8)
-    log.see(tensor)
-    log.see(tensor.resize_(20))
+    log.observe(tensor)
+    log.observe(tensor.resize_(20))
     assert log.totals()[-1] == 80
 
     tensor.untyped_storage().resize_(0)
-    log.see(tensor)
+    log.observe(tensor)
     assert log.totals()[-1] == 0
 
 
-def test_fake_tensors_count_with_the_bytes_that_they_stand_for(log: StorageLog) -> None:
+def test_fake_tensor_counts_the_bytes_of_a_real_one(log: StorageLog) -> None:
     with FakeTensorMode():
         tensor = torch.zeros(8, dtype=torch.half)
-    log.see([tensor, tensor[2:]])
+    log.observe([tensor, tensor[2:]])
 
     assert log.totals()[-1] == 16
 
 
-def test_other_devices_are_left_out() -> None:
+def test_storages_on_other_devices_are_ignored() -> None:
     log = StorageLog({torch.device("cpu")})
     with FakeTensorMode():
-        log.see([there := torch.zeros(8, device="cuda"), here := torch.zeros(2)])
+        log.observe([there := torch.zeros(8, device="cuda"), here := torch.zeros(2)])
 
     assert (there.device.type, here.device.type) == ("cuda", "cpu")
     assert log.totals()[-1] == 8
 
 
-def test_a_sparse_tensor_does_not_stop_the_step(log: StorageLog) -> None:
-    log.see(torch.eye(3).to_sparse())
+def test_sparse_tensor_is_ignored(log: StorageLog) -> None:
+    log.observe(torch.eye(3).to_sparse())
 
     assert log.totals() == [0]
 
 
-def test_a_claim_decides_on_the_kind_and_the_first_one_counts(log: StorageLog) -> None:
+def test_first_assigned_kind_stays_and_shared_storages_move_to_the_common_module(log: StorageLog) -> None:
     tensor = torch.zeros(8)
-    log.module = "a"
-    log.see(tensor)
-    assert log.alive(1) == {("a", "temporaries"): 32}
+    log.observe(tensor, "a")
+    assert module_and_kind(log) == ("a", "temporaries")
 
     log.end_forward()
-    assert log.alive(1) == {("a", "activations"): 32}
+    assert module_and_kind(log) == ("a", "activations")
 
-    log.claim(tensor, "parameters", "b.c")
-    log.claim(tensor, "buffers", "b")
-    assert log.alive(1) == {("b.c", "parameters"): 32}
+    log.assign(tensor, "parameters", "b.c")
+    log.assign(tensor, "buffers", "b")
+    assert module_and_kind(log) == ("b.c", "parameters")
 
-    log.claim(tensor[0], "parameters", "b.d")
-    assert log.alive(1) == {("b", "parameters"): 32}
+    log.assign(tensor[0], "parameters", "b.d")
+    assert module_and_kind(log) == ("b", "parameters")
 
 
-def test_what_the_backward_pass_makes_is_no_activation(log: StorageLog) -> None:
+def test_tensors_of_the_backward_pass_are_temporaries(log: StorageLog) -> None:
     log.phase = "backward"
     tensor = torch.zeros(8)
-    log.see(tensor)
+    log.observe(tensor)
     log.end_forward()
 
-    assert log.alive(1) == {(None, "temporaries"): 32}
+    assert module_and_kind(log) == (None, "temporaries")
 
 
 @pytest.mark.parametrize(
     ("module", "other", "around"),
     [("a.b", "a.b", "a.b"), ("a.b", "a", "a"), ("a.b.c", "a.d", "a"), ("ab", "a", ""), ("a", None, None)],
 )
-def test_innermost_module_around_two(module: str | None, other: str | None, around: str | None) -> None:
+def test_innermost_around_returns_the_common_module(module: str | None, other: str | None, around: str | None) -> None:
     assert innermost_around(module, other) == innermost_around(other, module) == around
 
 
 MIB = 2**20
-SIZE = 96 * MIB  # above what malloc ever takes from its heap, so that it goes back at once
+SIZE = 96 * MIB  # too large for malloc's heap, so that it is returned at once
 
 linux = pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells and resets the figures")
 resettable = pytest.mark.skipif(not reset_peak_rss(), reason="the system does not let the peak be reset")
@@ -159,14 +161,7 @@ def touch(size: int) -> torch.Tensor:
 
 
 @linux
-def test_current_memory_is_that_of_the_kernels_other_account() -> None:
-    pages = int(Path("/proc/self/statm").read_text().split()[1])
-
-    assert rss_bytes() == pytest.approx(pages * os.sysconf("SC_PAGE_SIZE"), rel=0.05)
-
-
-@linux
-def test_peak_is_that_of_getrusage() -> None:
+def test_peak_rss_matches_getrusage() -> None:
     del_me = touch(SIZE)
     del del_me
 
@@ -174,7 +169,7 @@ def test_peak_is_that_of_getrusage() -> None:
 
 
 @resettable
-def test_growth_is_that_of_the_block_alone() -> None:
+def test_growth_counts_allocations_inside_the_block() -> None:
     kept, before = touch(SIZE), touch(2 * SIZE)
     del before
     with ProcessPeak() as peak:
@@ -189,7 +184,7 @@ def test_growth_is_that_of_the_block_alone() -> None:
     del after
 
 
-def test_growth_is_unknown_where_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_growth_is_none_if_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no folder" / "clear_refs")
     with ProcessPeak() as peak:
         pass
@@ -199,19 +194,18 @@ def test_growth_is_unknown_where_the_peak_cannot_be_reset(monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize(("platform", "unit"), [("darwin", 1), ("freebsd14", 1024)])
-def test_without_proc_the_peak_is_getrusages(
+def test_peak_rss_without_proc_comes_from_getrusage(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, platform: str, unit: int
 ) -> None:
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
     monkeypatch.setattr(sys, "platform", platform)
 
-    assert rss_bytes() is None
     assert peak_rss_bytes() == resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def test_without_either_the_peak_is_unknown(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_peak_rss_on_windows_is_none(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_STATUS", tmp_path / "status")
-    monkeypatch.setattr(memory, "resource", None)
+    monkeypatch.setitem(sys.modules, "resource", None)
 
     assert peak_rss_bytes() is None
 
@@ -233,8 +227,8 @@ print(profile.rss_growth_bytes, profile.peak_bytes - profile.start_bytes)
 @pytest.mark.parametrize(
     ("backbone", "batch_size"), [("mobilenetv2_100", 16), ("mobilenetv3_small_100", 32), ("resnet18", 16)]
 )
-def test_the_process_grows_in_a_step_by_what_the_tracker_adds_up(backbone: str, batch_size: int) -> None:
-    # A fresh process whose malloc gives freed blocks back: the growth is then the tensors', not what malloc hoards.
+def test_process_grows_in_a_step_by_the_tracked_bytes(backbone: str, batch_size: int) -> None:
+    # In a new process whose malloc returns freed blocks, the growth is that of the tensors.
     environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
     command = [sys.executable, "-c", STEP, backbone, str(batch_size)]
     finished = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -244,7 +238,7 @@ def test_the_process_grows_in_a_step_by_what_the_tracker_adds_up(backbone: str, 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_cuda_peak_is_that_of_the_block_alone() -> None:
+def test_cuda_peak_counts_allocations_inside_the_block() -> None:
     device = torch.device("cuda", 0)
     before = torch.zeros(4 * MIB, device=device)
     del before
@@ -259,7 +253,7 @@ def test_cuda_peak_is_that_of_the_block_alone() -> None:
 BATCH, WIDTH = 32, 16
 MAP = BATCH * WIDTH * 4  # bytes of an activation
 LAYER = (WIDTH * WIDTH + WIDTH) * 4  # bytes of a Linear's parameters
-SCALARS = 8  # the loss, and the one that its gradient starts from
+SCALARS = 8  # the loss and its gradient
 
 
 def chain(layers: int = 3, activation: Callable[[], nn.Module] = nn.ReLU) -> nn.Sequential:
@@ -282,13 +276,13 @@ def inputs() -> Tensor:
     return torch.randn(BATCH, WIDTH)
 
 
-def test_chain_keeps_the_inputs_and_the_outputs_of_its_activations(inputs: Tensor) -> None:
+def test_chain_keeps_its_inputs_and_the_outputs_of_its_activations(inputs: Tensor) -> None:
     model = chain(3)
     profile = track_memory(model, inputs, optimizer=AdamW(model.parameters()))
 
-    # A Linear keeps its input and a ReLU its output, which is the same tensor; AdamW has two averages, and counts.
+    # A Linear keeps its input and a ReLU its output, which is the same tensor. AdamW has two averages and counters.
     parts = {"parameters": 3 * LAYER, "optimizer": 2 * 3 * LAYER + 6 * 4, "activations": 4 * MAP + SCALARS}
-    assert profile.forward_end == {**dict.fromkeys(KINDS, 0), **parts}
+    assert profile.forward_end == {**dict.fromkeys(MEMORY_KINDS, 0), **parts}
     assert profile.forward_end_bytes == sum(parts.values())
     assert profile.start_bytes == 3 * LAYER + 3 * LAYER + parts["optimizer"] + MAP  # with the first step's gradients
 
@@ -304,16 +298,16 @@ def test_frozen_layers_before_the_first_trained_one_keep_nothing(inputs: Tensor)
 
 
 @pytest.mark.parametrize(("inplace", "peak_bytes"), [(True, LAYER + 2 * MAP + 4), (False, LAYER + 3 * MAP)])
-def test_in_place_activations_have_no_storage_of_their_own(inputs: Tensor, inplace: bool, peak_bytes: int) -> None:
+def test_in_place_activation_needs_no_storage(inputs: Tensor, inplace: bool, peak_bytes: int) -> None:
     model = chain(1, lambda: nn.ReLU(inplace)).requires_grad_(False)
 
     assert track_memory(model, inputs).peak_bytes == peak_bytes
 
 
-def test_without_a_backward_pass_the_activations_are_what_is_left(inputs: Tensor) -> None:
+def test_activations_without_a_backward_pass_are_the_tensors_left_at_the_end(inputs: Tensor) -> None:
     model = chain(3).requires_grad_(False)
     profile = track_memory(model, inputs)
-    assert profile.forward_end == {**dict.fromkeys(KINDS, 0), "parameters": 3 * LAYER, "activations": MAP}
+    assert profile.forward_end == {**dict.fromkeys(MEMORY_KINDS, 0), "parameters": 3 * LAYER, "activations": MAP}
     assert profile.peak["temporaries"] == 2 * MAP
 
     with MemoryTracker(model, inputs=inputs) as tracker:
@@ -325,7 +319,7 @@ def test_without_a_backward_pass_the_activations_are_what_is_left(inputs: Tensor
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_checkpointed_blocks_keep_their_inputs_only(use_reentrant: bool) -> None:
+def test_checkpointed_blocks_keep_only_their_inputs(use_reentrant: bool) -> None:
     class Checkpointed(nn.Sequential):
         def forward(self, x: Tensor) -> Tensor:
             for block in self:
@@ -339,7 +333,7 @@ def test_checkpointed_blocks_keep_their_inputs_only(use_reentrant: bool) -> None
 
     assert profile.forward_end["activations"] == 3 * MAP + SCALARS
     assert plain.forward_end["activations"] == 13 * MAP + SCALARS
-    # The last block again, with the gradients of its output: made in the backward pass, they are temporaries.
+    # The recomputed last block and the gradients of its output are temporaries.
     assert profile.peak["temporaries"] >= 4 * MAP
     assert profile.peak_bytes < plain.peak_bytes
 
@@ -356,7 +350,7 @@ class MaskReLU(torch.autograd.Function):
         return grad * mask
 
 
-def test_custom_functions_keep_what_they_save() -> None:
+def test_custom_autograd_function_keeps_its_saved_tensors() -> None:
     class Masked(nn.Module):
         def forward(self, x: Tensor) -> Tensor:
             return MaskReLU.apply(x * 2)
@@ -368,7 +362,7 @@ def test_custom_functions_keep_what_they_save() -> None:
     assert profile.forward_end_by_module[""]["activations"] == MAP // 4
 
 
-def test_a_batch_that_nobody_told_of_belongs_to_no_module() -> None:
+def test_batch_from_outside_belongs_to_no_module() -> None:
     model = nn.Linear(WIDTH, WIDTH).requires_grad_(False)
     with MemoryTracker(model) as tracker:
         model(torch.randn(BATCH, WIDTH))
@@ -379,7 +373,7 @@ def test_a_batch_that_nobody_told_of_belongs_to_no_module() -> None:
     assert profile.forward_end_by_module[""]["activations"] == outputs.nbytes
 
 
-def test_sparse_gradients_are_gradients() -> None:
+def test_sparse_gradient_counts_as_gradient() -> None:
     model = nn.Embedding(100, 16, sparse=True)
     with MemoryTracker(model) as tracker:
         model(torch.arange(5)).sum().backward()
@@ -387,7 +381,7 @@ def test_sparse_gradients_are_gradients() -> None:
     assert tracker.result().peak["gradients"] == 5 * 16 * 4 + 5 * 8
 
 
-def test_higher_order_operators_are_let_through() -> None:
+def test_tracker_runs_higher_order_operators() -> None:
     with MemoryTracker(nn.Linear(1, 1)) as tracker:
         sines = torch.cond(torch.tensor(True), torch.sin, torch.cos, (torch.ones(300),))
     assert torch.equal(sines, torch.ones(300).sin())
@@ -419,7 +413,7 @@ def test_tied_and_viewed_parameters_count_once(inputs: Tensor) -> None:
     assert profile.peak_by_module["a.0"]["parameters"] == WIDTH * 4
 
 
-def test_accumulated_gradients_are_there_when_the_next_batch_is(inputs: Tensor) -> None:
+def test_accumulated_gradients_count_in_the_next_forward_pass(inputs: Tensor) -> None:
     model = chain(2)
     model[0].requires_grad_(False)
     with MemoryTracker(model, inputs=inputs) as tracker:
@@ -433,7 +427,7 @@ def test_accumulated_gradients_are_there_when_the_next_batch_is(inputs: Tensor) 
     assert profile.forward_end["activations"] == MAP + 2 * MAP // 2 + SCALARS
 
 
-def test_several_steps_have_the_peak_of_the_largest(inputs: Tensor) -> None:
+def test_peak_of_several_steps_is_that_of_the_largest(inputs: Tensor) -> None:
     model = chain(3)
     optimizer = AdamW(model.parameters())
     expected = track_memory(model, inputs, optimizer=optimizer)
@@ -446,7 +440,7 @@ def test_several_steps_have_the_peak_of_the_largest(inputs: Tensor) -> None:
     assert profile.forward_end == expected.forward_end
 
 
-def test_modules_add_up_to_the_model() -> None:
+def test_memory_of_modules_adds_up_to_the_model() -> None:
     model = small_cnn()
     profile = track_memory(model, torch.randn(4, 3, 16, 16), optimizer=AdamW(model.parameters()))
 
@@ -455,7 +449,7 @@ def test_modules_add_up_to_the_model() -> None:
         (profile.forward_end, profile.forward_end_by_module),
     ):
         assert by_module.keys() == {name for name, _ in model.named_modules()}
-        for kind in KINDS:
+        for kind in MEMORY_KINDS:
             assert by_module[""][kind] == sum(by_module[name][kind] for name, _ in model.named_children())
         for kind in ("parameters", "buffers", "gradients", "optimizer"):
             assert by_module[""][kind] == total[kind]
@@ -465,7 +459,7 @@ def test_modules_add_up_to_the_model() -> None:
 
 
 @pytest.mark.parametrize("optimizer", [SGD, AdamW])
-def test_peak_of_a_wholly_trained_model_is_that_of_torchs_tracker(optimizer: type[SGD] | type[AdamW]) -> None:
+def test_peak_of_full_training_matches_torchs_tracker(optimizer: type[SGD] | type[AdamW]) -> None:
     model, images = small_cnn(), torch.randn(8, 3, 32, 32)
     profile = track_memory(model, images, optimizer=optimizer(model.parameters(), lr=0.1))
 
@@ -483,7 +477,7 @@ def test_peak_of_a_wholly_trained_model_is_that_of_torchs_tracker(optimizer: typ
     assert profile.peak["optimizer"] == expected["Optstate"]
 
 
-def test_fake_and_real_steps_agree() -> None:
+def test_fake_and_real_steps_have_the_same_memory() -> None:
     model = get_peft_model(small_cnn(), LoraConfig(r=2, target_modules=["0"], modules_to_save=["7"], use_dora=True))
     images = torch.randn(8, 3, 32, 32)
     optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
@@ -497,7 +491,7 @@ def test_fake_and_real_steps_agree() -> None:
     assert real.peak_rss_bytes is not None
 
 
-def test_a_failure_inside_the_block_leaves_no_trace(inputs: Tensor) -> None:
+def test_failure_inside_the_block_removes_all_hooks(inputs: Tensor) -> None:
     model = chain(2)
     tracker = MemoryTracker(model, inputs=inputs)
     hook = model[2].register_forward_pre_hook(lambda *_: 1 / 0)
@@ -512,7 +506,7 @@ def test_a_failure_inside_the_block_leaves_no_trace(inputs: Tensor) -> None:
     assert not any(parameter._post_accumulate_grad_hooks for parameter in model.parameters())
 
 
-def test_tracking_leaves_model_optimizer_and_random_numbers_as_they_are() -> None:
+def test_track_memory_changes_neither_model_nor_optimizer_nor_random_state() -> None:
     model = nn.Sequential(small_cnn(), nn.Dropout())
     optimizer = AdamW(model.parameters())
     images = torch.randn(4, 3, 16, 16)
@@ -528,7 +522,7 @@ def test_tracking_leaves_model_optimizer_and_random_numbers_as_they_are() -> Non
     assert torch.equal(torch.get_rng_state(), random_state)
 
 
-def test_tensors_that_nobody_told_of_count_from_their_first_use(inputs: Tensor) -> None:
+def test_other_tensors_count_from_their_first_use(inputs: Tensor) -> None:
     model, labels = chain(1), torch.randn(BATCH, WIDTH)
     profile = track_memory(model, inputs, loss_fn=lambda output: (output * labels).mean())
 
@@ -537,7 +531,7 @@ def test_tensors_that_nobody_told_of_count_from_their_first_use(inputs: Tensor) 
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-def test_on_cuda_the_allocator_says_the_like() -> None:
+def test_cuda_allocator_peak_includes_the_tracked_peak() -> None:
     model, images = small_cnn().cuda(), torch.randn(64, 3, 64, 64, device="cuda")
     profile = track_memory(model, images, optimizer=AdamW(model.parameters()))
     on_cpu = track_memory(model.cpu(), images.cpu())
@@ -545,3 +539,35 @@ def test_on_cuda_the_allocator_says_the_like() -> None:
     assert profile.forward_end["activations"] == pytest.approx(on_cpu.forward_end["activations"], rel=0.01)
     assert profile.cuda_peak_bytes is not None
     assert profile.cuda_peak_bytes >= profile.peak_bytes
+
+
+def mobilenet(method: str) -> nn.Module:
+    model = timm.create_model("mobilenetv2_100", num_classes=10)
+    if method != "full":
+        dense = modules_with_role(model, "dense")
+        model = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=dense, use_dora=method == "dora"))
+    return model.train()
+
+
+FIGURES = [("full", 1227), ("lora", 1225), ("dora", 1759)]
+
+
+@pytest.mark.parametrize(("method", "peak_mib"), FIGURES)
+def test_fake_step_has_the_peak_of_the_design(method: str, peak_mib: int) -> None:
+    model = mobilenet(method)
+    optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    profile = track_memory(model, torch.empty(16, 3, 224, 224, device="meta"), optimizer=optimizer, fake=True)
+
+    assert profile.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "peak_mib"), FIGURES)
+def test_real_step_has_the_peak_of_the_design(method: str, peak_mib: int) -> None:
+    model, images = mobilenet(method), torch.randn(16, 3, 224, 224)
+    optimizer = AdamW(parameter for parameter in model.parameters() if parameter.requires_grad)
+    real = track_memory(model, images, optimizer=optimizer)
+    fake = track_memory(model, images, optimizer=optimizer, fake=True)
+
+    assert real.peak_bytes / MIB == pytest.approx(peak_mib, rel=0.02)
+    assert fake.peak_bytes == pytest.approx(real.peak_bytes, rel=0.01)

@@ -24,7 +24,7 @@ from peft_edge.profiling.step import (
 
 
 class Log(TorchDispatchMode):
-    """Notes where each operator runs."""
+    """Log the location of each operator."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Net(nn.Module):
         return self.twice(self.twice(x)).mean()
 
 
-def test_every_convolution_is_found_in_its_module_forward_and_backward() -> None:
+def test_convolutions_are_located_in_their_modules_in_both_passes() -> None:
     model = Net()
     with Log(model) as log:
         model(torch.ones(2, 3, 8, 8)).backward()
@@ -73,7 +73,7 @@ def test_every_convolution_is_found_in_its_module_forward_and_backward() -> None
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
-def test_what_checkpointing_computes_again_belongs_to_the_backward(use_reentrant: bool) -> None:
+def test_recomputation_of_checkpointing_belongs_to_the_backward_pass(use_reentrant: bool) -> None:
     model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.Sequential(nn.Conv2d(4, 4, 1), nn.Sigmoid()))
     with Log(model) as log:
         x = model[0](torch.ones(2, 3, 8, 8))
@@ -83,7 +83,7 @@ def test_what_checkpointing_computes_again_belongs_to_the_backward(use_reentrant
     assert log.where("convolution_backward") == [(BACKWARD, "1.0"), (BACKWARD, "0")]
 
 
-def test_after_the_backward_comes_the_update_until_the_next_forward() -> None:
+def test_operators_between_backward_and_forward_belong_to_the_optimizer() -> None:
     model = nn.Linear(3, 2)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with Log(model) as log:
@@ -98,7 +98,7 @@ def test_after_the_backward_comes_the_update_until_the_next_forward() -> None:
     assert {phase for phase, _ in log.where("add_")} == {OPTIMIZER}
 
 
-def test_an_update_inside_the_backward_is_the_optimizers() -> None:
+def test_update_inside_the_backward_pass_belongs_to_the_optimizer() -> None:
     model = nn.Linear(3, 2, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     model.weight.register_post_accumulate_grad_hook(lambda weight: optimizer.step())
@@ -108,7 +108,7 @@ def test_an_update_inside_the_backward_is_the_optimizers() -> None:
     assert {phase for phase, _ in log.where("mm")} == {FORWARD, BACKWARD}
 
 
-def test_a_step_inside_the_update_keeps_its_phases() -> None:
+def test_closure_of_an_optimizer_keeps_its_phases() -> None:
     model = nn.Linear(3, 2, bias=False)
     optimizer = torch.optim.LBFGS(model.parameters(), max_iter=1)
 
@@ -124,7 +124,7 @@ def test_a_step_inside_the_update_keeps_its_phases() -> None:
     assert {phase for phase, _ in log.where("cat")} == {OPTIMIZER}
 
 
-def test_after_a_gradient_inside_the_forward_it_is_the_forward_still() -> None:
+def test_forward_pass_continues_after_a_gradient_inside_it() -> None:
     class Force(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -140,7 +140,7 @@ def test_after_a_gradient_inside_the_forward_it_is_the_forward_still() -> None:
     assert log.where("exp") == [(FORWARD, "")]
 
 
-def test_gradients_are_added_up_in_the_module_that_holds_the_parameter() -> None:
+def test_gradient_accumulation_belongs_to_the_module_of_the_parameter() -> None:
     model = nn.Sequential(nn.Linear(3, 2, bias=False), nn.Linear(2, 2, bias=False))
     with Log(model) as log:
         for _ in range(2):
@@ -148,7 +148,7 @@ def test_gradients_are_added_up_in_the_module_that_holds_the_parameter() -> None
     assert sorted(log.where("add_")) == [(BACKWARD, "0"), (BACKWARD, "1")]
 
 
-def test_a_module_that_fails_is_left() -> None:
+def test_location_leaves_a_module_that_raises() -> None:
     model = nn.Sequential(nn.Linear(3, 2))
     with Log(model) as log:
         with pytest.raises(RuntimeError):
@@ -157,14 +157,14 @@ def test_a_module_that_fails_is_left() -> None:
     assert log.where("sin") == [(FORWARD, None)]
 
 
-def test_ancestors() -> None:
+def test_ancestors_lists_all_modules_around_one() -> None:
     assert list(ancestors("blocks.0.conv")) == ["blocks.0.conv", "blocks.0", "blocks", ""]
     assert list(ancestors("")) == [""]
     assert list(ancestors(None)) == []
 
 
 class Tied(nn.Module):
-    """Two layers with one weight, and a buffer that is a part of another."""
+    """Two layers with one weight, and a buffer that is a view of another."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ class Tied(nn.Module):
         return self.second(self.first(x)) + self.part
 
 
-def test_a_step_is_that_of_a_training_loop() -> None:
+def test_take_step_equals_a_training_loop() -> None:
     model, x = nn.Linear(3, 1, bias=False), torch.randn(5, 3)
     weight, label = model.weight.detach().clone(), torch.randn(5, 1)
     model.weight.grad = torch.ones(1, 3)
@@ -193,7 +193,7 @@ def test_a_step_is_that_of_a_training_loop() -> None:
         (SimpleNamespace(loss=torch.ones(2)), r"one element, found \(2,\): pass loss_fn"),
     ],
 )
-def test_an_output_without_a_scalar_loss_is_named(output: object, message: str) -> None:
+def test_output_without_a_scalar_loss_is_refused(output: object, message: str) -> None:
     class Model(nn.Module):
         def forward(self, x: torch.Tensor) -> object:
             return output
@@ -203,7 +203,7 @@ def test_an_output_without_a_scalar_loss_is_named(output: object, message: str) 
 
 
 @pytest.mark.parametrize("inputs", [torch.ones(2, 4), (torch.ones(2, 4),), {"x": torch.ones(2, 4)}])
-def test_a_fake_step_leaves_the_originals_as_they_are(inputs: object) -> None:
+def test_fake_step_changes_no_original(inputs: object) -> None:
     model = Tied()
     optimizer = torch.optim.AdamW(model.parameters())
     take_step(model, torch.ones(2, 4), optimizer, None)
@@ -223,7 +223,7 @@ def test_a_fake_step_leaves_the_originals_as_they_are(inputs: object) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_ties_stay_and_meta_tensors_become_cpu_tensors(device: str) -> None:
+def test_fake_copy_keeps_ties_and_moves_meta_tensors_to_the_cpu(device: str) -> None:
     with torch.device(device):
         model = Tied()
     _, copy, _, _ = fake_copy(model, None, torch.ones(2, 4))
@@ -231,7 +231,7 @@ def test_ties_stay_and_meta_tensors_become_cpu_tensors(device: str) -> None:
     assert {tensor.device.type for tensor in copy.state_dict().values()} == {"cpu"}
 
 
-def test_a_meta_copy_has_the_same_tensors_without_their_memory() -> None:
+def test_meta_copy_has_the_same_tensors_on_the_meta_device() -> None:
     model = Tied()
     model.first.bias.requires_grad_(False)
     copy = meta_copy(model)
@@ -242,13 +242,13 @@ def test_a_meta_copy_has_the_same_tensors_without_their_memory() -> None:
     assert kinds[0] == kinds[1]
 
 
-def test_views_stay_views_of_one_storage() -> None:
+def test_fake_copy_keeps_views() -> None:
     _, copy, _, _ = fake_copy(Tied(), None, torch.ones(2, 4))
     assert copy.part.untyped_storage()._cdata == copy.whole.untyped_storage()._cdata
 
 
 class Slow(torch.optim.SGD):
-    """Steps every other time."""
+    """An optimizer with a tensor attribute that torch does not copy."""
 
     def __init__(self, parameters: object, lr: float) -> None:
         super().__init__(parameters, lr=lr)
@@ -259,7 +259,7 @@ class Slow(torch.optim.SGD):
         super().step()
 
 
-def test_attributes_of_an_optimizer_are_copied_too() -> None:
+def test_fake_copy_copies_attributes_of_the_optimizer() -> None:
     model = nn.Linear(4, 4)
     optimizer = Slow(model.parameters(), lr=0.1)
     mode, copy, optimizer_copy, x = fake_copy(model, optimizer, torch.ones(2, 4))
@@ -268,7 +268,7 @@ def test_attributes_of_an_optimizer_are_copied_too() -> None:
     assert torch.equal(optimizer.turn, torch.zeros(2))
 
 
-def test_the_step_of_a_schedule_is_not_taken() -> None:
+def test_copied_optimizer_does_not_step_the_schedule() -> None:
     model = nn.Linear(4, 4)
     before = model.weight.detach().clone()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -281,7 +281,7 @@ def test_the_step_of_a_schedule_is_not_taken() -> None:
     assert optimizer_copy.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
 
 
-def test_parameters_outside_the_model_are_named_and_stay_as_they_are() -> None:
+def test_optimizer_of_parameters_outside_the_model_is_refused() -> None:
     model, loss = nn.Linear(4, 4), nn.Linear(4, 1)
     optimizer = torch.optim.SGD([*model.parameters(), *loss.parameters()], lr=0.1)
     with pytest.raises(ValueError, match=r"parameters that are not the model's: .* make the loss a part of the model"):
@@ -289,14 +289,14 @@ def test_parameters_outside_the_model_are_named_and_stay_as_they_are() -> None:
     assert loss.weight.grad is None
 
 
-def test_what_cannot_be_copied_is_named() -> None:
+def test_model_that_cannot_be_copied_is_named() -> None:
     model = nn.Linear(4, 4)
     model.lock = threading.Lock()
     with pytest.raises(ValueError, match=r"Linear and NoneType cannot be copied .* measure a real step"):
         fake_copy(model, None, torch.ones(2, 4))
 
 
-def test_a_step_that_reads_values_is_named() -> None:
+def test_step_that_reads_a_value_is_refused() -> None:
     model = nn.Linear(4, 4)
     mode, copy, optimizer, x = fake_copy(model, torch.optim.Adafactor(model.parameters()), torch.ones(2, 4))
     with pytest.raises(ValueError, match="reads the value of a tensor"), mode:

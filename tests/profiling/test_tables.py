@@ -21,7 +21,7 @@ BATCH, WIDTHS, RANKS = 6, [(16, 32), (32, 8), (8, 4)], [2, 4, 2]
 
 @pytest.fixture
 def two_ranks() -> PeftModel:
-    """Three linear layers, the middle one with an adapter of another rank."""
+    """Three linear layers, the middle one with an adapter of rank 4."""
     network = nn.Sequential(*(nn.Linear(*widths) for widths in WIDTHS))
     return get_peft_model(network, LoraConfig(r=2, rank_pattern={"1": 4}, target_modules=["0", "1", "2"]))
 
@@ -33,7 +33,7 @@ def count(model: nn.Module, *inputs: Tensor) -> list[StepProfile]:
     return step_rows(model, flops.result(), memory.result(), process_index=3)
 
 
-def test_layers_of_each_rank_have_their_own_row(two_ranks: PeftModel) -> None:
+def test_layers_of_each_rank_have_a_row(two_ranks: PeftModel) -> None:
     step, *layers = count(two_ranks, torch.randn(BATCH, 16))
     assert (step.scope, step.lora_rank) == ("step", None)
     assert [(row.scope, row.lora_rank) for row in layers] == [("layers", 2), ("layers", 4)]
@@ -58,7 +58,7 @@ def test_kinds_of_memory_add_up_to_the_peak(two_ranks: PeftModel) -> None:
         assert row.memory_peak_bytes == sum(getattr(row, f"memory_{kind}_bytes") for kind in kinds)
 
 
-def test_adapter_bytes_are_those_of_the_saved_tensors(tiny_backbone: nn.Module, images: Tensor, tmp_path: Path) -> None:
+def test_adapter_bytes_match_the_saved_file(tiny_backbone: nn.Module, images: Tensor, tmp_path: Path) -> None:
     config = ConvLoraConfig(r=3, target_modules="depthwise", norm="stats", modules_to_save=["classifier"])
     model = get_peft_model(tiny_backbone, config).train()
     step, layers = count(model, images)
@@ -69,14 +69,14 @@ def test_adapter_bytes_are_those_of_the_saved_tensors(tiny_backbone: nn.Module, 
     assert step.lora_rank == layers.lora_rank == 3
 
 
-def test_only_active_adapters_count(two_ranks: PeftModel) -> None:
+def test_rows_count_active_adapters_only(two_ranks: PeftModel) -> None:
     two_ranks.add_adapter("other", LoraConfig(r=7, target_modules=["0"]))
     assert [row.lora_rank for row in count(two_ranks, torch.randn(BATCH, 16))] == [None, 2, 4]
     two_ranks.set_adapter("other")
     assert [row.lora_rank for row in count(two_ranks, torch.randn(BATCH, 16))] == [7, 7]
 
 
-def test_without_an_adapter_the_update_is_what_is_trained() -> None:
+def test_adapter_bytes_without_an_adapter_are_the_trained_parameters() -> None:
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
     model[0].requires_grad_(False)
     (row,) = count(model, torch.randn(BATCH, 4))
@@ -85,11 +85,11 @@ def test_without_an_adapter_the_update_is_what_is_trained() -> None:
     assert row.flops_optimizer == 2 * (3 * 2 + 2)
 
 
-def test_lines_end_below_one_another() -> None:
+def test_text_table_aligns_columns_to_the_right() -> None:
     assert text_table([("a", "long"), ("longer", "b")]) == "     a  long\nlonger     b"
 
 
-def test_columns_that_are_compared_have_one_unit_with_three_digits() -> None:
+def test_columns_of_a_group_share_a_unit_and_show_three_digits() -> None:
     costs = {
         "full": StepProfile(
             process_index=0,
@@ -136,7 +136,7 @@ def test_columns_that_are_compared_have_one_unit_with_three_digits() -> None:
     ]
 
 
-def test_what_nobody_measured_has_no_column() -> None:
+def test_column_without_values_is_left_out() -> None:
     table = cost_table({"a": StepProfile(process_index=0, scope="step", forward_s=0.0123, samples_per_s=1234.5)})
     units, titles, line = (line.split() for line in table.splitlines()[1:])
     assert units == ["ms", "ms", "ms", "per", "s"]
@@ -144,7 +144,7 @@ def test_what_nobody_measured_has_no_column() -> None:
     assert line == ["a", "12.3", "-", "-", "1,234"]
 
 
-def test_a_profile_has_a_line_for_each_process_and_rank() -> None:
+def test_profile_table_has_a_line_for_each_process_and_rank() -> None:
     rows = [
         StepProfile(process_index=0, scope="step", flops_forward=2),
         StepProfile(process_index=11, scope="layers", lora_rank=4, flops_forward=1),
