@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import peft.mixed_model
 import peft.tuners.mixed
@@ -19,6 +20,9 @@ from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import hotswap
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
@@ -162,3 +166,22 @@ CALLED_TUNERS = (
 
 
 # --- the rest: data, training, hub, export, study ---------------------------------------------------------------------
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """Return the hash that `datasets` keeps of a dataset's rows and transforms.
+
+    `datasets` documents fingerprints and its cache relies on them, but has no public attribute for them.
+    Seen in datasets 5.2.0.
+    """
+    return dataset._fingerprint
+
+
+def reset_accelerator() -> None:
+    """Discard the process-wide state of Accelerate, so that the next `Accelerator` may have other settings.
+
+    Accelerate has no public function for this: its own tests call this method. Seen in accelerate 1.15.0.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
