@@ -24,7 +24,6 @@ DIGITS_SPLIT_SIZES = {"adaptation": 400, "validation": 150, "test": 547}
 """The sizes of the splits of `digits`. The remaining 700 images are the source's training images."""
 
 SHAPES_SPLIT_SIZES = {"source": 20_000, "adaptation": 512, "validation": 500, "test": 2_000}
-"""The sizes of the splits of `shapes`."""
 
 BASE_CLASSES = (
     "triangle", "square", "star", "arrow", "tee", "cup", "plus", "zed", "disc", "ring", "crescent", "heart",
@@ -32,10 +31,8 @@ BASE_CLASSES = (
 UNSEEN_CLASSES = ("pentagon", "bar", "chevron", "ell", "aitch", "frame", "half-disc", "drop")
 
 EXTENT = 1.5
-"""A table of distances covers -EXTENT to EXTENT in x and y, in units of the radius of the circumscribed circle."""
-
 RESOLUTION = 129
-"""The number of rows and columns of a table of distances."""
+"""A table of distances has RESOLUTION rows and columns, from -EXTENT to EXTENT times the radius of the circumcircle."""
 
 _Points = list[tuple[float, float]]
 _NUM_CLUTTER = 3
@@ -177,7 +174,7 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.85) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
-    """Compute the exact distance to the nearest edge. It is negative where a ray to the right crosses an odd number."""
+    """Compute the distance to the nearest edge, negative where a ray to the right crosses an odd number of edges."""
     nearest = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):

@@ -98,11 +98,7 @@ def build_loader(
 def load_batches(
     dataset: BatchDataset, *, batch_size: int, shuffle: bool, seed: int, num_workers: int = 0
 ) -> DataLoader[Batch]:
-    """Build a loader as `build_loader` does, for a dataset that returns whole batches.
-
-    Raises:
-        ValueError: If there are fewer images than one training batch.
-    """
+    """Build a loader as `build_loader` does, for a dataset that returns whole batches."""
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
@@ -182,4 +178,4 @@ class TransformedImages:
             except (OSError, SyntaxError) as error:
                 raw = self.dataset.with_format(None).cast_column("image", datasets.Image(decode=False))[index]["image"]
                 return f"cannot read image {index}, {raw['path'] or 'held in memory'}: {error}; replace or remove it"
-        return "an image could not be read, but could on a second try: check the disk"
+        return "an image could not be read at first, and could on a second try: check the disk"

@@ -115,7 +115,7 @@ def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> 
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
             f"cannot load the data {name!r}: expected 'digits', 'shapes', a folder that exists, or a Hugging Face "
-            f"dataset{f' with rows that pass the filters {filters}' if filters else ''}. The answer: "
+            f"dataset{f' with rows that pass the filters {filters}' if filters else ''}. Cause: "
             f"{error.__cause__ or error}"
         ) from error
 

@@ -129,8 +129,8 @@ def load_network(network: str) -> nn.Module:
             return getattr(transformers, name)(config)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(
-            f"{network} is no configuration of a Transformers model with `model_type` and one name in `architectures`: "
-            f"{error!r}"
+            f"{network} is not the configuration of a Transformers model, which has `model_type` and one name in "
+            f"`architectures`: {error!r}"
         ) from error
 
 
@@ -141,11 +141,7 @@ def kind_of(model: nn.Module) -> str:
 
 
 def analyse_cost(network: str, setting: CostSetting) -> CostRecord:
-    """Analyse one training step.
-
-    Raises:
-        ValueError: If the setting does not fit the network.
-    """
+    """Analyse one training step of a network, as `load_network` takes it."""
     model, setting = load_network(network), setting.applicable_to(network)
     kind = kind_of(model)
     keys = {"batch_size", "image_size", "sequence_length", "accounting"}
@@ -188,11 +184,7 @@ def analyse_replay(
     image_size: int,
     accounting: Accounting,
 ) -> Analysis:
-    """Analyse a step of the tail alone, on stored features. The backbone is changed.
-
-    Raises:
-        ValueError: If the method leaves no layer before the first trained one; see `FrozenPrefix`.
-    """
+    """Analyse a step of the tail alone, on the features of a `FrozenPrefix`. The backbone is changed."""
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
     prefix = FrozenPrefix(model, images)

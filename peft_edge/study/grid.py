@@ -116,7 +116,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
 def _combine_recipes(block: RunGrid, file: Path) -> Iterator[tuple[Path, ...]]:
     found = {pattern: matching_files(file.parent, pattern) for part in block.recipes for pattern in part}
     if missing := [pattern for pattern, paths in found.items() if not paths]:
-        raise ValueError(f"{file}: no file is found for {', '.join(missing)}, seen from {file.parent}")
+        raise ValueError(f"{file}: no file matches {', '.join(missing)}, relative to {file.parent}")
     return itertools.product(*([path for pattern in part for path in found[pattern]] for part in block.recipes))
 
 
@@ -125,12 +125,7 @@ def _as_argument(value: object) -> str:
 
 
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return the jobs of a block, each with a folder in `output_dir`.
-
-    Raises:
-        ValueError: If a pattern matches no file, timm has no such model, or settings are invalid; the message names all
-            invalid settings.
-    """
+    """Return the jobs of a block of a grid file, each with a folder in `output_dir`."""
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))
@@ -154,9 +149,9 @@ def _find_networks(block: CostGrid, file: Path) -> Iterator[str]:
         if is_transformer(network):
             found = matching_files(file.parent, network)
             if not found:
-                raise ValueError(f"{file}: no file is found for {network}, seen from {file.parent}")
+                raise ValueError(f"{file}: no file matches {network}, relative to {file.parent}")
             yield from map(str, found)
         elif timm.is_model(network):
             yield network
         else:
-            raise ValueError(f"{file}: {network} is no timm model and no .json file; timm.list_models() has the names")
+            raise ValueError(f"{file}: {network} is neither a timm model nor a .json file; timm.list_models() lists the models")

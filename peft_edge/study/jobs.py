@@ -76,11 +76,7 @@ class Job(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Do the job, from its last checkpoint if there is one, and write its record.
-
-        Raises:
-            Exception: If the job fails; its record may describe the failure already.
-        """
+        """Do the job, from its last checkpoint if there is one, and write its record; raise if it fails."""
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
@@ -134,7 +130,7 @@ class RunJob(Job):
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One attempt at a job, by a process that holds the lock on `<folder>.lock`; its death frees the lock.
+    """One attempt at a job, under the lock on `<folder>.lock`, which the system frees if the process dies.
 
     Attributes:
         job: The job.
@@ -151,17 +147,12 @@ class JobAttempt:
     def run(self) -> bool:
         """Do the job, unless it is finished or another process has tried it since the study began.
 
-        Returns:
-            Whether it has been tried. False means that another process holds the lock.
-
-        Raises:
-            ValueError: If a record is damaged; the message names the file.
-            OSError: If a file cannot be written.
+        Return whether it has been tried; if not, another process holds the lock. Raise what `run_grid` raises.
         """
         return self._with_lock(self._run)
 
     def fail(self, reason: str) -> bool:
-        """Record that the process of the job died. Returns and raises as `run` does."""
+        """Record that the process of the job died; return and raise as `run` does."""
         return self._with_lock(lambda: self._fail(reason))
 
     @property

@@ -8,8 +8,8 @@ import signal
 import statistics
 import threading
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -94,8 +94,12 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
         self.connection, child_connection = context.Pipe()
         self._process = context.Process(target=_serve, args=(child_connection,))
-        with _interrupts_ignored():
+        # The worker inherits the mask: a terminal sends Ctrl-C to all processes, but the study ends its workers itself.
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
             self._process.start()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         child_connection.close()
 
     def begin(self, attempt: JobAttempt) -> None:
@@ -128,19 +132,6 @@ class _Worker:
         self._process.join()
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """Start processes that ignore Ctrl-C: a terminal sends it to all processes, and the study ends its workers."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # other threads cannot set signal handlers, and receive no interrupts
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def _serve(connection: Connection) -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
@@ -164,9 +155,9 @@ def _exit_with_parent() -> None:
 
 def _cause_of_death(exit_code: int) -> str:
     if exit_code >= 0:
-        return f"the process that did it ended by itself, with exit code {exit_code}"
+        return f"its process ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
-    return f"the process that did it was killed ({name}), perhaps for want of memory: run fewer side by side (--jobs)"
+    return f"its process was killed ({name}), perhaps because memory ran out: run fewer jobs at a time (--jobs)"
 
 
 # The columns of a table, and the format of their figures.

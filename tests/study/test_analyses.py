@@ -88,7 +88,7 @@ def test_unknown_method_is_named(llama: nn.Module) -> None:
 )
 def test_invalid_transformers_configuration_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.json is no configuration of a Transformers model"):
+    with pytest.raises(ValueError, match=r"a\.json is not the configuration of a Transformers model"):
         load_network(str(tmp_path / "a.json"))
 
 
@@ -178,8 +178,8 @@ def test_cost_job_is_not_finished_if_its_options_change(bert: Path, tmp_path: Pa
 @pytest.mark.parametrize(
     ("networks", "grid", "message"),
     [
-        (["resnet81"], {"method": ["full"]}, "resnet81 is no timm model"),
-        (["none*.json"], {"method": ["full"]}, r"no file is found for none\*\.json"),
+        (["resnet81"], {"method": ["full"]}, "resnet81 is neither a timm model nor a .json file"),
+        (["none*.json"], {"method": ["full"]}, r"no file matches none\*\.json"),
         (["resnet18"], {"method": ["full"], "lora_rank": [0, 4]}, "1 analyses cannot be configured(?s:.*)lora_rank"),
         (["resnet18"], {"batch_size": [1]}, "method"),
         (["resnet18"], {"method": ["full"], "batch": [1]}, "batch"),

@@ -77,7 +77,7 @@ def test_all_invalid_configurations_are_named(grid: Path, tmp_path: Path) -> Non
     with pytest.raises(
         ValueError,
         match=r"2 runs cannot be configured(?s:.*)full, adapter\.r=0(?s:.*)head, adapter\.r=0"
-        r"(?s:.*)no file is found for nothing\.yaml(?s:.*)lora_rank",
+        r"(?s:.*)no file matches nothing\.yaml(?s:.*)lora_rank",
     ):
         read_grid(grid, tmp_path / "runs")
 
@@ -90,8 +90,8 @@ def test_all_invalid_configurations_are_named(grid: Path, tmp_path: Path) -> Non
         ("{", "expected `recipes`"),
         ("recipes: 3", "expected `recipes`"),
         ("recipes: [task.yaml]", "expected `recipes`"),
-        ("recipes: [[nothing*.yaml]]", "no file is found for nothing"),
-        ("recipes: [[/nothing/at/all.yaml]]", "no file is found for /nothing"),
+        ("recipes: [[nothing*.yaml]]", "no file matches nothing"),
+        ("recipes: [[/nothing/at/all.yaml]]", "no file matches /nothing"),
         ("recipes: [[task.yaml]]\ngird: {seed: [1]}", "gird"),
         ("recipes: [[task.yaml]]\ngrid: {seed: []}", "grid.seed"),
         ("recipes: [[task.yaml]]\ngrid: {method: lora}", "grid.method"),
