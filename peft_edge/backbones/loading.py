@@ -66,9 +66,8 @@ def load_backbone(
     Weights are random unless `pretrained` or `checkpoint` is given. Only safetensors files are read.
 
     Args:
-        name: A timm model name (``"mobilenetv2_100"`` or, with a tag, ``"mobilenetv2_100.ra_in1k"``), the id of a timm
-            model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`, which
-            is then also the checkpoint.
+        name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
+            model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
         num_classes: The number of outputs. None keeps the head of the weights, and timm's default for random weights.
             Any other head is initialised by :func:`replace_head`.
         pretrained: Load the weights from the Hub or its local cache.
@@ -201,10 +200,10 @@ def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, Any]) 
         model = _create(name, timm_kwargs)
         _load_weights(model, path)
     else:
+        found = "a file of another kind" if path.exists() else "nothing"
         raise FileNotFoundError(
-            f"{path}: expected a folder written by save_backbone, or a .safetensors file, found "
-            f"{'a file of another kind' if path.exists() else 'nothing'}. Pickled weights (.bin, .pth) are not read: "
-            "convert them to safetensors first."
+            f"{path}: expected a folder written by save_backbone, or a .safetensors file, found {found}. "
+            "Pickled weights (.bin, .pth) are not read: convert them to safetensors first."
         )
     model.name_or_path = str(path)
     return model
@@ -215,7 +214,9 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         architecture = config["architecture"]
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: {path.parent} is not a folder written by save_backbone.") from error
+        raise FileNotFoundError(
+            f"{path} is missing: {path.parent} is not a folder written by save_backbone."
+        ) from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected timm's model configuration, found something else ({error!r}).") from error
     if not timm.is_model(architecture):
@@ -240,14 +241,13 @@ def _load_weights(model: TimmModel, path: Path) -> None:
         if len(saved) != len(layer.weight):
             model.reset_classifier(len(saved))
             break
-
-    expected = model.state_dict()
+    states = model.state_dict(), weights
+    expected, found = ({name: str(tuple(tensor.shape)) for name, tensor in state.items()} for state in states)
     problems = [
-        f"{name}: expected shape {tuple(tensor.shape)}, found "
-        + (str(tuple(weights[name].shape)) if name in weights else "no such tensor")
-        for name, tensor in expected.items()
-        if name not in weights or weights[name].shape != tensor.shape
-    ] + [f"{name}: expected no such tensor" for name in weights if name not in expected]
+        f"{name}: expected {expected.get(name, 'no such tensor')}, found {found.get(name, 'no such tensor')}"
+        for name in expected | found
+        if expected.get(name) != found.get(name)
+    ]
     if problems:
         raise ValueError(
             f"{path} does not fit {model.pretrained_cfg['architecture']}, in {len(problems)} tensors. The first are: "
@@ -270,8 +270,7 @@ def _unstride_stem(model: TimmModel) -> None:
     if not strides or not strides <= {(1, 1), (2, 2)} or has_fixed_size:
         raise ValueError(
             f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem of stride 2 and a "
-            f"free image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave small_images out, "
-            "or choose one of EDGE_FAMILIES."
+            f"free image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave small_images out."
         )
     for conv in convs:
         setattr(conv, "stride", (1, 1))  # noqa: B010  # nn.Module declares no stride

@@ -154,4 +154,6 @@ def _find_networks(block: CostGrid, file: Path) -> Iterator[str]:
         elif timm.is_model(network):
             yield network
         else:
-            raise ValueError(f"{file}: {network} is neither a timm model nor a .json file; timm.list_models() lists the models")
+            raise ValueError(
+                f"{file}: {network} is neither a timm model nor a .json file; timm.list_models() lists the models"
+            )

@@ -94,12 +94,14 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
         self.connection, child_connection = context.Pipe()
         self._process = context.Process(target=_serve, args=(child_connection,))
-        # The worker inherits the mask: a terminal sends Ctrl-C to all processes, but the study ends its workers itself.
-        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        # A terminal sends Ctrl-C to all processes. Workers inherit that it is ignored, and the study ends them itself.
+        is_main = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         try:
             self._process.start()
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+            if is_main:
+                signal.signal(signal.SIGINT, previous)
         child_connection.close()
 
     def begin(self, attempt: JobAttempt) -> None:
