@@ -49,7 +49,7 @@ EDGE_FAMILIES = {
 
 # With pretrained=True, timm builds this model with another epsilon than without, and the saved configuration does not
 # contain it. Passed explicitly, it is always the same.
-_FIXED_ARGUMENTS: dict[str, dict[str, float]] = {"fbnetc_100": {"bn_eps": 1e-3}}
+_FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
 def load_backbone(
@@ -110,7 +110,7 @@ def load_backbone(
     return model
 
 
-def _create(model_name: str, timm_kwargs: dict[str, Any], **loading: Any) -> TimmModel:
+def _create(model_name: str, timm_kwargs: dict[str, object], **loading: object) -> TimmModel:
     """Call `timm.create_model` with arguments for the network and for its weights, and check that it is a CNN."""
     arguments = _FIXED_ARGUMENTS.get(model_name.split(".")[0], {}) | timm_kwargs
     model: TimmModel = timm.create_model(model_name, **arguments, **loading)
@@ -135,7 +135,7 @@ def _registry_name(name: str) -> str:
     )
 
 
-def _from_hub(name: str, timm_kwargs: dict[str, Any]) -> TimmModel:
+def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
     if "/" in name and not name.startswith("timm/"):
         _download(name, CONFIG_NAME)
         model = _from_checkpoint(_download(name, WEIGHTS_NAME).parent, None, timm_kwargs)
@@ -176,7 +176,7 @@ def _download(repo_id: str, file_name: str) -> Path:
         ) from error
 
 
-def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, Any]) -> TimmModel:
+def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
     """Build a model and load its weights. If `name` is None, the architecture is read from the folder."""
     path = path.absolute()
     if path.is_dir():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
@@ -91,7 +92,7 @@ def build_loader(
     Raises:
         ValueError: If there are fewer images than one training batch.
     """
-    images = TransformedImages(dataset, transform, seed=seed)
+    images = TransformedImages(dataset, transform, seed)
     return load_batches(images, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
 
 
@@ -115,7 +116,7 @@ def load_batches(
     )
 
 
-def _as_is(batch: Any) -> Any:
+def _as_is(batch: object) -> object:
     return batch
 
 
@@ -145,13 +146,13 @@ class EpochSampler(Sampler[Key]):
         return ((epoch, int(index)) for index in order)
 
 
+@dataclass(frozen=True)
 class TransformedImages:
     """Batches of transformed images. The random numbers of each transform follow from seed, epoch and index."""
 
-    def __init__(self, dataset: Dataset, transform: Transform, *, seed: int) -> None:
-        self.dataset = dataset
-        self.transform = transform
-        self.seed = seed
+    dataset: Dataset
+    transform: Transform
+    seed: int
 
     def __len__(self) -> int:
         return len(self.dataset)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from pathlib import Path
@@ -178,7 +178,7 @@ def analyse_replay(
     backbone: nn.Module,
     method: str,
     *,
-    adapter: dict[str, Any],
+    adapter: Mapping[str, object],
     lora_rank: int | None,
     batch_size: int,
     image_size: int,

@@ -7,7 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import timm
 import yaml
@@ -19,7 +19,7 @@ from peft_edge.methods import CHOICES
 from peft_edge.study.analyses import CostJob, CostSetting, is_transformer
 from peft_edge.study.jobs import Job, RunJob
 
-Values = Annotated[list[Any], Field(min_length=1)]
+Values = Annotated[list[object], Field(min_length=1)]
 
 
 class RunGrid(Section):

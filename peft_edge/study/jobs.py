@@ -55,11 +55,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def record(self) -> Record | CostRecord | None:
-        """The record of the last attempt; None if there is none.
-
-        Raises:
-            ValueError: If the record is damaged; the message names the file.
-        """
+        """The record of the last attempt; None if there is none. A damaged record raises a ValueError."""
 
     @property
     def status(self) -> str:
