@@ -28,6 +28,9 @@ from torch.utils._mode_utils import no_dispatch as no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+if TYPE_CHECKING:
+    from datasets import Dataset
+
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
 # Imported above: `SqueezeExcite`, the layer of timm's mobile networks, which no public module of timm exports (seen in
@@ -310,3 +313,22 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 # --- the rest: data, training, hub, export, study ---------------------------------------------------------------------
+
+
+def dataset_fingerprint(dataset: Dataset) -> str:
+    """Return the hash that `datasets` keeps of a dataset's rows and transforms.
+
+    `datasets` documents fingerprints and its cache relies on them, but has no public attribute for them.
+    Seen in datasets 5.2.0.
+    """
+    return dataset._fingerprint
+
+
+def reset_accelerator() -> None:
+    """Discard the process-wide state of Accelerate, so that the next `Accelerator` may have other settings.
+
+    Accelerate has no public function for this: its own tests call this method. Seen in accelerate 1.15.0.
+    """
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(reset_partial_state=True)

@@ -13,6 +13,8 @@ import peft.tuners.mixed.model
 import pytest
 import timm
 import torch
+from accelerate import Accelerator
+from datasets import Dataset
 from peft import LoraConfig, PeftType
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.mixed import COMPATIBLE_TUNER_TYPES
@@ -313,3 +315,16 @@ def test_parts_of_a_sparse_gradient_with_repeated_indices_are_read() -> None:
 
 
 # --- the rest: data, training, hub, export, study ---------------------------------------------------------------------
+
+
+def test_dataset_fingerprint_depends_on_rows_and_transforms() -> None:
+    rows, other = Dataset.from_dict({"a": [1, 2]}), Dataset.from_dict({"a": [1, 3]})
+    prints = [_compat.dataset_fingerprint(dataset) for dataset in (rows, other, rows.with_transform(dict))]
+    assert len(set(prints)) == 3
+    assert _compat.dataset_fingerprint(Dataset.from_dict({"a": [1, 2]})) == prints[0]
+
+
+def test_reset_accelerator_allows_other_settings() -> None:
+    Accelerator(cpu=True, mixed_precision="bf16")
+    _compat.reset_accelerator()
+    assert Accelerator(cpu=True).mixed_precision == "no"

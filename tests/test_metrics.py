@@ -1,3 +1,5 @@
+"""Metrics against values computed by hand."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -9,7 +11,7 @@ import torch
 from peft_edge.metrics import Accuracy, Forgetting, Retention, average_forgetting, harmonic_mean
 
 
-def test_accuracy_is_the_share_of_equal_entries() -> None:
+def test_accuracy_is_the_share_of_correct_predictions() -> None:
     rng = np.random.default_rng(0)
     predictions, references = rng.integers(0, 3, 200), rng.integers(0, 3, 200)
     metric = Accuracy()
@@ -18,7 +20,7 @@ def test_accuracy_is_the_share_of_equal_entries() -> None:
     assert metric.compute() == {"accuracy": pytest.approx(np.mean(predictions == references))}
 
 
-def test_a_metric_starts_afresh_after_compute() -> None:
+def test_compute_resets_the_metric() -> None:
     metric = Accuracy()
     assert metric.compute(predictions=[1, 1], references=[1, 1]) == {"accuracy": 1.0}
     assert metric.compute(predictions=[1, 1], references=[0, 0]) == {"accuracy": 0.0}
@@ -29,7 +31,7 @@ def test_unequal_lengths_are_refused() -> None:
         Accuracy().add_batch(predictions=[1, 2], references=[1])
 
 
-def test_metrics_filled_side_by_side_write_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_metrics_at_once_write_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr("evaluate.config.HF_METRICS_CACHE", str(tmp_path / "home"))
     first, second = Accuracy(), Accuracy()
@@ -41,46 +43,46 @@ def test_metrics_filled_side_by_side_write_no_file(tmp_path: Path, monkeypatch: 
     assert second.compute() == {"accuracy": 0.0}
 
 
-def test_retention_and_forgetting_compare_with_the_predictions_before() -> None:
-    answers = {"references": [0, 1, 1, 0], "previous": [0, 1, 1, 1], "predictions": [0, 0, 0, 0]}
-    assert Retention().compute(**answers) == {"retention": pytest.approx(2 / 3)}
-    assert Forgetting().compute(**answers) == {"forgetting": pytest.approx(0.25)}
+def test_retention_and_forgetting_compare_with_previous_predictions() -> None:
+    columns = {"references": [0, 1, 1, 0], "previous": [0, 1, 1, 1], "predictions": [0, 0, 0, 0]}
+    assert Retention().compute(**columns) == {"retention": pytest.approx(2 / 3)}
+    assert Forgetting().compute(**columns) == {"forgetting": pytest.approx(0.25)}
 
 
-def test_batches_of_three_columns_add_up() -> None:
+def test_add_batch_takes_previous_predictions() -> None:
     metric = Forgetting()
     for index in range(4):
         metric.add_batch(predictions=[0], references=[index % 2], previous=[index % 2])
     assert metric.compute() == {"forgetting": 0.5}
 
 
-def test_an_update_that_helps_forgets_less_than_nothing() -> None:
-    answers = {"references": [0, 1], "previous": [1, 1], "predictions": [0, 1]}
-    assert Retention().compute(**answers) == {"retention": 2.0}
-    assert Forgetting().compute(**answers) == {"forgetting": -0.5}
+def test_forgetting_is_negative_if_the_update_helped() -> None:
+    columns = {"references": [0, 1], "previous": [1, 1], "predictions": [0, 1]}
+    assert Retention().compute(**columns) == {"retention": 2.0}
+    assert Forgetting().compute(**columns) == {"forgetting": -0.5}
 
 
-def test_retention_of_nothing_is_unknown() -> None:
+def test_retention_is_none_if_nothing_was_correct_before() -> None:
     assert Retention().compute(references=[0, 1], previous=[1, 0], predictions=[0, 1]) == {"retention": None}
 
 
-def test_predictions_before_are_required() -> None:
+def test_retention_requires_previous_predictions() -> None:
     with pytest.raises(ValueError, match="previous"):
         Retention().compute(predictions=[0], references=[0])
 
 
-def test_average_forgetting_is_the_published_one() -> None:
+def test_average_forgetting_equals_the_published_formula() -> None:
     # Worked by hand: domain 0 was best (0.9) after step 1, domain 1 (0.7) after step 2.
     accuracies = [[0.8], [0.9, 0.6], [0.7, 0.7, 0.5], [0.6, 0.4, 0.45, 0.9]]
     assert average_forgetting(accuracies) == pytest.approx(((0.9 - 0.6) + (0.7 - 0.4) + (0.5 - 0.45)) / 3)
 
 
-def test_average_forgetting_does_not_look_at_domains_before_they_are_learnt() -> None:
-    # Given every entry, as a grid of evaluations yields it.
+def test_average_forgetting_ignores_accuracies_before_a_domain_was_learnt() -> None:
+    # All domains are evaluated after every step.
     assert average_forgetting([[0.8, 0.99], [0.6, 0.5]]) == pytest.approx(0.2)
     assert average_forgetting([[0.8]]) is None
 
 
-def test_the_harmonic_mean_needs_both() -> None:
+def test_harmonic_mean_is_zero_if_one_accuracy_is_zero() -> None:
     assert harmonic_mean(0.73, 0.87) == pytest.approx(2 * 0.73 * 0.87 / (0.73 + 0.87))
     assert harmonic_mean(0.0, 0.98) == 0.0

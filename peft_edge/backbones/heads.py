@@ -1,8 +1,8 @@
-"""The classifier of a timm model: where it is, how to replace and grow it, and what its classes are called."""
+"""The classifier of a timm model: find, replace and grow it, and name its classes."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -13,13 +13,38 @@ from torch import Tensor, nn
 INIT_STD = 0.01
 
 
-def head_names(model: nn.Module) -> list[str]:
-    """Returns the names of the classifier modules, e.g. ``["classifier"]``; several for distilled models.
+class TimmModel(nn.Module):
+    """The attributes that timm's models share, for type checkers: timm has no such base class."""
 
-    Empty for a model built without a classifier (``num_classes=0``).
+    num_classes: int
+    pretrained_cfg: dict[str, Any]
+    get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
+    reset_classifier: Callable[[int], None]
+    name_or_path: str
+    small_images: bool
+
+
+def as_timm_model(model: nn.Module) -> TimmModel:
+    """Return the model, typed as a timm model.
 
     Raises:
-        TypeError: The model was not made by timm.
+        TypeError: If the model was not built by timm.
+    """
+    if not hasattr(model, "get_classifier") or not hasattr(model, "pretrained_cfg"):
+        raise TypeError(f"Expected a model made by timm, found {type(model).__name__}. Build it with load_backbone.")
+    return cast(TimmModel, model)
+
+
+def head_names(model: nn.Module) -> list[str]:
+    """Return the names of the classifier modules; empty for a model without a classifier (``num_classes=0``).
+
+    Raises:
+        TypeError: If the model was not built by timm.
+
+    Example:
+        >>> from timm import create_model
+        >>> head_names(create_model("mobilenetv2_035")), head_names(create_model("levit_128s"))
+        (['classifier'], ['head', 'head_dist'])
     """
     classifiers = as_timm_model(model).get_classifier()
     heads = classifiers if isinstance(classifiers, tuple) else (classifiers,)
@@ -30,20 +55,33 @@ def head_names(model: nn.Module) -> list[str]:
     ]
 
 
+def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
+    """Return the names and layers of the classifier that have one output per class, without norms and dropout."""
+    return [
+        (name, module)
+        for head in head_names(model)
+        for name, module in model.get_submodule(head).named_modules(prefix=head)
+        if isinstance(module, nn.Linear | nn.Conv2d)
+    ]
+
+
 def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Gives the model a new classifier, its weights drawn from N(0, 0.01) and its bias 0; its classes have no names.
+    """Replace the classifier of a timm model in place, with weights from N(0, 0.01²) and zero biases.
 
-    timm draws the heads of its mobile networks so wide that ten classes start with a cross-entropy of 6 to 8; from
-    here they start at the uniform log(num_classes).
-
-    Args:
-        model: A timm model; changed in place.
-        num_classes: Outputs of the new classifier.
-        generator: Source of the random numbers; torch's global one by default. On the model's device.
+    timm initialises the heads of its mobile networks with a large variance: with ten classes the cross-entropy starts
+    at 6 to 8. This head starts at log(num_classes), the loss of a uniform prediction. Class names are removed. If a
+    `generator` is given, it must be on the model's device.
 
     Raises:
-        TypeError: The model was not made by timm.
-        ValueError: `num_classes` is less than 1.
+        TypeError: If the model was not built by timm.
+        ValueError: If `num_classes` is less than 1.
+
+    Example:
+        >>> from timm import create_model
+        >>> model = create_model("mobilenetv2_035")
+        >>> replace_head(model, 3)
+        >>> model.classifier
+        Linear(in_features=1280, out_features=3, bias=True)
     """
     if num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, found {num_classes}.")
@@ -56,22 +94,24 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
 
 
 def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Adds rows for new classes to the classifier, drawn as by :func:`replace_head`; the old rows keep every bit.
+    """Add rows for new classes to the classifier in place, initialised as by :func:`replace_head`.
 
-    The names of the classes are dropped, since they are no longer all of them; :func:`set_class_names` gives the new
-    ones. The parameters are new objects: make the optimizer afterwards.
-
-    Args:
-        model: A timm model, or a PEFT model of one, changed in place. Where its head is one of PEFT's
-            `modules_to_save`, the original and the copy of every adapter grow.
-        num_classes: Outputs of the grown classifier.
-        generator: Source of the random numbers; torch's global one by default. On the model's device.
+    The old rows are unchanged. Class names are removed: call :func:`set_class_names` with the names of all classes. The
+    parameters are new objects: create the optimizer afterwards. `model` may also be a PEFT model. If its head is one of
+    PEFT's `modules_to_save`, the original and the copy of each adapter grow.
 
     Raises:
-        TypeError: The model was not made by timm.
-        ValueError: The model has more classes already, or no head, or an adapter sits inside its head.
+        TypeError: If the model was not built by timm.
+        ValueError: If the model has more classes already, or no head, or an adapter inside its head.
+
+    Example:
+        >>> from timm import create_model
+        >>> model = create_model("mobilenetv2_035", num_classes=2)
+        >>> grow_head(model, 5)
+        >>> model.num_classes, model.classifier.weight.shape
+        (5, torch.Size([5, 1280]))
     """
-    base: Any = model.get_base_model() if isinstance(model, PeftModel) else as_timm_model(model)
+    base = as_timm_model(model.get_base_model() if isinstance(model, PeftModel) else model)
     layers = head_layers(base)
     if not layers:
         raise ValueError(f"{type(base).__name__} has no head to grow: give it one with replace_head.")
@@ -85,81 +125,67 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
     for name in head_names(base):
         if any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(name).modules()):
             raise ValueError(
-                f"{name} holds an adapter, whose rows would have to grow too: merge it first, or train the head whole, "
+                f"{name} holds an adapter, whose rows would have to grow too: merge it first, or train the whole head "
                 f"with modules_to_save=[{name!r}]."
             )
     for _, layer in layers:
-        _grow(layer, num_classes, generator)
+        weight, bias = layer.weight, layer.bias
+        rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=INIT_STD, generator=generator)
+        layer.weight = _append_rows(weight, rows)
+        if bias is not None:
+            layer.bias = _append_rows(bias, bias.new_zeros(len(rows)))
+        setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", num_classes)
     base.num_classes = num_classes
     set_class_names(base, None)
 
 
-def _grow(layer: nn.Linear | nn.Conv2d, num_classes: int, generator: torch.Generator | None) -> None:
-    weight, bias = layer.weight, layer.bias
-    rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=INIT_STD, generator=generator)
-    layer.weight = _appended(weight, rows)
-    if bias is not None:
-        layer.bias = _appended(bias, bias.new_zeros(len(rows)))
-    # What the layer says of itself: a linear layer has features, a convolution channels.
-    setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", num_classes)
-
-
-def _appended(parameter: Tensor, rows: Tensor) -> nn.Parameter:
+def _append_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
     return nn.Parameter(torch.cat([parameter.detach(), rows]), requires_grad=parameter.requires_grad)
 
 
 def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Names the outputs of the classifier, in their order; `save_backbone` and `save_adapter` keep the names.
+    """Set the names of the classifier's outputs, in their order; None removes them.
 
-    Args:
-        model: A timm model, or a PEFT model of one.
-        names: A name for each class; None for no names.
+    `save_backbone` and `save_adapter` save the names. They are kept where timm keeps them, in `pretrained_cfg`.
 
     Raises:
-        TypeError: The model was not made by timm.
-        ValueError: There are not as many names as classes.
+        TypeError: If the model was not built by timm.
+        ValueError: If the numbers of names and classes differ.
+
+    Example:
+        >>> from timm import create_model
+        >>> model = create_model("mobilenetv2_035", num_classes=2)
+        >>> set_class_names(model, ["cat", "dog"])
+        >>> class_names(model)
+        ['cat', 'dog']
     """
     timm_model = as_timm_model(model)
     if names is not None:
-        _check_number(names, timm_model.num_classes)
-    # timm's own place for them.
+        _check_number(len(names), timm_model.num_classes)
     timm_model.pretrained_cfg["label_names"] = None if names is None else list(names)
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Returns the names of the classifier's outputs, in their order; None if they have none.
+    """Return the names of the classifier's outputs, in their order; None if there are none.
 
     Raises:
-        ValueError: The classifier has been exchanged since, so there are not as many names as classes.
+        ValueError: If the numbers of names and classes differ, because the classifier was replaced without their names.
+
+    Example:
+        >>> from timm import create_model
+        >>> print(class_names(create_model("mobilenetv2_035")))
+        None
     """
     names = getattr(model, "pretrained_cfg", {}).get("label_names")
     if names is None:
         return None
-    _check_number(names, cast(Any, model).num_classes)
-    # timm also takes names by index.
+    _check_number(len(names), cast(TimmModel, model).num_classes)
     return list(names.values()) if isinstance(names, dict) else list(names)
 
 
-def _check_number(names: Collection[str], num_classes: int) -> None:
-    if len(names) != num_classes:
+def _check_number(num_names: int, num_classes: int) -> None:
+    if num_names != num_classes:
         raise ValueError(
-            f"class names: expected one for each of the {num_classes} classes of the head, found {len(names)}: "
+            f"class names: expected one for each of the {num_classes} classes of the head, found {num_names}: "
             "set_class_names takes the names of all, in the order of the head's rows."
         )
-
-
-def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    """The layers with one output a class; a head may hold more than them (a norm, dropout)."""
-    return [
-        (name, module)
-        for head in head_names(model)
-        for name, module in model.get_submodule(head).named_modules(prefix=head)
-        if isinstance(module, nn.Linear | nn.Conv2d)
-    ]
-
-
-def as_timm_model(model: nn.Module) -> Any:
-    """Returns the model, untyped: timm has no base class that would declare what its models share."""
-    if not hasattr(model, "get_classifier") or not hasattr(model, "pretrained_cfg"):
-        raise TypeError(f"Expected a model made by timm, found {type(model).__name__}. Build it with load_backbone.")
-    return model

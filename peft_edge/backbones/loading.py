@@ -1,12 +1,7 @@
-"""The first convolution of a timm model, and the form of it that keeps the resolution of small images.
+"""Load timm's edge CNNs with random, pretrained or local weights, and save them in timm's folder format.
 
-A backbone on disk: timm's folder format, with the weights in safetensors only.
-
-Loading timm's edge CNNs with pretrained, local or random weights.
-
-What a backbone is called matters to PEFT: it writes ``model.name_or_path`` into every adapter as
-``base_model_name_or_path``. timm leaves that attribute unset, so :func:`load_backbone` sets it, to something that
-:func:`load_backbone` accepts again.
+PEFT writes ``model.name_or_path`` into every adapter as ``base_model_name_or_path``. timm leaves that attribute unset.
+:func:`load_backbone` sets it to a name or path from which :func:`load_backbone` loads the same weights.
 """
 
 from __future__ import annotations
@@ -29,137 +24,10 @@ from safetensors import SafetensorError
 from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
-from peft_edge.backbones.heads import as_timm_model, class_names, head_layers, replace_head
-
-
-def stem_names(model: Any) -> tuple[str, ...]:
-    """The names of the convolutions that see the image; the branches of a RepVGG stem are two."""
-    names = model.pretrained_cfg["first_conv"]
-    return (names,) if isinstance(names, str) else tuple(names or ())
-
-
-def unstride_stem(model: Any) -> None:
-    """Sets the stem's stride to 1, and marks the model so that `save_backbone` records it.
-
-    Raises:
-        ValueError: The stem has another stride (it cuts the image into patches), or the model's input size is fixed.
-    """
-    convs = [model.get_submodule(name) for name in stem_names(model)]
-    strides = {getattr(conv, "stride", None) for conv in convs}
-    if not strides or not strides <= {(1, 1), (2, 2)} or model.pretrained_cfg["fixed_input_size"]:
-        raise ValueError(
-            f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem of stride 2 and a "
-            f"free image size, found strides {strides} and fixed_input_size="
-            f"{model.pretrained_cfg['fixed_input_size']}. Leave small_images out, or choose one of EDGE_FAMILIES."
-        )
-    for conv in convs:
-        conv.stride = (1, 1)
-    model.small_images = True
-
+from peft_edge.backbones.heads import TimmModel, as_timm_model, class_names, head_layers, replace_head
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
-
-
-def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Writes a timm model in timm's own folder format: ``config.json`` (with the class names), ``model.safetensors``.
-
-    ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` read it; only the former
-    knows of ``small_images``. Files of those names already there are replaced once both new ones are whole.
-
-    Raises:
-        TypeError: The model was not made by timm.
-        ValueError: There are not as many class names as classes.
-        OSError: The folder cannot be written.
-    """
-    as_timm_model(model)
-    extra: dict[str, Any] = {"small_images": True} if getattr(model, "small_images", False) else {}
-    if names := class_names(model):
-        extra["label_names"] = names
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses strided tensors, which is what channels_last training leaves.
-    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
-        try:
-            save_for_hf(contiguous, unfinished, model_config=extra, safe_serialization=True)
-        except (SafetensorError, OSError) as error:
-            raise OSError(
-                f"{folder}: the backbone could not be written ({error}). What was there before is unchanged: free some "
-                "space, or choose another folder."
-            ) from error
-        for file_name in (WEIGHTS_NAME, CONFIG_NAME):
-            (Path(unfinished) / file_name).replace(folder / file_name)
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """Returns timm's model configuration, whose ``architecture`` is sure to be a timm model.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is something else, or names a model that timm does not know.
-    """
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-        architecture = config["architecture"]
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: {path.parent} is no folder written by save_backbone.") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path}: expected timm's model configuration, found something else ({error!r}).") from error
-    if not timm.is_model(architecture):
-        raise ValueError(f"{path}: expected the name of a timm model as architecture, found {architecture!r}.")
-    return config
-
-
-def load_weights(model: Any, path: Path) -> None:
-    """Loads every tensor of the model from a safetensors file, with as many classes as that file has.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        ValueError: It is damaged, or its tensors are not those of the model.
-    """
-    try:
-        weights = safetensors.torch.load_file(path)
-    except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: the checkpoint has no weights in safetensors format.") from error
-    except SafetensorError as error:
-        raise ValueError(
-            f"{path}: expected a whole safetensors file, found a damaged or truncated one of {path.stat().st_size} "
-            f"bytes ({error}). Copy or save it again."
-        ) from error
-
-    for name, layer in head_layers(model):
-        saved = weights.get(f"{name}.weight", layer.weight)
-        if len(saved) != len(layer.weight):
-            model.reset_classifier(len(saved))
-            break
-
-    expected = model.state_dict()
-    problems = [
-        f"{name}: expected shape {tuple(tensor.shape)}, found "
-        + (str(tuple(weights[name].shape)) if name in weights else "no such tensor")
-        for name, tensor in expected.items()
-        if name not in weights or weights[name].shape != tensor.shape
-    ] + [f"{name}: expected no such tensor" for name in weights if name not in expected]
-    if problems:
-        raise ValueError(
-            f"{path} does not fit {model.pretrained_cfg['architecture']}, in {len(problems)} tensors. The first are: "
-            f"{'; '.join(problems[:3])}. Pass the model name and arguments that the file was made with."
-        )
-    model.load_state_dict(weights)
-
-
-def fingerprint(model: nn.Module) -> str:
-    """Returns the SHA-256 of the state dict: names, shapes, dtypes and bytes, in the order of the names.
-
-    Device and memory format do not enter, so a model and its reloaded copy have the same fingerprint.
-    """
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-    return digest.hexdigest()
-
 
 EDGE_FAMILIES = {
     "mobilenetv1": "mobilenetv1_100",
@@ -171,17 +39,17 @@ EDGE_FAMILIES = {
     "fbnet": "fbnetc_100",
     "ghostnet": "ghostnet_050",
     "tinynet": "tinynet_e",
-    # timm has no MCUNet. This one has its building blocks (inverted residuals of mixed kernel size and expansion,
-    # no squeeze-excite) and its size.
+    # timm has no MCUNet. This model has its size and its blocks: inverted residuals of mixed kernel sizes and expansion
+    # ratios, without squeeze-excite.
     "mcunet": "mnasnet_050",
     "resnet": "resnet10t",
     "repvgg": "repvgg_a0",
 }
-"""The edge families named by the project, each with a small timm model that the tests run."""
+"""The supported families of edge networks, each with a small timm model that the tests run."""
 
-# timm builds this model with another epsilon when pretrained=True than when not, and its saved configuration does not
-# say which. Given always, it is the same model whoever reads it.
-_ARGUMENTS_TO_STATE: dict[str, dict[str, Any]] = {"fbnetc_100": {"bn_eps": 1e-3}}
+# With pretrained=True, timm builds this model with another epsilon than without, and the saved configuration does not
+# contain it. Passed explicitly, it is always the same.
+_FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
 def load_backbone(
@@ -193,30 +61,31 @@ def load_backbone(
     small_images: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """Builds a timm CNN and sets ``model.name_or_path`` to what loads the same weights again.
+    """Build a timm CNN in train mode, and set ``model.name_or_path`` to what loads the same weights again.
 
-    Weights are random unless `pretrained` or `checkpoint` says otherwise, and are only ever read from safetensors.
+    Weights are random unless `pretrained` or `checkpoint` is given. Only safetensors files are read.
 
     Args:
-        name: A timm model name (``"mobilenetv2_100"``, with a tag ``"mobilenetv2_100.ra_in1k"``), the id of a timm
-            model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`, which
-            is then also the checkpoint.
-        num_classes: Outputs of the classifier. None keeps those of the weights (timm's default for random ones). Any
-            head whose weights do not come with it is drawn by :func:`replace_head`.
-        pretrained: Take the weights from the Hub, or from its local cache.
-        checkpoint: Take the weights from a folder written by :func:`save_backbone`, or from a ``.safetensors`` file.
-        small_images: Keep twice the resolution, for images of about 32 to 64 pixels: the stem runs at stride 1, not 2.
-            The weights stay as they are, and :func:`save_backbone` records it.
-        **timm_kwargs: Passed on to :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
-
-    Returns:
-        The model in train mode, taking images of shape (B, in_chans, H, W) and returning logits (B, num_classes).
+        name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
+            model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
+        num_classes: The number of outputs. None keeps the head of the weights, and timm's default for random weights.
+            Any other head is initialised by :func:`replace_head`.
+        pretrained: Load the weights from the Hub or its local cache.
+        checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a ``.safetensors`` file.
+        small_images: Double the resolution inside the network, for images of about 32 to 64 pixels: the first
+            convolution has stride 1 in place of 2. :func:`save_backbone` saves this setting.
+        **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
-        ValueError: The name is unknown, the model is no CNN, its stem cannot run at stride 1, or the checkpoint is
+        ValueError: If the name is unknown, the model is not a CNN, its stem cannot have stride 1, or the checkpoint is
             damaged or belongs to another model.
-        FileNotFoundError: The checkpoint, or a file in it, is missing.
-        OSError: The pretrained weights can be neither downloaded nor found in the cache.
+        FileNotFoundError: If the checkpoint or one of its files is missing.
+        OSError: If the pretrained weights are neither on the Hub nor in the cache, or the Hub cannot be reached.
+
+    Example:
+        >>> model = load_backbone("mobilenetv2_035", num_classes=10)
+        >>> model(torch.randn(2, 3, 32, 32)).shape, model.name_or_path
+        (torch.Size([2, 10]), 'mobilenetv2_035')
     """
     if num_classes is not None and num_classes < 1:
         raise ValueError(f"num_classes: expected at least 1, found {num_classes}.")
@@ -237,24 +106,24 @@ def load_backbone(
     if num_classes is not None and num_classes != model.num_classes:
         replace_head(model, num_classes)
     if small_images:
-        unstride_stem(model)
+        _unstride_stem(model)
     return model
 
 
-def _create(name: str, timm_kwargs: dict[str, Any], *, folder: Path | None = None, **loading: Any) -> Any:
-    """`timm.create_model` for CNNs only; from a folder with the arguments that are saved there."""
-    arguments = _ARGUMENTS_TO_STATE.get(name.split(".")[0], {}) | timm_kwargs
-    model = timm.create_model(name if folder is None else f"local-dir:{folder}", **arguments, **loading)
+def _create(model_name: str, timm_kwargs: dict[str, object], **loading: object) -> TimmModel:
+    """Call `timm.create_model` with arguments for the network and for its weights, and check that it is a CNN."""
+    arguments = _FIXED_ARGUMENTS.get(model_name.split(".")[0], {}) | timm_kwargs
+    model: TimmModel = timm.create_model(model_name, **arguments, **loading)
     if not any(isinstance(module, nn.Conv2d) and key not in stem_names(model) for key, module in model.named_modules()):
         raise ValueError(
-            f"{name} has no convolution beyond its patch embedding, and convolutions are what peft_edge adapts. "
-            f"Choose a CNN, such as {', '.join(EDGE_FAMILIES.values())}."
+            f"{model.pretrained_cfg['architecture']} has no convolution beyond its patch embedding, and peft_edge only "
+            f"adapts convolutions. Choose a CNN, such as {', '.join(EDGE_FAMILIES.values())}."
         )
     return model
 
 
 def _registry_name(name: str) -> str:
-    """Returns `name` without the Hub's ``timm/``, if timm knows a model of that name."""
+    """Return `name` without the Hub's ``timm/``, if timm has a model of that name."""
     registry_name = name.removeprefix("timm/")
     if timm.is_model(registry_name):
         return registry_name
@@ -266,7 +135,7 @@ def _registry_name(name: str) -> str:
     )
 
 
-def _from_hub(name: str, timm_kwargs: dict[str, Any]) -> Any:
+def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
     if "/" in name and not name.startswith("timm/"):
         _download(name, CONFIG_NAME)
         model = _from_checkpoint(_download(name, WEIGHTS_NAME).parent, None, timm_kwargs)
@@ -282,7 +151,7 @@ def _from_hub(name: str, timm_kwargs: dict[str, Any]) -> Any:
             f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all of them."
         )
     hub_id = get_pretrained_cfg(registry_name).hf_hub_id
-    # As a file, because from the Hub timm would fall back to unpickling where a repository has no safetensors.
+    # Passed as a file: with a Hub id, timm would unpickle the weights of a repository that has no safetensors file.
     weights = {"file": str(_download(hub_id, WEIGHTS_NAME))}
     model = _create(registry_name, timm_kwargs, pretrained=True, pretrained_cfg_overlay=weights)
     model.name_or_path = hub_id
@@ -307,37 +176,157 @@ def _download(repo_id: str, file_name: str) -> Path:
         ) from error
 
 
-def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, Any]) -> Any:
-    """Builds the model and loads its weights; without a `name`, the model is the one that the folder names."""
+def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
+    """Build a model and load its weights. If `name` is None, the architecture is read from the folder."""
     path = path.absolute()
     if path.is_dir():
-        config = read_config(path / CONFIG_NAME)
+        config = _read_config(path / CONFIG_NAME)
         saved = config["architecture"]
         if name is not None and name.split(".")[0] != saved:
             raise ValueError(
                 f"{path}: expected weights of {name!r}, found those of {saved!r}. "
                 "Ask for that model, or pass another checkpoint."
             )
-        model = _create(saved, config.get("model_args", {}) | timm_kwargs, folder=path)
-        load_weights(model, path / WEIGHTS_NAME)
-        _check_class_names(model, path / CONFIG_NAME)
+        arguments = _FIXED_ARGUMENTS.get(saved, {}) | config.get("model_args", {}) | timm_kwargs
+        model = _create(f"local-dir:{path}", arguments)
+        _load_weights(model, path / WEIGHTS_NAME)
+        try:
+            class_names(model)
+        except ValueError as error:
+            raise ValueError(f"{path / CONFIG_NAME}: label_names do not fit the weights. {error}") from error
         if config.get("small_images"):
-            unstride_stem(model)
+            _unstride_stem(model)
     elif name is not None and path.suffix == ".safetensors":
         model = _create(name, timm_kwargs)
-        load_weights(model, path)
+        _load_weights(model, path)
     else:
+        found = "a file of another kind" if path.exists() else "nothing"
         raise FileNotFoundError(
-            f"{path}: expected a folder written by save_backbone, or a .safetensors file, found "
-            f"{'a file of another kind' if path.exists() else 'nothing'}. Pickled weights (.bin, .pth) are not read: "
-            "convert them to safetensors first."
+            f"{path}: expected a folder written by save_backbone, or a .safetensors file, found {found}. "
+            "Pickled weights (.bin, .pth) are not read: convert them to safetensors first."
         )
     model.name_or_path = str(path)
     return model
 
 
-def _check_class_names(model: Any, config: Path) -> None:
+def _read_config(path: Path) -> dict[str, Any]:
     try:
-        class_names(model)
-    except ValueError as error:
-        raise ValueError(f"{config}: label_names do not fit the weights. {error}") from error
+        config = json.loads(path.read_text(encoding="utf-8"))
+        architecture = config["architecture"]
+    except FileNotFoundError as error:
+        raise FileNotFoundError(
+            f"{path} is missing: {path.parent} is not a folder written by save_backbone."
+        ) from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: expected timm's model configuration, found something else ({error!r}).") from error
+    if not timm.is_model(architecture):
+        raise ValueError(f"{path}: expected the name of a timm model as architecture, found {architecture!r}.")
+    return config
+
+
+def _load_weights(model: TimmModel, path: Path) -> None:
+    """Load a safetensors file with exactly the model's tensors; its head determines the number of classes."""
+    try:
+        weights = safetensors.torch.load_file(path)
+    except FileNotFoundError as error:
+        raise FileNotFoundError(f"{path} is missing: the checkpoint has no weights in safetensors format.") from error
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path}: expected a whole safetensors file, found a damaged or truncated one of {path.stat().st_size} "
+            f"bytes ({error}). Copy or save it again."
+        ) from error
+
+    for name, layer in head_layers(model):
+        saved = weights.get(f"{name}.weight", layer.weight)
+        if len(saved) != len(layer.weight):
+            model.reset_classifier(len(saved))
+            break
+    states = model.state_dict(), weights
+    expected, found = ({name: str(tuple(tensor.shape)) for name, tensor in state.items()} for state in states)
+    problems = [
+        f"{name}: expected {expected.get(name, 'no such tensor')}, found {found.get(name, 'no such tensor')}"
+        for name in expected | found
+        if expected.get(name) != found.get(name)
+    ]
+    if problems:
+        raise ValueError(
+            f"{path} does not fit {model.pretrained_cfg['architecture']}, in {len(problems)} tensors. The first are: "
+            f"{'; '.join(problems[:3])}. Pass the model name and arguments that the file was made with."
+        )
+    model.load_state_dict(weights)
+
+
+def stem_names(model: TimmModel) -> tuple[str, ...]:
+    """Return the names of the convolutions that read the image; a RepVGG stem has two, in parallel."""
+    names = model.pretrained_cfg["first_conv"]
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def _unstride_stem(model: TimmModel) -> None:
+    """Set the stride of the stem to 1, unless it splits the image into patches or the input size is fixed."""
+    convs = [model.get_submodule(name) for name in stem_names(model)]
+    strides = {getattr(conv, "stride", None) for conv in convs}
+    has_fixed_size = model.pretrained_cfg["fixed_input_size"]
+    if not strides or not strides <= {(1, 1), (2, 2)} or has_fixed_size:
+        raise ValueError(
+            f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem of stride 2 and a "
+            f"free image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave small_images out."
+        )
+    for conv in convs:
+        setattr(conv, "stride", (1, 1))  # noqa: B010  # nn.Module declares no stride
+    model.small_images = True
+
+
+def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
+    """Save a timm model in timm's folder format: ``config.json``, with the class names, and ``model.safetensors``.
+
+    ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` read the folder; only
+    ``load_backbone`` restores `small_images`. Existing files are replaced once both new files are complete.
+
+    Raises:
+        TypeError: If the model was not built by timm.
+        ValueError: If the numbers of class names and classes differ.
+        OSError: If the folder cannot be written.
+
+    Example:
+        >>> model = load_backbone("mobilenetv2_035", num_classes=2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     save_backbone(model, folder)
+        ...     fingerprint(load_backbone(folder)) == fingerprint(model)
+        True
+    """
+    as_timm_model(model)
+    extra: dict[str, object] = {"small_images": True} if getattr(model, "small_images", False) else {}
+    if names := class_names(model):
+        extra["label_names"] = names
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    # safetensors refuses strided tensors, such as those of a model in channels_last.
+    contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
+        try:
+            save_for_hf(contiguous, unfinished, model_config=extra, safe_serialization=True)
+        except (SafetensorError, OSError) as error:
+            raise OSError(
+                f"{folder}: the backbone could not be written ({error}). What was there before is unchanged: free some "
+                "space, or choose another folder."
+            ) from error
+        for file_name in (WEIGHTS_NAME, CONFIG_NAME):
+            (Path(unfinished) / file_name).replace(folder / file_name)
+
+
+def fingerprint(model: nn.Module) -> str:
+    """Return the SHA-256 of the state dict: names, shapes, dtypes and bytes, sorted by name.
+
+    Device and memory format have no influence, so a saved and reloaded model has the same fingerprint.
+
+    Example:
+        >>> layer = nn.Linear(2, 2)
+        >>> fingerprint(copy.deepcopy(layer)) == fingerprint(layer), fingerprint(nn.Linear(2, 2)) == fingerprint(layer)
+        (True, False)
+    """
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()

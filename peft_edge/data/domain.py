@@ -1,107 +1,103 @@
-"""What a run adapts to: a source domain, one or more target domains, and what changed between them.
-
-Stratified splitting, by seed.
-
-Images held as arrays, as the Hugging Face datasets that users of `datasets` expect.
-"""
+"""Domains and tasks, stratified splits, and datasets held in memory."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
 from dataclasses import dataclass
+from typing import TypedDict
 
 import pyarrow as pa
 import torch
 from datasets import ClassLabel, Dataset, Features, Image
+from PIL import Image as PillowImage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from peft_edge._compat import dataset_fingerprint
 
-def combined_fingerprint(*parts: str) -> str:
-    """Returns 16 hexadecimal digits that change when any part, or the order of the parts, changes."""
-    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+class ImageBatch(TypedDict):
+    """Rows of a dataset."""
+
+    image: list[PillowImage.Image]
+    label: list[int]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Domain:
-    """Three splits of labelled images from one distribution.
+    """Labelled images from one distribution, in three splits.
 
     Each split is a Hugging Face dataset with the columns `image` (`datasets.Image`) and `label`
     (`datasets.ClassLabel`).
+
+    Attributes:
+        train: Training images. For a target domain, these are the few images that the model is adapted to.
+        validation: Images that select the learning rate and the epoch. Their accuracy is not reported.
+        test: Images for the reported accuracies. Nothing is selected on them.
     """
 
     train: Dataset
-    """Images a model is trained on; for a target domain, the few it is adapted with."""
-
     validation: Dataset
-    """Images that choose a learning rate or an epoch, never reported."""
-
     test: Dataset
-    """Images that are only reported."""
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the labels 0, 1, ...; a split need not hold images of all of them."""
+        """The names of the labels 0, 1, ...; a split may lack images of some classes."""
         return self.train.features["label"].names
 
     @property
     def num_classes(self) -> int:
-        """The number of classes that a model for this domain tells apart."""
+        """The number of outputs of a classifier for this domain."""
         return len(self.class_names)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when an image, a label, a split or the shift of this domain changes; a key for caching a model."""
-        # `datasets` documents this attribute, yet offers no public name for it.
-        return combined_fingerprint(*(split._fingerprint for split in (self.train, self.validation, self.test)))
+        """A hash of the images, labels, splits and shift: the key under which a source model is cached."""
+        return _hash(*(dataset_fingerprint(split) for split in (self.train, self.validation, self.test)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification problem that changes between training and use: its images shift, or classes are added."""
+    """A classification problem that changes after training: its images shift, or new classes arrive.
+
+    Attributes:
+        name: The data, as given to `load_task`: an embedded benchmark, a Hugging Face dataset or a folder.
+        change: A description of the difference between source and targets.
+        source: The images that the source model is trained on.
+        targets: The images to adapt to: one domain for a shift, or one for each increment of new classes, in order.
+    """
 
     name: str
-    """What was asked of `load_task`: a benchmark, a Hugging Face dataset or a folder."""
-
     change: str
-    """What makes the targets differ from the source, in words."""
-
     source: Domain
-    """Where the model comes from."""
-
     targets: tuple[Domain, ...]
-    """Where it must work: one domain for a shift, one for each increment of new classes, in their order."""
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the labels 0, 1, ... in the end; those of the source, and then the new ones."""
+        """The names of all labels after the last target: first the classes of the source, then the new classes."""
         return self.targets[-1].class_names
 
     @property
     def num_classes(self) -> int:
-        """The number of classes in the end."""
+        """The number of classes after the last target."""
         return len(self.class_names)
 
     @property
     def fingerprint(self) -> str:
-        """Changes when any domain does."""
-        return combined_fingerprint(self.source.fingerprint, *(target.fingerprint for target in self.targets))
+        """A hash of the fingerprints of all domains, in their order."""
+        return _hash(self.source.fingerprint, *(target.fingerprint for target in self.targets))
+
+
+def _hash(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
 
 
 def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Splits off `size` images in which every class has its share.
-
-    Args:
-        dataset: A dataset with a `label` column.
-        size: How many images to split off.
-        seed: Which images those are.
-
-    Returns:
-        The remaining images and those split off.
+    """Split off `size` images, with the class proportions of the whole; return the remaining images and these.
 
     Raises:
-        ValueError: There are too few images for every class to be on both sides.
+        ValueError: If there are too few images for both parts to contain every class.
     """
     names = dataset.features["label"].names
     counts = Counter(dataset["label"][:])
@@ -109,7 +105,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
     if count < 2:
         raise ValueError(
             f"class {names[label]!r} has a single image left, so no validation, test or adaptation images can be split "
-            "off it: add images to that class, or give the data set its own splits"
+            "off: add images to that class, or provide a dataset that has these splits"
         )
     if not len(counts) <= size <= len(dataset) - len(counts):
         raise ValueError(
@@ -121,17 +117,9 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
 
 
 def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) -> Dataset:
-    """Returns images and labels as a dataset that lives in memory.
+    """Build an in-memory dataset from pixels of shape (N, H, W, 3), uint8, and class indices of shape (N,).
 
-    The images are kept as uncompressed PPM files: Pillow reads one in about 30 µs, several times faster than a PNG.
-
-    Args:
-        images: (N, H, W, 3), uint8.
-        labels: (N,), the index of each image's class.
-        class_names: The names of the classes.
-
-    Returns:
-        A dataset with the columns `image` and `label`.
+    The images are encoded as uncompressed PPM files. Pillow decodes one in about 30 µs, several times faster than PNG.
     """
     _, height, width, _ = images.shape
     header = f"P6 {width} {height} 255\n".encode()
@@ -142,11 +130,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Returns the same images and labels held as arrays, what a transform makes of them included.
-
-    Args:
-        dataset: RGB images of one size.
-    """
+    """Apply the transform of a dataset of equally large RGB images once, and return an in-memory dataset."""
     rows = dataset[:]
     images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
     return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

@@ -1,23 +1,21 @@
-"""Any Hugging Face dataset, or any folder of images, as splits with the columns `image` and `label`."""
+"""Image folders and Hugging Face datasets, read as splits with the columns `image` and `label`."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Image, Value, load_dataset
+from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
 from PIL import Image as PillowImage
 
 from peft_edge.data.domain import Domain, stratified_split
 
-VALIDATION_NAMES = ("validation", "valid", "val", "dev")
-LABEL_NAMES = ("label", "labels")
+Filter = Sequence[str | int | float]
+"""A column, an operator (== != < <= > >= in), and a value."""
 
-
-Filter = Sequence[Any]
-"""A column, one of == != < <= > >= in, and a value."""
+_VALIDATION_NAMES = ("validation", "valid", "val", "dev")
+_LABEL_NAMES = ("label", "labels")
 
 
 def read_splits(
@@ -28,31 +26,31 @@ def read_splits(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> DatasetDict:
-    """Reads a data set and leaves of it an image and a label column.
+    """Read the labelled splits of a dataset, with the columns `image` and `label` and the same classes in every split.
 
     Args:
         name: A folder with one subfolder for each class (below `train`, `validation` and `test`, if it has these), or a
             Hugging Face dataset.
         subset: The configuration of a Hugging Face dataset.
-        filters: The rows to read of a Hugging Face dataset in Parquet files: those that pass all of them.
-        image_column: Its column of images; by default the one whose feature is `datasets.Image`.
-        label_column: Its column of classes; by default the one whose feature is `datasets.ClassLabel`, else `label`.
-
-    Returns:
-        The splits that have labels, each with the columns `image` and `label`, and all with the same class names.
+        filters: Conditions on the rows of a Hugging Face dataset in Parquet files; a row must meet all of them.
+        image_column: The image column; by default the one whose feature is `datasets.Image`.
+        label_column: The label column; by default the one whose feature is `datasets.ClassLabel`, else `label`.
 
     Raises:
-        ValueError: No such data, a column that is missing or ambiguous, an unreadable image file, or a single class.
+        ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file is damaged, or there
+            is a single class.
     """
     folder = Path(name).expanduser()
     splits = _read_folder(folder) if folder.is_dir() else _read_from_hub(name, subset, filters)
     features = next(iter(splits.values())).features
+    images = [column for column, feature in features.items() if isinstance(feature, Image)]
+    labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
+    labels = labels or [column for column in _LABEL_NAMES if column in features]
     columns = {
-        _image_column(name, features, image_column): "image",
-        _label_column(name, features, label_column): "label",
+        _choose_column(name, features, "image", image_column, images): "image",
+        _choose_column(name, features, "label", label_column, labels): "label",
     }
-    splits = splits.select_columns(list(columns)).rename_columns(columns)
-    splits = _with_class_names(splits)
+    splits = _with_class_names(splits.select_columns(list(columns)).rename_columns(columns))
     class_names = next(iter(splits.values())).features["label"].names
     if len(class_names) < 2:
         raise ValueError(
@@ -64,22 +62,19 @@ def read_splits(
 
 
 def domain_from_splits(name: str, splits: DatasetDict, *, train_split: str, seed: int) -> Domain:
-    """Makes a domain, splitting off the training images what the data set has no split for.
+    """Build a domain; split validation and test images off the training images where the dataset has none.
 
-    Args:
-        name: The data set, for error messages.
-        splits: From `read_splits`.
-        train_split: The split to train on.
-        seed: Which images become the validation (a tenth) and test images (a fifth), where these are missing.
+    Missing splits get a tenth of the images for validation and a fifth for tests, drawn with `seed`. `name` is the
+    dataset's name in error messages.
 
     Raises:
-        ValueError: No such split, or too few images to split.
+        ValueError: If there is no such split, or there are too few images to split.
     """
     if train_split not in splits:
         raise ValueError(f"{name!r} has no labelled split {train_split!r}: name one of {', '.join(splits)}")
     train = splits[train_split]
     classes, images = len(train.features["label"].names), len(train)
-    validation = next((splits[key] for key in VALIDATION_NAMES if key in splits), None)
+    validation = next((splits[key] for key in _VALIDATION_NAMES if key in splits), None)
     test = splits.get("test")
     if test is None:
         train, test = stratified_split(train, max(classes, images // 5), seed=seed)
@@ -89,10 +84,10 @@ def domain_from_splits(name: str, splits: DatasetDict, *, train_split: str, seed
 
 
 def _read_folder(folder: Path) -> DatasetDict:
-    # Only folders of exactly these names are splits; left to itself, the builder takes any `test` in any name for one.
-    names = [name for name in ("train", *VALIDATION_NAMES, "test") if (folder / name).is_dir()]
-    is_split = "train" in names and all(child.name in names for child in folder.iterdir() if child.is_dir())
-    files = {name: f"{name}/**" for name in names} if is_split else {"train": "**"}
+    # Only folders of exactly these names are splits. The builder's own rule would match any name that contains `test`.
+    names = [name for name in ("train", *_VALIDATION_NAMES, "test") if (folder / name).is_dir()]
+    has_splits = "train" in names and all(child.name in names for child in folder.iterdir() if child.is_dir())
+    files = {name: f"{name}/**" for name in names} if has_splits else {"train": "**"}
     try:
         splits = load_dataset("imagefolder", data_dir=str(folder.resolve()), data_files=files, drop_labels=False)
     except (FileNotFoundError, ValueError) as error:
@@ -101,44 +96,31 @@ def _read_folder(folder: Path) -> DatasetDict:
         ) from error
     for split in splits.values():
         for image in split.cast_column("image", Image(decode=False))["image"]:
-            _check_image(image["path"])
+            # `verify` reads the structure of a file without decoding it, so that a folder of photographs takes seconds.
+            # Damaged pixels are found by the loader, which names the file.
+            try:
+                with PillowImage.open(image["path"]) as file:
+                    file.verify()
+            except (OSError, SyntaxError) as error:
+                path = image["path"]
+                raise ValueError(f"cannot read the image file {path!r}: {error}; replace or remove it") from error
     return splits
 
 
-def _check_image(path: str) -> None:
-    # Only the structure of the file is read, so a folder of photographs is checked in seconds; the loader names a file
-    # whose pixels turn out to be damaged.
-    try:
-        with PillowImage.open(path) as image:
-            image.verify()
-    except (OSError, SyntaxError) as error:
-        raise ValueError(f"cannot read the image file {path!r}: {error}; replace or remove it") from error
-
-
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # The sizes in the card are those of all rows.
+    # Without verification, because the dataset card has the number of rows before filtering.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)
     except (OSError, ValueError, DatasetGenerationError) as error:
         raise ValueError(
             f"cannot load the data {name!r}: expected 'digits', 'shapes', a folder that exists, or a Hugging Face "
-            f"dataset{f' with rows that pass the filters {filters}' if filters else ''}. The answer: "
+            f"dataset{f' with rows that pass the filters {filters}' if filters else ''}. Cause: "
             f"{error.__cause__ or error}"
         ) from error
 
 
-def _image_column(name: str, features: dict[str, object], wanted: str | None) -> str:
-    found = [column for column, feature in features.items() if isinstance(feature, Image)]
-    return _only_column(name, features, wanted, found, "image")
-
-
-def _label_column(name: str, features: dict[str, object], wanted: str | None) -> str:
-    found = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
-    return _only_column(name, features, wanted, found or [key for key in LABEL_NAMES if key in features], "label")
-
-
-def _only_column(name: str, features: dict[str, object], wanted: str | None, found: list[str], kind: str) -> str:
+def _choose_column(name: str, features: Features, kind: str, wanted: str | None, found: list[str]) -> str:
     if wanted is not None and wanted in features:
         return wanted
     if wanted is None and len(found) == 1:
@@ -148,9 +130,8 @@ def _only_column(name: str, features: dict[str, object], wanted: str | None, fou
 
 
 def _with_class_names(splits: DatasetDict) -> DatasetDict:
-    """Turns labels that are plain numbers or words into classes, the same in every split."""
-    first: Dataset = next(iter(splits.values()))
-    if isinstance(first.features["label"], ClassLabel):
+    """Convert number or string labels to `ClassLabel`, with the same classes in every split."""
+    if isinstance(next(iter(splits.values())).features["label"], ClassLabel):
         return splits
     names = [str(value) for value in sorted({value for split in splits.values() for value in split.unique("label")})]
     return splits.cast_column("label", Value("string")).cast_column("label", ClassLabel(names=names))

@@ -1,162 +1,27 @@
-"""New classes: a source that knows some classes of a data set, and targets that bring the others, step by step.
-
-A target's training images are those of its new classes and a few kept images of the classes before. Without such
-rehearsal a classifier forgets what it knew; the fixed budget of kept images is that of iCaRL (Rebuffi et al. 2017).
-
-`load_task`: from two names to the images that a run needs.
-"""
+"""`load_task`: a source domain and its targets, from the names of the data and of the change."""
 
 from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
+import datasets
 import numpy as np
-from datasets import (
-    ClassLabel,
-    Dataset,
-    DatasetDict,
-    are_progress_bars_disabled,
-    concatenate_datasets,
-    disable_progress_bars,
-    enable_progress_bars,
-)
+from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 
 from peft_edge.data.corruptions import SHIFTS, Shift
 from peft_edge.data.domain import Domain, Task, read_into_memory, stratified_split
 from peft_edge.data.embedded import load_digits_domain, load_shapes_domain
 from peft_edge.data.sources import Filter, domain_from_splits, read_splits
 
-
-def class_increments(
-    domain: Domain,
-    adaptation: Dataset,
-    new_classes: Sequence[str],
-    *,
-    increments: int,
-    rehearsal_size: int,
-    adaptation_size: int,
-    seed: int,
-) -> tuple[Domain, tuple[Domain, ...]]:
-    """Divides the classes of a domain among a source and one target for each increment.
-
-    Labels are renumbered: the base classes come first, in their old order, then the new ones in the given order. So a
-    label means the same in every domain, and a head that grows keeps its rows.
-
-    Args:
-        domain: Images of all classes.
-        adaptation: Where the training images of the new classes come from; `domain.train` or images beside it.
-        new_classes: The names of the classes that the source does not know.
-        increments: In how many parts they come, as equal as possible.
-        rehearsal_size: The largest number of kept images in all, in equal shares of the classes before; 0 for none.
-        adaptation_size: The largest number of images of new classes in each increment.
-        seed: Which images are kept. A share that shrinks as classes are added keeps a part of the same images.
-
-    Returns:
-        The source, and for each increment a target: its `train` holds the new classes and the kept images, its
-        `validation` all classes known then, its `test` the new classes.
-
-    Raises:
-        ValueError: Unknown or repeated names, fewer than two base classes, more increments than new classes, fewer kept
-            images than classes, or no images of a class.
-    """
-    base = [name for name in domain.class_names if name not in new_classes]
-    _check_classes(domain.class_names, new_classes, base, increments)
-    groups = [part.tolist() for part in np.array_split(new_classes, increments)]
-    largest = len(base) + sum(map(len, groups[:-1]))
-    if 0 < rehearsal_size < largest:
-        raise ValueError(
-            f"rehearsal_size: {rehearsal_size} images cannot be shared among the {largest} classes before the last "
-            f"increment: keep at least {largest}, or none (0)"
-        )
-
-    source = Domain(**{key: _renumbered(_images_of(split, base), base) for key, split in vars(domain).items()})
-    known, targets = base, []
-    trained = [_images_of(domain.train, base)]
-    for group in groups:
-        images = _images_of(adaptation, group)
-        if len(images) > adaptation_size:
-            images = stratified_split(images, adaptation_size, seed=seed)[1]
-        share = rehearsal_size // len(known)
-        kept = [_first_of_each_class(part, share, seed=seed) for part in trained] if share else []
-        trained.append(images)
-        known = [*known, *group]
-        target = Domain(
-            train=concatenate_datasets([images, *kept]),
-            validation=_images_of(domain.validation, known),
-            test=_images_of(domain.test, group),
-        )
-        targets.append(Domain(**{key: _renumbered(split, known) for key, split in vars(target).items()}))
-    return source, tuple(targets)
-
-
-def _check_classes(names: list[str], new_classes: Sequence[str], base: list[str], increments: int) -> None:
-    for name in new_classes:
-        if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
-            raise ValueError(
-                f"new_classes: there is no class {name!r}; did you mean {nearest!r}? There are {', '.join(names)}"
-            )
-    if len(set(new_classes)) < len(new_classes):
-        raise ValueError(f"new_classes: expected each class once, found {', '.join(new_classes)}")
-    if len(base) < 2:
-        raise ValueError(
-            f"new_classes: of {len(names)} classes {len(base)} would be left for the source, expected at least two: "
-            "name fewer new classes"
-        )
-    if not 1 <= increments <= len(new_classes):
-        raise ValueError(f"increments: expected 1 to {len(new_classes)}, one new class each, found {increments}")
-
-
-def _images_of(dataset: Dataset, classes: Sequence[str]) -> Dataset:
-    feature = dataset.features["label"]
-    labels = np.array(dataset["label"][:])
-    wanted = [feature.str2int(name) for name in classes]
-    if missing := [name for name, label in zip(classes, wanted, strict=True) if label not in labels]:
-        raise ValueError(
-            f"there are no images of the class {missing[0]!r} in a split that needs them: add some to every split, or "
-            "let training, validation and test images be split off one (leave only `train`)"
-        )
-    return dataset.select(np.flatnonzero(np.isin(labels, wanted)))
-
-
-def _first_of_each_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
-    """At most `count` images of each class, the first of an order that only the seed decides."""
-    order = np.random.default_rng(seed).permutation(len(dataset))
-    labels = np.array(dataset["label"][:])[order]
-    chosen = [order[labels == label][:count] for label in np.unique(labels)]
-    return dataset.select(np.concatenate(chosen))
-
-
-def _renumbered(dataset: Dataset, names: list[str]) -> Dataset:
-    """The same images, with the index of their class in `names` as the label."""
-    old = dataset.features["label"]
-    labels = [names.index(name) for name in old.int2str(dataset["label"][:])]
-    with _no_progress_bars():
-        return dataset.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
-
-
-@contextmanager
-def _no_progress_bars() -> Iterator[None]:
-    """`datasets` copies the chosen images and would show a bar for every split."""
-    shown = not are_progress_bars_disabled()
-    disable_progress_bars()
-    try:
-        yield
-    finally:
-        if shown:
-            enable_progress_bars()
-
-
 EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
     "digits": load_digits_domain,
     "shapes": load_shapes_domain,
 }
+"""The embedded benchmarks: functions that return the source domain, and adaptation images without a shift."""
 
 
 def load_task(
@@ -176,49 +41,50 @@ def load_task(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Task:
-    """Loads a source domain, and either one target that has shifted or targets that bring new classes.
+    """Load a source domain, and either one target with shifted images or targets with new classes.
 
-    With a corruption as the shift, both domains have the same validation and test images, as they are and shifted, and
-    the images to adapt with are split off the source's training images (`digits` and `shapes` have their own).
-
-    With new classes, the source holds the other ones; see `class_increments` for what the targets hold.
+    If the shift is a corruption, source and target share the validation and test images, and the adaptation images are
+    split off the source's training images (`digits` and `shapes` provide them separately). If there are new classes,
+    the source contains the other classes; see `class_increments` for the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
-        shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same data set, or another folder or
+        shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
             Hugging Face dataset with the same classes.
-        severity: 1 to 5, for a corruption that comes in degrees; by default 5.
-        shift_filters: Which rows to read of a Hugging Face dataset that is the shift, as a column, an operator and a
-            value each: `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`.
-        new_classes: Instead of a shift, the names of the classes that the source does not know.
-        increments: In how many parts the new classes come.
-        rehearsal_size: The largest number of images of earlier classes that each increment sees again.
-        seed: Which image is in which split; for `shapes`, also what the images show.
+        severity: 1 to 5, for a corruption that has severities; 5 by default.
+        shift_filters: The rows to read of the Hugging Face dataset given as `shift`, as (column, operator, value):
+            `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`.
+        new_classes: Instead of a shift, the names of the classes that the source model does not know.
+        increments: The number of parts in which the new classes arrive.
+        rehearsal_size: The maximum number of images of earlier classes in each increment.
+        seed: The seed of all splits, and of the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
-        adaptation_size: The largest number of images to adapt with; of new classes, in each increment.
+        adaptation_size: The maximum number of adaptation images; for new classes, in each increment.
         subset: The configuration of a Hugging Face dataset.
         train_split: The split to train on.
-        image_column: The column of images, where there are several.
-        label_column: The column of classes, where there are several.
-
-    Returns:
-        The task.
+        image_column: The image column, if there are several.
+        label_column: The label column, if there are several.
 
     Raises:
-        ValueError: A name, shift, severity, class, split or column that does not exist, both a shift and new classes or
-            neither, domains with different classes, an unreadable image file, or too few images.
+        ValueError: If a name, shift, severity, class, split or column does not exist; if there are both a shift and new
+            classes, or neither; if source and target have different classes; if an image file is damaged; or if there
+            are too few images.
+
+    Example:
+        >>> task = load_task("digits", shift="invert", image_size=16)
+        >>> len(task.source.train), len(task.targets[0].train), task.num_classes
+        (700, 400, 10)
     """
-    # Before anything is read, since a large data set takes a while.
+    # Arguments are checked before any data is read, because a large dataset takes minutes.
     _check_change(shift, severity, shift_filters, new_classes, increments, rehearsal_size)
     if name not in EMBEDDED:
-        _refuse_misspelt("data", name, EMBEDDED)
-    columns: dict[str, Any] = {"image_column": image_column, "label_column": label_column}
+        _check_spelling("data", name, EMBEDDED)
 
     splits, adaptation = DatasetDict(), None
     if name in EMBEDDED:
         source, adaptation = EMBEDDED[name](image_size=image_size, seed=seed)
     else:
-        splits = read_splits(name, subset=subset, **columns)
+        splits = read_splits(name, subset=subset, image_column=image_column, label_column=label_column)
         source = domain_from_splits(name, splits, train_split=train_split, seed=seed)
 
     if shift is None:
@@ -242,20 +108,148 @@ def load_task(
     elif shift in splits and not shift_filters:
         target = domain_from_splits(name, DatasetDict(train=splits[shift]), train_split="train", seed=seed)
     else:
-        other = _read_target(shift, subset=subset, filters=shift_filters, **columns)
-        other = _with_classes_of(name, source.class_names, shift, other)
+        try:
+            other = read_splits(
+                shift, subset=subset, filters=shift_filters, image_column=image_column, label_column=label_column
+            )
+        except ValueError as error:
+            raise ValueError(
+                f"shift {shift!r} is neither a corruption ({', '.join(SHIFTS)}), nor a split of the data, nor data "
+                f"that can be read: {error}"
+            ) from error
+        other = _with_classes_of(source, other, names=(name, shift))
         target = domain_from_splits(shift, other, train_split=train_split, seed=seed)
     if len(target.train) > adaptation_size:
         target = replace(target, train=stratified_split(target.train, adaptation_size, seed=seed)[1])
     if shift in SHIFTS:
-        corruption = Shift(shift, severity)
-        shifted = {key: corruption.shift_dataset(split) for key, split in vars(target).items()}
+        shifted = {key: Shift(shift, severity).shift_dataset(split) for key, split in vars(target).items()}
         if name in EMBEDDED:
-            # Small enough to be shifted once, which otherwise takes a fifth of the time of training on them.
+            # Corrupting these small images on every access would add a fifth to the training time.
             shifted = {key: read_into_memory(split) for key, split in shifted.items()}
         target = Domain(**shifted)
     change = shift if severity is None else f"{shift} at severity {severity}"
     return Task(name=name, change=change, source=source, targets=(target,))
+
+
+def class_increments(
+    domain: Domain,
+    adaptation: Dataset,
+    new_classes: Sequence[str],
+    *,
+    increments: int,
+    rehearsal_size: int,
+    adaptation_size: int,
+    seed: int,
+) -> tuple[Domain, tuple[Domain, ...]]:
+    """Divide the classes of a domain among a source and one target for each increment.
+
+    Without rehearsal, a classifier forgets its earlier classes. Each target therefore contains a few images of them, in
+    equal shares of a fixed total, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: first the base classes in
+    their old order, then the new ones in the given order. A label has the same meaning in all domains, so that a head
+    can grow and keep its rows. `adaptation` has the training images of the new classes; for the other arguments, see
+    `load_task`.
+
+    Returns:
+        The source, and one target for each increment. A target's `train` contains the new classes and the rehearsal
+        images, its `validation` all classes known by then, and its `test` the new classes.
+
+    Raises:
+        ValueError: If class names are unknown or repeated, there are fewer than two base classes, more increments than
+            new classes or fewer rehearsal images than earlier classes, or a class has no images.
+    """
+    base = [name for name in domain.class_names if name not in new_classes]
+    _check_classes(domain.class_names, new_classes, base, increments)
+    groups = [part.tolist() for part in np.array_split(new_classes, increments)]
+    num_earlier = len(base) + sum(map(len, groups[:-1]))
+    if 0 < rehearsal_size < num_earlier:
+        raise ValueError(
+            f"rehearsal_size: {rehearsal_size} images cannot be shared among the {num_earlier} classes before the last "
+            f"increment: keep at least {num_earlier}, or none (0)"
+        )
+
+    source = Domain(**{key: _renumber(_select_classes(split, base), base) for key, split in vars(domain).items()})
+    known, targets = base, []
+    earlier = [_select_classes(domain.train, base)]
+    for group in groups:
+        images = _select_classes(adaptation, group)
+        if len(images) > adaptation_size:
+            images = stratified_split(images, adaptation_size, seed=seed)[1]
+        share = rehearsal_size // len(known)
+        rehearsal = [_select_per_class(part, share, seed=seed) for part in earlier] if share else []
+        earlier.append(images)
+        known = [*known, *group]
+        splits = {
+            "train": concatenate_datasets([images, *rehearsal]),
+            "validation": _select_classes(domain.validation, known),
+            "test": _select_classes(domain.test, group),
+        }
+        targets.append(Domain(**{key: _renumber(split, known) for key, split in splits.items()}))
+    return source, tuple(targets)
+
+
+def _select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
+    labels = np.array(dataset["label"][:])
+    wanted = dataset.features["label"].str2int(list(classes))
+    if missing := [name for name, label in zip(classes, wanted, strict=True) if label not in labels]:
+        raise ValueError(
+            f"there are no images of the class {missing[0]!r} in a split that needs them: add some to every split, or "
+            "provide only `train`, and validation and test images are split off it"
+        )
+    return dataset.select(np.flatnonzero(np.isin(labels, wanted)))
+
+
+def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
+    """Select at most `count` images of each class: the first ones of an order that depends on the seed alone."""
+    order = np.random.default_rng(seed).permutation(len(dataset))
+    labels = np.array(dataset["label"][:])[order]
+    return dataset.select(np.concatenate([order[labels == label][:count] for label in np.unique(labels)]))
+
+
+def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
+    """Replace each label by the index of its class in `names`."""
+    labels = [names.index(name) for name in dataset.features["label"].int2str(dataset["label"][:])]
+    # `add_column` copies the selected images and would show a progress bar for every split.
+    show_bars = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        return dataset.remove_columns("label").add_column("label", labels, feature=ClassLabel(names=names))
+    finally:
+        if show_bars:
+            datasets.enable_progress_bars()
+
+
+def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
+    """Renumber the labels of another dataset, whose classes may be in another order."""
+    expected, found = source.class_names, next(iter(splits.values())).features["label"].names
+    if found == [str(index) for index in range(len(expected))]:
+        # Plain numbers are taken as indices of the source's classes.
+        return splits.cast_column("label", ClassLabel(names=expected))
+    missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
+    if missing or extra:
+        raise ValueError(
+            f"the classes of {names[1]!r} differ from those of {names[0]!r}: missing {missing or 'none'}, "
+            f"extra {extra or 'none'}. Rename or remove classes until both have the same"
+        )
+    mapping = {name: index for index, name in enumerate(expected)}
+    return splits if found == expected else splits.align_labels_with_mapping(mapping, "label")
+
+
+def _check_classes(names: list[str], new_classes: Sequence[str], base: list[str], increments: int) -> None:
+    for name in new_classes:
+        if name not in names:
+            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
+            raise ValueError(
+                f"new_classes: there is no class {name!r}; did you mean {nearest!r}? There are {', '.join(names)}"
+            )
+    if len(set(new_classes)) < len(new_classes):
+        raise ValueError(f"new_classes: expected each class once, found {', '.join(new_classes)}")
+    if len(base) < 2:
+        raise ValueError(
+            f"new_classes: of {len(names)} classes {len(base)} would be left for the source, expected at least two: "
+            "name fewer new classes"
+        )
+    if not 1 <= increments <= len(new_classes):
+        raise ValueError(f"increments: expected 1 to {len(new_classes)}, one new class each, found {increments}")
 
 
 def _check_change(
@@ -272,57 +266,27 @@ def _check_change(
             "new_classes"
         )
     change = "new classes" if shift is None else f"the shift {shift!r}"
-    if severity is not None and shift not in SHIFTS:
-        raise ValueError(f"severity belongs to a corruption: leave it out with {change}; found {severity}")
-    if shift_filters and (shift is None or shift in SHIFTS or Path(shift).expanduser().is_dir()):
-        raise ValueError(
-            f"shift_filters belong to a Hugging Face dataset: leave them out with {change}; found {shift_filters}"
-        )
-    if shift is not None and (increments != 1 or rehearsal_size):
-        raise ValueError(
-            f"increments and rehearsal_size belong to new classes: leave them out with {change}; found {increments} "
-            f"and {rehearsal_size}"
-        )
+    may_filter = shift is not None and shift not in SHIFTS and not Path(shift).expanduser().is_dir()
+    for is_misplaced, key, value, owner in (
+        (severity is not None and shift not in SHIFTS, "severity", severity, "a corruption"),
+        (shift_filters and not may_filter, "shift_filters", shift_filters, "a Hugging Face dataset"),
+        (shift is not None and increments != 1, "increments", increments, "new classes"),
+        (shift is not None and rehearsal_size, "rehearsal_size", rehearsal_size, "new classes"),
+    ):
+        if is_misplaced:
+            raise ValueError(f"{key} applies to {owner} only: leave it out with {change}; found {value}")
     if shift in SHIFTS:
         Shift(shift, severity)
     elif shift is not None:
-        _refuse_misspelt("shift", shift, SHIFTS)
+        _check_spelling("shift", shift, SHIFTS)
 
 
-def _read_target(shift: str, **options: Any) -> DatasetDict:
-    try:
-        return read_splits(shift, **options)
-    except ValueError as error:
-        raise ValueError(
-            f"shift {shift!r} is neither a corruption ({', '.join(SHIFTS)}), nor a split of the data, nor data that "
-            f"can be read: {error}"
-        ) from error
-
-
-def _refuse_misspelt(kind: str, name: str, known: Iterable[str]) -> None:
-    """Refuses what can be no data set before the Hub is asked, which without a network takes half a minute to fail."""
-    known = list(known)
-    nearest = difflib.get_close_matches(name, known, n=1)
+def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
+    """Reject names that cannot be on the Hub, because without network a request times out after half a minute only."""
+    nearest = difflib.get_close_matches(name, list(known), n=1)
     if Path(name).expanduser().is_dir() or not (nearest or name.startswith((".", "~", os.sep))):
         return
     hint = f"did you mean {nearest[0]!r}?" if nearest else "there is no such folder."
     raise ValueError(
         f"unknown {kind} {name!r}: {hint} Expected {', '.join(known)}, a folder that exists, or a Hugging Face dataset"
     )
-
-
-def _with_classes_of(name: str, class_names: list[str], other: str, splits: DatasetDict) -> DatasetDict:
-    """Renumbers the labels of another data set, since the same classes may come in another order."""
-    found = next(iter(splits.values())).features["label"].names
-    if found == [str(index) for index in range(len(class_names))]:
-        # Labels that are plain numbers have no names of their own, so they are taken to count the same classes.
-        return splits.cast_column("label", ClassLabel(names=class_names))
-    if set(found) != set(class_names):
-        missing, extra = sorted(set(class_names) - set(found)), sorted(set(found) - set(class_names))
-        raise ValueError(
-            f"the classes of {other!r} differ from those of {name!r}: missing {missing or 'none'}, "
-            f"extra {extra or 'none'}. Rename or remove classes until both have the same"
-        )
-    if found == class_names:
-        return splits
-    return splits.align_labels_with_mapping({label: index for index, label in enumerate(class_names)}, "label")

@@ -1,4 +1,4 @@
-"""Studies: many runs and analyses from one file, shared by processes, and one table of what came of them."""
+"""Studies: grids of runs and cost analyses, done by several processes, with their results in one table."""
 
 from peft_edge.study.grid import read_grid
 from peft_edge.study.jobs import Job

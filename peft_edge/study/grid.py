@@ -1,48 +1,65 @@
-"""The file that says what a study does: every combination of recipes or networks, and of values."""
+"""The grid file of a study: every combination of recipes or networks, and of values, is a job."""
 
 from __future__ import annotations
 
 import itertools
 import math
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
+import timm
 import yaml
 from pydantic import Field, ValidationError
 
 from peft_edge.config import ConfigError, Section, load_config
 from peft_edge.files import matching_files
-from peft_edge.study.costs import CostGrid, cost_jobs
+from peft_edge.study.analyses import CostJob, CostSetting, is_transformer
 from peft_edge.study.jobs import Job, RunJob
+
+Values = Annotated[list[object], Field(min_length=1)]
 
 
 class RunGrid(Section):
-    """The block of a grid file that asks for runs."""
+    """A block of a grid file that describes runs.
+
+    Attributes:
+        recipes: Lists of configuration files, with wildcards. A run combines one file of each list, and later files
+            take precedence.
+        grid: Values to try, by configuration key.
+    """
 
     recipes: Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
-    """Configuration files, with wildcards: a run takes one of each list, a later one over an earlier one."""
+    grid: dict[str, Values] = Field(default={})
 
-    grid: dict[str, Annotated[list[Any], Field(min_length=1)]] = Field(default={})
-    """Values to try for each of some keys."""
+
+class CostGrid(Section):
+    """A block of a grid file that describes cost analyses.
+
+    Attributes:
+        networks: timm models, and files of Transformers configurations with wildcards, relative to the grid file.
+        grid: Values to try, by key of `CostSetting`.
+    """
+
+    networks: Annotated[list[str], Field(min_length=1)]
+    grid: dict[str, Values]
 
 
 def read_grid(file: Path, output_dir: Path) -> list[Job]:
-    """Reads a grid, and checks everything in it.
+    """Read a grid file and check everything in it.
 
-    Args:
-        file: YAML with the keys of `RunGrid` or `CostGrid`, or a list of such blocks; its files are relative to this
-            one. Every combination is a job.
-        output_dir: Each job gets a folder in it.
+    The YAML file has the keys of `RunGrid` or `CostGrid`, or is a list of such blocks. Paths in it are relative to the
+    file. Each job gets a folder in `output_dir`.
 
     Raises:
-        ValueError: The file is no grid, a pattern finds no file, two jobs are the same, or some cannot be run; all are
-            named.
-        OSError: The file cannot be read.
+        ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
+            be configured; the message names all problems.
+        OSError: If the file cannot be read.
     """
     jobs: list[Job] = []
     errors = []
-    for block in _blocks(file):
+    for block in _read_blocks(file):
         try:
             if isinstance(block, CostGrid):
                 jobs += cost_jobs(block, file, output_dir)
@@ -58,11 +75,12 @@ def read_grid(file: Path, output_dir: Path) -> list[Job]:
     return jobs
 
 
-def _blocks(file: Path) -> list[RunGrid | CostGrid]:
+def _read_blocks(file: Path) -> list[RunGrid | CostGrid]:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
         blocks = content if content and isinstance(content, list) else [content]
-        return [(CostGrid if _is_cost(block) else RunGrid).model_validate(block) for block in blocks]
+        kinds = [CostGrid if isinstance(block, dict) and "networks" in block else RunGrid for block in blocks]
+        return [kind.model_validate(block) for kind, block in zip(kinds, blocks, strict=True)]
     except (yaml.YAMLError, UnicodeDecodeError, ValidationError) as error:
         raise ValueError(
             f"{file}: expected `recipes`, a list of lists of files, or `networks`, a list of models, and `grid`, a "
@@ -70,15 +88,10 @@ def _blocks(file: Path) -> list[RunGrid | CostGrid]:
         ) from error
 
 
-def _is_cost(block: Any) -> bool:
-    return isinstance(block, dict) and "networks" in block
-
-
-def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[Job]:
-    jobs: list[Job] = []
+def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
+    jobs = []
     errors = []
-    combinations = itertools.product(itertools.product(*_recipes(block, file)), itertools.product(*block.grid.values()))
-    for paths, values in combinations:
+    for paths, values in itertools.product(_combine_recipes(block, file), itertools.product(*block.grid.values())):
         chosen = {key: _as_argument(value) for key, value in zip(block.grid, values, strict=True)}
         varied = {key: f"{key}={text}" for key, text in chosen.items() if len(block.grid[key]) > 1}
         parts = [path.stem for path in paths]
@@ -90,7 +103,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[Job]:
         except ConfigError as error:
             errors.append(f"{setting}: {error}")
             continue
-        # The id of a model on the Hub has a slash.
+        # The id of a model on the Hub contains a slash.
         folder = output_dir / "--".join([*parts, *varied.values()]).replace("/", "_")
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         jobs.append(RunJob(setting, folder, config.model_copy(update=folders)))
@@ -99,12 +112,47 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[Job]:
     return jobs
 
 
-def _recipes(block: RunGrid, file: Path) -> list[list[Path]]:
+def _combine_recipes(block: RunGrid, file: Path) -> Iterator[tuple[Path, ...]]:
     found = {pattern: matching_files(file.parent, pattern) for part in block.recipes for pattern in part}
     if missing := [pattern for pattern, paths in found.items() if not paths]:
-        raise ValueError(f"{file}: no file is found for {', '.join(missing)}, seen from {file.parent}")
-    return [[path for pattern in part for path in found[pattern]] for part in block.recipes]
+        raise ValueError(f"{file}: no file matches {', '.join(missing)}, relative to {file.parent}")
+    return itertools.product(*([path for pattern in part for path in found[pattern]] for part in block.recipes))
 
 
-def _as_argument(value: Any) -> str:
+def _as_argument(value: object) -> str:
     return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
+
+
+def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
+    """Return the jobs of a block of a grid file, each with a folder in `output_dir`."""
+    settings, errors = [], []
+    for values in itertools.product(*block.grid.values()):
+        chosen = dict(zip(block.grid, values, strict=True))
+        try:
+            settings.append(CostSetting.model_validate(chosen))
+        except ValidationError as error:
+            errors += [f"{chosen}: {entry['loc']}: {entry['msg']}" for entry in error.errors()]
+    if errors:
+        raise ValueError("\n".join([f"{file}: {len(errors)} analyses cannot be configured:", *errors]))
+    jobs = []
+    for network, setting in itertools.product(_find_networks(block, file), settings):
+        options = setting.applicable_to(network)
+        given = [(key, value) for key, value in options if key in options.model_fields_set - {"method"}]
+        parts = [Path(network).stem, options.method, *(f"{key}={value}" for key, value in given if value is not None)]
+        jobs.append(CostJob(", ".join(parts), output_dir / "--".join(parts), network, options))
+    return jobs
+
+
+def _find_networks(block: CostGrid, file: Path) -> Iterator[str]:
+    for network in block.networks:
+        if is_transformer(network):
+            found = matching_files(file.parent, network)
+            if not found:
+                raise ValueError(f"{file}: no file matches {network}, relative to {file.parent}")
+            yield from map(str, found)
+        elif timm.is_model(network):
+            yield network
+        else:
+            raise ValueError(
+                f"{file}: {network} is neither a timm model nor a .json file; timm.list_models() lists the models"
+            )

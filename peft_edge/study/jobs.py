@@ -1,7 +1,4 @@
-"""What a study does, one thing at a time.
-
-One try at a job: lock_output_dir, so that no two processes make it, and written down, whatever comes of it.
-"""
+"""The jobs of a study, and attempts at them that no two processes make at once."""
 
 from __future__ import annotations
 
@@ -13,10 +10,10 @@ from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
 
-from accelerate.state import AcceleratorState
 from filelock import FileLock, Timeout
 
 from peft_edge import training
+from peft_edge._compat import reset_accelerator
 from peft_edge.config import RunConfig
 from peft_edge.files import remove
 from peft_edge.hub.card import shareable
@@ -25,46 +22,44 @@ from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, add
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """One thing to do. It can be pickled, and all that is known of it lies in its folder and beside it."""
+    """One run or analysis of a study. It can be pickled. Its state is in its folder, and in files beside the folder.
+
+    Attributes:
+        setting: The job without its seed. The results of jobs with the same setting are averaged.
+        folder: The folder of its results.
+    """
 
     setting: str
-    """What is done, apart from the seed: jobs of one setting are averaged."""
-
     folder: Path
-    """Where what comes of it is kept."""
 
     @property
     def name(self) -> str:
-        """What tells it from every other job of the study."""
+        """The name of its folder, unique in the study."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
-        """The file of what it prints, and of why it failed."""
+        """The file that contains its output, and the reason of a failure."""
         return self.folder.with_name(f"{self.name}.log")
 
     @property
     @abstractmethod
     def result_name(self) -> str:
-        """What its record is called among the results of a study."""
+        """The name of its record among the results of the study."""
 
     @property
     def source(self) -> str:
-        """What it shares with other jobs, which wait while one of them makes it."""
+        """A key of what it shares with other jobs, which wait while one of them creates it."""
         return self.name
 
     @property
     @abstractmethod
     def record(self) -> Record | CostRecord | None:
-        """What came of it the last time; None if nothing is known.
-
-        Raises:
-            ValueError: The record is damaged; the message names the file.
-        """
+        """The record of the last attempt; None if there is none. A damaged record raises a ValueError."""
 
     @property
     def status(self) -> str:
-        """What became of it: the record's status, or `not run`."""
+        """The status in its record, or `not run`."""
         record = self.record
         if record is None:
             return "not run"
@@ -72,63 +67,50 @@ class Job(ABC):
 
     @property
     def is_finished(self) -> bool:
-        """Whether nothing is left to do. What has diverged would do so again."""
+        """Whether it succeeded or diverged; a diverged run would diverge again."""
         return self.status in (SUCCESS, DIVERGED)
 
     @abstractmethod
     def run(self) -> None:
-        """Does it, and leaves the record; what was begun before is gone on with.
-
-        Raises:
-            Exception: It failed, whatever the reason; the record may say so already.
-        """
+        """Do the job, from its last checkpoint if there is one, and write its record; raise if it fails."""
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Leaves a record of a failure that has left none: of a process that was killed, or of a run not begun.
-
-        A kind of job whose records know no failure does nothing here; the reason stands in the log.
-        """
+        """Write a record of a failure that left none: a killed process, or an error before the run began."""
 
 
 @dataclass(frozen=True)
 class RunJob(Job):
-    """A run of `train.py`."""
+    """A run of `train.py`. The `output_dir` of its configuration is the folder of the job."""
 
     config: RunConfig
-    """Its configuration; `output_dir` is the folder."""
 
     @property
     def result_name(self) -> str:
-        """The run's `experiment_name`, as the name of a file."""
+        """The run's `experiment_name`, as a file name."""
         return f"{self.config.method}--{self.name}"
 
     @property
     def source(self) -> str:
-        """What decides on the source model."""
+        """The parts of the configuration that determine the source model."""
         config = self.config
         return repr((config.backbone, config.data, config.source, config.seed))
 
     @property
     def record(self) -> Record | None:
-        """What came of it the last time; None if nothing is known.
-
-        Raises:
-            ValueError: The record is damaged; the message names the file.
-        """
+        """The newest record of this configuration; None if there is none."""
         found = [read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)]
-        ours = [record for record in found if record is not None and self._is_ours(record)]
+        ours = [record for record in found if record is not None and self._matches(record)]
         return max(ours, key=lambda record: record.run_info.created_at, default=None)
 
     def run(self) -> None:
-        """See `training.run`."""
-        # Accelerate keeps the settings of the run before.
-        AcceleratorState._reset_state(reset_partial_state=True)
+        """Call `training.run`, and delete the record of an earlier failure."""
+        reset_accelerator()
         training.run(self.config)
         remove(self._failure)
 
     def record_failure(self, reason: str) -> None:
-        """Writes a record beside the folder, which may not have been begun, or hold another run."""
+        """Write a record beside the folder, which may not exist or belong to another run."""
         record = training.new_record(self.config, FAILED, started=time.time(), error_msg=reason)
         add_record(self._failure, "record", record)
 
@@ -136,53 +118,54 @@ class RunJob(Job):
     def _failure(self) -> Path:
         return self.folder.with_name(f"{self.name}.failed")
 
-    def _is_ours(self, record: Record) -> bool:
-        # A folder may hold a run of the same name from before a recipe was changed, and it may have been moved.
-        asked = self.config.model_dump(exclude={"output_dir", "cache_dir"})
-        done = record.run_info.train_config
-        return {**done, **asked} == done
+    def _matches(self, record: Record) -> bool:
+        # The recipe may have changed since the record was written, and the folder may have moved.
+        config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
+        recorded = record.run_info.train_config
+        return {**recorded, **config} == recorded
 
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One try at a job, which a process claims with a lock on `<folder>.lock` and loses when it dies."""
+    """One attempt at a job, under the lock on `<folder>.lock`, which the system frees if the process dies.
+
+    Attributes:
+        job: The job.
+        before: The record when the study began. Another record means that another process has tried the job since.
+        results: The folder that gets a copy of the record.
+        patience_s: Seconds to wait for the lock.
+    """
 
     job: Job
-    """What is tried."""
-
     before: Record | CostRecord | None
-    """Its record when the study began: another one means that another process has tried it since."""
-
     results: Path
-    """The archive that gets its record."""
-
     patience_s: float = 0.0
-    """Seconds to wait for a job that another process has lock_output_dir."""
 
     def run(self) -> bool:
-        """Does the job, unless another process has done so since the study began.
+        """Do the job, unless it is finished or another process has tried it since the study began.
 
-        Returns:
-            Whether it has been tried, by whomever. If not, another process has it.
-
-        Raises:
-            ValueError: A record is damaged; the message names the file.
-            OSError: A file cannot be written.
+        Return whether it has been tried; if not, another process holds the lock. Raise what `run_grid` raises.
         """
-        return self._claimed(self._run)
+        return self._with_lock(self._run)
 
     def fail(self, reason: str) -> bool:
-        """Writes down that the process which did the job has died; returns and raises what `run` does."""
-        return self._claimed(lambda: self._fail(reason))
+        """Record that the process of the job died; return and raise as `run` does."""
+        return self._with_lock(lambda: self._fail(reason))
 
-    def _claimed(self, do: Callable[[], None]) -> bool:
+    @property
+    def is_kept(self) -> bool:
+        """Whether the job is finished and its record is among the results."""
+        record = self.job.record
+        return record is not None and self.job.is_finished and self._is_among_results(record)
+
+    def _with_lock(self, action: Callable[[], None]) -> bool:
         try:
             with FileLock(self.job.folder.with_name(f"{self.job.name}.lock"), timeout=self.patience_s):
-                if not self.job.is_finished and not self._left_a_record():
-                    do()
+                if not self.job.is_finished and not self._has_new_record():
+                    action()
                 record = self.job.record
                 if record is not None and not self._is_among_results(record):
-                    add_record(self.results, self.job.result_name, _public(record))
+                    add_record(self.results, self.job.result_name, _without_paths(record))
         except Timeout:
             return False
         return True
@@ -191,34 +174,26 @@ class JobAttempt:
         try:
             with self.job.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 self.job.run()
-        except Exception as error:
-            # Whatever it is, it is written down, and the others go on.
+        except Exception as error:  # any failure is recorded, and the other jobs continue
             self._fail("".join(traceback.format_exception(error)))
 
     def _fail(self, reason: str) -> None:
         with self.job.log.open("a", encoding="utf-8") as log:
-            print(reason, file=log)
-        if not self._left_a_record():
+            log.write(f"{reason}\n")
+        if not self._has_new_record():
             self.job.record_failure(reason)
 
-    def _left_a_record(self) -> bool:
+    def _has_new_record(self) -> bool:
         record = self.job.record
         return record is not None and record != self.before
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the job is finished, and its record is among the results."""
-        record = self.job.record
-        return record is not None and self.job.is_finished and self._is_among_results(record)
 
     def _is_among_results(self, record: Record | CostRecord) -> bool:
         file = self.results / f"{self.job.result_name}.json"
         try:
-            return type(record).from_json(file.read_text(encoding="utf-8")) == _public(record)
+            return type(record).from_json(file.read_text(encoding="utf-8")) == _without_paths(record)
         except (FileNotFoundError, ValueError):
             return False
 
 
-def _public(record: Record | CostRecord) -> Record | CostRecord:
-    """Results are shown to others, whom the paths of this machine do not concern."""
+def _without_paths(record: Record | CostRecord) -> Record | CostRecord:
     return shareable(record) if isinstance(record, Record) else record

@@ -1,7 +1,4 @@
-"""Does the jobs of a study: in processes side by side, and together with other studies in the same folder.
-
-What came of a study, as one table of its runs and one of its analyses.
-"""
+"""Do the jobs of a study in worker processes, beside other studies in the same folder, and tabulate their results."""
 
 from __future__ import annotations
 
@@ -11,43 +8,42 @@ import signal
 import statistics
 import threading
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
 
 from tqdm.auto import tqdm
 
 from peft_edge.profiling.tables import text_table
-from peft_edge.records import SUCCESS
+from peft_edge.records import SUCCESS, CostRecord, Record
 from peft_edge.study.jobs import Job, JobAttempt, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET
 
-# Of a process that has nothing left to do but what another study has lock_output_dir.
+# A job that another study has locked is tried again after this time.
 _PATIENCE_S = 1.0
-# After these, the processes that read images for a run have noticed that it was killed, and hold its claim no longer.
-_LAST_CLAIM_S = 10.0
+# After this time, the data loading processes of a killed run have ended too, and have released its lock.
+_KILLED_PATIENCE_S = 10.0
 
 
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
-    """Does what is not finished, and puts every record into an archive.
+    """Do the jobs that are not finished, and copy all records into one folder.
 
-    A job that fails, or whose process is killed, leaves a record that says so, and the others go on; the next call
-    tries it again. Several calls may share the work, on one machine or on many: a job is done by the one that holds
-    the system's lock on `<folder>.lock`, which is free again when its holder dies, and whichever call returns, all
-    jobs have been tried. So the folders must be where all these processes see each other's locks: on a local disk or,
-    for many machines, on NFSv4, Lustre (mounted with `flock`) or GPFS; not on an object store.
+    A job that fails or whose process is killed leaves a record of the failure, and the others continue. The next call
+    tries it again. Several calls, on one machine or many, can share the jobs: a process holds the lock on
+    `<folder>.lock` while it does a job, and the system frees the lock when the process dies. When a call returns, all
+    jobs have been tried. All processes must see each other's locks: the folders belong on a local disk or, for many
+    machines, on NFSv4, Lustre (mounted with `flock`) or GPFS, not on an object store.
 
     Args:
-        jobs: From `read_grid`. What each prints, and why it failed, is in `<folder>.log`.
-        processes: Processes that this call does them in.
-        results: The archive, which gets the records of all jobs, whatever has become of them.
+        jobs: The result of `read_grid`. The output of each job, and the reason of a failure, is in `<folder>.log`.
+        processes: The number of worker processes.
+        results: The folder that gets the records of all jobs, whatever their status.
 
     Raises:
-        ValueError: A record is damaged; the message names the file.
-        OSError: A file cannot be written.
+        ValueError: If a record is damaged; the message names the file.
+        OSError: If a file cannot be written.
     """
     attempts = deque(JobAttempt(job, job.record, results) for job in _sources_first(jobs))
     attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
@@ -55,17 +51,20 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
     num_failed = 0
     bar = tqdm(total=len(jobs), initial=len(jobs) - len(attempts), desc="study", unit="job", smoothing=0)
     try:
-        while attempts or any(worker.attempt is not None for worker in workers):
+        while attempts or any(worker.attempt for worker in workers):
             for worker in workers:
                 if attempts and worker.attempt is None:
                     worker.begin(attempts.popleft())
-            for worker in _over(workers):
-                attempt, is_settled = worker.end()
-                if is_settled:
-                    num_failed += not attempt.job.is_finished
-                else:
-                    attempts.append(replace(attempt, patience_s=_PATIENCE_S))
-            # Other studies may have finished some in the meantime.
+            busy = [worker for worker in workers if worker.attempt]
+            ready = wait([worker.connection for worker in busy])
+            for worker in busy:
+                if worker.connection in ready:
+                    attempt, was_tried = worker.end()
+                    if was_tried:
+                        num_failed += not attempt.job.is_finished
+                    else:
+                        attempts.append(replace(attempt, patience_s=_PATIENCE_S))
+            # Other studies may have finished some jobs in the meantime.
             attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
             num_open = len(attempts) + sum(worker.attempt is not None for worker in workers)
             bar.set_postfix(failed=num_failed, refresh=False)
@@ -76,83 +75,67 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
             worker.close()
 
 
-def _over(workers: Sequence[_Worker]) -> list[_Worker]:
-    """Waits until at least one of those at work is done, and returns these."""
-    busy = [worker for worker in workers if worker.attempt is not None]
-    ready = wait([worker.connection for worker in busy])
-    return [worker for worker in busy if worker.connection in ready]
-
-
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """One job of each source before the others, which would wait for it to be made."""
+    """Order the jobs so that one job of each source comes first: the others would wait for the source model."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source, []).append(job)
-    first = [group.pop(0) for group in groups.values()]
-    return first + [job for group in groups.values() for job in group]
+    return [group[0] for group in groups.values()] + [job for group in groups.values() for job in group[1:]]
 
 
 class _Worker:
-    """A process that makes one attempt after another, since its imports take seconds; renewed when it was killed."""
+    """A process that makes attempts one by one, because its imports take seconds. A killed process is replaced."""
 
     def __init__(self) -> None:
         self.attempt: JobAttempt | None = None
         self._start()
 
     def _start(self) -> None:
-        # Threads and locks of this process must not be copied into the other.
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
-        self._process = context.Process(target=_serve, args=(theirs,))
-        with _interrupts_ignored():
+        context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
+        self.connection, child_connection = context.Pipe()
+        self._process = context.Process(target=_serve, args=(child_connection,))
+        # A terminal sends Ctrl-C to all processes. Workers inherit that it is ignored, and the study ends them itself.
+        is_main = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
+        previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
+        try:
             self._process.start()
-        theirs.close()
+        finally:
+            if is_main:
+                signal.signal(signal.SIGINT, previous)
+        child_connection.close()
 
     def begin(self, attempt: JobAttempt) -> None:
-        """Makes an attempt; `connection` is ready when it is over."""
+        """Begin an attempt; `connection` is ready when it has ended."""
         if not self._process.is_alive():
             self._start()
         self.attempt = attempt
-        with suppress(ConnectionError):  # the process has just died: `end` sees to that
+        with suppress(ConnectionError):  # the process has just died, and `end` records this
             self.connection.send(attempt)
 
     def end(self) -> tuple[JobAttempt, bool]:
-        """Returns the attempt, and what its `run` has returned; raises what that has raised."""
+        """Return the attempt and the result of its `run`, or raise the exception of `run`."""
         assert self.attempt is not None
         attempt, self.attempt = self.attempt, None
         try:
-            reply = self.connection.recv()
+            reply: bool | Exception = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
             cause = _cause_of_death(self._process.exitcode or 0)
-            return attempt, replace(attempt, patience_s=_LAST_CLAIM_S).fail(cause)
+            return attempt, replace(attempt, patience_s=_KILLED_PATIENCE_S).fail(cause)
         if isinstance(reply, Exception):
             raise reply
         return attempt, reply
 
     def close(self) -> None:
-        """Ends the process; one that is at work leaves what a killed study leaves, and the next call goes on with."""
+        """End the process. A killed job continues from its last checkpoint in the next call."""
         if self.attempt is not None:
             self._process.kill()
         self.connection.close()
         self._process.join()
 
 
-@contextmanager
-def _interrupts_ignored() -> Iterator[None]:
-    """What is started here ignores Ctrl-C, which reaches every process of a terminal: the study ends it itself."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may say what a signal does, and only it is interrupted
-        return
-    previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
 def _serve(connection: Connection) -> None:
-    threading.Thread(target=_end_with_the_study, daemon=True).start()
+    threading.Thread(target=_exit_with_parent, daemon=True).start()
     while True:
         try:
             attempt = connection.recv()
@@ -165,61 +148,61 @@ def _serve(connection: Connection) -> None:
         connection.send(reply)
 
 
-def _end_with_the_study() -> None:
-    """Ends this process when the study's is killed, which would otherwise leave it to finish its job alone."""
-    study = multiprocessing.parent_process()
-    assert study is not None
-    study.join()
+def _exit_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
     os._exit(1)
 
 
 def _cause_of_death(exit_code: int) -> str:
     if exit_code >= 0:
-        return f"the process that did it ended by itself, with exit code {exit_code}"
+        return f"its process ended with exit code {exit_code}"
     name = signal.Signals(-exit_code).name
-    return f"the process that did it was killed ({name}), perhaps for want of memory: run fewer side by side (--jobs)"
+    return f"its process was killed ({name}), perhaps because memory ran out: run fewer jobs at a time (--jobs)"
 
 
-# The title of a column, how its figures are written, and where they stand in a record.
-_Columns = Mapping[str, tuple[str, Callable[[Any], float | None]]]
-
-_RUN_COLUMNS: _Columns = {
-    "accuracy": (".3f", lambda record: record.train_info.metrics[-1][TARGET]),
-    "source accuracy": (".3f", lambda record: record.train_info.metrics[-1][SOURCE]),
-    "retained": (".3f", lambda record: record.train_info.metrics[-1]["retention"]),
-    "trained parameters": (",.0f", lambda record: record.train_info.num_trainable_params),
-    "saved bytes": (",.0f", lambda record: record.train_info.file_size),
-    "training seconds": (".1f", lambda record: record.train_info.train_time),
+# The columns of a table, and the format of their figures.
+_RUN_COLUMNS = {
+    "accuracy": ".3f",
+    "source accuracy": ".3f",
+    "retained": ".3f",
+    "trained parameters": ",.0f",
+    "saved bytes": ",.0f",
+    "training seconds": ".1f",
 }
-_COST_COLUMNS: _Columns = {
-    "peak MiB": (",.1f", lambda record: _scaled(record.profile.memory_peak_bytes, 2**20)),
-    "forward GFLOP": (",.2f", lambda record: _scaled(record.profile.flops_forward, 1e9)),
-    "backward GFLOP": (",.2f", lambda record: _scaled(record.profile.flops_backward, 1e9)),
-}
+_COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": ",.2f"}
 
 
 def study_table(jobs: Sequence[Job]) -> str:
-    """Returns a line for each setting as text: the mean over the seeds, and with several their standard deviation.
+    """Format the results as text, with one line per setting: the mean over seeds ± the standard deviation.
 
-    The first column says how many jobs have succeeded, and what became of the others.
+    The first column has the number of jobs that succeeded, and the statuses of the others.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
-    costs = [job for job in jobs if not isinstance(job, RunJob)]
-    tables = [_table(runs, "runs", _RUN_COLUMNS), _table(costs, "analyses", _COST_COLUMNS)]
+    analyses = [job for job in jobs if not isinstance(job, RunJob)]
+    tables = [_table(runs, "runs", _RUN_COLUMNS), _table(analyses, "analyses", _COST_COLUMNS)]
     return "\n\n".join(table for table in tables if table)
 
 
-def _table(jobs: Iterable[Job], title: str, columns: _Columns) -> str:
-    settings: dict[str, list[Job]] = {}
-    for job in jobs:
-        settings.setdefault(job.setting, []).append(job)
-    rows = []
-    for setting, group in settings.items():
-        finished = [job.record for job in group if job.status == SUCCESS]
-        others = {job.status for job in group} - {SUCCESS}
-        figures = [_mean([value(record) for record in finished], style) for style, value in columns.values()]
-        rows.append([setting, ", ".join([str(len(finished)), *sorted(others)]), *figures])
-    return text_table([["", title, *columns], *rows]) if rows else ""
+def _table(jobs: Sequence[Job], title: str, columns: Mapping[str, str]) -> str:
+    rows = [["", title, *columns]]
+    for setting in dict.fromkeys(job.setting for job in jobs):
+        group = [job for job in jobs if job.setting == setting]
+        figures = [_figures(job.record) for job in group if job.status == SUCCESS and job.record is not None]
+        others = sorted({job.status for job in group} - {SUCCESS})
+        cells = [_mean([row[index] for row in figures], style) for index, style in enumerate(columns.values())]
+        rows.append([setting, ", ".join([str(len(figures)), *others]), *cells])
+    return text_table(rows) if jobs else ""
+
+
+def _figures(record: Record | CostRecord) -> list[float | None]:
+    if isinstance(record, CostRecord):
+        cost = record.profile
+        scaled = (cost.memory_peak_bytes, 2**20), (cost.flops_forward, 1e9), (cost.flops_backward, 1e9)
+        return [None if value is None else value / unit for value, unit in scaled]
+    info, last = record.train_info, record.train_info.metrics[-1]
+    return [last[TARGET], last[SOURCE], last["retention"], info.num_trainable_params, info.file_size, info.train_time]
 
 
 def _mean(values: Sequence[float | None], style: str) -> str:
@@ -228,7 +211,3 @@ def _mean(values: Sequence[float | None], style: str) -> str:
         return "-"
     mean = format(statistics.fmean(known), style)
     return mean if len(set(known)) == 1 else f"{mean} ± {format(statistics.stdev(known), style)}"
-
-
-def _scaled(value: float | None, unit: float) -> float | None:
-    return None if value is None else value / unit

@@ -1,3 +1,5 @@
+"""Heads of timm models: names, replacement, growth, class names."""
+
 from __future__ import annotations
 
 import copy
@@ -28,12 +30,12 @@ def test_head_names(name: str, expected: list[str]) -> None:
     assert head_names(timm.create_model(name)) == expected
 
 
-def test_a_model_without_classifier_has_no_head_names() -> None:
+def test_model_without_classifier_has_no_head_names() -> None:
     assert head_names(timm.create_model("mobilenetv2_035", num_classes=0)) == []
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_035", "repvgg_a0"])
-def test_a_new_head_starts_at_the_uniform_loss(name: str) -> None:
+def test_new_head_starts_at_the_loss_of_a_uniform_prediction(name: str) -> None:
     model = timm.create_model(name, num_classes=7)
     replace_head(model, 10)
     with torch.no_grad():
@@ -44,7 +46,7 @@ def test_a_new_head_starts_at_the_uniform_loss(name: str) -> None:
     assert not bias.any()
 
 
-def test_the_new_head_comes_from_the_generator() -> None:
+def test_new_head_depends_on_the_generator() -> None:
     def head(seed: int) -> torch.Tensor:
         model = timm.create_model("mobilenetv2_035")
         replace_head(model, 10, generator=torch.Generator().manual_seed(seed))
@@ -54,7 +56,7 @@ def test_the_new_head_comes_from_the_generator() -> None:
     assert not torch.equal(head(1), head(2))
 
 
-def test_the_new_head_keeps_dtype_pooling_and_body() -> None:
+def test_replace_head_keeps_dtype_pooling_and_body() -> None:
     model = timm.create_model("mobilenetv2_035", global_pool="max").bfloat16()
     stem = model.conv_stem.weight.clone()
     replace_head(model, 3)
@@ -64,7 +66,7 @@ def test_the_new_head_keeps_dtype_pooling_and_body() -> None:
     assert model.num_classes == 3
 
 
-def test_bad_arguments_are_named(tiny_backbone: nn.Module) -> None:
+def test_replace_head_refuses_bad_arguments(tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match="num_classes: expected at least 1, found 0"):
         replace_head(tiny_backbone, 0)
     with pytest.raises(TypeError, match="made by timm, found Linear"):
@@ -72,7 +74,7 @@ def test_bad_arguments_are_named(tiny_backbone: nn.Module) -> None:
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "mobilenetv2_035", "repvgg_a0", "levit_128s"])
-def test_a_head_that_grows_keeps_its_rows_and_its_answers(name: str) -> None:
+def test_grown_head_keeps_its_rows_and_logits(name: str) -> None:
     model = timm.create_model(name, num_classes=6).eval()
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     images = torch.randn(2, 3, 224 if name.startswith("levit") else 32, 224 if name.startswith("levit") else 32)
@@ -93,7 +95,7 @@ def test_a_head_that_grows_keeps_its_rows_and_its_answers(name: str) -> None:
         assert "out_features=10" in repr(layer)
 
 
-def test_a_convolution_as_head_grows_too() -> None:
+def test_convolutional_head_grows() -> None:
     model = timm.create_model("mobilenetv3_small_050", num_classes=3)
     model.classifier = nn.Conv2d(model.classifier.in_features, 3, 1, bias=False).requires_grad_(False)
     old = model.classifier.weight.clone()
@@ -103,7 +105,7 @@ def test_a_convolution_as_head_grows_too() -> None:
     assert not model.classifier.weight.requires_grad
 
 
-def test_a_head_in_modules_to_save_grows_in_the_original_and_in_every_copy(tiny_backbone: nn.Module) -> None:
+def test_grow_head_grows_the_original_and_every_copy_in_modules_to_save(tiny_backbone: nn.Module) -> None:
     config = ConvLoraConfig(r=2, target_modules=["conv_stem"], modules_to_save=["classifier"])
     model = get_peft_model(tiny_backbone, config)
     model.add_adapter("other", config)
@@ -118,7 +120,7 @@ def test_a_head_in_modules_to_save_grows_in_the_original_and_in_every_copy(tiny_
     assert model.num_classes == 12
 
 
-def test_new_rows_come_from_the_generator(tiny_backbone: nn.Module) -> None:
+def test_new_rows_depend_on_the_generator(tiny_backbone: nn.Module) -> None:
     def rows(seed: int) -> torch.Tensor:
         model = copy.deepcopy(tiny_backbone)
         grow_head(model, 13, generator=torch.Generator().manual_seed(seed))
@@ -128,7 +130,7 @@ def test_new_rows_come_from_the_generator(tiny_backbone: nn.Module) -> None:
     assert not torch.equal(rows(1), rows(2))
 
 
-def test_what_cannot_grow_is_named(tiny_backbone: nn.Module) -> None:
+def test_grow_head_refuses_what_cannot_grow(tiny_backbone: nn.Module) -> None:
     before = fingerprint(tiny_backbone)
     with pytest.raises(ValueError, match=r"num_classes: expected at least 10, .* found 9"):
         grow_head(tiny_backbone, 9)
@@ -140,12 +142,12 @@ def test_what_cannot_grow_is_named(tiny_backbone: nn.Module) -> None:
         grow_head(model, 12)
 
 
-def test_classes_have_names_until_the_head_is_another_one(tiny_backbone: nn.Module) -> None:
+def test_class_names_are_removed_when_the_head_changes(tiny_backbone: nn.Module) -> None:
     names = list("abcdefghij")
     assert class_names(tiny_backbone) is None
     set_class_names(tiny_backbone, names)
     assert class_names(tiny_backbone) == names
-    assert class_names(timm.create_model("mobilenetv2_035", num_classes=10)) is None  # timm's table is not touched
+    assert class_names(timm.create_model("mobilenetv2_035", num_classes=10)) is None  # timm's registry is unchanged
     grow_head(tiny_backbone, 11)
     assert class_names(tiny_backbone) is None
     set_class_names(tiny_backbone, [*names, "k"])
@@ -153,7 +155,7 @@ def test_classes_have_names_until_the_head_is_another_one(tiny_backbone: nn.Modu
     assert class_names(tiny_backbone) is None
 
 
-def test_names_and_classes_are_as_many(tiny_backbone: nn.Module) -> None:
+def test_class_names_must_match_the_number_of_classes(tiny_backbone: nn.Module) -> None:
     with pytest.raises(ValueError, match="each of the 10 classes of the head, found 2"):
         set_class_names(tiny_backbone, ["a", "b"])
     set_class_names(tiny_backbone, list("abcdefghij"))

@@ -1,3 +1,5 @@
+"""Loading and saving backbones: Hub, checkpoints, small images, fingerprints, errors."""
+
 from __future__ import annotations
 
 import json
@@ -20,30 +22,30 @@ from peft_edge.backbones.loading import stem_names
 
 
 def map_size(model: torch.nn.Module) -> int:
-    """Height of the last feature map for a 64-pixel image."""
+    """Return the height of the last feature map for a 64-pixel image."""
     with torch.no_grad():
         return model.eval().forward_features(torch.zeros(1, 3, 64, 64)).shape[-1]
 
 
 @pytest.mark.parametrize("name", EDGE_FAMILIES.values())
-def test_every_edge_family_can_keep_twice_the_resolution(name: str) -> None:
+def test_small_images_doubles_the_resolution_of_every_family(name: str) -> None:
     assert map_size(load_backbone(name, 10)) == 2
     assert map_size(load_backbone(name, 10, small_images=True)) == 4
 
 
-def test_the_branches_of_a_repvgg_stem_are_two() -> None:
+def test_repvgg_stem_has_two_branches() -> None:
     assert stem_names(timm.create_model("repvgg_a0")) == ("stem.conv_kxk.conv", "stem.conv_1x1.conv")
     assert stem_names(timm.create_model("mobilenetv2_035")) == ("conv_stem",)
 
 
 @pytest.mark.parametrize("name", ["convnext_atto", "levit_128s"])
-def test_a_stem_that_cannot_is_refused_by_name(name: str) -> None:
+def test_small_images_refuses_other_stems(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} has no form for small images"):
         load_backbone(name, 10, small_images=True)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv3_small_050", "repvgg_a0"])
-def test_the_small_image_form_is_saved(name: str, tmp_path: Path) -> None:
+def test_small_images_is_saved(name: str, tmp_path: Path) -> None:
     model = load_backbone(name, 10, small_images=True).eval()
     save_backbone(model, tmp_path)
     images = torch.randn(2, 3, 32, 32)
@@ -52,10 +54,10 @@ def test_the_small_image_form_is_saved(name: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", EDGE_FAMILIES.values())
-def test_timm_reads_what_was_saved(name: str, tmp_path: Path, images: torch.Tensor) -> None:
+def test_timm_reads_a_saved_backbone(name: str, tmp_path: Path, images: torch.Tensor) -> None:
     model = load_backbone(name, 10)
     with torch.no_grad():
-        model(images)  # moves the running statistics away from their initial values
+        model(images)  # changes the running statistics
     save_backbone(model.eval(), tmp_path)
     read_by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
     reloaded = load_backbone(name, checkpoint=tmp_path).eval()
@@ -67,7 +69,7 @@ def test_timm_reads_what_was_saved(name: str, tmp_path: Path, images: torch.Tens
     assert fingerprint(reloaded) == fingerprint(model)
 
 
-def test_a_folder_that_timm_wrote_is_read_as_timm_reads_it(tmp_path: Path, images: torch.Tensor) -> None:
+def test_folder_written_by_timm_is_read_as_by_timm(tmp_path: Path, images: torch.Tensor) -> None:
     model = timm.create_model("fbnetc_100", num_classes=10)
     save_for_hf(model, str(tmp_path), safe_serialization=True)
     read_by_timm = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
@@ -75,7 +77,7 @@ def test_a_folder_that_timm_wrote_is_read_as_timm_reads_it(tmp_path: Path, image
         assert torch.equal(load_backbone(str(tmp_path)).eval()(images), read_by_timm(images))
 
 
-def test_constructor_arguments_and_memory_format_survive(tmp_path: Path) -> None:
+def test_constructor_arguments_are_saved_and_memory_format_is_kept(tmp_path: Path) -> None:
     model = load_backbone("mobilenetv2_035", 3, in_chans=1, global_pool="max").to(memory_format=torch.channels_last)
     save_backbone(model.eval(), tmp_path / "nested" / "folder")
     reloaded = load_backbone(str(tmp_path / "nested" / "folder")).eval()
@@ -83,25 +85,25 @@ def test_constructor_arguments_and_memory_format_survive(tmp_path: Path) -> None
     with torch.no_grad():
         torch.testing.assert_close(reloaded(image), model(image))
     assert reloaded.num_classes == 3
-    assert model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)  # the saved model is not changed
+    assert model.conv_stem.weight.is_contiguous(memory_format=torch.channels_last)  # saving does not change the model
 
 
 @pytest.mark.slow
-def test_a_second_process_reads_the_same_weights(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+def test_another_process_reads_the_same_weights(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     save_backbone(tiny_backbone, tmp_path)
     code = f"from peft_edge.backbones import *; print(fingerprint(load_backbone({str(tmp_path)!r})))"
     printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
     assert printed.strip() == fingerprint(tiny_backbone)
 
 
-def test_saving_again_leaves_other_files_alone(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+def test_saving_again_keeps_other_files(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     for _ in range(2):
         save_backbone(tiny_backbone, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.json", "model.safetensors", "notes.txt"]
 
 
-def test_a_failed_save_changes_nothing(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+def test_failed_save_keeps_the_old_files(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     save_backbone(tiny_backbone, tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
     nn.init.zeros_(tiny_backbone.classifier.weight)
@@ -116,7 +118,7 @@ def test_a_failed_save_changes_nothing(tmp_path: Path, tiny_backbone: nn.Module)
 
 
 @pytest.mark.parametrize("key", ["conv_stem.weight", "bn1.running_mean", "bn1.num_batches_tracked"])
-def test_the_fingerprint_follows_every_kind_of_tensor(key: str, tiny_backbone: nn.Module) -> None:
+def test_fingerprint_depends_on_parameters_and_buffers(key: str, tiny_backbone: nn.Module) -> None:
     before = fingerprint(tiny_backbone)
     tensor = tiny_backbone.state_dict()[key].flatten()
     value = tensor[0].clone()
@@ -126,7 +128,7 @@ def test_the_fingerprint_follows_every_kind_of_tensor(key: str, tiny_backbone: n
     assert fingerprint(tiny_backbone.to(memory_format=torch.channels_last)) == before
 
 
-def test_the_fingerprint_follows_dtype_and_shape() -> None:
+def test_fingerprint_depends_on_dtype_and_shape() -> None:
     linear = nn.Linear(2, 3, bias=False)
     nn.init.zeros_(linear.weight)
     prints = {fingerprint(linear), fingerprint(linear.bfloat16())}
@@ -150,13 +152,13 @@ def test_truncated_weights_are_refused(saved: Path) -> None:
 
 
 @pytest.mark.parametrize("file_name", ["model.safetensors", "config.json"])
-def test_a_missing_file_is_named(file_name: str, saved: Path) -> None:
+def test_missing_file_is_named(file_name: str, saved: Path) -> None:
     (saved / file_name).unlink()
     with pytest.raises(FileNotFoundError, match=f"{file_name} is missing"):
         load_backbone(str(saved))
 
 
-def test_pickled_weights_beside_the_configuration_are_not_read(saved: Path) -> None:
+def test_pickled_weights_are_not_read(saved: Path) -> None:
     torch.save(load_file(saved / "model.safetensors"), saved / "pytorch_model.bin")
     (saved / "model.safetensors").unlink()
     with pytest.raises(FileNotFoundError, match="no weights in safetensors format"):
@@ -164,7 +166,7 @@ def test_pickled_weights_beside_the_configuration_are_not_read(saved: Path) -> N
 
 
 @pytest.mark.parametrize("config", ["not json", "[]", "{}", '{"architecture": "no_such_model"}'])
-def test_a_foreign_configuration_is_refused(config: str, saved: Path) -> None:
+def test_invalid_configuration_is_refused(config: str, saved: Path) -> None:
     (saved / "config.json").write_text(config)
     with pytest.raises(ValueError, match=r"config\.json: expected"):
         load_backbone(str(saved))
@@ -179,9 +181,9 @@ def test_weights_of_another_shape_are_refused(saved: Path) -> None:
     with pytest.raises(ValueError, match="does not fit mobilenetv2_035, in 3 tensors") as error:
         load_backbone(str(saved))
     for problem in (
-        "conv_stem.weight: expected shape (16, 3, 3, 3), found (16, 1, 3, 3)",
-        "bn1.weight: expected shape (16,), found no such tensor",
-        "extra: expected no such tensor",
+        "conv_stem.weight: expected (16, 3, 3, 3), found (16, 1, 3, 3)",
+        "bn1.weight: expected (16,), found no such tensor",
+        "extra: expected no such tensor, found (1,)",
     ):
         assert problem in str(error.value)
 
@@ -193,13 +195,13 @@ def test_weights_of_another_model_are_refused(saved: Path) -> None:
         load_backbone("resnet10t", checkpoint=saved / "model.safetensors")
 
 
-def test_the_configuration_is_json_that_names_the_model(saved: Path) -> None:
+def test_saved_configuration_names_the_architecture(saved: Path) -> None:
     config = json.loads((saved / "config.json").read_text())
     assert config["architecture"] == "mobilenetv2_035"
     assert config["num_classes"] == 10
 
 
-def test_class_names_come_back_in_their_order(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+def test_class_names_are_saved_in_their_order(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     names = [f"class {index}" for index in (3, 1, 4, 0, 5, 9, 2, 6, 8, 7)]
     set_class_names(tiny_backbone, names)
     save_backbone(tiny_backbone, tmp_path)
@@ -209,7 +211,7 @@ def test_class_names_come_back_in_their_order(tmp_path: Path, tiny_backbone: nn.
     assert class_names(load_backbone(str(tmp_path), num_classes=3)) is None
 
 
-def test_as_many_class_names_as_classes(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+def test_saved_class_names_must_match_the_number_of_classes(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     set_class_names(tiny_backbone, list("abcdefghij"))
     save_backbone(tiny_backbone, tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
@@ -224,7 +226,7 @@ def test_as_many_class_names_as_classes(tmp_path: Path, tiny_backbone: nn.Module
 
 
 def publish(repo_id: str, model: nn.Module) -> Path:
-    """Puts a model into the Hub's local cache, as a download of that repository would; HF_HOME is the tests' own."""
+    """Put a model into the local cache of the Hub (a temporary HF_HOME), as a download of the repository would."""
     repository = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     commit = "0" * 40
     save_backbone(model, repository / "snapshots" / commit)
@@ -234,14 +236,14 @@ def publish(repo_id: str, model: nn.Module) -> Path:
 
 
 @pytest.mark.parametrize("name", EDGE_FAMILIES.values())
-def test_every_edge_family_loads_with_random_weights(name: str, images: torch.Tensor) -> None:
+def test_every_family_loads_with_random_weights(name: str, images: torch.Tensor) -> None:
     model = load_backbone(name, 10).eval()
     with torch.no_grad():
         assert model(images).shape == (4, 10)
     assert model.name_or_path == name
 
 
-def test_pretrained_weights_come_from_the_hub_id_of_the_model(images: torch.Tensor) -> None:
+def test_pretrained_weights_are_those_of_the_models_hub_id(images: torch.Tensor) -> None:
     published = timm.create_model("mobilenetv3_small_050").eval()
     publish("timm/mobilenetv3_small_050.lamb_in1k", published)
     for name in ("mobilenetv3_small_050", "mobilenetv3_small_050.lamb_in1k", "timm/mobilenetv3_small_050.lamb_in1k"):
@@ -255,14 +257,14 @@ def test_pretrained_weights_come_from_the_hub_id_of_the_model(images: torch.Tens
     assert adapted.classifier.weight.shape[0] == 10
 
 
-def test_any_hub_repository_in_timms_format_loads(tiny_backbone: nn.Module) -> None:
+def test_hub_repository_in_timms_format_loads(tiny_backbone: nn.Module) -> None:
     publish("someone/defects", tiny_backbone)
     model = load_backbone("someone/defects", pretrained=True)
     assert fingerprint(model) == fingerprint(tiny_backbone)
     assert model.name_or_path == "someone/defects"
 
 
-def test_a_hub_repository_without_safetensors_is_not_unpickled(tiny_backbone: nn.Module) -> None:
+def test_hub_repository_without_safetensors_is_not_unpickled(tiny_backbone: nn.Module) -> None:
     snapshot = publish("someone/pickled", tiny_backbone)
     torch.save(tiny_backbone.state_dict(), snapshot / "pytorch_model.bin")
     (snapshot / "model.safetensors").unlink()
@@ -270,18 +272,18 @@ def test_a_hub_repository_without_safetensors_is_not_unpickled(tiny_backbone: nn
         load_backbone("someone/pickled", pretrained=True)
 
 
-def test_pretrained_without_network_says_what_to_do() -> None:
+def test_error_without_network_says_what_to_do() -> None:
     with pytest.raises(OSError, match=r"timm/resnet10t\.c3_in1k' is not in the local cache.*\n.*pass checkpoint="):
         load_backbone("resnet10t", pretrained=True)
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_035", "mobilenetv2_050.no_such_tag"])
-def test_a_model_without_such_weights_is_named(name: str) -> None:
+def test_model_without_pretrained_weights_is_named(name: str) -> None:
     with pytest.raises(ValueError, match=f"timm has no pretrained weights called '{name}'"):
         load_backbone(name, pretrained=True)
 
 
-def test_a_checkpoint_keeps_its_classes_unless_told(tmp_path: Path, tiny_backbone: nn.Module) -> None:
+def test_checkpoint_keeps_its_head_unless_num_classes_differs(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     save_backbone(tiny_backbone, tmp_path / "saved")
     for checkpoint in (tmp_path / "saved", tmp_path / "saved" / "model.safetensors"):
         kept = load_backbone("mobilenetv2_035", checkpoint=checkpoint)
@@ -304,13 +306,13 @@ def test_name_or_path_loads_the_same_model_again(
     assert fingerprint(load_backbone(name_or_path)) == fingerprint(tiny_backbone)
 
 
-def test_a_folder_named_like_a_model_is_not_taken_for_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_folder_named_like_a_model_is_ignored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "mobilenetv2_035").mkdir()
     monkeypatch.chdir(tmp_path)
     assert load_backbone("mobilenetv2_035", 10).name_or_path == "mobilenetv2_035"
 
 
-def test_peft_records_the_name() -> None:
+def test_peft_stores_name_or_path() -> None:
     model = get_peft_model(load_backbone("mobilenetv2_035", 10), LoraConfig(target_modules=["conv_head"]))
     assert model.peft_config["default"].base_model_name_or_path == "mobilenetv2_035"
 
@@ -323,18 +325,18 @@ def test_timm_arguments_are_passed_on() -> None:
     ("name", "nearest"),
     [("mobilnetv2_100", "mobilenetv2_100"), ("timm/resnet_18", "resnet18"), ("resnt10t", "resnet10t")],
 )
-def test_an_unknown_model_is_answered_with_the_nearest(name: str, nearest: str) -> None:
+def test_unknown_model_error_names_the_nearest(name: str, nearest: str) -> None:
     with pytest.raises(ValueError, match=rf"'{name}' is neither a timm model nor .* nearest are .*\b{nearest}\b"):
         load_backbone(name)
 
 
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "mixer_s32_224"])
-def test_a_model_without_convolutions_is_refused(name: str) -> None:
+def test_model_without_convolutions_is_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} has no convolution beyond its patch embedding"):
         load_backbone(name)
 
 
-def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
+def test_contradicting_arguments_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="exclude each other"):
         load_backbone("resnet10t", pretrained=True, checkpoint=tmp_path)
     with pytest.raises(ValueError, match="num_classes: expected at least 1, found -1"):
@@ -343,7 +345,7 @@ def test_impossible_arguments_are_refused(tmp_path: Path) -> None:
         load_backbone("no/such/folder", pretrained=True)
 
 
-def test_a_checkpoint_that_is_no_checkpoint_is_named(tmp_path: Path) -> None:
+def test_path_that_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent: expected a folder written by save_backbone.* found nothing"):
         load_backbone("resnet10t", checkpoint=tmp_path / "absent")
     (tmp_path / "weights.pth").write_bytes(b"")

@@ -1,4 +1,4 @@
-"""Small image folders and data sets."""
+"""Fixtures that make small image folders and datasets."""
 
 from __future__ import annotations
 
@@ -16,9 +16,14 @@ from peft_edge.data.domain import dataset_from_arrays
 ImageFolder = Callable[..., Path]
 
 
+def pixels_of(split: Dataset) -> np.ndarray:
+    """Return the pixels of all images, (N, H, W, 3)."""
+    return np.stack([np.asarray(image) for image in split["image"]]).astype(int)
+
+
 @pytest.fixture
 def image_folder(tmp_path: Path) -> ImageFolder:
-    """Makes a folder of random 20 x 16 PNG images, one subfolder for each class."""
+    """Make a folder of random 20 x 16 PNG images, with one subfolder for each class."""
 
     def make(name: str, classes: list[str], *, count: int = 12, splits: tuple[str, ...] = ("",)) -> Path:
         rng = np.random.default_rng(len(name))
@@ -36,7 +41,7 @@ def image_folder(tmp_path: Path) -> ImageFolder:
 
 @pytest.fixture
 def random_images() -> Callable[..., Dataset]:
-    """Makes a data set of random 16-pixel images, of each class in turn."""
+    """Make a dataset of random 16-pixel images, of all classes in turn."""
 
     def make(count: int, class_names: list[str], *, seed: int = 0) -> Dataset:
         generator = torch.Generator().manual_seed(seed)

@@ -1,3 +1,5 @@
+"""Corruptions against closed formulas, and shifts of images and datasets."""
+
 from __future__ import annotations
 
 import math
@@ -11,8 +13,8 @@ from sklearn.datasets import load_sample_images
 from peft_edge.data import FAMILIES, SHIFTS, load_task
 from peft_edge.data.corruptions import CORRUPTIONS, Shift
 
-PIXEL = 224
-"""A side at which a level is a number of pixels."""
+SIDE = 224
+"""At this side, levels are in pixels."""
 
 
 @pytest.fixture
@@ -20,7 +22,7 @@ def photograph() -> Image.Image:
     return Image.fromarray(load_sample_images().images[0]).crop((200, 100, 296, 164))
 
 
-def grey(value: int, side: int = PIXEL) -> Image.Image:
+def grey(value: int, side: int = SIDE) -> Image.Image:
     return Image.new("RGB", (side, side), (value,) * 3)
 
 
@@ -35,7 +37,7 @@ def corrupted(image: Image.Image, name: str, severity: int | None = None) -> np.
 
 
 @pytest.mark.parametrize("family", ["noise", "blur", "weather", "digital"])
-def test_every_corruption_of_a_family_has_five_severities(family: str) -> None:
+def test_families_have_five_severities(family: str) -> None:
     assert len(CORRUPTIONS[family]) >= 3
     assert {len(corruption.levels) for corruption in CORRUPTIONS[family].values()} == {5}
 
@@ -49,7 +51,7 @@ def test_every_corruption_of_a_family_has_five_severities(family: str) -> None:
         ("invert", None, ImageOps.invert, 0),
     ],
 )
-def test_it_is_what_pillow_does(name, severity, reference, tolerance, photograph: Image.Image) -> None:
+def test_corruption_equals_pillow(name, severity, reference, tolerance, photograph: Image.Image) -> None:
     expected = np.asarray(reference(photograph)).astype(int)
     assert np.abs(corrupted(photograph, name, severity) - expected).max() <= tolerance
 
@@ -58,15 +60,15 @@ def test_it_is_what_pillow_does(name, severity, reference, tolerance, photograph
     ("name", "value", "deviation"),
     [
         ("gaussian_noise", 128, 0.08),
-        ("shot_noise", 128, math.sqrt(128 / 255 / 60)),  # of a Poisson number, by its mean
+        ("shot_noise", 128, math.sqrt(128 / 255 / 60)),  # a Poisson count of mean m has deviation sqrt(m)
         ("shot_noise", 32, math.sqrt(32 / 255 / 60)),
     ],
 )
-def test_noise_has_the_stated_deviation(name: str, value: int, deviation: float) -> None:
+def test_noise_has_the_given_deviation(name: str, value: int, deviation: float) -> None:
     assert corrupted(grey(value), name, 1).std() / 255 == pytest.approx(deviation, rel=0.03)
 
 
-def test_impulses_are_black_and_white_in_equal_shares() -> None:
+def test_impulse_noise_is_black_and_white_in_equal_shares() -> None:
     noisy = corrupted(grey(128), "impulse_noise", 5)
     assert set(np.unique(noisy)) == {0, 128, 255}
     assert (noisy == 0).mean() == pytest.approx(0.135, rel=0.03)
@@ -74,34 +76,34 @@ def test_impulses_are_black_and_white_in_equal_shares() -> None:
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS["blur"])
-def test_a_blur_leaves_an_even_image_alone(name: str) -> None:
+def test_blur_of_a_uniform_image_is_unchanged(name: str) -> None:
     assert np.abs(corrupted(grey(77, 32), name) - 77).max() <= 1
 
 
-def test_out_of_focus_a_point_becomes_a_disc() -> None:
+def test_defocus_blur_spreads_a_point_over_a_disc() -> None:
     spot = corrupted(point(), "defocus_blur", 3)[..., 0]
-    # Radius 6: the light is spread over the disc's area, and none falls outside it.
+    # Radius 6: the light is spread evenly over the disc.
     assert spot[112, 112] == pytest.approx(255 / (math.pi * 6**2), abs=1)
     distance = np.hypot(*(np.indices(spot.shape) - 112))
     assert spot[distance < 5].min() == spot[112, 112]
     assert spot[distance > 7].max() == 0
 
 
-def test_in_motion_a_point_becomes_a_line() -> None:
+def test_motion_blur_spreads_a_point_along_a_line() -> None:
     rows, columns = corrupted(point(), "motion_blur", 3)[..., 0].nonzero()
     along, across = np.sqrt(np.linalg.eigvalsh(np.cov(np.stack([rows, columns])))[::-1])
     assert along == pytest.approx(20 / math.sqrt(12), rel=0.15)  # the deviation of a uniform distribution
     assert across < 1
 
 
-def test_fog_fades_into_white() -> None:
+def test_fog_fades_unevenly_into_white() -> None:
     black, dark, white = (corrupted(grey(value, 64), "fog") for value in (0, 100, 255))
     assert white.min() == 255
-    assert black.std() > 5  # its depth is uneven
+    assert black.std() > 5  # the depth varies
     assert (corrupted(grey(0, 64), "fog", 1).mean() < black.mean()) & (dark.min() > 100)
 
 
-def test_snow_is_white_and_falls_in_one_direction() -> None:
+def test_snow_brightens_and_has_one_direction() -> None:
     snowy = corrupted(grey(60), "snow", 1)[..., 0]
     assert snowy.min() >= 60
     spectrum = np.abs(np.fft.fftshift(np.fft.fft2(snowy - snowy.mean()))) ** 2
@@ -111,15 +113,15 @@ def test_snow_is_white_and_falls_in_one_direction() -> None:
 
 
 @pytest.mark.parametrize(("severity", "blocks"), [(1, 39), (2, 32), (3, 26), (4, 20), (5, 16)])
-def test_pixels_become_blocks(severity: int, blocks: int) -> None:
+def test_pixelate_makes_blocks(severity: int, blocks: int) -> None:
     pixelated = corrupted(Image.radial_gradient("L").resize((64, 64)).convert("RGB"), "pixelate", severity)
     assert (np.diff(pixelated, axis=0) != 0).any((1, 2)).sum() == blocks - 1
 
 
-def test_a_rubber_sheet_moves_points_by_the_stated_distance() -> None:
-    ramp = np.tile(np.arange(PIXEL, dtype=np.uint8), (PIXEL, 1))
+def test_elastic_moves_points_by_the_given_distance() -> None:
+    ramp = np.tile(np.arange(SIDE, dtype=np.uint8), (SIDE, 1))
     moved = corrupted(Image.fromarray(ramp).convert("RGB"), "elastic", 3)[..., 0] - ramp.astype(int)
-    # Beyond the edge the ramp is mirrored; and few points move independently, so the deviation is a rough one.
+    # The ramp is mirrored beyond the edge. Few points move independently, hence the wide tolerance.
     assert moved[:, 20:-20].std() == pytest.approx(3, rel=0.3)
 
 
@@ -129,12 +131,12 @@ def test_rotation_by_90_degrees_moves_pixels_unchanged(photograph: Image.Image) 
 
 
 @pytest.mark.parametrize(("name", "severity"), [("rotation", 3), ("elastic", 5)])
-def test_what_moves_leaves_no_black_corners(name: str, severity: int) -> None:
+def test_rotation_and_elastic_leave_no_black_corners(name: str, severity: int) -> None:
     assert corrupted(grey(255, 48), name, severity).min() >= 254
 
 
 @pytest.mark.parametrize("brightness", [0, 255])
-def test_blend_is_the_distance_to_a_crop_of_a_photograph(brightness: int) -> None:
+def test_blend_is_the_difference_to_a_crop_of_a_photograph(brightness: int) -> None:
     blended = corrupted(grey(brightness, 24), "blend")
     crop = np.abs(blended - brightness).astype(np.uint8)
     windows = [
@@ -146,49 +148,39 @@ def test_blend_is_the_distance_to_a_crop_of_a_photograph(brightness: int) -> Non
 
 @pytest.mark.parametrize("size", [(8, 8), (33, 17)])
 @pytest.mark.parametrize("name", [name for members in CORRUPTIONS.values() for name in members])
-def test_small_and_oblong_images_are_taken(name: str, size: tuple[int, int]) -> None:
+def test_corruptions_keep_the_size_of_small_and_oblong_images(name: str, size: tuple[int, int]) -> None:
     pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8)
     assert corrupted(Image.fromarray(pixels.numpy()), name).shape == pixels.shape
 
 
-# Half of the pixels make blocks of equal size, which lie nearer to the image than the uneven ones of more pixels.
+# Pixelate is excluded: at half of the pixels all blocks are equal, which is closer to the image than uneven blocks.
 GROWING = [
     name for family in ("noise", "blur", "weather", "digital") for name in FAMILIES[family] if name != "pixelate"
 ]
 
 
-@pytest.fixture
-def photograph_shifts() -> Image.Image:
-    return Image.fromarray(load_sample_images().images[0]).crop((200, 100, 296, 164))
-
-
-def shifted(image: Image.Image, name: str, severity: int | None = None) -> np.ndarray:
-    return np.asarray(Shift(name, severity)(image)).astype(int)
-
-
-def test_every_shift_is_in_one_family() -> None:
+def test_every_corruption_is_in_one_family() -> None:
     assert sorted(name for family in FAMILIES.values() for name in family) == list(SHIFTS)
 
 
 @pytest.mark.parametrize("name", SHIFTS)
-def test_a_shift_changes_the_image_the_same_way_each_time(name: str, photograph_shifts: Image.Image) -> None:
-    first = shifted(photograph_shifts, name)
+def test_shift_changes_an_image_the_same_way_each_time(name: str, photograph: Image.Image) -> None:
+    first = corrupted(photograph, name)
     assert first.shape == (64, 96, 3)
-    assert not np.array_equal(first, np.asarray(photograph_shifts))
-    assert np.array_equal(first, shifted(photograph_shifts, name))
+    assert not np.array_equal(first, np.asarray(photograph))
+    assert np.array_equal(first, corrupted(photograph, name))
 
 
 @pytest.mark.parametrize("name", GROWING)
-def test_more_severe_means_farther_from_the_image(name: str, photograph_shifts: Image.Image) -> None:
+def test_higher_severity_changes_an_image_more(name: str, photograph: Image.Image) -> None:
     distances = [
-        np.abs(shifted(photograph_shifts, name, severity) - np.asarray(photograph_shifts)).mean()
-        for severity in range(1, 6)
+        np.abs(corrupted(photograph, name, severity) - np.asarray(photograph)).mean() for severity in range(1, 6)
     ]
     assert distances == sorted(set(distances))
-    assert np.array_equal(shifted(photograph_shifts, name), shifted(photograph_shifts, name, 5))
+    assert np.array_equal(corrupted(photograph, name), corrupted(photograph, name, 5))
 
 
-def test_different_images_are_blended_with_different_crops() -> None:
+def test_blend_uses_different_crops_for_different_images() -> None:
     task = load_task("digits", shift="blend", image_size=16)
     target = task.targets[0]
     first, second = (
@@ -203,9 +195,9 @@ def test_different_images_are_blended_with_different_crops() -> None:
         ("contrst", None, "did you mean 'contrast'"),
         ("contrast", 6, "must be 1 to 5, found 6"),
         ("contrast", 0, "must be 1 to 5, found 0"),
-        ("invert", 2, "no degrees"),
+        ("invert", 2, "has no severities"),
     ],
 )
-def test_bad_input(name: str, severity: int | None, message: str) -> None:
+def test_unknown_names_and_severities_are_refused(name: str, severity: int | None, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Shift(name, severity)

@@ -1,3 +1,5 @@
+"""Domains, tasks, stratified splits and in-memory datasets."""
+
 from __future__ import annotations
 
 from collections import Counter
@@ -10,6 +12,7 @@ import torch
 from datasets import ClassLabel, Dataset, Features, Image
 from PIL import ImageOps
 
+from peft_edge._compat import dataset_fingerprint
 from peft_edge.data import Domain, Task
 from peft_edge.data.domain import dataset_from_arrays, read_into_memory, stratified_split
 
@@ -21,11 +24,11 @@ def task(random_images: Callable[..., Dataset]) -> Task:
     return Task(name="letters", change="seed", source=source, targets=(target,))
 
 
-def test_the_number_of_classes(task: Task) -> None:
+def test_num_classes_of_a_task(task: Task) -> None:
     assert task.num_classes == 2
 
 
-def test_the_classes_of_a_task_are_those_known_in_the_end(task: Task, random_images: Callable[..., Dataset]) -> None:
+def test_classes_of_a_task_are_those_of_its_last_target(task: Task, random_images: Callable[..., Dataset]) -> None:
     more = random_images(6, ["a", "b", "c"])
     last = Domain(train=more, validation=more, test=more)
     longer = replace(task, targets=(*task.targets, last))
@@ -36,17 +39,17 @@ def test_the_classes_of_a_task_are_those_known_in_the_end(task: Task, random_ima
 
 
 @pytest.mark.parametrize("split", ["train", "validation", "test"])
-def test_the_fingerprint_of_a_domain_follows_each_split(split: str, task: Task) -> None:
+def test_domain_fingerprint_depends_on_each_split(split: str, task: Task) -> None:
     other = replace(task.source, **{split: task.targets[0].train})
     assert other.fingerprint != task.source.fingerprint
     assert replace(task, source=other).fingerprint != task.fingerprint
 
 
-def test_source_and_target_are_not_interchangeable(task: Task) -> None:
+def test_task_fingerprint_depends_on_the_order_of_domains(task: Task) -> None:
     assert replace(task, source=task.targets[0], targets=(task.source,)).fingerprint != task.fingerprint
 
 
-def test_every_class_has_its_share_and_no_image_is_in_both(random_images: Callable[..., Dataset]) -> None:
+def test_split_keeps_class_proportions_and_loses_no_image(random_images: Callable[..., Dataset]) -> None:
     whole = random_images(90, ["a", "b", "c"])
     rest, part = stratified_split(whole, 30, seed=0)
     assert Counter(part["label"]) == {0: 10, 1: 10, 2: 10}
@@ -54,7 +57,7 @@ def test_every_class_has_its_share_and_no_image_is_in_both(random_images: Callab
     assert sorted(images) == sorted(np.asarray(image).tobytes() for image in whole["image"])
 
 
-def test_the_seed_chooses_the_images(random_images: Callable[..., Dataset]) -> None:
+def test_split_depends_on_the_seed(random_images: Callable[..., Dataset]) -> None:
     whole = random_images(60, ["a", "b"])
     first, again, other = (
         [np.asarray(image).tobytes() for image in stratified_split(whole, 20, seed=seed)[1]["image"]]
@@ -64,23 +67,23 @@ def test_the_seed_chooses_the_images(random_images: Callable[..., Dataset]) -> N
     assert first != other
 
 
-def test_a_class_with_a_single_image_is_named(random_images: Callable[..., Dataset]) -> None:
+def test_split_names_a_class_with_a_single_image(random_images: Callable[..., Dataset]) -> None:
     with pytest.raises(ValueError, match="class 'c' has a single image"):
         stratified_split(random_images(5, ["a", "b", "c"]), 3, seed=0)
 
 
-def test_classes_without_images_take_no_part(random_images: Callable[..., Dataset]) -> None:
+def test_split_ignores_classes_without_images(random_images: Callable[..., Dataset]) -> None:
     whole = random_images(60, list("abcdef")).filter(lambda label: label < 2, input_columns="label")
     assert Counter(stratified_split(whole, 2, seed=0)[1]["label"]) == {0: 1, 1: 1}
 
 
 @pytest.mark.parametrize("size", [2, 10])
-def test_too_few_images_for_every_class_on_both_sides(size: int, random_images: Callable[..., Dataset]) -> None:
+def test_split_refuses_too_few_images_for_both_sides(size: int, random_images: Callable[..., Dataset]) -> None:
     with pytest.raises(ValueError, match=f"cannot split {size} images off 12 with all 3 classes"):
         stratified_split(random_images(12, ["a", "b", "c"]), size, seed=0)
 
 
-def test_images_and_labels_come_back_as_they_were() -> None:
+def test_dataset_from_arrays_returns_the_same_images_and_labels() -> None:
     images = torch.randint(256, (5, 6, 9, 3), dtype=torch.uint8)
     dataset = dataset_from_arrays(images, torch.tensor([1, 0, 1, 1, 0]), ["no", "yes"])
     assert dataset.features == Features({"image": Image(), "label": ClassLabel(names=["no", "yes"])})
@@ -89,15 +92,15 @@ def test_images_and_labels_come_back_as_they_were() -> None:
     assert np.array_equal(np.stack([np.asarray(image) for image in dataset["image"]]), images.numpy())
 
 
-def test_the_fingerprint_follows_the_contents() -> None:
+def test_dataset_fingerprint_depends_on_the_pixels() -> None:
     images = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     changed = images.clone()
     changed[1, 2, 3, 0] = 1
     first, again, other = (dataset_from_arrays(part, torch.arange(2), ["a", "b"]) for part in (images, images, changed))
-    assert first._fingerprint == again._fingerprint != other._fingerprint
+    assert dataset_fingerprint(first) == dataset_fingerprint(again) != dataset_fingerprint(other)
 
 
-def test_a_transformed_data_set_is_read_once() -> None:
+def test_read_into_memory_applies_the_transform_once() -> None:
     images, labels = torch.randint(256, (4, 5, 6, 3), dtype=torch.uint8), torch.tensor([1, 0, 1, 1])
     reads = []
 

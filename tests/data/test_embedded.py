@@ -1,3 +1,5 @@
+"""The embedded benchmarks: distance fields, rendered shapes, enlarged digits."""
+
 from __future__ import annotations
 
 import math
@@ -15,13 +17,14 @@ from peft_edge.data import load_task
 from peft_edge.data.embedded import (
     BASE_CLASSES,
     EXTENT,
-    FIELDS,
     RESOLUTION,
     UNSEEN_CLASSES,
     coverage,
+    distance_fields,
     load_digits_domain,
     render_shapes,
 )
+from tests.data.conftest import pixels_of
 
 CELL_AREA = (2 * EXTENT / (RESOLUTION - 1)) ** 2
 
@@ -44,26 +47,26 @@ AREAS = {
 def test_there_are_12_base_and_8_unseen_classes() -> None:
     assert len(BASE_CLASSES) == 12
     assert len(UNSEEN_CLASSES) == 8
-    assert tuple(FIELDS) == BASE_CLASSES + UNSEEN_CLASSES
+    assert tuple(distance_fields()) == BASE_CLASSES + UNSEEN_CLASSES
 
 
 @pytest.mark.parametrize("name", AREAS)
-def test_a_field_is_negative_over_the_area_of_its_shape(name: str) -> None:
-    # Smoothing the step over one cell counts the cells on the edge by their share.
-    share = (0.5 - FIELDS[name] / math.sqrt(CELL_AREA)).clamp(0, 1)
+def test_field_is_negative_over_the_area_of_the_shape(name: str) -> None:
+    # The step is smoothed over one grid cell, so that cells on the edge count by their covered share.
+    share = (0.5 - distance_fields()[name] / math.sqrt(CELL_AREA)).clamp(0, 1)
     assert share.sum().item() * CELL_AREA == pytest.approx(AREAS[name], rel=0.01)
 
 
-@pytest.mark.parametrize("name", FIELDS)
-def test_a_field_changes_by_one_per_unit_of_distance(name: str) -> None:
-    down, right = torch.gradient(FIELDS[name], spacing=2 * EXTENT / (RESOLUTION - 1))
+@pytest.mark.parametrize("name", BASE_CLASSES + UNSEEN_CLASSES)
+def test_field_has_slope_one(name: str) -> None:
+    down, right = torch.gradient(distance_fields()[name], spacing=2 * EXTENT / (RESOLUTION - 1))
     assert max(down.abs().max(), right.abs().max()) <= 1 + 1e-4
-    # Where two edges are equally near, the slope is not defined.
+    # The slope is undefined where two edges are equally near.
     assert (torch.hypot(down, right) - 1).abs().lt(0.02).float().mean().item() > 0.95
 
 
-def test_no_shape_turned_by_90_degrees_is_another_one() -> None:
-    masks = {name: field < 0 for name, field in FIELDS.items()}
+def test_no_shape_equals_another_one_turned_by_90_degrees() -> None:
+    masks = {name: field < 0 for name, field in distance_fields().items()}
     for one, other in combinations(masks, 2):
         for turns in range(4):
             turned = torch.rot90(masks[one], turns)
@@ -73,11 +76,11 @@ def test_no_shape_turned_by_90_degrees_is_another_one() -> None:
 
 def drawn(name: str, *, scale: float = 0.5, offset: tuple[float, float] = (0, 0), angle: float = 0, shear: float = 0):
     pose = [torch.tensor([value]) for value in (scale, offset, angle, shear)]
-    return coverage(FIELDS[name][None, None], *pose, size=96)[0, 0]
+    return coverage(distance_fields()[name][None, None], *pose, size=96)[0, 0]
 
 
 @pytest.mark.parametrize("shear", [0, 0.25])
-def test_a_drawn_shape_covers_its_area_at_its_place(shear: float) -> None:
+def test_coverage_has_the_area_and_position_of_the_shape(shear: float) -> None:
     image = drawn("square", scale=0.4, offset=(0.2, -0.1), angle=0.3, shear=shear)
     assert image.sum().item() == pytest.approx(AREAS["square"] * 0.4**2 * 48**2, rel=0.02)
     side = (torch.arange(96) + 0.5) / 48 - 1
@@ -85,15 +88,15 @@ def test_a_drawn_shape_covers_its_area_at_its_place(shear: float) -> None:
     assert (right.item(), down.item()) == pytest.approx((0.2, -0.1), abs=0.002)
 
 
-def test_an_angle_turns_clockwise() -> None:
+def test_positive_angle_turns_clockwise() -> None:
     upright, turned = drawn("arrow"), drawn("arrow", angle=math.pi / 2)
     assert (torch.rot90(upright, -1) - turned).abs().max() < 0.02
 
 
-def test_edges_are_smooth() -> None:
+def test_edges_are_anti_aliased() -> None:
     image = drawn("disc", scale=0.8)
     partial = ((image > 0.01) & (image < 0.99)).sum().item()
-    # About one pixel across, all along the circumference.
+    # The edge is about one pixel wide along the whole circumference.
     assert 0.8 < partial / (2 * math.pi * 0.85 * 0.8 * 48) < 1.2
 
 
@@ -101,21 +104,17 @@ def render(count: int, *, seed: int, image_size: int = 32) -> Dataset:
     return render_shapes(count, image_size, torch.Generator().manual_seed(seed))
 
 
-def pixels(split: Dataset) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in split["image"]])
-
-
-def test_the_classes_have_equal_shares() -> None:
+def test_shapes_have_equally_many_images_per_class() -> None:
     assert Counter(render(60, seed=0)["label"]) == dict.fromkeys(range(20), 3)
 
 
-def test_the_seed_decides_every_pixel() -> None:
-    assert np.array_equal(pixels(render(40, seed=3)), pixels(render(40, seed=3)))
-    assert not np.array_equal(pixels(render(40, seed=3)), pixels(render(40, seed=4)))
+def test_shapes_are_determined_by_the_seed() -> None:
+    assert np.array_equal(pixels_of(render(40, seed=3)), pixels_of(render(40, seed=3)))
+    assert not np.array_equal(pixels_of(render(40, seed=3)), pixels_of(render(40, seed=4)))
 
 
-def test_the_images_vary_and_are_of_the_asked_size() -> None:
-    images = pixels(render(200, seed=0, image_size=24))
+def test_shapes_vary_and_have_the_given_size() -> None:
+    images = pixels_of(render(200, seed=0, image_size=24))
     assert images.shape == (200, 24, 24, 3)
     assert images.mean((1, 2)).std(0).min() > 20
     assert len(np.unique(images)) == 256
@@ -127,11 +126,7 @@ def splits() -> dict[str, Dataset]:
     return {**vars(source), "adaptation": adaptation}
 
 
-def pixels_digits(split: Dataset) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in split["image"]])
-
-
-def test_the_splits_are_stratified_and_have_the_documented_sizes(splits: dict[str, Dataset]) -> None:
+def test_digits_splits_are_stratified_and_have_the_documented_sizes(splits: dict[str, Dataset]) -> None:
     assert {name: len(split) for name, split in splits.items()} == {
         "train": 700, "adaptation": 400, "validation": 150, "test": 547
     }  # fmt: skip
@@ -141,9 +136,9 @@ def test_the_splits_are_stratified_and_have_the_documented_sizes(splits: dict[st
         assert max(counts.values()) - min(counts.values()) <= 0.05 * len(split)
 
 
-def test_every_digit_is_in_exactly_one_split_as_pillow_enlarges_it(splits: dict[str, Dataset]) -> None:
+def test_every_digit_is_in_one_split_and_enlarged_as_by_pillow(splits: dict[str, Dataset]) -> None:
     images = (
-        np.concatenate([pixels_digits(split)[..., 0] for split in splits.values()]).reshape(1797, -1).astype(np.float32)
+        np.concatenate([pixels_of(split)[..., 0] for split in splits.values()]).reshape(1797, -1).astype(np.float32)
     )
     labels = np.concatenate([split["label"] for split in splits.values()])
     digits = load_digits()
@@ -156,21 +151,21 @@ def test_every_digit_is_in_exactly_one_split_as_pillow_enlarges_it(splits: dict[
     assert np.abs(images[nearest] - expected).max() <= 1
 
 
-def test_the_images_are_grey_and_of_the_asked_size() -> None:
+def test_digits_are_grey_and_have_the_given_size() -> None:
     source, _ = load_digits_domain(image_size=20, seed=0)
     image = np.asarray(source.test[0]["image"])
     assert image.shape == (20, 20, 3)
     assert (image == image[..., :1]).all()
 
 
-def test_the_seed_chooses_the_splits(splits: dict[str, Dataset]) -> None:
+def test_digits_splits_depend_on_the_seed(splits: dict[str, Dataset]) -> None:
     again, _ = load_digits_domain(image_size=48, seed=0)
     other, _ = load_digits_domain(image_size=48, seed=1)
-    assert np.array_equal(pixels_digits(again.test), pixels_digits(splits["test"]))
-    assert not np.array_equal(pixels_digits(other.test), pixels_digits(splits["test"]))
+    assert np.array_equal(pixels_of(again.test), pixels_of(splits["test"]))
+    assert not np.array_equal(pixels_of(other.test), pixels_of(splits["test"]))
 
 
-def test_source_and_target_share_their_test_digits() -> None:
+def test_source_and_target_have_the_same_test_digits() -> None:
     task = load_task("digits", shift="invert")
     assert task.source.test["label"] == task.targets[0].test["label"]
-    assert np.array_equal(pixels_digits(task.targets[0].test), 255 - pixels_digits(task.source.test))
+    assert np.array_equal(pixels_of(task.targets[0].test), 255 - pixels_of(task.source.test))

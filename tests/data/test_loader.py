@@ -1,3 +1,5 @@
+"""Preprocessing, and the reproducibility of batches."""
+
 from __future__ import annotations
 
 import gc
@@ -31,7 +33,7 @@ def random_image(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (height, width, 3), dtype=np.uint8))
 
 
-def test_an_image_of_the_input_size_is_only_normalised(data_config: dict) -> None:
+def test_image_of_the_input_size_is_only_normalised(data_config: dict) -> None:
     image = random_image(32, 32)
     reference = v2.Compose(
         [v2.ToImage(), v2.ToDtype(torch.float32, scale=True), v2.Normalize(data_config["mean"], data_config["std"])]
@@ -41,13 +43,13 @@ def test_an_image_of_the_input_size_is_only_normalised(data_config: dict) -> Non
 
 
 @pytest.mark.parametrize("size", [(100, 80), (64, 150), (40, 40)])
-def test_a_photograph_is_evaluated_as_timm_does(size: tuple[int, int], data_config: dict) -> None:
+def test_photograph_is_resized_and_cropped_as_by_timm(size: tuple[int, int], data_config: dict) -> None:
     image = random_image(*size)
     expected = create_transform(**data_config, is_training=False)(image)
     torch.testing.assert_close(build_transform(data_config, train=False)(image), expected)
 
 
-def test_a_small_image_is_stretched_whole(data_config: dict) -> None:
+def test_small_image_is_resized_without_a_crop(data_config: dict) -> None:
     image = Image.new("RGB", (16, 20))
     image.paste((255, 255, 255), (0, 0, 2, 20))
     transformed = build_transform(data_config, train=False)(image)
@@ -56,13 +58,13 @@ def test_a_small_image_is_stretched_whole(data_config: dict) -> None:
 
 
 @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "1", "CMYK"])
-def test_any_mode_becomes_rgb(mode: str, data_config: dict) -> None:
+def test_image_of_any_mode_becomes_rgb(mode: str, data_config: dict) -> None:
     transformed = build_transform(data_config, train=False)(random_image(32, 32).convert(mode))
     assert transformed.shape == (3, 32, 32)
     assert transformed.dtype == torch.float32
 
 
-def test_training_moves_the_image_by_up_to_an_eighth(data_config: dict) -> None:
+def test_training_shifts_the_image_by_up_to_an_eighth(data_config: dict) -> None:
     data_config = {**data_config, "mean": (0, 0, 0), "std": (1, 1, 1)}
     image = Image.new("RGB", (32, 32))
     image.putpixel((16, 12), (255, 255, 255))
@@ -74,7 +76,7 @@ def test_training_moves_the_image_by_up_to_an_eighth(data_config: dict) -> None:
     assert moves.float().mean().abs() < 0.5
 
 
-def test_a_moved_image_repeats_its_edge(data_config: dict) -> None:
+def test_shifted_image_repeats_its_edge(data_config: dict) -> None:
     transform = build_transform({**data_config, "mean": (0, 0, 0), "std": (1, 1, 1)}, train=True)
     white = Image.new("RGB", (32, 32), (255, 255, 255))
     assert all((transform(white) == 1).all() for _ in range(20))
@@ -84,7 +86,7 @@ Batch = dict[str, Tensor]
 
 
 def noisy(image: Image.Image) -> Tensor:
-    """Stands for a random augmentation."""
+    """Stand in for a random augmentation."""
     return F.pil_to_tensor(image) / 255 + torch.rand(())
 
 
@@ -111,21 +113,21 @@ def assert_same(found: Iterable[Batch], expected: Iterable[Batch]) -> None:
         assert torch.equal(one["pixel_values"], other["pixel_values"])
 
 
-def test_batches_are_what_a_training_loop_expects(loader: Callable[..., DataLoader]) -> None:
+def test_batches_have_the_documented_shapes_and_dtypes(loader: Callable[..., DataLoader]) -> None:
     batches = list(loader())
     assert [tuple(batch["pixel_values"].shape) for batch in batches] == [(8, 3, 16, 16)] * 6
     assert batches[0]["pixel_values"].dtype == torch.float32
     assert batches[0]["labels"].dtype == torch.int64
 
 
-def test_evaluation_sees_every_image_in_order(
+def test_evaluation_yields_every_image_in_order(
     loader: Callable[..., DataLoader], random_images: Callable[..., Dataset]
 ) -> None:
     labels = torch.cat([batch["labels"] for batch in loader(shuffle=False)])
     assert labels.tolist() == random_images(50, ["a", "b", "c"])["label"][:]
 
 
-def test_an_epoch_visits_each_image_once_and_the_next_in_another_order(
+def test_epoch_yields_each_image_once_in_an_order_of_its_own(
     random_images: Callable[..., Dataset],
 ) -> None:
     images = random_images(48, ["a", "b"])
@@ -138,7 +140,7 @@ def test_an_epoch_visits_each_image_once_and_the_next_in_another_order(
     assert first != second
 
 
-def test_the_seed_decides_order_and_augmentation(loader: Callable[..., DataLoader]) -> None:
+def test_order_and_augmentation_depend_on_the_seed(loader: Callable[..., DataLoader]) -> None:
     torch.manual_seed(1)
     expected = epochs(loader())
     torch.manual_seed(2)
@@ -153,18 +155,18 @@ def test_augmentation_differs_between_epochs_and_images(loader: Callable[..., Da
     assert offsets[0].std() > 0.1
 
 
-def test_the_global_random_state_is_left_alone(loader: Callable[..., DataLoader]) -> None:
+def test_global_random_state_is_unchanged(loader: Callable[..., DataLoader]) -> None:
     batches = iter(loader())
     state = torch.get_rng_state()
     next(batches)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_worker_processes_change_nothing(loader: Callable[..., DataLoader]) -> None:
+def test_worker_processes_do_not_change_batches(loader: Callable[..., DataLoader]) -> None:
     assert_same(epochs(loader(num_workers=2)), epochs(loader()))
 
 
-def test_two_processes_share_the_batches_of_one(loader: Callable[..., DataLoader]) -> None:
+def test_two_processes_divide_the_batches_of_one(loader: Callable[..., DataLoader]) -> None:
     halves = [
         epochs(prepare_data_loader(loader(), num_processes=2, process_index=index, split_batches=True))
         for index in (0, 1)
@@ -175,7 +177,7 @@ def test_two_processes_share_the_batches_of_one(loader: Callable[..., DataLoader
 
 
 @pytest.mark.parametrize("num_processes", [1, 2])
-def test_resuming_in_the_middle_of_an_epoch_is_exact(num_processes: int, loader: Callable[..., DataLoader]) -> None:
+def test_resumed_epoch_yields_the_remaining_batches(num_processes: int, loader: Callable[..., DataLoader]) -> None:
     def prepared() -> DataLoader:
         return prepare_data_loader(loader(), num_processes=num_processes, process_index=0, split_batches=True)
 
@@ -185,18 +187,18 @@ def test_resuming_in_the_middle_of_an_epoch_is_exact(num_processes: int, loader:
     assert_same(skip_first_batches(resumed, 4), whole[6 + 4 :])
 
 
-def test_fewer_images_than_a_training_batch_are_refused(loader: Callable[..., DataLoader]) -> None:
+def test_loader_refuses_fewer_images_than_a_training_batch(loader: Callable[..., DataLoader]) -> None:
     with pytest.raises(ValueError, match="50 images do not fill one batch of 64: lower batch_size"):
         loader(batch_size=64)
 
 
-@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # by Pillow, of the file it could not read
+@pytest.mark.filterwarnings("ignore:unclosed file:ResourceWarning")  # from Pillow, about the damaged file
 @pytest.mark.parametrize("shift", ["invert", "gaussian_noise"])
-def test_a_file_whose_pixels_are_damaged_is_named(shift: str, image_folder: ImageFolder) -> None:
+def test_file_with_damaged_pixels_is_named(shift: str, image_folder: ImageFolder) -> None:
     folder = image_folder("pets", ["cat", "dog"], count=20)
     broken = folder / "dog" / "x.jpg"
     Image.radial_gradient("L").save(broken)
-    # The header is whole, so only decoding the pixels shows the damage.
+    # The header is intact: only decoding the pixels fails.
     broken.write_bytes(broken.read_bytes()[:1500])
     task = load_task(str(folder), shift=shift)
     messages = []

@@ -1,3 +1,5 @@
+"""Image folders and Hugging Face datasets as splits."""
+
 from __future__ import annotations
 
 import io
@@ -11,13 +13,12 @@ from PIL import Image
 
 from peft_edge.data import sources
 from peft_edge.data.sources import domain_from_splits, read_splits
-
-from .conftest import ImageFolder
+from tests.data.conftest import ImageFolder
 
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[DatasetDict], None]:
-    """Lets every name on the Hub stand for the given data set."""
+    """Serve the given dataset under every name on the Hub."""
 
     def serve(splits: DatasetDict) -> None:
         monkeypatch.setattr(sources, "load_dataset", lambda name, subset: splits)
@@ -31,7 +32,7 @@ def png(value: int) -> dict[str, bytes | None]:
     return {"bytes": file.getvalue(), "path": None}
 
 
-def test_a_folder_is_read_with_the_names_of_its_subfolders(image_folder: ImageFolder) -> None:
+def test_folder_has_the_names_of_its_subfolders_as_classes(image_folder: ImageFolder) -> None:
     folder = image_folder("pets", ["dog", "cat"])
     train = read_splits(str(folder))["train"]
     assert train.features == Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
@@ -41,14 +42,14 @@ def test_a_folder_is_read_with_the_names_of_its_subfolders(image_folder: ImageFo
 
 
 @pytest.mark.parametrize("names", [["train", "train station", "dog"], ["test", "val"]])
-def test_class_folders_that_are_called_like_splits_are_classes(image_folder: ImageFolder, names: list[str]) -> None:
+def test_class_folders_named_like_splits_are_classes(image_folder: ImageFolder, names: list[str]) -> None:
     splits = read_splits(str(image_folder("pets", names)))
 
     assert splits["train"].features["label"].names == sorted(names)
     assert len(splits["train"]) == 12 * len(names)
 
 
-def test_files_that_are_called_like_splits_stay_in_their_class(image_folder: ImageFolder) -> None:
+def test_files_named_like_splits_stay_in_their_class(image_folder: ImageFolder) -> None:
     folder = image_folder("pets", ["cat", "dog"])
     for path in list((folder / "cat").iterdir())[:4]:
         path.rename(path.with_name(f"test_{path.name}"))
@@ -56,13 +57,13 @@ def test_files_that_are_called_like_splits_stay_in_their_class(image_folder: Ima
     assert len(read_splits(str(folder))["train"]) == 24
 
 
-def test_missing_splits_are_carved_from_the_training_images(image_folder: ImageFolder) -> None:
+def test_missing_splits_are_split_off_the_training_images(image_folder: ImageFolder) -> None:
     splits = read_splits(str(image_folder("pets", ["cat", "dog"], count=50)))
     domain = domain_from_splits("pets", splits, train_split="train", seed=0)
     assert [len(split) for split in vars(domain).values()] == [70, 10, 20]
 
 
-def test_splits_that_are_there_are_used(image_folder: ImageFolder) -> None:
+def test_existing_splits_are_used(image_folder: ImageFolder) -> None:
     splits = read_splits(str(image_folder("pets", ["cat", "dog"], splits=("train", "validation", "test"))))
     domain = domain_from_splits("pets", splits, train_split="train", seed=0)
     assert vars(domain) == dict(splits)
@@ -74,7 +75,7 @@ def test_columns_are_found_by_their_features(hub: Callable, random_images: Calla
     assert read_splits("owner/data")["train"].column_names == ["image", "label"]
 
 
-def test_a_choice_of_columns_is_the_users(hub: Callable, random_images: Callable[..., Dataset]) -> None:
+def test_ambiguous_columns_must_be_chosen(hub: Callable, random_images: Callable[..., Dataset]) -> None:
     dataset = random_images(6, ["a", "b"])
     coarse = Dataset.from_dict({"coarse": [1, 0] * 3}, Features({"coarse": ClassLabel(names=["x", "y"])}))
     hub(DatasetDict(train=dataset.add_column("coarse", coarse["coarse"][:], feature=coarse.features["coarse"])))
@@ -96,42 +97,42 @@ def test_plain_labels_become_the_same_classes_in_every_split(hub: Callable, valu
     assert splits["test"]["label"][:] == [1]
 
 
-def test_a_split_with_hidden_labels_is_left_out(hub: Callable, random_images: Callable[..., Dataset]) -> None:
+def test_split_with_hidden_labels_is_left_out(hub: Callable, random_images: Callable[..., Dataset]) -> None:
     features = Features({"image": ImageFeature(), "label": ClassLabel(names=["a", "b"])})
     hidden = Dataset.from_dict({"image": [png(0)], "label": [-1]}, features)
     hub(DatasetDict(train=random_images(6, ["a", "b"]), test=hidden))
     assert list(read_splits("owner/data")) == ["train"]
 
 
-def test_a_missing_split_is_named_with_those_there_are(image_folder: ImageFolder) -> None:
+def test_missing_split_error_lists_the_splits(image_folder: ImageFolder) -> None:
     splits = read_splits(str(image_folder("pets", ["cat", "dog"], splits=("train", "test"))))
     with pytest.raises(ValueError, match="no labelled split 'day': name one of train, test"):
         domain_from_splits("pets", splits, train_split="day", seed=0)
 
 
-def test_a_missing_column_is_named_with_those_there_are(image_folder: ImageFolder) -> None:
+def test_missing_column_error_lists_the_columns(image_folder: ImageFolder) -> None:
     with pytest.raises(ValueError, match="no column 'picture': set image_column to one of image"):
         read_splits(str(image_folder("pets", ["cat", "dog"])), image_column="picture")
 
 
-def test_a_folder_with_one_class_is_refused(image_folder: ImageFolder) -> None:
+def test_folder_with_one_class_is_refused(image_folder: ImageFolder) -> None:
     with pytest.raises(ValueError, match="one class, 'cat'; expected at least two"):
         read_splits(str(image_folder("pets", ["cat"])))
 
 
-def test_a_folder_without_images_is_refused(tmp_path) -> None:
+def test_folder_without_images_is_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="holds no images"):
         read_splits(str(tmp_path))
 
 
 @pytest.mark.parametrize("damage", [b"", b"not an image", "truncated"])
-def test_a_broken_file_is_named(damage: bytes | str, image_folder: ImageFolder) -> None:
+def test_damaged_file_is_named(damage: bytes | str, image_folder: ImageFolder) -> None:
     path = image_folder("pets", ["cat", "dog"]) / "dog" / "3.png"
     path.write_bytes(path.read_bytes()[:500] if damage == "truncated" else damage)
     with pytest.raises(ValueError, match=r"cannot read the image file .*dog/3\.png"):
         read_splits(str(path.parents[1]))
 
 
-def test_a_name_the_hub_does_not_have_is_refused() -> None:
+def test_unknown_hub_name_is_refused() -> None:
     with pytest.raises(ValueError, match="cannot load the data 'owner/nothing'"):
         read_splits("owner/nothing")

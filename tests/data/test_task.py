@@ -1,3 +1,5 @@
+"""`load_task`, and the division of classes into increments."""
+
 from __future__ import annotations
 
 import io
@@ -17,6 +19,7 @@ from PIL import Image
 from peft_edge.data import Domain, Task, embedded, load_task, sources, task
 from peft_edge.data.task import class_increments
 from tests.data.conftest import ImageFolder
+from tests.data.conftest import pixels_of as pixels
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
 SPLITS = ("train", "validation", "test")
@@ -25,7 +28,7 @@ Increments = Callable[..., tuple[Domain, tuple[Domain, ...]]]
 
 
 def named(split: Dataset) -> dict[bytes, str]:
-    """Which class each image is said to be of; the images of these tests are all different."""
+    """Map the pixels of each image to the name of its class; the images of these tests are all different."""
     names = split.features["label"].names
     labels = [names[label] for label in split["label"]]
     return {np.asarray(image).tobytes(): label for image, label in zip(split["image"], labels, strict=True)}
@@ -50,7 +53,7 @@ def increments(whole: Domain, spare: Dataset) -> Increments:
     return make
 
 
-def test_labels_are_the_old_classes_and_then_the_new_ones_in_the_given_order(increments: Increments) -> None:
+def test_labels_list_base_classes_first_then_new_ones_in_the_given_order(increments: Increments) -> None:
     source, targets = increments("e", "b", "d", increments=2)
     assert source.class_names == ["a", "c", "f"]
     assert [target.class_names for target in targets] == [["a", "c", "f", "e", "b"], ["a", "c", "f", "e", "b", "d"]]
@@ -58,7 +61,7 @@ def test_labels_are_the_old_classes_and_then_the_new_ones_in_the_given_order(inc
         assert all(split.features["label"].names == domain.class_names for split in vars(domain).values())
 
 
-def test_every_image_keeps_its_class(increments: Increments, whole: Domain, spare: Dataset) -> None:
+def test_renumbered_images_keep_their_class(increments: Increments, whole: Domain, spare: Dataset) -> None:
     source, targets = increments("e", "b", "d", increments=2, rehearsal_size=20)
     truth = {key: named(split) for key, split in {**vars(whole), "spare": spare}.items()}
     for domain in (source, *targets):
@@ -66,7 +69,7 @@ def test_every_image_keeps_its_class(increments: Increments, whole: Domain, spar
             assert named(split).items() <= (truth[key] | truth["spare"]).items()
 
 
-def test_each_domain_holds_the_classes_it_should(increments: Increments) -> None:
+def test_source_and_targets_contain_the_documented_classes(increments: Increments) -> None:
     source, targets = increments("e", "b", "d", increments=2)
     classes = [[set(named(getattr(domain, key)).values()) for key in SPLITS] for domain in (source, *targets)]
     assert classes == [
@@ -76,7 +79,7 @@ def test_each_domain_holds_the_classes_it_should(increments: Increments) -> None
     ]
 
 
-def test_new_images_come_from_the_spare_ones_and_kept_ones_from_what_was_trained_on(
+def test_new_images_come_from_adaptation_and_rehearsal_images_from_earlier_training(
     increments: Increments, whole: Domain, spare: Dataset
 ) -> None:
     _, (first, second) = increments("e", "b", "d", increments=2, rehearsal_size=20)
@@ -85,12 +88,12 @@ def test_new_images_come_from_the_spare_ones_and_kept_ones_from_what_was_trained
     assert Counter(label for image, label in trained.items() if image in new) == {"e": 10, "b": 10}
     assert Counter(label for image, label in trained.items() if image in old) == {"a": 6, "c": 6, "f": 6}
     kept = {image: label for image, label in named(second.train).items() if label != "d"}
-    assert kept.items() <= trained.items()  # a device has nothing else to keep
+    assert kept.items() <= trained.items()  # a device stores no other images
     assert Counter(kept.values()) == dict.fromkeys("acfeb", 4)
 
 
 @pytest.mark.parametrize("rehearsal_size", [0, 5, 6, 23, 1000])
-def test_the_budget_of_kept_images_holds_in_equal_shares(rehearsal_size: int, increments: Increments) -> None:
+def test_rehearsal_size_is_divided_equally_and_not_exceeded(rehearsal_size: int, increments: Increments) -> None:
     _, targets = increments("e", "b", "d", increments=2, rehearsal_size=rehearsal_size)
     for target, group in zip(targets, ("eb", "d"), strict=True):
         kept = Counter(label for label in named(target.train).values() if label not in group)
@@ -99,19 +102,17 @@ def test_the_budget_of_kept_images_holds_in_equal_shares(rehearsal_size: int, in
         assert set(kept.values()) <= {min(rehearsal_size // before, 10)}
 
 
-def test_the_seed_chooses_the_kept_images(increments: Increments) -> None:
+def test_rehearsal_images_depend_on_the_seed(increments: Increments) -> None:
     first, again, other = (set(named(increments("e", rehearsal_size=10, seed=seed)[1][0].train)) for seed in (1, 1, 2))
     assert first == again != other
 
 
-def test_an_increment_has_at_most_as_many_new_images_as_asked_for(increments: Increments) -> None:
+def test_increment_has_at_most_adaptation_size_new_images(increments: Increments) -> None:
     _, targets = increments("e", "b", "d", increments=2, adaptation_size=8)
     assert [Counter(named(target.train).values()) for target in targets] == [{"e": 4, "b": 4}, {"d": 8}]
 
 
-def test_nothing_is_shown_while_labels_are_renumbered(
-    increments: Increments, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_renumbering_shows_no_progress_bar(increments: Increments, capfd: pytest.CaptureFixture[str]) -> None:
     increments("e", rehearsal_size=10)
     assert not capfd.readouterr().err
     assert not are_progress_bars_disabled()
@@ -127,12 +128,14 @@ def test_nothing_is_shown_while_labels_are_renumbered(
         (["e", "b"], {"increments": 2, "rehearsal_size": 4}, "4 images cannot be shared among the 5 classes"),
     ],
 )
-def test_bad_input(new_classes: list[str], options: dict[str, int], message: str, increments: Increments) -> None:
+def test_impossible_increments_are_refused(
+    new_classes: list[str], options: dict[str, int], message: str, increments: Increments
+) -> None:
     with pytest.raises(ValueError, match=message):
         increments(*new_classes, **options)
 
 
-def test_a_class_without_images_is_named(whole: Domain, spare: Dataset) -> None:
+def test_class_without_images_is_named(whole: Domain, spare: Dataset) -> None:
     without = spare.filter(lambda label: label != 4, input_columns="label")
     with pytest.raises(ValueError, match="no images of the class 'e'"):
         class_increments(whole, without, ["e"], increments=1, rehearsal_size=0, adaptation_size=9, seed=0)
@@ -142,7 +145,7 @@ def digits(**options: int) -> Task:
     return load_task("digits", new_classes=["6", "7", "8", "9"], image_size=8, **options)
 
 
-def test_unseen_digits_have_the_documented_sizes() -> None:
+def test_new_digits_have_the_documented_sizes() -> None:
     task = digits(rehearsal_size=60)
     assert task.change == "new classes 6, 7, 8, 9"
     assert task.class_names == [str(digit) for digit in range(10)]
@@ -150,7 +153,7 @@ def test_unseen_digits_have_the_documented_sizes() -> None:
     assert [len(split) for split in vars(task.targets[0]).values()] == [159 + 60, 150, 217]
 
 
-def test_the_source_does_not_depend_on_how_the_new_classes_come() -> None:
+def test_source_does_not_depend_on_the_increments() -> None:
     one, many = digits(), digits(increments=4, rehearsal_size=40, adaptation_size=30)
     assert one.source.fingerprint == many.source.fingerprint
     assert one.fingerprint != many.fingerprint
@@ -164,12 +167,8 @@ def sizes(domain: object) -> list[int]:
     return [len(split) for split in vars(domain).values()]
 
 
-def pixels(split: Dataset) -> np.ndarray:
-    return np.stack([np.asarray(image) for image in split["image"]]).astype(int)
-
-
 def test_shapes_have_the_documented_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
-    # The number of images is what takes time; a hundredth of the source will do.
+    # Rendering takes its time per image; a hundredth of the source is enough here.
     monkeypatch.setitem(embedded.SHAPES_SPLIT_SIZES, "source", 200)
     task = load_task("shapes", shift="rotation", image_size=16)
     assert sizes(task.source) == [200, 500, 2000]
@@ -178,7 +177,7 @@ def test_shapes_have_the_documented_sizes(monkeypatch: pytest.MonkeyPatch) -> No
     assert np.array_equal(pixels(task.targets[0].validation), np.rot90(pixels(task.source.validation), axes=(1, 2)))
 
 
-def test_a_shifted_folder_keeps_its_images_apart(image_folder: ImageFolder) -> None:
+def test_corrupted_folder_has_disjoint_source_and_adaptation_images(image_folder: ImageFolder) -> None:
     folder = str(image_folder("pets", ["cat", "dog"], count=50))
     task = load_task(folder, shift="invert", adaptation_size=10)
     assert sizes(task.source) == [60, 10, 20]
@@ -188,7 +187,7 @@ def test_a_shifted_folder_keeps_its_images_apart(image_folder: ImageFolder) -> N
     assert not source & {image.tobytes() for image in 255 - pixels(task.targets[0].train)}
 
 
-def test_another_folder_can_be_the_target(image_folder: ImageFolder) -> None:
+def test_second_folder_as_target(image_folder: ImageFolder) -> None:
     day, night = image_folder("day", ["cat", "dog"], count=30), image_folder("at night", ["cat", "dog"], count=20)
     task = load_task(str(day), shift=str(night), adaptation_size=12)
     assert sizes(task.source) == [42, 6, 12]
@@ -198,9 +197,9 @@ def test_another_folder_can_be_the_target(image_folder: ImageFolder) -> None:
 
 @pytest.fixture
 def corrupted_parquet(tmp_path: Path) -> Path:
-    """A folder as CIFAR-10-C lies on the Hub: Parquet, plain numbers as labels, and all corruptions in one split.
+    """Make a folder like CIFAR-10-C on the Hub: Parquet, numbers as labels, and all corruptions in one split.
 
-    The images of `fog` at the level 3 have a width of 3, and so on.
+    An image of level n has a width of n; those of `fog` have a height of 1, those of `snow` of 2.
     """
     rows = []
     for index, corruption in enumerate(["fog", "snow"]):
@@ -221,7 +220,7 @@ def corrupted_parquet(tmp_path: Path) -> Path:
 def hub(
     monkeypatch: pytest.MonkeyPatch, random_images: Callable[..., Dataset], corrupted_parquet: Path
 ) -> dict[str, list[str]]:
-    """Maps the names of data sets on the Hub to their classes; each has 40 images by day and 30 at dusk."""
+    """Map the names of datasets on the Hub to their classes; each has 40 images by day and 30 at dusk."""
     classes: dict[str, list[str]] = {}
 
     def serve(name: str, subset: str | None, **options: object) -> DatasetDict:
@@ -233,14 +232,14 @@ def hub(
     return classes
 
 
-def test_another_split_can_be_the_target(hub: dict[str, list[str]]) -> None:
+def test_second_split_as_target(hub: dict[str, list[str]]) -> None:
     hub["owner/pets"] = ["cat", "dog"]
     task = load_task("owner/pets", shift="dusk")
     assert sizes(task.source) == [28, 4, 8]
     assert sizes(task.targets[0]) == [21, 3, 6]
 
 
-def test_the_same_classes_in_another_order_are_renumbered(hub: dict[str, list[str]]) -> None:
+def test_classes_in_another_order_are_renumbered(hub: dict[str, list[str]]) -> None:
     hub |= {"owner/pets": ["cat", "dog"], "owner/animals": ["dog", "cat"]}
     images = sources.load_dataset("owner/animals", None)["train"]
     names = {
@@ -253,14 +252,14 @@ def test_the_same_classes_in_another_order_are_renumbered(hub: dict[str, list[st
         assert found == [task.class_names[label] for label in split["label"]]
 
 
-def test_the_rows_of_one_corruption_can_be_the_target(hub: dict[str, list[str]]) -> None:
+def test_filtered_rows_as_target(hub: dict[str, list[str]]) -> None:
     hub["owner/pets"] = ["cat", "dog"]
     filters = [["corruption_name", "==", "snow"], ["corruption_level", "==", 3]]
     task = load_task("owner/pets", shift=CORRUPTED, shift_filters=filters)
     target = task.targets[0]
     assert sizes(target) == [14, 2, 4]
     assert {image.size for split in vars(target).values() for image in split["image"]} == {(3, 2)}
-    # Its labels are numbers, which are those of the source's classes.
+    # Its labels are numbers: the indices of the source's classes.
     assert target.class_names == ["cat", "dog"]
     assert sorted(target.test["label"]) == [0, 0, 1, 1]
     milder = load_task("owner/pets", shift=CORRUPTED, shift_filters=[filters[0], ["corruption_level", "==", 1]])
@@ -268,13 +267,13 @@ def test_the_rows_of_one_corruption_can_be_the_target(hub: dict[str, list[str]])
 
 
 @pytest.mark.parametrize("rows", [["corruption_name", "==", "frog"], ["severity", "==", 3]])
-def test_filters_that_fit_no_row_are_named(rows: list, hub: dict[str, list[str]]) -> None:
+def test_filters_without_a_matching_row_are_named(rows: list, hub: dict[str, list[str]]) -> None:
     hub["owner/pets"] = ["cat", "dog"]
     with pytest.raises(ValueError, match=f"a Hugging Face dataset with rows that pass the filters .*{rows[0]}"):
         load_task("owner/pets", shift=CORRUPTED, shift_filters=[rows])
 
 
-def test_new_classes_of_any_data(image_folder: ImageFolder) -> None:
+def test_new_classes_of_a_folder(image_folder: ImageFolder) -> None:
     folder = str(image_folder("pets", ["cat", "dog", "owl", "rat"], count=20))
     task = load_task(folder, new_classes=["dog", "cat"], increments=2, rehearsal_size=9, adaptation_size=5)
     assert task.source.class_names == ["owl", "rat"]
@@ -283,7 +282,7 @@ def test_new_classes_of_any_data(image_folder: ImageFolder) -> None:
     assert [sizes(domain) for domain in (task.source, *task.targets)] == [[28, 4, 8], [5 + 8, 6, 4], [5 + 9, 8, 4]]
 
 
-def test_different_classes_are_refused(image_folder: ImageFolder) -> None:
+def test_target_with_other_classes_is_refused(image_folder: ImageFolder) -> None:
     day, night = image_folder("day", ["cat", "dog"]), image_folder("night", ["cat", "owl"])
     with pytest.raises(ValueError, match=r"missing \['dog'\], extra \['owl'\]"):
         load_task(str(day), shift=str(night))
@@ -298,7 +297,7 @@ def test_different_classes_are_refused(image_folder: ImageFolder) -> None:
         ("digits", "/nowhere/at/all", "there is no such folder"),
     ],
 )
-def test_a_wrong_name_is_refused_before_anything_is_read(
+def test_wrong_name_is_refused_before_data_is_read(
     name: str, shift: str, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(task, "EMBEDDED", dict.fromkeys(task.EMBEDDED))
@@ -311,16 +310,22 @@ def test_a_wrong_name_is_refused_before_anything_is_read(
     [
         ({}, r"either a shift or new classes, found None and \[\]"),
         ({"shift": "invert", "new_classes": ["6"]}, "found 'invert' and"),
-        ({"new_classes": ["6"], "severity": 3}, "severity belongs to a corruption: leave it out with new classes"),
-        ({"shift": "owner/pets", "severity": 3}, "severity belongs to a corruption"),
-        ({"shift": "fog", "shift_filters": [["level", "==", 1]]}, "shift_filters belong to a Hugging Face dataset"),
-        ({"shift": ".", "shift_filters": [["level", "==", 1]]}, "leave them out with the shift '.'"),
-        ({"shift": "fog", "rehearsal_size": 60}, "belong to new classes: leave them out with the shift 'fog'"),
-        ({"shift": "fog", "increments": 2}, "belong to new classes"),
+        ({"new_classes": ["6"], "severity": 3}, "severity applies to a corruption only: leave it out with new classes"),
+        ({"shift": "owner/pets", "severity": 3}, "severity applies to a corruption only"),
+        (
+            {"shift": "fog", "shift_filters": [["level", "==", 1]]},
+            "shift_filters applies to a Hugging Face dataset",
+        ),
+        ({"shift": ".", "shift_filters": [["level", "==", 1]]}, "leave it out with the shift '.'"),
+        (
+            {"shift": "fog", "rehearsal_size": 60},
+            "rehearsal_size applies to new classes only: .* the shift 'fog'; found 60",
+        ),
+        ({"shift": "fog", "increments": 2}, "increments applies to new classes only"),
         ({"shift": "fog", "severity": 7}, "must be 1 to 5, found 7"),
     ],
 )
-def test_options_that_contradict_are_refused_before_anything_is_read(
+def test_contradicting_options_are_refused_before_data_is_read(
     options: dict, message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(task, "EMBEDDED", dict.fromkeys(task.EMBEDDED))
@@ -328,7 +333,7 @@ def test_options_that_contradict_are_refused_before_anything_is_read(
         load_task("digits", **options)
 
 
-def test_the_fingerprint_follows_the_images() -> None:
+def test_task_fingerprint_depends_on_severity_and_seed() -> None:
     task = load_task("digits", shift="contrast", image_size=8)
     milder = load_task("digits", shift="contrast", image_size=8, severity=3)
     other_seed = load_task("digits", shift="contrast", image_size=8, seed=1)
@@ -337,7 +342,7 @@ def test_the_fingerprint_follows_the_images() -> None:
 
 
 @pytest.mark.slow
-def test_another_process_finds_the_same_fingerprints() -> None:
+def test_fingerprints_are_equal_in_another_process() -> None:
     options = [{"shift": "blend"}, {"new_classes": ["6", "9"], "increments": 2, "rehearsal_size": 30}]
     tasks = f"[load_task('digits', image_size=8, **options).fingerprint for options in {options}]"
     script = f"from peft_edge.data import load_task; print(*{tasks})"

@@ -1,4 +1,4 @@
-"""Cells that do nothing but what a test wants of them."""
+"""Jobs without training, whose outcome the test chooses."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ def record_of(config: RunConfig, status: str = SUCCESS, created_at: str = "") ->
 
 
 @dataclass(frozen=True)
-class FakeCell(RunJob):
-    """A run without training."""
+class FakeJob(RunJob):
+    """A run without training that takes `seconds` and then ends as `ending` says.
+
+    `ending` is `success`, `diverged`, `error`, `killed` or `damaged` (an unreadable record).
+    """
 
     ending: str = SUCCESS
-    """`success`, `diverged`, `error`, `killed` or `damaged`."""
-
     seconds: float = 0.0
-    """How long it takes."""
 
     def run(self) -> None:
         with (self.folder.parent / "done.txt").open("a") as file:
@@ -53,11 +53,11 @@ class FakeCell(RunJob):
             raise RuntimeError(f"{self.name} fails")
 
 
-def fake_cell(folder: Path, ending: str = SUCCESS, seconds: float = 0.0, seed: int = 0) -> FakeCell:
-    return FakeCell(folder.name, folder, RunConfig(output_dir=str(folder), seed=seed), ending, seconds)
+def fake_job(folder: Path, ending: str = SUCCESS, seconds: float = 0.0, seed: int = 0) -> FakeJob:
+    return FakeJob(folder.name, folder, RunConfig(output_dir=str(folder), seed=seed), ending, seconds)
 
 
 def done_in(folder: Path) -> Sequence[str]:
-    """The names of the jobs that were done, in the order in which they were begun."""
+    """Return the names of the jobs that were begun, in their order."""
     file = folder / "done.txt"
     return file.read_text().splitlines() if file.exists() else []

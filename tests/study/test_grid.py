@@ -1,10 +1,12 @@
+"""Grid files: combinations, names, and errors."""
+
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
 
-from peft_edge.study.costs import CostJob
+from peft_edge.study.analyses import CostJob
 from peft_edge.study.grid import read_grid
 from peft_edge.study.jobs import RunJob
 
@@ -13,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
-    """Two methods and two seeds."""
+    """Write a grid of two methods and two seeds."""
     (tmp_path / "task.yaml").write_text("data: {name: digits, shift: invert}\n")
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "head.yaml").write_text("method: head\n")
@@ -23,7 +25,7 @@ def grid(tmp_path: Path) -> Path:
     return file
 
 
-def test_every_combination_is_a_run(grid: Path, tmp_path: Path) -> None:
+def test_every_combination_is_a_job(grid: Path, tmp_path: Path) -> None:
     jobs = read_grid(grid, tmp_path / "runs")
     assert [job.setting for job in jobs] == ["task, full", "task, full", "task, head", "task, head"]
     assert [job.name for job in jobs] == [
@@ -38,7 +40,7 @@ def test_every_combination_is_a_run(grid: Path, tmp_path: Path) -> None:
     assert {job.config.cache_dir for job in jobs} == {str(tmp_path / "runs" / "cache")}
 
 
-def test_values_that_vary_are_named_and_a_slash_makes_no_folder(grid: Path, tmp_path: Path) -> None:
+def test_job_names_have_the_varied_values_and_no_slash(grid: Path, tmp_path: Path) -> None:
     grid.write_text(
         "recipes: [[task.yaml]]\n"
         "grid: {backbone.name: [timm/a, timm/b], training.learning_rate: [[1e-2, 3e-3]], norm: [stats], seed: [0, 1]}\n"
@@ -49,7 +51,7 @@ def test_values_that_vary_are_named_and_a_slash_makes_no_folder(grid: Path, tmp_
     assert jobs[3].config.training.learning_rate == [1e-2, 3e-3]
 
 
-def test_blocks_of_runs_and_of_analyses_make_one_grid(grid: Path, tmp_path: Path) -> None:
+def test_grid_may_have_blocks_of_runs_and_of_analyses(grid: Path, tmp_path: Path) -> None:
     grid.write_text(
         "- recipes: [[task.yaml], [methods/head.yaml]]\n"
         "- recipes: [[task.yaml], [methods/full.yaml]]\n  grid: {seed: [0, 1]}\n"
@@ -66,7 +68,7 @@ def test_shipped_grids_are_valid(path: Path, tmp_path: Path) -> None:
     assert len({job.result_name for job in jobs}) == len(jobs) > 0
 
 
-def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:
+def test_all_invalid_configurations_are_named(grid: Path, tmp_path: Path) -> None:
     grid.write_text(
         "- recipes:\n  - [task.yaml]\n  - [methods/*.yaml]\n  grid:\n    adapter.r: [4, 0]\n"
         "- recipes: [[nothing.yaml]]\n"
@@ -75,7 +77,7 @@ def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:
     with pytest.raises(
         ValueError,
         match=r"2 runs cannot be configured(?s:.*)full, adapter\.r=0(?s:.*)head, adapter\.r=0"
-        r"(?s:.*)no file is found for nothing\.yaml(?s:.*)lora_rank",
+        r"(?s:.*)no file matches nothing\.yaml(?s:.*)lora_rank",
     ):
         read_grid(grid, tmp_path / "runs")
 
@@ -88,8 +90,8 @@ def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:
         ("{", "expected `recipes`"),
         ("recipes: 3", "expected `recipes`"),
         ("recipes: [task.yaml]", "expected `recipes`"),
-        ("recipes: [[nothing*.yaml]]", "no file is found for nothing"),
-        ("recipes: [[/nothing/at/all.yaml]]", "no file is found for /nothing"),
+        ("recipes: [[nothing*.yaml]]", "no file matches nothing"),
+        ("recipes: [[/nothing/at/all.yaml]]", "no file matches /nothing"),
         ("recipes: [[task.yaml]]\ngird: {seed: [1]}", "gird"),
         ("recipes: [[task.yaml]]\ngrid: {seed: []}", "grid.seed"),
         ("recipes: [[task.yaml]]\ngrid: {method: lora}", "grid.method"),
@@ -99,7 +101,7 @@ def test_all_wrong_configurations_are_named(grid: Path, tmp_path: Path) -> None:
         ("recipes: [[task.yaml]]\nnetworks: [resnet18]\ngrid: {method: [full]}", "recipes"),
     ],
 )
-def test_a_file_that_is_no_grid_is_refused(grid: Path, tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_grid_file_is_refused(grid: Path, tmp_path: Path, text: str, message: str) -> None:
     grid.write_text(text)
     with pytest.raises(ValueError, match=message):
         read_grid(grid, tmp_path)

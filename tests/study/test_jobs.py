@@ -1,3 +1,5 @@
+"""Jobs and their records, locks and failures."""
+
 from __future__ import annotations
 
 import pickle
@@ -13,10 +15,10 @@ from peft_edge.config import RunConfig
 from peft_edge.hub.card import shareable
 from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, Record, add_record, read_archive, read_record
 from peft_edge.study.jobs import JobAttempt, RunJob
-from tests.study.support import FakeCell, done_in, fake_cell, record_of
+from tests.study.support import FakeJob, done_in, fake_job, record_of
 
 
-def run_cell(folder: Path, **keys: Any) -> RunJob:
+def run_job(folder: Path, **keys: Any) -> RunJob:
     return RunJob("a setting", folder, RunConfig(output_dir=str(folder), **keys))
 
 
@@ -27,42 +29,42 @@ def leave_record(job: RunJob, status: str, created_at: str = "2020-01-01T00:00:0
 @pytest.mark.parametrize(
     ("status", "is_finished"), [(SUCCESS, True), (DIVERGED, True), (FAILED, False), (CANCELED, False)]
 )
-def test_only_what_may_end_otherwise_is_not_finished(tmp_path: Path, status: str, is_finished: bool) -> None:
-    job = run_cell(tmp_path / "a")
+def test_failed_and_canceled_runs_are_not_finished(tmp_path: Path, status: str, is_finished: bool) -> None:
+    job = run_job(tmp_path / "a")
     assert (job.status, job.is_finished) == ("not run", False)
     leave_record(job, status)
     assert (job.status, job.is_finished) == (status, is_finished)
 
 
-def test_a_run_has_the_names_of_its_folder(tmp_path: Path) -> None:
-    job = run_cell(tmp_path / "a--seed=0", method="lora-fa")
+def test_run_is_named_after_its_folder(tmp_path: Path) -> None:
+    job = run_job(tmp_path / "a--seed=0", method="lora-fa")
     assert (job.name, job.log) == ("a--seed=0", tmp_path / "a--seed=0.log")
     assert job.result_name == "lora-fa--a--seed=0"
     assert pickle.loads(pickle.dumps(job)) == job
 
 
-def test_runs_share_a_source_unless_what_it_is_made_of_differs(tmp_path: Path) -> None:
-    source = run_cell(tmp_path / "a").source
-    assert run_cell(tmp_path / "b", method="full", adapter={"r": 8}).source == source
-    assert run_cell(tmp_path / "a", seed=1).source != source
-    assert run_cell(tmp_path / "a", backbone={"name": "resnet10t"}).source != source
+def test_runs_share_a_source_unless_seed_or_backbone_differ(tmp_path: Path) -> None:
+    source = run_job(tmp_path / "a").source
+    assert run_job(tmp_path / "b", method="full", adapter={"r": 8}).source == source
+    assert run_job(tmp_path / "a", seed=1).source != source
+    assert run_job(tmp_path / "a", backbone={"name": "resnet10t"}).source != source
 
 
-def test_a_folder_may_have_been_moved(tmp_path: Path) -> None:
-    leave_record(run_cell(tmp_path / "a"), SUCCESS)
+def test_run_in_a_moved_folder_is_finished(tmp_path: Path) -> None:
+    leave_record(run_job(tmp_path / "a"), SUCCESS)
     (tmp_path / "a").rename(tmp_path / "b")
-    assert run_cell(tmp_path / "b").is_finished
+    assert run_job(tmp_path / "b").is_finished
 
 
-def test_the_record_of_another_recipe_is_not_this_ones(tmp_path: Path) -> None:
-    old = run_cell(tmp_path / "a", training={"epochs": 3})
+def test_record_of_another_configuration_is_ignored(tmp_path: Path) -> None:
+    old = run_job(tmp_path / "a", training={"epochs": 3})
     leave_record(old, SUCCESS)
     old.record_failure("killed")
-    assert run_cell(tmp_path / "a").record is None
+    assert run_job(tmp_path / "a").record is None
 
 
-def test_the_last_failure_counts_until_a_run_comes_after_it(tmp_path: Path) -> None:
-    job = run_cell(tmp_path / "a")
+def test_newest_record_determines_the_status(tmp_path: Path) -> None:
+    job = run_job(tmp_path / "a")
     leave_record(job, CANCELED)
     job.record_failure("killed")
     assert (job.status, job.record.run_info.error_msg) == (FAILED, "killed")
@@ -70,12 +72,12 @@ def test_the_last_failure_counts_until_a_run_comes_after_it(tmp_path: Path) -> N
     assert job.status == DIVERGED
 
 
-def test_a_failure_does_not_begin_the_folder_and_goes_away_with_success(
+def test_failure_creates_no_folder_and_is_deleted_after_success(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    job = run_cell(tmp_path / "a")
+    job = run_job(tmp_path / "a")
     job.record_failure("killed")
-    # A folder with a record and no configuration would be taken for something else.
+    # A folder with a record and without a configuration would be refused by the next run.
     assert not job.folder.exists()
 
     monkeypatch.setattr(training, "run", lambda config: leave_record(job, SUCCESS, "2000-01-01T00:00:00+00:00"))
@@ -85,7 +87,7 @@ def test_a_failure_does_not_begin_the_folder_and_goes_away_with_success(
 
 
 def attempt_at(job: RunJob, tmp_path: Path) -> JobAttempt:
-    """As a study makes it that begins now."""
+    """Return the attempt of a study that begins now."""
     return JobAttempt(job, job.record, tmp_path / "results")
 
 
@@ -94,11 +96,11 @@ def result_of(job: RunJob, tmp_path: Path) -> object:
 
 
 @pytest.fixture
-def job(tmp_path: Path) -> FakeCell:
-    return fake_cell(tmp_path / "runs" / "a")
+def job(tmp_path: Path) -> FakeJob:
+    return fake_job(tmp_path / "runs" / "a")
 
 
-def test_what_is_done_is_written_down_twice_and_not_done_again(job: FakeCell, tmp_path: Path) -> None:
+def test_finished_job_is_copied_to_results_and_not_done_again(job: FakeJob, tmp_path: Path) -> None:
     attempt = attempt_at(job, tmp_path)
     assert not attempt.is_kept
     assert attempt.run()
@@ -111,14 +113,14 @@ def test_what_is_done_is_written_down_twice_and_not_done_again(job: FakeCell, tm
     assert done_in(tmp_path / "runs") == ["a"]
 
 
-def test_results_name_no_path_of_this_machine(job: FakeCell, tmp_path: Path) -> None:
+def test_results_contain_no_path_of_this_machine(job: FakeJob, tmp_path: Path) -> None:
     attempt_at(job, tmp_path).run()
     assert str(tmp_path) in job.record.to_json()
     (result,) = (tmp_path / "results").iterdir()
     assert str(tmp_path) not in result.read_text()
 
 
-def test_what_another_process_does_is_passed_over(job: FakeCell, tmp_path: Path) -> None:
+def test_locked_job_is_skipped(job: FakeJob, tmp_path: Path) -> None:
     attempt = attempt_at(job, tmp_path)
     with FileLock(tmp_path / "runs" / "a.lock"):
         assert not attempt.run()
@@ -128,22 +130,22 @@ def test_what_another_process_does_is_passed_over(job: FakeCell, tmp_path: Path)
     assert attempt.run()
 
 
-def test_what_another_process_has_tried_since_is_tried_again_only_by_the_next_study(tmp_path: Path) -> None:
-    ours, theirs = (attempt_at(fake_cell(tmp_path / "runs" / "a", "error"), tmp_path) for _ in range(2))
+def test_job_that_another_process_tried_is_left_to_the_next_study(tmp_path: Path) -> None:
+    ours, theirs = (attempt_at(fake_job(tmp_path / "runs" / "a", "error"), tmp_path) for _ in range(2))
     assert theirs.run()
     assert theirs.job.status == FAILED
     assert ours.run()
     assert done_in(tmp_path / "runs") == ["a"]
 
-    again = attempt_at(fake_cell(tmp_path / "runs" / "a"), tmp_path)
+    again = attempt_at(fake_job(tmp_path / "runs" / "a"), tmp_path)
     assert again.run()
     assert done_in(tmp_path / "runs") == ["a", "a"]
     assert again.job.status == SUCCESS
     assert result_of(again.job, tmp_path) == shareable(again.job.record)
 
 
-def test_a_failure_that_leaves_no_record_gets_one(tmp_path: Path) -> None:
-    job = fake_cell(tmp_path / "runs" / "a", "error")
+def test_failure_without_a_record_gets_one(tmp_path: Path) -> None:
+    job = fake_job(tmp_path / "runs" / "a", "error")
     assert attempt_at(job, tmp_path).run()
     record = job.record
     assert (record.train_info.status, record.run_info.experiment_name) == (FAILED, "lora/a")
@@ -152,22 +154,22 @@ def test_a_failure_that_leaves_no_record_gets_one(tmp_path: Path) -> None:
     assert job.log.read_text().startswith("this is a\nTraceback")
 
 
-def test_a_failure_that_leaves_a_record_keeps_it(tmp_path: Path) -> None:
-    job = fake_cell(tmp_path / "runs" / "a", DIVERGED)
+def test_failure_with_a_record_keeps_it(tmp_path: Path) -> None:
+    job = fake_job(tmp_path / "runs" / "a", DIVERGED)
     assert attempt_at(job, tmp_path).run()
     assert job.status == DIVERGED
     assert result_of(job, tmp_path) == shareable(job.record)
     assert attempt_at(job, tmp_path).is_kept
 
 
-def test_a_cell_whose_process_has_died_has_failed(job: FakeCell, tmp_path: Path) -> None:
+def test_job_of_a_dead_process_has_failed(job: FakeJob, tmp_path: Path) -> None:
     assert attempt_at(job, tmp_path).fail("killed (SIGKILL)")
     assert (job.status, job.record.run_info.error_msg) == (FAILED, "killed (SIGKILL)")
     assert result_of(job, tmp_path) == shareable(job.record)
     assert "SIGKILL" in job.log.read_text()
 
 
-def test_a_process_that_dies_after_its_cell_was_done_takes_nothing_away(job: FakeCell, tmp_path: Path) -> None:
+def test_process_that_dies_after_the_job_keeps_its_record(job: FakeJob, tmp_path: Path) -> None:
     attempt = attempt_at(job, tmp_path)
     add_record(job.folder, "record", record_of(job.config))
     assert attempt.fail("killed")
@@ -176,7 +178,7 @@ def test_a_process_that_dies_after_its_cell_was_done_takes_nothing_away(job: Fak
 
 
 @pytest.mark.parametrize("found", ["nothing", "an older record", "half a record"])
-def test_results_are_completed_from_what_is_finished(job: FakeCell, tmp_path: Path, found: str) -> None:
+def test_missing_old_and_damaged_results_are_replaced(job: FakeJob, tmp_path: Path, found: str) -> None:
     assert attempt_at(job, tmp_path).run()
     file = tmp_path / "results" / "lora--a.json"
     if found == "nothing":
@@ -193,7 +195,7 @@ def test_results_are_completed_from_what_is_finished(job: FakeCell, tmp_path: Pa
     assert done_in(tmp_path / "runs") == ["a"]
 
 
-def test_a_damaged_record_is_named(job: FakeCell, tmp_path: Path) -> None:
+def test_damaged_record_is_named(job: FakeJob, tmp_path: Path) -> None:
     attempt = attempt_at(job, tmp_path)
     job.folder.mkdir(parents=True)
     (job.folder / "record.json").write_text("{")
@@ -201,7 +203,7 @@ def test_a_damaged_record_is_named(job: FakeCell, tmp_path: Path) -> None:
         attempt.run()
 
 
-def test_a_run_that_cannot_begin_leaves_the_folder_of_another_as_it_is(tmp_path: Path) -> None:
+def test_run_in_the_folder_of_another_changes_nothing_there(tmp_path: Path) -> None:
     other = RunConfig(output_dir=str(tmp_path / "runs" / "a"), method="head", trackers=[])
     job = RunJob("a", tmp_path / "runs" / "a", other.model_copy(update={"method": "bias"}))
     add_record(job.folder, "record", theirs := record_of(other))

@@ -1,4 +1,4 @@
-"""Studies in processes of their own: with failing jobs, killed ones, and several at once."""
+"""Studies in their own processes, with failing and killed jobs and several at once, and their tables."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from peft_edge.hub.card import shareable
 from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, StepProfile, read_archive
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.study.runner import run_grid, study_table
-from tests.study.support import done_in, fake_cell, record_of
+from tests.study.support import done_in, fake_job, record_of
 
 ROOT = Path(__file__).parents[2]
 GRID = """
@@ -50,19 +50,19 @@ def start(*code: str) -> subprocess.Popen[str]:
 def start_study(grid: Path, output_dir: Path) -> subprocess.Popen[str]:
     options = ["study", "--grid", str(grid), "--output-dir", str(output_dir)]
     return start(
-        # What is started in the background of a script ignores Ctrl-C.
+        # A process in the background ignores Ctrl-C.
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)",
         "from peft_edge.cli import main",
         f"if __name__ == '__main__': main({options})",
     )
 
 
-def start_fakes(folder: Path, num_cells: int, seconds: float) -> subprocess.Popen[str]:
+def start_fakes(folder: Path, num_jobs: int, seconds: float) -> subprocess.Popen[str]:
     return start(
         "from pathlib import Path",
         "from peft_edge.study.runner import run_grid",
-        "from tests.study.support import fake_cell",
-        f"jobs = [fake_cell(Path({str(folder)!r}, str(n)), seconds={seconds}) for n in range({num_cells})]",
+        "from tests.study.support import fake_job",
+        f"jobs = [fake_job(Path({str(folder)!r}, str(n)), seconds={seconds}) for n in range({num_jobs})]",
         f"run_grid(jobs, results=Path({str(folder)!r}, 'results'))",
         "assert all(job.is_finished for job in jobs)",
     )
@@ -87,11 +87,11 @@ def results_in(folder: Path) -> dict[str, Record]:
 
 
 @pytest.mark.slow
-def test_one_cell_of_each_source_is_done_first_and_a_failure_stops_no_other(
+def test_one_job_of_each_source_is_first_and_failures_stop_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     seeds_and_endings = {"a": (0, SUCCESS), "b": (0, SUCCESS), "c": (1, "error"), "d": (1, DIVERGED)}
-    jobs = [fake_cell(tmp_path / name, ending, seed=seed) for name, (seed, ending) in seeds_and_endings.items()]
+    jobs = [fake_job(tmp_path / name, ending, seed=seed) for name, (seed, ending) in seeds_and_endings.items()]
     run_grid(jobs, results=tmp_path / "results")
     assert done_in(tmp_path) == ["a", "c", "b", "d"]
     assert [job.status for job in jobs] == [SUCCESS, SUCCESS, FAILED, DIVERGED]
@@ -101,22 +101,22 @@ def test_one_cell_of_each_source_is_done_first_and_a_failure_stops_no_other(
     assert "failed=1" in last_line
 
 
-def test_nothing_to_do_starts_no_process(tmp_path: Path) -> None:
+def test_empty_grid_starts_no_process(tmp_path: Path) -> None:
     run_grid([], results=tmp_path / "results")
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_stops_no_other_and_its_cell_is_tried_again(tmp_path: Path) -> None:
+def test_killed_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     endings = {"a": SUCCESS, "b": "killed", "c": "error", "d": SUCCESS}
-    jobs = [fake_cell(tmp_path / name, ending) for name, ending in endings.items()]
+    jobs = [fake_job(tmp_path / name, ending) for name, ending in endings.items()]
     run_grid(jobs, results=tmp_path / "results")
     assert [job.status for job in jobs] == [SUCCESS, FAILED, FAILED, SUCCESS]
     assert done_in(tmp_path) == ["a", "b", "c", "d"]
     assert "was killed (SIGKILL)" in jobs[1].record.run_info.error_msg
     assert results_in(tmp_path) == {f"lora--{job.name}.json": shareable(job.record) for job in jobs}
 
-    again = [fake_cell(tmp_path / name) for name in endings]
+    again = [fake_job(tmp_path / name) for name in endings]
     run_grid(again, processes=2, results=tmp_path / "results")
     assert {job.status for job in again} == {SUCCESS}
     assert sorted(done_in(tmp_path)[4:]) == ["b", "c"]
@@ -125,15 +125,15 @@ def test_a_process_that_is_killed_stops_no_other_and_its_cell_is_tried_again(tmp
 
 
 @pytest.mark.slow
-def test_a_study_that_cannot_go_on_says_why_and_ends_its_processes(tmp_path: Path) -> None:
-    jobs = [fake_cell(tmp_path / "a", "damaged"), fake_cell(tmp_path / "b", seconds=500)]
+def test_damaged_record_stops_the_study_and_its_processes(tmp_path: Path) -> None:
+    jobs = [fake_job(tmp_path / "a", "damaged"), fake_job(tmp_path / "b", seconds=500)]
     with pytest.raises(ValueError, match=r"a/record\.json is damaged"):
         run_grid(jobs, processes=2, results=tmp_path / "results")
     assert multiprocessing.active_children() == []
 
 
 @pytest.mark.slow
-def test_two_studies_share_a_folder(tmp_path: Path) -> None:
+def test_two_studies_do_each_job_once(tmp_path: Path) -> None:
     studies = [start_fakes(tmp_path, 40, 0.05) for _ in range(2)]
     for study in studies:
         finish(study)
@@ -142,7 +142,7 @@ def test_two_studies_share_a_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_study_that_is_killed_takes_its_processes_with_it(tmp_path: Path) -> None:
+def test_processes_of_a_killed_study_end(tmp_path: Path) -> None:
     study = start_fakes(tmp_path, 2, 60)
     wait_until(lambda: done_in(tmp_path), study)
     processes = psutil.Process(study.pid).children()
@@ -155,14 +155,14 @@ def test_a_study_that_is_killed_takes_its_processes_with_it(tmp_path: Path) -> N
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
-    """Two methods and two seeds."""
+    """Write a grid of two methods and two seeds."""
     for name, text in {"grid": GRID, "task": TASK, "lora": "method: lora", "full": "method: full"}.items():
         (tmp_path / f"{name}.yaml").write_text(text)
     return tmp_path / "grid.yaml"
 
 
 @pytest.mark.slow
-def test_a_killed_study_ends_with_the_records_of_one_that_was_not(grid: Path, tmp_path: Path) -> None:
+def test_resumed_study_has_the_records_of_an_uninterrupted_one(grid: Path, tmp_path: Path) -> None:
     whole, halves = tmp_path / "whole", tmp_path / "halves"
     finish(start_study(grid, whole))
 
@@ -178,7 +178,8 @@ def test_a_killed_study_ends_with_the_records_of_one_that_was_not(grid: Path, tm
     assert output.splitlines()[1].split()[:3] == ["task,", "lora", "2"]
     assert {file: file.stat().st_mtime_ns for file in stopped} == stopped
     expected, found = (
-        {name: lasting(asdict(record)) for name, record in results_in(folder).items()} for folder in (whole, halves)
+        {name: reproducible(asdict(record)) for name, record in results_in(folder).items()}
+        for folder in (whole, halves)
     )
     assert len(expected) == 4
     assert found == expected
@@ -188,10 +189,10 @@ def test_a_killed_study_ends_with_the_records_of_one_that_was_not(grid: Path, tm
 
 
 @pytest.mark.slow
-def test_an_interrupted_study_says_so_in_one_line(grid: Path, tmp_path: Path) -> None:
+def test_interrupted_study_prints_one_line(grid: Path, tmp_path: Path) -> None:
     study = start_study(grid, tmp_path / "runs")
     wait_until(lambda: list((tmp_path / "runs").glob("*.log")), study)
-    # As a terminal does, which interrupts every process.
+    # A terminal interrupts every process.
     os.killpg(study.pid, signal.SIGINT)
     _, errors = finish(study, 130)
     assert errors.splitlines()[-1] == "stopped: what was finished is kept"
@@ -203,23 +204,23 @@ def results_in_part(folder: Path) -> int:
     return len(list((folder / "results").glob("*.json")))
 
 
-def lasting(value: Any) -> Any:
-    """What a second run of the same must give again: all but dates, times, folders and the memory of processes."""
+def reproducible(value: Any) -> Any:
+    """Drop what differs between equal runs: dates, times, folders and the memory of processes."""
     if isinstance(value, dict):
-        return {key: lasting(entry) for key, entry in value.items() if not passes(key)}
-    # PEFT keeps the names of layers in a set.
+        return {key: reproducible(entry) for key, entry in value.items() if not is_volatile(key)}
+    # PEFT keeps names of layers in a set, whose order varies.
     is_set = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    return sorted(value) if is_set else list(map(lasting, value)) if isinstance(value, list) else value
+    return sorted(value) if is_set else list(map(reproducible, value)) if isinstance(value, list) else value
 
 
-def passes(key: str) -> bool:
+def is_volatile(key: str) -> bool:
     folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path", "peak_rss_bytes")
     return key.endswith(("_s", "_time", " time")) or key in folders_and_figures
 
 
 @dataclass(frozen=True)
 class KnownRun(RunJob):
-    """Whose record is given."""
+    """A run with a given record."""
 
     known: Record | None
 
@@ -230,7 +231,7 @@ class KnownRun(RunJob):
 
 @dataclass(frozen=True)
 class KnownCost(Job):
-    """An analysis whose record is given."""
+    """An analysis with a given record."""
 
     known: CostRecord | None
 
@@ -280,7 +281,7 @@ def lines_of(jobs: list[Job]) -> list[list[str]]:
 
 
 def cells_of(line: list[str]) -> list[str]:
-    return [job.strip() for job in line if job.strip()]
+    return [cell.strip() for cell in line if cell.strip()]
 
 
 def test_runs_are_averaged_over_seeds() -> None:
@@ -293,14 +294,14 @@ def test_runs_are_averaged_over_seeds() -> None:
     assert row == ["task, lora", "3", spread, "0.500", "0.250", "-", "12,345", "-"]
 
 
-def test_what_did_not_succeed_is_said_and_not_averaged() -> None:
+def test_other_statuses_are_listed_and_not_averaged() -> None:
     runs = [run("a", SUCCESS, 0.9), run("b", DIVERGED), run("a", FAILED), run("a", None)]
     first, second = map(cells_of, lines_of(runs)[1:])
     assert first[:3] == ["a", "1, failed, not run", "0.900"]
     assert second[:3] == ["b", "0, diverged", "-"]
 
 
-def test_analyses_have_a_table_of_their_own() -> None:
+def test_analyses_have_a_second_table() -> None:
     profile = StepProfile(
         process_index=0,
         scope="step",
