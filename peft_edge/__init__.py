@@ -1,29 +1,57 @@
-"""Parameter-efficient fine-tuning of convolutional networks on edge devices, as an extension to Hugging Face PEFT.
+"""Parameter-efficient fine-tuning of convolutional networks for edge devices, as an extension of Hugging Face PEFT.
 
-Importing this package makes its tuners known to PEFT.
+Importing this package registers its tuners with PEFT: at once if PEFT is imported already, else as soon as it is.
+The names below are imported when they are first used, so that the command line starts without torch.
 """
 
-from peft_edge.backbones import load_backbone
-from peft_edge.hub import load_pretrained
-from peft_edge.lean import FeatureCache, FrozenPrefix, lean_summary, prepare_model_for_lean_training, undo_lean_training
-from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, ConvAdapterModel
-from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
-from peft_edge.tuners.norm import recalibrate
+import sys
+from importlib import import_module
+from pkgutil import iter_modules
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from wrapt import register_post_import_hook
+
+if TYPE_CHECKING:
+    from peft_edge.backbones import load_backbone
+    from peft_edge.hub import load_pretrained
+    from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
+    from peft_edge.lean.prepare import lean_summary, prepare_model_for_lean_training, undo_lean_training
+    from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer, ConvAdapterModel
+    from peft_edge.tuners.conv_lora import ConvLoraConfig, ConvLoraLayer, ConvLoraModel
+    from peft_edge.tuners.norm import recalibrate
 
 __version__ = "0.1.0"
 __all__ = [
-    "ConvAdapterConfig",
-    "ConvAdapterLayer",
-    "ConvAdapterModel",
-    "ConvLoraConfig",
-    "ConvLoraLayer",
-    "ConvLoraModel",
-    "FeatureCache",
-    "FrozenPrefix",
-    "lean_summary",
-    "load_backbone",
-    "load_pretrained",
-    "prepare_model_for_lean_training",
-    "recalibrate",
-    "undo_lean_training",
-]
+    "ConvAdapterConfig", "ConvAdapterLayer", "ConvAdapterModel", "ConvLoraConfig", "ConvLoraLayer", "ConvLoraModel",
+    "FeatureCache", "FrozenPrefix", "lean_summary", "load_backbone", "load_pretrained",
+    "prepare_model_for_lean_training", "recalibrate", "undo_lean_training",
+]  # fmt: skip
+
+
+def __getattr__(name: str) -> object:
+    for module in ("tuners", "lean", "backbones", "hub") if name in __all__ else ():
+        public = vars(import_module(f"{__name__}.{module}"))
+        if name in public:
+            return globals().setdefault(name, public[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
+
+def _register_tuners(imported: ModuleType) -> None:
+    """Import the tuners if PEFT is imported and no module of this package is half imported: that would be circular."""
+    if "peft" in sys.modules and not any(map(_is_half_imported, {*sys.modules} - {imported.__name__})):
+        import_module(f"{__name__}.tuners")
+
+
+def _is_half_imported(module: str) -> bool:
+    package, _, name = module.rpartition(".")
+    # A module becomes an attribute of its package when its import is complete.
+    return module.startswith(f"{__name__}.") and package in sys.modules and name not in vars(sys.modules[package])
+
+
+for _name in ["peft", *(f"{__name__}.{module.name}" for module in iter_modules(__path__))]:
+    register_post_import_hook(_register_tuners, _name)

@@ -1,22 +1,84 @@
-"""Importing the package is quick: it brings in no package that PEFT and timm have not brought in."""
+"""The package starts without heavy imports, and PEFT knows its tuners whichever of the two is imported first."""
 
 from __future__ import annotations
 
+import os
+import pkgutil
 import subprocess
 import sys
 
 import pytest
 
-PROGRAM = """
+import peft_edge
+
+HEAVY = {"accelerate", "datasets", "matplotlib", "numpy", "pandas", "peft", "sklearn", "timm", "torch", "transformers"}
+MODULES = [module.name for module in pkgutil.iter_modules(peft_edge.__path__)]
+CHECK = "from peft import PeftType\nassert {'CONV_LORA', 'CONV_ADAPTER'} <= {*PeftType}, sorted(PeftType)\n"
+
+
+def run(program: str) -> str:
+    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
+
+
+def test_importing_the_package_imports_nothing_heavy() -> None:
+    assert not HEAVY & {*run("import sys, peft_edge; dir(peft_edge); print(*sys.modules)").split()}
+
+
+def test_public_names_are_listed_and_found() -> None:
+    assert {*peft_edge.__all__} <= {*dir(peft_edge)}
+    assert all(getattr(peft_edge, name).__name__ == name for name in peft_edge.__all__)
+    with pytest.raises(AttributeError, match="module 'peft_edge' has no attribute 'ConvLora'"):
+        peft_edge.ConvLora  # noqa: B018
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, to import torch once")
+def test_tuners_are_registered_in_whatever_order_modules_are_imported() -> None:
+    statements = [f"import peft_edge.{module}" for module in MODULES]
+    statements += [f"from peft_edge import {name}" for name in ("ConvAdapterConfig", "FeatureCache", "load_pretrained")]
+    statements += ["import peft_edge", "import peft, peft_edge", "from peft_edge.lean.layers import *"]
+    program = f"""
+import os, traceback
+import timm, torch, transformers.modeling_utils
+for statement in {statements}:
+    if not (child := os.fork()):
+        try:
+            exec(statement)
+            exec({CHECK!r})
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0, statement
+"""
+    run(program)
+
+
+@pytest.mark.slow
+def test_threads_that_import_at_once_register_the_tuners() -> None:
+    statements = [
+        "import peft",
+        "from peft_edge import ConvLoraConfig",
+        "import peft_edge.lean",
+        "import peft_edge.hub",
+    ]
+    run(f"""
+import threading
+import timm, torch, transformers.modeling_utils
+import peft_edge
+threads = [threading.Thread(target=exec, args=(statement,)) for statement in {statements}]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+{CHECK}""")
+
+
+@pytest.mark.slow
+def test_package_imports_only_what_peft_and_timm_import() -> None:
+    program = """
 import sys
-import peft, timm
+import peft, timm, wrapt
 before = {name.partition(".")[0] for name in sys.modules}
 import peft_edge
 print(*{name.partition(".")[0] for name in sys.modules} - before)
 """
-
-
-@pytest.mark.slow
-def test_no_other_package_is_imported() -> None:
-    result = subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=True)
-    assert result.stdout.split() == ["peft_edge"]
+    assert run(program).split() == ["peft_edge"]
