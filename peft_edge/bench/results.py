@@ -6,9 +6,11 @@ import json
 import os
 import statistics
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from pydantic import TypeAdapter
 
 from peft_edge.profiling.figures import Panel, memory_panel, save_bars
 from peft_edge.profiling.tables import cost_table, text_table
@@ -107,7 +109,7 @@ class BenchRecord:
 
     def to_json(self) -> str:
         """Returns the record as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+        return json.dumps(TypeAdapter(BenchRecord).dump_python(self), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls, text: str) -> BenchRecord:

@@ -21,6 +21,14 @@ NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, lt=1)]
 
+METHOD_NAMES = (
+    *("none", "head", "norm-stats", "norm-affine", "bias", "full"),
+    *("lora", "lora-fa", "dora", "conv-adapter", "galore"),
+    *("peft-lora", "peft-dora", "peft-loha", "peft-lokr"),
+)
+OPTIMIZER_NAMES = ("adamw", "sgd", "sgd-momentum", "adafactor")
+ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project", "last-stage")
+
 
 def _as_list(value: Any) -> Any:
     return value if isinstance(value, list) else [value]

@@ -283,7 +283,7 @@ class ProfilingCallback(TrainerCallback):
             times = step.times()
             self._times.append(times)
             self._add([])
-            self._send([replace(self._counted[0], **vars(times)), *self._counted[1:]], control)
+            self._send([self._counted[0].model_copy(update=vars(times)), *self._counted[1:]], control)
 
     def on_train_end(
         self, args: TrainingArguments | None, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -294,7 +294,7 @@ class ProfilingCallback(TrainerCallback):
             return
         self.rows = gather_object(self.rows)
         if PartialState().is_main_process and self.rows:
-            _write(self._whole_file, [asdict(row) for row in self.rows])
+            _write(self._whole_file, [row.model_dump() for row in self.rows])
             if self._show_table:
                 print(profile_table(self.rows))
 
@@ -320,8 +320,8 @@ class ProfilingCallback(TrainerCallback):
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         medians: dict[str, Any] = {name: _median([getattr(times, name) for times in self._times]) for name in _TIMES}
-        self.rows = [replace(row, steps=steps, **(medians if row.scope == "step" else {})) for row in rows]
-        _write(self._file, {"rows": [asdict(row) for row in self.rows], "times": [asdict(t) for t in self._times]})
+        self.rows = [row.model_copy(update={"steps": steps} | (medians if row.scope == "step" else {})) for row in rows]
+        _write(self._file, {"rows": [row.model_dump() for row in self.rows], "times": [asdict(t) for t in self._times]})
 
     def _send(self, rows: list[StepProfile], control: TrainerControl) -> None:
         if self._log is None or not PartialState().is_main_process:
@@ -329,7 +329,7 @@ class ProfilingCallback(TrainerCallback):
         figures: dict[str, float] = {}
         for row in rows:
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
-            names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in asdict(row) if n not in _NOT_LOGGED]
+            names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in StepProfile.model_fields if n not in _NOT_LOGGED]
             figures |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
         # Trainer takes its `log` for the step's own, which would then be left out.
         should_log = control.should_log

@@ -12,7 +12,7 @@ import json
 import time
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -334,7 +334,7 @@ def _adapt(
             "num_trainable_params": num_trainable_params,
             "train_time": progress.train_time,
             "metrics": progress.metrics,
-            "profile": [asdict(row) for row in profile],
+            "profile": [row.model_dump() for row in profile],
             "replay": None if replay is None else replay.info,
         }
         if accelerator.is_main_process:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
 
@@ -130,7 +130,7 @@ def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[Step
     # Without the argument, PEFT asks the Hub how large the base model's vocabulary is.
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
     adapter_bytes = sum(tensor.nbytes for tensor in saved)
-    return [replace(row, adapter_bytes=adapter_bytes) if row.scope == "step" else row for row in profile]
+    return [row.model_copy(update={"adapter_bytes": adapter_bytes}) if row.scope == "step" else row for row in profile]
 
 
 def _key(config: RunConfig, source: nn.Module, target: Domain, accelerator: Accelerator) -> str:

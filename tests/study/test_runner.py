@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def test_a_killed_study_ends_with_the_records_of_one_that_was_not(grid: Path, tm
     assert output.splitlines()[1].split()[:3] == ["task,", "lora", "2"]
     assert {file: file.stat().st_mtime_ns for file in stopped} == stopped
     expected, found = (
-        {name: lasting(asdict(record)) for name, record in results_in(folder).items()} for folder in (whole, halves)
+        {name: lasting(record.model_dump()) for name, record in results_in(folder).items()} for folder in (whole, halves)
     )
     assert len(expected) == 4
     assert found == expected

@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -35,7 +34,7 @@ def test_record_of_a_run_that_stops_holds_what_its_processes_have_left(tmp_path:
     (tmp_path / "profile" / "lr_0.01").mkdir(parents=True)
     for row in rows:
         file = tmp_path / "profile" / "lr_0.01" / f"process_{row.process_index}.json"
-        file.write_text(json.dumps({"rows": [asdict(row)], "times": []}))
+        file.write_text(json.dumps({"rows": [row.model_dump()], "times": []}))
     with pytest.raises(RuntimeError), failure_recorded(config, run, 0.0):
         raise RuntimeError("lost")
     assert Record.from_json((tmp_path / "record.json").read_text()).profile == rows[::-1]
