@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Collection, Mapping
 from json import dumps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 import typer
 from typer import Argument, BadParameter, Option
@@ -27,7 +27,7 @@ from peft_edge.records import Record, read_record
 if TYPE_CHECKING:
     from torch import nn
 
-ACCOUNTINGS = ("exact", "source-study")
+Accounting = Literal["exact", "source-study"]
 CONTENDERS = [
     *("full", "inference", "peft-lora", "peft-dora", "lycoris-locon", "loralib"),
     *("lora-plain", "lora-dense", "lora-byte", "lora-recompute", "lora-stats", "lora-all-conv", "lora-project"),
@@ -46,7 +46,7 @@ FLOP_UNITS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
 class Command(TyperCommand):
     """A command with options that take several values, and one message in place of a traceback."""
 
-    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the type of ctx is private
         """Allow `--method full lora` for `--method full --method lora`, and unique abbreviations of options."""
         lists = {name: getattr(option, "multiple", False) for option in self.params for name in option.opts}
         expanded: list[str] = []
@@ -65,7 +65,7 @@ class Command(TyperCommand):
                 expanded.append(argument)
         return super().parse_args(ctx, expanded)
 
-    def invoke(self, ctx: typer.Context) -> object:
+    def invoke(self, ctx: Any) -> object:
         """Run the command; wrong input ends with exit code 2, Ctrl-C with 130."""
         try:
             return super().invoke(ctx)
@@ -125,8 +125,7 @@ def _choice(names: Collection[str], meaning: str) -> OptionInfo:
 
 
 def _limit(units: Mapping[str, int], example: str, meaning: str) -> OptionInfo:
-    units_text = f"a number and one of {', '.join(units)}"
-    return Option(parser=_amount(units, example), metavar=example, help=f"{meaning}: {units_text}.")
+    return Option(parser=_amount(units, example), metavar=example, help=f"{meaning}, in {', '.join(units)}.")
 
 
 def _count(meaning: str) -> OptionInfo:
@@ -141,7 +140,6 @@ _BASE = "The model on the devices: the folder of a saved model, or the id of a t
 _MODEL = "The folder of an adapter or of a saved model, or the id of an adapter on the Hub."
 _METHODS = f"One or several of {', '.join(METHOD_NAMES)}."
 _TARGETS = f"The layers with adapters: {', '.join(ROLE_NAMES)}, or a regular expression"
-_SUFFIXES = ", ".join(PICTURE_SUFFIXES)
 
 Base = Annotated[str, Option(help=_BASE)]
 Backbone = Annotated[str, Option(help="A timm model name, or the folder of a saved model.")]
@@ -149,11 +147,10 @@ NumClasses = Annotated[int | None, _count("Outputs of the trained head; by defau
 BatchSize = Annotated[int, _count("Images in a step.")]
 ImageSize = Annotated[int, _count("Height and width in pixels.")]
 Methods = Annotated[list[str], Option(parser=_one_of(METHOD_NAMES), metavar="METHOD ...", help=_METHODS)]
-LoraRank = Annotated[int, _count("Rank of all adapters.")]
 LoraRanks = Annotated[list[int], Option(min=1, metavar="RANK ...", help="One or several ranks of the adapters.")]
 Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "In the method's form, with its default settings.")]
 Json = Annotated[Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints it.")]
-Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help=f"Draw a figure ({_SUFFIXES}).")]
+Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help="Draw a figure (.png, .svg or .pdf).")]
 
 app = typer.Typer(
     add_completion=False,
@@ -198,14 +195,14 @@ def profile(
     ] = None,
     norm: Annotated[str, _choice(NORMS, "What a method changes in BatchNorm layers.")] = "stats",
     optimizer: Optimizer = "adamw",
-    accounting: Annotated[str, _choice(ACCOUNTINGS, "How FLOPs are counted.")] = "exact",
+    accounting: Annotated[Accounting, _choice(get_args(Accounting), "How FLOPs are counted.")] = "exact",
     json: Json = None,
     picture: Picture = None,
 ) -> None:
-    """Print the cost of a training step, without training.
+    """Print the FLOPs and memory of a training step, without training.
 
-    Prints FLOPs and memory for each method and LoRA rank. Nothing is computed: the step runs on tensors that have a
-    shape and no values. This takes seconds, and no more memory than the weights.
+    There is a row for each method and LoRA rank. The step runs on tensors that have a shape and no values: this takes
+    seconds, and no more memory than the weights.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.profiling.analysis import compare_methods
@@ -223,19 +220,12 @@ def profile(
         optimizer=optimizer,
         accounting=accounting,
     )
-    setting = {
-        "num_classes": model.num_classes,
-        "backbone": backbone,
-        "target_modules": target_modules,
-        "norm": norm,
-        "batch_size": batch_size,
-        "image_size": image_size,
-        "optimizer": optimizer,
-        "accounting": accounting,
-    }
+    setting: dict[str, object] = {"num_classes": model.num_classes, "backbone": backbone}
+    setting |= {"target_modules": target_modules, "norm": norm, "batch_size": batch_size, "image_size": image_size}
+    setting |= {"optimizer": optimizer, "accounting": accounting}
     step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
-    result = {**setting, "costs": {name: cost.model_dump() for name, cost in costs.items()}}
-    _show(dumps(result, indent=2) + "\n", f"One training step of {step}\n\n{cost_table(costs)}", json)
+    setting["costs"] = {name: cost.model_dump() for name, cost in costs.items()}
+    _show(dumps(setting, indent=2) + "\n", f"One training step of {step}\n\n{cost_table(costs)}", json)
     if picture is not None:
         save_cost_figure(costs, picture, title=step)
 
@@ -246,9 +236,9 @@ def plan(
     num_classes: NumClasses = None,
     batch_size: BatchSize = 16,
     image_size: ImageSize = 224,
-    memory: Annotated[int | None, _limit(BYTE_UNITS, "256MiB", "Most memory of the tensors of a step")] = None,
-    flops: Annotated[int | None, _limit(FLOP_UNITS, "3GFLOP", "Most arithmetic of a step")] = None,
-    adapter_bytes: Annotated[int | None, _limit(BYTE_UNITS, "200KiB", "Largest size of the saved update")] = None,
+    memory: Annotated[int | None, _limit(BYTE_UNITS, "256MiB", "The most memory for the tensors of a step")] = None,
+    flops: Annotated[int | None, _limit(FLOP_UNITS, "3GFLOP", "The most arithmetic of a step")] = None,
+    adapter_bytes: Annotated[int | None, _limit(BYTE_UNITS, "200KiB", "The largest size of the saved update")] = None,
     method: Methods = PLAN_METHODS,
     target_modules: Annotated[
         list[str], Option(parser=_target_modules, metavar="ROLE|REGEX ...", help=f"{_TARGETS}; one or several.")
@@ -260,8 +250,7 @@ def plan(
     """List what fits a budget of memory, arithmetic and bytes.
 
     Lists the methods, target modules and LoRA ranks whose training step fits, each with the mildest lean setting that
-    it needs, and says why the others do not fit. Nothing is computed: steps run on tensors that have a shape and no
-    values.
+    it needs, and why the others do not fit. Steps run on tensors that have a shape and no values.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.plan import Budget, find_plan, plan_table
@@ -292,7 +281,7 @@ def bench(
     methods: Annotated[
         list[str], Option(parser=_one_of(CONTENDERS), metavar="METHOD ...", help="What to measure, beside full.")
     ] = CONTENDERS,
-    lora_rank: LoraRank = 4,
+    lora_rank: Annotated[int, _count("Rank of all adapters.")] = 4,
     rounds: Annotated[int, _count("Timed steps of each method.")] = 7,
     threads: Annotated[int, _count("Threads of the CPU.")] = 1,
     json: Json = None,

@@ -141,7 +141,7 @@ def test_choices_are_those_of_the_package() -> None:
     assert (*methods.METHODS,) == cli.METHOD_NAMES
     assert (*methods.OPTIMIZERS,) == cli.OPTIMIZER_NAMES
     assert {*cli.ROLE_NAMES} == {*roles.ROLES}
-    assert cli.ACCOUNTINGS == flops.ACCOUNTINGS
+    assert cli.Accounting == flops.Accounting
     assert [*bench.CONTENDERS] == cli.CONTENDERS
     assert (*export.FORMATS,) == cli.EXPORT_FORMATS
     assert Norm.__args__ == cli.NORMS
