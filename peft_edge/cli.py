@@ -1,306 +1,472 @@
-"""The `peft-edge` command: arguments and printing; what it does stands elsewhere in the package."""
+"""The `peft-edge` command.
+
+Arguments are checked before torch is imported, so each command imports what it needs itself. The choices listed here
+repeat names of those modules; a test compares them.
+"""
 
 from __future__ import annotations
 
-import argparse
-import json
+import difflib
 import re
 import sys
-from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Collection, Mapping
+from json import dumps
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
+
+import typer
+from typer import Argument, BadParameter, Option
+from typer.core import TyperCommand
+from typer.models import OptionInfo
 
 from peft_edge import __version__
-from peft_edge.backbones import load_backbone
-from peft_edge.bench import CONTENDERS, bench_table, run_bench, save_bench_figure
-from peft_edge.export.commands import add_commands as add_export_commands
+from peft_edge.config.schema import METHOD_NAMES, OPTIMIZER_NAMES, ROLE_NAMES
 from peft_edge.files import atomic_write
-from peft_edge.methods import METHODS, OPTIMIZERS
-from peft_edge.plan import (
-    BYTES,
-    FLOPS,
-    LORA_RANKS,
-    METHODS_TO_PLAN,
-    PLACEMENTS,
-    Budget,
-    find_plan,
-    parse_bytes,
-    parse_flops,
-    plan_table,
-)
-from peft_edge.profiling.analysis import compare_methods
-from peft_edge.profiling.figures import FORMATS, save_cost_figure
-from peft_edge.profiling.flops import ACCOUNTINGS
-from peft_edge.profiling.tables import cost_table
-from peft_edge.report import write_report
-from peft_edge.roles import ROLES
-from peft_edge.study import read_grid, run_grid, study_table
-from peft_edge.tuners.norm import Norm
+from peft_edge.records import Record, read_record
+
+if TYPE_CHECKING:
+    from torch import nn
+
+Accounting = Literal["exact", "source-study"]
+CONTENDERS = [
+    *("full", "inference", "peft-lora", "peft-dora", "lycoris-locon", "loralib"),
+    *("lora-plain", "lora-dense", "lora-byte", "lora-recompute", "lora-stats", "lora-all-conv", "lora-project"),
+    *("lora-fa-project", "dora-dense", "galore"),
+]
+EXPORT_FORMATS = ("onnx", "torch-export", "executorch")
+NORMS = ("frozen", "recalibrate", "stats", "affine")
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+PLAN_METHODS = ["head", "norm-affine", "lora", "lora-fa", "dora", "galore", "full"]
+PLAN_LORA_RANKS = [4, 16]
+PLAN_TARGET_MODULES = ["all-conv", "dense", "project", "last-stage"]
+BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+FLOP_UNITS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command with these arguments, by default those of the process."""
-    parser = argparse.ArgumentParser(prog="peft-edge", description="Parameter-efficient fine-tuning for edge CNNs.")
-    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="command")
-    _add_profile(commands)
-    _add_plan(commands)
-    _add_bench(commands)
-    _add_study(commands)
-    _add_report(commands)
-    add_export_commands(commands)
-    options = parser.parse_args(arguments)
-    try:
-        options.run(options)
-    except (ValueError, OSError, ImportError) as error:
-        parser.exit(2, f"error: {error}\n")
-    except KeyboardInterrupt:
-        parser.exit(130, "stopped: what was finished is kept\n")
+class Command(TyperCommand):
+    """A command with options that take several values, and one message in place of a traceback."""
 
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the type of ctx is private
+        """Allow `--method full lora` for `--method full --method lora`, and unique abbreviations of options."""
+        lists = {name: getattr(option, "multiple", False) for option in self.params for name in option.opts}
+        expanded: list[str] = []
+        repeated = None
+        for position, argument in enumerate(args):
+            name, *value = argument.split("=", 1)
+            matches = [option for option in lists if name.startswith("--") and option.startswith(name)]
+            if name not in lists and len(matches) == 1:
+                (name,) = matches
+            if argument.startswith("--"):
+                repeated = name if lists.get(name) else None
+                expanded.append("=".join([name, *value]))
+            elif repeated and not args[position - 1].startswith("--"):
+                expanded += [repeated, argument]
+            else:
+                expanded.append(argument)
+        return super().parse_args(ctx, expanded)
 
-def _add_profile(commands: Any) -> None:
-    parser = commands.add_parser(
-        "profile",
-        help="what a training step costs, without training",
-        description="Prints FLOPs and memory of one training step for each method and LoRA rank. Nothing is computed: "
-        "the step runs on tensors that have a shape and no values, in seconds and in no more memory than the weights.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    _add_step(parser)
-    add("--method", nargs="+", default=["full", "lora"], choices=METHODS, help="one or several")
-    add("--lora-rank", nargs="+", type=positive_integer, default=[4], help="one or several")
-    add(
-        "--target-modules",
-        type=_pattern,
-        help=f"{', '.join(ROLES)}, or a regular expression; each method's own if not given",
-    )
-    add("--norm", default="stats", choices=get_args(Norm), help="what methods change in the BatchNorm layers")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="in the method's form, with its defaults")
-    add("--accounting", default="exact", choices=ACCOUNTINGS, help="how FLOPs are counted")
-    add("--json", metavar="FILE", type=_file, help="write the figures, too; - prints them and no table")
-    add("--picture", metavar="FILE", type=_picture, help="draw them, too: a .png, .svg or .pdf file")
-    parser.set_defaults(run=_profile)
-
-
-def _add_step(parser: argparse.ArgumentParser, *, num_classes: int | None = None) -> None:
-    add = parser.add_argument
-    add("--backbone", required=True, help="a timm model name, or the folder of a saved model")
-    head = "outputs of the head that is trained" + ("" if num_classes else "; timm's if not given")
-    add("--num-classes", type=positive_integer, default=num_classes, help=head)
-    add("--batch-size", type=positive_integer, default=16, help="images in the step")
-    add("--image-size", type=positive_integer, default=224, help="height and width in pixels")
-
-
-def _profile(options: argparse.Namespace) -> None:
-    backbone = load_backbone(options.backbone, options.num_classes)
-    costs = compare_methods(
-        backbone,
-        options.method,
-        lora_ranks=options.lora_rank,
-        adapter={"norm": options.norm} | ({"target_modules": targets} if (targets := options.target_modules) else {}),
-        batch_size=options.batch_size,
-        image_size=options.image_size,
-        optimizer=options.optimizer,
-        accounting=options.accounting,
-    )
-    num_classes = backbone.num_classes
-    names = ("backbone", "target_modules", "norm", "batch_size", "image_size", "optimizer", "accounting")
-    setting = {"num_classes": num_classes, **{name: getattr(options, name) for name in names}}
-    text = json.dumps({**setting, "costs": {name: asdict(cost) for name, cost in costs.items()}}, indent=2) + "\n"
-    title = (
-        f"{options.backbone}, {num_classes} classes, batch {options.batch_size}, {options.image_size} px, "
-        f"{options.optimizer}"
-    )
-    _show(text, f"One training step of {title}\n\n{cost_table(costs)}", options.json)
-    if options.picture is not None:
-        save_cost_figure(costs, options.picture, title=title)
-
-
-def _add_plan(commands: Any) -> None:
-    parser = commands.add_parser(
-        "plan",
-        help="what fits a budget of memory, arithmetic and bytes",
-        description="Lists the methods, placements and ranks that fit, each with the mildest lean setting that it "
-        "needs, and says why the others do not. Nothing is computed: steps run on tensors that have a shape and no "
-        "values.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    _add_step(parser)
-    units = f"a number and one of {', '.join(BYTES)}"
-    add("--memory", type=_amount(parse_bytes), metavar="256MiB", help=f"of a step's tensors at the peak: {units}")
-    add(
-        "--flops",
-        type=_amount(parse_flops),
-        metavar="3GFLOP",
-        help=f"of a step: a number and one of {', '.join(FLOPS)}",
-    )
-    add("--adapter-bytes", type=_amount(parse_bytes), metavar="200KiB", help=f"of the saved update: {units}")
-    add("--method", nargs="+", default=METHODS_TO_PLAN, choices=METHODS, help="one or several")
-    add("--target-modules", nargs="+", type=_pattern, default=PLACEMENTS, help="one or several placements of adapters")
-    add("--lora-rank", nargs="+", type=positive_integer, default=LORA_RANKS, help="one or several")
-    add("--optimizer", default="adamw", choices=OPTIMIZERS, help="in the method's form, with its defaults")
-    add("--records", type=Path, metavar="FOLDER", help="with records of runs, to order what fits by their accuracy")
-    parser.set_defaults(run=_plan)
-
-
-def _plan(options: argparse.Namespace) -> None:
-    budget = Budget(memory_bytes=options.memory, flops=options.flops, adapter_bytes=options.adapter_bytes)
-    backbone = load_backbone(options.backbone, options.num_classes)
-    plan = find_plan(
-        backbone,
-        budget,
-        methods=options.method,
-        target_modules=options.target_modules,
-        lora_ranks=options.lora_rank,
-        batch_size=options.batch_size,
-        image_size=options.image_size,
-        optimizer=options.optimizer,
-        records=options.records,
-    )
-    title = f"{options.backbone}, {backbone.num_classes} classes, batch {options.batch_size}, {options.image_size} px"
-    print(f"Training steps of {title}, {options.optimizer}; {budget}\n\n{plan_table(plan)}")
-
-
-def _add_bench(commands: Any) -> None:
-    parser = commands.add_parser(
-        "bench",
-        help="our methods against their peers, measured on this machine",
-        description="Measures training steps of full fine-tuning, of PEFT, LyCORIS and loralib where they are "
-        "installed, and of our methods: time in interleaved rounds, as a multiple of full fine-tuning's, and memory "
-        "and FLOPs. Takes minutes, and is worth most on a machine that does nothing else.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    _add_step(parser, num_classes=10)
-    add("--methods", nargs="+", default=list(CONTENDERS), choices=CONTENDERS, metavar="METHOD", help="one or several")
-    add("--lora-rank", type=positive_integer, default=4, help="of all adapters")
-    add("--rounds", type=positive_integer, default=7, help="timed steps of each method")
-    add("--threads", type=positive_integer, default=1, help="of the CPU")
-    add("--json", metavar="FILE", type=_file, help="write the record, too; - prints it and no table")
-    add("--picture", metavar="FILE", type=_picture, help="draw memory and time, too: a .png, .svg or .pdf file")
-    parser.set_defaults(run=_bench)
-
-
-def _bench(options: argparse.Namespace) -> None:
-    record = run_bench(
-        options.backbone,
-        options.methods,
-        num_classes=options.num_classes,
-        batch_size=options.batch_size,
-        image_size=options.image_size,
-        lora_rank=options.lora_rank,
-        rounds=options.rounds,
-        threads=options.threads,
-    )
-    _show(record.to_json(), bench_table(record), options.json)
-    if options.picture is not None:
-        save_bench_figure(record, options.picture)
-
-
-def _add_study(commands: Any) -> None:
-    parser = commands.add_parser(
-        "study",
-        help="a grid of runs or analyses, and a table of what came of them",
-        description="Does every combination in a grid, and prints a table. What is finished is not done again, and "
-        "what fails does not stop the rest. Several of these commands, on one machine or more, share a grid through "
-        "its folder.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--grid", required=True, type=Path, help="a YAML file, such as configs/study/methods.yaml")
-    add("--output-dir", required=True, type=Path, help="each run gets a folder in it")
-    add("--jobs", type=positive_integer, default=1, help="processes side by side, each on one CPU core")
-    add("--results", type=Path, metavar="FOLDER", help="gets every record; by default OUTPUT_DIR/results")
-    parser.set_defaults(run=_study)
-
-
-def _study(options: argparse.Namespace) -> None:
-    jobs = read_grid(options.grid, options.output_dir)
-    run_grid(jobs, processes=options.jobs, results=options.results or options.output_dir / "results")
-    print(study_table(jobs))
-    if failed := [job for job in jobs if not job.is_finished]:
-        raise ValueError(
-            f"{len(failed)} of {len(jobs)} failed: {failed[0].log} says why the first did. Run the same command again "
-            "to try them again"
-        )
-
-
-def _add_report(commands: Any) -> None:
-    parser = commands.add_parser(
-        "report",
-        help="a page, figures and a data file from records",
-        description="Writes README.md, figures (PNG and SVG) and data.csv from the records of a study alone. The same "
-        "records give the same bytes. What else lies in the folder stays.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--records", required=True, type=Path, metavar="FOLDER", help="with records, such as reports/results")
-    add("--out", required=True, type=Path, metavar="FOLDER", help="where to, such as reports")
-    add("--bench", type=Path, metavar="FOLDER", help="with records of peft-edge bench, for a section on time")
-    parser.set_defaults(run=_report)
-
-
-def _report(options: argparse.Namespace) -> None:
-    for file in write_report(options.records, options.out, bench=options.bench):
-        print(file)
-
-
-def _show(json_text: str, table: str, file: str | None) -> None:
-    """Prints the table, and writes the JSON text where it was asked for."""
-    if file == "-":
-        sys.stdout.write(json_text)
-        return
-    print(table)
-    if file is not None:
-        _write(Path(file), json_text)
-
-
-def _write(path: Path, text: str) -> None:
-    if path.exists() and not path.is_file():
-        # A device or a pipe: written to, not replaced.
-        path.write_text(text, encoding="utf-8")
-        return
-    with atomic_write(path.resolve()) as unfinished:
-        unfinished.write_text(text, encoding="utf-8")
-
-
-def positive_integer(text: str) -> int:
-    """Reads an argument; argparse names this function in its message."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{value} is not at least 1")
-    return value
-
-
-def _amount(parse: Callable[[str], int]) -> Callable[[str], int]:
-    def read(text: str) -> int:
+    def invoke(self, ctx: Any) -> object:
+        """Run the command; wrong input ends with exit code 2, Ctrl-C with 130."""
         try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from error
-
-    return read
-
-
-def _picture(text: str) -> Path:
-    path = Path(text)
-    if path.suffix not in FORMATS:
-        raise argparse.ArgumentTypeError(f"{text} ends in {path.suffix!r}, expected one of {', '.join(FORMATS)}")
-    return path
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("stopped: what was finished is kept", file=sys.stderr)
+            raise typer.Exit(130) from error
 
 
-def _pattern(text: str) -> str:
+def _one_of(names: Collection[str]) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in names:
+            nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.0)[0]
+            raise BadParameter(f"expected one of {', '.join(names)}, found {text!r}; did you mean {nearest}?")
+        return text
+
+    return parse
+
+
+def _amount(units: Mapping[str, int], example: str) -> Callable[[str], int]:
+    """Return a parser of amounts such as `256MiB`."""
+    sizes = {unit.lower(): size for unit, size in units.items()}
+
+    def parse(text: str) -> int:
+        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
+        amount = round(float(match[1]) * sizes.get(match[2].lower(), 0)) if match else 0
+        if not amount:
+            raise BadParameter(
+                f"expected a number above 0 and one of {', '.join(units)}, such as {example}, found {text!r}; "
+                "for no limit, leave the option out"
+            )
+        return amount
+
+    return parse
+
+
+def _target_modules(text: str) -> str:
+    if re.fullmatch("[a-z]+(-[a-z]+)+", text):
+        return _one_of(ROLE_NAMES)(text)
     try:
         re.compile(text)
     except re.error as error:
-        raise argparse.ArgumentTypeError(f"{text!r} is no role and no regular expression: {error}") from error
+        raise BadParameter(f"{text!r} is neither a role nor a regular expression: {error}") from error
     return text
 
 
-def _file(text: str) -> str:
-    if Path(text).is_dir():
-        raise argparse.ArgumentTypeError(f"{text} is a folder: name a file")
-    return text
+def _picture(text: str) -> Path:
+    if Path(text).suffix not in PICTURE_SUFFIXES:
+        raise BadParameter(f"expected a file that ends in one of {', '.join(PICTURE_SUFFIXES)}, found {text!r}")
+    return Path(text)
+
+
+def _choice(names: Collection[str], meaning: str) -> OptionInfo:
+    return Option(parser=_one_of(names), metavar="|".join(names), help=meaning)
+
+
+def _limit(units: Mapping[str, int], example: str, meaning: str) -> OptionInfo:
+    return Option(parser=_amount(units, example), metavar=example, help=f"{meaning}, in {', '.join(units)}.")
+
+
+def _count(meaning: str) -> OptionInfo:
+    return Option(min=1, help=meaning)
+
+
+def _path(metavar: str, meaning: str) -> OptionInfo:
+    return Option(metavar=metavar, help=meaning)
+
+
+_BASE = "The model on the devices: the folder of a saved model, or the id of a timm model on the Hub."
+_MODEL = "The folder of an adapter or of a saved model, or the id of an adapter on the Hub."
+_METHODS = f"One or several of {', '.join(METHOD_NAMES)}."
+_TARGETS = f"The layers with adapters: {', '.join(ROLE_NAMES)}, or a regular expression"
+
+Base = Annotated[str, Option(help=_BASE)]
+Backbone = Annotated[str, Option(help="A timm model name, or the folder of a saved model.")]
+NumClasses = Annotated[int | None, _count("Outputs of the trained head; by default the backbone's.")]
+BatchSize = Annotated[int, _count("Images in a step.")]
+ImageSize = Annotated[int, _count("Height and width in pixels.")]
+Methods = Annotated[list[str], Option(parser=_one_of(METHOD_NAMES), metavar="METHOD ...", help=_METHODS)]
+LoraRanks = Annotated[list[int], Option(min=1, metavar="RANK ...", help="One or several ranks of the adapters.")]
+Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "In the method's form, with its default settings.")]
+Json = Annotated[Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints it.")]
+Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help="Draw a figure (.png, .svg or .pdf).")]
+
+app = typer.Typer(
+    add_completion=False,
+    help="Parameter-efficient fine-tuning for edge CNNs.",
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command with these arguments, by default those of the process."""
+    try:
+        app(arguments, prog_name="peft-edge")
+    except SystemExit as stop:
+        if stop.code:
+            raise
+
+
+def _print_version(is_given: bool) -> None:
+    if is_given:
+        print(f"peft-edge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+) -> None:
+    pass
+
+
+@app.command(cls=Command)
+def profile(
+    backbone: Backbone,
+    num_classes: NumClasses = None,
+    batch_size: BatchSize = 16,
+    image_size: ImageSize = 224,
+    method: Methods = ["full", "lora"],  # noqa: B006
+    lora_rank: LoraRanks = [4],  # noqa: B006
+    target_modules: Annotated[
+        str | None, Option(parser=_target_modules, metavar="ROLE|REGEX", help=f"{_TARGETS}; by default the method's.")
+    ] = None,
+    norm: Annotated[str, _choice(NORMS, "What a method changes in BatchNorm layers.")] = "stats",
+    optimizer: Optimizer = "adamw",
+    accounting: Annotated[Accounting, _choice(get_args(Accounting), "How FLOPs are counted.")] = "exact",
+    json: Json = None,
+    picture: Picture = None,
+) -> None:
+    """Print the FLOPs and memory of a training step, without training.
+
+    There is a row for each method and LoRA rank. The step runs on tensors that have a shape and no values: this takes
+    seconds, and no more memory than the weights.
+    """
+    from peft_edge.backbones import load_backbone
+    from peft_edge.profiling.analysis import compare_methods
+    from peft_edge.profiling.figures import save_cost_figure
+    from peft_edge.profiling.tables import cost_table
+
+    model = load_backbone(backbone, num_classes)
+    costs = compare_methods(
+        model,
+        method,
+        lora_ranks=lora_rank,
+        adapter={"norm": norm} | ({"target_modules": target_modules} if target_modules else {}),
+        batch_size=batch_size,
+        image_size=image_size,
+        optimizer=optimizer,
+        accounting=accounting,
+    )
+    setting: dict[str, object] = {"num_classes": model.num_classes, "backbone": backbone}
+    setting |= {"target_modules": target_modules, "norm": norm, "batch_size": batch_size, "image_size": image_size}
+    setting |= {"optimizer": optimizer, "accounting": accounting}
+    step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
+    setting["costs"] = {name: cost.model_dump() for name, cost in costs.items()}
+    _show(dumps(setting, indent=2) + "\n", f"One training step of {step}\n\n{cost_table(costs)}", json)
+    if picture is not None:
+        save_cost_figure(costs, picture, title=step)
+
+
+@app.command(cls=Command)
+def plan(
+    backbone: Backbone,
+    num_classes: NumClasses = None,
+    batch_size: BatchSize = 16,
+    image_size: ImageSize = 224,
+    memory: Annotated[int | None, _limit(BYTE_UNITS, "256MiB", "The most memory for the tensors of a step")] = None,
+    flops: Annotated[int | None, _limit(FLOP_UNITS, "3GFLOP", "The most arithmetic of a step")] = None,
+    adapter_bytes: Annotated[int | None, _limit(BYTE_UNITS, "200KiB", "The largest size of the saved update")] = None,
+    method: Methods = PLAN_METHODS,
+    target_modules: Annotated[
+        list[str], Option(parser=_target_modules, metavar="ROLE|REGEX ...", help=f"{_TARGETS}; one or several.")
+    ] = PLAN_TARGET_MODULES,
+    lora_rank: LoraRanks = PLAN_LORA_RANKS,
+    optimizer: Optimizer = "adamw",
+    records: Annotated[Path | None, _path("FOLDER", "Records of runs: the most accurate comes first.")] = None,
+) -> None:
+    """List what fits a budget of memory, arithmetic and bytes.
+
+    Lists the methods, target modules and LoRA ranks whose training step fits, each with the mildest lean setting that
+    it needs, and why the others do not fit. Steps run on tensors that have a shape and no values.
+    """
+    from peft_edge.backbones import load_backbone
+    from peft_edge.plan import Budget, find_plan, plan_table
+
+    budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
+    model = load_backbone(backbone, num_classes)
+    found = find_plan(
+        model,
+        budget,
+        methods=method,
+        target_modules=target_modules,
+        lora_ranks=lora_rank,
+        batch_size=batch_size,
+        image_size=image_size,
+        optimizer=optimizer,
+        records=records,
+    )
+    step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
+    print(f"Training steps of {step}; {budget}\n\n{plan_table(found)}")
+
+
+@app.command(cls=Command)
+def bench(
+    backbone: Backbone,
+    num_classes: Annotated[int, _count("Outputs of the trained head.")] = 10,
+    batch_size: BatchSize = 16,
+    image_size: ImageSize = 224,
+    methods: Annotated[
+        list[str], Option(parser=_one_of(CONTENDERS), metavar="METHOD ...", help="What to measure, beside full.")
+    ] = CONTENDERS,
+    lora_rank: Annotated[int, _count("Rank of all adapters.")] = 4,
+    rounds: Annotated[int, _count("Timed steps of each method.")] = 7,
+    threads: Annotated[int, _count("Threads of the CPU.")] = 1,
+    json: Json = None,
+    picture: Picture = None,
+) -> None:
+    """Compare our methods with others, measured on this machine.
+
+    Measures training steps of full fine-tuning, of our methods, and of PEFT, LyCORIS and loralib where they are
+    installed: memory, FLOPs, and time in interleaved rounds, as a multiple of the time of full fine-tuning. This takes
+    minutes; the machine should do nothing else.
+    """
+    from peft_edge.bench import bench_table, run_bench, save_bench_figure
+
+    record = run_bench(
+        backbone,
+        methods,
+        num_classes=num_classes,
+        batch_size=batch_size,
+        image_size=image_size,
+        lora_rank=lora_rank,
+        rounds=rounds,
+        threads=threads,
+    )
+    _show(record.to_json(), bench_table(record), json)
+    if picture is not None:
+        save_bench_figure(record, picture)
+
+
+def _show(json_text: str, table: str, file: Path | None) -> None:
+    """Print the table and write the JSON text to the file; for `-`, print only the JSON text."""
+    if file == Path("-"):
+        sys.stdout.write(json_text)
+        return
+    print(table)
+    if file is not None and file.exists() and not file.is_file():
+        # A device or a pipe cannot be replaced.
+        file.write_text(json_text, encoding="utf-8")
+    elif file is not None:
+        with atomic_write(file.resolve()) as unfinished:
+            unfinished.write_text(json_text, encoding="utf-8")
+
+
+@app.command(cls=Command)
+def study(
+    grid: Annotated[Path, _path("FILE", "A YAML file, such as configs/study/methods.yaml.")],
+    output_dir: Annotated[Path, _path("FOLDER", "Every run gets a folder in it.")],
+    jobs: Annotated[int, _count("Processes side by side, each on one CPU core.")] = 1,
+    results: Annotated[Path | None, _path("FOLDER", "Where records go; by default OUTPUT_DIR/results.")] = None,
+) -> None:
+    """Run a grid of trainings or analyses and print a table.
+
+    Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the others.
+    Several of these commands, on one machine or on more, share a grid through its output folder.
+    """
+    from peft_edge.study import read_grid, run_grid, study_table
+
+    planned = read_grid(grid, output_dir)
+    run_grid(planned, processes=jobs, results=results or output_dir / "results")
+    print(study_table(planned))
+    if failed := [job for job in planned if not job.is_finished]:
+        raise ValueError(
+            f"{len(failed)} of {len(planned)} failed: {failed[0].log} says why the first did. Run the same command "
+            "again to try them again"
+        )
+
+
+@app.command(cls=Command)
+def report(
+    records: Annotated[Path, _path("FOLDER", "Records of runs, such as reports/results.")],
+    out: Annotated[Path, _path("FOLDER", "Where to write, such as reports.")],
+    bench: Annotated[Path | None, _path("FOLDER", "Records of peft-edge bench, for a section on time.")] = None,
+) -> None:
+    """Write a page, figures and a data file from records.
+
+    Writes README.md, figures (PNG and SVG) and data.csv. The same records give the same bytes. Other files in the
+    folder are left alone.
+    """
+    from peft_edge.report import write_report
+
+    for file in write_report(records, out, bench=bench):
+        print(file)
+
+
+@app.command(cls=Command)
+def export(
+    adapter: Annotated[str, Argument(help=_MODEL)],
+    out: Annotated[Path, _path("FILE", "With the ending of the format: .onnx, .pt2 or .pte.")],
+    format: Annotated[str, _choice(EXPORT_FORMATS, "What reads the file.")] = "onnx",
+    image_size: Annotated[
+        int | None,
+        _count("Height and width in pixels; by default those of the run, else timm's."),
+    ] = None,
+    batch_size: Annotated[int | None, _count("Images at once; by default any number, 1 for ExecuTorch.")] = None,
+    quantize: Annotated[str | None, _choice(["int8"], "Write an ONNX file of integers; needs --calibration.")] = None,
+    calibration: Annotated[
+        str | None,
+        _path(
+            "FOLDER",
+            "One subfolder of images for each class (or digits, or shapes). Its training images set the scales of "
+            "integers; file and model are compared on its test images. By default they are compared on digits.",
+        ),
+    ] = None,
+) -> None:
+    """Export an adapted model for ONNX Runtime, torch.export or ExecuTorch.
+
+    Merges the adapter, folds BatchNorm into the convolutions, writes the file, runs it on images and prints how its
+    results compare with those of the PyTorch model. A file with other results is deleted.
+    """
+    from peft_edge.export.exporter import export_model
+    from peft_edge.export.verification import comparison_table, read_images
+
+    if quantize and calibration is None:
+        raise ValueError("--quantize chooses the scales of integers by images: pass --calibration FOLDER")
+    model = _load_model(adapter)
+    images = read_images(calibration or "digits", model, image_size=image_size or _trained_size(Path(adapter)))
+    compared = export_model(
+        model,
+        out,
+        format=format,
+        images=images.comparison,
+        labels=images.labels,
+        batch_size=batch_size,
+        calibration=images.calibration if quantize else None,
+    )
+    print(f"{out}, compared with {adapter} on {len(images.comparison)} images")
+    print(comparison_table(compared))
+
+
+def _trained_size(folder: Path) -> int | None:
+    """Return the image size in the record of the run: in the folder if it was pushed to the Hub, else above it."""
+    for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
+        if (record := read_record(place / "record.json", Record)) is not None:
+            return record.run_info.train_config["data"]["image_size"]
+    return None
+
+
+@app.command(cls=Command)
+def diff(
+    base: Base,
+    adapter: Annotated[str, Option(help=_MODEL)],
+    out: Annotated[Path, _path("FILE", "A .safetensors file.")],
+) -> None:
+    """Write only the weights that an adapter changes.
+
+    Writes the weights of the merged model that differ from those of its base, for a device that has the base;
+    `peft-edge apply` puts them in there.
+    """
+    from peft_edge.export.differences import write_diff
+
+    model = _load_base(base)
+    changed = write_diff(model, _load_model(adapter, base=_load_base(base)), out)
+    print(f"{out}: {out.stat().st_size:,} bytes, {len(changed)} of {len(model.state_dict())} tensors")
+
+
+@app.command(cls=Command)
+def apply(
+    base: Base,
+    diff: Annotated[Path, _path("FILE", "Written by peft-edge diff.")],
+    out: Annotated[Path, _path("FOLDER", "Where to write the model; may be the folder of the base.")],
+) -> None:
+    """Make the merged model from a base and a diff.
+
+    Puts the weights of `peft-edge diff` into the base that they were written against. The result is the merged model
+    bit for bit; otherwise nothing is written.
+    """
+    from peft_edge.export.differences import apply_diff, save_result
+
+    save_result(apply_diff(_load_base(base), diff), out)
+    print(f"{out}: the model of {diff}")
+
+
+def _load_model(name: str, base: nn.Module | None = None) -> nn.Module:
+    from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+
+    from peft_edge.backbones import load_backbone
+    from peft_edge.backbones.loading import CONFIG_NAME
+    from peft_edge.hub import load_pretrained
+
+    folder = Path(name)
+    if (folder / CONFIG_NAME).exists() and not (folder / ADAPTER_CONFIG_NAME).exists():
+        return load_backbone(name)
+    return load_pretrained(name, base=base)
+
+
+def _load_base(name: str) -> nn.Module:
+    from peft_edge.backbones import load_backbone
+
+    return load_backbone(name, pretrained=not Path(name).is_dir())

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all, and one clear error when the disk is full."""
+"""Files that are written completely or not at all, and clear errors for a full disk or a missing package."""
 
 from __future__ import annotations
 
@@ -11,21 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# What torch.save says of a failed write, whatever the reason the system gave.
+# The messages of torch.save for a failed write, whatever its cause.
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yields a temporary path beside `path`; the file or folder written there takes its name when the block ends.
+    """Yield a temporary path beside `path`, and rename it to `path` at the end of the block.
 
-    When the block fails, `path` is left as it was. A process that is killed leaves the temporary path, which the next
-    attempt clears. A file is the old or the new one at any moment, also when the power fails. A folder that takes the
-    place of another is missing for the moment between two renames, and then found beside, as `.<name>.replaced`.
+    If the block fails, `path` is unchanged. A killed process leaves the temporary path behind, and the next attempt
+    deletes it. A file is the old or the new one at any moment, even after a power cut. A folder that replaces another
+    is missing between two renames; the old one is then at `.<name>.replaced`.
 
     Raises:
-        OSError: The disk is full; the message names `path` and the bytes that are left. Or a file was written where a
-            folder is, or a folder where a file is, which stays.
+        OSError: If the disk is full, or a file would replace a folder, or a folder a file.
     """
     unfinished = unfinished_path(path)
     remove(unfinished)
@@ -39,7 +38,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             raise FileExistsError(f"{path} is a file, and a folder is to be written there: choose another name")
         _flush(unfinished, mode)
         if path.is_dir() and unfinished.is_dir():
-            # A folder can only be renamed onto an empty one, so the old one steps aside first.
+            # A folder can only be renamed onto an empty one, so the old one is renamed first.
             replaced = path.with_name(f".{path.name}.replaced")
             remove(replaced)
             path.rename(replaced)
@@ -65,9 +64,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, mode: int) -> None:
-    """Waits until the disk holds what was written: a name that reached it first would be that of an empty file.
+    """Write a file or a folder to the disk before it is renamed: else a power cut can leave an empty file.
 
-    Files get the mode that the system gives new ones; safetensors lets the owner alone read its own.
+    Files get `mode`, which the system gives to new files; safetensors makes its files readable by the owner alone.
     """
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
@@ -79,7 +78,7 @@ def _flush(path: Path, mode: int) -> None:
 
 
 def _flush_folder(folder: Path) -> None:
-    if os.name == "posix":  # elsewhere, a folder cannot be opened
+    if os.name == "posix":  # other systems cannot open a folder
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             os.fsync(descriptor)
@@ -88,12 +87,12 @@ def _flush_folder(folder: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Where :func:`atomic_write` lets `path` be written first."""
+    """Return the temporary path of `atomic_write`."""
     return path.with_name(f".{path.name}.unfinished")
 
 
 def remove(path: Path) -> None:
-    """Deletes a file or a folder with all it holds, if it exists."""
+    """Delete a file, or a folder with its contents, if it exists."""
     if path.is_dir():
         shutil.rmtree(path)
     else:
@@ -101,15 +100,28 @@ def remove(path: Path) -> None:
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """Returns the files that a pattern with wildcards names, seen from a folder, sorted."""
+    """Return the files that match a pattern with wildcards, sorted. A relative pattern starts at `folder`."""
     path = (folder / pattern).absolute()
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Whether a write failed for want of space: a full disk, a quota, or the system's limit on the size of a file."""
+    """Return whether a write failed for want of space: a full disk, a quota, or a limit on the size of files."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    # safetensors and torch keep the system's message at most.
+    # The errors of safetensors and torch have no errno.
     texts = [*map(os.strerror, _NO_SPACE), *_TORCH_WRITE_ERRORS]
     return any(text in str(error) for text in texts)
+
+
+@contextmanager
+def requires_extra(extra: str) -> Iterator[None]:
+    """Name the extra that brings an optional package if an import in the block fails.
+
+    Raises:
+        ImportError: If a package is not installed.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        raise ImportError(f'{error.name} is not installed: pip install "peft-edge[{extra}]"') from error

@@ -1,12 +1,7 @@
-"""What a measurement was made with: the machine, and the versions of the packages.
+"""Records of runs and of analyses: one JSON file each, and folders of them, which studies fill and reports read.
 
-What is written down of a run, and of an analysis: one JSON file each.
-
-A run's has the blocks and field names of PEFT's `method_comparison`.
-
-A figure that was not measured is null, never 0. Times are in seconds, sizes in bytes.
-
-A folder of records, one JSON file each: what studies fill, and reports and plans read.
+A record of a run has the blocks and field names of PEFT's `method_comparison`. A value that was not measured is null,
+never 0. Times are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -14,24 +9,348 @@ from __future__ import annotations
 import json
 import os
 import platform
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
+from pydantic import BaseModel, ConfigDict, ValidationError
+
 from peft_edge.files import atomic_write
 
-_PACKAGES = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers")
-_CPU_INFO = Path("/proc/cpuinfo")
+SUCCESS = "success"
+FAILED = "failed"
+CANCELED = "canceled"
+DIVERGED = "diverged"
+
+JsonObject = dict[str, Any]
+M = TypeVar("M", bound="JsonModel")
+
+
+class JsonModel(BaseModel):
+    """A block of a JSON file. Unknown and missing fields are errors."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    def to_json(self) -> str:
+        """Return the block as JSON text.
+
+        Raises:
+            ValueError: If a number is infinite or not a number, which JSON cannot hold.
+        """
+        return json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def from_json(cls: type[M], text: str | bytes) -> M:
+        """Read the result of `to_json`.
+
+        Raises:
+            ValueError: If a field is missing, unknown or of another type; the message names every such field.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, each['loc'])) or 'text'}: {each['msg']}" for each in error.errors()]
+            raise ValueError(f"not a {cls.__name__}: {'; '.join(wrong)}") from error
+
+
+class RunInfo(JsonModel):
+    """What was run."""
+
+    created_at: str
+    """When the run started: ISO 8601, UTC."""
+
+    experiment_name: str
+    """`<method>/<name>`, as in PEFT's results."""
+
+    train_config: JsonObject
+    """The resolved configuration, and `model_id`, the backbone."""
+
+    peft_config: JsonObject | None = None
+    """The configuration of the adapter; null for a method without an adapter."""
+
+    total_time: float | None = None
+    """Seconds of the whole run with source stage and evaluation; null if the run was interrupted and resumed."""
+
+    peft_branch: str | None = None
+    """The branch of PEFT if it is a checkout; null for a released version."""
+
+    error_msg: str = ""
+    """Why the run failed."""
+
+
+class KernelChange(JsonModel):
+    """How the update changed the kernel of one convolution, read as a matrix of shape (C_out, K)."""
+
+    kind: str
+    """`depthwise`, `pointwise`, `dense` (one group, kernel larger than 1 x 1) or `grouped`."""
+
+    relative_norm: float
+    """Frobenius norm of the change divided by that of the kernel before."""
+
+    stable_rank: float
+    """Squared Frobenius norm of the change divided by its squared spectral norm: at least 1, at most the rank
+    (Rudelson and Vershynin 2007, arXiv math/0503442)."""
+
+
+class TrainInfo(JsonModel):
+    """Cost and results of the training."""
+
+    status: str
+    """`success`, `failed`, `canceled` or `diverged`."""
+
+    train_time: float | None = None
+    """Seconds of optimizer steps, without evaluation, for the learning rate that was kept."""
+
+    file_size: int | None = None
+    """Bytes of the saved weights: of the adapter, or of the model for a method without an adapter."""
+
+    num_trainable_params: int | None = None
+    num_total_params: int | None = None
+    """Trained parameters, and all parameters of the backbone."""
+
+    accelerator_memory_reserved_avg: int | None = None
+    accelerator_memory_max: int | None = None
+    accelerator_memory_reserved_99th: int | None = None
+    """Bytes reserved by the accelerator's allocator: mean, maximum and 99th percentile."""
+
+    metrics: list[JsonObject] = []
+    """One entry for each epoch; the last entry holds the test results with and without the update."""
+
+    sweep: list[JsonObject] = []
+    """The learning rates that were tried, each with its validation accuracy; null if training diverged."""
+
+    replay: JsonObject | None = None
+    """The feature cache of the last target (see `FeatureCache`); null if training read the images themselves."""
+
+    checks: dict[str, float] = {}
+    """Largest difference of a logit after the saved adapter was reloaded, and after it was merged."""
+
+    changes: dict[str, KernelChange] = {}
+    """The convolutions that the merged update changed, by name; empty if the update cannot be merged."""
+
+
+class MetaInfo(JsonModel):
+    """The machine, the model, the data and the versions of the packages."""
+
+    model_info: JsonObject
+    dataset_info: JsonObject
+    package_info: dict[str, str | None]
+    system_info: dict[str, str]
+    pytorch_info: str
+
+
+class StepProfile(JsonModel):
+    """The cost of a training step for one process: of the whole step, or of the layers with one LoRA rank.
+
+    FLOPs and memory are those of the sampled step with the highest peak; times are medians over the sampled steps. In
+    a row for layers, everything that belongs to the whole step is null.
+    """
+
+    process_index: int
+    """The process, counted from 0."""
+
+    scope: str
+    """`step` for the whole step, `layers` for the layers whose adapter has the rank `lora_rank`."""
+
+    lora_rank: int | None = None
+    """Rank of the adapters; null without adapters, and for a whole step with several ranks."""
+
+    steps: int = 0
+    """Number of sampled steps."""
+
+    num_trainable_params: int | None = None
+    """Trained parameters; for layers, theirs."""
+
+    flops_forward: int | None = None
+    flops_backward: int | None = None
+    """Convolutions, matrix products and attention; a multiply-add is 2. The loss belongs to the forward pass."""
+
+    flops_optimizer: int | None = None
+    """All arithmetic of the update, clipping included; null for layers."""
+
+    flops_elementwise_forward: int | None = None
+    flops_elementwise_backward: int | None = None
+    """All other arithmetic of these passes: activations, normalisation, pooling, sums."""
+
+    forward_s: float | None = None
+    backward_s: float | None = None
+    optimizer_s: float | None = None
+    """Seconds; the loss belongs to the forward pass, clipping to the backward pass. Null for layers."""
+
+    samples_per_s: float | None = None
+    """Samples of this process divided by the sum of these three times; null for layers."""
+
+    memory_peak_bytes: int | None = None
+    """Largest sum of the bytes of live tensors; for layers, the bytes of their tensors at that moment."""
+
+    memory_peak_phase: str | None = None
+    """The phase of the peak: `forward`, `backward` or `optimizer`; null for layers."""
+
+    memory_parameters_bytes: int | None = None
+    memory_buffers_bytes: int | None = None
+    memory_gradients_bytes: int | None = None
+    memory_activations_bytes: int | None = None
+    memory_temporaries_bytes: int | None = None
+    memory_optimizer_bytes: int | None = None
+    """The peak by kind. Activations are saved by the forward pass for the backward pass; temporaries are the rest."""
+
+    memory_forward_end_bytes: int | None = None
+    """All live tensors at the end of the forward pass."""
+
+    cuda_peak_bytes: int | None = None
+    """Peak of CUDA's allocator in the step; null for layers and on other devices."""
+
+    peak_rss_bytes: int | None = None
+    """Peak physical memory of the process in the step; where the system reports no more, since the process started."""
+
+    adapter_bytes: int | None = None
+    """Bytes of the tensors of the saved adapter; without an adapter, of the trained parameters."""
+
+
+class Record(JsonModel):
+    """One run of `train.py`."""
+
+    run_info: RunInfo
+    train_info: TrainInfo
+    meta_info: MetaInfo
+
+    profile: list[StepProfile] = []
+    """The cost of a step for each process and LoRA rank; for a failed run, as far as it was measured."""
+
+    @property
+    def step(self) -> StepProfile | None:
+        """The cost of a step for the first process; None if no step was sampled."""
+        return next((row for row in self.profile if row.scope == "step"), None)
+
+
+class CostRecord(JsonModel):
+    """The cost of a training step, analysed from tensor shapes alone."""
+
+    created_at: str
+    """When it was analysed: ISO 8601, UTC."""
+
+    network: str
+    """A timm model, or the name of a Transformers configuration."""
+
+    kind: str
+    """`standard`, `depthwise` (a network with depthwise convolutions) or `transformer`."""
+
+    method: str
+    """`full`, `lora`, `dora` or another key of `METHODS`."""
+
+    setting: JsonObject
+    """LoRA rank, batch size, image size or sequence length, optimizer, FLOP accounting, norm, target modules and the
+    options of lean training; null for what does not apply."""
+
+    num_total_params: int
+    """Parameters of the network with its adapters."""
+
+    profile: StepProfile
+    package_info: dict[str, str | None]
+
+
+def read_record(file: Path, kind: type[M]) -> M | None:
+    """Return the record in a file; None if there is no file.
+
+    Raises:
+        ValueError: If the file is damaged; the message names it.
+    """
+    try:
+        return kind.from_json(file.read_bytes()) if file.exists() else None
+    except ValueError as error:
+        raise ValueError(f"{file} is damaged: delete it, and it is written again ({error})") from error
+
+
+def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
+    """Write a record to `<folder>/<name>.json`, on one line, and return the file. An existing file is replaced."""
+    file = folder / f"{name}.json"
+    with atomic_write(file) as unfinished:
+        text = json.dumps(record.model_dump(), separators=(",", ":"), allow_nan=False)
+        unfinished.write_text(f"{text}\n", encoding="utf-8")
+    return file
+
+
+@dataclass(frozen=True, kw_only=True)
+class Archive:
+    """The records of a folder: each by the name of its file, relative to the folder, in alphabetical order."""
+
+    runs: dict[str, Record] = field(default_factory=dict)
+    """Runs of `train.py`, failed ones included."""
+
+    costs: dict[str, CostRecord] = field(default_factory=dict)
+    """Analyses."""
+
+    @property
+    def finished(self) -> dict[str, Record]:
+        """The runs that succeeded."""
+        return {name: run for name, run in self.runs.items() if run.train_info.status == SUCCESS}
+
+
+def read_archive(folder: Path) -> Archive:
+    """Read every record in a folder and its subfolders. Other JSON files, such as those of adapters, are skipped.
+
+    Raises:
+        ValueError: If there is no record, or one is damaged; the message names the file.
+    """
+    archive = Archive()
+    seen: set[str] = set()
+    for file in sorted(folder.rglob("*.json")):
+        record = _find_record(file)
+        # A study keeps each record twice: in the folder of the run and, without local paths, among its results.
+        if record is None or (key := _identity(record)) in seen:
+            continue
+        seen.add(key)
+        name = file.relative_to(folder).as_posix()
+        if isinstance(record, Record):
+            archive.runs[name] = record
+        else:
+            archive.costs[name] = record
+    if not archive.runs and not archive.costs:
+        raise ValueError(
+            f"{folder} holds no record: name a folder with the record.json of runs of train.py, or the results of "
+            "peft-edge study"
+        )
+    return archive
+
+
+def _identity(record: Record | CostRecord) -> str:
+    if isinstance(record, CostRecord):
+        return record.model_dump_json()
+    run = record.run_info
+    return f"{run.experiment_name} {run.created_at} {record.train_info.model_dump_json()}"
+
+
+def _find_record(file: Path) -> Record | CostRecord | None:
+    """Return the record in a JSON file; None if the file holds something else."""
+    # Records of PEFT's own benchmark have the same blocks, but not these keys of the configuration.
+    keys = {"method", "norm", "backbone", "data", "adapter"}
+    try:
+        block = json.loads(file.read_bytes())
+        is_cost = {"network", "method", "profile"}.issubset(block)
+        is_run = "train_info" in block and keys.issubset(block["run_info"]["train_config"])
+    except (KeyError, TypeError, ValueError):
+        return None
+    if is_cost:
+        return read_record(file, CostRecord)
+    return read_record(file, Record) if is_run else None
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Returns the versions of the packages that results depend on, and of others; None for one that is missing."""
-    return {f"{name}-version": _version(name) for name in (*_PACKAGES, *more)}
+    """Return the versions of the packages that results depend on, and of `more`; None for a missing package."""
+    names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
+    return {f"{name}-version": _version(name) for name in names}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
 
 
 def system_info(**more: str) -> dict[str, str]:
-    """Returns the names of the system and of its processor, and what else is given."""
+    """Return the names of the system and its processor, and `more`."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -42,393 +361,12 @@ def system_info(**more: str) -> dict[str, str]:
     }
 
 
-def load_average() -> float | None:
-    """Returns how many processes wanted a core in the last minute; None where the system does not tell."""
-    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None
-
-
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
-
-
 def _cpu_model() -> str:
-    lines = _CPU_INFO.read_text(encoding="utf-8").splitlines() if _CPU_INFO.exists() else []
+    cpu_info = Path("/proc/cpuinfo")
+    lines = cpu_info.read_text(encoding="utf-8").splitlines() if cpu_info.exists() else []
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
 
 
-SUCCESS = "success"
-FAILED = "failed"
-CANCELED = "canceled"
-DIVERGED = "diverged"
-
-
-@dataclass(kw_only=True)
-class RunInfo:
-    """What was run."""
-
-    created_at: str
-    """When the run started: ISO 8601, UTC."""
-
-    experiment_name: str
-    """`<method>/<name>`, as in PEFT's results."""
-
-    train_config: dict[str, Any]
-    """The resolved configuration, and `model_id`, the backbone."""
-
-    peft_config: dict[str, Any] | None = None
-    """The adapter's configuration; null for a method without an adapter."""
-
-    total_time: float | None = None
-    """Seconds of the whole run, source stage and evaluation included; null when it was done in several parts."""
-
-    peft_branch: str | None = None
-    """The branch of PEFT, for a checkout; null for a released version."""
-
-    error_msg: str = ""
-    """Why the run failed."""
-
-
-@dataclass(kw_only=True)
-class KernelChange:
-    """How the update has changed the kernel of one convolution, read as a matrix (C_out, K)."""
-
-    kind: str
-    """`depthwise`, `pointwise`, `dense` (one group, several taps) or `grouped`."""
-
-    relative_norm: float
-    """The Frobenius norm of the change, over that of the kernel before."""
-
-    stable_rank: float
-    """The change's squared Frobenius norm over its squared spectral norm (Rudelson and Vershynin 2007, arXiv
-    math/0503442): in how many directions it goes, from 1 to its rank."""
-
-
-@dataclass(kw_only=True)
-class TrainInfo:
-    """What training took and gave."""
-
-    status: str
-    """`success`, `failed`, `canceled` or `diverged`."""
-
-    train_time: float | None = None
-    """Seconds of optimizer steps, evaluation excluded, of the adapter that was kept."""
-
-    file_size: int | None = None
-    """Bytes of the saved weights: the adapter's, or the model's for a method without an adapter."""
-
-    num_trainable_params: int | None = None
-    """Parameters that were trained."""
-
-    num_total_params: int | None = None
-    """Parameters of the backbone."""
-
-    accelerator_memory_reserved_avg: int | None = None
-    """Mean bytes that the accelerator's allocator held."""
-
-    accelerator_memory_max: int | None = None
-    """The most bytes that it held."""
-
-    accelerator_memory_reserved_99th: int | None = None
-    """The 99th percentile of what it held."""
-
-    metrics: list[dict[str, Any]] = field(default_factory=list)
-    """One entry an epoch, and at last the test results with and without the update."""
-
-    sweep: list[dict[str, Any]] = field(default_factory=list)
-    """Every learning rate that was tried, with its validation accuracy, which is null where training diverged."""
-
-    replay: dict[str, Any] | None = None
-    """What was stored to be trained on in the place of the images, of the last target; see `FeatureCache`. Null where
-    the images themselves were trained on."""
-
-    checks: dict[str, float] = field(default_factory=dict)
-    """Largest differences of a logit after the saved adapter was reloaded and after it was merged."""
-
-    changes: dict[str, KernelChange] = field(default_factory=dict)
-    """By its name, every convolution whose kernel the merged update has changed; none where it cannot be merged."""
-
-
-@dataclass(kw_only=True)
-class MetaInfo:
-    """Where it was run, and with which versions."""
-
-    model_info: dict[str, Any]
-    dataset_info: dict[str, Any]
-    package_info: dict[str, str | None]
-    system_info: dict[str, str]
-    pytorch_info: str
-
-
-@dataclass(kw_only=True)
-class StepProfile:
-    """What a training step costs one process: the whole step, or the layers of one LoRA rank in it.
-
-    FLOPs and memory are those of one step, the one with the highest peak of all that were sampled; times are medians.
-    """
-
-    process_index: int
-    """Which process, counted from 0."""
-
-    scope: str
-    """`step`, the whole step, or `layers`, the layers whose adapter has the rank `lora_rank`."""
-
-    lora_rank: int | None = None
-    """The rank of the adapters; null where there are none, and for a whole step where there are several ranks."""
-
-    steps: int = 0
-    """How many steps were sampled."""
-
-    num_trainable_params: int | None = None
-    """Parameters that are trained; for layers, theirs."""
-
-    flops_forward: int | None = None
-    """Convolutions, matrix products and attention, in the forward pass and the loss; a multiply-add is two."""
-
-    flops_backward: int | None = None
-    """The same in the backward pass."""
-
-    flops_optimizer: int | None = None
-    """All arithmetic of the update, clipping included; null for layers."""
-
-    flops_elementwise_forward: int | None = None
-    """Activations, normalisation, pooling, sums: everything else of the forward pass."""
-
-    flops_elementwise_backward: int | None = None
-    """The same of the backward pass."""
-
-    forward_s: float | None = None
-    """Seconds from the model's start to the start of the backward pass, the loss included; null for layers."""
-
-    backward_s: float | None = None
-    """Seconds of the backward pass, clipping included; null for layers."""
-
-    optimizer_s: float | None = None
-    """Seconds of the optimizer's step; null for layers."""
-
-    samples_per_s: float | None = None
-    """Samples of this process in a second of the three together; null for layers."""
-
-    memory_peak_bytes: int | None = None
-    """The most bytes of tensors that were alive at once; for layers, theirs at that moment."""
-
-    memory_peak_phase: str | None = None
-    """The phase in which that was: `forward`, `backward` or `optimizer`; null for layers."""
-
-    memory_parameters_bytes: int | None = None
-    """Parameters, trained or not, at the peak."""
-
-    memory_buffers_bytes: int | None = None
-    """Buffers at the peak."""
-
-    memory_gradients_bytes: int | None = None
-    """Gradients of parameters at the peak."""
-
-    memory_activations_bytes: int | None = None
-    """What the forward pass made and the backward pass still needs, at the peak."""
-
-    memory_temporaries_bytes: int | None = None
-    """Everything else at the peak."""
-
-    memory_optimizer_bytes: int | None = None
-    """The optimizer's state at the peak."""
-
-    memory_forward_end_bytes: int | None = None
-    """Bytes of all kinds at the end of the forward pass."""
-
-    cuda_peak_bytes: int | None = None
-    """The most bytes that CUDA's allocator had given out in the step; null for layers, and on other devices."""
-
-    peak_rss_bytes: int | None = None
-    """The most physical memory that the process had in the step, or until then where the system only tells that."""
-
-    adapter_bytes: int | None = None
-    """What the tensors of the saved adapter take; without an adapter, the trained parameters."""
-
-
-@dataclass(kw_only=True)
-class Record:
-    """One run."""
-
-    run_info: RunInfo
-    train_info: TrainInfo
-    meta_info: MetaInfo
-
-    profile: list[StepProfile] = field(default_factory=list)
-    """What a step costs, for each process and each LoRA rank; of a run that failed, what was measured until then."""
-
-    @property
-    def step(self) -> StepProfile | None:
-        """What a step costs the first process; None where none was sampled."""
-        return next((row for row in self.profile if row.scope == "step"), None)
-
-    def to_json(self) -> str:
-        """Returns the record as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Record:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            ValueError: The text is no JSON, or a block or a field is missing or unknown.
-        """
-        blocks = json.loads(text)
-        kinds = {"run_info": RunInfo, "train_info": TrainInfo, "meta_info": MetaInfo}
-        try:
-            profile = [StepProfile(**row) for row in blocks.pop("profile", [])]
-            train = blocks["train_info"]
-            train["changes"] = {name: KernelChange(**row) for name, row in train.get("changes", {}).items()}
-            return cls(**{name: kinds[name](**block) for name, block in blocks.items()}, profile=profile)
-        except (AttributeError, KeyError, TypeError) as error:
-            expected = {name: [entry.name for entry in fields(kind)] for name, kind in kinds.items()}
-            raise ValueError(f"not a record: {error}; expected the blocks and fields {expected}") from error
-
-
-@dataclass(kw_only=True)
-class CostRecord:
-    """What a training step costs, analysed from shapes alone."""
-
-    created_at: str
-    """When: ISO 8601, UTC."""
-
-    network: str
-    """What was analysed: a timm model, or the name of a Transformers configuration."""
-
-    kind: str
-    """`standard`, `depthwise` (a network with depthwise convolutions) or `transformer`."""
-
-    method: str
-    """`full`, `lora`, `dora` or another of `METHODS`."""
-
-    setting: dict[str, Any]
-    """LoRA rank, batch size, image size or tokens in a sequence, optimizer, accounting of FLOPs, norm, target modules,
-    and the options of lean training; null for what does not apply."""
-
-    num_total_params: int
-    """Parameters of the network, adapters included."""
-
-    profile: StepProfile
-    """The step."""
-
-    package_info: dict[str, str | None]
-    """The versions that it was analysed with."""
-
-    def to_json(self) -> str:
-        """Returns the record as JSON text."""
-        return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> CostRecord:
-        """Reads what `to_json` wrote.
-
-        Raises:
-            ValueError: The text is no JSON, or a field is missing or unknown.
-        """
-        block = json.loads(text)
-        try:
-            return cls(**{**block, "profile": StepProfile(**block["profile"])})
-        except (KeyError, TypeError) as error:
-            expected = [entry.name for entry in fields(cls)]
-            raise ValueError(f"not the record of a cost: {error}; expected the fields {expected}") from error
-
-
-R = TypeVar("R", Record, CostRecord)
-
-# What tells our runs from PEFT's own records, which have the same blocks with another configuration.
-_CONFIG_KEYS = {"method", "norm", "backbone", "data", "adapter"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Archive:
-    """The records of a folder, by their files' names relative to it, in the order of these."""
-
-    runs: dict[str, Record] = field(default_factory=dict)
-    """Runs of `train.py`, whatever became of them."""
-
-    costs: dict[str, CostRecord] = field(default_factory=dict)
-    """Analyses."""
-
-    @property
-    def finished(self) -> dict[str, Record]:
-        """The runs that have succeeded."""
-        return {name: run for name, run in self.runs.items() if run.train_info.status == SUCCESS}
-
-
-def read_archive(folder: Path) -> Archive:
-    """Reads every record in a folder and below it. Other JSON files, such as those of adapters, are passed over.
-
-    Raises:
-        ValueError: There is no record, or one is damaged; the message names the file.
-    """
-    archive = Archive()
-    for file in sorted(folder.rglob("*.json")):
-        name, record = file.relative_to(folder).as_posix(), _read(file)
-        # A study keeps a record both in the folder of the run and, without local paths, among its results.
-        if isinstance(record, Record) and not any(_is_same(record, other) for other in archive.runs.values()):
-            archive.runs[name] = record
-        elif isinstance(record, CostRecord) and record not in archive.costs.values():
-            archive.costs[name] = record
-    if not archive.runs and not archive.costs:
-        raise ValueError(
-            f"{folder} holds no record: name a folder with the record.json of runs of train.py, or the results of "
-            "peft-edge study"
-        )
-    return archive
-
-
-def read_record(file: Path, kind: type[R]) -> R | None:
-    """Returns the record in a file; None if there is no file.
-
-    Raises:
-        ValueError: It is damaged; the message names the file.
-    """
-    try:
-        return kind.from_json(file.read_text(encoding="utf-8")) if file.exists() else None
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged: delete it, and it is made anew ({error})") from error
-
-
-def _is_same(one: Record, other: Record) -> bool:
-    started, others_start = ((run.run_info.experiment_name, run.run_info.created_at) for run in (one, other))
-    return started == others_start and one.train_info == other.train_info
-
-
-def _read(file: Path) -> Record | CostRecord | None:
-    try:
-        block = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:
-        return None
-    if _is_run(block):
-        return read_record(file, Record)
-    return read_record(file, CostRecord) if _is_cost(block) else None
-
-
-def _is_run(block: Any) -> bool:
-    try:
-        return _CONFIG_KEYS.issubset(block["run_info"]["train_config"]) and "train_info" in block
-    except (KeyError, TypeError):
-        return False
-
-
-def _is_cost(block: Any) -> bool:
-    return isinstance(block, dict) and {"network", "method", "profile"}.issubset(block)
-
-
-def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
-    """Writes a record to a file of its own, on one line: a study has hundreds of them.
-
-    Args:
-        folder: The archive.
-        name: Of the file, without its ending; the same name replaces the record.
-        record: What is written.
-
-    Returns:
-        The file.
-    """
-    file = folder / f"{name}.json"
-    with atomic_write(file) as unfinished:
-        unfinished.write_text(json.dumps(json.loads(record.to_json()), separators=(",", ":")) + "\n", encoding="utf-8")
-    return file
+def load_average() -> float | None:
+    """Return the mean number of runnable processes in the last minute; None where the system does not report it."""
+    return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

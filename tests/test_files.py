@@ -13,10 +13,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from peft_edge.files import atomic_write
+from peft_edge.files import atomic_write, requires_extra
 
 
-def test_file_and_folder_take_their_place(tmp_path: Path) -> None:
+def test_file_and_folder_are_written(tmp_path: Path) -> None:
     with atomic_write(tmp_path / "deep" / "a.txt") as unfinished:
         unfinished.write_text("a")
     with atomic_write(tmp_path / "folder") as unfinished:
@@ -26,7 +26,7 @@ def test_file_and_folder_take_their_place(tmp_path: Path) -> None:
     assert (tmp_path / "folder" / "b.txt").read_text() == "b"
 
 
-def test_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
+def test_folder_is_replaced_with_its_contents(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
     with atomic_write(tmp_path / "folder") as unfinished:
@@ -36,7 +36,7 @@ def test_folder_is_replaced_with_all_it_held(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
+def test_file_does_not_replace_a_folder(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
     with pytest.raises(IsADirectoryError), atomic_write(tmp_path / "folder") as unfinished:
@@ -45,7 +45,7 @@ def test_a_file_does_not_take_the_place_of_a_folder(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
 
 
-def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
+def test_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with (
         pytest.raises(FileExistsError, match="a is a file, and a folder is to be written there"),
@@ -57,7 +57,7 @@ def test_a_folder_does_not_take_the_place_of_a_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
-def test_who_may_read_other_new_files_may_read_weights(tmp_path: Path) -> None:
+def test_weights_have_the_mode_of_other_new_files(tmp_path: Path) -> None:
     (tmp_path / "plain.txt").touch()
     with atomic_write(tmp_path / "folder") as unfinished:
         unfinished.mkdir()
@@ -68,7 +68,7 @@ def test_who_may_read_other_new_files_may_read_weights(tmp_path: Path) -> None:
         assert (tmp_path / name).stat().st_mode == (tmp_path / "plain.txt").stat().st_mode
 
 
-def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
+def test_failure_leaves_the_old_file(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("old")
     with pytest.raises(RuntimeError, match="stopped"), atomic_write(tmp_path / "a.txt") as unfinished:  # noqa: PT012
         unfinished.write_text("half")
@@ -78,10 +78,10 @@ def test_failure_leaves_what_was_there(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_what_a_killed_process_left_is_cleared(tmp_path: Path) -> None:
+def test_leftover_of_a_killed_process_is_deleted(tmp_path: Path) -> None:
     killed = """
 import os, pathlib, sys
-from peft_edge.files import atomic_write
+from peft_edge.files import atomic_write, requires_extra
 with atomic_write(pathlib.Path(sys.argv[1])) as unfinished:
     unfinished.mkdir()
     (unfinished / "half.txt").write_text("half")
@@ -97,7 +97,7 @@ with atomic_write(pathlib.Path(sys.argv[1])) as unfinished:
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_the_disk_holds_everything_before_it_takes_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_everything_is_on_the_disk_before_it_is_renamed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[tuple[int, bool]] = []
 
     def fsync(descriptor: int) -> None:
@@ -123,7 +123,7 @@ def test_the_disk_holds_everything_before_it_takes_its_name(tmp_path: Path, monk
     ],
     ids=["plain", "safetensors", "torch"],
 )
-def test_no_space_is_one_clear_error(tmp_path: Path, write: Callable[[Path], None]) -> None:
+def test_full_disk_is_one_clear_error(tmp_path: Path, write: Callable[[Path], None]) -> None:
     (tmp_path / "a").write_text("old")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
@@ -138,7 +138,7 @@ def test_no_space_is_one_clear_error(tmp_path: Path, write: Callable[[Path], Non
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
 
 
-def test_folder_whose_replacement_vanishes_comes_back(tmp_path: Path) -> None:
+def test_folder_comes_back_if_its_replacement_vanishes(tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "old.txt").write_text("old")
 
@@ -146,3 +146,11 @@ def test_folder_whose_replacement_vanishes_comes_back(tmp_path: Path) -> None:
         pass
 
     assert (tmp_path / "folder" / "old.txt").read_text() == "old"
+
+
+def test_missing_package_is_named_with_its_extra() -> None:
+    with (
+        pytest.raises(ImportError, match=r'^no_such_package is not installed: pip install "peft-edge\[train\]"$'),
+        requires_extra("train"),
+    ):
+        import no_such_package.module  # noqa: F401

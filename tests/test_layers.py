@@ -39,7 +39,6 @@ LAYERS = {
     "peft_edge/training/": 6,
     "peft_edge/report/": 7,
     "peft_edge/study/": 7,
-    "peft_edge/export/commands.py": 7,
     "peft_edge/cli.py": 8,
     "train.py": 8,
 }

@@ -21,26 +21,16 @@ from peft_edge.records import (
     load_average,
     package_info,
     read_archive,
+    read_record,
     system_info,
 )
 
-
-def test_versions_and_the_lack_of_a_package_are_told() -> None:
-    packages = package_info("no-such-package")
-    assert packages["torch-version"] == torch.__version__.partition("+")[0]
-    assert packages["no-such-package-version"] is None
-
-
-def test_the_machine_is_named_with_what_else_is_given() -> None:
-    machine = system_info(accelerator="cpu")
-    assert (machine["system"], machine["accelerator"]) == (platform.system(), "cpu")
-    assert all(isinstance(value, str) for value in machine.values())
-    load = load_average()
-    assert load is None or load >= 0
+RESULTS = Path(__file__).parents[1] / "reports" / "results"
+MakeRecord = Callable[..., Record]
 
 
 @pytest.fixture
-def record() -> Record:
+def run() -> Record:
     return Record(
         run_info=RunInfo(
             created_at="2025-01-01T00:00:00+00:00", experiment_name="lora/a", train_config={"model_id": "m"}
@@ -57,60 +47,6 @@ def record() -> Record:
     )
 
 
-def test_record_is_read_back_the_same(record: Record) -> None:
-    assert Record.from_json(record.to_json()) == record
-
-
-def test_blocks_and_fields_are_those_of_pefts_method_comparison(record: Record) -> None:
-    """The names that PEFT's `method_comparison/processing.py` reads."""
-    blocks = json.loads(record.to_json())
-    assert blocks.keys() >= {"run_info", "train_info", "meta_info"}
-    assert blocks["run_info"].keys() >= {
-        "created_at", "total_time", "experiment_name", "peft_branch", "train_config", "peft_config", "error_msg",
-    }  # fmt: skip
-    assert blocks["train_info"].keys() >= {
-        "accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th", "train_time",
-        "file_size", "num_trainable_params", "num_total_params", "status", "metrics",
-    }  # fmt: skip
-    assert blocks["meta_info"].keys() >= {
-        "model_info", "dataset_info", "package_info", "system_info", "pytorch_info",
-    }  # fmt: skip
-
-
-def test_what_was_not_measured_is_null(record: Record) -> None:
-    train_info = json.loads(record.to_json())["train_info"]
-    assert train_info["accelerator_memory_max"] is None
-    assert train_info["file_size"] is None
-
-
-def test_profile_names_process_and_rank(record: Record) -> None:
-    (row,) = json.loads(record.to_json())["profile"]
-    assert (row["process_index"], row["lora_rank"], row["flops_forward"]) == (1, 4, 10)
-    assert row["memory_peak_bytes"] is None
-    assert "rank" not in row
-
-
-def test_record_without_a_profile_is_read(record: Record) -> None:
-    blocks = json.loads(record.to_json())
-    del blocks["profile"]
-    assert Record.from_json(json.dumps(blocks)).profile == []
-
-
-def test_nan_is_refused(record: Record) -> None:
-    record.train_info.train_time = float("nan")
-    with pytest.raises(ValueError, match="JSON compliant"):
-        record.to_json()
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"run_info": {}}', '{"other": {}}', '{"profile": [{"rank": 4}]}'])
-def test_damaged_record_is_refused(text: str) -> None:
-    with pytest.raises(ValueError):  # noqa: PT011 - json's own error for the first
-        Record.from_json(text)
-
-
-MakeRecord = Callable[..., Record]
-
-
 @pytest.fixture
 def cost() -> CostRecord:
     return CostRecord(
@@ -125,7 +61,88 @@ def cost() -> CostRecord:
     )
 
 
-def test_what_was_added_is_read(record: MakeRecord, cost: CostRecord, tmp_path: Path) -> None:
+def test_record_is_read_back_unchanged(run: Record, cost: CostRecord) -> None:
+    assert Record.from_json(run.to_json()) == run
+    assert CostRecord.from_json(cost.to_json()) == cost
+
+
+def test_published_records_are_read_and_written_unchanged() -> None:
+    archive = read_archive(RESULTS)
+    records = archive.runs | archive.costs
+    assert records.keys() == {file.relative_to(RESULTS).as_posix() for file in RESULTS.rglob("*.json")}
+    for name, record in records.items():
+        assert json.loads(record.to_json()) == json.loads((RESULTS / name).read_text(encoding="utf-8"))
+
+
+def test_blocks_and_fields_are_those_of_pefts_method_comparison(run: Record) -> None:
+    """The names that PEFT's `method_comparison/processing.py` reads."""
+    blocks = json.loads(run.to_json())
+    assert blocks.keys() >= {"run_info", "train_info", "meta_info"}
+    assert blocks["run_info"].keys() >= {
+        "created_at", "total_time", "experiment_name", "peft_branch", "train_config", "peft_config", "error_msg",
+    }  # fmt: skip
+    assert blocks["train_info"].keys() >= {
+        "accelerator_memory_reserved_avg", "accelerator_memory_max", "accelerator_memory_reserved_99th", "train_time",
+        "file_size", "num_trainable_params", "num_total_params", "status", "metrics",
+    }  # fmt: skip
+    assert blocks["meta_info"].keys() >= {
+        "model_info", "dataset_info", "package_info", "system_info", "pytorch_info",
+    }  # fmt: skip
+
+
+def test_value_that_was_not_measured_is_null(run: Record) -> None:
+    train_info = json.loads(run.to_json())["train_info"]
+    assert train_info["accelerator_memory_max"] is None
+    assert train_info["file_size"] is None
+
+
+def test_profile_names_process_and_rank(run: Record) -> None:
+    (row,) = json.loads(run.to_json())["profile"]
+    assert (row["process_index"], row["lora_rank"], row["flops_forward"]) == (1, 4, 10)
+    assert row["memory_peak_bytes"] is None
+    assert "rank" not in row
+
+
+def test_record_without_a_profile_is_read(run: Record) -> None:
+    blocks = json.loads(run.to_json())
+    del blocks["profile"]
+    assert Record.from_json(json.dumps(blocks)).profile == []
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_infinity_are_refused(run: Record, tmp_path: Path, value: float) -> None:
+    run.train_info.train_time = value
+    with pytest.raises(ValueError, match="JSON compliant"):
+        run.to_json()
+    with pytest.raises(ValueError, match="JSON compliant"):
+        add_record(tmp_path, "a", run)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "text: Invalid JSON"),
+        ("[]", "text: Input should be an object"),
+        ('{"run_info": {}}', "run_info.created_at: Field required; run_info.experiment_name: Field required"),
+        ('{"other": {}}', "other: Extra inputs are not permitted"),
+        ('{"profile": [{"rank": 4}]}', "profile.0.rank: Extra inputs are not permitted"),
+    ],
+)
+def test_damaged_record_is_refused_with_its_file_and_fields(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is damaged") as caught:
+        read_record(tmp_path / "a.json", Record)
+    assert message in str(caught.value)
+    with pytest.raises(ValueError, match="not a Record: "):
+        Record.from_json(text)
+
+
+def test_missing_record_is_none(tmp_path: Path) -> None:
+    assert read_record(tmp_path / "a.json", Record) is None
+
+
+def test_added_records_are_found(record: MakeRecord, cost: CostRecord, tmp_path: Path) -> None:
     run = record("lora", 0.9)
     file = add_record(tmp_path / "results", "lora--a", run)
     add_record(tmp_path / "results", "cost--a", cost)
@@ -135,7 +152,7 @@ def test_what_was_added_is_read(record: MakeRecord, cost: CostRecord, tmp_path: 
     assert archive.costs == {"results/cost--a.json": cost}
 
 
-def test_the_same_name_replaces(record: MakeRecord, tmp_path: Path) -> None:
+def test_record_of_the_same_name_is_replaced(record: MakeRecord, tmp_path: Path) -> None:
     for accuracy in (0.1, 0.2):
         add_record(tmp_path, "a", record("lora", accuracy))
     assert read_archive(tmp_path).runs == {"a.json": record("lora", 0.2)}
@@ -157,19 +174,36 @@ def test_records_are_found_among_other_files(record: MakeRecord, tmp_path: Path)
     assert list(archive.finished.values()) == [runs["a"], runs["b"]]
 
 
-def test_a_record_that_lies_there_twice_counts_once(record: MakeRecord, tmp_path: Path) -> None:
+def test_two_copies_of_a_record_count_once(record: MakeRecord, cost: CostRecord, tmp_path: Path) -> None:
     for name in ("a", "b"):
         add_record(tmp_path, name, record("lora", 0.9))
-    assert list(read_archive(tmp_path).runs) == ["a.json"]
+        add_record(tmp_path, f"cost-{name}", cost)
+    archive = read_archive(tmp_path)
+    assert list(archive.runs) == ["a.json"]
+    assert list(archive.costs) == ["cost-a.json"]
 
 
-def test_a_damaged_record_is_named(record: MakeRecord, tmp_path: Path) -> None:
+def test_damaged_record_in_a_folder_is_named(record: MakeRecord, tmp_path: Path) -> None:
     text = record("lora", 0.9).to_json().replace('"train_time"', '"train_tame"')
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
     with pytest.raises(ValueError, match=r"a\.json is damaged(?s:.*)train_tame"):
         read_archive(tmp_path)
 
 
-def test_a_folder_without_records_is_named(tmp_path: Path) -> None:
+def test_folder_without_records_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="holds no record: name a folder"):
         read_archive(tmp_path)
+
+
+def test_package_versions_are_listed_and_a_missing_package_is_none() -> None:
+    packages = package_info("no-such-package")
+    assert packages["torch-version"] == torch.__version__.partition("+")[0]
+    assert packages["no-such-package-version"] is None
+
+
+def test_machine_is_described_with_additional_entries() -> None:
+    machine = system_info(accelerator="cpu")
+    assert (machine["system"], machine["accelerator"]) == (platform.system(), "cpu")
+    assert all(isinstance(value, str) for value in machine.values())
+    load = load_average()
+    assert load is None or load >= 0

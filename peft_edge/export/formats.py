@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.export import ExportedProgram
+
+from peft_edge.files import requires_extra
 
 INPUT, OUTPUT = "images", "logits"
 
@@ -34,16 +35,9 @@ class Format(NamedTuple):
     any_batch_size: bool
 
 
-def import_extra(module: str, extra: str) -> Any:
-    """Import an optional dependency, or raise an ImportError that names the extra that installs it."""
-    try:
-        return import_module(module)
-    except ModuleNotFoundError as error:
-        raise ImportError(f'{module} is not installed: pip install "peft-edge[{extra}]"') from error
-
-
 def _write_onnx(program: ExportedProgram, texts: Mapping[str, str], file: Path) -> None:
-    import_extra("onnxscript", "onnx")
+    with requires_extra("onnx"):
+        import onnxscript  # noqa: F401 - torch.onnx imports it
     written = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},)
     )
@@ -53,7 +47,9 @@ def _write_onnx(program: ExportedProgram, texts: Mapping[str, str], file: Path) 
 
 
 def _load_onnx(file: Path) -> Network:
-    session = import_extra("onnxruntime", "onnx").InferenceSession(file, providers=["CPUExecutionProvider"])
+    with requires_extra("onnx"):
+        from onnxruntime import InferenceSession
+    session = InferenceSession(file, providers=["CPUExecutionProvider"])
     return lambda images: torch.from_numpy(session.run([OUTPUT], {INPUT: images.numpy()})[0])
 
 
@@ -66,17 +62,17 @@ def _load_torch(file: Path) -> Network:
 
 
 def _write_executorch(program: ExportedProgram, texts: Mapping[str, str], file: Path) -> None:
-    exir = import_extra("executorch.exir", "executorch")
-    xnnpack = import_extra("executorch.backends.xnnpack.partition.xnnpack_partitioner", "executorch")
-    lowered = exir.to_edge_transform_and_lower(
-        program, partitioner=[xnnpack.XnnpackPartitioner()], constant_methods=dict(texts)
-    )
+    with requires_extra("executorch"):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+    lowered = to_edge_transform_and_lower(program, partitioner=[XnnpackPartitioner()], constant_methods=dict(texts))
     file.write_bytes(lowered.to_executorch().buffer)
 
 
 def _load_executorch(file: Path) -> Network:
-    program = import_extra("executorch.runtime", "executorch").Runtime.get().load_program(file)
-    method = program.load_method("forward")
+    with requires_extra("executorch"):
+        from executorch.runtime import Runtime
+    method = Runtime.get().load_program(file).load_method("forward")
     # The next call reuses the memory of the output.
     return lambda images: method.execute([images])[0].clone()
 
@@ -95,8 +91,9 @@ def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> Non
     scale, which covers its values on `batches`: preprocessed images (B, C, H, W) in batches that the file accepts.
     Weights use 7 of 8 bits.
     """
-    quantization = import_extra("onnxruntime.quantization", "onnx")
-    shape_inference = import_extra("onnxruntime.quantization.shape_inference", "onnx")
+    with requires_extra("onnx"):
+        from onnxruntime import quantization
+        from onnxruntime.quantization import shape_inference
     inputs = ({INPUT: batch.numpy()} for batch in batches)
     inferred = quantized.with_name(f"{quantized.name}.inferred")
     shape_inference.quant_pre_process(file, inferred, skip_symbolic_shape=True)

@@ -68,10 +68,7 @@ def test_what_is_applied_to_the_base_is_the_merged_model(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["export", "{adapter}"], "required: --out"),
-        (["export", "{adapter}", "--out", "x.pt2", "--format", "tflite"], "invalid choice: 'tflite'"),
         (["export", "{adapter}", "--out", "x.onnx", "--quantize", "int8"], "pass --calibration FOLDER"),
-        (["export", "{adapter}", "--out", "x.onnx", "--image-size", "0"], "image_size: expected at least 1"),
         (["export", "./no/adapter", "--out", "x.onnx"], "no/adapter"),
         (["diff", "--base", "{base}", "--adapter", "./no/adapter", "--out", "x"], "no/adapter"),
         (["apply", "--base", "{base}", "--diff", "./no.safetensors", "--out", "x"], "no.safetensors is missing"),

@@ -11,7 +11,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -178,7 +178,7 @@ def test_resumed_study_has_the_records_of_an_uninterrupted_one(grid: Path, tmp_p
     assert output.splitlines()[1].split()[:3] == ["task,", "lora", "2"]
     assert {file: file.stat().st_mtime_ns for file in stopped} == stopped
     expected, found = (
-        {name: reproducible(asdict(record)) for name, record in results_in(folder).items()}
+        {name: reproducible(record.model_dump()) for name, record in results_in(folder).items()}
         for folder in (whole, halves)
     )
     assert len(expected) == 4
