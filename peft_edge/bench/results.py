@@ -6,18 +6,14 @@ import os
 import statistics
 from collections.abc import Sequence
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from peft_edge.profiling.figures import StackedBars, memory_panel, save_bars
 from peft_edge.profiling.tables import cost_table, text_table
-from peft_edge.records import StepProfile
+from peft_edge.records import JsonModel, StepProfile
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-
-class PhaseTimes(_Strict):
+class PhaseTimes(JsonModel):
     """Seconds of one step."""
 
     forward_s: float
@@ -33,7 +29,7 @@ class PhaseTimes(_Strict):
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
-class BenchRow(_Strict):
+class BenchRow(JsonModel):
     """The figures of one contender."""
 
     name: str
@@ -44,7 +40,7 @@ class BenchRow(_Strict):
     """Why it did not run; empty if it did."""
     profile: StepProfile | None = None
     """FLOPs and memory of a step, and the medians of its times."""
-    rounds: list[PhaseTimes] = []
+    rounds: list[PhaseTimes] = Field(default_factory=list)
     """The times of each round."""
     ratio_best: float | None = None
     """The fastest step, divided by the fastest step of the reference."""
@@ -67,7 +63,7 @@ class BenchRow(_Strict):
                 setattr(self.profile, phase, median or None)
 
 
-class BenchRecord(_Strict):
+class BenchRecord(JsonModel):
     """One comparison."""
 
     created_at: str
@@ -84,19 +80,6 @@ class BenchRecord(_Strict):
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
-
-    def to_json(self) -> str:
-        """Return the record as JSON text."""
-        return self.model_dump_json(indent=2) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> BenchRecord:
-        """Read what `to_json` wrote.
-
-        Raises:
-            ValueError: If a field is missing, unknown or wrong; the message lists all of them.
-        """
-        return cls.model_validate_json(text)
 
     @property
     def title(self) -> str:

@@ -81,7 +81,7 @@ def test_committed_records_keep_their_data(file: Path) -> None:
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"rows": [{"profile": null}]}'])
 def test_wrong_json_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="validation error"):
+    with pytest.raises(ValueError, match="not a BenchRecord: "):
         BenchRecord.from_json(text)
 
 
