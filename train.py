@@ -38,7 +38,7 @@ def command() -> None:
         sys.exit()
     try:
         main(sys.argv[1:])
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, ImportError) as error:
         # Wrong input or a full disk: the message says what to do, and record.json holds the traceback.
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 import sys
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection
 from json import dumps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
@@ -22,6 +22,18 @@ from typer.models import OptionInfo
 from peft_edge import __version__
 from peft_edge.config.schema import METHOD_NAMES, OPTIMIZER_NAMES, ROLE_NAMES
 from peft_edge.files import atomic_write
+from peft_edge.plan import (
+    BYTES,
+    FLOPS,
+    LORA_RANKS,
+    METHODS_TO_PLAN,
+    PLACEMENTS,
+    Budget,
+    find_plan,
+    parse_bytes,
+    parse_flops,
+    plan_table,
+)
 from peft_edge.records import Record, read_record
 
 if TYPE_CHECKING:
@@ -36,11 +48,6 @@ CONTENDERS = [
 EXPORT_FORMATS = ("onnx", "torch-export", "executorch")
 NORMS = ("frozen", "recalibrate", "stats", "affine")
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
-PLAN_METHODS = ["head", "norm-affine", "lora", "lora-fa", "dora", "galore", "full"]
-PLAN_LORA_RANKS = [4, 16]
-PLAN_TARGET_MODULES = ["all-conv", "dense", "project", "last-stage"]
-BYTE_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-FLOP_UNITS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
 
 
 class Command(TyperCommand):
@@ -87,21 +94,14 @@ def _one_of(names: Collection[str]) -> Callable[[str], str]:
     return parse
 
 
-def _amount(units: Mapping[str, int], example: str) -> Callable[[str], int]:
-    """Return a parser of amounts such as `256MiB`."""
-    sizes = {unit.lower(): size for unit, size in units.items()}
+def _amount(parse: Callable[[str], int]) -> Callable[[str], int]:
+    def read(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise BadParameter(str(error)) from error
 
-    def parse(text: str) -> int:
-        match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]+)\s*", text, re.IGNORECASE)
-        amount = round(float(match[1]) * sizes.get(match[2].lower(), 0)) if match else 0
-        if not amount:
-            raise BadParameter(
-                f"expected a number above 0 and one of {', '.join(units)}, such as {example}, found {text!r}; "
-                "for no limit, leave the option out"
-            )
-        return amount
-
-    return parse
+    return read
 
 
 def _target_modules(text: str) -> str:
@@ -124,8 +124,8 @@ def _choice(names: Collection[str], meaning: str) -> OptionInfo:
     return Option(parser=_one_of(names), metavar="|".join(names), help=meaning)
 
 
-def _limit(units: Mapping[str, int], example: str, meaning: str) -> OptionInfo:
-    return Option(parser=_amount(units, example), metavar=example, help=f"{meaning}, in {', '.join(units)}.")
+def _limit(parse: Callable[[str], int], units: Collection[str], example: str, meaning: str) -> OptionInfo:
+    return Option(parser=_amount(parse), metavar=example, help=f"The most {meaning}, in {', '.join(units)}.")
 
 
 def _count(meaning: str) -> OptionInfo:
@@ -236,14 +236,14 @@ def plan(
     num_classes: NumClasses = None,
     batch_size: BatchSize = 16,
     image_size: ImageSize = 224,
-    memory: Annotated[int | None, _limit(BYTE_UNITS, "256MiB", "The most memory for the tensors of a step")] = None,
-    flops: Annotated[int | None, _limit(FLOP_UNITS, "3GFLOP", "The most arithmetic of a step")] = None,
-    adapter_bytes: Annotated[int | None, _limit(BYTE_UNITS, "200KiB", "The largest size of the saved update")] = None,
-    method: Methods = PLAN_METHODS,
+    memory: Annotated[int | None, _limit(parse_bytes, BYTES, "256MiB", "memory for tensors in a step")] = None,
+    flops: Annotated[int | None, _limit(parse_flops, FLOPS, "3GFLOP", "arithmetic of a step")] = None,
+    adapter_bytes: Annotated[int | None, _limit(parse_bytes, BYTES, "200KiB", "bytes of the saved update")] = None,
+    method: Methods = [*METHODS_TO_PLAN],  # noqa: B006
     target_modules: Annotated[
         list[str], Option(parser=_target_modules, metavar="ROLE|REGEX ...", help=f"{_TARGETS}; one or several.")
-    ] = PLAN_TARGET_MODULES,
-    lora_rank: LoraRanks = PLAN_LORA_RANKS,
+    ] = [*PLACEMENTS],  # noqa: B006
+    lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     optimizer: Optimizer = "adamw",
     records: Annotated[Path | None, _path("FOLDER", "Records of runs: the most accurate comes first.")] = None,
 ) -> None:
@@ -253,7 +253,6 @@ def plan(
     it needs, and why the others do not fit. Steps run on tensors that have a shape and no values.
     """
     from peft_edge.backbones import load_backbone
-    from peft_edge.plan import Budget, find_plan, plan_table
 
     budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
     model = load_backbone(backbone, num_classes)

@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from peft_edge.data.domain import ImageBatch
+from peft_edge.files import requires_extra
 
 
 @dataclass(frozen=True)
@@ -209,7 +210,8 @@ def _blend(image: Tensor) -> Tensor:
 
 @cache
 def _photographs() -> list[Tensor]:
-    from sklearn.datasets import load_sample_images
+    with requires_extra("train"):
+        from sklearn.datasets import load_sample_images
 
     return [torch.tensor(photograph).permute(2, 0, 1) for photograph in load_sample_images().images]
 

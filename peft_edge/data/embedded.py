@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from peft_edge.data.domain import Domain, dataset_from_arrays, stratified_split
+from peft_edge.files import requires_extra
 
 DIGITS_SPLIT_SIZES = {"adaptation": 400, "validation": 150, "test": 547}
 """The sizes of the splits of `digits`. The remaining 700 images are the source's training images."""
@@ -45,7 +46,8 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     Returns:
         The source domain (700 training, 150 validation, 547 test images), and 400 adaptation images, unshifted.
     """
-    from sklearn.datasets import load_digits
+    with requires_extra("train"):
+        from sklearn.datasets import load_digits
 
     digits = load_digits()
     grey = torch.from_numpy(digits.images).float().unsqueeze(1) * (255 / 16)

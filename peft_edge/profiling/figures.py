@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from peft_edge.files import atomic_write
+from peft_edge.files import atomic_write, requires_extra
 from peft_edge.records import StepProfile
 
 if TYPE_CHECKING:
@@ -71,11 +71,9 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
     path = Path(path)
     if path.suffix not in FORMATS:
         raise ValueError(f"{path} has the ending {path.suffix!r}, expected one of {', '.join(FORMATS)}")
-    try:
+    with requires_extra("report"):
         from matplotlib import rc_context
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "peft-edge[figures]"') from error
 
     figure = Figure(figsize=(1 + 5 * len(panels), 1.9 + 0.36 * len(names)), layout="constrained")
     figure.suptitle(title)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from pandas import DataFrame
 
+from peft_edge.files import requires_extra
 from peft_edge.methods import METHODS
 from peft_edge.report.frames import pareto_front
 
@@ -118,11 +119,9 @@ def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
     Raises:
         ImportError: If matplotlib is not installed.
     """
-    try:
+    with requires_extra("report"):
         from matplotlib import rc_context, rcdefaults, rcParams
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError('pictures need matplotlib: pip install "peft-edge[figures]"') from error
 
     with rc_context():
         rcdefaults()
