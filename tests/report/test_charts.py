@@ -70,7 +70,7 @@ def test_methods_have_different_markers_and_the_same_style_everywhere() -> None:
 def test_missing_matplotlib_raises_an_error_with_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with (
-        pytest.raises(ImportError, match=r'pip install "peft-edge\[figures\]"'),
+        pytest.raises(ImportError, match=r'pip install "peft-edge\[report\]"'),
         figure_file(tmp_path / "a", size=(1, 1)),
     ):
         pass

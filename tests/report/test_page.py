@@ -165,7 +165,7 @@ def test_changed_record_changes_only_what_is_made_from_it(written: Path, tmp_pat
 
 def test_without_matplotlib_nothing_is_written(reports: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r'pip install "peft-edge\[figures\]"'):
+    with pytest.raises(ImportError, match=r'pip install "peft-edge\[report\]"'):
         write_report(reports / "results", tmp_path / "reports")
     assert list(tmp_path.iterdir()) == []
 
