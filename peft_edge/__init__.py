@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning of convolutional networks for edge devices, as an extension of Hugging Face PEFT.
 
-Importing this package registers its tuners with PEFT: at once if PEFT is imported already, else as soon as it is.
-The names below are imported when they are first used, so that the command line starts without torch.
+The tuners are registered with PEFT as soon as both packages are imported, in either order. The names in `__all__` are
+imported when they are first used, so that the command line starts without torch.
 """
 
 import sys
@@ -42,7 +42,7 @@ def __dir__() -> list[str]:
 
 
 def _register_tuners(imported: ModuleType) -> None:
-    """Import the tuners if PEFT is imported and no module of this package is half imported: that would be circular."""
+    """Import the tuners if PEFT is imported, unless a module of this package is half imported (a circular import)."""
     if "peft" in sys.modules and not any(map(_is_half_imported, {*sys.modules} - {imported.__name__})):
         import_module(f"{__name__}.tuners")
 

@@ -1,4 +1,4 @@
-"""Files that are written completely or not at all, and clear errors for a full disk or a missing package."""
+"""Write files completely or not at all, and explain a full disk or a missing package."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# The messages of torch.save for a failed write, whatever its cause.
+# Messages of torch.save for any failed write.
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path beside `path`, and rename it to `path` at the end of the block.
+    """Yield a temporary path in the folder of `path`, and rename it to `path` at the end of the block.
 
-    If the block fails, `path` is unchanged. A killed process leaves the temporary path behind, and the next attempt
-    deletes it. A file is the old or the new one at any moment, even after a power cut. A folder that replaces another
-    is missing between two renames; the old one is then at `.<name>.replaced`.
+    If the block fails, `path` is unchanged. If the process is killed, the next attempt deletes the temporary path. A
+    file always has either its old or its new content, even after a power cut. If a folder replaces a folder, `path` is
+    missing for a moment; the old folder is then at `.<name>.replaced`.
 
     Raises:
-        OSError: If the disk is full, or a file would replace a folder, or a folder a file.
+        OSError: If the disk is full, if a file would replace a folder, or if a folder would replace a file.
     """
     unfinished = unfinished_path(path)
     remove(unfinished)
@@ -35,10 +35,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
         unfinished.unlink()
         yield unfinished
         if unfinished.is_dir() and path.is_file():
-            raise FileExistsError(f"{path} is a file, and a folder is to be written there: choose another name")
+            raise FileExistsError(f"{path} is a file, but a folder is to be written there: choose another name")
         _flush(unfinished, mode)
         if path.is_dir() and unfinished.is_dir():
-            # A folder can only be renamed onto an empty one, so the old one is renamed first.
+            # A folder can only be renamed to an empty folder, so the old folder is renamed first.
             replaced = path.with_name(f".{path.name}.replaced")
             remove(replaced)
             path.rename(replaced)
@@ -64,15 +64,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, mode: int) -> None:
-    """Write a file or a folder to the disk before it is renamed: else a power cut can leave an empty file.
-
-    Files get `mode`, which the system gives to new files; safetensors makes its files readable by the owner alone.
-    """
+    """Sync a file or a folder to disk, because a power cut after the rename could otherwise leave an empty file."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
             _flush_folder(entry)
         else:
-            entry.chmod(mode)
+            entry.chmod(mode)  # safetensors makes its files readable only by their owner
             with entry.open("rb+") as file:
                 os.fsync(file.fileno())
 
@@ -106,20 +103,20 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether a write failed for want of space: a full disk, a quota, or a limit on the size of files."""
+    """Return whether a write failed because of a full disk, a quota, or a limit on the size of files."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    # The errors of safetensors and torch have no errno.
+    # Errors of safetensors and torch have no errno.
     texts = [*map(os.strerror, _NO_SPACE), *_TORCH_WRITE_ERRORS]
     return any(text in str(error) for text in texts)
 
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Name the extra that brings an optional package if an import in the block fails.
+    """Name the extra of this package that installs an optional package, if its import in the block fails.
 
     Raises:
-        ImportError: If a package is not installed.
+        ImportError: If the optional package is not installed.
     """
     try:
         yield

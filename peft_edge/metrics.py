@@ -1,4 +1,4 @@
-"""Accuracy, retention and forgetting, as `evaluate` modules that need no network and no cache, and as functions."""
+"""Accuracy, retention, forgetting and harmonic mean. The `evaluate` modules need neither network nor cache."""
 
 from __future__ import annotations
 
@@ -12,38 +12,34 @@ from datasets import Features, Value
 
 
 class InMemoryMetric(evaluate.Metric):
-    """An `evaluate.Metric` over one integer per image, kept in this process's memory.
+    """An `evaluate.Metric` over integers, one per image and input, that stays in the memory of this process.
 
-    `evaluate.load` fetches the code of a metric from the Hub, and its modules write predictions into a locked file that
-    all runs of a user share. A subclass defines `description` and `_compute`; `add_batch` and `compute` are evaluate's.
-    With several processes, call `accelerator.gather_for_metrics` first, and compute the metric in each process.
+    By contrast, `evaluate.load` fetches the code of a metric from the Hub and writes predictions to a locked file that
+    all runs of a user share. A subclass defines `_compute`. With several processes, call
+    `accelerator.gather_for_metrics` first, and compute the metric in each process.
     """
 
-    description: str
     inputs: tuple[str, ...] = ("predictions", "references")
 
     def __init__(self) -> None:
-        # evaluate creates its directory even if it writes nothing there, and the home may be read-only.
+        # evaluate creates its cache folder even if it writes nothing there, and the home folder may be read-only.
         super().__init__(keep_in_memory=True, cache_dir=tempfile.gettempdir())
 
     def _info(self) -> evaluate.MetricInfo:
         features = Features({name: Value("int64") for name in self.inputs})
-        return evaluate.MetricInfo(description=self.description, citation="", features=features)
+        return evaluate.MetricInfo(description=self.__doc__ or "", citation="", features=features)
 
 
 class Accuracy(InMemoryMetric):
-    """The share of correct predictions."""
-
-    description = "The share of correct predictions."
+    """The fraction of correct predictions."""
 
     def _compute(self, *, predictions: Sequence[int], references: Sequence[int]) -> dict[str, float]:
         return {"accuracy": _accuracy(predictions, references)}
 
 
 class Retention(InMemoryMetric):
-    """Accuracy after an update / accuracy before it, on the same images; None if the accuracy before was 0."""
+    """Accuracy after an update divided by accuracy before it, on the same images; None if the accuracy before was 0."""
 
-    description = "Accuracy after an update / accuracy before it, on the same images."
     inputs = ("predictions", "references", "previous")
 
     def _compute(
@@ -54,9 +50,8 @@ class Retention(InMemoryMetric):
 
 
 class Forgetting(InMemoryMetric):
-    """Accuracy before an update - accuracy after it, on the same images; negative if the update helped."""
+    """Accuracy before an update minus accuracy after it, on the same images; negative if the update helped."""
 
-    description = "Accuracy before an update - accuracy after it, on the same images."
     inputs = ("predictions", "references", "previous")
 
     def _compute(
@@ -70,11 +65,12 @@ def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
-    """Return by how much the accuracy on earlier domains has fallen from its best, averaged; None after a single step.
+    """Return the mean drop of the accuracies on earlier domains from their best values; None after a single step.
 
     Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", equation 3: the mean over domains j < k of
     (max over l < k of a[l][j]) - a[k][j], where k is the last step and `accuracies[l][j]` = a[l][j] is the accuracy on
-    domain j after step l. Row l needs the domains up to l. With two steps it equals `Forgetting` on the first domain.
+    domain j after step l. Here the maximum is over j <= l < k, so row l only needs the domains up to l. With two steps
+    the result equals `Forgetting` on the first domain.
     """
     *earlier, last = accuracies
     best = [max(row[domain] for row in earlier[domain:]) for domain in range(len(earlier))]
@@ -82,5 +78,5 @@ def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
 
 
 def harmonic_mean(new: float, old: float) -> float:
-    """Return the harmonic mean of the accuracies on new and on old classes: 0 if either is 0."""
+    """Return the harmonic mean of the accuracies on new and on old classes, which is 0 if either is 0."""
     return statistics.harmonic_mean([new, old])

@@ -1,6 +1,6 @@
-"""Find the methods, layers and ranks that fit a budget, each in the mildest lean setting that it needs.
+"""Find the methods, layers and LoRA ranks that fit a budget, each with as little lean training as possible.
 
-torch is imported by `find_plan` only, so that the command line reads the amounts and defaults below at once.
+Importing this module does not import torch, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -25,51 +25,51 @@ LORA_RANKS = (4, 16)
 
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-"""The units of amounts."""
+"""Units of operations and, above, of bytes."""
 
 
 class Setting(NamedTuple):
-    """How a step trains the norms, and its lean form."""
+    """The norm mode and the lean options of a training step."""
 
     norm: str
-    """What the method changes in BatchNorm layers."""
+    """The norm mode: what training changes in BatchNorm layers."""
     lean: Mapping[str, Any] | None
-    """Arguments of `prepare_model_for_lean_training`; None for a step that is not lean."""
+    """Arguments of `prepare_model_for_lean_training`; None without lean training."""
 
     def __str__(self) -> str:
         return f"norm {self.norm}, lean {self.lean_text}"
 
     @property
     def lean_text(self) -> str:
-        """`off`, or the masks and what the norms do."""
+        """`off`, or the masks and whether norms work in place."""
         if self.lean is None:
             return "off"
         return f"{self.lean['masks']} masks{', in-place norms' if self.lean.get('inplace_norm') else ''}"
 
 
-# The first two give the same results. The third fixes the statistics of the norms, which may cost accuracy.
+# The first two settings give the same results. The third freezes the statistics of the norms, which may cost accuracy.
 _SETTINGS = (
     Setting("stats", None),
     Setting("stats", {"masks": "bit"}),
     Setting("frozen", {"inplace_norm": True, "masks": "bit"}),
 )
-# Methods that train the norms, which then cannot be frozen.
+# Methods that train the norms, so that the third setting does not apply.
 _TRAIN_NORMS = ("norm-affine", "galore", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """The most that a training step and the saved update may take; None for no limit."""
+    """Upper limits for a training step and the saved update; None for no limit."""
 
     memory_bytes: int | None = None
-    """Bytes of tensors at the peak of a step: weights, activations, gradients, optimizer state."""
+    """Peak bytes of all tensors in a step: weights, activations, gradients, optimizer state."""
     flops: int | None = None
-    """All operations of a step."""
+    """Operations of a step, including the optimizer's; a multiply-add is two."""
     adapter_bytes: int | None = None
     """Bytes of the saved update."""
 
     def excess(self, profile: StepProfile) -> list[str]:
-        """Return a line for each limit that a step exceeds; an empty list if it fits."""
+        """Return one line for each limit that a step exceeds; an empty list if the step fits."""
         found = (profile.memory_peak_bytes or 0, step_flops(profile), profile.adapter_bytes or 0)
         return [
             f"{name} {amount / size:,.1f} {unit}, {(amount - most) / size:,.1f} over"
@@ -90,13 +90,13 @@ class Budget:
 
 
 def step_flops(profile: StepProfile) -> int:
-    """Return the number of operations of a step: forward, backward, elementwise and the optimizer's."""
+    """Return all operations of a step: forward and backward pass with elementwise operations, and optimizer."""
     parts = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
 
 def parse_bytes(text: str) -> int:
-    """Return the number of bytes of a text such as `256MiB`.
+    """Convert a text such as `256MiB` to bytes.
 
     Raises:
         ValueError: If the text is not a number with a unit, or the amount is zero.
@@ -105,7 +105,7 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_flops(text: str) -> int:
-    """Return the number of operations of a text such as `3GFLOP`; a multiply-add is two.
+    """Convert a text such as `3GFLOP` to a number of operations; a multiply-add is two.
 
     Raises:
         ValueError: If the text is not a number with a unit, or the amount is zero.
@@ -117,15 +117,17 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
     sizes = {unit.lower(): size for unit, size in units.items()}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if match is None or match[2].lower() not in sizes:
-        raise ValueError(f"{text!r} is no amount: expected a number and one of {', '.join(units)}, such as {example}")
+        raise ValueError(
+            f"{text!r} is not an amount: expected a number and one of {', '.join(units)}, such as {example}"
+        )
     amount = round(float(match[1]) * sizes[match[2].lower()])
     if not amount:
-        raise ValueError(f"{text!r} is nothing: expected more, such as {example}, or leave the budget out for no limit")
+        raise ValueError(f"{text!r} is zero: expected more, such as {example}, or omit the budget for no limit")
     return amount
 
 
 class Variant(NamedTuple):
-    """The part of a run's configuration that decides its accuracy; the placement and rank are those of an adapter."""
+    """The options of a run by which accuracies are grouped; without an adapter, placement and rank are None."""
 
     method: str
     target_modules: str | None
@@ -134,18 +136,20 @@ class Variant(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The accuracy of one variant in the records."""
+    """The accuracy of one variant, according to the records."""
 
     accuracy: float
-    """The mean test accuracy of its runs."""
+    """The mean test accuracy of the runs with this variant."""
     runs: int
-    """The number of its runs."""
+    """The number of these runs."""
     advantage: float
-    """Its accuracy minus the mean of all runs on the same task, averaged over tasks: comparable across tasks."""
+    """The accuracy minus the mean accuracy of all runs on the same task, averaged over tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
-    """Return the accuracy of each variant in the records."""
+    """Return a dict from each variant in the records to its accuracy. All runs must have succeeded."""
+    from peft_edge.methods import METHODS
+
     by_task: dict[str, list[float]] = defaultdict(list)
     by_variant: dict[Variant, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
     for record in records:
@@ -153,7 +157,10 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
         task = json.dumps([config["backbone"], config["data"]], sort_keys=True)
         accuracy = record.train_info.metrics[-1]["test accuracy"]
         by_task[task].append(accuracy)
-        by_variant[_variant(config)][task].append(accuracy)
+        method, adapter = config["method"], config["adapter"]
+        has_adapter = method in METHODS and METHODS[method].section == "adapter"
+        placement = (adapter["target_modules"], adapter["r"]) if has_adapter else (None, None)
+        by_variant[Variant(method, *placement, config["norm"])][task].append(accuracy)
     means = {task: statistics.fmean(accuracies) for task, accuracies in by_task.items()}
     known = {}
     for variant, tasks in by_variant.items():
@@ -163,18 +170,9 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
     return known
 
 
-def _variant(config: dict[str, Any]) -> Variant:
-    from peft_edge.methods import METHODS
-
-    method, adapter = config["method"], config["adapter"]
-    if method in METHODS and METHODS[method].section == "adapter":
-        return Variant(method, adapter["target_modules"], adapter["r"], config["norm"])
-    return Variant(method, None, None, config["norm"])
-
-
 @dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """A variant in the setting that it needs, and the cost of a step."""
+    """A method with placement, rank and setting, and the cost of a training step with it."""
 
     method: str
     """A key of `METHODS`."""
@@ -183,17 +181,17 @@ class PlanOption:
     lora_rank: int | None
     """The rank of the adapters; None for a method without adapters."""
     setting: Setting
-    """The mildest setting that fits, or the most frugal one."""
+    """The first setting with which the step fits, or the last setting if the step exceeds the budget with all."""
     profile: StepProfile
-    """The step."""
+    """The cost of the step."""
     excess: list[str]
-    """The limits of the budget that it exceeds; none if it fits."""
+    """The limits of the budget that the step exceeds; empty if the step fits."""
     evidence: Evidence | None = None
-    """Its accuracy in the records; None if there are no runs of it."""
+    """The accuracy in the records; None if there are no such runs."""
 
     @property
     def name(self) -> str:
-        """Method, placement and rank."""
+        """Method, placement and rank as text."""
         rank = "" if self.lora_rank is None else f"rank {self.lora_rank}"
         return ", ".join(filter(None, (self.method, self.target_modules, rank)))
 
@@ -203,13 +201,13 @@ class Plan:
     """The options that fit a budget, and those that do not."""
 
     fitting: list[PlanOption]
-    """Most accurate first, according to the records; then those without records, most trained parameters first."""
+    """Most accurate first, according to the records. Then options without records, most trainable parameters first."""
     exceeding: list[PlanOption]
-    """Options that exceed the budget also in their most frugal setting; higher ranks exceed it by more."""
+    """Options that exceed the budget with every setting. Higher ranks are not listed, because they cost more."""
     records: int
-    """The number of runs that the order is based on."""
+    """The number of runs on which the order is based."""
     is_same_backbone: bool
-    """Whether they were runs of this backbone; otherwise of others."""
+    """Whether these runs have the same backbone as the plan."""
 
 
 def find_plan(
@@ -224,12 +222,13 @@ def find_plan(
     optimizer: str = "adamw",
     records: Path | None = None,
 ) -> Plan:
-    """Analyse methods, placements and ranks from shapes alone, each in one setting after the other until it fits.
+    """Find the methods, placements and ranks whose training step fits a budget, computed from tensor shapes alone.
 
-    The settings are: not lean; lean; lean with frozen norms that work in place. Ranks above one that does not fit are
-    skipped. `backbone` is a timm model with the head that is trained, and is not changed. `methods` and `optimizer` are
-    keys of `METHODS` and `OPTIMIZERS`, and `target_modules` are layer roles or regular expressions. `records` is the
-    folder of records that order the options by accuracy.
+    Each combination is analysed with one setting after the other until it fits: not lean; lean; lean with frozen norms
+    that work in place (except for methods that train norms). If a rank does not fit, higher ranks are skipped.
+    `backbone` is a timm model with the head to be trained; it is not changed. `methods` and `optimizer` are keys of
+    `METHODS` and `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `records` is a folder of
+    records whose accuracies order the options.
 
     Raises:
         ValueError: If `analyse` raises it, or the folder has no records.
@@ -244,7 +243,7 @@ def find_plan(
     fitting, exceeding = [], []
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # The setting that a placement needs. With more layers or a higher rank, a milder one does not fit either.
+        # For each placement, the index of the setting that it needs. More layers or a higher rank need at least that.
         needed: list[tuple[str, frozenset[str], int]] = []
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
@@ -271,13 +270,13 @@ def find_plan(
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """The placements that differ on this backbone and their layers, smallest first; one None if not an adapter."""
+    """Return the distinct placements with their layers, fewest layers first. Without adapters, return one None."""
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
 
     if find_method(method).section != "adapter":
         return [(None, frozenset())]
-    # A regular expression is not resolved, so it is compared with no other placement.
+    # Regular expressions are not resolved, so they count as distinct from all other placements.
     layers = {
         name: frozenset(modules_with_role(backbone, name) if name in ROLES else [name]) for name in target_modules
     }
@@ -294,7 +293,7 @@ def _mildest(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """The first setting that fits, or else the last."""
+    """Return the option with the first setting that fits, or with the last setting if none fits."""
     from peft_edge.profiling import analysis
 
     for setting in settings:
@@ -315,30 +314,20 @@ def _order(option: PlanOption) -> tuple[bool, float, int]:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return the options that fit as a table, the reason for its order, and why the others do not fit."""
-    parts = [_reason_for_order(plan), _fitting_table(plan)] if plan.fitting else ["nothing fits"]
-    if plan.exceeding:
-        lines = [f"  {option.name} ({option.setting}): {'; '.join(option.excess)}" for option in plan.exceeding]
-        parts.append("\n".join(["these do not fit, nor with a higher rank, in the most frugal setting", *lines]))
-    return "\n\n".join(parts)
-
-
-def _reason_for_order(plan: Plan) -> str:
-    text = "these fit, each in the mildest setting that does"
-    if all(option.evidence is None for option in plan.fitting):
-        return f"{text}; nothing is known of their accuracy, so most trained parameters come first"
-    where = "this backbone" if plan.is_same_backbone else "other backbones"
-    return (
-        f"{text}; the most accurate first, by {plan.records} runs on {where}, then those without runs, most trained "
-        "parameters first"
-    )
-
-
-def _fitting_table(plan: Plan) -> str:
+    """Return a table of the options that fit, an explanation of its order, and the excess of all other options."""
     from peft_edge.profiling.tables import text_table
 
-    rows = [["", "", "", "MiB", "GFLOP", "KiB", "k", "test"]]
-    rows.append(["", "norm", "lean", "peak", "a step", "saved", "trained", "accuracy"])
+    where = "this backbone" if plan.is_same_backbone else "other backbones"
+    order = "nothing is known of their accuracy, so most trained parameters come first"
+    if any(option.evidence is not None for option in plan.fitting):
+        order = (
+            f"the most accurate first, by {plan.records} runs on {where}, then those without runs, most trained "
+            "parameters first"
+        )
+    rows = [
+        ["", "", "", "MiB", "GFLOP", "KiB", "k", "test"],
+        ["", "norm", "lean", "peak", "a step", "saved", "trained", "accuracy"],
+    ]
     for option in plan.fitting:
         profile, known = option.profile, option.evidence
         rows.append(
@@ -353,4 +342,10 @@ def _fitting_table(plan: Plan) -> str:
                 "-" if known is None else f"{known.accuracy:.3f} ({known.runs})",
             ]
         )
-    return text_table(rows)
+    parts = ["nothing fits"]
+    if plan.fitting:
+        parts = [f"these fit, each in the mildest setting that does; {order}", text_table(rows)]
+    if plan.exceeding:
+        lines = [f"  {option.name} ({option.setting}): {'; '.join(option.excess)}" for option in plan.exceeding]
+        parts.append("\n".join(["these do not fit, nor with a higher rank, in the most frugal setting", *lines]))
+    return "\n\n".join(parts)

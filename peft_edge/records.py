@@ -1,4 +1,4 @@
-"""Records of runs and of analyses: one JSON file each, and folders of them, which studies fill and reports read.
+"""Records of runs and analyses: one JSON file per record, in folders that studies fill and reports read.
 
 A record of a run has the blocks and field names of PEFT's `method_comparison`. A value that was not measured is null,
 never 0. Times are in seconds, sizes in bytes.
@@ -36,16 +36,16 @@ class JsonModel(BaseModel):
         """Return the block as JSON text.
 
         Raises:
-            ValueError: If a number is infinite or not a number, which JSON cannot hold.
+            ValueError: If a number is infinite or NaN, which JSON cannot represent.
         """
         return json.dumps(self.model_dump(), indent=2, allow_nan=False) + "\n"
 
     @classmethod
     def from_json(cls: type[M], text: str | bytes) -> M:
-        """Read the result of `to_json`.
+        """Read a block from JSON text.
 
         Raises:
-            ValueError: If a field is missing, unknown or of another type; the message names every such field.
+            ValueError: If a field is missing, unknown or of the wrong type. The message names every such field.
         """
         try:
             return cls.model_validate_json(text)
@@ -55,83 +55,69 @@ class JsonModel(BaseModel):
 
 
 class RunInfo(JsonModel):
-    """What was run."""
+    """The configuration of a run, its start and its duration."""
 
     created_at: str
     """When the run started: ISO 8601, UTC."""
-
     experiment_name: str
     """`<method>/<name>`, as in PEFT's results."""
-
     train_config: JsonObject
-    """The resolved configuration, and `model_id`, the backbone."""
-
+    """The resolved configuration, and the backbone as `model_id`."""
     peft_config: JsonObject | None = None
     """The configuration of the adapter; null for a method without an adapter."""
-
     total_time: float | None = None
-    """Seconds of the whole run with source stage and evaluation; null if the run was interrupted and resumed."""
-
+    """Duration of the run with source stage and evaluation; null if the run was interrupted and resumed."""
     peft_branch: str | None = None
-    """The branch of PEFT if it is a checkout; null for a released version."""
-
+    """The git branch of PEFT; null for a released version."""
     error_msg: str = ""
-    """Why the run failed."""
+    """The error with which the run failed, or an empty string."""
 
 
 class KernelChange(JsonModel):
-    """How the update changed the kernel of one convolution, read as a matrix of shape (C_out, K)."""
+    """The change of the kernel of one convolution by the update, read as a matrix of shape (C_out, K)."""
 
     kind: str
     """`depthwise`, `pointwise`, `dense` (one group, kernel larger than 1 x 1) or `grouped`."""
-
     relative_norm: float
-    """Frobenius norm of the change divided by that of the kernel before."""
-
+    """Frobenius norm of the change divided by the norm of the kernel before the update."""
     stable_rank: float
     """Squared Frobenius norm of the change divided by its squared spectral norm: at least 1, at most the rank
     (Rudelson and Vershynin 2007, arXiv math/0503442)."""
 
 
 class TrainInfo(JsonModel):
-    """Cost and results of the training."""
+    """Costs and results of training."""
 
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
-
     train_time: float | None = None
-    """Seconds of optimizer steps, without evaluation, for the learning rate that was kept."""
-
+    """Time of the optimizer steps, without evaluation, with the selected learning rate."""
     file_size: int | None = None
-    """Bytes of the saved weights: of the adapter, or of the model for a method without an adapter."""
+    """Size of the saved adapter, or of the saved model for a method without an adapter."""
 
     num_trainable_params: int | None = None
     num_total_params: int | None = None
-    """Trained parameters, and all parameters of the backbone."""
+    """Numbers of trainable parameters and of all parameters of the backbone."""
 
     accelerator_memory_reserved_avg: int | None = None
     accelerator_memory_max: int | None = None
     accelerator_memory_reserved_99th: int | None = None
-    """Bytes reserved by the accelerator's allocator: mean, maximum and 99th percentile."""
+    """Bytes that the accelerator's allocator reserved: mean, maximum and 99th percentile."""
 
     metrics: list[JsonObject] = []
-    """One entry for each epoch; the last entry holds the test results with and without the update."""
-
+    """One entry per epoch. The last entry also holds the test results with and without the update."""
     sweep: list[JsonObject] = []
-    """The learning rates that were tried, each with its validation accuracy; null if training diverged."""
-
+    """The learning rates that were tried and their validation accuracies; an accuracy is null if training diverged."""
     replay: JsonObject | None = None
-    """The feature cache of the last target (see `FeatureCache`); null if training read the images themselves."""
-
+    """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
     checks: dict[str, float] = {}
-    """Largest difference of a logit after the saved adapter was reloaded, and after it was merged."""
-
+    """Largest absolute differences of the logits after the saved adapter was reloaded and after it was merged."""
     changes: dict[str, KernelChange] = {}
     """The convolutions that the merged update changed, by name; empty if the update cannot be merged."""
 
 
 class MetaInfo(JsonModel):
-    """The machine, the model, the data and the versions of the packages."""
+    """Descriptions of the machine, the model and the data, and the versions of the packages."""
 
     model_info: JsonObject
     dataset_info: JsonObject
@@ -141,51 +127,45 @@ class MetaInfo(JsonModel):
 
 
 class StepProfile(JsonModel):
-    """The cost of a training step for one process: of the whole step, or of the layers with one LoRA rank.
+    """The cost of a training step in one process: of the whole step, or of all layers with the same LoRA rank.
 
-    FLOPs and memory are those of the sampled step with the highest peak; times are medians over the sampled steps. In
-    a row for layers, everything that belongs to the whole step is null.
+    FLOPs and memory come from the sampled step with the highest peak. Times are medians over the sampled steps. Fields
+    that describe the whole step are null in a row for layers.
     """
 
     process_index: int
-    """The process, counted from 0."""
-
+    """The rank of the process, from 0."""
     scope: str
-    """`step` for the whole step, `layers` for the layers whose adapter has the rank `lora_rank`."""
-
+    """`step` for the whole step, `layers` for all layers whose adapter has the rank `lora_rank`."""
     lora_rank: int | None = None
-    """Rank of the adapters; null without adapters, and for a whole step with several ranks."""
-
+    """Rank of the adapters; null without adapters and for a whole step with several ranks."""
     steps: int = 0
-    """Number of sampled steps."""
-
+    """The number of sampled steps."""
     num_trainable_params: int | None = None
-    """Trained parameters; for layers, theirs."""
+    """The number of trainable parameters of the model or the layers."""
 
     flops_forward: int | None = None
     flops_backward: int | None = None
-    """Convolutions, matrix products and attention; a multiply-add is 2. The loss belongs to the forward pass."""
+    """FLOPs of convolutions, matrix products and attention; a multiply-add is 2. The loss is in the forward pass."""
 
     flops_optimizer: int | None = None
-    """All arithmetic of the update, clipping included; null for layers."""
+    """All FLOPs of the optimizer step, with gradient clipping; null for layers."""
 
     flops_elementwise_forward: int | None = None
     flops_elementwise_backward: int | None = None
-    """All other arithmetic of these passes: activations, normalisation, pooling, sums."""
+    """All other FLOPs of both passes: activations, normalisation, pooling, sums."""
 
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None
-    """Seconds; the loss belongs to the forward pass, clipping to the backward pass. Null for layers."""
+    """Times. The forward pass includes the loss, the backward pass includes gradient clipping. Null for layers."""
 
     samples_per_s: float | None = None
-    """Samples of this process divided by the sum of these three times; null for layers."""
-
+    """Samples of this process divided by the sum of the three times; null for layers."""
     memory_peak_bytes: int | None = None
-    """Largest sum of the bytes of live tensors; for layers, the bytes of their tensors at that moment."""
-
+    """Peak bytes of all live tensors; for layers, the bytes of their tensors at this peak."""
     memory_peak_phase: str | None = None
-    """The phase of the peak: `forward`, `backward` or `optimizer`; null for layers."""
+    """The phase in which the peak occurs: `forward`, `backward` or `optimizer`; null for layers."""
 
     memory_parameters_bytes: int | None = None
     memory_buffers_bytes: int | None = None
@@ -193,19 +173,16 @@ class StepProfile(JsonModel):
     memory_activations_bytes: int | None = None
     memory_temporaries_bytes: int | None = None
     memory_optimizer_bytes: int | None = None
-    """The peak by kind. Activations are saved by the forward pass for the backward pass; temporaries are the rest."""
+    """The peak by kind of tensor. Activations are saved for the backward pass, temporaries are all other tensors."""
 
     memory_forward_end_bytes: int | None = None
-    """All live tensors at the end of the forward pass."""
-
+    """Bytes of all live tensors at the end of the forward pass."""
     cuda_peak_bytes: int | None = None
-    """Peak of CUDA's allocator in the step; null for layers and on other devices."""
-
+    """Peak bytes of CUDA's allocator in the step; null for layers and on other devices."""
     peak_rss_bytes: int | None = None
-    """Peak physical memory of the process in the step; where the system reports no more, since the process started."""
-
+    """Peak physical memory of the process in the step, or since its start if the system cannot reset the peak."""
     adapter_bytes: int | None = None
-    """Bytes of the tensors of the saved adapter; without an adapter, of the trained parameters."""
+    """Bytes of the tensors in the saved adapter; without an adapter, of the trainable parameters."""
 
 
 class Record(JsonModel):
@@ -216,54 +193,49 @@ class Record(JsonModel):
     meta_info: MetaInfo
 
     profile: list[StepProfile] = []
-    """The cost of a step for each process and LoRA rank; for a failed run, as far as it was measured."""
+    """The cost of a step for each process and LoRA rank. For a failed run, rows may be missing."""
 
     @property
     def step(self) -> StepProfile | None:
-        """The cost of a step for the first process; None if no step was sampled."""
+        """The cost of the whole step in the first process; None if no step was sampled."""
         return next((row for row in self.profile if row.scope == "step"), None)
 
 
 class CostRecord(JsonModel):
-    """The cost of a training step, analysed from tensor shapes alone."""
+    """The cost of a training step, computed from tensor shapes alone."""
 
     created_at: str
-    """When it was analysed: ISO 8601, UTC."""
-
+    """When the step was analysed: ISO 8601, UTC."""
     network: str
     """A timm model, or the name of a Transformers configuration."""
-
     kind: str
     """`standard`, `depthwise` (a network with depthwise convolutions) or `transformer`."""
-
     method: str
     """`full`, `lora`, `dora` or another key of `METHODS`."""
-
     setting: JsonObject
-    """LoRA rank, batch size, image size or sequence length, optimizer, FLOP accounting, norm, target modules and the
-    options of lean training; null for what does not apply."""
-
+    """LoRA rank, batch size, image size or sequence length, optimizer, FLOP accounting, norm, target modules and lean
+    options; a value is null if the option does not apply."""
     num_total_params: int
-    """Parameters of the network with its adapters."""
+    """The number of parameters of the network with its adapters."""
 
     profile: StepProfile
     package_info: dict[str, str | None]
 
 
 def read_record(file: Path, kind: type[M]) -> M | None:
-    """Return the record in a file; None if there is no file.
+    """Read the record in a file, or return None if there is no file.
 
     Raises:
-        ValueError: If the file is damaged; the message names it.
+        ValueError: If the file is damaged. The message names the file.
     """
     try:
         return kind.from_json(file.read_bytes()) if file.exists() else None
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: delete it, and it is written again ({error})") from error
+        raise ValueError(f"{file} is damaged: delete it, so that it is written again ({error})") from error
 
 
 def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
-    """Write a record to `<folder>/<name>.json`, on one line, and return the file. An existing file is replaced."""
+    """Write a record to `<folder>/<name>.json` on one line, replace an existing file, and return the path."""
     file = folder / f"{name}.json"
     with atomic_write(file) as unfinished:
         text = json.dumps(record.model_dump(), separators=(",", ":"), allow_nan=False)
@@ -273,13 +245,12 @@ def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """The records of a folder: each by the name of its file, relative to the folder, in alphabetical order."""
+    """The records in a folder. The keys are file names relative to the folder, in alphabetical order."""
 
     runs: dict[str, Record] = field(default_factory=dict)
-    """Runs of `train.py`, failed ones included."""
-
+    """Runs of `train.py`, including failed runs."""
     costs: dict[str, CostRecord] = field(default_factory=dict)
-    """Analyses."""
+    """Analyses of training steps."""
 
     @property
     def finished(self) -> dict[str, Record]:
@@ -288,16 +259,16 @@ class Archive:
 
 
 def read_archive(folder: Path) -> Archive:
-    """Read every record in a folder and its subfolders. Other JSON files, such as those of adapters, are skipped.
+    """Read every record in a folder and its subfolders, and skip copies and other JSON files, such as configurations.
 
     Raises:
-        ValueError: If there is no record, or one is damaged; the message names the file.
+        ValueError: If there is no record, or a record is damaged. The message names the file.
     """
     archive = Archive()
     seen: set[str] = set()
     for file in sorted(folder.rglob("*.json")):
         record = _find_record(file)
-        # A study keeps each record twice: in the folder of the run and, without local paths, among its results.
+        # A study stores each record twice: in the folder of the run and, without local paths, in its results.
         if record is None or (key := _identity(record)) in seen:
             continue
         seen.add(key)
@@ -308,7 +279,7 @@ def read_archive(folder: Path) -> Archive:
             archive.costs[name] = record
     if not archive.runs and not archive.costs:
         raise ValueError(
-            f"{folder} holds no record: name a folder with the record.json of runs of train.py, or the results of "
+            f"{folder} holds no record: name a folder with record.json files of train.py, or with results of "
             "peft-edge study"
         )
     return archive
@@ -322,8 +293,8 @@ def _identity(record: Record | CostRecord) -> str:
 
 
 def _find_record(file: Path) -> Record | CostRecord | None:
-    """Return the record in a JSON file; None if the file holds something else."""
-    # Records of PEFT's own benchmark have the same blocks, but not these keys of the configuration.
+    """Return the record in a JSON file, or None if the file is not a record."""
+    # Records of PEFT's benchmark have the same blocks, but their configurations do not have these keys.
     keys = {"method", "norm", "backbone", "data", "adapter"}
     try:
         block = json.loads(file.read_bytes())
@@ -337,7 +308,7 @@ def _find_record(file: Path) -> Record | CostRecord | None:
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Return the versions of the packages that results depend on, and of `more`; None for a missing package."""
+    """Return the versions of the packages on which results depend and of `more`; None for a missing package."""
     names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
     return {f"{name}-version": _version(name) for name in names}
 
@@ -350,7 +321,7 @@ def _version(name: str) -> str | None:
 
 
 def system_info(**more: str) -> dict[str, str]:
-    """Return the names of the system and its processor, and `more`."""
+    """Return the names and versions of the system and the processor, and `more`."""
     return {
         "system": platform.system(),
         "release": platform.release(),
@@ -368,5 +339,5 @@ def _cpu_model() -> str:
 
 
 def load_average() -> float | None:
-    """Return the mean number of runnable processes in the last minute; None where the system does not report it."""
+    """Return the mean number of runnable processes in the last minute, or None if the system does not report it."""
     return os.getloadavg()[0] if hasattr(os, "getloadavg") else None

@@ -1,7 +1,7 @@
-"""Layer roles: the part that each convolution plays in a network.
+"""Layer roles, by which convolutions are selected in any network.
 
-timm names the same layer differently in every family (`conv_pw`, `conv_exp`, `conv1`), so a role depends on groups,
-kernel size and channels only. Importing this module does not import torch.
+timm names the same layer differently in every family (`conv_pw`, `conv_exp`, `conv1`). Roles other than `last-stage`
+therefore depend only on groups, kernel size and channels. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -26,26 +26,26 @@ ROLES: dict[str, str] = {
 
 
 def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
-    """Whether the module is a `Conv1d`, `Conv2d` or `Conv3d`."""
+    """Return whether the module is a `Conv1d`, `Conv2d` or `Conv3d`."""
     from torch import nn
 
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
 def is_depthwise(conv: Convolution) -> bool:
-    """Whether every input channel has its own kernels (`groups == in_channels > 1`)."""
+    """Return whether each input channel has its own kernels (`groups == in_channels > 1`)."""
     return 1 < conv.groups == conv.in_channels
 
 
 def is_pointwise(conv: Convolution) -> bool:
-    """Whether the convolution has one group and a 1x1 kernel."""
+    """Return whether the convolution has one group and a 1x1 kernel."""
     return conv.groups == 1 and all(size == 1 for size in conv.kernel_size)
 
 
 def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution, frozenset[str]]]:
-    """Yield name, module and roles of every convolution, in the order of the model; names start with `prefix`.
+    """Yield the name, module and roles of every convolution in model order. `prefix` is prepended to each name.
 
-    In an adapted model, names and modules are those of the unadapted one.
+    In an adapted model, names and modules are those of the model without adapters.
     """
     convolutions = list(_walk(model))
     last_stage, is_reached = _last_stage(model, [name for name, _, _ in convolutions]), False
@@ -55,15 +55,14 @@ def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str
 
 
 def modules_with_role(model: nn.Module, role: str) -> list[str]:
-    """Return the names of the convolutions of `model` that have `role`, in the order of the model.
+    """Return the names of the convolutions that have a role, in model order.
+
+    >>> import timm
+    >>> modules_with_role(timm.create_model("mobilenetv2_035"), "depthwise")[:2]
+    ['blocks.0.0.conv_dw', 'blocks.1.0.conv_dw']
 
     Raises:
         ValueError: If `role` is not a key of `ROLES`.
-
-    Example:
-        >>> import timm
-        >>> modules_with_role(timm.create_model("mobilenetv2_035"), "depthwise")[:2]
-        ['blocks.0.0.conv_dw', 'blocks.1.0.conv_dw']
     """
     if role not in ROLES:
         raise ValueError(f"Unknown layer role {role!r}, expected one of: {', '.join(ROLES)}.")
@@ -89,7 +88,7 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of the unadapted network, without those in `modules_to_save`."""
+    """Yield the children of a module without its adapters and without copies in `modules_to_save`."""
     for name, child in module.named_children():
         while (base := getattr(child, "base_layer", None)) is not None:
             child = base
@@ -98,9 +97,9 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _squeeze_excite(module: nn.Module) -> list[Convolution]:
-    """Return the two convolutions of a squeeze-excite block: its only ones, 1x1, with mirrored channels.
+    """Return the convolutions of a squeeze-excite block: exactly two, pointwise, with mirrored channels.
 
-    A bottleneck block has mirrored channels too, but always a spatial convolution between them.
+    A bottleneck block also has mirrored channels, but always a third, spatial convolution.
     """
     convs = [child for _, child in _children(module) if is_convolution(child)]
     if len(convs) != 2 or not all(is_pointwise(conv) for conv in convs):
@@ -113,14 +112,14 @@ def _squeeze_excite(module: nn.Module) -> list[Convolution]:
 def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
     """Return the name of the last stage, or None for a network without timm's `feature_info`.
 
-    timm lists the stages after which the resolution changes. More stages may follow (GhostNet's `blocks.9` after
-    `blocks.7`), so this returns the last child of the module that holds the last listed stage.
+    timm lists the stages after which the resolution changes. More stages may follow (in GhostNet, `blocks.9` follows
+    `blocks.7`). The last stage is therefore the last child of the module that contains the last listed stage.
     """
     found = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
-    # timm's blocks have a method of this name.
+    # timm's blocks have a method `feature_info`.
     path, features = next(((path, info) for path, info in found if info and not callable(info)), ("", ()))
     listed = [f"{path}.{entry['module']}".lstrip(".") for entry in getattr(features, "info", features)]
-    # Some entries are norms or empty modules behind the stage (DenseNet, RepVGG).
+    # Some entries are norms or empty modules after the stage (DenseNet, RepVGG).
     stages = [stage for stage in listed if any(name.startswith(f"{stage}.") for name in convolutions)]
     if not stages:
         return None

@@ -48,7 +48,7 @@ def test_file_does_not_replace_a_folder(tmp_path: Path) -> None:
 def test_folder_does_not_replace_a_file(tmp_path: Path) -> None:
     (tmp_path / "a").write_text("old")
     with (
-        pytest.raises(FileExistsError, match="a is a file, and a folder is to be written there"),
+        pytest.raises(FileExistsError, match="a is a file, but a folder is to be written there"),
         atomic_write(tmp_path / "a") as unfinished,
     ):
         unfinished.mkdir()

@@ -56,13 +56,13 @@ def test_parse_flops_reads_units(text: str, amount: int) -> None:
 
 @pytest.mark.parametrize("text", ["256", "MiB", "256 MFLOP", "-1MiB", "1e3MiB", "1,000 B", ""])
 def test_wrong_amount_raises_with_an_example(text: str) -> None:
-    with pytest.raises(ValueError, match=r"is no amount: expected a number and one of B, .*, such as 256MiB"):
+    with pytest.raises(ValueError, match=r"is not an amount: expected a number and one of B, .*, such as 256MiB"):
         parse_bytes(text)
 
 
 @pytest.mark.parametrize("text", ["0MiB", "0.4B"])
 def test_amount_of_zero_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="is nothing: expected more, such as 256MiB"):
+    with pytest.raises(ValueError, match="is zero: expected more, such as 256MiB"):
         parse_bytes(text)
 
 

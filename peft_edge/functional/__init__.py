@@ -1,4 +1,4 @@
-"""Convolutions, norms and activations as functions of tensors, with backward passes that save little memory."""
+"""Functional convolutions, norms and activations whose backward passes save little memory."""
 
 from peft_edge.functional.convolution import Geometry, frozen_convolution
 from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_kernel

@@ -1,9 +1,9 @@
-"""Activations and gates that save less for the backward pass than torch's.
+"""Activations and gates that save less for the backward pass than those of torch.
 
-- The slope of min(max(x, 0), c), such as ReLU and ReLU6, is 0 or 1. A mask of one byte or one bit an element is enough,
-  where the output takes four bytes. If the next layer saves the output anyway, sharing it costs nothing.
-- A smooth activation, such as SiLU, saves its input and lets other functions recompute its output from that.
-- The product of a map and a gate for each channel, as in squeeze-excite, saves what its map is recomputed from.
+- Clipped activations min(max(x, 0), c), such as ReLU and ReLU6, have the slope 0 or 1. They save a mask of one byte or
+  one bit per element instead of the output (four bytes), unless the next layer saves the output anyway.
+- A smooth activation, such as SiLU, saves its input. Other functions recompute its output from this input.
+- The product of a map and a gate per channel, as in squeeze-excite, saves the inputs from which to recompute the map.
 """
 
 from __future__ import annotations
@@ -20,24 +20,20 @@ from peft_edge.functional.recompute import Recompute, can_overwrite, get_recompu
 
 Activation = Callable[[Tensor], Tensor]
 Derivative = Callable[[Tensor, Tensor], Tensor]
-"""Maps dY and x to dX."""
+"""Maps the output gradient dY and the input x to the input gradient dX."""
 
 Kept = Literal["output", "byte", "bit"]
-"""What a clipped activation saves: its output, or a mask of one byte or one bit for each element."""
+"""What a clipped activation saves: its output, or a mask of one byte or one bit per element."""
 
-# On a CPU, masks are computed for so many elements at a time, so that temporaries stay in the cache.
+# The number of elements of a mask that are computed at once on a CPU, so that temporaries stay in the cache.
 _CACHED_ELEMENTS = 1 << 19
 
 
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
-    """Apply an activation y = min(max(x, 0), upper).
+    """Apply an activation y = min(max(x, 0), upper) and save `keep` for the backward pass.
 
-    Args:
-        x: Of any shape.
-        forward: The activation. It is also applied to parts of x.
-        upper: The largest output; infinite for ReLU.
-        keep: What to save for the backward pass.
-        inplace: Whether `forward` overwrites its input and returns it.
+    `forward` is the activation, and `upper` is infinity for ReLU. With `inplace`, `forward` must overwrite its input,
+    and is also applied to parts of x.
     """
     recompute = get_recompute(x)
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
@@ -49,7 +45,7 @@ class _ClippedActivation(torch.autograd.Function):
     def forward(
         ctx: AutogradContext, x: Tensor, forward: Activation, upper: float, keep: Kept, inplace: bool
     ) -> Tensor:
-        # In place, each part is activated and masked while it is in the cache.
+        # If in place, activate and mask each part while it is in the cache.
         activates_parts = inplace and keep != "output" and has_standard_layout(x)
         y = x if activates_parts else forward(x)
         if inplace:
@@ -57,7 +53,7 @@ class _ClippedActivation(torch.autograd.Function):
 
         def has_slope_one(part: Tensor) -> Tensor:
             y = forward(part) if activates_parts else part
-            # y as its own gradient becomes 0 at both ends. On a CPU a comparison is several times slower.
+            # With y as its own gradient, the result is 0 at both bounds. Comparisons are far slower on a CPU.
             return (y if upper == float("inf") else _clip_gradient(y, y, upper, out=None)).bool()
 
         ctx.keep = keep if has_standard_layout(y) else "output"
@@ -94,7 +90,7 @@ def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None
 
 
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
-    """Apply an activation that saves x, or what x is recomputed from, and never overwrites x."""
+    """Apply an activation that saves x, or the inputs from which to recompute x, and never overwrites x."""
     return set_recompute(_SmoothActivation.apply(x, forward, backward), get_recompute(x).then(forward))
 
 
@@ -116,7 +112,7 @@ class _SmoothActivation(torch.autograd.Function):
 
 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
-    """Return x * gate, of shapes (B, C, *size) and (B, C, 1, ...), and save what x is recomputed from instead of x."""
+    """Return x * gate, of shapes (B, C, *size) and (B, C, 1, ...). Saves the inputs from which to recompute x."""
     recompute_x, inputs, num_convolutions = get_recompute(x)
 
     def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:
@@ -141,15 +137,15 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def has_standard_layout(x: Tensor) -> bool:
-    """Return whether a tensor has one of torch's memory formats, without gaps between its elements."""
+    """Return whether a tensor is contiguous or channels-last, without gaps between its elements."""
     return x.is_contiguous(memory_format=memory_format_of(x))
 
 
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
-    """Return a uint8 mask of the elements of x that satisfy a condition, one bit (`packed`) or one byte for each.
+    """Return a uint8 mask of the elements that satisfy a condition: one bit (`packed`) or one byte per element.
 
-    The mask follows the memory order of x, which has a standard layout. `condition` maps one-dimensional parts of x to
-    booleans.
+    The mask follows the memory order of x, which must have a standard layout. `condition` maps one-dimensional parts of
+    x to booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)
     for part, block, bit in _iter_parts(x, mask):
@@ -160,20 +156,20 @@ def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool)
 def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
     """Write the gradient to `out`, with zeros where the mask of `make_mask` is not set, and return `out`.
 
-    The gradient and `out`, which may be the same tensor, have the strides of the masked tensor.
+    The gradient and `out` must have the strides of the masked tensor. They may be the same tensor.
     """
     is_packed = len(mask) < gradient.numel()
     for (part, block, bit), (result, _, _) in zip(_iter_parts(gradient, mask), _iter_parts(out, mask), strict=True):
         bits = block & bit if is_packed else block
-        # Not a product: an infinite gradient times 0 would be NaN.
+        # A product would be NaN where an infinite gradient meets a 0 of the mask.
         torch.ops.aten.threshold_backward.grad_input(part, bits.to(gradient.dtype), 0, grad_input=result)
     return out
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield a part of x, the bytes of the mask that belong to it, and the value of its bit in these bytes.
+    """Yield each part of x, its bytes in the mask, and the value of its bit in these bytes.
 
-    Neighbouring elements use the same bit of neighbouring bytes, so one operation reads or sets all bits of a part.
+    Adjacent elements use the same bit of adjacent bytes, so one operation reads or sets all bits of a part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

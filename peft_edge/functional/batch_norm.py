@@ -1,4 +1,4 @@
-"""Batch normalisation in two forms that torch lacks: constant with a small backward pass, and synchronised on CPUs."""
+"""Two forms of BatchNorm that torch lacks: frozen with a small backward pass, and synchronised on CPUs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ def frozen_batch_norm(
 ) -> Tensor:
     """Normalise by constant statistics: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    Only x, of shape (B, C, *size), gets a gradient, and the backward pass saves one number for each channel. All other
-    tensors have the shape (C,). With `inplace` the result overwrites x.
+    Only x, of shape (B, C, *size), gets a gradient. All other tensors have the shape (C,). The forward pass saves one
+    number per channel for the backward pass. With `inplace` the result overwrites x.
     """
     norm = _ConstantNorm(mean, var, weight, bias, eps)
     if not needs_backward():
         return norm.normalise(x, inplace=inplace)
     recompute = get_recompute(x)
     y = _FrozenBatchNorm.apply(x, norm, inplace)
-    # The backward pass may come after the statistics have changed, hence the snapshot.
+    # A snapshot, because the statistics may change before the backward pass.
     return y if recompute.is_identity else set_recompute(y, recompute.then(norm.snapshot().normalise))
 
 
@@ -41,7 +41,7 @@ class _ConstantNorm(NamedTuple):
     def normalise(self, x: Tensor, *, inplace: bool = False) -> Tensor:
         if not inplace:
             return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-        # The operator also writes the statistics of the batch, which are empty in evaluation.
+        # The operator also writes the statistics of the batch, which are empty tensors in eval mode.
         out = x, self.mean.new_empty(0), self.mean.new_empty(0)
         torch.native_batch_norm(x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, out=out)
         return x
@@ -78,24 +78,24 @@ def synchronised_batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalise by the statistics of the batches of all processes; `torch.nn.SyncBatchNorm` does not run on CPUs.
+    """Normalise by the batch statistics over all processes; `torch.nn.SyncBatchNorm` does not run on CPUs.
 
-    Takes the arguments of `F.batch_norm` and updates the running statistics in place, as it does. The number of samples
-    may differ between processes.
+    The arguments are those of `F.batch_norm` in training mode. The running statistics are updated in place. The number
+    of samples may differ between processes.
 
     Raises:
-        ValueError: If a channel has only one value in all processes, which has no variance.
+        ValueError: If all processes together have only one value per channel, which has no variance.
     """
     dims = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     values = x.to(running_mean.dtype)
     size = torch.tensor([values.numel() / values.shape[1]], dtype=torch.float64, device=x.device)
-    # Sums in double precision do not depend on how the batch is split over the processes.
+    # Double precision, so that the result does not depend on how the batch is split over the processes.
     total = _SumOverProcesses.apply(torch.cat([values.sum(dims, dtype=torch.float64), size]))
     count = total[-1]
     mean = (total[:-1] / count).to(values.dtype)
     centred = values - mean.view(shape)
-    # A second exchange, because E[x²] - E[x]² loses all digits where the mean is large.
+    # A second all-reduce, because E[x²] - E[x]² loses all digits if the mean is large.
     square_sum = _SumOverProcesses.apply(centred.square().sum(dims, dtype=torch.float64))
     var = (square_sum / count).to(values.dtype)
     with torch.no_grad():
@@ -112,7 +112,7 @@ def synchronised_batch_norm(
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes. Its gradient is the sum of their gradients."""
+    """The sum of a tensor over all processes. Its gradient is the sum of the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor) -> Tensor:

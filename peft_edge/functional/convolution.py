@@ -1,7 +1,7 @@
-"""Convolutions of one to three dimensions, their gradients one by one, and the convolution with a frozen kernel.
+"""Convolutions in one to three dimensions, separate functions for their gradients, and a frozen convolution.
 
-Autograd's convolution saves its input whether or not the kernel trains. With one function for each gradient, a layer
-that needs only the gradient of its input saves only the kernel.
+Autograd's convolution saves its input even if the kernel is frozen. A layer that needs only the gradient of its input
+saves only the kernel here.
 
 Shapes: x is (B, C_in, *size), y and its gradient are (B, C_out, *output size), the kernel is (C_out, C_in/g, *kernel)
 with g groups, the bias is (C_out,) or None.
@@ -22,20 +22,20 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Geometry(NamedTuple):
-    """Stride, zero padding, dilation and groups of a convolution; one number for each spatial dimension."""
+    """Stride, zero padding and dilation of a convolution, each one number per spatial dimension, and its groups."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    """The number of zeros on either side."""
+    """The number of zeros on each side."""
     dilation: tuple[int, ...]
     groups: int = 1
 
 
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return the input and the geometry with which a layer calls the plain convolution.
+    """Return the padded input and the geometry with which to call `convolution`.
 
-    Padding that `Geometry` cannot express (padding modes other than zeros, unequal sides, timm's same-padding) is
-    applied to the input. Otherwise the input is returned as it is.
+    Only padding that `Geometry` cannot express is applied to the input: modes other than zeros, unequal sides and
+    timm's same-padding.
     """
     padding = conv.padding
     if isinstance(conv, Conv2dSame):
@@ -52,14 +52,14 @@ def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Run `F.conv1d`, `F.conv2d` or `F.conv3d`, with autograd's own backward pass."""
+    """Run `F.conv1d`, `F.conv2d` or `F.conv3d`, with autograd's backward pass."""
     return _CONVOLUTIONS[len(geometry.stride)](x, weight, bias, *geometry)
 
 
 def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return dX, of shape `x_size`, of the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # A transposed convolution. `aten.convolution_backward` gives the same, but wants an input tensor, which it copies.
+    # `aten.convolution_backward` returns the same gradient, but copies the input tensor that it requires.
     output_padding = tuple(
         size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for size, out, k, s, p, d in zip(
@@ -72,7 +72,7 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return dW, of shape `weight_size`, of the convolution y = x * W."""
     stride, padding, dilation, groups = geometry
-    # The operator reads only shape and memory format of the kernel. It would copy a single expanded element.
+    # The operator reads only the shape and memory format of the kernel. It would copy an expanded tensor.
     weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
@@ -80,7 +80,7 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
 
 
 def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Convolve with a constant kernel and bias. The backward pass saves the kernel and not the input.
+    """Convolve with a constant kernel and bias, and save only the kernel for the backward pass.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     >>> y = frozen_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
@@ -102,15 +102,15 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns a contiguous gradient. Without this, all gradients before it would be contiguous as well.
+        # Pooling returns contiguous gradients. Without this line, all earlier layers would get such gradients, too.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         (weight,) = ctx.saved_tensors
-        # Under autocast the gradient has another type than the weight.
+        # Under autocast the gradient and the weight have different dtypes.
         return input_gradient(grad_y, weight.to(grad_y.dtype), ctx.x_size, ctx.geometry), None, None, None
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of a (B, C, *size) tensor; contiguous if it has several."""
+    """Return the memory format of a (B, C, *size) tensor; contiguous if several formats apply or none does."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return torch.contiguous_format

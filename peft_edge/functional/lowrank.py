@@ -1,25 +1,25 @@
-"""The convolution with a low-rank update of its kernel (LoRA and DoRA), and its backward pass.
+"""Convolution with a low-rank update of its kernel (LoRA and DoRA), and its backward pass.
 
 A kernel W of shape (C_out, C_in/g, *kernel) is read as a matrix (C_out, K) with K = C_in/g * prod(kernel). LoRA (Hu et
-al. 2021, arXiv 2106.09685) adds s B A to it, with A of shape (r, K) and B of shape (C_out, r). For one group the update
+al. 2021, arXiv 2106.09685) adds s B A to W, with A of shape (r, K) and B of shape (C_out, r). For one group the update
 is a convolution with the kernel A followed by a 1x1 convolution with B. For a depthwise convolution A holds r spatial
 kernels that all channels share. DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) rescales each row by a factor
-f = m / ||W + s B A||, with the trained magnitude m. Without a magnitude, f = 1.
+f = m / ||W + s B A||, with the trainable magnitude m. Without a magnitude, f = 1.
 
 The forward pass composes the kernel first and runs one convolution (* is the convolution):
 
     W' = f (W + s B A),    y = x * W' + bias
 
-The backward pass composes W' again instead of saving it. dX needs W' alone. dA and dB have two exact forms. With dW',
-the gradient of W', z = x * A (r channels) and u = (s f B)^T dY (r channels):
+The backward pass recomputes W' instead of saving it. dX needs only W'. dA and dB have two exact forms. With the
+gradient dW' of W', z = x * A (r channels) and u = (s f B)^T dY (r channels), these are:
 
     full_kernel:   dA = (s f B)^T dW'                               dB = s f dW' A^T
     low_rank:      dA = kernel gradient of a convolution x -> u     dB = s f dY z^T
 
-`full_kernel` forms the gradient of the whole kernel: few passes over the maps, many multiplications. `low_rank` never
-forms it: four convolutions with r channels, few multiplications, twice the memory traffic. The input is saved only if A
-trains, or if a grouped kernel or a DoRA magnitude trains, which need all of dW'. If B alone trains (LoRA-FA, Zhang et
-al. 2023, arXiv 2308.03303), z is saved instead.
+`full_kernel` computes dW': few passes over the maps, many multiplications. `low_rank` does not: it runs four
+convolutions with r channels, which take few multiplications and twice the memory traffic. The input is saved if A is
+trainable, or if dW' is needed: for a DoRA magnitude, for B of a grouped kernel, and for `full_kernel`. If only B is
+trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), z is saved instead.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def lowrank_conv2d(
 ) -> Tensor:
     """Convolve x with f (W + s B A), in one to three dimensions.
 
-    The input, A, B, the magnitude and the bias get gradients. The function runs standard operators only, which FLOP
-    counters, fake tensors, compilers and exporters know.
+    x, A, B, the magnitude and the bias get gradients; W and s do not. The function runs only standard operators, which
+    FLOP counters, fake tensors, compilers and exporters support.
 
     >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(8, 3, 3, 3)
     >>> lora_a, lora_b = torch.randn(4, 3, 3, 3), torch.zeros(8, 4, 1, 1)
@@ -74,21 +74,23 @@ def lowrank_conv2d(
         lora_a: A, (r, C_in/g, *kernel).
         lora_b: B, (C_out, r, 1, ...).
         scaling: s.
-        geometry: Of the convolution.
+        geometry: Stride, padding, dilation and groups.
         bias: (C_out,) or None.
         magnitude: DoRA's m, C_out elements in any shape, or None.
-        route: The form of dA and dB. By default the faster one, or with A frozen the one that saves less memory.
-        recompute: Whether functions that need y in their backward pass recompute it from x instead of saving it. Only
+        route: The form of dA and dB. The default is the faster form, or the form that saves less memory if A is frozen.
+        recompute: Whether other functions recompute y from x in their backward pass instead of saving y. This is only
             useful if x is saved anyway.
 
     Raises:
-        ValueError: If `route` is "low_rank" for a grouped kernel or a trained magnitude.
+        ValueError: If `route` is "low_rank" for a grouped kernel or a trainable magnitude.
+        RuntimeError: In a backward pass that recomputes y, if a parameter was changed in place. In a second derivative,
+            if the input was not saved.
     """
     if not needs_backward():
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
     if route == "low_rank" and (geometry.groups > 1 or (magnitude is not None and magnitude.requires_grad)):
         raise ValueError(
-            f"lowrank_conv2d: route is 'low_rank', which requires one group and no trained magnitude; found "
+            f"lowrank_conv2d: route is 'low_rank', which requires one group and no trainable magnitude; found "
             f"{geometry.groups} groups and {'no' if magnitude is None else 'a'} magnitude. Use 'full_kernel' or None."
         )
     y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry, route)
@@ -100,7 +102,8 @@ def lowrank_conv2d(
     def recompute_y(x: Tensor) -> Tensor:
         if versions != [version_of(tensor) for tensor in parameters]:
             raise RuntimeError(
-                "lowrank_conv2d: parameters were changed in place before the backward pass, which needs them"
+                "lowrank_conv2d: W, A, B, the magnitude or the bias was changed in place, but the backward pass needs "
+                "the values of the forward pass. Call backward() before the change, or pass recompute=False."
             )
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
 
@@ -110,7 +113,7 @@ def lowrank_conv2d(
 def lowrank_keeps_input(
     groups: int, *, trains_a: bool, trains_b: bool, trains_magnitude: bool = False, route: GradientRoute | None = None
 ) -> bool:
-    """Return whether the backward pass of `lowrank_conv2d` saves the convolution's input."""
+    """Return whether `lowrank_conv2d` saves its input for the backward pass."""
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "full_kernel"))
 
 
@@ -156,13 +159,13 @@ class _LowRankConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns a contiguous gradient. Without this, all gradients before it would be contiguous as well.
+        # Pooling returns contiguous gradients. Without this line, all earlier layers would get such gradients, too.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         z, weight, lora_a, lora_b, magnitude, *saved_x = ctx.saved_tensors
         x = None if ctx.recompute_x is None else ctx.recompute_x(*saved_x)
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
-        dtype = grad_y.dtype  # under autocast not that of the parameters
+        dtype = grad_y.dtype  # differs from the dtype of the parameters under autocast
         kernel = factor = None
         if magnitude is not None:
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling)
@@ -176,7 +179,7 @@ class _LowRankConvolution(torch.autograd.Function):
 
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
         if x is not None and route == "full_kernel":
-            # Scaling the rows of the small matrices instead of those of dW' avoids a second dW'.
+            # Scaling the rows of the small matrices instead of dW' avoids a second tensor of the size of dW'.
             grad_kernel = kernel_gradient(grad_y, x.to(dtype), weight.shape, geometry).to(lora_a.dtype)
             layout = memory_format_of(grad_kernel)
             rows = as_matrix(grad_kernel, layout)
@@ -218,9 +221,9 @@ class _LowRankConvolution(torch.autograd.Function):
 
 
 def _down_projection(x: Tensor, lora_a: Tensor, geometry: Geometry) -> Tensor:
-    """Return z = x * A, of r channels."""
+    """Return z = x * A, which has r channels."""
     if geometry == _pointwise(x) and lora_a[0, 0].numel() == 1 and memory_format_of(x) != torch.contiguous_format:
-        # For so few channels a matrix product takes about half the time of a convolution (CPU).
+        # For r channels, a matrix product takes about half the time of a convolution on a CPU.
         return F.linear(x.movedim(1, -1), lora_a.flatten(1)).movedim(-1, 1)
     return convolution(x, lora_a, None, geometry)
 
@@ -232,7 +235,7 @@ def _pointwise(x: Tensor) -> Geometry:
 
 
 def _cheap_recompute(x: Tensor) -> Recompute:
-    """Return the recomputation of x if it runs at most one convolution, so that chains of them stay short."""
+    """Return the recomputation of x if it runs at most one convolution, and otherwise the identity."""
     recompute = get_recompute(x)
     return recompute if recompute.num_convolutions <= 1 else identity_recompute(x)
 
@@ -240,12 +243,12 @@ def _cheap_recompute(x: Tensor) -> Recompute:
 def _updated_kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
     """Return W + s B A."""
     update = lowrank_kernel(lora_a, lora_b, scaling, weight.shape, memory_format_of(weight))
-    # In place if the types allow it, which needs memory for one more kernel instead of two.
+    # In place if the dtypes agree, which allocates one kernel instead of two.
     return update.add_(weight) if update.dtype == weight.dtype else update + weight
 
 
 def _scaled(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype, *, inplace: bool = False) -> Tensor:
-    """Return tensor * factor in a type; `inplace` allows to overwrite the tensor if autograd does not record it."""
+    """Return tensor * factor in `dtype`. With `inplace`, the product may overwrite the tensor outside of autograd."""
     if factor is None:
         return tensor.to(dtype)
     if inplace and factor.dtype == tensor.dtype and not torch.is_grad_enabled():
@@ -260,18 +263,14 @@ def lowrank_kernel(
     shape: torch.Size,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Return the kernel update s B A in the kernel's shape.
+    """Return the kernel update s B A in the shape (C_out, C_in/g, *kernel).
+
+    A has the shape (r, C_in/g, *kernel), and B has the shape (C_out, r) with any number of trailing ones. A
+    `memory_format` equal to that of the kernel to be updated avoids a copy.
 
     >>> lora_a, lora_b = torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1)
     >>> lowrank_kernel(lora_a, lora_b, 0.5, torch.Size([4, 3, 1, 1])).flatten(1)[0]
     tensor([1., 1., 1.])
-
-    Args:
-        lora_a: A, (r, C_in/g, *kernel).
-        lora_b: B, (C_out, r) with any number of trailing ones.
-        scaling: s.
-        shape: (C_out, C_in/g, *kernel) of the result.
-        memory_format: Of the result. Take that of the kernel to which the update is added: this avoids a copy.
     """
     # Scaling B, the smaller factor, avoids a second kernel.
     return as_kernel((lora_b.flatten(1) * scaling) @ as_matrix(lora_a, memory_format), shape, memory_format)
@@ -280,38 +279,35 @@ def lowrank_kernel(
 def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
     """Return DoRA's factor f = m / ||V|| for each output channel of a kernel V, shaped to broadcast over V.
 
-    Autograd treats the norm as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3).
+    V has the shape (C_out, C_in/g, *kernel), and the magnitude m has C_out elements in any shape. Autograd treats
+    the norm as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3).
 
     >>> kernel = torch.randn(4, 3, 3, 3)
     >>> scaled = kernel * dora_scale(kernel, torch.ones(4))
     >>> scaled.flatten(1).norm(dim=1)
     tensor([1.0000, 1.0000, 1.0000, 1.0000])
-
-    Args:
-        kernel: V, (C_out, C_in/g, *kernel).
-        magnitude: m, C_out elements in any shape.
     """
     norm = as_matrix(kernel.detach(), memory_format_of(kernel)).norm(dim=1).to(magnitude.dtype)
-    # An all-zero channel has no direction: its scaled kernel stays zero instead of becoming NaN.
+    # The scaled kernel of an all-zero channel must stay zero instead of becoming NaN.
     scale = magnitude.flatten() / norm.clamp_min(torch.finfo(norm.dtype).tiny)
     return scale.view(-1, *[1] * (kernel.dim() - 1))
 
 
 def as_matrix(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Return a kernel as a matrix (C_out, K), columns in the order of a memory format; a view if the kernel has it."""
+    """Return a kernel as a matrix (C_out, K) with columns in the order of a memory format, as a view if possible."""
     return (kernel if memory_format == torch.contiguous_format else kernel.movedim(1, -1)).flatten(1)
 
 
 def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """Return a matrix (C_out, K) as a kernel of a given shape, without a copy: the inverse of `as_matrix`."""
+    """Return a view of a matrix (C_out, K) as a kernel of a given shape; the inverse of `as_matrix`."""
     if memory_format == torch.contiguous_format:
         return matrix.view(shape)
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-# Speeds of the backward pass of convolutions: FLOPs a second (a multiply-add counts two), bytes of maps read a second,
+# Speeds of the backward pass of convolutions: FLOPs per second (a multiply-add is two), bytes of maps read per second,
 # seconds of an empty convolution. CPU: measured on one core of an AMD EPYC (AVX2) with torch 2.15. CUDA: a guess for a
-# large GPU. They are constants, because the routes round differently and a resumed run must reach the same weights.
+# large GPU. The speeds are constants, because the routes round differently: a resumed run must get the same weights.
 _SPEEDS = {
     "cpu": {"channels_last": (60e9, 8e9, 20e-6), "contiguous": (60e9, 5e9, 20e-6)},
     "cuda": {"channels_last": (20e12, 1e12, 30e-6), "contiguous": (20e12, 1e12, 30e-6)},
@@ -319,14 +315,14 @@ _SPEEDS = {
 
 
 def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, rank: int) -> GradientRoute:
-    """Return the faster form of dA and dB where both train.
+    """Return the faster form of dA and dB if both are needed.
 
-    Compares the multiplications that `low_rank` saves with the memory traffic that it adds, as estimated times. The
-    choice depends only on shapes, type, memory format and device.
+    Compares the estimated time of the multiplications that `low_rank` saves with that of the memory traffic that it
+    adds. The choice depends only on shapes, dtype, memory format and device.
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()
     if weight_size[1] != x.shape[1]:
-        # For a grouped kernel, z and u are no convolutions of the input.
+        # For a grouped kernel, z and u are not convolutions of x and dY.
         return "full_kernel"
     positions = grad_y.numel() // c_out
     saved_flops = 2 * positions * (columns * c_out - 2 * rank * (columns + c_out))

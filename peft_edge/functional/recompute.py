@@ -1,13 +1,11 @@
 """Save memory in backward passes: recompute tensors, and overwrite gradients.
 
-The autograd functions of this package share two techniques:
-
-- **Recompute.** The output of a smooth activation follows from its input, which the activation saves. A function that
-  needs the output in its own backward pass saves the same input and recomputes the output: one elementwise operation
-  more, and no memory. `set_recompute` notes on a tensor how to recompute it, `get_recompute` reads the note.
-- **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must not change the gradient it
-  receives. If no other function holds the gradient, overwriting it saves a buffer. On a CPU that also saves most of the
-  time of an elementwise operation, which goes into page faults of new memory. `can_overwrite` checks this.
+- **Recompute.** A smooth activation saves its input. Another function that needs the output of the activation saves the
+  same input and recomputes the output: this costs one elementwise operation and no memory. `set_recompute` notes on a
+  tensor how to recompute it, and `get_recompute` reads the note.
+- **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must not change a gradient in
+  place. If no other function holds the gradient (`can_overwrite`), overwriting it saves a buffer. On a CPU this also
+  saves most of the time of an elementwise operation, because new memory causes page faults.
 """
 
 from __future__ import annotations
@@ -25,25 +23,23 @@ from peft_edge._compat import AutogradContext, no_dispatch, use_counts, version_
 
 
 class Recompute(NamedTuple):
-    """A function, and the inputs from which it recomputes a tensor."""
+    """A function and the inputs from which it recomputes a tensor."""
 
     function: Callable[..., Tensor]
     """Maps `inputs` to the tensor, bit-identical to the original."""
-
     inputs: tuple[Tensor, ...]
     """Tensors that another autograd function saves anyway."""
-
     num_convolutions: int = 0
-    """The number of convolutions that `function` runs. Its other operations are elementwise."""
+    """The number of convolutions that `function` runs. All other operations are elementwise."""
 
     @property
     def is_identity(self) -> bool:
-        """Whether the tensor is its own input, so that recomputing it saves nothing."""
+        """Whether the tensor itself is the input, so that recomputing it saves nothing."""
         return self.function is _identity
 
     def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recompute:
-        """Return the recomputation that applies `function`, with `num_convolutions`, to the recomputed tensor."""
-        # A backward pass runs without autocast, so the settings of the forward pass are restored.
+        """Return the recomputation that applies `function`, which runs `num_convolutions`, to the recomputed tensor."""
+        # Backward passes run without autocast, so restore the autocast settings of the forward pass.
         dtypes = {
             device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
         }
@@ -65,7 +61,7 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 
 
 def get_recompute(tensor: Tensor) -> Recompute:
-    """Return what `set_recompute` noted on a tensor, or the identity if the tensor has changed in place since."""
+    """Return the note of `set_recompute`, or the identity if there is none or the tensor was changed in place."""
     if not torch.compiler.is_compiling():
         recompute, version = getattr(tensor, "_recompute", (None, None))
         if recompute is not None and version == version_of(tensor):
@@ -83,10 +79,10 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def can_overwrite(gradient: Tensor) -> bool:
-    """Return whether only the caller, the `backward(ctx, gradient)` of an autograd function, holds the gradient.
+    """Return whether only the caller holds the gradient. The caller must be the `backward` of an autograd function.
 
-    Any other holder raises one of three counts: references to the Python object, to the C++ tensor, or to the storage.
-    The counts without another holder are measured once, in a backward pass that has none.
+    Any other holder increases one of three counts: references to the Python object, to the C++ tensor, or to the
+    storage. The counts are compared with those of a backward pass in which there is no other holder.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
@@ -99,7 +95,7 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 @functools.cache
 def _counts_of_sole_holder() -> tuple[int, int, int]:
-    # Not at import, because it starts autograd's threads. `no_dispatch` hides it from active FLOP and memory counters.
+    # Not at import, because a backward pass starts threads. `no_dispatch` hides it from FLOP and memory counters.
     with no_dispatch(), torch.enable_grad():
         x = torch.zeros(2, requires_grad=True)
         _Probe.apply(x).square().sum().backward()
@@ -122,5 +118,5 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # Each call holds a reference: this function makes the probe as many calls deep as `can_overwrite`.
+    # Each call holds a reference, so `_reference_counts` must be called as many calls deep as in `can_overwrite`.
     return _reference_counts(gradient)

@@ -1,4 +1,4 @@
-"""Train in little memory: lean frozen layers, and training on stored features of a frozen prefix."""
+"""Reduce the memory and time of training: lean frozen layers, and latent replay of a frozen prefix."""
 
 from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
 from peft_edge.lean.prepare import lean_summary, prepare_model_for_lean_training, undo_lean_training

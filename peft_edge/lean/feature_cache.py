@@ -1,8 +1,8 @@
 """Latent replay: compute the features of a frozen prefix once, store them, and train the rest of the model on them.
 
-Backpropagation stops at the first layer that trains. If the layers before it are frozen, their outputs for a training
+Backpropagation stops at the first trainable layer. The layers before it are frozen, so their outputs for a training
 image are the same in every epoch (Pellegrini et al. 2019, arXiv 1912.01100, section III). `FrozenPrefix` splits a model
-there, `FeatureCache` stores the features as a memory-mapped Hugging Face dataset.
+at this layer, and `FeatureCache` stores the features as a memory-mapped Hugging Face dataset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class FrozenPrefix:
-    """The layers of a model before the first one that trains.
+    """The frozen layers of a model before its first trainable layer.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[0].requires_grad_(False)
@@ -44,17 +44,17 @@ class FrozenPrefix:
     True
 
     Attributes:
-        tail: The model without the prefix: it maps `features(images)` to what the model returns for the images. Its
-            modules and their names are the model's, so training the tail trains the model.
+        tail: The model without the prefix. It maps `features(images)` to the output of the model for the images. The
+            tail and the model share modules, parameters and names, so training the tail trains the model.
         start: The name of the module at which the tail starts.
 
     Args:
-        model: Takes one tensor. Its prefix is a chain of modules, as in timm's CNNs.
-        images: A batch to check the split with, (B, 3, H, W) with B > 1, on the model's device.
+        model: Takes one tensor. The layers of the prefix must form a chain of modules, as in timm's CNNs.
+        images: A batch with which to check the split, (B, 3, H, W) with B > 1, on the model's device.
 
     Raises:
-        ValueError: If nothing trains, if no layer comes before the first trained one, if the prefix changes or computes
-            something else in training mode, or if its output is not all that the tail needs.
+        ValueError: If the model has no trainable parameters, or no layer before the first trainable layer. If training
+            mode changes the buffers or outputs of the prefix. If the tail needs more than the output of the prefix.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -70,7 +70,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return the prefix's outputs in eval mode, (B, *shape), for images of shape (B, 3, H, W)."""
+        """Return the outputs of the prefix in eval mode, (B, *shape), for images of shape (B, 3, H, W)."""
         training = self._model.training
         try:
             device = next(self._model.parameters()).device
@@ -80,7 +80,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the prefix's layers, their weights and statistics, and the place of the split."""
+        """A hash of the layers of the prefix, their weights and buffers, and the name of the tail's first module."""
         digest = hashlib.sha256(self.start.encode())
         for name, module in self._modules.items():
             digest.update(f"{name} {module}\n".encode())
@@ -90,7 +90,7 @@ class FrozenPrefix:
         return digest.hexdigest()
 
     def _check_constant(self, images: Tensor) -> None:
-        """Check on a copy that the prefix computes the same in training and in eval mode."""
+        """Check on a copy of the model that the prefix computes the same outputs in training mode and in eval mode."""
         model = copy.deepcopy(self._model)
         start, before = model.get_submodule(self.start), dict(self._model.named_buffers())
         with torch.no_grad(), torch.random.fork_rng():
@@ -99,26 +99,26 @@ class FrozenPrefix:
         changed = [name for name, buffer in model.named_buffers() if not torch.equal(buffer, before[name])]
         if changed:
             raise ValueError(
-                f"nothing can be replayed: {changed[0]} changes with every batch, and belongs to a layer before the "
-                f"first trained one, {self.start}: choose norm=recalibrate or norm=frozen"
+                f"nothing can be replayed: {changed[0]} changes with every batch, but its layer comes before the first "
+                f"trainable layer, {self.start}: choose norm=recalibrate or norm=frozen"
             )
         if not torch.equal(found, expected):
             raise ValueError(
-                f"nothing can be replayed: the layers before the first trained one, {self.start}, compute something "
-                "else in training than in evaluation: leave dropout and drop path out of them"
+                f"nothing can be replayed: the layers before the first trainable layer, {self.start}, have different "
+                "outputs in training mode and in eval mode: remove dropout and drop path from these layers"
             )
 
 
 def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Module]:
-    """Find the last module before which nothing trains and whose input is all that the rest of the model needs.
+    """Find the last module that only frozen modules precede and whose input suffices to run the rest of the model.
 
     Returns:
-        The name of that module, the modules before it, and the tail.
+        The name of this module, the modules before it, and the tail.
     """
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
         expected, call = _trace(model, images)
-    # From the model down to the first layer that trains: before each trained module, the modules that ran earlier.
+    # Descend from the model to its first trainable layer, and collect the modules that ran before it at each level.
     before: set[nn.Module] = set()
     splits: list[tuple[nn.Module, set[nn.Module]]] = []
     while (position := next((i for i, inner in enumerate(call.inner) if _trains(inner.module)), None)) is not None:
@@ -128,12 +128,12 @@ def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Mo
             before = before | earlier
             splits.append((call.module, before))
     if not _trains(model):
-        raise ValueError("nothing can be replayed: nothing in the model is trained by gradients")
+        raise ValueError("nothing can be replayed: the model has no trainable parameters")
     if not _has_weights(before):
         first = names[call.module] or type(model).__name__
         raise ValueError(
-            f"nothing can be replayed: {first} trains, and no layer comes before it. Train later layers only, for "
-            "example with target_modules=last-stage"
+            f"nothing can be replayed: {first} is trainable, and no layer comes before it. Train only later layers, "
+            "for example with target_modules=last-stage"
         )
     for start, prefix in reversed(splits):
         tail = _without(model, prefix)
@@ -141,13 +141,13 @@ def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Mo
             with torch.no_grad():
                 is_same = torch.equal(tail(_input_of(start, model, images)), expected)
         except (RuntimeError, AttributeError, LookupError, TypeError, ValueError):
-            # A tail that starts inside a block may not run, because the shortcut needs the input of the block.
+            # A tail that starts inside a block may fail, because the shortcut needs the input of the block.
             continue
         if is_same and _has_weights(prefix):
             return names[start], prefix, tail
     raise ValueError(
-        f"nothing can be replayed: {names[call.module]} trains, and what comes before it is no chain of modules, so "
-        "that no single tensor holds all that the rest of the model needs. Train without replay"
+        f"nothing can be replayed: the layers before the trainable {names[call.module]} do not form a chain of "
+        "modules, so no single feature map suffices to run the rest of the model. Train without replay"
     )
 
 
@@ -160,14 +160,14 @@ def _has_weights(modules: set[nn.Module]) -> bool:
 
 
 class _Call(NamedTuple):
-    """A module that ran, and the calls inside it, in order."""
+    """A call of a module, with the calls of its submodules in order."""
 
     module: nn.Module
     inner: list[_Call]
 
 
 def _trace(model: nn.Module, images: Tensor) -> tuple[Tensor, _Call]:
-    """Run the model, and return its output and the tree of its calls."""
+    """Run the model, and return its output and the tree of its module calls."""
     root = _Call(model, [])
     running = [root]
 
@@ -188,7 +188,7 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[Tensor, _Call]:
 
 
 class _StopForward(Exception):
-    """Ends a forward pass at the start of the tail."""
+    """Raised to stop a forward pass at the start of the tail."""
 
 
 def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
@@ -210,22 +210,22 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Return the module with identities in place of skipped modules; modules that contain none of them are shared."""
+    """Return a copy of the module with identities in place of `skipped`. Modules without skipped parts are shared."""
     return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
 StoredType = Literal["float32", "float16", "int8"]
-"""The type of stored features; int8 has one scale for each image."""
+"""The dtype of stored features; int8 has one scale per image."""
 
 Views = Callable[[int], Iterable[Mapping[str, Tensor]]]
-"""Maps the number of a view to batches of `pixel_values` and `labels`: every image once, in the same order."""
+"""Maps the number of a view to its batches of `pixel_values` and `labels`, with the same image order in every view."""
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """The features of a prefix for one or several augmented views of every training image. `open` creates one.
+    """The stored features of one or several augmented views of every training image. `open` creates a cache.
 
-    A dataset of whole batches: `__getitems__` takes pairs (epoch, image) and returns `pixel_values`, the input of
-    `FrozenPrefix.tail` with its original type and memory format, and `labels`. Epoch e sees view e % views.
+    `__getitems__` returns a whole batch for pairs (epoch, image): `labels`, and `pixel_values`, the input of
+    `FrozenPrefix.tail` in the original dtype and memory format. Epoch e returns view e % views.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -238,13 +238,14 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     (torch.Size([2, 8, 6, 6]), tensor([4, 2]))
 
     Attributes:
-        info: What is stored and what it took: `start` (name of the tail's first module), `images`, `views`, `dtype`,
-            `shape`, `relative_error` (norm of the rounding error by norm of the features), `size_bytes`, `fill_flops`
-            (convolutions and matrix products, a multiply-add is two) and `fill_s`.
+        info: A dict of `start` (name of the tail's first module), `images`, `views`, `dtype`, `shape`, `computed_dtype`
+            and `channels_last` (of the original features), `relative_error` (norm of the rounding error divided by the
+            norm of the features), `size_bytes`, `fill_flops` (convolutions and matrix products; a multiply-add is two)
+            and `fill_s`.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Imported where needed, because importing `datasets` takes longer than importing this package.
+        # Not at the top, because importing `datasets` takes longer than importing this package.
         from datasets import Dataset as ArrowDataset
 
         self.info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
@@ -254,21 +255,15 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def open(
         cls, root: Path, prefix: FrozenPrefix, images: Views, *, key: str, views: int = 1, dtype: StoredType = "float32"
     ) -> FeatureCache:
-        """Open the cache in `root` that belongs to a prefix and its images; fill it first if it is missing or damaged.
+        """Open the cache of a prefix and its images in `root`, and first fill it if it is missing or damaged.
 
-        Writing is atomic. If several processes open the same cache, one of them fills it.
-
-        Args:
-            root: The folder of all caches.
-            prefix: Computes the features.
-            images: The training images, augmented as in training.
-            key: Names everything that `images` depends on: data, transforms, seeds.
-            views: The number of views of each image to store.
-            dtype: The type of the stored values.
+        `images` yields the training images, augmented as in training. `key` must identify everything on which they
+        depend: data, transforms, seeds. Writing is atomic. If several processes open the same cache, one of them fills
+        it.
 
         Raises:
-            ValueError: If `dtype` is unknown, there are no images, views have different images, or a feature is not
-                finite or too large for the type.
+            ValueError: If `dtype` is unknown, there are no images, views have different numbers of images, or a feature
+                is not finite or too large for float16.
             OSError: If the disk is full.
         """
         if dtype not in get_args(StoredType):
@@ -276,7 +271,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         parts = (prefix.fingerprint, key, str(views), dtype)
         folder = root / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
         root.mkdir(parents=True, exist_ok=True)
-        # The operating system releases the lock when its process dies.
+        # The operating system releases the lock if the process that holds it dies.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not _is_whole(folder):
                 remove(folder)
@@ -290,15 +285,15 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return self.info["images"]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Return the features and labels for pairs of an epoch, from 0 on, and the number of an image.
+        """Return the features and labels for pairs (epoch, image), both counted from 0.
 
         Raises:
-            IndexError: If the number of an image is out of range.
+            IndexError: If an image number is out of range.
         """
         info = self.info
         for _, index in keys:
             if not 0 <= index < len(self):
-                raise IndexError(f"expected the number of an image, 0 to {len(self) - 1}, found {index}")
+                raise IndexError(f"expected an image number, 0 to {len(self) - 1}, found {index}")
         rows = self._rows[[epoch % info["views"] * len(self) + index for epoch, index in keys]]
         values, scales, labels = (_as_tensor(rows[name]) for name in ("values", "scale", "label"))
         features = values.to(getattr(torch, info["computed_dtype"])).view(len(keys), -1)
@@ -319,13 +314,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _as_tensor(column: pa.ChunkedArray) -> Tensor:
-    """Return a writable copy of a column, which is mapped read-only from the disk."""
+    """Return a writable copy of a column; the memory map of the file is read-only."""
     values = column.combine_chunks()
     return torch.from_numpy(np.array(values.flatten() if hasattr(values, "flatten") else values))
 
 
 def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype: StoredType) -> dict[str, object]:
-    """Write one row for each view of each image, all images of the first view first, and return `FeatureCache.info`."""
+    """Write a row per view and image, one view after the other, and return `FeatureCache.info`."""
     import pyarrow as pa
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -351,9 +346,9 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
         writer.write_table(pa.Table.from_arrays([lists, scales.numpy(), batch["labels"].numpy()], schema=writer.schema))
         rows[view] += len(values)
     if writer is None:
-        raise ValueError("there are no images to store features of")
+        raise ValueError("there are no images whose features could be stored")
     if len(set(rows)) > 1:
-        raise ValueError(f"expected the same images in every view, found {rows} of them")
+        raise ValueError(f"expected the same number of images in every view, found {rows}")
     writer.finalize()
     return {
         "start": prefix.start,
@@ -371,14 +366,14 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
 
 
 def _quantize(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
-    """Return the values to store, (B, N), and the factor of each image, (B,), that restores its features."""
+    """Return the values to store, (B, N), and the factors that restore the features of each image, (B,)."""
     if not features.isfinite().all():
-        raise ValueError("the prefix gives values that are not finite: look at the weights and the images")
+        raise ValueError("the prefix returns values that are not finite: check the weights and the images")
     features, scales = features.float(), torch.ones(len(features), dtype=torch.float32)
     if dtype == "int8":
         scales = features.abs().amax(dim=1).clamp(min=torch.finfo(torch.float32).tiny) / 127
         features = (features / scales[:, None]).round()
     values = features.to(getattr(torch, dtype))
     if dtype == "float16" and not values.isfinite().all():
-        raise ValueError("the prefix gives values beyond the range of float16: choose float32 or int8")
+        raise ValueError("the prefix returns values beyond the range of float16: choose float32 or int8")
     return values, scales

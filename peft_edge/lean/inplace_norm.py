@@ -1,14 +1,14 @@
 """Let a frozen BatchNorm overwrite the output of the convolution before it.
 
-1. `prepare_model_for_lean_training(model, inplace_norm=True)` finds each convolution whose output goes to one norm and
-   nowhere else, and stores the pair on the convolution as an `InplaceNorm`.
-2. In a forward pass the convolution marks its output as overwritable by that norm (`mark_overwritable`), unless a hook,
+1. `prepare_model_for_lean_training(model, inplace_norm=True)` finds each convolution whose output goes to one norm
+   only, and stores the pair on the convolution as an `InplaceNorm`.
+2. In a forward pass the convolution marks its output as overwritable by this norm (`mark_overwritable`), unless a hook,
    a compiler or a function transform may see the output.
-3. The norm overwrites an input that carries its mark (`is_overwritable`), and allocates a new tensor otherwise.
+3. The norm overwrites an input that carries its mark (`is_overwritable`). Otherwise it allocates a new tensor.
 
-Neither layer changes. The mark is decided in every forward pass, so adapters, training modes and statistics may change
-at any time. Scaling the kernel by the norm would save a little more time. But it rounds differently, which moves
-elements across the kinks of the activations: gradients then differ by some percent.
+Both layers keep their parameters. Each forward pass decides about the mark, so adapters, training modes and statistics
+may change at any time. Folding the norm into the kernel would save a little more time, but rounds differently: some
+elements cross the kinks of activations, and gradients differ by some percent.
 """
 
 from __future__ import annotations
@@ -25,18 +25,15 @@ from peft_edge._compat import has_hooks, is_transformed, is_view, saved_tensors_
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
-    """Return the layer inside an adapter of PEFT, or the layer itself."""
+    """Return the base layer of a PEFT adapter, or the layer itself."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
 class ModuleRef:
-    """A reference to the module at a path in a model, which stays valid when PEFT replaces the module.
+    """A reference to the module with a given name in a model, which stays valid when PEFT replaces the module.
 
-    It follows `copy.deepcopy` of the model. In a copy of one layer, or in a pickle, it refers to nothing.
-
-    Args:
-        root: The model.
-        path: The module's name in it.
+    In a `copy.deepcopy` of the model, the reference points into the copy. In a copy of a single layer and in a pickle,
+    the reference is empty.
     """
 
     def __init__(self, root: nn.Module | None, path: str) -> None:
@@ -44,11 +41,11 @@ class ModuleRef:
 
     @property
     def module(self) -> Any:
-        """The module at the path now, or None."""
+        """The current module of this name, or None."""
         return self._get(self._path)
 
     def path_below(self, other: ModuleRef) -> list[nn.Module | None]:
-        """Return the modules on the path that are not on the path of `other`, outermost first."""
+        """Return the module and its parents, except those that also contain the module of `other`, outermost first."""
         paths = itertools.accumulate(self._path.split("."), "{}.{}".format)
         return [self._get(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
 
@@ -66,13 +63,13 @@ class ModuleRef:
 
 
 class InplaceNorm(NamedTuple):
-    """A convolution and the norm that alone takes its output."""
+    """A convolution and the only module that receives its output, a norm."""
 
     conv: ModuleRef
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return both layers, or None if one is gone or hooks may see the tensor between them."""
+        """Return both layers, or None if a layer is missing or a hook may see the tensor between them."""
         convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
         found = [module for module in (*convs, *norms) if module is not None]
         if len(found) < len(convs) + len(norms) or any(_is_observed(m) or _is_observed(base_layer(m)) for m in found):
@@ -81,21 +78,19 @@ class InplaceNorm(NamedTuple):
 
 
 def inplace_norms(model: nn.Module) -> list[InplaceNorm]:
-    """Return the pairs of convolution and norm in a prepared model."""
+    """Return the pairs of a convolution and a norm in a prepared model."""
     return [pair for module in model.modules() if (pair := getattr(module, "inplace_norm", None)) is not None]
 
 
 def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
     """Mark the output of a convolution as overwritable by its `InplaceNorm`, if it has one, and return the output.
 
-    Args:
-        y: A tensor that the layer has just made and does not save.
-        layer: The convolution, or the adapter around it.
+    The output y must be a new tensor that the layer, a convolution or its adapter, does not save.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference() or is_view(y) or is_transformed(y):
         return y
     pair = getattr(base_layer(layer), "inplace_norm", None)
-    # A map of one pixel has several memory formats. In place it may get another one, which changes the order of sums.
+    # A map of one pixel has several memory formats. Working in place may change the format and the order of sums.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     layers = pair.layers()
@@ -105,17 +100,17 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
 
 
 def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
-    """Return whether a norm, or the adapter around it, may overwrite its input. Removes the mark."""
+    """Return whether a norm or its adapter may overwrite the input x, and remove the mark from x."""
     mark = vars(x).pop("_overwritable_by", None)
     return mark is not None and mark == _mark(x, norm)
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
-    # A checkpoint that begins between the two layers saves the tensor. Its hooks or its grad mode change the mark.
-    # The identity of the norm stands for the norm, which would otherwise be pickled with the tensor.
+    # Gradient checkpointing that starts between the layers saves y. It changes the hooks or the grad mode, so the marks
+    # differ. The mark holds the id of the norm instead of the norm, which would be pickled with the tensor.
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
 
 
 def _is_observed(layer: nn.Module) -> bool:
-    # A wrapper of PEFT passes attributes of one layer on, and may run another one.
+    # A wrapper of PEFT forwards the attributes of one layer, and may run another layer.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -1,7 +1,8 @@
-"""Layers that save for the backward pass only what it needs.
+"""Layers that save only what their backward pass needs.
 
-Each lean class has the parameters of one class of torch or timm. `prepare_model_for_lean_training` changes the class of
-a module, and `undo_lean_training` changes it back. Lean layers that train or are compiled run the plain forward pass.
+Each lean class extends one class of torch or timm. `prepare_model_for_lean_training` changes the class of a module, and
+`undo_lean_training` restores it. Trainable convolutions and norms run the original forward pass, as do norms,
+activations and gates in compiled models.
 """
 
 from __future__ import annotations
@@ -25,17 +26,17 @@ from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable,
 Function = Callable[..., object]
 
 Masks = Literal["byte", "bit", "off"]
-"""The size of a mask's element; with "off", activations save their output."""
+"""The size of a mask per element. With "off", activations save their output."""
 
-# A convolution may be recomputed if it takes at most so many products for each output element.
+# The most products per output element for which a convolution may be recomputed.
 _MAX_RECOMPUTED_PRODUCTS = 96
 
-# torch's pooling saves its input, if only for the shape.
+# torch's pooling layers save their input, even if they need only its shape.
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def layer_keeps_input(module: nn.Module) -> bool:
-    """Return whether a layer saves its input for the backward pass: its `keeps_input`, or else an estimate."""
+    """Return whether a layer saves its input: its attribute `keeps_input`, or an estimate if there is none."""
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
@@ -43,12 +44,12 @@ def layer_keeps_input(module: nn.Module) -> bool:
 
 
 def _trains(layer: ConvolutionBase | BatchNorm) -> bool:
-    # Attributes instead of parameters, because a parametrisation computes the weight.
+    # Not `parameters()`, because a parametrisation computes the weight.
     return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
 
 
 def _runs_plain(x: Tensor) -> bool:
-    """Whether no backward pass follows, or a compiler decides what to save."""
+    """Return whether no backward pass follows, or a compiler decides what to save."""
     return torch.compiler.is_compiling() or not (needs_backward() and x.requires_grad)
 
 
@@ -56,22 +57,22 @@ class LeanConvolution(ConvolutionBase):
     """A convolution that saves only its kernel while it is frozen."""
 
     inplace_norm: InplaceNorm | None = None
-    """The norm after it that may overwrite its output."""
+    """The pair of this convolution and the norm that may overwrite its output."""
     recompute: bool = False
-    """Whether an adapter may let other layers recompute its output, if that is cheap."""
+    """Whether other layers may recompute the output of an adapter of this layer, if that is cheap."""
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the backward pass needs the input: while the layer trains."""
+        """Whether the backward pass needs the input, which a trainable layer does."""
         return _trains(self)
 
     @property
     def lets_recompute(self) -> bool:
-        """Whether an adapter of this layer that saves its input lets other layers recompute its output."""
+        """Whether other layers recompute the output of an adapter of this layer, if the adapter saves its input."""
         return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the plain layer returns."""
+        """Return the output of the original layer."""
         if _trains(self):
             return mark_overwritable(super().forward(x), self)
         x, geometry = pad(self, x)
@@ -79,15 +80,15 @@ class LeanConvolution(ConvolutionBase):
 
 
 class LeanBatchNorm(BatchNorm):
-    """A batch normalisation that saves one number for each channel while it is frozen and in eval mode."""
+    """A BatchNorm that saves one number per channel while it is frozen and in eval mode."""
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the backward pass needs the input: while the layer trains or uses the statistics of the batch."""
+        """Whether the backward pass needs the input: if the layer is trainable or uses the statistics of the batch."""
         return self.training or self.running_mean is None or _trains(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the plain layer returns."""
+        """Return the output of the original layer."""
         mean, var = self.running_mean, self.running_var
         if self.keeps_input or mean is None or var is None or torch.compiler.is_compiling():
             return super().forward(x)
@@ -96,52 +97,52 @@ class LeanBatchNorm(BatchNorm):
 
 
 class LeanClippedActivation(nn.Module):
-    """An activation min(max(x, 0), upper) that saves a mask, or its output where the next layer saves that anyway."""
+    """An activation min(max(x, 0), upper) that saves a mask, or its output if the next layer saves it anyway."""
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
-    """The layers that take the output."""
+    """The layers that receive the output."""
     feeds_product: bool = False
-    """Whether a product takes the output, which saves it."""
+    """Whether a product receives the output and therefore saves it."""
     inplace: bool
     upper = float("inf")
 
     def kept(self) -> Kept:
-        """Return what the backward pass saves now."""
+        """Return what the next forward pass saves, given which consumers save their inputs now."""
         consumers = [ref.module for ref in self.consumers]
         is_kept_anyway = any(module is not None and layer_keeps_input(module) for module in consumers)
         return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the plain layer returns."""
+        """Return the output of the original layer."""
         plain_forward = super().forward
         if _runs_plain(x):
             return plain_forward(x)
-        # If x can be recomputed, so can the output, and the next layer saves the inputs of the recomputation instead.
+        # If x can be recomputed, then the next layer saves the inputs of the recomputation instead of the output.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, plain_forward, upper=self.upper, keep=keep, inplace=self.inplace)
 
 
 class LeanSmoothActivation(nn.Module):
-    """An activation that saves only its input, also where the plain layer works in place."""
+    """An activation that saves only its input. If a backward pass follows, `inplace` is ignored."""
 
     keeps_input = True
     function: Callable[[Tensor], Tensor]
     derivative: Callable[[Tensor, Tensor], Tensor]
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the plain layer returns."""
+        """Return the output of the original layer."""
         if _runs_plain(x):
             return super().forward(x)
         return smooth_activation(x, type(self).function, type(self).derivative)
 
 
 class LeanGate(nn.Module):
-    """Squeeze-excite that saves what its input is recomputed from instead of its input."""
+    """Squeeze-excite that saves the inputs from which to recompute its own input."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return what the plain layer returns."""
+        """Return the output of the original layer."""
         if _runs_plain(x):
             return super().forward(x)
         with _GatedProducts(x):
@@ -149,7 +150,7 @@ class LeanGate(nn.Module):
 
 
 class _GatedProducts(TorchFunctionMode):
-    """Replaces the product of a tensor and its gate by `gated_product`."""
+    """Computes the product of x and its gate by `gated_product`."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -164,12 +165,12 @@ class _GatedProducts(TorchFunctionMode):
 
 
 LEAN: dict[type[nn.Module], type[nn.Module]] = {}
-"""The lean class for each plain class. Subclasses of a plain class are not replaced."""
+"""Maps original classes to lean classes. Subclasses of an original class are not replaced."""
 
 
 def _lean_class(lean: type[nn.Module], plain: type[nn.Module], **attributes: object) -> type[nn.Module]:
-    """Return the subclass of a lean and a plain class, and enter it into `LEAN`."""
-    # Pickle finds a class by its module and name, so each class is assigned to its name below.
+    """Return a new subclass of a lean and an original class, and add it to `LEAN`."""
+    # Pickle finds a class by its module and name, so the class must be assigned to its name in this module.
     LEAN[plain] = type(f"Lean{plain.__name__}", (lean, plain), {"__module__": __name__, **attributes})
     return LEAN[plain]
 
@@ -192,4 +193,4 @@ LeanSqueezeExcite = _lean_class(LeanGate, SqueezeExcite)
 LeanSEModule = _lean_class(LeanGate, SEModule)
 
 PLAIN = {lean: plain for plain, lean in LEAN.items()}
-"""The plain class for each lean class."""
+"""Maps lean classes to original classes."""

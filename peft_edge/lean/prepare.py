@@ -1,4 +1,4 @@
-"""Make the frozen layers of a model lean, undo it, and list what each layer saves for the backward pass."""
+"""Make the frozen layers of a model lean, restore them, and list what each layer saves for the backward pass."""
 
 from __future__ import annotations
 
@@ -30,10 +30,11 @@ def prepare_model_for_lean_training(
 ) -> Model:
     """Make the frozen layers of a convolutional network save only what the backward pass needs.
 
-    Outputs are unchanged (bit-identical on a CPU), gradients are equal up to rounding. A frozen convolution saves only
-    its kernel, a frozen BatchNorm saves nothing, ReLU saves a mask, or its output where the next layer saves it anyway.
-    Trained and unknown layers stay as they are. PEFT's `get_peft_model` may run before or after. Weights, statistics,
-    adapters and training modes may change at any time. Checkpoints are unchanged.
+    Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. A frozen convolution saves
+    only its kernel. A frozen BatchNorm in eval mode saves one number per channel. ReLU saves a mask, or its output if
+    the next layer saves the output anyway. Other and trainable layers save the same tensors as before. `get_peft_model`
+    may run before or after this function. Weights, statistics, adapters and training modes may change at any time.
+    Checkpoints are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -45,13 +46,13 @@ def prepare_model_for_lean_training(
         1  ReLU         its output
 
     Args:
-        model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, such as timm's. It is changed in place.
+        model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. It is changed in place.
         inplace_norm: Whether a frozen BatchNorm overwrites the output of the convolution before it, if no other layer
-            takes that output. Neither layer changes, so adapters stay valid without lean training. An output that the
-            model also stores as an attribute ends up normalised.
-        masks: One "byte" or one "bit" for each element. Bits take a little longer. "off" saves outputs instead.
-        recompute: Whether the next adapted layer recomputes the output of an adapted convolution from its saved input,
-            if that takes at most 96 products an element (depthwise, first and narrow convolutions).
+            receives this output. Both layers keep their weights, so adapters also work without lean training. If the
+            model stores the output as an attribute, the attribute becomes the normalised tensor.
+        masks: One "byte" or one "bit" per element. Bits take a little longer. "off" saves outputs instead of masks.
+        recompute: Whether the layer after an adapted convolution recomputes its input from the saved input of this
+            convolution, if this takes at most 96 products per element (depthwise, first and narrow convolutions).
 
     Returns:
         The model. `undo_lean_training` restores it.
@@ -66,10 +67,10 @@ def prepare_model_for_lean_training(
     except Exception as error:
         if inplace_norm:
             raise ValueError(
-                f"inplace_norm=True needs to see which layer takes which output, and {type(model).__name__} does not "
-                f"run on the meta device ({type(error).__name__}: {error}): leave inplace_norm out"
+                f"inplace_norm=True needs to see which layer receives which output, but {type(model).__name__} does "
+                f"not run on the meta device ({type(error).__name__}: {error}): leave inplace_norm out"
             ) from error
-        # Activations then save a mask even where the next layer saves their output.
+        # Activations then save a mask even if the next layer saves their output.
         consumers = {}
     undo_lean_training(model)
     for module in model.modules():
@@ -90,7 +91,7 @@ def prepare_model_for_lean_training(
 
 
 def undo_lean_training(model: Model) -> Model:
-    """Restore the plain layers of a model in place, and return the model.
+    """Restore the original layers of a model in place, and return the model.
 
     >>> model = prepare_model_for_lean_training(nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU()))
     >>> undo_lean_training(model)
@@ -110,12 +111,12 @@ def undo_lean_training(model: Model) -> Model:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield each convolution whose output goes to one norm only, and is the only input of that norm."""
+    """Yield each convolution whose output goes to one norm only and is the only input of this norm, with the pair."""
     num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
-    # In training, and in timm's `forward_intermediates`, other layers may take the output.
+    # In training mode and in timm's `forward_intermediates`, other layers may receive the output.
     other_runs = [find_consumers(model, training=True)]
     if hasattr(model, "forward_intermediates"):
-        with suppress(Exception):  # another method of that name
+        with suppress(Exception):  # a method of the same name may differ from timm's
             other_runs.append(find_consumers(model, intermediates=True))
     # PEFT's wrappers hold several copies of a layer, and the active adapter decides which one runs.
     wrapped = tuple(
@@ -132,9 +133,9 @@ def _find_inplace_norms(
 
 
 def lean_summary(model: nn.Module) -> str:
-    """Return a table of a model's layers by kind, with what each saves for the backward pass in its present state.
+    """Return a table of the layers of a model by class, with what each layer saves in the present state of the model.
 
-    "what torch keeps" marks layers that are not lean, with the name of the first one of their kind.
+    Layers that are not lean save "what torch keeps"; the row names the first such layer.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -162,14 +163,14 @@ _UNKNOWN = "what torch keeps"
 
 
 def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and layers of a model: adapted layers, norms, and modules without children."""
+    """Yield the names and layers of a model: adapted layers, norms and modules without children."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         base = base_layer(child)
         is_layer = child is not base or isinstance(base, BatchNorm) or not any(True for _ in base.children())
         if is_layer and not isinstance(child, nn.Identity):
             yield path, child
-        # timm's norms contain an activation. Other modules inside an adapted layer belong to the adapter.
+        # timm's norms contain an activation. All other modules of an adapted layer belong to its adapter.
         yield from _summary_layers(base, f"{path}.")
 
 
@@ -187,12 +188,10 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
 
 
 PRODUCT = "*"
-"""The name of a consumer that is a product outside of any layer."""
+"""The consumer of an output that a product outside of any layer receives."""
 FUNCTION = ""
-"""The name of any other consumer outside of a layer: a function, or the caller of the model.
-
-It is also the model's name in `named_modules`, so such an output counts as saved while anything in the model trains.
-"""
+"""The consumer of an output that another function, or the caller of the model, receives."""
+# "" is also the name of the model in `named_modules`, so such an output counts as saved if any parameter is trainable.
 
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 
@@ -201,13 +200,13 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
     """Run a copy of the model on the meta device, and return the consumers of each layer's output.
 
     A layer is a module without children, a norm, or an adapted layer. Each use of an output is one entry: the name of a
-    layer, `PRODUCT` or `FUNCTION`. The output of a norm with an activation inside counts as the activation's. With
-    `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
+    layer, `PRODUCT` or `FUNCTION`. If a norm contains an activation, its output counts as output of the activation.
+    With `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
     """
     traced = copy.deepcopy(model).to("meta").train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
-        # An identity returns its input.
+        # An identity returns its input, which keeps the mark of the layer before.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
         if is_leaf or isinstance(module, (BatchNorm, BaseTunerLayer)):
             module.register_forward_pre_hook(partial(trace.enter, name), with_kwargs=True)
@@ -242,7 +241,7 @@ class _Trace(TorchFunctionMode):
 
     def leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
         self._running.pop()
-        # The activation inside a norm has marked the output already.
+        # The activation inside a norm has already marked the output.
         is_norm = isinstance(base_layer(module), BatchNorm)
         is_marked = is_norm and (getattr(output, "_made_by", None) or "").startswith(f"{name}.")
         if isinstance(output, Tensor) and not is_marked:

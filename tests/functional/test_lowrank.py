@@ -151,7 +151,9 @@ def test_second_derivative_without_the_input_raises() -> None:
 
 def test_low_rank_route_raises_for_groups_and_trained_magnitude() -> None:
     for case in (make_case("depthwise"), make_case("dense")):
-        with pytest.raises(ValueError, match="route is 'low_rank', which requires one group and no trained magnitude"):
+        with pytest.raises(
+            ValueError, match="route is 'low_rank', which requires one group and no trainable magnitude"
+        ):
             case.run(route="low_rank", dora=True)
 
 

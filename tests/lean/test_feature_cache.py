@@ -118,18 +118,21 @@ def scaled_in_between() -> nn.Module:
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (all_frozen, "nothing in the model is trained by gradients"),
-        (lambda: timm.create_model("mobilenetv2_035"), "conv_stem trains, and no layer comes before it.*last-stage"),
-        (lambda: adapted("mobilenetv2_035", target="all-conv"), "conv_stem trains, and no layer comes before it"),
-        (in_two_branches, "third trains, and what comes before it is no chain of modules"),
-        (scaled_in_between, "2 trains, and what comes before it is no chain of modules"),
+        (all_frozen, "the model has no trainable parameters"),
+        (
+            lambda: timm.create_model("mobilenetv2_035"),
+            "conv_stem is trainable, and no layer comes before it.*last-stage",
+        ),
+        (lambda: adapted("mobilenetv2_035", target="all-conv"), "conv_stem is trainable, and no layer comes before it"),
+        (in_two_branches, "the trainable third do not form a chain of modules"),
+        (scaled_in_between, "the trainable 2 do not form a chain of modules"),
         (
             lambda: adapted("mobilenetv2_035", norm="stats"),
             r"bn1\.lora_norm.*changes with every batch, .*blocks\.6: choose norm=recalibrate or norm=frozen",
         ),
         (
             lambda: adapted("mobilenetv2_035", drop_path_rate=0.9),
-            "compute something else in training than in evaluation",
+            "different outputs in training mode and in eval mode",
         ),
     ],
 )
@@ -319,17 +322,17 @@ def test_views_with_different_images_raise(tmp_path: Path, prefix: FrozenPrefix)
     def shorter(number: int) -> Iterator[dict[str, Tensor]]:
         yield from list(views(number))[number:]
 
-    with pytest.raises(ValueError, match=r"expected the same images in every view, found \[10, 6\] of them"):
+    with pytest.raises(ValueError, match=r"expected the same number of images in every view, found \[10, 6\]"):
         opened(tmp_path, prefix, shorter)
     assert not list(tmp_path.glob("*/info.json"))
 
 
 @pytest.mark.parametrize("index", [-1, 10])
 def test_unknown_image_raises_with_its_number(tmp_path: Path, prefix: FrozenPrefix, index: int) -> None:
-    with pytest.raises(IndexError, match=f"expected the number of an image, 0 to 9, found {index}"):
+    with pytest.raises(IndexError, match=f"expected an image number, 0 to 9, found {index}"):
         opened(tmp_path, prefix).__getitems__([(0, 0), (0, index)])
 
 
 def test_no_images_raise(tmp_path: Path, prefix: FrozenPrefix) -> None:
-    with pytest.raises(ValueError, match="there are no images to store"):
+    with pytest.raises(ValueError, match="there are no images whose features"):
         opened(tmp_path, prefix, lambda number: [])

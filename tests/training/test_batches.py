@@ -115,8 +115,8 @@ def test_replay_with_lean_layers_gives_the_same_adapter(run: RunTraining, tmp_pa
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["method=full"], "conv_stem trains, and no layer comes before it"),
-        (["method=norm-stats"], "nothing in the model is trained by gradients"),
+        (["method=full"], "conv_stem is trainable, and no layer comes before it"),
+        (["method=norm-stats"], "the model has no trainable parameters"),
         (["norm=stats"], "choose norm=recalibrate or norm=frozen"),
     ],
 )
