@@ -24,8 +24,9 @@ PLACEMENTS = ("all-conv", "dense", "project", "last-stage")
 LORA_RANKS = (4, 16)
 
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+"""Units of bytes."""
 FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-"""Units of operations and, above, of bytes."""
+"""Units of operations."""
 
 
 class Setting(NamedTuple):
@@ -181,13 +182,13 @@ class PlanOption:
     lora_rank: int | None
     """The rank of the adapters; None for a method without adapters."""
     setting: Setting
-    """The first setting with which the step fits, or the last setting if the step exceeds the budget with all."""
+    """The first setting with which the step fits, or the last setting if the step fits with none."""
     profile: StepProfile
     """The cost of the step."""
     excess: list[str]
     """The limits of the budget that the step exceeds; empty if the step fits."""
     evidence: Evidence | None = None
-    """The accuracy in the records; None if there are no such runs."""
+    """The accuracy of this option in the records; None if they have no runs of it."""
 
     @property
     def name(self) -> str:
@@ -270,7 +271,7 @@ def find_plan(
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the distinct placements with their layers, fewest layers first. Without adapters, return one None."""
+    """Return the distinct placements with their layers, fewest layers first, or None for a method without adapters."""
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
 

@@ -91,7 +91,7 @@ class TrainInfo(JsonModel):
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
-    """Time of the optimizer steps, without evaluation, with the selected learning rate."""
+    """Time of the training steps, without evaluation, for the selected learning rate of each target."""
     file_size: int | None = None
     """Size of the saved adapter, or of the saved model for a method without an adapter."""
 
@@ -105,7 +105,7 @@ class TrainInfo(JsonModel):
     """Bytes that the accelerator's allocator reserved: mean, maximum and 99th percentile."""
 
     metrics: list[JsonObject] = []
-    """One entry per epoch. The last entry also holds the test results with and without the update."""
+    """One entry per epoch and target, followed by one entry with the test results before and after the update."""
     sweep: list[JsonObject] = []
     """The learning rates that were tried and their validation accuracies; an accuracy is null if training diverged."""
     replay: JsonObject | None = None

@@ -77,7 +77,7 @@ def lowrank_conv2d(
         geometry: Stride, padding, dilation and groups.
         bias: (C_out,) or None.
         magnitude: DoRA's m, C_out elements in any shape, or None.
-        route: The form of dA and dB. The default is the faster form, or the form that saves less memory if A is frozen.
+        route: The form of dA and dB. By default the faster form, or with A frozen the form that needs less memory.
         recompute: Whether other functions recompute y from x in their backward pass instead of saving y. This is only
             useful if x is saved anyway.
 
@@ -103,7 +103,7 @@ def lowrank_conv2d(
         if versions != [version_of(tensor) for tensor in parameters]:
             raise RuntimeError(
                 "lowrank_conv2d: W, A, B, the magnitude or the bias was changed in place, but the backward pass needs "
-                "the values of the forward pass. Call backward() before the change, or pass recompute=False."
+                "the values of the forward pass. Call backward() before changing them."
             )
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
 

@@ -6,9 +6,9 @@
    a compiler or a function transform may see the output.
 3. The norm overwrites an input that carries its mark (`is_overwritable`). Otherwise it allocates a new tensor.
 
-Both layers keep their parameters. Each forward pass decides about the mark, so adapters, training modes and statistics
-may change at any time. Folding the norm into the kernel would save a little more time, but rounds differently: some
-elements cross the kinks of activations, and gradients differ by some percent.
+Both layers keep their parameters. The mark is set in each forward pass, so adapters, training modes and statistics may
+change at any time. Folding the norm into the kernel would save a little more time, but rounds differently. Elements
+then cross the kinks of activations, and gradients differ by some percent.
 """
 
 from __future__ import annotations

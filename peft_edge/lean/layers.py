@@ -63,7 +63,7 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the backward pass needs the input, which a trainable layer does."""
+        """Whether the layer is trainable, so that its backward pass needs the input."""
         return _trains(self)
 
     @property
@@ -108,7 +108,7 @@ class LeanClippedActivation(nn.Module):
     upper = float("inf")
 
     def kept(self) -> Kept:
-        """Return what the next forward pass saves, given which consumers save their inputs now."""
+        """Return what a forward pass saves in the present state of the consumers."""
         consumers = [ref.module for ref in self.consumers]
         is_kept_anyway = any(module is not None and layer_keeps_input(module) for module in consumers)
         return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks

@@ -188,9 +188,9 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
 
 
 PRODUCT = "*"
-"""The consumer of an output that a product outside of any layer receives."""
+"""Names a product outside of any layer as the consumer of an output."""
 FUNCTION = ""
-"""The consumer of an output that another function, or the caller of the model, receives."""
+"""Names any other function, or the caller of the model, as the consumer of an output."""
 # "" is also the name of the model in `named_modules`, so such an output counts as saved if any parameter is trainable.
 
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
