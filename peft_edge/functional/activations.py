@@ -32,8 +32,8 @@ _CACHED_ELEMENTS = 1 << 19
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Apply an activation y = min(max(x, 0), upper) and save `keep` for the backward pass.
 
-    `forward` is the activation, and `upper` is infinity for ReLU. With `inplace`, `forward` must overwrite and return its
-    input, and is also applied to parts of x.
+    `forward` is the activation, and `upper` is infinity for ReLU. With `inplace`, `forward` must overwrite and return
+    its input, and is also applied to parts of x.
     """
     recompute = get_recompute(x)
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
