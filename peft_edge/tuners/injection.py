@@ -131,7 +131,7 @@ class Injection(BaseTuner):
         if not isinstance(config, self.config_class):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        # If target_modules is missing, set PEFT's default for the model, or raise PEFT's error.
+        # If target_modules is missing, this fills in PEFT's defaults for the model, or raises PEFT's error.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_roles(config, model)
         norms = list(iter_target_norms(config, model))

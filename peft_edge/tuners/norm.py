@@ -95,9 +95,9 @@ class BatchNormLayer(AdaptedLayer):
         return None
 
     def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:
-        """Add an adapter, or reset an existing adapter, with the values of the base layer."""
+        """Add an adapter that starts with the base layer's values, or reset it to them."""
         state = NormState(self.get_base_layer(), config.norm)
-        # Set only the new state: the user may have changed requires_grad of the other states.
+        # Set this state only: the user may have changed requires_grad of the others.
         state.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         if state.bias is not None and state.bias.requires_grad:
             # PEFT's `bias="all"` makes the bias of the base layer trainable. That bias is unused, and
@@ -197,7 +197,7 @@ def _requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
-    """Estimate the BatchNorm statistics of the active adapters on target images, with forward passes only.
+    """Estimate the BatchNorm statistics of the active adapters on target images, by forward passes alone.
 
     The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. The differences: the
     base layer's statistics stay, weights do not change, dropout is off, and if a batch fails the old statistics are

@@ -108,7 +108,7 @@ class ConvAdapterModel(Injection):
         if merge:
             self._check_mergeable(adapter_names)
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not search for adapted layers inside an adapted layer, such as the norms of an adapted block.
+        # PEFT does not look for adapted layers within an adapted layer, such as the norms of an adapted block.
         for _, parent, child_name, module, base in list(iter_target_modules(model)):
             if isinstance(module, BatchNormLayer):
                 setattr(parent, child_name, base)

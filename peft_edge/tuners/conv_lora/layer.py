@@ -44,7 +44,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) scales each output channel of W' = W + (alpha/r) B A to the trained
     length m: y = conv(x; (m / ||W'||) W') + b. The norm is a constant in the backward pass (section 4.3).
 
-    The layer composes the kernel and then runs one convolution (`peft_edge.functional.lowrank`).
+    The layer first composes the kernel and then runs one convolution; `peft_edge.functional.lowrank` has its backward.
 
     Args:
         base_layer: `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or such a layer adapted by another PEFT tuner.
@@ -165,7 +165,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return self.base_layer(x, *args, **kwargs)
         if self._has_two_branches(adapters):
             return self._two_branch_forward(x, adapters, *args, **kwargs)
-        # Several adapters, a trainable base kernel, or a sample without batch dimension.
+        # Several adapters, a base kernel that trains too, or a sample without batch dimension.
         return self._convolve(x, *self._compose(adapters))
 
     @property
@@ -190,7 +190,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return has_dropout or isinstance(self.base_layer, BaseTunerLayer)
 
     def _is_fused(self, adapters: list[str]) -> bool:
-        """Whether `lowrank_conv2d` computes the layer: with a single adapter on a frozen kernel."""
+        """Whether one adapter changes a frozen kernel, so that `lowrank_conv2d` applies."""
         is_single = len(adapters) == 1 and not self.get_base_layer().weight.requires_grad
         return is_single and not self._has_two_branches(adapters)
 
@@ -218,7 +218,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format_of(weight))
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return the base layer's kernel and bias after applying `adapters` in turn, in the dtype of the adapters."""
+        """Return kernel and bias of the base layer with `adapters` applied in turn, in the adapters' dtype."""
         base_kernel, bias = self._base_tensor("weight"), self._base_tensor("bias")
         assert base_kernel is not None
         kernel = base_kernel
