@@ -10,8 +10,6 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-INIT_STD = 0.01
-
 
 class TimmModel(nn.Module):
     """Attributes of all timm models, for type checkers. timm has no common base class."""
@@ -44,11 +42,7 @@ def head_names(model: nn.Module) -> list[str]:
     """
     classifiers = as_timm_model(model).get_classifier()
     heads = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    return [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Identity) and any(module is head for head in heads)
-    ]
+    return [name for name, module in model.named_modules() if module in heads and not isinstance(module, nn.Identity)]
 
 
 def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
@@ -84,7 +78,7 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
     as_timm_model(model).reset_classifier(num_classes)
     set_class_names(model, None)
     for _, layer in head_layers(model):
-        nn.init.normal_(layer.weight, std=INIT_STD, generator=generator)
+        nn.init.normal_(layer.weight, std=0.01, generator=generator)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
@@ -126,7 +120,7 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
             )
     for _, layer in layers:
         weight, bias = layer.weight, layer.bias
-        rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=INIT_STD, generator=generator)
+        rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=0.01, generator=generator)
         layer.weight = _append_rows(weight, rows)
         if bias is not None:
             layer.bias = _append_rows(bias, bias.new_zeros(len(rows)))

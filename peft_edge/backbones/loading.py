@@ -212,9 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         architecture = config["architecture"]
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is missing: {path.parent} is not a folder written by save_backbone."
-        ) from error
+        raise FileNotFoundError(f"{path} is missing: expected a folder written by save_backbone.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected timm's model configuration, found something else ({error!r}).") from error
     if not timm.is_model(architecture):

@@ -45,17 +45,10 @@ PROJ_TYPES: dict[str, str] = {
 }
 
 _DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-_LARGEST_EXACT_SIDE = 256
-_OVERSAMPLING = 8
-_POWER_ITERATIONS = 2
 
 
 class Basis(NamedTuple):
-    """Orthonormal vectors that span the subspace of the projected gradients.
-
-    `left` is P of shape (rows, r), or None if the rows are not projected. `right` is Q^T of shape (r, columns), or None
-    if the columns are not projected.
-    """
+    """P of shape (rows, r) and Q^T of shape (r, columns), or None for a side that is not projected."""
 
     left: Tensor | None = None
     right: Tensor | None = None
@@ -86,9 +79,8 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
     matrix = gradient.float()
-    decompose = _exact_svd if min(rows, columns) <= max(_LARGEST_EXACT_SIDE, 4 * rank) else _randomised_svd
     try:
-        left, right = decompose(matrix, rank)
+        left, right = _singular_vectors(matrix, rank)
     except torch.linalg.LinAlgError:
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
@@ -108,21 +100,20 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     return Basis(**{name: matrix.t() for name, matrix in vectors.items()})
 
 
-def _exact_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    if min(matrix.shape) > max(256, 4 * rank):
+        # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with 8 more samples than the rank and two power
+        # iterations. `torch.svd_lowrank` does not accept a generator.
+        generator = torch.Generator(matrix.device).manual_seed(0)
+        size = (matrix.shape[1], rank + 8)
+        samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
+        span = torch.linalg.qr(matrix @ samples).Q
+        for _ in range(2):
+            span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ span).Q).Q
+        left, _, right = torch.linalg.svd(span.t() @ matrix, full_matrices=False)
+        return span @ left[:, :rank], right[:rank]
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left[:, :rank], right[:rank]
-
-
-def _randomised_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061). `torch.svd_lowrank` does not accept a generator.
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    size = (matrix.shape[1], rank + _OVERSAMPLING)
-    samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    span = torch.linalg.qr(matrix @ samples).Q
-    for _ in range(_POWER_ITERATIONS):
-        span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ span).Q).Q
-    left, right = _exact_svd(span.t() @ matrix, rank)
-    return span @ left, right
 
 
 class _GaLore(Optimizer):
@@ -281,8 +272,8 @@ class GaLoreAdafactor(_GaLore, Adafactor):
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with the projected gradients of GaLore.
 
     In groups with `rank`, the row and column averages are those of R^2, for the projected gradient R. Weight decay acts
-    on the whole weight. The arguments are those of `transformers.Adafactor`, except that `scale_parameter` and
-    `relative_step` are False, as in Transformers' GaLore: the step size is `lr`.
+    on the whole weight. The arguments are those of `transformers.Adafactor`. As in Transformers' GaLore,
+    `scale_parameter` and `relative_step` are False, so the step size is `lr`.
 
     Raises:
         ValueError: If a group is invalid.

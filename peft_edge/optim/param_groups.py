@@ -26,7 +26,7 @@ def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
         >>> [(group["weight_decay"], len(group["params"])) for group in decay_groups(model, 0.01)]
         [(0.01, 1), (0.0, 3)]
     """
-    return _groups(model, frozenset(), {}, weight_decay)
+    return _groups(model, weight_decay)
 
 
 def galore_param_groups(
@@ -84,11 +84,11 @@ def galore_param_groups(
             f"{target_modules!r} has more rows and columns than that: lower the rank, or choose other target_modules"
         )
     galore = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
-    return _groups(model, projected, galore, weight_decay)
+    return _groups(model, weight_decay, projected, **galore)
 
 
 def _groups(
-    model: nn.Module, projected: frozenset[Tensor], galore: ParamGroup, weight_decay: float
+    model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},

@@ -45,7 +45,7 @@ class ConvSpec:
 
     @classmethod
     def of_convolution(cls, conv: Convolution) -> ConvSpec:
-        """Return the options of a convolution."""
+        """Return the options of a given convolution."""
         padding = None if isinstance(conv, Conv2dSame) else f_pad_sides(conv)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         channels = conv.in_channels, conv.out_channels
@@ -55,8 +55,7 @@ class ConvSpec:
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
         """Return a convolution of kernel size 3 with the channels and the stride of a block of convolutions.
 
-        The stride is measured on a copy of the block on the meta device, with an input of even and an input of odd
-        size. The first convolution of the block must take the input of the block.
+        The stride is measured on the meta device. The first convolution of the block must take the block's input.
 
         Raises:
             ValueError: If the block `name` does not map (B, C, *size) to (B, C', *ceil(size / stride)).

@@ -19,9 +19,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A network with ConvAdapter adapters, with the arguments of `peft.LoraModel`.
-
-    `get_peft_model` and `PeftModel.from_pretrained` create this model.
+    """A network with ConvAdapter adapters that `get_peft_model` creates; its arguments are those of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.

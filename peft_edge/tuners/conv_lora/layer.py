@@ -46,14 +46,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     The layer first composes the kernel and then runs one convolution; `peft_edge.functional.lowrank` has its backward.
 
-    Args:
-        base_layer: `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or such a layer adapted by another PEFT tuner.
-        adapter_name: Name of the first adapter.
-        config: Configuration of the first adapter.
-        r: Rank of the first adapter.
-        lora_alpha: alpha. The scale is alpha / r, or alpha / sqrt(r) with `use_rslora=True`.
-        target_name: Name of the layer in the model, for error messages.
-        **kwargs: Further arguments that PEFT passes; they are ignored.
+    `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or such a layer adapted by another PEFT tuner.
+    With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha` belong to the
+    first adapter, and error messages contain `target_name`, the name of the layer.
 
     Raises:
         ValueError: If the rank is not a positive integer, or the base layer has a forward pass of its own, such as a
@@ -92,11 +87,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: object
     ) -> None:
-        """Add an adapter, or initialise an existing adapter again.
-
-        Raises:
-            ValueError: If `r` is not a positive integer.
-        """
+        """Add an adapter, or initialise an existing adapter again; raise a `ValueError` unless `r` is positive."""
         check_rank(r, target_name)
         conv = self.get_base_layer()
         if config.lora_bias and conv.bias is None:

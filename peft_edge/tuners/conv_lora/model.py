@@ -54,9 +54,7 @@ class _ConvLoraInjection(Injection):
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
-    """A network with ConvLoRA adapters, with the arguments and methods of `peft.LoraModel`.
-
-    `get_peft_model` and `PeftModel.from_pretrained` create this model.
+    """A network with ConvLoRA adapters that `get_peft_model` creates; it has the methods of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
