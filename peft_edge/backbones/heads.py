@@ -58,9 +58,9 @@ def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
 def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
     """Replace the classifier of a timm model in place; weights are drawn from N(0, 0.01²), and biases are zero.
 
-    The cross-entropy then starts near log(num_classes), the loss of a uniform prediction. timm initialises the heads of
-    its mobile networks with a larger variance, so with ten classes the loss starts at 6 to 8. Class names are removed.
-    The `generator` must be on the device of the model.
+    The cross-entropy then starts near log(num_classes), the loss of a uniform prediction. With timm's initialisation of
+    mobile networks, it starts at 6 to 8 for ten classes. Class names are removed. The `generator` must be on the device
+    of the model.
 
     Raises:
         TypeError: If the model was not built by timm.

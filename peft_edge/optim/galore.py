@@ -71,10 +71,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
 
     The SVD is exact if the shorter side is at most 256 or at most four times the rank. Otherwise a faster randomised
     SVD is used. Its random generator has a fixed seed, and the global generator is not used. In distributed training,
-    all processes use the vectors of process 0.
-
-    Returns:
-        The basis, or None if the vectors are not finite, which happens if the gradient contains NaN or infinity.
+    all processes use the vectors of process 0. If the gradient contains NaN or infinity, the result is None.
     """
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
@@ -120,11 +117,7 @@ class _GaLore(Optimizer):
     """Update the groups with `rank`; the next class in the method resolution order updates the other groups."""
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group of parameters.
-
-        Raises:
-            ValueError: If a GaLore key has an invalid value, or a group with `rank` contains a vector or a scalar.
-        """
+        """Add a group; raise a `ValueError` if a GaLore key is invalid, or a group with `rank` contains a vector."""
         if "rank" not in param_group:
             super().add_param_group(param_group)
             return

@@ -106,13 +106,10 @@ def _groups(
 def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
-    The result equals an ordinary step, and only one gradient is in memory at a time. The training loop may stay as it
-    is: its calls of `step` and `zero_grad` find no gradients. Two things do not work, and raise no error: clipping by
-    the norm of all gradients, and gradient accumulation, because every backward pass is a step. Optimizers that
-    Accelerate prepared are accepted.
-
-    Returns:
-        A handle for each trainable parameter. Calling `remove()` on all handles restores ordinary training.
+    The result equals an ordinary step, and only one gradient is in memory at a time. The training loop may still call
+    `step` and `zero_grad`, which then find no gradients. Two things do not work, and raise no error: clipping by the
+    norm of all gradients, and gradient accumulation, because every backward pass is a step. The optimizer may be an
+    `AcceleratedOptimizer`. Calling `remove()` on each of the returned handles restores ordinary training.
 
     Raises:
         ValueError: If training runs in several processes, which average their gradients after this update, or if

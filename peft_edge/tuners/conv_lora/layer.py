@@ -46,7 +46,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     The layer first composes the kernel and then runs one convolution; `peft_edge.functional.lowrank` has its backward.
 
-    `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or such a layer adapted by another PEFT tuner.
+    `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or the layer of another PEFT tuner around it.
     With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha` belong to the
     first adapter, and error messages contain `target_name`, the name of the layer.
 
