@@ -1,4 +1,4 @@
-"""The classifier of a timm model: find, replace and grow it, and name its classes."""
+"""Find, replace and grow the classifier (head) of a timm model, and name its classes."""
 
 from __future__ import annotations
 
@@ -10,11 +10,9 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-INIT_STD = 0.01
-
 
 class TimmModel(nn.Module):
-    """The attributes that timm's models share, for type checkers: timm has no such base class."""
+    """Attributes of all timm models, for type checkers. timm has no common base class."""
 
     num_classes: int
     pretrained_cfg: dict[str, Any]
@@ -25,18 +23,14 @@ class TimmModel(nn.Module):
 
 
 def as_timm_model(model: nn.Module) -> TimmModel:
-    """Return the model, typed as a timm model.
-
-    Raises:
-        TypeError: If the model was not built by timm.
-    """
+    """Return the model, typed as a timm model, or raise a `TypeError` if it was not built by timm."""
     if not hasattr(model, "get_classifier") or not hasattr(model, "pretrained_cfg"):
         raise TypeError(f"Expected a model made by timm, found {type(model).__name__}. Build it with load_backbone.")
     return cast(TimmModel, model)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Return the names of the classifier modules; empty for a model without a classifier (``num_classes=0``).
+    """Return the names of the classifier modules. The list is empty if the model has no classifier (``num_classes=0``).
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -48,15 +42,11 @@ def head_names(model: nn.Module) -> list[str]:
     """
     classifiers = as_timm_model(model).get_classifier()
     heads = classifiers if isinstance(classifiers, tuple) else (classifiers,)
-    return [
-        name
-        for name, module in model.named_modules()
-        if not isinstance(module, nn.Identity) and any(module is head for head in heads)
-    ]
+    return [name for name, module in model.named_modules() if module in heads and not isinstance(module, nn.Identity)]
 
 
 def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Return the names and layers of the classifier that have one output per class, without norms and dropout."""
+    """Return names and modules of the linear and convolutional layers in the classifier."""
     return [
         (name, module)
         for head in head_names(model)
@@ -66,11 +56,11 @@ def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
 
 
 def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Replace the classifier of a timm model in place, with weights from N(0, 0.01²) and zero biases.
+    """Replace the classifier of a timm model in place; weights are drawn from N(0, 0.01²), and biases are zero.
 
-    timm initialises the heads of its mobile networks with a large variance: with ten classes the cross-entropy starts
-    at 6 to 8. This head starts at log(num_classes), the loss of a uniform prediction. Class names are removed. If a
-    `generator` is given, it must be on the model's device.
+    The cross-entropy then starts near log(num_classes), the loss of a uniform prediction. With timm's initialisation of
+    mobile networks, it starts at 6 to 8 for ten classes. Class names are removed. The `generator` must be on the device
+    of the model.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -88,21 +78,21 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
     as_timm_model(model).reset_classifier(num_classes)
     set_class_names(model, None)
     for _, layer in head_layers(model):
-        nn.init.normal_(layer.weight, std=INIT_STD, generator=generator)
+        nn.init.normal_(layer.weight, std=0.01, generator=generator)
         if layer.bias is not None:
             nn.init.zeros_(layer.bias)
 
 
 def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Add rows for new classes to the classifier in place, initialised as by :func:`replace_head`.
+    """Add rows for new classes to the classifier in place; :func:`replace_head` describes their initial values.
 
     The old rows are unchanged. Class names are removed: call :func:`set_class_names` with the names of all classes. The
     parameters are new objects: create the optimizer afterwards. `model` may also be a PEFT model. If its head is one of
-    PEFT's `modules_to_save`, the original and the copy of each adapter grow.
+    PEFT's `modules_to_save`, the original head and the copy of each adapter grow.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If the model has more classes already, or no head, or an adapter inside its head.
+        ValueError: If the model has more than `num_classes` classes, no head, or an adapter inside its head.
 
     Example:
         >>> from timm import create_model
@@ -117,20 +107,20 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
         raise ValueError(f"{type(base).__name__} has no head to grow: give it one with replace_head.")
     if num_classes < base.num_classes:
         raise ValueError(
-            f"num_classes: expected at least {base.num_classes}, the classes that the model has, found {num_classes}: "
-            "a head only grows. replace_head makes a smaller one."
+            f"num_classes: expected at least {base.num_classes}, the present number of classes, found {num_classes}. "
+            "Use replace_head for a smaller head."
         )
     if num_classes == base.num_classes:
         return
     for name in head_names(base):
         if any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(name).modules()):
             raise ValueError(
-                f"{name} holds an adapter, whose rows would have to grow too: merge it first, or train the whole head "
-                f"with modules_to_save=[{name!r}]."
+                f"The head {name} holds an adapter, which cannot grow: merge the adapter first, or train the whole "
+                f"head with modules_to_save=[{name!r}]."
             )
     for _, layer in layers:
         weight, bias = layer.weight, layer.bias
-        rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=INIT_STD, generator=generator)
+        rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=0.01, generator=generator)
         layer.weight = _append_rows(weight, rows)
         if bias is not None:
             layer.bias = _append_rows(bias, bias.new_zeros(len(rows)))
@@ -144,9 +134,9 @@ def _append_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 
 
 def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Set the names of the classifier's outputs, in their order; None removes them.
+    """Set the class names of a timm model, in the order of its outputs; None removes the names.
 
-    `save_backbone` and `save_adapter` save the names. They are kept where timm keeps them, in `pretrained_cfg`.
+    The names are stored in `pretrained_cfg`, as timm does. `save_backbone` and `save_adapter` save them.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -166,10 +156,10 @@ def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Return the names of the classifier's outputs, in their order; None if there are none.
+    """Return the class names in the order of the outputs, or None if the model has no class names.
 
     Raises:
-        ValueError: If the numbers of names and classes differ, because the classifier was replaced without their names.
+        ValueError: If the numbers of names and classes differ, because the classifier was replaced.
 
     Example:
         >>> from timm import create_model
@@ -186,6 +176,6 @@ def class_names(model: nn.Module) -> list[str] | None:
 def _check_number(num_names: int, num_classes: int) -> None:
     if num_names != num_classes:
         raise ValueError(
-            f"class names: expected one for each of the {num_classes} classes of the head, found {num_names}: "
-            "set_class_names takes the names of all, in the order of the head's rows."
+            f"class names: expected one for each of the {num_classes} classes of the head, found {num_names}. "
+            "Call set_class_names with the names of all classes, in the order of the outputs."
         )

@@ -1,7 +1,7 @@
 """Load timm's edge CNNs with random, pretrained or local weights, and save them in timm's folder format.
 
-PEFT writes ``model.name_or_path`` into every adapter as ``base_model_name_or_path``. timm leaves that attribute unset.
-:func:`load_backbone` sets it to a name or path from which :func:`load_backbone` loads the same weights.
+PEFT saves ``model.name_or_path`` with every adapter, as ``base_model_name_or_path``. timm does not set this attribute.
+:func:`load_backbone` sets it to the name or path to pass to :func:`load_backbone` to load the same weights again.
 """
 
 from __future__ import annotations
@@ -39,16 +39,15 @@ EDGE_FAMILIES = {
     "fbnet": "fbnetc_100",
     "ghostnet": "ghostnet_050",
     "tinynet": "tinynet_e",
-    # timm has no MCUNet. This model has its size and its blocks: inverted residuals of mixed kernel sizes and expansion
-    # ratios, without squeeze-excite.
+    # timm has no MCUNet. This model has a similar size and similar blocks: inverted residuals with mixed kernel sizes
+    # and expansion ratios, without squeeze-excite.
     "mcunet": "mnasnet_050",
     "resnet": "resnet10t",
     "repvgg": "repvgg_a0",
 }
-"""The supported families of edge networks, each with a small timm model that the tests run."""
+"""A dict from each supported family of edge networks to a small timm model of this family, which the tests use."""
 
-# With pretrained=True, timm builds this model with another epsilon than without, and the saved configuration does not
-# contain it. Passed explicitly, it is always the same.
+# timm's epsilon of this model depends on `pretrained`, and timm does not save it. So we always pass the same value.
 _FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
@@ -61,26 +60,27 @@ def load_backbone(
     small_images: bool = False,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """Build a timm CNN in train mode, and set ``model.name_or_path`` to what loads the same weights again.
+    """Create a timm CNN in train mode, and set ``model.name_or_path``.
 
-    Weights are random unless `pretrained` or `checkpoint` is given. Only safetensors files are read.
+    Weights are random unless `name` is a folder, or `pretrained` or `checkpoint` is given. Weights are read from
+    safetensors files only.
 
     Args:
         name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
             model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
-        num_classes: The number of outputs. None keeps the head of the weights, and timm's default for random weights.
-            Any other head is initialised by :func:`replace_head`.
+        num_classes: The number of outputs. None keeps the head of the loaded weights. With random weights, None means
+            timm's default. :func:`replace_head` initialises a head that is not loaded.
         pretrained: Load the weights from the Hub or its local cache.
         checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a ``.safetensors`` file.
-        small_images: Double the resolution inside the network, for images of about 32 to 64 pixels: the first
-            convolution has stride 1 in place of 2. :func:`save_backbone` saves this setting.
+        small_images: Set the stride of the first convolution to 1. This doubles the resolution inside the network, for
+            images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
-        ValueError: If the name is unknown, the model is not a CNN, its stem cannot have stride 1, or the checkpoint is
-            damaged or belongs to another model.
-        FileNotFoundError: If the checkpoint or one of its files is missing.
-        OSError: If the pretrained weights are neither on the Hub nor in the cache, or the Hub cannot be reached.
+        ValueError: If an argument is invalid, the model is not a CNN, its stem cannot have stride 1, or the checkpoint
+            is damaged or belongs to another model.
+        FileNotFoundError: If the checkpoint, or a file of the checkpoint or of the Hub repository, is missing.
+        OSError: If the pretrained weights are not in the local cache and cannot be downloaded.
 
     Example:
         >>> model = load_backbone("mobilenetv2_035", num_classes=10)
@@ -111,19 +111,17 @@ def load_backbone(
 
 
 def _create(model_name: str, timm_kwargs: dict[str, object], **loading: object) -> TimmModel:
-    """Call `timm.create_model` with arguments for the network and for its weights, and check that it is a CNN."""
     arguments = _FIXED_ARGUMENTS.get(model_name.split(".")[0], {}) | timm_kwargs
     model: TimmModel = timm.create_model(model_name, **arguments, **loading)
     if not any(isinstance(module, nn.Conv2d) and key not in stem_names(model) for key, module in model.named_modules()):
         raise ValueError(
-            f"{model.pretrained_cfg['architecture']} has no convolution beyond its patch embedding, and peft_edge only "
-            f"adapts convolutions. Choose a CNN, such as {', '.join(EDGE_FAMILIES.values())}."
+            f"{model.pretrained_cfg['architecture']} has no convolution beyond its patch embedding, and peft_edge "
+            f"adapts only convolutions. Choose a CNN, such as {', '.join(EDGE_FAMILIES.values())}."
         )
     return model
 
 
 def _registry_name(name: str) -> str:
-    """Return `name` without the Hub's ``timm/``, if timm has a model of that name."""
     registry_name = name.removeprefix("timm/")
     if timm.is_model(registry_name):
         return registry_name
@@ -131,7 +129,7 @@ def _registry_name(name: str) -> str:
     hint = f" The nearest are {', '.join(nearest)}." if nearest else ""
     raise ValueError(
         f"{name!r} is neither a timm model nor an existing folder.{hint} timm.list_models() lists all models; "
-        "the id of another Hub repository needs pretrained=True."
+        "the id of any other Hub repository requires pretrained=True."
     )
 
 
@@ -147,11 +145,11 @@ def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
     tagged = timm.list_pretrained(f"{architecture}.*")
     if not tagged or (registry_name != architecture and registry_name not in tagged):
         raise ValueError(
-            f"timm has no pretrained weights called {registry_name!r}; for this model it has: "
-            f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all of them."
+            f"timm has no pretrained weights called {registry_name!r}; for this model, timm has: "
+            f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all pretrained weights."
         )
     hub_id = get_pretrained_cfg(registry_name).hf_hub_id
-    # Passed as a file: with a Hub id, timm would unpickle the weights of a repository that has no safetensors file.
+    # Pass a file: with a Hub id, timm would unpickle the weights of a repository that has no safetensors file.
     weights = {"file": str(_download(hub_id, WEIGHTS_NAME))}
     model = _create(registry_name, timm_kwargs, pretrained=True, pretrained_cfg_overlay=weights)
     model.name_or_path = hub_id
@@ -166,7 +164,7 @@ def _download(repo_id: str, file_name: str) -> Path:
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(
             f"The Hub repository {repo_id!r} has no {file_name}. Pickled weights (.bin, .pth) are not read: "
-            "convert them to safetensors and pass that file as checkpoint."
+            "convert them to safetensors and pass the new file as checkpoint."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise OSError(
@@ -177,7 +175,7 @@ def _download(repo_id: str, file_name: str) -> Path:
 
 
 def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
-    """Build a model and load its weights. If `name` is None, the architecture is read from the folder."""
+    # If `name` is None, `path` is a folder whose configuration contains the architecture.
     path = path.absolute()
     if path.is_dir():
         config = _read_config(path / CONFIG_NAME)
@@ -185,7 +183,7 @@ def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object
         if name is not None and name.split(".")[0] != saved:
             raise ValueError(
                 f"{path}: expected weights of {name!r}, found those of {saved!r}. "
-                "Ask for that model, or pass another checkpoint."
+                f"Pass the name {saved!r}, or another checkpoint."
             )
         arguments = _FIXED_ARGUMENTS.get(saved, {}) | config.get("model_args", {}) | timm_kwargs
         model = _create(f"local-dir:{path}", arguments)
@@ -214,9 +212,7 @@ def _read_config(path: Path) -> dict[str, Any]:
         config = json.loads(path.read_text(encoding="utf-8"))
         architecture = config["architecture"]
     except FileNotFoundError as error:
-        raise FileNotFoundError(
-            f"{path} is missing: {path.parent} is not a folder written by save_backbone."
-        ) from error
+        raise FileNotFoundError(f"{path} is missing: expected a folder written by save_backbone.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path}: expected timm's model configuration, found something else ({error!r}).") from error
     if not timm.is_model(architecture):
@@ -225,15 +221,15 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file with exactly the model's tensors; its head determines the number of classes."""
+    """Load a safetensors file that must contain exactly the tensors of the model, except for the number of classes."""
     try:
         weights = safetensors.torch.load_file(path)
     except FileNotFoundError as error:
         raise FileNotFoundError(f"{path} is missing: the checkpoint has no weights in safetensors format.") from error
     except SafetensorError as error:
         raise ValueError(
-            f"{path}: expected a whole safetensors file, found a damaged or truncated one of {path.stat().st_size} "
-            f"bytes ({error}). Copy or save it again."
+            f"{path}: expected a whole safetensors file, found a damaged or truncated file of {path.stat().st_size} "
+            f"bytes ({error}). Copy or save the file again."
         ) from error
 
     for name, layer in head_layers(model):
@@ -251,26 +247,25 @@ def _load_weights(model: TimmModel, path: Path) -> None:
     if problems:
         raise ValueError(
             f"{path} does not fit {model.pretrained_cfg['architecture']}, in {len(problems)} tensors. The first are: "
-            f"{'; '.join(problems[:3])}. Pass the model name and arguments that the file was made with."
+            f"{'; '.join(problems[:3])}. Pass the name and the arguments of the model that was saved."
         )
     model.load_state_dict(weights)
 
 
 def stem_names(model: TimmModel) -> tuple[str, ...]:
-    """Return the names of the convolutions that read the image; a RepVGG stem has two, in parallel."""
+    """Return the names of the convolutions that take the image. A RepVGG stem has two parallel convolutions."""
     names = model.pretrained_cfg["first_conv"]
     return (names,) if isinstance(names, str) else tuple(names or ())
 
 
 def _unstride_stem(model: TimmModel) -> None:
-    """Set the stride of the stem to 1, unless it splits the image into patches or the input size is fixed."""
     convs = [model.get_submodule(name) for name in stem_names(model)]
     strides = {getattr(conv, "stride", None) for conv in convs}
     has_fixed_size = model.pretrained_cfg["fixed_input_size"]
     if not strides or not strides <= {(1, 1), (2, 2)} or has_fixed_size:
         raise ValueError(
-            f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem of stride 2 and a "
-            f"free image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave small_images out."
+            f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem with stride 2 and a "
+            f"free image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave out small_images."
         )
     for conv in convs:
         setattr(conv, "stride", (1, 1))  # noqa: B010  # nn.Module declares no stride
@@ -280,13 +275,13 @@ def _unstride_stem(model: TimmModel) -> None:
 def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save a timm model in timm's folder format: ``config.json``, with the class names, and ``model.safetensors``.
 
-    ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` read the folder; only
-    ``load_backbone`` restores `small_images`. Existing files are replaced once both new files are complete.
+    ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` load the model. Only
+    ``load_backbone`` restores `small_images`. Existing files are replaced after both new files are complete.
 
     Raises:
         TypeError: If the model was not built by timm.
         ValueError: If the numbers of class names and classes differ.
-        OSError: If the folder cannot be written.
+        OSError: If a file cannot be written.
 
     Example:
         >>> model = load_backbone("mobilenetv2_035", num_classes=2)
@@ -301,14 +296,14 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         extra["label_names"] = names
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    # safetensors refuses strided tensors, such as those of a model in channels_last.
+    # safetensors rejects tensors that are not contiguous, such as those of a model in channels_last.
     contiguous = copy.deepcopy(model).to(memory_format=torch.contiguous_format)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".saving-") as unfinished:
         try:
             save_for_hf(contiguous, unfinished, model_config=extra, safe_serialization=True)
         except (SafetensorError, OSError) as error:
             raise OSError(
-                f"{folder}: the backbone could not be written ({error}). What was there before is unchanged: free some "
+                f"{folder}: the backbone could not be written ({error}). The folder's content is unchanged. Free some "
                 "space, or choose another folder."
             ) from error
         for file_name in (WEIGHTS_NAME, CONFIG_NAME):
@@ -316,7 +311,7 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of the state dict: names, shapes, dtypes and bytes, sorted by name.
+    """Return the SHA-256 of the names, shapes, dtypes and bytes of the state dict, sorted by name.
 
     Device and memory format have no influence, so a saved and reloaded model has the same fingerprint.
 

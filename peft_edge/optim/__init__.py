@@ -1,4 +1,4 @@
-"""GaLore optimizers, and the parameter groups that training uses."""
+"""GaLore optimizers, parameter groups for weight decay and GaLore, and updates in the backward pass."""
 
 from peft_edge.optim.galore import GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
 from peft_edge.optim.param_groups import decay_groups, galore_param_groups, update_in_backward

@@ -1,18 +1,18 @@
-"""GaLore (Zhao et al. 2024, arXiv 2403.03507) for weights of any shape: optimizers with a low-rank state.
+"""GaLore (Zhao et al. 2024, arXiv 2403.03507) for matrices and convolution kernels: optimizers with a low-rank state.
 
-The gradient G of a weight W is projected to r rows, an optimizer rho computes an update of that size, and the update is
-projected back (algorithm 2 of the paper):
+GaLore projects the gradient G of a weight W to r rows. An optimizer computes the update rho(R) of the projected
+gradient R, and GaLore projects this update back (algorithm 2 of the paper):
 
-    R = P^T G,    W <- W - lr * scale * P rho(R),
+    R = P^T G,    W <- W - lr * scale * P rho(R).
 
-with P the first r left singular vectors of a recent G; or to r columns: R = G Q, W <- W - lr * scale * rho(R) Q^T. A
-kernel (C_out, C_in/g, kh, kw) is read as the matrix (C_out, K), K = C_in/g * kh * kw. For Adam, the state is P and two
-averages of shape (r, K) in place of two of shape (C_out, K).
+The columns of P are the first r left singular vectors of a recent G. A projection to r columns uses the right singular
+vectors Q: R = G Q, W <- W - lr * scale * rho(R) Q^T. A kernel (C_out, C_in/g, kh, kw) is read as the matrix (C_out, K)
+with K = C_in/g * kh * kw. With r rows, Adam stores P and two averages of shape (r, K), not two of shape (C_out, K).
 
-Parameter groups have the keys of galore-torch, and the defaults are those of Transformers:
+Parameter groups have the keys of galore-torch, with the defaults of Transformers:
 
-- `rank`: r. A group without this key is trained by the ordinary optimizer.
-- `update_proj_gap`: Steps after which P is computed again (default: 200).
+- `rank`: r. The ordinary optimizer updates the groups without this key.
+- `update_proj_gap`: Number of steps between two computations of P (default: 200).
 - `scale`: Factor of the update (default: 0.25).
 - `proj_type`: A key of `PROJ_TYPES` (default: `"std"`).
 """
@@ -34,68 +34,56 @@ from transformers.optimization import Adafactor
 from peft_edge._compat import call_without_hooks, is_fake
 
 ParamGroup = dict[str, Any]
-"""A parameter group of torch's optimizers."""
-
 State = dict[str, Tensor]
-"""The optimizer state of one weight."""
 
 PROJ_TYPES: dict[str, str] = {
-    "std": "project the smaller side of the matrix; the columns of a square one",
-    "reverse_std": "project the larger side; the rows of a square one",
+    "std": "project the shorter side of the matrix; in a square matrix, the columns",
+    "reverse_std": "project the longer side of the matrix; in a square matrix, the rows",
     "right": "project the columns",
     "left": "project the rows",
-    "full": "project both",
+    "full": "project rows and columns",
 }
 
 _DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-_LARGEST_EXACT_SIDE = 256
-_OVERSAMPLING = 8
-_POWER_ITERATIONS = 2
 
 
 class Basis(NamedTuple):
-    """Orthonormal vectors that span the subspace of the projected gradients."""
+    """P of shape (rows, r) and Q^T of shape (r, columns), or None for a side that is not projected."""
 
     left: Tensor | None = None
-    """P, (rows, r); None if the rows are not projected."""
     right: Tensor | None = None
-    """Q^T, (r, columns); None if the columns are not projected."""
 
     def project(self, matrix: Tensor) -> Tensor:
-        """Return P^T matrix Q: r rows, r columns, or both."""
+        """Return P^T matrix Q; a factor that is None is left out."""
         if self.left is not None:
             matrix = self.left.t() @ matrix
         return matrix if self.right is None else matrix @ self.right.t()
 
     def project_back(self, projected: Tensor) -> Tensor:
-        """Return P projected Q^T, of shape (rows, columns)."""
+        """Return P projected Q^T of shape (rows, columns); a factor that is None is left out."""
         if self.left is not None:
             projected = self.left @ projected
         return projected if self.right is None else projected @ self.right
 
 
 def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
-    """Compute the first `rank` singular vectors of a gradient (rows, columns), in its dtype.
+    """Compute the first `rank` singular vectors of a gradient of shape (rows, columns), in the dtype of the gradient.
 
-    The SVD is exact for matrices with a side of at most 256. Larger ones use a randomised SVD, which takes a tenth of
-    the time. It has its own generator with a fixed seed, so it neither depends on the global one nor advances it. In
-    distributed training, all processes use the vectors of process 0.
-
-    Returns:
-        The basis, or None if the gradient contains NaN or infinity.
+    The SVD is exact if the shorter side is at most 256 or at most four times the rank. Otherwise a faster randomised
+    SVD is used. Its random generator has a fixed seed, and the global generator is not used. In distributed training,
+    all processes use the vectors of process 0. If the gradient contains NaN or infinity, the result is None.
     """
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
     matrix = gradient.float()
-    decompose = _exact_svd if min(rows, columns) <= max(_LARGEST_EXACT_SIDE, 4 * rank) else _randomised_svd
     try:
-        left, right = decompose(matrix, rank)
+        left, right = _singular_vectors(matrix, rank)
     except torch.linalg.LinAlgError:
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
-    # Copies: a slice would keep the whole decomposition in memory. Each vector is contiguous, as LAPACK returns it, so
-    # that products round as in galore-torch.
+    # A copy, because a slice would keep the whole decomposition in memory. Each vector is contiguous, as LAPACK returns
+    # it, so that matrix products round as in galore-torch.
     vectors = {
         name: matrix.t().to(gradient.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, matrix in (("left", left), ("right", right))
@@ -109,39 +97,34 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     return Basis(**{name: matrix.t() for name, matrix in vectors.items()})
 
 
-def _exact_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    if min(matrix.shape) > max(256, 4 * rank):
+        # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with 8 more samples than the rank and two power
+        # iterations. `torch.svd_lowrank` does not accept a generator.
+        generator = torch.Generator(matrix.device).manual_seed(0)
+        size = (matrix.shape[1], rank + 8)
+        samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
+        span = torch.linalg.qr(matrix @ samples).Q
+        for _ in range(2):
+            span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ span).Q).Q
+        left, _, right = torch.linalg.svd(span.t() @ matrix, full_matrices=False)
+        return span @ left[:, :rank], right[:rank]
     left, _, right = torch.linalg.svd(matrix, full_matrices=False)
     return left[:, :rank], right[:rank]
 
 
-def _randomised_svd(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Apply algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061); `torch.svd_lowrank` takes no generator."""
-    generator = torch.Generator(matrix.device).manual_seed(0)
-    size = (matrix.shape[1], rank + _OVERSAMPLING)
-    samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
-    span = torch.linalg.qr(matrix @ samples).Q
-    for _ in range(_POWER_ITERATIONS):
-        span = torch.linalg.qr(matrix @ torch.linalg.qr(matrix.t() @ span).Q).Q
-    left, right = _exact_svd(span.t() @ matrix, rank)
-    return span @ left, right
-
-
 class _GaLore(Optimizer):
-    """Trains the groups with `rank`. The next class in the method resolution order trains the others."""
+    """Update the groups with `rank`; the next class in the method resolution order updates the other groups."""
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group of parameters.
-
-        Raises:
-            ValueError: If a key of GaLore has an invalid value, or a projected parameter is a vector.
-        """
+        """Add a group; raise a `ValueError` if a GaLore key is invalid, or a group with `rank` contains a vector."""
         if "rank" not in param_group:
             super().add_param_group(param_group)
             return
         param_group = {**_DEFAULTS, **param_group}
         for key in ("rank", "update_proj_gap"):
             if not isinstance(param_group[key], int) or param_group[key] < 1:
-                raise ValueError(f"{key} is {param_group[key]!r}, expected a whole number of at least 1")
+                raise ValueError(f"{key} is {param_group[key]!r}, expected an integer of at least 1")
         if param_group["proj_type"] not in PROJ_TYPES:
             raise ValueError(f"proj_type is {param_group['proj_type']!r}, expected one of: {', '.join(PROJ_TYPES)}")
         super().add_param_group(param_group)
@@ -149,17 +132,17 @@ class _GaLore(Optimizer):
         if vectors:
             del self.param_groups[-1]
             raise ValueError(
-                f"a group with rank has parameters of the shapes {vectors}, expected two dimensions or more: put them "
-                "in a group without rank, as galore_param_groups does"
+                f"a group with rank has parameters of the shapes {vectors}, expected two dimensions or more: put these "
+                "parameters in a group without rank, as galore_param_groups does"
             )
 
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        A projected weight gets a basis in its first step, and another one after every `update_proj_gap` steps. If its
-        gradient is not finite in such a step, a warning is issued, weight and state stay unchanged, and the next step
-        tries again. `closure`, if given, computes the gradients and returns the loss.
+        The basis of a projected weight is computed in the first step and then every `update_proj_gap` steps. If the
+        gradient of a weight is not finite in such a step, the optimizer issues a warning, leaves this weight and its
+        state unchanged, and computes the basis in the next step. `closure` computes the gradients and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -170,8 +153,8 @@ class _GaLore(Optimizer):
         skipped = [w for w, group in projected if w.grad is not None and not self._step_projected(w, w.grad, group)]
         if skipped:
             warnings.warn(
-                f"{len(skipped)} projected weights, the first of the shape {tuple(skipped[0].shape)}, have a gradient "
-                "that is not finite where a new basis is due: they stay as they are in this step, their bases too",
+                f"{len(skipped)} projected weights need a new basis, but have a gradient that is not finite. This step "
+                f"leaves them unchanged. The shape of the first is {tuple(skipped[0].shape)}.",
                 stacklevel=2,
             )
         if ordinary := [group for group in groups if "rank" not in group]:
@@ -190,29 +173,28 @@ class _GaLore(Optimizer):
             if basis is None:
                 return False
             state.update({f"basis_{side}": vectors for side, vectors in basis._asdict().items() if vectors is not None})
-        # A tensor, because torch converts it to one when it loads a state.
+        # A tensor, because torch converts the steps of AdamW to tensors when it loads a state.
         state["step"] = torch.tensor(step + 1.0)
         basis = Basis(state.get("basis_left"), state.get("basis_right"))
         self._update(weight, gradient, basis, state, group, step + 1)
         return True
 
     def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
-        """Update one weight (C_out, C_in/g, *kernel) in place; `grad` is (C_out, K), `step` counts from 1."""
+        """Update a weight (C_out, C_in/g, *kernel) in place. `grad` has shape (C_out, K), and `step` starts at 1."""
         raise NotImplementedError
 
 
 class GaLoreAdamW(_GaLore, AdamW):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the projected gradients of GaLore.
 
-    In groups with `rank`, the averages of the gradient R = P^T G and of its square have the shape of R, and `eps` is
-    added before bias correction, as in galore-torch. Weight decay acts on the whole weight. The arguments are those of
-    `torch.optim.AdamW`.
+    In groups with `rank`, the averages of R and of R^2 have the shape of the projected gradient R. As in galore-torch,
+    `eps` is added before bias correction, and weight decay acts on the whole weight. The arguments are the first five
+    of `torch.optim.AdamW`, with the defaults of galore-torch.
 
     Raises:
-        ValueError: If a value is out of range, or a group is invalid.
+        ValueError: If an argument is out of range, or a group is invalid.
 
     Example:
-        >>> import torch
         >>> from peft_edge.optim import GaLoreAdamW, galore_param_groups
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> optimizer = GaLoreAdamW(galore_param_groups(model, rank=4), lr=1e-3)
@@ -246,16 +228,19 @@ class GaLoreAdamW(_GaLore, AdamW):
 
 
 class GaLoreSGD(_GaLore, SGD):
-    """SGD with momentum (Sutskever et al. 2013) and the projected gradients of GaLore.
+    """SGD with momentum, in the form of `torch.optim.SGD`, with the projected gradients of GaLore.
 
-    In groups with `rank`, the momentum buffer has the shape of R = P^T (G + weight_decay W). The arguments are those of
-    `torch.optim.SGD`.
+    In groups with `rank`, one step computes
+
+        R = P^T (G + weight_decay W),    V <- momentum V + R,    W <- W - lr * scale * P V,
+
+    and the momentum buffer V has the shape of R. The arguments are those of `torch.optim.SGD` without `dampening`,
+    `nesterov` and the keyword-only ones. The default of `momentum` is 0.9.
 
     Raises:
-        ValueError: If a value is out of range, or a group is invalid.
+        ValueError: If an argument is out of range, or a group is invalid.
 
     Example:
-        >>> import torch
         >>> from peft_edge.optim import GaLoreSGD, galore_param_groups
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> optimizer = GaLoreSGD(galore_param_groups(model, rank=4), lr=0.1)
@@ -279,15 +264,14 @@ class GaLoreSGD(_GaLore, SGD):
 class GaLoreAdafactor(_GaLore, Adafactor):
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with the projected gradients of GaLore.
 
-    In groups with `rank`, the row and column averages are those of the squared R = P^T G. The arguments are those of
-    `transformers.Adafactor` with `scale_parameter=False` and `relative_step=False`, as Transformers sets them for
-    GaLore: the step size is `lr`. Weight decay acts on the whole weight.
+    In groups with `rank`, the row and column averages are those of R^2, for the projected gradient R. Weight decay acts
+    on the whole weight. The arguments are those of `transformers.Adafactor`. As in Transformers' GaLore,
+    `scale_parameter` and `relative_step` are False, so the step size is `lr`.
 
     Raises:
         ValueError: If a group is invalid.
 
     Example:
-        >>> import torch
         >>> from peft_edge.optim import GaLoreAdafactor, galore_param_groups
         >>> model = torch.nn.Sequential(torch.nn.Conv2d(16, 32, 3))
         >>> optimizer = GaLoreAdafactor(galore_param_groups(model, rank=4), lr=1e-3)
@@ -316,9 +300,9 @@ class GaLoreAdafactor(_GaLore, Adafactor):
         rows, columns = squared.mean(dim=1, keepdim=True), squared.mean(dim=0, keepdim=True)
         if step == 1:
             state.update(exp_avg_sq_row=torch.zeros_like(rows), exp_avg_sq_col=torch.zeros_like(columns))
-        share = step ** group["decay_rate"]
-        rows = state["exp_avg_sq_row"].mul_(1 - share).add_(rows, alpha=share)
-        columns = state["exp_avg_sq_col"].mul_(1 - share).add_(columns, alpha=share)
+        new_fraction = step ** group["decay_rate"]
+        rows = state["exp_avg_sq_row"].mul_(1 - new_fraction).add_(rows, alpha=new_fraction)
+        columns = state["exp_avg_sq_col"].mul_(1 - new_fraction).add_(columns, alpha=new_fraction)
         update = (rows / rows.mean()).rsqrt() * columns.rsqrt() * projected
         root_mean_square = update.norm() / math.sqrt(update.numel())
         update.div_((root_mean_square / group["clip_threshold"]).clamp_(min=1.0)).mul_(group["lr"])

@@ -1,4 +1,4 @@
-"""Parameter groups for the optimizers of torch and of GaLore, and updates within the backward pass."""
+"""Parameter groups for the optimizers of torch and GaLore, and optimizer updates in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,19 +15,18 @@ from peft_edge.roles import ROLES, named_convolutions
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
-    """Return the trainable parameters in two groups: kernels and matrices with weight decay, the others without it.
+    """Return two groups of trainable parameters: kernels and matrices with weight decay, the others without it.
 
-    The others are biases, weights of norms, and the magnitudes of DoRA. Empty groups are left out. All optimizers of
-    torch accept the groups.
+    The others are the parameters with fewer than two dimensions (biases, weights of norms) and the magnitudes of DoRA.
+    Empty groups are left out.
 
     Example:
-        >>> from torch import nn
         >>> from peft_edge.optim import decay_groups
         >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> [(group["weight_decay"], len(group["params"])) for group in decay_groups(model, 0.01)]
         [(0.01, 1), (0.0, 3)]
     """
-    return _groups(model, frozenset(), {}, weight_decay)
+    return _groups(model, weight_decay)
 
 
 def galore_param_groups(
@@ -40,27 +39,18 @@ def galore_param_groups(
     weight_decay: float = 0.0,
     target_modules: str | Sequence[str] = "dense",
 ) -> list[ParamGroup]:
-    """Return the trainable parameters in three groups: projected kernels, and the two groups of `decay_groups`.
+    """Return three groups of trainable parameters: projected kernels, and the two groups of `decay_groups`.
 
-    The first group has the keys of galore-torch, see `peft_edge.optim.galore` for the formula. A kernel
-    (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, K) if C_out and K exceed the rank: otherwise the projection
-    saves no memory. Depthwise kernels have K = kh * kw, and are projected only if `target_modules` says so. Other
-    layers, such as the classifier, are never projected.
+    The first group has the keys `rank`, `update_proj_gap`, `scale` and `proj_type`, which `peft_edge.optim.galore`
+    explains. A kernel (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, K). C_out and K must exceed the rank:
+    otherwise the projection saves no memory. Linear layers are never projected. Empty groups are left out.
 
-    Args:
-        model: Model, adapted or not.
-        rank: Rank of the projected gradients.
-        update_proj_gap: Steps after which the projection is computed again.
-        scale: Factor of the updates of projected kernels.
-        proj_type: A key of `peft_edge.optim.galore.PROJ_TYPES`.
-        weight_decay: Weight decay of kernels and matrices, projected or not.
-        target_modules: Convolutions to project: a role (see `peft_edge.roles`), a name, or a list of both.
-
-    Returns:
-        Groups for the optimizers of `peft_edge.optim`, without empty ones.
+    `target_modules` selects the convolutions to project: a role (see `peft_edge.roles`), a module name, or a list of
+    both. The default, `"dense"`, leaves out grouped and depthwise convolutions. `weight_decay` applies to all kernels
+    and matrices, projected or not.
 
     Raises:
-        ValueError: If a target is neither a role nor a convolution, or there is no trainable kernel to project.
+        ValueError: If a target is neither a role nor a convolution, or no trainable kernel can be projected.
 
     Example:
         >>> import timm
@@ -84,22 +74,21 @@ def galore_param_groups(
     ]
     if not trained:
         raise ValueError(
-            f"no convolution of target_modules={target_modules!r} is trainable: GaLore trains a model's own weights, "
-            "which get_peft_model freezes. Pass a model that is not frozen, or choose other target_modules"
+            f"no convolution of target_modules={target_modules!r} is trainable: GaLore updates the weights of the base "
+            "model, which get_peft_model freezes. Pass a model that is not frozen, or choose other target_modules"
         )
     projected = frozenset(weight for weight in trained if min(weight.flatten(1).shape) > rank)
     if not projected:
         raise ValueError(
             f"rank is {rank}, and none of the {len(trained)} trainable convolutions of target_modules="
-            f"{target_modules!r} has a kernel with more rows and columns: lower the rank, or choose other "
-            "target_modules"
+            f"{target_modules!r} has more rows and columns than that: lower the rank, or choose other target_modules"
         )
     galore = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
-    return _groups(model, projected, galore, weight_decay)
+    return _groups(model, weight_decay, projected, **galore)
 
 
 def _groups(
-    model: nn.Module, projected: frozenset[Tensor], galore: ParamGroup, weight_decay: float
+    model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
@@ -108,7 +97,7 @@ def _groups(
     ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # The magnitudes of DoRA are a vector, but PEFT stores them in four dimensions.
+            # The magnitudes of DoRA form a vector, but PEFT stores this vector in four dimensions.
             is_vector = parameter.ndim < 2 or "lora_magnitude_vector" in name
             groups[0 if parameter in projected else 2 if is_vector else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
@@ -117,17 +106,14 @@ def _groups(
 def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
     """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
 
-    The result equals an ordinary step, and only one gradient is in memory at a time. A training loop may still call
-    `step` and `zero_grad`, which then find no gradients, and the scheduler. Two things do not work, and raise no error:
-    clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step. Accelerate
-    may have prepared the optimizer.
-
-    Returns:
-        A handle for each parameter, whose `remove()` restores ordinary training.
+    The result equals an ordinary step, and only one gradient is in memory at a time. The training loop may still call
+    `step` and `zero_grad`, which then find no gradients. Two things do not work, and raise no error: clipping by the
+    norm of all gradients, and gradient accumulation, because every backward pass is a step. The optimizer may be an
+    `AcceleratedOptimizer`. Calling `remove()` on each of the returned handles restores ordinary training.
 
     Raises:
-        ValueError: If several processes train, which average their gradients after this update, or if Accelerate scales
-            the gradients (fp16).
+        ValueError: If training runs in several processes, which average their gradients after this update, or if
+            Accelerate scales the gradients (fp16).
 
     Example:
         >>> import torch
@@ -141,14 +127,14 @@ def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
     """
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         raise ValueError(
-            f"update_in_backward in {dist.get_world_size()} processes: each would update by its own gradient, before "
-            "they are averaged. Train in one process, or leave it out"
+            f"update_in_backward in {dist.get_world_size()} processes: each process would apply its own gradients "
+            "before they are averaged. Train in one process, or leave out update_in_backward"
         )
     if isinstance(optimizer, AcceleratedOptimizer):
         if optimizer.scaler is not None:
             raise ValueError(
                 "update_in_backward with mixed_precision='fp16': the gradients are scaled in the backward pass. Train "
-                "with 'bf16' or 'no', or leave it out"
+                "with 'bf16' or 'no', or leave out update_in_backward"
             )
         optimizer = optimizer.optimizer
 

@@ -1,4 +1,4 @@
-"""The base class of adapted layers: it merges adapters into the base layer and restores the base layer."""
+"""Base class of the adapted layers: merge adapters into the base layer, and restore the base layer."""
 
 from __future__ import annotations
 
@@ -20,11 +20,7 @@ _BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
-    """Check a convolution or BatchNorm layer called `name`: a subclass may compute something else.
-
-    Raises:
-        ValueError: If it is not a plain convolution of its weight, or not batch normalisation and an activation.
-    """
+    """Raise a `ValueError` if a convolution or BatchNorm layer called `name` has a forward pass of its own."""
     if is_convolution(layer):
         expected = "convolution of its weight"
         is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
@@ -40,22 +36,19 @@ def check_plain(layer: nn.Module, name: str) -> None:
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
-    """Return the indices of each adapter's samples in a mixed batch."""
+    """Return a dict from adapter names to the indices of their samples in a mixed batch."""
     return {adapter: [row for row, name in enumerate(adapter_names) if name == adapter] for adapter in adapter_names}
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A layer of the base model with its adapters.
 
-    A subclass keeps its adapters in the `nn.ModuleDict`s that `adapter_layer_names` lists, and implements
-    `_merged_tensors`.
-
-    Args:
-        base_layer: Layer to adapt; another PEFT tuner may have adapted it before.
+    A subclass stores its adapters in the `nn.ModuleDict` attributes that `adapter_layer_names` lists, and implements
+    `_merged_tensors`. `base_layer` may be a layer that another PEFT tuner adapted.
     """
 
     if TYPE_CHECKING:
-        # nn.Module declares all other attributes as Tensor or Module; those of PEFT are dictionaries and methods.
+        # nn.Module declares all other attributes as Tensor or Module, but PEFT sets dictionaries.
         def __getattr__(self, name: str) -> Any: ...
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -71,27 +64,25 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def _applied_adapters(self) -> list[str]:
-        """Return the names of the adapters that `forward` has to apply, in order."""
+        """Return the names of the adapters that `forward` must apply, in order."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self._adapters]
 
     def _base_tensor(self, name: str) -> Tensor | None:
-        """Return a parameter or buffer of the base layer as it is without merged adapters."""
+        """Return the value of a base layer's parameter or buffer before adapters were merged into it."""
         tensor = getattr(self.get_base_layer(), name)
         # The model may have moved to another device after the merge.
         return self._unmerged[name].to(tensor.device) if name in self._unmerged else tensor
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Return parameters and buffers of the base layer, by name, as they are with `adapters` merged in turn."""
+        """Return a dict from names of base-layer tensors to their values after merging `adapters` in this order."""
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Merge adapters into the base layer.
+        """Merge adapters, by default the active ones, into the base layer.
 
-        Args:
-            safe_merge: Check the result for NaN and infinity before the base layer changes.
-            adapter_names: Adapters to merge; None for the active ones.
+        With `safe_merge=True`, the result is checked for NaN and infinity before the base layer changes.
 
         Raises:
             ValueError: If `safe_merge` finds a value that is not finite.
@@ -109,7 +100,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._unmerged = self._unmerged or {name: getattr(base, name).data for name in merged}
         for name, value in merged.items():
             tensor = getattr(base, name)
-            # A copy, since an unchanged value may still be the base layer's or the adapter's own tensor.
+            # Copy, because an unchanged value may be the tensor of the base layer or of the adapter itself.
             tensor.data = value.detach().to(tensor.dtype, copy=True)
         self.merged_adapters.extend(names)
 

@@ -1,4 +1,4 @@
-"""How adapters get into a model: which modules `target_modules` reaches, and what PEFT's injection does not do."""
+"""Inject adapters into a model: resolve layer roles in `target_modules`, and adapt the BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class TargetModule(NamedTuple):
-    """A module of the unadapted network, and where to find it in the adapted one."""
+    """A module `base` of the unadapted network, its `name` there, and its place in the adapted network.
+
+    `module` is `parent.<child_name>`: the tuner layer around `base`, or `base` itself if it is not adapted.
+    """
 
     name: str
-    """Name in the unadapted network."""
     parent: nn.Module
     child_name: str
     module: nn.Module
-    """`parent.<child_name>`: the module, or the tuner layer around it."""
     base: nn.Module
-    """The module without a tuner layer."""
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
@@ -53,10 +53,10 @@ def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetMo
 
 
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
-    """Replace the layer roles in `config.target_modules` by the names of the modules that have them.
+    """Replace the layer roles in `config.target_modules` by the names of the modules with these roles.
 
     Raises:
-        NoMatchingPeftModuleError: If the model has no module of these roles.
+        NoMatchingPeftModuleError: If all targets are roles, and no module has one of these roles.
         ValueError: If a target is a misspelt role.
     """
     keys = [name for name, _ in model.named_modules() if name]
@@ -71,25 +71,25 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
     if not with_role and roles == set(config.target_modules):
         raise NoMatchingPeftModuleError(
             f"Target modules {sorted(roles)} not found in the base model: {type(model).__name__} has no such "
-            "convolution. Choose another role, or name the modules."
+            "convolution. Choose another role, or use module names."
         )
     selects_layers = getattr(config, "layers_to_transform", None) is not None
     if selects_layers:
-        # PEFT applies layers_to_transform only to targets that match the end of a name: match the ends, and intersect.
+        # PEFT applies layers_to_transform only to targets that match the end of a module name.
         by_end = [name.rpartition(".")[2] for name in with_role]
         with_role &= set(_matches(replace(config, target_modules=by_end), keys))
     named = [target for target in config.target_modules if target not in roles]
     wanted = with_role.union(_matches(replace(config, target_modules=named), keys))
     config.target_modules = {*named, *with_role}
     if wanted != with_role.union(_matches(config, keys)):
-        # A name without a dot, such as `conv1`, also matches `block.conv1` in PEFT. Only a pattern is exact.
+        # In PEFT, a name without a dot, such as `conv1`, also matches `block.conv1`. A regular expression does not.
         if selects_layers:
             config.layers_to_transform = config.layers_pattern = None
         config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
 
 
 def _check_spelling(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
-    """Reject a misspelt role, which PEFT ignores as long as another target matches."""
+    """Raise a `ValueError` for a misspelt role. PEFT ignores this role if another target matches."""
     if isinstance(config.target_modules, str):
         unknown = set() if _matches(config, keys) else {config.target_modules}
     else:
@@ -104,7 +104,7 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
 
 
 def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
-    """Return the end of the error message for targets that match nothing: the roles, and similar names."""
+    """Return the last part of the error message for targets without a match: the roles, and similar names."""
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -115,10 +115,10 @@ def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
 
 
 class Injection(BaseTuner):
-    """Base class of our tuners' models: resolves layer roles before PEFT injects, and adapts BatchNorm layers after."""
+    """Base class of our models: resolve layer roles before PEFT's injection, and adapt BatchNorm layers after it."""
 
     config_class: type[PeftConfig]
-    """The tuner's configuration. A mixed model passes those of other tuners on to PEFT."""
+    """The class of the tuner's configuration. In a mixed model, PEFT handles all other configurations."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Inject an adapter into `model`.
@@ -142,9 +142,9 @@ class Injection(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
-        # The norms are not added to target_modules: the saved configuration lists only modules that the user chose.
+        # The norms are not added to target_modules, so the saved configuration contains only the targets of the user.
         for name, parent, child_name, *_ in norms:
-            # Read the child again: PEFT has wrapped it just now if target_modules matches it.
+            # PEFT has just replaced the norm by an adapted layer if target_modules matches it.
             layer = getattr(parent, child_name)
             self._create_and_replace(config, adapter_name, layer, child_name, parent, current_key=name)
             if not isinstance(layer, BatchNormLayer):
@@ -171,11 +171,8 @@ class Injection(BaseTuner):
 def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
     """Within the context, pass `adapter_names` to every adapted layer: each sample of a batch uses its own adapter.
 
-    The implementation in `peft.LoraModel` does not reach BatchNorm layers.
-
-    Args:
-        model: Adapted model in eval mode.
-        adapter_names: Name of the adapter for each sample, `"__base__"` for none. None: change nothing.
+    The list has one adapter name per sample; `"__base__"` selects the base model. None changes nothing. PEFT's
+    implementation in `peft.LoraModel` does not include BatchNorm layers.
 
     Raises:
         ValueError: If the model is in training mode or has merged adapters, if a name is unknown, or if the number of

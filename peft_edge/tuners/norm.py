@@ -1,8 +1,7 @@
-"""BatchNorm as part of an adapter: statistics, and optionally weight and bias, for each adapter.
+"""BatchNorm as part of an adapter: each adapter has its own statistics, and optionally its own weight and bias.
 
-A shift of the input distribution changes the BatchNorm statistics. An adapter that is trained with the statistics of
-the shifted images but saved without them computes something else when it is loaded: under a change of contrast, its
-accuracy fell from 0.85 to 0.21.
+A shift of the input distribution changes the BatchNorm statistics. An adapter that is trained with the new statistics
+must be saved with these statistics. Without them, its accuracy after a change of contrast fell from 0.85 to 0.21.
 """
 
 from __future__ import annotations
@@ -29,13 +28,11 @@ _TENSORS = ("running_mean", "running_var", "weight", "bias")
 
 
 class NormState(nn.Module):
-    """The tensors that one adapter has instead of those of the BatchNorm layer; None where it uses the layer's.
+    """The tensors of one adapter that replace those of a BatchNorm layer with C features.
 
-    Args:
-        base: BatchNorm layer with C features.
-        norm: Mode, see `peft_edge.ConvLoraConfig`. All modes but `"frozen"` have the buffers `running_mean` and
-            `running_var` of shape (C,) and `num_batches_tracked`; `"affine"` also has the parameters `weight` and
-            `bias` of shape (C,).
+    In all modes `norm` except `"frozen"`, the buffers `running_mean` and `running_var` of shape (C,) and
+    `num_batches_tracked` exist. In mode `"affine"`, copies of the layer's parameters `weight` and `bias` also exist. A
+    tensor that does not exist is None, and the adapter uses the tensor of the layer.
     """
 
     running_mean: Tensor | None
@@ -63,15 +60,15 @@ class NormState(nn.Module):
             self.register_parameter(name, nn.Parameter(copies[name]) if is_trained else None)
 
 
-_BASE_STATE = NormState(nn.BatchNorm1d(1), "frozen")  # no tensors of its own: the base layer's
+_BASE_STATE = NormState(nn.BatchNorm1d(1), "frozen")  # has no tensors, so those of the base layer are used
 
 
 class BatchNormLayer(AdaptedLayer):
     """A BatchNorm layer (torch's, or timm's `BatchNormAct2d`) with a `NormState` for each adapter.
 
-    The base layer never changes, not even when the model trains with its adapters disabled. If several adapters are
-    active, the last one normalises. In distributed training, batch statistics are those of the batches of all
-    processes. Each tuner has a subclass, whose `adapter_layer_names` is the key under which the states are saved.
+    The base layer never changes, not even if the model is trained while its adapters are disabled. If several adapters
+    are active, the state of the last one is used. In distributed training, batch statistics are computed over the
+    batches of all processes. Each tuner has a subclass that sets `adapter_layer_names`, the key of the saved states.
 
     Raises:
         ValueError: If the base layer computes more than batch normalisation and an activation.
@@ -89,12 +86,12 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def states(self) -> nn.ModuleDict:
-        """The `NormState` of every adapter, by adapter name."""
+        """A dict from adapter names to their `NormState`."""
         return self._adapters
 
     @property
     def bias(self) -> None:
-        """None. PEFT's `bias="lora_only"` trains the biases of adapted layers; here `norm` decides what trains."""
+        """None, because PEFT's `bias="lora_only"` would train the bias. Here, `norm` determines the trained tensors."""
         return None
 
     def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:
@@ -103,7 +100,7 @@ class BatchNormLayer(AdaptedLayer):
         # Set this state only: the user may have changed requires_grad of the others.
         state.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         if state.bias is not None and state.bias.requires_grad:
-            # PEFT's `bias="all"` marks the base layer's bias as trainable too. It is unused, and
+            # PEFT's `bias="all"` makes the bias of the base layer trainable. That bias is unused, and
             # DistributedDataParallel would wait for its gradient.
             self.get_base_layer().bias.requires_grad_(False)
         self.states[adapter_name] = state
@@ -111,7 +108,7 @@ class BatchNormLayer(AdaptedLayer):
     def forward(self, x: Tensor, *, adapter_names: list[str] | None = None) -> Tensor:
         """Normalise x of shape (B, C, *size).
 
-        `adapter_names` names the adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
+        `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -125,13 +122,13 @@ class BatchNormLayer(AdaptedLayer):
         return base.act(base.drop(y)) if isinstance(base, BatchNormAct2d) else y
 
     def current_state(self) -> NormState:
-        """Return the state of the adapter in use, or a state without tensors if the base layer's are in use."""
+        """Return the state of the last active adapter, or a state without tensors if no adapter is active."""
         adapters = self._applied_adapters()
         return self._state(adapters[-1]) if adapters else _BASE_STATE
 
     @property
     def keeps_input(self) -> bool:
-        """Whether autograd saves the input for the backward pass, in the present mode."""
+        """Whether autograd saves the input for the backward pass, with the present settings."""
         state = self.current_state()
         return self._uses_batch_statistics(state) or _requires_grad(self._tensors(state))
 
@@ -165,9 +162,9 @@ class BatchNormLayer(AdaptedLayer):
         return frozen_batch_norm(x, *tensors, eps, inplace=is_overwritable(x, self))
 
     def _count_batch(self, state: NormState) -> float:
-        """Count a batch and return its weight in the running averages."""
+        """Count a batch, and return its weight in the running averages."""
         if not torch.compiler.is_compiling() and is_in_backward():
-            # Gradient checkpointing repeats the forward pass in the backward pass: the batch has been counted.
+            # Gradient checkpointing repeats the forward pass of a batch that has already been counted.
             return 0.0
         state.num_batches_tracked.add_(1)
         momentum = None if self.estimating else self.get_base_layer().momentum
@@ -187,7 +184,7 @@ class BatchNormLayer(AdaptedLayer):
             target.running_var.clamp_(min=0.0)
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Return the tensors of the last adapter: states of several adapters do not add up."""
+        """Return the tensors of the last adapter, because the states of several adapters cannot be added."""
         state = self._state(adapters[-1])
         tensors = {name: self._base_tensor(name) for name in _TENSORS}
         tensors |= {name: tensor for name in _TENSORS if (tensor := getattr(state, name)) is not None}
@@ -230,8 +227,8 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     ]
     if not layers:
         raise ValueError(
-            "recalibrate: no active adapter has BatchNorm statistics of its own. Pass a model with BatchNorm layers, "
-            'adapted with norm="recalibrate", "stats" or "affine", and not merged.'
+            "recalibrate: no active adapter has BatchNorm statistics of its own. Pass an unmerged model with BatchNorm "
+            'layers that are adapted with norm="recalibrate", "stats" or "affine".'
         )
     training = model.training
     states = [layer.current_state() for layer in layers]

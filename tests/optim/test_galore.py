@@ -394,7 +394,7 @@ def test_step_calls_the_closure() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank is 0, expected a whole number"),
+        ({"rank": 0}, "rank is 0, expected an integer"),
         ({"rank": 2.5}, r"rank is 2\.5"),
         ({"update_proj_gap": 0}, "update_proj_gap is 0"),
         ({"proj_type": "sdt"}, "proj_type is 'sdt', expected one of: std, "),

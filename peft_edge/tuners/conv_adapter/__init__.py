@@ -10,7 +10,7 @@ from peft_edge.tuners.conv_adapter.model import ConvAdapterModel
 
 __all__ = ["ConvAdapterConfig", "ConvAdapterLayer", "ConvAdapterModel"]
 
-if add_peft_type("CONV_ADAPTER") not in PEFT_TYPE_TO_CONFIG_MAPPING:  # a second import must not register it again
+if add_peft_type("CONV_ADAPTER") not in PEFT_TYPE_TO_CONFIG_MAPPING:  # a second import must not register the type again
     register_peft_method(
         name="conv_adapter", config_cls=ConvAdapterConfig, model_cls=ConvAdapterModel, is_mixed_compatible=True
     )

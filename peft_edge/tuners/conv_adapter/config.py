@@ -1,4 +1,4 @@
-"""The configuration of bottleneck adapters for convolutions."""
+"""Configuration of bottleneck adapters for convolutions."""
 
 from __future__ import annotations
 
@@ -16,30 +16,30 @@ Placement = Literal["parallel", "sequential"]
 
 @dataclass
 class ConvAdapterConfig(PeftConfig):
-    """Configuration of residual bottleneck adapters for convolutions or blocks of them, see `ConvAdapterLayer`.
+    """Configuration of residual bottleneck adapters for convolutions and for blocks of convolutions.
 
-    The bottleneck is that of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463): pointwise, depthwise, activation,
-    pointwise. With `kernel_size=1` it is the residual adapter of Rebuffi et al. (2018, arXiv 1803.10082), with a
-    low-rank kernel.
+    The bottleneck is a variant of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463) with separate pointwise and
+    depthwise convolutions. With `kernel_size=1` and no activation, it is a low-rank form of the parallel residual
+    adapter of Rebuffi et al. (2018, arXiv 1803.10082). `ConvAdapterLayer` has the formula.
 
     Args:
         target_modules: Module names, a regular expression, or layer roles, as in `ConvLoraConfig`. A name such as
-            `blocks.2.0` adapts that block as a whole. All adapters of a model must adapt the same blocks.
+            `blocks.2.0` adapts this block as a whole. All adapters of a model must adapt the same blocks.
         exclude_modules: Names or a regular expression of modules to leave out.
         modules_to_save: Names of modules that are trained and saved as a whole, such as a new head.
-        reduction: The bottleneck has max(1, C_in // reduction) channels.
-        kernel_size: Kernel size of the depthwise convolution, which has stride, dilation and padding of the adapted
-            layer; 1 leaves the depthwise convolution out. None: that of the adapted convolution, or 3 for a block. An
-            adapter with a larger kernel than the convolution cannot be merged.
+        reduction: The bottleneck has max(1, C // reduction) channels for an adapter with C input channels.
+        kernel_size: Kernel size of the depthwise convolution; 1 leaves out this convolution. None means the kernel size
+            of the adapted convolution, or 3 for a block. An adapter whose kernel is larger than that of the adapted
+            convolution cannot be merged.
         placement: `"parallel"`: y = f(x) + adapter(x). `"sequential"`: y = f(x) + adapter(f(x)).
-        activation: timm's name of the activation, such as `"relu"`. None: a linear adapter; in parallel to an ungrouped
-            convolution it can be merged, and inference then costs as much as without it.
+        activation: timm's name of the activation, such as `"relu"`. With None, the adapter is linear. A linear adapter
+            parallel to an ungrouped convolution can be merged, and then has no cost at inference.
         norm: How the adapter treats the BatchNorm layers, as in `ConvLoraConfig`.
         init_weights: Initialise the last convolution to zero, so that the untrained adapter does not change the
-            output. False: at random, for tests.
+            output. With False, the initialisation is random, for tests.
 
     Raises:
-        ValueError: If `placement`, `norm` or `activation` is unknown, or `reduction` or `kernel_size` not positive.
+        ValueError: If `placement`, `norm` or `activation` is unknown, or `reduction` or `kernel_size` is not positive.
 
     Example:
         >>> import timm

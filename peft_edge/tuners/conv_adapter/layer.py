@@ -1,4 +1,4 @@
-"""The layers of ConvAdapter: a convolution or a block with bottleneck adapters, and its BatchNorm counterpart."""
+"""Layers of ConvAdapter: a convolution or a block with bottleneck adapters, and the adapted BatchNorm layer."""
 
 from __future__ import annotations
 
@@ -30,27 +30,22 @@ _PROBED_SIZES = (64, 65)
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The convolution whose input and output shapes a layer has: (B, in_channels, *size) to (B, out_channels, *size').
+    """Options of a convolution that has the input and output shapes of a layer; the layer's adapters use them.
 
-    An adapter needs it to compute, from the same input, an output of the same shape.
+    `padding` and `padding_mode` are arguments of `F.pad`. If `padding` is None, timm's same-padding is used.
     """
 
     in_channels: int
     out_channels: int
-
     kernel_size: tuple[int, ...]
     stride: tuple[int, ...]
     dilation: tuple[int, ...]
-
     padding: tuple[int, ...] | None
-    """As `F.pad` takes it: before and after each dimension, the last dimension first. None: timm's same-padding."""
-
     padding_mode: str = "constant"
-    """A mode of `F.pad`."""
 
     @classmethod
     def of_convolution(cls, conv: Convolution) -> ConvSpec:
-        """Return the specification of a plain convolution."""
+        """Return the options of a given convolution."""
         padding = None if isinstance(conv, Conv2dSame) else f_pad_sides(conv)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         channels = conv.in_channels, conv.out_channels
@@ -58,10 +53,9 @@ class ConvSpec:
 
     @classmethod
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
-        """Return a 3x3 convolution with the channels and the stride of a block of convolutions.
+        """Return a convolution of kernel size 3 with the channels and the stride of a block of convolutions.
 
-        The stride is measured: a copy of the block on the meta device maps an input of even and one of odd size. The
-        first convolution of the block must take the block's input.
+        The stride is measured on the meta device. The first convolution of the block must take the block's input.
 
         Raises:
             ValueError: If the block `name` does not map (B, C, *size) to (B, C', *ceil(size / stride)).
@@ -69,8 +63,8 @@ class ConvSpec:
         conv = next((conv for _, conv, _ in named_convolutions(block)), None)
         if conv is None:
             raise ValueError(
-                f"Cannot adapt layer {name!r}: {type(block).__name__} is no convolution and holds none. Leave it out "
-                f"with exclude_modules=[{name!r}]."
+                f"Cannot adapt layer {name!r}: {type(block).__name__} is no convolution and holds none. Leave out "
+                f"this layer with exclude_modules=[{name!r}]."
             )
         dims = len(conv.kernel_size)
         probe = copy.deepcopy(block).to("meta").eval()
@@ -87,20 +81,20 @@ class ConvSpec:
                 raise ValueError(f"it maps {_PROBED_SIZES} pixels to {shapes}")
         except Exception as error:
             raise ValueError(
-                f"Cannot adapt layer {name!r}: expected a block that maps (B, {conv.in_channels}, *size) to maps of "
-                f"size / stride, rounded up, found {type(block).__name__} ({error}). Adapt the convolutions in it, or "
-                f"leave it out with exclude_modules=[{name!r}]."
+                f"Cannot adapt layer {name!r}: expected a block that maps (B, {conv.in_channels}, *size) to "
+                f"(B, C, *ceil(size / stride)), found {type(block).__name__} ({error}). Adapt the convolutions inside "
+                f"the block, or leave out the block with exclude_modules=[{name!r}]."
             ) from error
         return cls(conv.in_channels, shapes[0][1], (3,) * dims, stride, (1,) * dims, (1,) * (2 * dims))
 
     def of_output(self) -> ConvSpec:
-        """Return a convolution of the same kernel size that maps the layer's output to its own shape."""
+        """Return a convolution of the same kernel size that preserves the shape of the layer's output."""
         ones = (1,) * len(self.kernel_size)
         padding = tuple(side for size in reversed(self.kernel_size) for side in ((size - 1) // 2, size // 2))
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
 
     def margins(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the zeros that pad a smaller kernel to this one's size, ordered as `padding`; negative if larger."""
+        """Return how many zeros pad a kernel of size `kernel_size` to this convolution's, in the order of `F.pad`."""
         margins: list[int] = []
         for own, other in zip(reversed(self.kernel_size), reversed(kernel_size), strict=True):
             before = (own - other) // 2
@@ -108,9 +102,9 @@ class ConvSpec:
         return tuple(margins)
 
     def pad(self, x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
-        """Pad or crop `x`, (B, C, *size), for an unpadded convolution of another kernel size.
+        """Pad or crop `x`, (B, C, *size), for an unpadded convolution with a kernel of size `kernel_size`.
 
-        The output has the same size as this convolution's, and the two kernels have the same centre.
+        The output has the size of this convolution's output, and the two kernels have the same centre.
         """
         sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]
@@ -134,24 +128,20 @@ class ConvSpec:
 class ConvAdapterLayer(AdaptedLayer):
     """A convolution or a block f with bottleneck adapters: y = f(x) + up(act(depthwise(down(x)))).
 
-    An adapter with `placement="sequential"` takes f(x) in the place of x. For C_in input channels, width w =
-    max(1, C_in // reduction) and kernel size k, the weights are, all without bias,
+    With `placement="sequential"`, the input of the adapter is f(x), not x. For C_in channels of this input, width
+    w = max(1, C_in // reduction) and kernel size k, an adapter has these weights, and no biases:
 
     - `conv_adapter_down[name].weight`: (w, C_in, 1, 1),
-    - `conv_adapter_depthwise[name].weight`: (w, 1, k, k), with the stride of f; none for k = 1,
+    - `conv_adapter_depthwise[name].weight`: (w, 1, k, k), absent if k = 1,
     - `conv_adapter_up[name].weight`: (C_out, w, 1, 1), initialised to zero.
 
-    Args:
-        base_layer: Plain convolution, or block of convolutions.
-        adapter_name: Name of the first adapter.
-        config: Configuration of the first adapter.
-        target_name: Name of the layer in the model, for error messages.
+    A parallel adapter has the stride, dilation and padding of f. `adapter_name` and `config` belong to the first
+    adapter, and error messages contain `target_name`, the name of the layer.
 
     Raises:
-        ValueError: If a block does not act like a strided convolution, see `ConvSpec.of_block`.
+        ValueError: If a block does not have the output size of a strided convolution, see `ConvSpec.of_block`.
 
     Example:
-        >>> import torch
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterLayer
         >>> layer = ConvAdapterLayer(torch.nn.Conv2d(8, 16, 3, stride=2), "default", ConvAdapterConfig(reduction=2))
         >>> layer.conv_adapter_down["default"].weight.shape, layer.conv_adapter_depthwise["default"].weight.shape
@@ -179,7 +169,7 @@ class ConvAdapterLayer(AdaptedLayer):
         self.update_layer(adapter_name, config)
 
     def update_layer(self, adapter_name: str, config: ConvAdapterConfig) -> None:
-        """Add an adapter, or initialise it again."""
+        """Add an adapter, or initialise an existing adapter again."""
         self.placement[adapter_name] = config.placement
         spec = self._adapter_spec(adapter_name)
         dims = len(spec.kernel_size)
@@ -211,7 +201,7 @@ class ConvAdapterLayer(AdaptedLayer):
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
         """Compute f(x) for x of shape (B, C_in, *size), and add the output of each active adapter.
 
-        `adapter_names` names the adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
+        `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
@@ -226,19 +216,19 @@ class ConvAdapterLayer(AdaptedLayer):
         return result
 
     def _adapter_output(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return what an adapter adds to the base layer's output `y` for the input `x`, in the adapter's dtype."""
+        """Return the output of an adapter, in its dtype. `x` and `y` are input and output of the base layer."""
         down, depthwise, activation, up = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         spec = self._adapter_spec(adapter)
         z = self._cast_input_dtype(x if self.placement[adapter] == "parallel" else y, down.weight.dtype)
         if isinstance(depthwise, nn.Identity):
             z = down(spec.pad(z, down.kernel_size))
         else:
-            # Without a bias, `down` maps padding to padding. So pad its output, which has fewer channels.
+            # `down` has no bias, so zeros stay zeros. Pad its output, which has fewer channels than its input.
             z = depthwise(spec.pad(down(z), depthwise.kernel_size))
         return up(activation(z))
 
     def why_not_mergeable(self, adapter: str) -> str | None:
-        """Return why an adapter cannot be merged into the kernel of the base layer, or None if it can."""
+        """Return the reason why an adapter cannot be merged into the base layer, or None if it can be merged."""
         base = self.base_layer
         if not is_convolution(base):
             return f"{type(base).__name__} is a block, not a convolution"
@@ -258,7 +248,7 @@ class ConvAdapterLayer(AdaptedLayer):
         return (1,) * len(self.spec.kernel_size) if isinstance(depthwise, nn.Identity) else depthwise.kernel_size
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the kernel, (C_out, C_in, *kernel), of the convolution that a mergeable adapter computes."""
+        """Return the change of the base kernel, (C_out, C_in, *kernel), that equals a mergeable adapter."""
         down, depthwise, _, up = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         kernel = down.weight if isinstance(depthwise, nn.Identity) else down.weight * depthwise.weight
         kernel = torch.tensordot(up.weight.flatten(1), kernel, dims=1)

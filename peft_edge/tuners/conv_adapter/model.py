@@ -1,4 +1,4 @@
-"""The model of ConvAdapter: injection of the adapters, and merging where it is possible."""
+"""Model of ConvAdapter: inject adapters into a network, and merge the adapters that can be merged."""
 
 from __future__ import annotations
 
@@ -19,16 +19,13 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A network with ConvAdapter adapters; `get_peft_model` and `PeftModel.from_pretrained` create it.
-
-    It has the arguments of `peft.LoraModel`.
+    """A network with ConvAdapter adapters that `get_peft_model` creates; its arguments are those of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
         ValueError: If a matching module cannot be adapted.
 
     Example:
-        >>> from torch import nn
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterModel
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8))
         >>> model = ConvAdapterModel(network, ConvAdapterConfig(target_modules="dense", norm="frozen"), "default")
@@ -39,7 +36,7 @@ class ConvAdapterModel(Injection):
     """
 
     prefix = "conv_adapter_"
-    # ConvAdapterLayer and AdapterBatchNormLayer; the model has no tuner layers of other tuners.
+    # ConvAdapterLayer or AdapterBatchNormLayer: the model has no layers of other tuners.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     config_class = ConvAdapterConfig
@@ -56,14 +53,14 @@ class ConvAdapterModel(Injection):
             elif target.module is target.base:
                 ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            # Wrapping a block changes the names of all parameters in it, and with them the keys of a saved adapter.
+            # Adapting a block changes the names of the parameters inside the block, and the keys of a saved adapter.
             new = {target.name for target in targets if not is_convolution(target.base)}
             adapted = (target for target in iter_target_modules(model) if isinstance(target.module, ConvAdapterLayer))
             old = {target.name for target in adapted if not is_convolution(target.base)}
             if old != new:
                 raise ValueError(
                     f"target_modules: the adapters of this model adapt the blocks {sorted(old)}, the new one adapts "
-                    f"{sorted(new)}. Adapt the same blocks, or give the new adapter a model of its own."
+                    f"{sorted(new)}. Adapt the same blocks, or add the new adapter to another copy of the network."
                 )
 
     def _create_and_replace(
@@ -125,7 +122,7 @@ class ConvAdapterModel(Injection):
                 reason = layer.why_not_mergeable(adapter) if adapter in layer.placement else None
                 if reason is not None:
                     raise NotImplementedError(
-                        f"Cannot merge adapter {adapter!r} into layer {target.name!r}: {reason}. Keep the adapter "
-                        'beside the layer, or train one with placement="parallel", activation=None and '
+                        f"Cannot merge adapter {adapter!r} into layer {target.name!r}: {reason}. Use the adapter "
+                        'unmerged, or train an adapter with placement="parallel", activation=None and '
                         "kernel_size=None on ungrouped convolutions."
                     )

@@ -11,7 +11,7 @@ from peft_edge.tuners.conv_lora.model import ConvLoraMixedModel, ConvLoraModel
 __all__ = ["ConvLoraConfig", "ConvLoraLayer", "ConvLoraModel"]
 
 _CONV_LORA = add_peft_type("CONV_LORA")
-if _CONV_LORA not in PEFT_TYPE_TO_CONFIG_MAPPING:  # a second import must not register it again
+if _CONV_LORA not in PEFT_TYPE_TO_CONFIG_MAPPING:  # a second import must not register the type again
     register_peft_method(
         name="conv_lora", config_cls=ConvLoraConfig, model_cls=ConvLoraModel, prefix="lora_", is_mixed_compatible=True
     )

@@ -1,4 +1,4 @@
-"""The configuration of LoRA and DoRA for convolutions."""
+"""Configuration of LoRA, LoRA-FA and DoRA for convolutions."""
 
 from __future__ import annotations
 
@@ -18,23 +18,22 @@ from peft_edge.tuners.norm import Norm
 class ConvLoraConfig(LoraConfig):
     """Configuration of LoRA for convolutions: y = conv(x; W + (alpha/r) B A), see `ConvLoraLayer`.
 
-    It adds three things to `peft.LoraConfig`, whose arguments keep their meaning: layer roles, BatchNorm and LoRA-FA.
-    Linear layers get PEFT's own LoRA.
+    All other arguments are those of `peft.LoraConfig`. Linear layers are adapted with PEFT's LoRA.
 
     Args:
         target_modules: Module names or a regular expression, as in PEFT, or layer roles: `all-conv`, `dense`,
             `depthwise`, `pointwise`, `expand`, `project`, `last-stage` (see `peft_edge.roles`). A list may contain
             names and roles. A module with the name of a role takes precedence. Adding the adapter to a model replaces
-            the roles by module names, so a saved configuration contains names only.
+            the roles by module names.
         norm: How the adapter treats the BatchNorm layers. Their changes are saved, merged, switched and deleted with
             the adapter.
 
-            - `"frozen"`: the base model's statistics, also in training mode.
-            - `"recalibrate"`: its own statistics, which only `peft_edge.recalibrate` changes.
-            - `"stats"`: batch statistics in training mode, its own running statistics in eval mode.
-            - `"affine"`: as `"stats"`, and it trains its own weight and bias.
-        freeze_a: Train B only (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). An ungrouped convolution then saves its
-            r-channel projection for the backward pass, not its input.
+            - `"frozen"`: the statistics of the base model, also in training mode.
+            - `"recalibrate"`: statistics of the adapter, which only `peft_edge.recalibrate` changes.
+            - `"stats"`: batch statistics in training mode, running statistics of the adapter in eval mode.
+            - `"affine"`: as `"stats"`, with a trainable weight and bias of the adapter.
+        freeze_a: Train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). Without groups, autograd then saves the
+            r channels of the convolution with A for the backward pass, not the input.
 
     Raises:
         ValueError: If `norm` is unknown, or `peft.LoraConfig` rejects an argument.
@@ -60,14 +59,14 @@ class ConvLoraConfig(LoraConfig):
         if self.norm not in get_args(Norm):
             raise ValueError(f"ConvLoraConfig: norm is {self.norm!r}, expected one of: {', '.join(get_args(Norm))}.")
         self.peft_type = PeftType["CONV_LORA"]
-        # PEFT does not save this mapping, but calls this method again when it loads the configuration.
+        # PEFT does not save this mapping. It calls `__post_init__` again when it loads the configuration.
         self._register_custom_module(
             dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoraLayer) | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property
     def init_weights(self) -> bool | str:
-        """`init_lora_weights`: for types other than LORA, PEFT uses this name when it converts PiSSA on saving."""
+        """`init_lora_weights` under the name that PEFT reads for types other than LORA when it saves PiSSA adapters."""
         return self.init_lora_weights
 
     @init_weights.setter

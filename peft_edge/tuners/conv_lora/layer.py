@@ -1,4 +1,4 @@
-"""The layers of ConvLoRA: a convolution with low-rank adapters, and its BatchNorm counterpart."""
+"""Layers of ConvLoRA: a convolution with low-rank adapters, and the adapted BatchNorm layer."""
 
 from __future__ import annotations
 
@@ -30,34 +30,29 @@ def check_rank(r: int, name: str) -> None:
 
 
 class ConvLoraLayer(AdaptedLayer, LoraLayer):
-    """LoRA for convolutions: y = conv(x; W + (alpha/r) B A) + b. Only A and B train.
+    """LoRA for convolutions: y = conv(x; W + (alpha/r) B A) + b. W is frozen, and A and B are trained.
 
-    W of shape (C_out, C_in/g, kh, kw), for g groups, is read as the matrix (C_out, C_in/g * kh * kw). The weights are
+    For g groups, W of shape (C_out, C_in/g, kh, kw) is read as the matrix (C_out, C_in/g * kh * kw). An adapter has
 
     - `lora_A[name].weight`: A, shape (r, C_in/g, kh, kw),
     - `lora_B[name].weight`: B, shape (C_out, r, 1, 1),
-    - `lora_magnitude_vector[name].weight`: m, shape (1, C_out, 1, 1), with `use_dora=True` only.
+    - `lora_magnitude_vector[name].weight`: m, shape (1, C_out, 1, 1), only with `use_dora=True`.
 
-    For g = 1, shapes and outputs equal those of PEFT's LoRA convolution. For a depthwise convolution (g = C_in), A is r
-    spatial kernels that all channels share.
+    For g = 1, shapes and outputs equal those of PEFT's LoRA convolution. For a depthwise convolution (g = C_in), all
+    channels share the r spatial kernels in A.
 
     DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) scales each output channel of W' = W + (alpha/r) B A to the trained
     length m: y = conv(x; (m / ||W'||) W') + b. The norm is a constant in the backward pass (section 4.3).
 
     The layer first composes the kernel and then runs one convolution; `peft_edge.functional.lowrank` has its backward.
 
-    Args:
-        base_layer: `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`; another PEFT tuner may have adapted it before.
-        adapter_name: Name of the first adapter.
-        config: Configuration of the first adapter.
-        r: Its rank.
-        lora_alpha: alpha. The scale is alpha / r, or alpha / sqrt(r) with `use_rslora=True`.
-        target_name: Name of the layer in the model, for error messages.
-        **kwargs: Ignored; PEFT passes more than a convolution needs.
+    `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or the layer of another PEFT tuner around it.
+    With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha` belong to the
+    first adapter, and error messages contain `target_name`, the name of the layer.
 
     Raises:
-        ValueError: If the rank is not positive, or the base layer is not a plain convolution of its weight, such as a
-            weight-standardised one.
+        ValueError: If the rank is not a positive integer, or the base layer has a forward pass of its own, such as a
+            weight-standardised convolution.
 
     Example:
         >>> import torch
@@ -86,17 +81,13 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type | None]:
-        """The variants of LoRA that PEFT may choose for this layer: none or DoRA."""
+        """The variants of LoRA that PEFT may choose for this layer: LoRA itself, or DoRA."""
         return {(): None, ("use_dora",): _DORA_VARIANTS[len(self.get_base_layer().kernel_size)]}
 
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: object
     ) -> None:
-        """Add an adapter, or initialise it again.
-
-        Raises:
-            ValueError: If `r` is not a positive integer.
-        """
+        """Add an adapter, or initialise an existing adapter again; raise a `ValueError` unless `r` is positive."""
         check_rank(r, target_name)
         conv = self.get_base_layer()
         if config.lora_bias and conv.bias is None:
@@ -120,7 +111,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         conv_cls = _CONVOLUTIONS[len(conv.kernel_size)]
         self.lora_A[adapter_name] = conv_cls(conv.in_channels // conv.groups, r, conv.kernel_size, bias=False)
         self.lora_B[adapter_name] = conv_cls(r, conv.out_channels, 1, bias=config.lora_bias)
-        # LoRA-GA starts from gradients of linear layers. As in PEFT, convolutions then start in the usual way.
+        # LoRA-GA applies only to linear layers. As in PEFT, convolutions then get the default initialisation.
         init = True if config.init_lora_weights == "lora_ga" else config.init_lora_weights
         if init:
             self.reset_lora_parameters(adapter_name, init)
@@ -132,7 +123,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
         """Compute y = conv(x; W + (alpha/r) B A) + b for x of shape (B, C_in, *size) and the active adapters.
 
-        `adapter_names` names the adapter for each sample, see `peft_edge.tuners.injection.pass_adapter_names`.
+        `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         adapters = self._applied_adapters()
         if adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim():
@@ -170,7 +161,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether autograd saves the input for the backward pass, in the present mode."""
+        """Whether autograd saves the input for the backward pass, with the present settings."""
         adapters = self._applied_adapters()
         if not adapters:
             return getattr(self.base_layer, "keeps_input", True)
@@ -231,7 +222,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return kernel, bias
 
     def _add_bias(self, bias: Tensor | None, adapter: str) -> Tensor | None:
-        """Add the scaled bias of B, which an adapter has with `lora_bias=True`."""
+        """Add the scaled bias of B, which exists with `lora_bias=True`."""
         if not self.lora_bias[adapter]:
             return bias
         change = self.lora_B[adapter].bias * self.scaling[adapter]
@@ -246,12 +237,12 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return {"weight": kernel, "bias": bias}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `get_delta_weight` is the adapter's whole change, which PEFT's conversion to LoRA requires."""
+        """Whether `get_delta_weight` is the whole change of the kernel, as PEFT's conversion to LoRA requires."""
         return not self.use_dora.get(adapter_name, False)
 
 
 class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
-    """A `BatchNormLayer` that is also a `LoraLayer`, as `peft.LoraModel` expects of all its layers."""
+    """A `BatchNormLayer` that is also a `LoraLayer`, because `peft.LoraModel` requires this of all its layers."""
 
     adapter_layer_names = ("lora_norm",)
 
@@ -261,7 +252,7 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
     def update_layer(  # type: ignore[override]  # PEFT passes the rank as a positional argument
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object
     ) -> None:
-        """Add an adapter, or reset it; rank and alpha are stored because hotswapping compares them."""
+        """Add or reset an adapter. The rank and alpha are stored because hotswapping compares them."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = 1.0
@@ -271,7 +262,7 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
 def pad_rank(model: nn.Module, rank: int) -> bool:
     """Pad A and B of every adapter with zeros to `rank`; return whether the model has a `ConvLoraLayer`.
 
-    A compiled model needs it before adapters of other ranks can be hotswapped.
+    Compiled models require this padding before adapters of other ranks can be hotswapped.
 
     Raises:
         ValueError: If an adapter has a larger rank.
@@ -284,9 +275,9 @@ def pad_rank(model: nn.Module, rank: int) -> bool:
             if missing < 0:
                 raise ValueError(
                     f"Cannot pad adapter {name!r} to rank {rank}: it has rank {lora_a.weight.shape[0]}. "
-                    "Pass the largest rank of all the adapters as target_rank."
+                    "Pass the largest rank of all adapters as target_rank."
                 )
-            # F.pad takes the last dimension first: the rank is the first one of A and the second one of B.
+            # F.pad starts with the last dimension. The rank is the first dimension of A, and the second of B.
             lora_a.weight.data = F.pad(lora_a.weight.data, [0, 0] * (lora_a.weight.dim() - 1) + [0, missing])
             lora_b.weight.data = F.pad(lora_b.weight.data, [0, 0] * (lora_b.weight.dim() - 2) + [0, missing])
             lora_a.out_channels = lora_b.in_channels = rank

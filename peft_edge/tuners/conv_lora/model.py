@@ -1,4 +1,4 @@
-"""The models of ConvLoRA: `LoraModel` and `MixedModel` of PEFT with the layers of this package."""
+"""Models of ConvLoRA: PEFT's `LoraModel` and `MixedModel` with the layers of this package."""
 
 from __future__ import annotations
 
@@ -23,8 +23,6 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class _ConvLoraInjection(Injection):
-    """The part of the injection that `ConvLoraModel` and `ConvLoraMixedModel` share."""
-
     config_class = ConvLoraConfig
 
     def _check_targets(self, config: PeftConfig, model: nn.Module) -> None:
@@ -35,7 +33,7 @@ class _ConvLoraInjection(Injection):
                 check_rank(config.rank_pattern.get(pattern, config.r), name)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for the types that it knows.
+        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for its own PEFT types.
         super()._check_target_module_compatiblity(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
 
     def _create_and_replace(
@@ -56,16 +54,13 @@ class _ConvLoraInjection(Injection):
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
-    """A network with ConvLoRA adapters; `get_peft_model` and `PeftModel.from_pretrained` create it.
-
-    It has the arguments of `peft.LoraModel` and its methods: merging, weighted adapters, mixed batches, hotswapping.
+    """A network with ConvLoRA adapters that `get_peft_model` creates; it has the methods of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
         ValueError: If a matching module cannot be adapted.
 
     Example:
-        >>> from torch import nn
         >>> from peft_edge import ConvLoraConfig, ConvLoraModel
         >>> network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.BatchNorm2d(8), nn.Conv2d(8, 8, 3, groups=8))
         >>> model = ConvLoraModel(network, ConvLoraConfig(r=2, target_modules="depthwise"), "default")
@@ -85,7 +80,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> None:
-        """Combine adapters into a new one, as `peft.LoraModel` does, and their BatchNorm states by task arithmetic."""
+        """Combine adapters into a new adapter, as `peft.LoraModel` does; task arithmetic combines BatchNorm states."""
         if adapter_name in self.peft_config:
             return
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
@@ -101,7 +96,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         targets = target_lora_A, target_lora_B
         if not isinstance(target, ConvLoraLayer):
             return svd(combination_type, adapters, weights, new_rank, target, *targets, *args, **kwargs)
-        # PEFT decomposes matrices, and would take a 4-D kernel for a stack of them.
+        # PEFT decomposes matrices, and would treat a 4-D kernel as a stack of matrices.
         as_matrix = SimpleNamespace(
             lora_A=target.lora_A,
             lora_embedding_A={},
@@ -115,4 +110,4 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 
 
 class ConvLoraMixedModel(_ConvLoraInjection, MixedModel):
-    """The base model of a `PeftMixedModel`, which may hold adapters of ConvLoRA and of other PEFT tuners."""
+    """The base model of a `PeftMixedModel`, which may contain adapters of ConvLoRA and of other PEFT tuners."""
