@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import nn
 
-sys.path.insert(0, str(Path(__file__).parents[2]))
-torch.set_default_dtype(torch.float64)
 
-
-def _in_double(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+def _in_double(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(item.double() if torch.is_tensor(item) and item.is_floating_point() else item for item in inputs)
 
 
-nn.modules.module.register_module_forward_pre_hook(_in_double)
-
+# pytest imports this file to look for examples, which must not change its process.
 if __name__ == "__main__":
+    sys.path.insert(0, str(Path(__file__).parents[2]))
     import train
 
+    torch.set_default_dtype(torch.float64)
+    nn.modules.module.register_module_forward_pre_hook(_in_double)
     train.main(sys.argv[1:])
