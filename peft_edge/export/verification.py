@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from peft_edge.backbones import class_names
-from peft_edge.data import Domain, build_transform
+from peft_edge.data import build_transform
 from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.data.task import EMBEDDED
 from peft_edge.export.formats import Network
@@ -24,12 +24,12 @@ COMPARISON_SIZE = 256
 
 
 class Images(NamedTuple):
-    """Images that are preprocessed for a network.
+    """Preprocessed images for calibration and for comparison.
 
     Attributes:
-        calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), which determine the scales of integers.
+        calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), which determine the quantisation scales.
         comparison: At most `COMPARISON_SIZE` test images (M, C, H, W).
-        labels: Indices (M,) of their classes in the network's output; None if the network does not name all of them.
+        labels: Output indices (M,) of the classes of `comparison`; None if the network does not name all classes.
     """
 
     calibration: Tensor
@@ -38,12 +38,12 @@ class Images(NamedTuple):
 
 
 def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -> Images:
-    """Read images and preprocess them for the evaluation of a model.
+    """Read images of a dataset, and preprocess them as for the evaluation of a model.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.
-        model: A timm model, or a PEFT model of one.
-        image_size: Height and width in pixels; by default timm's size for the evaluation of the model.
+        model: A timm model, or a PEFT model with a timm base.
+        image_size: Height and width in pixels; by default the `input_size` of timm's configuration of the model.
 
     Raises:
         ValueError: If the data or the size is invalid, an image is unreadable, or there are too few images.
@@ -51,7 +51,12 @@ def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
     config = input_config(model, image_size)
-    domain = _read_domain(name, config["input_size"][-1])
+    if name in EMBEDDED:
+        domain = EMBEDDED[name](image_size=config["input_size"][-1], seed=0)[0]
+    elif not Path(name).is_dir() and name.startswith((".", "/", "~")):
+        raise ValueError(f"{name}: expected a folder with one subfolder of images for each class, found no folder")
+    else:
+        domain = domain_from_splits(name, read_splits(name), train_split="train", seed=0)
     transform = build_transform(config, train=False)
     train, test = _sample(domain.train, CALIBRATION_SIZE), _sample(domain.test, COMPARISON_SIZE)
     known, labels = class_names(model), None
@@ -65,17 +70,9 @@ def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -
 
 
 def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return timm's data configuration of a model (input size, mean, std, ...) for images of the given size."""
+    """Return timm's data configuration of a model (`mean`, `std`, ...), with the given image size if it is not None."""
     config = resolve_model_data_config(model)
     return config if image_size is None else {**config, "input_size": (3, image_size, image_size)}
-
-
-def _read_domain(name: str, image_size: int) -> Domain:
-    if name in EMBEDDED:
-        return EMBEDDED[name](image_size=image_size, seed=0)[0]
-    if not Path(name).is_dir() and name.startswith((".", "/", "~")):
-        raise ValueError(f"{name}: expected a folder with one subfolder of images for each class, found no folder")
-    return domain_from_splits(name, read_splits(name), train_split="train", seed=0)
 
 
 def _sample(images: Dataset, size: int) -> Dataset:
@@ -89,7 +86,7 @@ def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> 
 
 
 def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
-    """Yield images (N, C, H, W) in batches of `batch_size`, the last padded with its last image; None: of any size."""
+    """Yield batches of `batch_size` images; the last repeats its last image. By default, yield batches of up to 32."""
     for batch in images.split(batch_size or 32):
         missing = (batch_size or len(batch)) - len(batch)
         yield torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
@@ -97,13 +94,13 @@ def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An exported file compared with its model on the same images.
+    """The differences between an exported file and its model on the same images.
 
     Attributes:
         name: The format, followed by `int8` for a quantised file.
         size_bytes: Size of the file.
         largest_logit: Largest absolute logit of the model.
-        largest_difference: Largest absolute difference between a logit of the file and of the model.
+        largest_difference: Largest absolute difference between the logits of the file and of the model.
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
@@ -136,12 +133,12 @@ def compare_logits(name: str, size_bytes: int, found: Tensor, expected: Tensor, 
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row per file and, if the accuracy is known, one for the model."""
+    """Return a text table with one row for each file and, if its accuracy is known, a row for the model."""
     rows = [("", "bytes", "largest difference of a logit", "same top-1", "accuracy")]
     if comparisons[0].model_accuracy is not None:
         rows.append(("PyTorch", "", "", "", f"{comparisons[0].model_accuracy:.3f}"))
     for row in comparisons:
         accuracy = "-" if row.accuracy is None else f"{row.accuracy:.3f}"
-        figures = f"{row.size_bytes:,}", f"{row.largest_difference:.1e}", f"{row.same_top1:.3f}"
-        rows.append((row.name, *figures, accuracy))
+        difference = f"{row.largest_difference:.1e}"
+        rows.append((row.name, f"{row.size_bytes:,}", difference, f"{row.same_top1:.3f}", accuracy))
     return text_table(rows)
