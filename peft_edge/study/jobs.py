@@ -101,11 +101,9 @@ class RunJob(Job):
         """The newest record of this configuration, or None."""
         # The recipe may have changed since the record was written, and the folder may have moved.
         config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
-        found = [read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)]
-        runs = [
-            record for record in found if record is not None and config.items() <= record.run_info.train_config.items()
-        ]
-        return max(runs, key=lambda record: record.run_info.created_at, default=None)
+        found = filter(None, (read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)))
+        same = [record for record in found if config.items() <= record.run_info.train_config.items()]
+        return max(same, key=lambda record: record.run_info.created_at, default=None)
 
     def run(self) -> None:
         """Call `training.run`, and delete the record of an earlier failure."""
