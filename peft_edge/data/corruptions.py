@@ -30,7 +30,7 @@ from peft_edge.files import requires_extra
 class Shift:
     """A corruption at one severity, applied to one image at a time.
 
-    The pixels of the image seed the random numbers. A corrupted image is therefore the same in every access and process.
+    The pixels of the image seed the random numbers. Every access and process therefore sees the same image.
 
     Args:
         name: One of `SHIFTS`.

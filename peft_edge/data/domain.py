@@ -103,7 +103,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
     label, count = min(counts.items(), key=lambda item: item[1])
     if count < 2:
         raise ValueError(
-            f"class {names[label]!r} has a single image left, and no validation, test or adaptation images can be split "
+            f"class {names[label]!r} has a single image left, so no validation, test or adaptation images can be split "
             "off: add images to that class, or provide a dataset that has these splits"
         )
     if not len(counts) <= size <= len(dataset) - len(counts):

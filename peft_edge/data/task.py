@@ -143,7 +143,7 @@ def class_increments(
 ) -> tuple[Domain, tuple[Domain, ...]]:
     """Divide the classes of a domain among a source and one target for each increment.
 
-    Without rehearsal, a classifier forgets earlier classes. Each target can therefore contain a fixed number of images of
+    Without rehearsal, a classifier forgets earlier classes. A target can therefore contain a fixed number of images of
     earlier classes, the same number for each class, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: base
     classes in their old order, then new classes in the given order. A label means the same class in all domains.
     `adaptation` contains the training images of the new classes; for the other arguments, see `load_task`.
@@ -221,7 +221,7 @@ def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, s
     """Renumber the labels of another dataset, because its classes can have another order."""
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     if found == [str(index) for index in range(len(expected))]:
-        # Class names 0, 1, ... are interpreted as indices of the source's classes.
+        # Plain numbers are taken as indices of the source's classes.
         return splits.cast_column("label", ClassLabel(names=expected))
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:

@@ -13,7 +13,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from peft_edge.backbones import class_names
-from peft_edge.data import build_transform
+from peft_edge.data import Domain, build_transform
 from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.data.task import EMBEDDED
 from peft_edge.export.formats import Network
@@ -38,12 +38,12 @@ class Images(NamedTuple):
 
 
 def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -> Images:
-    """Read images of a dataset, and preprocess them as for the evaluation of a model.
+    """Read images and preprocess them for the evaluation of a model.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.
-        model: A timm model, or a PEFT model with a timm base.
-        image_size: Height and width in pixels; by default the `input_size` of timm's configuration of the model.
+        model: A timm model, or a PEFT model of one.
+        image_size: Height and width in pixels; by default timm's size for the evaluation of the model.
 
     Raises:
         ValueError: If the data or the size is invalid, an image is unreadable, or there are too few images.
@@ -51,12 +51,7 @@ def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
     config = input_config(model, image_size)
-    if name in EMBEDDED:
-        domain = EMBEDDED[name](image_size=config["input_size"][-1], seed=0)[0]
-    elif not Path(name).is_dir() and name.startswith((".", "/", "~")):
-        raise ValueError(f"{name}: expected a folder with one subfolder of images for each class, found no folder")
-    else:
-        domain = domain_from_splits(name, read_splits(name), train_split="train", seed=0)
+    domain = _read_domain(name, config["input_size"][-1])
     transform = build_transform(config, train=False)
     train, test = _sample(domain.train, CALIBRATION_SIZE), _sample(domain.test, COMPARISON_SIZE)
     known, labels = class_names(model), None
@@ -73,6 +68,14 @@ def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
     """Return timm's data configuration of a model (`mean`, `std`, ...), with the given image size if it is not None."""
     config = resolve_model_data_config(model)
     return config if image_size is None else {**config, "input_size": (3, image_size, image_size)}
+
+
+def _read_domain(name: str, image_size: int) -> Domain:
+    if name in EMBEDDED:
+        return EMBEDDED[name](image_size=image_size, seed=0)[0]
+    if not Path(name).is_dir() and name.startswith((".", "/", "~")):
+        raise ValueError(f"{name}: expected a folder with one subfolder of images for each class, found no folder")
+    return domain_from_splits(name, read_splits(name), train_split="train", seed=0)
 
 
 def _sample(images: Dataset, size: int) -> Dataset:
