@@ -43,7 +43,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Load `digits`, enlarged to `image_size` pixels; all splits have the same class proportions.
 
     Returns:
-        The source domain (700 training, 150 validation, 547 test images), and 400 adaptation images without a shift.
+        The source domain (700 training, 150 validation, 547 test images), and 400 unshifted adaptation images.
     """
     with requires_extra("train"):
         from sklearn.datasets import load_digits
@@ -64,8 +64,7 @@ def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Render `shapes`; `seed` determines every pixel, and the classes are balanced.
 
     Returns:
-        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 adaptation images without a
-        shift.
+        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 unshifted adaptation images.
     """
     splits = _render_splits(tuple(SHAPES_SPLIT_SIZES.items()), image_size, seed)
     source = Domain(train=splits["source"], validation=splits["validation"], test=splits["test"])

@@ -34,11 +34,14 @@ NUM_CLASSES = 10
 """The number of classes of the timm networks."""
 
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
-"""Full fine-tuning, PEFT's adapters on all linear layers but the last, and GaLore on all matrices but vocabularies."""
+"""Full fine-tuning, PEFT's LoRA and DoRA on all linear layers but the last, and GaLore.
+
+GaLore projects the matrices with more rows and columns than its rank, except those with one row per vocabulary entry.
+"""
 
 
 class CostSetting(Section):
-    """The options of an analysis. With null, an option has the default of the method.
+    """The options of an analysis. An option that is null gets the default of the method.
 
     Attributes:
         method: A key of `METHODS`; for a language model one of `TRANSFORMER_METHODS`.

@@ -32,8 +32,9 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
 
     If a job fails or its process is killed, a record of the failure is written, and the other jobs continue. The next
     call tries the failed job again. Several calls, on one or many machines, can share the jobs, because a process locks
-    `<folder>.lock` while it runs a job. The system frees the lock when the process dies. The file system must support
-    such locks: a local disk or, for many machines, NFSv4, Lustre (mounted with `flock`) or GPFS, but no object store.
+    `<folder>.lock` while it runs a job. The system frees the lock when the process dies. When a call returns, all jobs
+    have been tried. The file system must support locks: a local disk or, for many machines, NFSv4, Lustre (mounted with
+    `flock`) or GPFS, but not an object store.
 
     Args:
         jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
@@ -123,7 +124,9 @@ class _Worker:
             cause = f"its process ended with exit code {exit_code}"
             if exit_code < 0:
                 name = signal.Signals(-exit_code).name
-                cause = f"its process was killed ({name}), perhaps because memory ran out: run fewer jobs (--jobs)"
+                cause = (
+                    f"its process was killed ({name}), perhaps for lack of memory: run fewer jobs at a time (--jobs)"
+                )
             return attempt, replace(attempt, patience_s=_KILLED_PATIENCE_S).fail(cause)
         if isinstance(reply, Exception):
             raise reply
