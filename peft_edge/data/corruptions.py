@@ -1,7 +1,7 @@
 """Corruptions of images in five families, and shifts, which apply them to datasets.
 
-Most corruptions follow ImageNet-C (Hendrycks and Dietterich 2019). Lengths, such as the radius of a blur, hold for
-images of 224 pixels and scale with the image, so that small images remain recognisable.
+Most corruptions are modelled on ImageNet-C (Hendrycks and Dietterich 2019). Lengths, such as the radius of a blur, are
+for images of 224 pixels and scale with the image, so that small images remain recognisable.
 """
 
 from __future__ import annotations

@@ -124,9 +124,7 @@ class _Worker:
             cause = f"its process ended with exit code {exit_code}"
             if exit_code < 0:
                 name = signal.Signals(-exit_code).name
-                cause = (
-                    f"its process was killed ({name}), perhaps for lack of memory: run fewer jobs at a time (--jobs)"
-                )
+                cause = f"its process was killed ({name}), perhaps for lack of memory: run fewer at a time (--jobs)"
             return attempt, replace(attempt, patience_s=_KILLED_PATIENCE_S).fail(cause)
         if isinstance(reply, Exception):
             raise reply
