@@ -36,7 +36,7 @@ class BatchDataset(Protocol):
 def build_transform(data_config: Mapping[str, Any], *, train: bool) -> Transform:
     """Return a function that preprocesses images for a backbone.
 
-    Images that are higher and wider than the input are resized and cropped as timm does for evaluation. Other images are
+    Images that are higher and wider than the input are resized and cropped as in timm's evaluation. Other images are
     resized without a crop, because `crop_pct` is meant for photographs with a margin. For training, images are also
     shifted by up to an eighth of their side. This augmentation is suitable for digits and for photographs.
 
