@@ -1,7 +1,7 @@
-"""Corruptions of images by family, and the shifts that apply them to datasets.
+"""Corruptions of images in five families, and shifts, which apply them to datasets.
 
-torchvision v2 computes the corruptions that it offers. The others follow ImageNet-C (Hendrycks and Dietterich 2019).
-Lengths are given for images of 224 pixels and scale with the image, so that small images stay readable.
+Most corruptions are modelled on ImageNet-C (Hendrycks and Dietterich 2019). Lengths, such as the radius of a blur, are
+for images of 224 pixels and scale with the image, so that small images remain recognisable.
 """
 
 from __future__ import annotations
@@ -30,12 +30,11 @@ from peft_edge.files import requires_extra
 class Shift:
     """A corruption at one severity, applied to one image at a time.
 
-    The random numbers of a corruption are seeded with the pixels of the image. A corrupted image is therefore the same
-    on every access and in every process.
+    The pixels of the image seed the random numbers. Every access and process therefore sees the same image.
 
     Args:
         name: One of `SHIFTS`.
-        severity: 1 (mild) to 5 (strong), for corruptions that have severities; 5 by default.
+        severity: 1 (mild) to 5 (strong), for corruptions with severities; by default 5.
 
     Raises:
         ValueError: If the name is unknown, or the corruption does not have this severity.
@@ -64,16 +63,16 @@ class Shift:
             return F.to_pil_image(corruption.apply(pixels, *level))
 
     def shift_batch(self, batch: ImageBatch) -> ImageBatch:
-        """Corrupt the images of a batch."""
+        """Return the batch with corrupted images."""
         return {**batch, "image": [self(image) for image in batch["image"]]}
 
     def shift_dataset(self, dataset: Dataset) -> Dataset:
-        """Return a view of a dataset that corrupts images when they are read."""
+        """Return a view of the dataset that corrupts each image when it is read."""
         return dataset.with_transform(self.shift_batch)
 
 
 class Corruption(NamedTuple):
-    """A function of a (3, H, W) uint8 image and a level, and its levels at the severities 1 to 5, if it has any."""
+    """A function of a (3, H, W) uint8 image and a level, and one level for each severity, or no levels."""
 
     apply: Callable[..., Tensor]
     levels: tuple[float, ...] = ()
@@ -96,14 +95,14 @@ def _gaussian_noise(image: Tensor, deviation: float) -> Tensor:
 
 
 def _shot_noise(image: Tensor, photons: float) -> Tensor:
-    """Replace each value by a Poisson count; a white pixel receives `photons` on average."""
+    """Replace each value by a Poisson count; the mean count of a white pixel is `photons`."""
     return _as_uint8(torch.poisson(_as_float(image) * photons) / photons)
 
 
-def _impulse_noise(image: Tensor, share: float) -> Tensor:
-    """Set the given share of the values to black or white ("salt and pepper")."""
+def _impulse_noise(image: Tensor, fraction: float) -> Tensor:
+    """Set this fraction of the values to black or white ("salt and pepper")."""
     chance = torch.rand(image.shape)
-    return image.masked_fill(chance < share / 2, 0).masked_fill(chance > 1 - share / 2, 255)
+    return image.masked_fill(chance < fraction / 2, 0).masked_fill(chance > 1 - fraction / 2, 255)
 
 
 def _gaussian_blur(image: Tensor, deviation: float) -> Tensor:
@@ -123,7 +122,7 @@ def _motion_blur(image: Tensor, length: float) -> Tensor:
 
 
 def _line_kernel(length: float) -> Tensor:
-    """Draw a line of one pixel's width in a random direction, as a moving camera does."""
+    """Draw a line that is one pixel wide, in a random direction: the trace of a point when the camera moves."""
     angle = torch.rand(()) * math.pi
     x, y = _kernel_coordinates(length / 2)
     along, across = x * angle.cos() + y * angle.sin(), x * angle.sin() - y * angle.cos()
@@ -143,44 +142,44 @@ def _blur(image: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _fog(image: Tensor, density: float) -> Tensor:
-    """Fade into white by Koschmieder's law, 1 - (1 - image) exp(-density * depth), where the depth varies smoothly."""
+    """Fade into white by Koschmieder's law, 1 - (1 - image) exp(-density * depth), with a smooth random depth."""
     height, width = image.shape[-2:]
     depth = torch.stack([_smooth_noise(height, width, 2**octave) / 2**octave for octave in range(1, 5)]).sum(0)
     return _as_uint8(1 - (1 - _as_float(image)) * torch.exp(-density * depth.clamp(min=0)))
 
 
-def _snow(image: Tensor, share: float) -> Tensor:
-    """Brighten the image and cover the given share of it with white flakes, blurred along their fall."""
-    flakes = (torch.rand(1, *image.shape[-2:]) < share) * torch.tensor(255, dtype=torch.uint8)
+def _snow(image: Tensor, fraction: float) -> Tensor:
+    """Brighten the image, and add white flakes at this fraction of the pixels, blurred in their direction of fall."""
+    flakes = (torch.rand(1, *image.shape[-2:]) < fraction) * torch.tensor(255, dtype=torch.uint8)
     falling = _as_float(_blur(flakes, _line_kernel(12 * _scale(image)))) * 2
-    return _as_uint8(torch.lerp(_as_float(image), torch.tensor(0.8), 5 * share) + falling)
+    return _as_uint8(torch.lerp(_as_float(image), torch.tensor(0.8), 5 * fraction) + falling)
 
 
 def _smooth_noise(height: int, width: int, knots: int) -> Tensor:
-    """Interpolate a coarse grid of random numbers from 0 to 1; it changes over 1 / knots of the image."""
+    """Interpolate (knots + 1) x (knots + 1) random numbers from 0 to 1 to the size of the image."""
     noise = torch.rand(1, knots + 1, knots + 1)
     return F.resize(noise, [height, width], v2.InterpolationMode.BICUBIC, antialias=False)[0]
 
 
 def _jpeg(image: Tensor, quality: float) -> Tensor:
-    # With Pillow, because torchvision is removing its codecs.
+    # This uses Pillow, because torchvision is removing its codecs.
     file = io.BytesIO()
     F.to_pil_image(image).save(file, "JPEG", quality=int(quality))
     return F.pil_to_tensor(Image.open(file))
 
 
-def _pixelate(image: Tensor, share: float) -> Tensor:
-    """Shrink the sides to the given share and enlarge the image again, without interpolation."""
+def _pixelate(image: Tensor, factor: float) -> Tensor:
+    """Resize the sides by this factor, and enlarge the image again without interpolation."""
     height, width = image.shape[-2:]
-    small = F.resize(image, [math.ceil(height * share), math.ceil(width * share)])
+    small = F.resize(image, [math.ceil(height * factor), math.ceil(width * factor)])
     return F.resize(small, [height, width], v2.InterpolationMode.NEAREST)
 
 
 def _elastic(image: Tensor, distance: float) -> Tensor:
-    """Stretch like a rubber sheet: points move by about `distance` pixels, neighbours in similar directions."""
+    """Stretch the image like a rubber sheet: points move by about `distance` pixels, smoothly over the image."""
 
     def stretch(padded: Tensor) -> Tensor:
-        # v2.ElasticTransform would take two seconds to smooth the noise for an image of 224 pixels.
+        # v2.ElasticTransform would need two seconds to smooth the noise for an image of 224 pixels.
         height, width = padded.shape[-2:]
         moves = torch.stack([_smooth_noise(height, width, 12) for _ in range(2)], dim=-1)
         pixels = (moves - moves.mean()) / moves.std() * distance * _scale(image)
@@ -194,14 +193,14 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Move pixels of the mirrored image: black corners would be a second, larger shift."""
+    """Move the pixels of an image padded by reflection, because black corners would be a second, larger shift."""
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
     return F.center_crop(move(padded), [height, width])
 
 
 def _blend(image: Tensor) -> Tensor:
-    """Take the absolute difference to a random crop of a photograph, as in MNIST-M (Ganin and Lempitsky, 2015)."""
+    """Return the absolute difference from a random crop of a photograph, as in MNIST-M (Ganin and Lempitsky 2015)."""
     photographs = _photographs()
     photograph = photographs[int(torch.randint(len(photographs), ()))]
     crop = v2.RandomCrop(image.shape[-2:], pad_if_needed=True, padding_mode="reflect")(photograph)
@@ -216,8 +215,8 @@ def _photographs() -> list[Tensor]:
     return [torch.tensor(photograph).permute(2, 0, 1) for photograph in load_sample_images().images]
 
 
-# Noise, Gaussian and defocus blur, JPEG and pixelate have the levels of ImageNet-C, and contrast those of CIFAR-10-C.
-# The other levels are ours.
+# Noise, Gaussian and defocus blur, JPEG and pixelate have the levels of ImageNet-C, and contrast has the levels of
+# CIFAR-10-C. The other levels are our choice.
 CORRUPTIONS: dict[str, dict[str, Corruption]] = {
     "noise": {
         "gaussian_noise": Corruption(_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),

@@ -28,8 +28,7 @@ class ImageBatch(TypedDict):
 class Domain:
     """Labelled images from one distribution, in three splits.
 
-    Each split is a Hugging Face dataset with the columns `image` (`datasets.Image`) and `label`
-    (`datasets.ClassLabel`).
+    Each split is a Hugging Face dataset with columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`).
 
     Attributes:
         train: Training images. For a target domain, these are the few images that the model is adapted to.
@@ -43,7 +42,7 @@ class Domain:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the labels 0, 1, ...; a split may lack images of some classes."""
+        """The names of the labels 0, 1, ...; a split may have no images of some classes."""
         return self.train.features["label"].names
 
     @property
@@ -53,7 +52,7 @@ class Domain:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the images, labels, splits and shift: the key under which a source model is cached."""
+        """A hash of the images, labels, splits and shift; it is part of the key of a cached source model."""
         return _hash(*(dataset_fingerprint(split) for split in (self.train, self.validation, self.test)))
 
 
@@ -62,10 +61,10 @@ class Task:
     """A classification problem that changes after training: its images shift, or new classes arrive.
 
     Attributes:
-        name: The data, as given to `load_task`: an embedded benchmark, a Hugging Face dataset or a folder.
-        change: A description of the difference between source and targets.
+        name: The `name` that was passed to `load_task`.
+        change: A description of the change between the source and the targets.
         source: The images that the source model is trained on.
-        targets: The images to adapt to: one domain for a shift, or one for each increment of new classes, in order.
+        targets: The images to adapt to: one domain for a shift, or one domain for each increment of new classes.
     """
 
     name: str
@@ -85,7 +84,7 @@ class Task:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the fingerprints of all domains, in their order."""
+        """A hash of the fingerprints of all domains."""
         return _hash(self.source.fingerprint, *(target.fingerprint for target in self.targets))
 
 
@@ -94,7 +93,7 @@ def _hash(*parts: str) -> str:
 
 
 def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `size` images, with the class proportions of the whole; return the remaining images and these.
+    """Split off `size` images with the class proportions of the dataset; return the other images and these images.
 
     Raises:
         ValueError: If there are too few images for both parts to contain every class.
@@ -110,7 +109,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
     if not len(counts) <= size <= len(dataset) - len(counts):
         raise ValueError(
             f"cannot split {size} images off {len(dataset)} with all {len(counts)} classes on both sides: "
-            "add images, or ask for another number"
+            "add images, or choose another number"
         )
     parts = dataset.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
     return parts["train"], parts["test"]
@@ -119,7 +118,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
 def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) -> Dataset:
     """Build an in-memory dataset from pixels of shape (N, H, W, 3), uint8, and class indices of shape (N,).
 
-    The images are encoded as uncompressed PPM files. Pillow decodes one in about 30 µs, several times faster than PNG.
+    The images are encoded as uncompressed PPM files, which Pillow decodes several times faster than PNG files.
     """
     _, height, width, _ = images.shape
     header = f"P6 {width} {height} 255\n".encode()
@@ -130,7 +129,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Apply the transform of a dataset of equally large RGB images once, and return an in-memory dataset."""
+    """Apply the transform of a dataset once, and return an in-memory dataset; RGB images of one size are required."""
     rows = dataset[:]
     images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
     return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

@@ -1,11 +1,10 @@
-"""The embedded benchmarks, which need no network: `digits` (real) and `shapes` (synthetic).
+"""The embedded benchmarks `digits` (real) and `shapes` (synthetic), which need no download.
 
 `digits`, the default, are the 1,797 handwritten digits of scikit-learn: the test set of UCI's "Optical Recognition of
-Handwritten Digits" (Alpaydin and Kaynak, 1998), 8 x 8 pixels with 17 grey levels, enlarged.
+Handwritten Digits" (Alpaydin and Kaynak 1998). Images of 8 x 8 pixels with 17 grey levels are enlarged.
 
 `shapes` are rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and sensor
-noise. The signed distance field of each shape is tabulated once. An image samples these tables under a random pose, so
-edges are anti-aliased at any size.
+noise. The signed distance field of each shape is tabulated once. The renderer samples this table under a random pose.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from peft_edge.data.domain import Domain, dataset_from_arrays, stratified_split
 from peft_edge.files import requires_extra
 
 DIGITS_SPLIT_SIZES = {"adaptation": 400, "validation": 150, "test": 547}
-"""The sizes of the splits of `digits`. The remaining 700 images are the source's training images."""
+"""The sizes of the splits of `digits`. The other 700 images train the source model."""
 
 SHAPES_SPLIT_SIZES = {"source": 20_000, "adaptation": 512, "validation": 500, "test": 2_000}
 
@@ -41,10 +40,10 @@ _RENDER_BATCH = 100
 
 
 def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Load `digits`, enlarged to `image_size` pixels and split with equal class proportions.
+    """Load `digits`, enlarged to `image_size` pixels; all splits have the same class proportions.
 
     Returns:
-        The source domain (700 training, 150 validation, 547 test images), and 400 adaptation images, unshifted.
+        The source domain (700 training, 150 validation, 547 test images), and 400 unshifted adaptation images.
     """
     with requires_extra("train"):
         from sklearn.datasets import load_digits
@@ -62,28 +61,28 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`, with an equal number of images per class; `seed` determines every pixel.
+    """Render `shapes`; `seed` determines every pixel, and the classes are balanced.
 
     Returns:
-        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 adaptation images, unshifted.
+        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 unshifted adaptation images.
     """
     splits = _render_splits(tuple(SHAPES_SPLIT_SIZES.items()), image_size, seed)
     source = Domain(train=splits["source"], validation=splits["validation"], test=splits["test"])
     return source, splits["adaptation"]
 
 
-@lru_cache(maxsize=1)  # rendering takes ten seconds, and the runs of a study share one process
+@lru_cache(maxsize=1)  # rendering takes ten seconds, and one process of a study does many runs
 def _render_splits(sizes: tuple[tuple[str, int], ...], image_size: int, seed: int) -> dict[str, Dataset]:
     generator = torch.Generator().manual_seed(seed)
     return {name: render_shapes(size, image_size, generator) for name, size in sizes}
 
 
 def render_shapes(count: int, image_size: int, generator: torch.Generator) -> Dataset:
-    """Render `count` images of `image_size` pixels, of all classes in turn, as an in-memory dataset."""
+    """Render `count` images of `image_size` pixels as an in-memory dataset; the classes alternate."""
     fields = distance_fields()
     tables = torch.stack(list(fields.values())).unsqueeze(1)
     labels = torch.arange(count) % len(fields)
-    # In batches, so that the tensors fit the processor's cache.
+    # In batches, because the tensors then fit into the processor's cache.
     images = torch.cat([_render(part, tables, image_size, generator) for part in labels.split(_RENDER_BATCH)])
     return dataset_from_arrays(images, labels, list(fields))
 
@@ -96,8 +95,8 @@ def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generato
         return torch.rand(count, *shape, generator=generator) * (high - low) + low
 
     def draw(canvas: Tensor, fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, colour: Tensor) -> Tensor:
-        share = coverage(fields, scale, offset, angle, uniform(-0.25, 0.25), size)
-        return torch.lerp(canvas, colour[..., None, None], share)
+        covered = coverage(fields, scale, offset, angle, uniform(-0.25, 0.25), size)
+        return torch.lerp(canvas, colour[..., None, None], covered)
 
     # Background: smooth patches of colour.
     base = uniform(0.15, 0.85, 3)
@@ -109,7 +108,7 @@ def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generato
         canvas = draw(
             canvas, tables[kinds], uniform(0.06, 0.16), uniform(-1, 1, 2), uniform(-math.pi, math.pi), uniform(0, 1, 3)
         )
-    # The labelled shape: brighter than a dark background, darker than a bright one.
+    # The labelled shape: brighter than a dark background, darker than a bright background.
     away = torch.where(base.mean(1) > 0.5, -1.0, 1.0)[:, None]
     colour = (base + away * uniform(0.3, 0.7, 1) + uniform(-0.15, 0.15, 3)).clamp(0, 1)
     canvas = draw(canvas, tables[labels], uniform(0.45, 0.85), uniform(-0.2, 0.2, 2), uniform(-0.6, 0.6), colour)
@@ -123,7 +122,7 @@ def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generato
 
 
 def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear: Tensor, size: int) -> Tensor:
-    """Compute the share of each pixel that a shape covers, 0 to 1: (N, 1, size, size).
+    """Compute the fraction of each pixel that a shape covers, from 0 to 1: (N, 1, size, size).
 
     The pose maps a point q of the shape to scale * rotation * shear * q + offset in the image.
 
@@ -135,7 +134,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
         shear: (N,), the shift of x per unit of y.
         size: Height and width of the image in pixels.
     """
-    # Sampling at pixel centres gives a pose the same meaning at any size.
+    # The field is sampled at pixel centres, so that a pose means the same at any image size.
     side = (torch.arange(size) + 0.5) * (2 / size) - 1
     x = side - offset[:, 0, None, None]
     y = side[:, None] - offset[:, 1, None, None]
@@ -149,9 +148,9 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
 
 @cache
 def distance_fields() -> dict[str, Tensor]:
-    """Tabulate the signed distance field of each class: (RESOLUTION, RESOLUTION), negative inside the shape.
+    """Return a dict from class name to signed distance field: (RESOLUTION, RESOLUTION), negative inside the shape.
 
-    The base classes come first. No shape equals another one turned by 90 degrees.
+    The base classes come first. No shape equals another shape that is rotated by 90 degrees.
     """
     side = torch.linspace(-EXTENT, EXTENT, RESOLUTION)
     y, x = torch.meshgrid(side, side, indexing="ij")
@@ -176,7 +175,7 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.85) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
-    """Compute the distance to the nearest edge, negative where a ray to the right crosses an odd number of edges."""
+    """Compute the distance to the nearest edge; it is negative if a ray to the right crosses an odd number of edges."""
     nearest = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -189,13 +188,13 @@ def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
 
 
 def _regular(corners: int, inner: float = 1.0) -> _Points:
-    """Place corners on the unit circle, starting at the top; every second one at the radius `inner`."""
+    """Place corners on the unit circle, starting at the top; every second corner has the radius `inner`."""
     radii = [1.0 if corner % 2 == 0 else inner for corner in range(corners)]
     angles = [2 * math.pi * corner / corners for corner in range(corners)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in zip(radii, angles, strict=True)]
 
 
-# Corners in order, x to the right and y down.
+# The corners in order, as (x, y); x increases to the right and y increases downwards.
 _POLYGONS: dict[str, _Points] = {
     "triangle": _regular(3),
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],

@@ -1,4 +1,4 @@
-"""Preprocessing with torchvision v2, and loaders whose batches depend on the seed, the epoch and the image alone."""
+"""Preprocess images with torchvision v2, and load them in batches that only the seed and the epoch determine."""
 
 from __future__ import annotations
 
@@ -34,11 +34,11 @@ class BatchDataset(Protocol):
 
 
 def build_transform(data_config: Mapping[str, Any], *, train: bool) -> Transform:
-    """Build the preprocessing of a backbone.
+    """Return a function that preprocesses images for a backbone.
 
-    Images are resized and cropped as timm does for evaluation. An image that is no larger than the input is resized
-    without a crop, because `crop_pct` assumes a photograph with a margin. For training, the image is also shifted by up
-    to an eighth of its side: an augmentation that suits digits as well as photographs.
+    Images that are higher and wider than the input are resized and cropped as in timm's evaluation. Other images are
+    resized without a crop, because `crop_pct` is meant for photographs with a margin. For training, images are also
+    shifted by up to an eighth of their side. This augmentation is suitable for digits and for photographs.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -69,7 +69,7 @@ def _preprocess(
         rows = (torch.arange(height) + round(down * height)).clamp(0, height - 1)
         columns = (torch.arange(width) + round(right * width)).clamp(0, width - 1)
         pixels = pixels[:, rows[:, None], columns]
-    # v2.ToDtype and v2.Normalize in one operation: their checks take longer than reading a small image.
+    # This replaces v2.ToDtype and v2.Normalize, whose checks take longer than reading a small image.
     return torch.addcmul(offset, pixels, scale)
 
 
@@ -78,19 +78,19 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """Build a loader whose batches are the same in every run with the same seed.
 
-    With Accelerate, pass the loader through `prepare` with `split_batches=True`, so that a batch does not depend on the
-    number of processes. Call `loader.set_epoch(epoch)` before each epoch, also before `skip_first_batches`.
+    With Accelerate, pass the loader to `prepare` and set `split_batches=True`; batches are then the same for any number
+    of processes. Call `loader.set_epoch(epoch)` before each epoch, and before `skip_first_batches`.
 
     Args:
         dataset: A dataset with the columns `image` and `label`.
         transform: A function from a Pillow image to a (3, H, W) tensor, such as the result of `build_transform`.
         batch_size: The number of images in a batch, over all processes.
-        shuffle: For training: use another order in each epoch, and drop an incomplete last batch.
+        shuffle: Whether to use another order in each epoch and drop an incomplete last batch, as for training.
         seed: The seed of the order and of the random numbers in `transform`.
-        num_workers: The number of worker processes that read images; 0 for none. The batches do not depend on it.
+        num_workers: The number of worker processes that read images. It does not change the batches.
 
     Raises:
-        ValueError: If there are fewer images than one training batch.
+        ValueError: If `shuffle` is set and there are fewer images than `batch_size`.
     """
     images = TransformedImages(dataset, transform, seed)
     return load_batches(images, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
@@ -103,15 +103,15 @@ def load_batches(
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
-        dataset,  # type: ignore[arg-type]  # torch calls __getitems__ where it exists, and does not declare it
+        dataset,  # type: ignore[arg-type]  # torch calls __getitems__ if it exists, but does not declare it
         batch_size=batch_size,
         sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=seed),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
         collate_fn=_as_is,
         drop_last=shuffle,
-        # Every iterator draws a seed for its workers. Drawn from torch's global generator, it would change the random
-        # numbers of a training that resumes in the middle of an epoch.
+        # Every iterator draws a seed for its workers. With torch's global generator, this would change the random
+        # numbers of a training run that resumes in the middle of an epoch.
         generator=torch.Generator(),
     )
 
@@ -121,9 +121,9 @@ def _as_is(batch: object) -> object:
 
 
 class EpochSampler(Sampler[Key]):
-    """Yields each image once per epoch, in an order that follows from the seed and the epoch.
+    """Yield each index once per epoch, in an order that only the seed and the epoch determine.
 
-    Every index carries its epoch, so that worker processes need no state to augment an image. Accelerate's loaders call
+    Each key contains the epoch, because worker processes need it to augment an image. Accelerate's loaders call
     `set_epoch`. Without Accelerate, call `loader.sampler.set_epoch(epoch)` before each epoch.
     """
 
@@ -148,7 +148,7 @@ class EpochSampler(Sampler[Key]):
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """Batches of transformed images. The random numbers of each transform follow from seed, epoch and index."""
+    """Batches of transformed images. The seed, the epoch and the index determine the random numbers of a transform."""
 
     dataset: Dataset
     transform: Transform
@@ -172,11 +172,11 @@ class TransformedImages:
         return {"pixel_values": torch.stack(pixel_values), "labels": torch.tensor(rows["label"])}
 
     def _describe_unreadable(self, indices: list[int]) -> str:
-        """Find the image of a batch that cannot be read; Pillow's error does not name the file."""
+        """Describe the unreadable image of a batch, because Pillow's error does not name the file."""
         for index in indices:
             try:
                 self.dataset[index]
             except (OSError, SyntaxError) as error:
                 raw = self.dataset.with_format(None).cast_column("image", datasets.Image(decode=False))[index]["image"]
                 return f"cannot read image {index}, {raw['path'] or 'held in memory'}: {error}; replace or remove it"
-        return "an image could not be read at first, and could on a second try: check the disk"
+        return "an image was unreadable at first, but not at the second attempt: check the disk"

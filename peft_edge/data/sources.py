@@ -29,12 +29,12 @@ def read_splits(
     """Read the labelled splits of a dataset, with the columns `image` and `label` and the same classes in every split.
 
     Args:
-        name: A folder with one subfolder for each class (below `train`, `validation` and `test`, if it has these), or a
-            Hugging Face dataset.
-        subset: The configuration of a Hugging Face dataset.
-        filters: Conditions on the rows of a Hugging Face dataset in Parquet files; a row must meet all of them.
-        image_column: The image column; by default the one whose feature is `datasets.Image`.
-        label_column: The label column; by default the one whose feature is `datasets.ClassLabel`, else `label`.
+        name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
+            the name of a Hugging Face dataset.
+        subset: The name of a configuration of a Hugging Face dataset.
+        filters: Conditions that all rows must meet. They apply to Hugging Face datasets in Parquet files only.
+        image_column: The image column; by default the only column with the feature `datasets.Image`.
+        label_column: The label column; by default the only `datasets.ClassLabel` column, or `label` or `labels`.
 
     Raises:
         ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file is damaged, or there
@@ -108,7 +108,7 @@ def _read_folder(folder: Path) -> DatasetDict:
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # Without verification, because the dataset card has the number of rows before filtering.
+    # The number of rows is not verified, because the dataset card states the number before filtering.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)
@@ -130,7 +130,7 @@ def _choose_column(name: str, features: Features, kind: str, wanted: str | None,
 
 
 def _with_class_names(splits: DatasetDict) -> DatasetDict:
-    """Convert number or string labels to `ClassLabel`, with the same classes in every split."""
+    """Convert labels that are numbers or strings to `ClassLabel`, with the same classes in every split."""
     if isinstance(next(iter(splits.values())).features["label"], ClassLabel):
         return splits
     names = [str(value) for value in sorted({value for split in splits.values() for value in split.unique("label")})]

@@ -1,4 +1,4 @@
-"""`load_task`: a source domain and its targets, from the names of the data and of the change."""
+"""Load a task, a source domain and its targets, by the names of the data and of the change."""
 
 from __future__ import annotations
 
@@ -43,32 +43,32 @@ def load_task(
 ) -> Task:
     """Load a source domain, and either one target with shifted images or targets with new classes.
 
-    If the shift is a corruption, source and target share the validation and test images, and the adaptation images are
-    split off the source's training images (`digits` and `shapes` provide them separately). If there are new classes,
-    the source contains the other classes; see `class_increments` for the targets.
+    If the shift is a corruption, the target has the same validation and test images as the source, with the corruption.
+    The adaptation images are split off the source's training images (`digits` and `shapes` provide them separately). If
+    there are new classes, the source contains the other classes; see `class_increments` for the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
         shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
             Hugging Face dataset with the same classes.
-        severity: 1 to 5, for a corruption that has severities; 5 by default.
-        shift_filters: The rows to read of the Hugging Face dataset given as `shift`, as (column, operator, value):
+        severity: 1 to 5, for a corruption with severities; by default 5.
+        shift_filters: Conditions (column, operator, value) on the rows of the Hugging Face dataset `shift`, such as
             `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`.
         new_classes: Instead of a shift, the names of the classes that the source model does not know.
-        increments: The number of parts in which the new classes arrive.
+        increments: The number of targets among which the new classes are divided.
         rehearsal_size: The maximum number of images of earlier classes in each increment.
         seed: The seed of all splits, and of the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
         adaptation_size: The maximum number of adaptation images; for new classes, in each increment.
-        subset: The configuration of a Hugging Face dataset.
+        subset: The name of a configuration of a Hugging Face dataset.
         train_split: The split to train on.
         image_column: The image column, if there are several.
         label_column: The label column, if there are several.
 
     Raises:
         ValueError: If a name, shift, severity, class, split or column does not exist; if there are both a shift and new
-            classes, or neither; if source and target have different classes; if an image file is damaged; or if there
-            are too few images.
+            classes, or neither; if the target of a shift has other classes; or if an image file is damaged or there are
+            too few images.
 
     Example:
         >>> task = load_task("digits", shift="invert", image_size=16)
@@ -143,19 +143,18 @@ def class_increments(
 ) -> tuple[Domain, tuple[Domain, ...]]:
     """Divide the classes of a domain among a source and one target for each increment.
 
-    Without rehearsal, a classifier forgets its earlier classes. Each target therefore contains a few images of them, in
-    equal shares of a fixed total, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: first the base classes in
-    their old order, then the new ones in the given order. A label has the same meaning in all domains, so that a head
-    can grow and keep its rows. `adaptation` has the training images of the new classes; for the other arguments, see
-    `load_task`.
+    Without rehearsal, a classifier forgets earlier classes. A target can therefore contain a fixed number of images of
+    earlier classes, the same number for each class, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: base
+    classes in their old order, then new classes in the given order. A label means the same class in all domains.
+    `adaptation` contains the training images of the new classes; for the other arguments, see `load_task`.
 
     Returns:
-        The source, and one target for each increment. A target's `train` contains the new classes and the rehearsal
-        images, its `validation` all classes known by then, and its `test` the new classes.
+        The source, and one target for each increment. The target's `train` contains the increment's classes and the
+        rehearsal images, `validation` contains all classes until then, and `test` contains the increment's classes.
 
     Raises:
-        ValueError: If class names are unknown or repeated, there are fewer than two base classes, more increments than
-            new classes or fewer rehearsal images than earlier classes, or a class has no images.
+        ValueError: If class names are unknown or repeated; if there are fewer than two base classes, more increments
+            than new classes, or fewer rehearsal images than earlier classes; or if a class has no images.
     """
     base = [name for name in domain.class_names if name not in new_classes]
     _check_classes(domain.class_names, new_classes, base, increments)
@@ -199,7 +198,7 @@ def _select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
 
 
 def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
-    """Select at most `count` images of each class: the first ones of an order that depends on the seed alone."""
+    """Select at most `count` random images of each class; only the seed determines the choice."""
     order = np.random.default_rng(seed).permutation(len(dataset))
     labels = np.array(dataset["label"][:])[order]
     return dataset.select(np.concatenate([order[labels == label][:count] for label in np.unique(labels)]))
@@ -208,7 +207,7 @@ def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
 def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
     """Replace each label by the index of its class in `names`."""
     labels = [names.index(name) for name in dataset.features["label"].int2str(dataset["label"][:])]
-    # `add_column` copies the selected images and would show a progress bar for every split.
+    # `add_column` copies the images, and would show a progress bar for every split.
     show_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -219,7 +218,7 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 
 
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
-    """Renumber the labels of another dataset, whose classes may be in another order."""
+    """Renumber the labels of another dataset, because its classes can have another order."""
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     if found == [str(index) for index in range(len(expected))]:
         # Plain numbers are taken as indices of the source's classes.
@@ -282,7 +281,7 @@ def _check_change(
 
 
 def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
-    """Reject names that cannot be on the Hub, because without network a request times out after half a minute only."""
+    """Reject misspelt names and missing folders without a request to the Hub, which takes half a minute to time out."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     if Path(name).expanduser().is_dir() or not (nearest or name.startswith((".", "~", os.sep))):
         return

@@ -1,4 +1,4 @@
-"""Export an adapted model for a device: one file of the whole network, or only the weights that changed."""
+"""Export an adapted model for a device, as a file of the whole network or of the changed weights."""
 
 from peft_edge.export.differences import apply_diff, save_result, write_diff
 from peft_edge.export.exporter import export_model

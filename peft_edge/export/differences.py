@@ -1,4 +1,4 @@
-"""Write the weights that an update changed, and apply them on a device that already has the other weights."""
+"""Write the tensors that an adaptation changed, and apply them on a device that has the base model."""
 
 from __future__ import annotations
 
@@ -27,30 +27,30 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff: fingerprints of the base and of the merged model, and the names of its classes."""
+    """The metadata of a diff: fingerprints of the base and of the merged model, and the class names of the latter."""
 
     base: str
     result: str
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of the metadata. The fingerprint of the result covers the tensors."""
+        """Return the SHA-256 of this metadata; the fingerprint `result` covers the tensors."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def write_diff(base: nn.Module, model: nn.Module, file: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """Merge a model's adapters, and write the tensors that are not bit-identical in its base.
+    """Merge the adapters of a model, and write every tensor that is not bit-identical to the base model's.
 
     Args:
         base: The timm model on the devices.
-        model: The same network, adapted or trained further; its head may have another size. It is not changed.
+        model: The adapted or fully trained network; its head may have another number of classes. It is not changed.
         file: The safetensors file to write or replace. Its metadata contains the fingerprints of both models.
 
     Returns:
         The written tensors by name.
 
     Raises:
-        ValueError: If the models are not the same network, or an adapter cannot be merged.
+        ValueError: If the architectures differ, an adapter cannot be merged, or a tensor is not finite.
         OSError: If the file cannot be written.
     """
     result = merge_adapters(model)
@@ -69,11 +69,11 @@ def write_diff(base: nn.Module, model: nn.Module, file: str | os.PathLike[str]) 
 
 
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Return a copy of the base with the tensors of a diff: the merged model, bit for bit.
+    """Return a copy of the base with the tensors of a diff; it is bit-identical to the merged model.
 
     Args:
         base: The timm model that the diff was written against; it is not changed.
-        file: The file of `write_diff`. Its content is checked before it is used.
+        file: A file written by `write_diff`. Its content is checked before it is used.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -96,7 +96,7 @@ def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
 
 
 def save_result(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save a model as `save_backbone` does, but in one step: after a crash, the folder is the old or the new one.
+    """Save a model with `save_backbone`, and replace the folder only when all files are complete.
 
     Raises:
         ValueError: If the folder contains anything but a saved model.
@@ -127,13 +127,13 @@ def _read(file: Path) -> tuple[_Header, dict[str, Tensor]]:
 
 def _damaged(file: Path, reason: object) -> ValueError:
     return ValueError(
-        f"{file}: expected a file written by peft-edge diff, found another or a damaged one ({reason}). Copy the file "
+        f"{file}: expected a file written by peft-edge diff, found another or a damaged file ({reason}). Copy the file "
         "again from its source"
     )
 
 
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
-    """Return a copy of the base with the tensors, its head resized to the one among them."""
+    """Return a copy of the base with the given tensors, and with as many classes as the head among them."""
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):
         weight = tensors.get(f"{name}.weight", layer.weight)
@@ -154,7 +154,7 @@ def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, ad
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Compare bytes, since 0 and -0 are equal as numbers."""
+    """Compare the bytes, because 0 and -0 are equal as numbers."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return True
     first, second = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))

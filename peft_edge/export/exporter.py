@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 from timm.layers import BatchNormAct2d
 from torch import Tensor, nn
-from torch.export import Dim, ExportedProgram
+from torch.export import Dim
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from peft_edge.backbones import class_names
@@ -40,32 +40,32 @@ def export_model(
 ) -> list[Comparison]:
     """Merge the adapters, fuse BatchNorm into the convolutions, write one file, and compare it with the model.
 
-    The file contains a JSON text named `peft_edge` with the preprocessing of its input and the names of its classes:
-    in the metadata of an ONNX file, as an extra file for torch.export, as a method for ExecuTorch.
+    The file contains a JSON text, `peft_edge`, with the preprocessing of the input and the class names. ONNX stores it
+    as metadata, torch.export as an extra file, and ExecuTorch as a method.
 
     Args:
-        model: A timm model, or a PEFT model of one; it is not changed.
-        file: The file to write: `.onnx`, `.pt2` or `.pte`. It appears, or is replaced, only after the check.
+        model: A timm model, or a PEFT model with a timm base; it is not changed.
+        file: The file to write, with the suffix `.onnx`, `.pt2` or `.pte`. It is written only if the check succeeds.
         format: `onnx`, `torch-export` or `executorch`.
-        images: Preprocessed images (N, C, H, W) for the comparison. The file's input has their size.
-        labels: Their classes (N,), to measure accuracy.
-        batch_size: Images per call; by default any number, or one for ExecuTorch, which plans its memory in advance.
+        images: Preprocessed images (N, C, H, W) for the comparison. The exported network expects this height and width.
+        labels: Class indices (N,) of the images, to measure accuracy.
+        batch_size: Images per call; by default any number, or 1 for ExecuTorch, which plans its memory in advance.
         calibration: Preprocessed images (M, C, H, W). With them, an ONNX file is quantised to 8 bits.
 
     Returns:
-        The comparison of the floating-point file with the model and, if quantised, that of the 8-bit file.
+        The comparison of the floating-point file with the model and, if quantised, the comparison of the 8-bit file.
 
     Raises:
-        ValueError: If the format is unknown, does not fit the file's suffix or cannot be quantised, an adapter cannot
-            be merged, the model does not run on the images, or a logit of the floating-point file differs from the
-            model's by more than `LOGIT_TOLERANCE * max(1, largest logit)`.
+        ValueError: If the format is unknown, does not match the suffix or cannot be quantised; if the batch size is
+            less than 1; if an adapter cannot be merged; if the model does not run on the images; or if a logit of the
+            floating-point file has an error above `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
         ImportError: If the format needs a package that is not installed. The message names the extra.
         OSError: If the file cannot be written.
     """
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     if calibration is not None and format != "onnx":
-        raise ValueError(f"ONNX Runtime quantises, so only the format onnx can be int8, found {format!r}")
+        raise ValueError(f"only the format onnx can be int8, found {format!r}")
     suffix, write, load, any_batch_size = FORMATS[format]
     if Path(file).suffix != suffix:
         raise ValueError(f"{file}: expected a name that ends in {suffix} for the format {format}")
@@ -73,19 +73,32 @@ def export_model(
         raise ValueError(f"batch_size: expected at least 1, found {batch_size}")
     batch_size = batch_size or (None if any_batch_size else 1)
     network = merge_adapters(model)
-    texts = {METADATA_KEY: json.dumps(_describe(network, images.shape[-1]))}
+    config = input_config(network, images.shape[-1])
+    preprocessing = {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "mean", "std")}
+    metadata = {"input": INPUT, "output": OUTPUT, **preprocessing, "class_names": class_names(network)}
     fuse_batch_norms(network)
     try:
         expected = predict_logits(copy.deepcopy(model).cpu().eval(), images, batch_size)
     except RuntimeError as error:
         raise ValueError(f"the model does not run on images of {tuple(images.shape[1:])}: {error}") from error
 
+    # A torch.export file contains its example, so the example is not a real image. From a batch of one, torch.export
+    # would infer that the batch size is always one.
+    example = torch.zeros(batch_size or 2, *images.shape[1:])
+    program = torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
     with tempfile.TemporaryDirectory() as scratch:
         exported = Path(scratch) / f"floats{suffix}"
-        write(_trace(network, images, batch_size), texts, exported)
+        write(program, {METADATA_KEY: json.dumps(metadata)}, exported)
         found = predict_logits(load(exported), images, batch_size)
         comparisons = [compare_logits(format, exported.stat().st_size, found, expected, labels)]
-        _check(comparisons[0])
+        tolerance = LOGIT_TOLERANCE * max(1.0, comparisons[0].largest_logit)
+        # Written with "not", because a comparison with NaN is false.
+        if not comparisons[0].largest_difference <= tolerance or not math.isfinite(comparisons[0].largest_logit):
+            raise ValueError(
+                f"{format}: expected the logits of the PyTorch model within {tolerance:.1e}, found a difference of "
+                f"{comparisons[0].largest_difference:.1e}; no file was written. Export in another format, and report "
+                "this error"
+            )
         if calibration is not None:
             floats, exported = exported, Path(scratch) / f"integers{suffix}"
             quantize_onnx(floats, exported, iter_batches(calibration, batch_size))
@@ -97,7 +110,7 @@ def export_model(
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a plain copy of a model on the CPU in eval mode, with its active adapters merged.
+    """Return a copy of a model with its active adapters merged, on the CPU, in eval mode and without lean layers.
 
     Raises:
         ValueError: If an adapter cannot be merged, or its weights are not finite.
@@ -108,18 +121,17 @@ def merge_adapters(model: nn.Module) -> nn.Module:
             network = network.merge_and_unload(safe_merge=True)
         except NotImplementedError as error:
             raise ValueError(f"the adapter cannot be merged into one plain network for a device: {error}") from error
-    plain = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
-    return plain.eval().requires_grad_(False)
+    network = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
+    return network.eval().requires_grad_(False)
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
     """Fuse every BatchNorm that is the only consumer of a convolution's output into that convolution, in place.
 
-    Outputs are unchanged up to rounding. Other BatchNorms remain: those after a sum or a concatenation, and those of a
-    convolution whose output is also used elsewhere. Lean training finds the pairs for its in-place norms.
-
-    The model is a plain network in eval mode without trainable parameters.
+    Outputs are unchanged up to rounding. A BatchNorm remains if it follows a sum or a concatenation, or a convolution
+    whose output is also used elsewhere. The model must be in eval mode, without adapters and trainable parameters.
     """
+    # Lean training finds the same pairs of convolution and BatchNorm.
     prepare_model_for_lean_training(model, inplace_norm=True)
     pairs = inplace_norms(model)
     undo_lean_training(model)
@@ -132,31 +144,3 @@ def fuse_batch_norms(model: nn.Module) -> None:
         # timm's BatchNormAct2d also contains dropout and an activation.
         remainder = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         model.set_submodule(names[norm], remainder)
-
-
-def _describe(network: nn.Module, image_size: int) -> dict[str, object]:
-    """Return what a device needs to run the network: names, class names, and timm's preprocessing of RGB in 0 to 1."""
-    config = input_config(network, image_size)
-    return {
-        "input": INPUT,
-        "output": OUTPUT,
-        **{name: config[name] for name in ("input_size", "interpolation", "crop_pct", "mean", "std")},
-        "class_names": class_names(network),
-    }
-
-
-def _trace(network: nn.Module, images: Tensor, batch_size: int | None) -> ExportedProgram:
-    # A torch.export file contains its example, so no real image. From a batch of one, torch.export would infer that
-    # the batch size is always one.
-    example = torch.zeros(batch_size or 2, *images.shape[1:])
-    return torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
-
-
-def _check(found: Comparison) -> None:
-    tolerance = LOGIT_TOLERANCE * max(1.0, found.largest_logit)
-    # Written with "not", since a comparison with NaN is false.
-    if not found.largest_difference <= tolerance or not math.isfinite(found.largest_logit):
-        raise ValueError(
-            f"{found.name}: expected the logits of the PyTorch model within {tolerance:.1e}, found a difference of "
-            f"{found.largest_difference:.1e}; no file was written. Export in another format, and report this error"
-        )

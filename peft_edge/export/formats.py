@@ -1,4 +1,4 @@
-"""File formats for devices: write a network to each, run the file, and quantise an ONNX file."""
+"""File formats for devices: functions that write, load and quantise an exported network."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ class Format(NamedTuple):
     """A file format.
 
     Attributes:
-        suffix: Suffix of the file name. torch.export and many other tools depend on it.
-        write: Writes an exported network, and texts by name, to a file.
-        load: Loads the network of a file, ready to run.
-        any_batch_size: Whether a file accepts batches of any size. Otherwise its memory is planned for one size.
+        suffix: The suffix that a file name must have.
+        write: A function that writes an exported network, and a dict from names to texts, to a file.
+        load: A function that loads the network of a file, ready to run.
+        any_batch_size: Whether one file can accept batches of any size. Otherwise its memory is planned for one size.
     """
 
     suffix: str
@@ -57,10 +57,6 @@ def _write_torch(program: ExportedProgram, texts: Mapping[str, str], file: Path)
     torch.export.save(program, file, extra_files=dict(texts))
 
 
-def _load_torch(file: Path) -> Network:
-    return torch.export.load(file).module()
-
-
 def _write_executorch(program: ExportedProgram, texts: Mapping[str, str], file: Path) -> None:
     with requires_extra("executorch"):
         from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
@@ -79,7 +75,7 @@ def _load_executorch(file: Path) -> Network:
 
 FORMATS: dict[str, Format] = {
     "onnx": Format(".onnx", _write_onnx, _load_onnx, any_batch_size=True),
-    "torch-export": Format(".pt2", _write_torch, _load_torch, any_batch_size=True),
+    "torch-export": Format(".pt2", _write_torch, lambda file: torch.export.load(file).module(), any_batch_size=True),
     "executorch": Format(".pte", _write_executorch, _load_executorch, any_batch_size=False),
 }
 
@@ -87,9 +83,8 @@ FORMATS: dict[str, Format] = {
 def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> None:
     """Write an 8-bit copy of an ONNX file (ONNX Runtime's static quantisation).
 
-    Each output channel of a weight has its own scale (Jacob et al. 2018, arXiv 1712.05877). An activation has one
-    scale, which covers its values on `batches`: preprocessed images (B, C, H, W) in batches that the file accepts.
-    Weights use 7 of 8 bits.
+    Each output channel of a weight has its own scale (Krishnamoorthi 2018, arXiv 1806.08342), and uses 7 of the 8 bits.
+    Each activation has one scale, which covers its values on `batches` of preprocessed images (B, C, H, W).
     """
     with requires_extra("onnx"):
         from onnxruntime import quantization
@@ -103,7 +98,7 @@ def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> Non
         SimpleNamespace(get_next=lambda: next(inputs, None)),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
-        # Without VNNI, x86 processors add two products in 16 bits, which overflow with 8-bit weights: a logit can be
-        # wrong by a fifth. With 7-bit weights the result is right on every processor.
+        # x86 processors without VNNI add two products in 16 bits. With 8-bit weights this sum can overflow, and a logit
+        # can be wrong by a fifth. With 7-bit weights the sum is correct on every processor.
         reduce_range=True,
     )

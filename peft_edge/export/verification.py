@@ -24,12 +24,12 @@ COMPARISON_SIZE = 256
 
 
 class Images(NamedTuple):
-    """Images that are preprocessed for a network.
+    """Preprocessed images for calibration and for comparison.
 
     Attributes:
-        calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), which determine the scales of integers.
+        calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), which determine the quantisation scales.
         comparison: At most `COMPARISON_SIZE` test images (M, C, H, W).
-        labels: Indices (M,) of their classes in the network's output; None if the network does not name all of them.
+        labels: Output indices (M,) of the classes of `comparison`; None if the network does not name all classes.
     """
 
     calibration: Tensor
@@ -65,7 +65,7 @@ def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -
 
 
 def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return timm's data configuration of a model (input size, mean, std, ...) for images of the given size."""
+    """Return timm's data configuration of a model (`mean`, `std`, ...), with the given image size if it is not None."""
     config = resolve_model_data_config(model)
     return config if image_size is None else {**config, "input_size": (3, image_size, image_size)}
 
@@ -89,7 +89,7 @@ def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> 
 
 
 def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
-    """Yield images (N, C, H, W) in batches of `batch_size`, the last padded with its last image; None: of any size."""
+    """Yield batches of `batch_size` images; the last repeats its last image. By default, yield batches of up to 32."""
     for batch in images.split(batch_size or 32):
         missing = (batch_size or len(batch)) - len(batch)
         yield torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
@@ -97,13 +97,13 @@ def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """An exported file compared with its model on the same images.
+    """The differences between an exported file and its model on the same images.
 
     Attributes:
         name: The format, followed by `int8` for a quantised file.
         size_bytes: Size of the file.
         largest_logit: Largest absolute logit of the model.
-        largest_difference: Largest absolute difference between a logit of the file and of the model.
+        largest_difference: Largest absolute difference between the logits of the file and of the model.
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
@@ -136,12 +136,12 @@ def compare_logits(name: str, size_bytes: int, found: Tensor, expected: Tensor, 
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row per file and, if the accuracy is known, one for the model."""
+    """Return a text table with one row for each file and, if its accuracy is known, a row for the model."""
     rows = [("", "bytes", "largest difference of a logit", "same top-1", "accuracy")]
     if comparisons[0].model_accuracy is not None:
         rows.append(("PyTorch", "", "", "", f"{comparisons[0].model_accuracy:.3f}"))
     for row in comparisons:
         accuracy = "-" if row.accuracy is None else f"{row.accuracy:.3f}"
-        figures = f"{row.size_bytes:,}", f"{row.largest_difference:.1e}", f"{row.same_top1:.3f}"
-        rows.append((row.name, *figures, accuracy))
+        difference = f"{row.largest_difference:.1e}"
+        rows.append((row.name, f"{row.size_bytes:,}", difference, f"{row.same_top1:.3f}", accuracy))
     return text_table(rows)

@@ -1,6 +1,6 @@
-"""Write the files of an adapter, and read such files when they may be damaged or hostile.
+"""Write the files of an adapter, and read files that may be damaged or hostile.
 
-Reading limits sizes before it allocates memory, rejects keys and values that PEFT does not define, and matches regular
+The readers check sizes before they allocate memory, reject keys and values that PEFT does not define, and match regular
 expressions in linear time.
 """
 
@@ -32,7 +32,7 @@ from peft_edge.roles import ROLES
 from peft_edge.tuners.injection import iter_target_modules
 
 LABELS_NAME = "label_names.json"
-SOURCE_NAME = "source_model"  # subfolder with the backbone, where it cannot be downloaded from elsewhere
+SOURCE_NAME = "source_model"  # subfolder with the backbone, if no other repository on the Hub has it
 BACKBONE_FILES = ("config.json", "model.safetensors")
 JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand
 HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred per tensor
@@ -41,16 +41,17 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 """Shape and dtype of every tensor in a file, by name."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-# PEFT's other tuners read further files or compile code.
+# Not supported: PEFT's other tuners, which may read further files or compile code.
 _PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-# Random, or an exact decomposition of the backbone's weight. Other values need data, or let the file set the run time.
+# Random values, or an exact decomposition of the backbone's weight. Any other method needs data, or has parameters with
+# which a hostile file could set the run time.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 # Values of target_modules that are keywords, not regular expressions.
 _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Write the active adapter of a model, its class names and a model card; replace the folder in one step.
+    """Save the active adapter of a model, its class names and a model card; replace the folder when all are complete.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -61,7 +62,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` with the given card and, if given, another `base_model_name_or_path`."""
+    """Write the files of `save_adapter` with this card; `base_name` replaces PEFT's `base_model_name_or_path`."""
     names = class_names(model)
     folder.mkdir(exist_ok=True)
     # Without save_embedding_layers=False, PEFT requests the base model's vocabulary size from the Hub.
@@ -73,7 +74,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     if names is not None:
         (folder / LABELS_NAME).write_text(json.dumps(names), encoding="utf-8")
 
-    # Replace patterns that load_pretrained would refuse by the names of the modules they match.
+    # load_pretrained rejects patterns that RE2 does not support: write the names of the matching modules instead.
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
     modules = [target.name for target in iter_target_modules(model.get_base_model())]
@@ -106,7 +107,7 @@ def read_configuration(path: Path) -> PeftConfig:
     _check_values(path, config_class, found)
     try:
         return config_class.from_peft_type(**found)
-    except Exception as error:  # PEFT raises many types for values that its own type hints allow
+    except Exception as error:  # PEFT raises errors of many classes for values that its type hints allow
         raise ValueError(f"{path}: {type(error).__name__}: {error!s:.500}") from error
 
 
@@ -136,7 +137,7 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
 
 
 def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """Replace the regular expressions of a configuration, in place, by the names of the modules that match.
+    """Replace each regular expression of a configuration, in place, by the names of the modules that it matches.
 
     PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
     This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
@@ -152,7 +153,7 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
         elif isinstance(value, list | set | dict) and len(value) > len(modules):
             raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
-            # PEFT uses the first pattern that matches the end of a name. The "^" makes it compare the whole name.
+            # PEFT uses the first pattern that matches the end of a name. With "^", a pattern must match the whole name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
@@ -166,12 +167,12 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
 
 
 def exact_pattern(names: Iterable[str]) -> str:
-    """Return a regular expression that matches exactly these names."""
+    """Return a regular expression that matches these names and no others."""
     return "|".join(map(re.escape, sorted(names)))
 
 
 def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the names that RE2 matches completely; raise a ValueError that names the field if it cannot."""
+    """Return the names that a pattern matches completely; raise a ValueError if RE2 does not support the pattern."""
     # Imported here to keep the import of the package fast.
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -207,7 +208,7 @@ def read_layout(path: Path) -> Layout:
             "file again from its source"
         ) from error
     if unknown := {dtype for _, dtype in found.values()} - _DTYPES.keys():
-        raise ValueError(f"{path}: expected tensors of the types {', '.join(_DTYPES)}, found {sorted(unknown)}")
+        raise ValueError(f"{path}: expected tensors of the dtypes {', '.join(_DTYPES)}, found {sorted(unknown)}")
     return {name: (shape, _DTYPES[dtype]) for name, (shape, dtype) in found.items()}
 
 
@@ -219,7 +220,7 @@ def check_finite(path: Path) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Read JSON; raise a ValueError if it exceeds `JSON_LIMIT`, repeats a key or has a number that is not finite."""
+    """Read JSON; raise a ValueError if it exceeds `JSON_LIMIT`, repeats a key or contains a non-finite number."""
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:

@@ -1,4 +1,4 @@
-"""The model card of an adapter or a model: what was adapted, its accuracy and cost, and the code that loads it."""
+"""Model cards of adapters and models, with the base model, the accuracy, the cost, and the code that loads them."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ class CardSubject:
         base: PEFT's `base_model_name_or_path`: a Hub id, the name of a timm model, or a local folder.
         architecture: Name of the timm model.
         peft_type: PEFT's type of the adapter; None for a whole model.
-        source: Where a reader loads it from: a Hub id, or a placeholder.
-        license: The Hub's identifier of a license; by default that of timm's pretrained weights.
+        source: The Hub id in the code examples of the card, or a placeholder for it.
+        license: The Hub's identifier of a license; by default the license of timm's pretrained weights.
     """
 
     base: str
@@ -49,7 +49,7 @@ class CardSubject:
 
     @classmethod
     def from_model(cls, model: PeftModel, **more: str | None) -> CardSubject:
-        """Describe the active adapter of a model; `more` sets the other fields."""
+        """Describe the active adapter of a model; `more` sets or replaces fields."""
         config, base = model.peft_config[model.active_adapter], model.get_base_model()
         name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or "unknown"
         architecture = getattr(base, "pretrained_cfg", {}).get("architecture", type(base).__name__)
@@ -59,8 +59,8 @@ class CardSubject:
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
     """Build the model card of an adapter or of a whole model.
 
-    The record of its run, without local paths, adds accuracy and cost. If the record has a profile and matplotlib is
-    installed, a figure of the cost is saved in `folder`, which is the folder of the card.
+    A `record` of the run adds accuracy and cost; it must be `shareable`. If the record has a step profile and
+    matplotlib is installed, a plot of the cost is saved in `folder`, the folder of the card.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
@@ -79,7 +79,7 @@ def _results(record: Record, folder: Path | None) -> dict[str, object]:
     accuracy: list[tuple[str, ...]] = [("test accuracy on", "before", "after")]
     for domain, metric in (("target", "test accuracy"), ("source", "source test accuracy")):
         before, after = (train.metrics[-1].get(name) for name in (f"{metric} without update", metric))
-        accuracy.append((domain, *("-" if share is None else f"{share:.3f}" for share in (before, after))))
+        accuracy.append((domain, *("-" if value is None else f"{value:.3f}" for value in (before, after))))
     cost = [
         ("trained parameters", f"{train.num_trainable_params or 0:,}"),
         ("parameters of the model", f"{train.num_total_params or 0:,}"),
@@ -145,7 +145,7 @@ def _shift(data: Mapping[str, Any]) -> str:
 
 
 def shareable(record: Record) -> Record:
-    """Return a copy of a record in which every local path is shortened to its last part."""
+    """Return a copy of a record in which every local path is shortened to its last component."""
     return Record.from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
 
 
@@ -160,5 +160,5 @@ def _shorten_paths(value: object, key: str = "") -> object:
 def _is_local_path(text: str, key: str) -> bool:
     if key in ("output_dir", "cache_dir") or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text):
         return True
-    # "owner/name" is a dataset on the Hub unless there is such a folder.
+    # "owner/name" is a dataset on the Hub, unless a folder of this name exists.
     return "/" in text and len(text) < 1000 and Path(text).exists()

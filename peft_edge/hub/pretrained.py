@@ -29,22 +29,22 @@ from peft_edge.hub.adapter_files import (
     resolve_patterns,
 )
 
-# timm's other arguments name files to read or set the number of layers.
+# timm's other arguments can name files to read, or set the number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
 
 
 def load_pretrained(
     adapter: str | os.PathLike[str], *, base: nn.Module | None = None, revision: str | None = None
 ) -> PeftModel:
-    """Load an adapter together with the backbone it was trained on.
+    """Load an adapter together with the backbone that it was trained on.
 
-    The files may come from an untrusted source. Only JSON and safetensors are read, and the adapter must fit the
-    backbone on torch's meta device, which takes no memory, before it is built.
+    The files may come from an untrusted source. Only JSON and safetensors files are read. The adapter is first built on
+    torch's meta device, which takes no memory, to check that it fits the backbone.
 
     Args:
         adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
-        base: The backbone, if the name in the adapter's configuration does not load it. The adapter is added to a
-            copy, whose head gets as many classes as the adapter's head.
+        base: The backbone; by default it is loaded by the name in the adapter's configuration. The adapter is added
+            to a copy, whose head gets as many classes as the adapter's head.
         revision: A branch, tag or commit on the Hub.
 
     Returns:
@@ -84,7 +84,7 @@ def load_pretrained(
         adapted = PeftModel.from_pretrained(model, folder, config=config).eval()
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # PEFT and timm raise many types for values that do not fit together
+    except Exception as error:  # PEFT and timm raise errors of many classes for values that do not fit together
         problem = f"{type(error).__name__}: {' '.join(f'{error!s:.500}'.split())}"
         raise ValueError(
             f"{folder}: the adapter does not fit this backbone: {problem}. It was made for "
@@ -100,7 +100,7 @@ def _download(repo_id: str, files: list[str], expected: str, *, revision: str | 
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
         reason = str(error).strip().splitlines()[0]
         raise FileNotFoundError(
-            f"{repo_id}: expected {expected}, or the id of one on the Hub. There is no such folder, and the Hub "
+            f"{repo_id}: expected {expected}, or its id on the Hub. There is no such folder, and the Hub "
             f"answered: {reason}"
         ) from error
 
@@ -109,14 +109,15 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
     name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
         raise ValueError(
-            f"{folder}: expected the adapter of a timm model, found that of a {mapping.get('base_model_class')!r:.80} "
-            "of transformers: load it with peft.AutoPeftModel.from_pretrained, or pass such a model as base="
+            f"{folder}: expected an adapter of a timm model, found an adapter of the transformers model "
+            f"{mapping.get('base_model_class')!r:.80}: load it with peft.AutoPeftModel.from_pretrained, or pass such a "
+            "model as base="
         )
     if (folder / SOURCE_NAME).is_dir():
         return _load_untrusted(folder / SOURCE_NAME)
     if not name:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: pass the backbone as base=")
-    # Only a local adapter may name a path: a file from the Hub must not make this machine read one.
+    # Only a local adapter may name a path: a file from the Hub must not choose the local files that are read.
     if is_local and Path(name).is_dir():
         return load_backbone(name)
     if is_local and Path(name).is_absolute():
@@ -149,7 +150,7 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
             load_backbone(str(folder))
     except OSError:
         raise
-    except Exception as error:  # timm raises many types for an invalid configuration
+    except Exception as error:  # timm raises errors of many classes for an invalid configuration
         raise ValueError(f"{folder}: expected a backbone: {type(error).__name__}: {error!s:.500}") from error
     check_finite(weights)
     model = load_backbone(str(folder))
@@ -159,7 +160,7 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Add the adapter to a copy of the model on the meta device, and compare its tensors with those of the file."""
+    """Add the adapter to a copy of the model on the meta device, and compare its tensors with the file's layout."""
     trial, config = copy.deepcopy(model).to("meta"), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initialisations decompose weights, which have no values here
@@ -180,7 +181,7 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:
-    """Give the backbone as many classes as the adapter's head has; a head that grows keeps its rows."""
+    """Give the backbone as many classes as the adapter's head has; a head that grows keeps the rows of its weight."""
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
         num_classes = as_timm_model(base).num_classes

@@ -14,7 +14,6 @@ from typing import Any
 from huggingface_hub import HfApi
 from peft import PeftModel
 from peft.utils import CONFIG_NAME, ModulesToSaveWrapper
-from torch import nn
 
 from peft_edge.backbones import save_backbone
 from peft_edge.hub.adapter_files import BACKBONE_FILES, SOURCE_NAME, write_adapter
@@ -36,14 +35,14 @@ def push_adapter(
 ) -> str:
     """Push the active adapter of a model to the Hub; `load_pretrained(repo_id)` then loads it on any machine.
 
-    If the backbone is not on the Hub, it is pushed to a subfolder. Pushed files contain no path of this machine. All
-    files arrive in one commit, so an interrupted push changes nothing.
+    A backbone that is not on the Hub is pushed to a subfolder. Pushed files contain no path of this machine. One commit
+    contains all files; an interrupted push therefore changes no files on the Hub.
 
     Args:
         model: The adapted model.
         repo_id: `"owner/name"`; the repository is created if missing.
         record: The `record.json` of the run that trained the adapter. It is pushed, and fills the card.
-        license: The Hub's identifier of a license, for the card; by default that of timm's pretrained weights.
+        license: The Hub's identifier of a license, for the card; by default the license of timm's pretrained weights.
         private: Whether a new repository is private.
         revision: The branch to push to; it is created if missing.
         token: By default the token of `hf auth login` or of the environment.
@@ -54,7 +53,7 @@ def push_adapter(
 
     Raises:
         ValueError: If the record is damaged, or the number of class names differs from the number of classes.
-        OSError: If the push fails. The message says why; nothing has changed on the Hub.
+        OSError: If the push fails; the message says why.
     """
     run = _read_shareable(record)
     subject = CardSubject.from_model(model, source=repo_id, license=license)
@@ -63,7 +62,12 @@ def push_adapter(
         folder = Path(parent)
         write_adapter(model, folder, adapter_card(subject, run, folder), base_name=None if is_on_hub else repo_id)
         if not is_on_hub:
-            save_backbone(_copy_backbone(model), folder / SOURCE_NAME)
+            copied = copy.deepcopy(model)
+            # PEFT's `unload` would keep the head that was trained with the adapter.
+            for name, module in list(copied.get_base_model().named_modules()):
+                if isinstance(module, ModulesToSaveWrapper):
+                    copied.get_base_model().set_submodule(name, module.original_module)
+            save_backbone(copied.unload(), folder / SOURCE_NAME)
         return _upload(folder, run, repo_id, commit_message, private, revision, token)
 
 
@@ -75,9 +79,9 @@ def push_update(
     license: str | None = None,
     **options: Any,
 ) -> str:
-    """Push the result of a run: its adapter, or its model if the method trains the model's own weights.
+    """Push the result of a run: its adapter, or its model if the method has no adapter.
 
-    `update` is the folder of the adapter or model. All else is as for `push_adapter`.
+    `update` is the folder of the adapter or model. The other arguments are those of `push_adapter`.
 
     Raises:
         ValueError: If a file of the update is damaged.
@@ -98,16 +102,6 @@ def push_update(
 
 def _read_shareable(path: str | os.PathLike[str] | None) -> Record | None:
     return None if path is None else shareable(Record.from_json(Path(path).read_text(encoding="utf-8")))
-
-
-def _copy_backbone(model: PeftModel) -> nn.Module:
-    """Return a copy of the model without the adapter and with its original head, which PEFT's `unload` replaces."""
-    copied = copy.deepcopy(model)
-    backbone = copied.get_base_model()
-    for name, module in list(backbone.named_modules()):
-        if isinstance(module, ModulesToSaveWrapper):
-            backbone.set_submodule(name, module.original_module)
-    return copied.unload()
 
 
 def _upload(
@@ -134,10 +128,10 @@ def _upload(
             # The adapter must not be loaded with the backbone of an earlier push.
             delete_patterns=[f"{SOURCE_NAME}/*"],
         )
-    except Exception as error:  # the client's HTTP library, and so the type of its errors, depends on its version
+    except Exception as error:  # the class of the error depends on the HTTP library of the client's version
         reason = next(iter(str(error).strip().splitlines()), "")
         raise OSError(
-            f"{repo_id}: expected to push to {api.endpoint}, found {type(error).__name__}: {reason:.500}. Nothing was "
+            f"{repo_id}: expected to push to {api.endpoint}, found {type(error).__name__}: {reason:.500}. No file was "
             "changed on the Hub, and the local files are complete: fix the problem and push again"
         ) from error
     return str(commit.commit_url)

@@ -1,4 +1,4 @@
-"""Studies: grids of runs and cost analyses, done by several processes, with their results in one table."""
+"""Studies: grids of runs and cost analyses that several processes share, with one table of results."""
 
 from peft_edge.study.grid import read_grid
 from peft_edge.study.jobs import Job

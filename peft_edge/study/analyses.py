@@ -1,11 +1,12 @@
-"""Cost analyses as jobs of a study: one training step of a timm network or a language model, from shapes alone."""
+"""Cost analyses as jobs of a study. They compute the cost of one training step from shapes, without training."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,14 +31,17 @@ from peft_edge.study.jobs import Job
 from peft_edge.tuners.norm import Norm
 
 NUM_CLASSES = 10
-"""The number of classes of timm's networks, as in a small adaptation."""
+"""The number of classes of the timm networks."""
 
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
-"""Full fine-tuning, PEFT's adapters on every linear layer but the last, and GaLore on the same layers."""
+"""Full fine-tuning, PEFT's LoRA and DoRA on all linear layers but the last, and GaLore.
+
+GaLore projects the matrices with more rows and columns than its rank, except those with one row per vocabulary entry.
+"""
 
 
 class CostSetting(Section):
-    """The options of an analysis. A value of null leaves the option to the method.
+    """The options of an analysis. An option that is null gets the default of the method.
 
     Attributes:
         method: A key of `METHODS`; for a language model one of `TRANSFORMER_METHODS`.
@@ -46,11 +50,9 @@ class CostSetting(Section):
         image_size: Height and width in pixels.
         sequence_length: The number of tokens in a sequence.
         target_modules: A layer role, or a regular expression.
-        norm: How the method treats BatchNorm.
-        lean: How lean activations store their masks; null for a model that is not made lean.
+        lean: How lean activations store their masks; null for training without lean layers.
         inplace_norm: Whether lean convolutions apply the frozen BatchNorm after them in place.
-        replay: Whether the step trains on stored features, as in every epoch but the first.
-        accounting: How FLOPs are counted.
+        replay: Whether the step reads the features of the frozen layers from a cache.
     """
 
     method: str
@@ -66,7 +68,7 @@ class CostSetting(Section):
     accounting: Accounting = "exact"
 
     def applicable_to(self, network: str) -> CostSetting:
-        """Return the same options, with null for those that do not apply to the network or the method."""
+        """Return a copy in which options that do not apply to the network or the method are null."""
         if is_transformer(network):
             unused = {"image_size", "target_modules", "norm"} | ({"lora_rank"} if self.method == "full" else set())
         else:
@@ -74,14 +76,10 @@ class CostSetting(Section):
             unused = {"sequence_length"} | (set() if has_rank else {"lora_rank", "target_modules"})
         return self.model_copy(update=dict.fromkeys(unused))
 
-    def without_method(self) -> dict[str, object]:
-        """Return the options as a record states them."""
-        return self.model_dump(exclude={"method"})
-
 
 @dataclass(frozen=True)
 class CostJob(Job):
-    """One cost analysis of a network, as `load_network` takes it."""
+    """The cost analysis of a network, which is an argument of `load_network`."""
 
     network: str
     options: CostSetting
@@ -93,16 +91,16 @@ class CostJob(Job):
 
     @property
     def record(self) -> CostRecord | None:
-        """The last result; None if there is none, or it has other options."""
+        """The record of the last analysis; None if there is none, or it has other options."""
         record = read_record(self.folder / "record.json", CostRecord)
-        return record if record is not None and record.setting == self.options.without_method() else None
+        return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def run(self) -> None:
         """Analyse the step and write the record."""
         add_record(self.folder, "record", analyse_cost(self.network, self.options))
 
     def record_failure(self, reason: str) -> None:
-        """Do nothing: a failed analysis has no record, and the log has the reason."""
+        """Do nothing: a failed analysis has no record. The log contains the reason."""
 
 
 def is_transformer(network: str) -> bool:
@@ -111,9 +109,7 @@ def is_transformer(network: str) -> bool:
 
 
 def load_network(network: str) -> nn.Module:
-    """Build a timm model by name, or a Transformers model from a JSON file with its configuration.
-
-    The latter is built on the meta device, where it takes no memory.
+    """Build a timm model by name, or on the meta device a Transformers model from a JSON file with its configuration.
 
     Raises:
         ValueError: If timm has no such model, or the file is not such a configuration.
@@ -135,17 +131,16 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return `depthwise` for a network with depthwise convolutions, `standard` with others only, else `transformer`."""
+    """Return `depthwise` or `standard` for a network with such convolutions, and `transformer` for one without any."""
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
 
 
 def analyse_cost(network: str, setting: CostSetting) -> CostRecord:
-    """Analyse one training step of a network, as `load_network` takes it."""
+    """Analyse one training step of a network, which is an argument of `load_network`."""
     model, setting = load_network(network), setting.applicable_to(network)
     kind = kind_of(model)
-    keys = {"batch_size", "image_size", "sequence_length", "accounting"}
-    step = setting.model_dump(include=keys, exclude_none=True)
+    step = setting.model_dump(include={"batch_size", "image_size", "sequence_length", "accounting"}, exclude_none=True)
     if is_transformer(network):
         analysis = analyse_transformer(model, setting.method, setting.lora_rank, **step)
     else:
@@ -155,7 +150,7 @@ def analyse_cost(network: str, setting: CostSetting) -> CostRecord:
         network=Path(network).stem,
         kind=kind,
         method=setting.method,
-        setting=setting.without_method(),
+        setting=setting.model_dump(exclude={"method"}),
         num_total_params=analysis.num_total_params,
         profile=analysis.profile[0],
         package_info=package_info(),
@@ -184,7 +179,7 @@ def analyse_replay(
     image_size: int,
     accounting: Accounting,
 ) -> Analysis:
-    """Analyse a step of the tail alone, on the features of a `FrozenPrefix`. The backbone is changed."""
+    """Analyse a step of the layers after the `FrozenPrefix`, on cached features. The backbone is changed in place."""
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
     prefix = FrozenPrefix(model, images)
@@ -197,7 +192,7 @@ def analyse_replay(
 def analyse_transformer(
     model: transformers.PreTrainedModel, method: str, lora_rank: int | None, **step: Any
 ) -> Analysis:
-    """Analyse a step of a language model with AdamW, under one of `TRANSFORMER_METHODS`.
+    """Analyse a step of a language model that is trained with one of `TRANSFORMER_METHODS` and AdamW.
 
     `lora_rank` is the rank of the adapters or of GaLore's projection. `step` has the other arguments of `analyse`.
 
@@ -211,23 +206,17 @@ def analyse_transformer(
     if lora_rank is None:
         raise ValueError(f"{method} needs a lora_rank")
     if method == "galore":
-        return analyse(model, None, optimizer=_galore(lora_rank, model.config.vocab_size), **step)
-    # From the task type, PEFT knows that the last layer is not adapted, and that a new classifier is trained.
+        return analyse(model, None, optimizer=partial(_galore, lora_rank, model.config.vocab_size), **step)
+    # PEFT uses the task type to find the last layer, which it does not adapt, and to train a new classifier.
     task_type = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
-    use_dora = method == "dora"
-    lora = LoraConfig(
-        r=lora_rank, lora_alpha=2 * lora_rank, target_modules="all-linear", use_dora=use_dora, task_type=task_type
-    )
-    return analyse(model, lora, **step)
+    lora: dict[str, Any] = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "use_dora": method == "dora"}
+    return analyse(model, LoraConfig(target_modules="all-linear", task_type=task_type, **lora), **step)
 
 
-def _galore(rank: int, vocabulary: int) -> Callable[[list[nn.Parameter]], Optimizer]:
-    def make(parameters: list[nn.Parameter]) -> Optimizer:
-        groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
-        for parameter in parameters:
-            is_projected = parameter.ndim == 2 and min(parameter.shape) > rank
-            groups[is_projected and vocabulary not in parameter.shape].append(parameter)
-        galore: dict[str, Any] = {"rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
-        return GaLoreAdamW([{"params": groups[0]}, {"params": groups[1], **galore}])
-
-    return make
+def _galore(rank: int, vocabulary: int, parameters: list[nn.Parameter]) -> Optimizer:
+    groups: tuple[list[nn.Parameter], list[nn.Parameter]] = [], []
+    for parameter in parameters:
+        is_projected = parameter.ndim == 2 and min(parameter.shape) > rank
+        groups[is_projected and vocabulary not in parameter.shape].append(parameter)
+    galore: dict[str, Any] = {"rank": rank, "update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
+    return GaLoreAdamW([{"params": groups[0]}, {"params": groups[1], **galore}])

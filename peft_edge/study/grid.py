@@ -1,4 +1,4 @@
-"""The grid file of a study: every combination of recipes or networks, and of values, is a job."""
+"""Read the grid file of a study: every combination of recipes or networks with values is a job."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class RunGrid(Section):
     """A block of a grid file that describes runs.
 
     Attributes:
-        recipes: Lists of configuration files, with wildcards. A run combines one file of each list, and later files
-            take precedence.
+        recipes: Lists of configuration files; wildcards are supported. A run combines one file of each list, and later
+            files take precedence.
         grid: Values to try, by configuration key.
     """
 
@@ -38,7 +38,7 @@ class CostGrid(Section):
     """A block of a grid file that describes cost analyses.
 
     Attributes:
-        networks: timm models, and files of Transformers configurations with wildcards, relative to the grid file.
+        networks: Names of timm models, and JSON files with Transformers configurations; wildcards are supported.
         grid: Values to try, by key of `CostSetting`.
     """
 
@@ -47,9 +47,9 @@ class CostGrid(Section):
 
 
 def read_grid(file: Path, output_dir: Path) -> list[Job]:
-    """Read a grid file and check everything in it.
+    """Read a grid file, and configure all its jobs.
 
-    The YAML file has the keys of `RunGrid` or `CostGrid`, or is a list of such blocks. Paths in it are relative to the
+    The YAML file has the keys of `RunGrid` or `CostGrid`, or is a list of such blocks. Its paths are relative to the
     file. Each job gets a folder in `output_dir`.
 
     Raises:
@@ -89,10 +89,14 @@ def _read_blocks(file: Path) -> list[RunGrid | CostGrid]:
 
 
 def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
-    jobs = []
-    errors = []
-    for paths, values in itertools.product(_combine_recipes(block, file), itertools.product(*block.grid.values())):
-        chosen = {key: _as_argument(value) for key, value in zip(block.grid, values, strict=True)}
+    found = {pattern: matching_files(file.parent, pattern) for part in block.recipes for pattern in part}
+    if missing := [pattern for pattern, paths in found.items() if not paths]:
+        raise ValueError(f"{file}: no file matches {', '.join(missing)}, relative to {file.parent}")
+    recipes = [[path for pattern in part for path in found[pattern]] for part in block.recipes]
+    jobs, errors = [], []
+    for paths, values in itertools.product(itertools.product(*recipes), itertools.product(*block.grid.values())):
+        texts = [yaml.safe_dump(value, default_flow_style=True, width=math.inf) for value in values]
+        chosen = dict(zip(block.grid, (text.removesuffix("...\n").strip() for text in texts), strict=True))
         varied = {key: f"{key}={text}" for key, text in chosen.items() if len(block.grid[key]) > 1}
         parts = [path.stem for path in paths]
         setting = ", ".join([*parts, *(text for key, text in varied.items() if key != "seed")])
@@ -103,7 +107,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
         except ConfigError as error:
             errors.append(f"{setting}: {error}")
             continue
-        # The id of a model on the Hub contains a slash.
+        # The Hub id of a model contains a slash.
         folder = output_dir / "--".join([*parts, *varied.values()]).replace("/", "_")
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         jobs.append(RunJob(setting, folder, config.model_copy(update=folders)))
@@ -112,19 +116,8 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
     return jobs
 
 
-def _combine_recipes(block: RunGrid, file: Path) -> Iterator[tuple[Path, ...]]:
-    found = {pattern: matching_files(file.parent, pattern) for part in block.recipes for pattern in part}
-    if missing := [pattern for pattern, paths in found.items() if not paths]:
-        raise ValueError(f"{file}: no file matches {', '.join(missing)}, relative to {file.parent}")
-    return itertools.product(*([path for pattern in part for path in found[pattern]] for part in block.recipes))
-
-
-def _as_argument(value: object) -> str:
-    return yaml.safe_dump(value, default_flow_style=True, width=math.inf).removesuffix("...\n").strip()
-
-
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return the jobs of a block of a grid file, each with a folder in `output_dir`."""
+    """Return one job for each network and each combination of values, with a folder in `output_dir`."""
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))

@@ -1,4 +1,4 @@
-"""The jobs of a study, and attempts at them that no two processes make at once."""
+"""The jobs of a study, and locks that let one process at a time attempt a job."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, add
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """One run or analysis of a study. It can be pickled. Its state is in its folder, and in files beside the folder.
+    """One run or analysis of a study. It can be pickled, because its state is in its folder and in files next to it.
 
     Attributes:
-        setting: The job without its seed. The results of jobs with the same setting are averaged.
-        folder: The folder of its results.
+        setting: The description of the job without its seed. The results of jobs with the same setting are averaged.
+        folder: The folder of the results.
     """
 
     setting: str
@@ -34,32 +34,32 @@ class Job(ABC):
 
     @property
     def name(self) -> str:
-        """The name of its folder, unique in the study."""
+        """The name of the folder, which is unique in the study."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
-        """The file that contains its output, and the reason of a failure."""
+        """The file with the output of the job and the reason for a failure."""
         return self.folder.with_name(f"{self.name}.log")
 
     @property
     @abstractmethod
     def result_name(self) -> str:
-        """The name of its record among the results of the study."""
+        """The name of the record among the results of the study."""
 
     @property
     def source(self) -> str:
-        """A key of what it shares with other jobs, which wait while one of them creates it."""
+        """A key of the source model. Jobs with the same key wait while one of them trains this model."""
         return self.name
 
     @property
     @abstractmethod
     def record(self) -> Record | CostRecord | None:
-        """The record of the last attempt; None if there is none. A damaged record raises a ValueError."""
+        """The record of the last attempt, or None. A damaged record raises a ValueError."""
 
     @property
     def status(self) -> str:
-        """The status in its record, or `not run`."""
+        """The status in the record, or `not run`."""
         record = self.record
         if record is None:
             return "not run"
@@ -67,16 +67,16 @@ class Job(ABC):
 
     @property
     def is_finished(self) -> bool:
-        """Whether it succeeded or diverged; a diverged run would diverge again."""
+        """Whether the job succeeded or diverged; a diverged run would diverge again."""
         return self.status in (SUCCESS, DIVERGED)
 
     @abstractmethod
     def run(self) -> None:
-        """Do the job, from its last checkpoint if there is one, and write its record; raise if it fails."""
+        """Run the job, from its last checkpoint if there is one, and write a record; raise an exception if it fails."""
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Write a record of a failure that left none: a killed process, or an error before the run began."""
+        """Write a record after a failure that left no record: a killed process, or an error before the run began."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class RunJob(Job):
 
     @property
     def result_name(self) -> str:
-        """The run's `experiment_name`, as a file name."""
+        """The method and the name of the job."""
         return f"{self.config.method}--{self.name}"
 
     @property
@@ -98,10 +98,12 @@ class RunJob(Job):
 
     @property
     def record(self) -> Record | None:
-        """The newest record of this configuration; None if there is none."""
-        found = [read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)]
-        ours = [record for record in found if record is not None and self._matches(record)]
-        return max(ours, key=lambda record: record.run_info.created_at, default=None)
+        """The newest record of this configuration, or None."""
+        # The recipe may have changed since the record was written, and the folder may have moved.
+        config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
+        found = filter(None, (read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)))
+        same = [record for record in found if config.items() <= record.run_info.train_config.items()]
+        return max(same, key=lambda record: record.run_info.created_at, default=None)
 
     def run(self) -> None:
         """Call `training.run`, and delete the record of an earlier failure."""
@@ -110,7 +112,7 @@ class RunJob(Job):
         remove(self._failure)
 
     def record_failure(self, reason: str) -> None:
-        """Write a record beside the folder, which may not exist or belong to another run."""
+        """Write a record next to the folder, because the folder may be missing or belong to another run."""
         record = training.new_record(self.config, FAILED, started=time.time(), error_msg=reason)
         add_record(self._failure, "record", record)
 
@@ -118,20 +120,13 @@ class RunJob(Job):
     def _failure(self) -> Path:
         return self.folder.with_name(f"{self.name}.failed")
 
-    def _matches(self, record: Record) -> bool:
-        # The recipe may have changed since the record was written, and the folder may have moved.
-        config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
-        recorded = record.run_info.train_config
-        return {**recorded, **config} == recorded
-
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One attempt at a job, under the lock on `<folder>.lock`, which the system frees if the process dies.
+    """One attempt at a job under the lock `<folder>.lock`, which the system frees if the process dies.
 
     Attributes:
-        job: The job.
-        before: The record when the study began. Another record means that another process has tried the job since.
+        before: The record when the study began. A newer record means that another process has tried the job since.
         results: The folder that gets a copy of the record.
         patience_s: Seconds to wait for the lock.
     """
@@ -142,14 +137,14 @@ class JobAttempt:
     patience_s: float = 0.0
 
     def run(self) -> bool:
-        """Do the job, unless it is finished or another process has tried it since the study began.
+        """Run the job, unless it is finished or another process has tried it since the study began.
 
-        Return whether it has been tried; if not, another process holds the lock. Raise what `run_grid` raises.
+        Return False if another process holds the lock. Raise the same errors as `run_grid`.
         """
         return self._with_lock(self._run)
 
     def fail(self, reason: str) -> bool:
-        """Record that the process of the job died; return and raise as `run` does."""
+        """Record that the process of the job died; return and raise the same as `run`."""
         return self._with_lock(lambda: self._fail(reason))
 
     @property
@@ -174,7 +169,7 @@ class JobAttempt:
         try:
             with self.job.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 self.job.run()
-        except Exception as error:  # any failure is recorded, and the other jobs continue
+        except Exception as error:  # every failure is recorded, and the other jobs continue
             self._fail("".join(traceback.format_exception(error)))
 
     def _fail(self, reason: str) -> None:

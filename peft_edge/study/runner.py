@@ -1,4 +1,4 @@
-"""Do the jobs of a study in worker processes, beside other studies in the same folder, and tabulate their results."""
+"""Run the jobs of a study in worker processes, and format the results as a table."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ from peft_edge.records import SUCCESS, CostRecord, Record
 from peft_edge.study.jobs import Job, JobAttempt, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET
 
-# A job that another study has locked is tried again after this time.
+# How long to wait for the lock of a job that another study is running.
 _PATIENCE_S = 1.0
-# After this time, the data loading processes of a killed run have ended too, and have released its lock.
+# The data loading processes of a killed run end within this time, and then release its lock.
 _KILLED_PATIENCE_S = 10.0
 
 
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
-    """Do the jobs that are not finished, and copy all records into one folder.
+    """Run the jobs that are not finished, and copy all records into one folder.
 
-    A job that fails or whose process is killed leaves a record of the failure, and the others continue. The next call
-    tries it again. Several calls, on one machine or many, can share the jobs: a process holds the lock on
-    `<folder>.lock` while it does a job, and the system frees the lock when the process dies. When a call returns, all
-    jobs have been tried. All processes must see each other's locks: the folders belong on a local disk or, for many
-    machines, on NFSv4, Lustre (mounted with `flock`) or GPFS, not on an object store.
+    If a job fails or its process is killed, a record of the failure is written, and the other jobs continue. The next
+    call tries the failed job again. Several calls, on one or many machines, can share the jobs, because a process locks
+    `<folder>.lock` while it runs a job. The system frees the lock when the process dies. When a call returns, all jobs
+    have been tried. The file system must support locks: a local disk or, for many machines, NFSv4, Lustre (mounted with
+    `flock`) or GPFS, but not an object store.
 
     Args:
-        jobs: The result of `read_grid`. The output of each job, and the reason of a failure, is in `<folder>.log`.
+        jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
         processes: The number of worker processes.
         results: The folder that gets the records of all jobs, whatever their status.
 
@@ -64,7 +64,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
                         num_failed += not attempt.job.is_finished
                     else:
                         attempts.append(replace(attempt, patience_s=_PATIENCE_S))
-            # Other studies may have finished some jobs in the meantime.
+            # Other studies may have finished some jobs by now.
             attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
             num_open = len(attempts) + sum(worker.attempt is not None for worker in workers)
             bar.set_postfix(failed=num_failed, refresh=False)
@@ -76,7 +76,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Order the jobs so that one job of each source comes first: the others would wait for the source model."""
+    """Move the first job of each source model to the front, because the others would wait for the model."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source, []).append(job)
@@ -84,7 +84,7 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Worker:
-    """A process that makes attempts one by one, because its imports take seconds. A killed process is replaced."""
+    """A process for many attempts, because its imports take seconds. A process that has died is replaced."""
 
     def __init__(self) -> None:
         self.attempt: JobAttempt | None = None
@@ -94,7 +94,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
         self.connection, child_connection = context.Pipe()
         self._process = context.Process(target=_serve, args=(child_connection,))
-        # A terminal sends Ctrl-C to all processes. Workers inherit that it is ignored, and the study ends them itself.
+        # A terminal sends Ctrl-C to all processes. Workers ignore it, and the study ends them.
         is_main = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         try:
@@ -105,11 +105,11 @@ class _Worker:
         child_connection.close()
 
     def begin(self, attempt: JobAttempt) -> None:
-        """Begin an attempt; `connection` is ready when it has ended."""
+        """Begin an attempt; `connection` is ready when the attempt has ended."""
         if not self._process.is_alive():
             self._start()
         self.attempt = attempt
-        with suppress(ConnectionError):  # the process has just died, and `end` records this
+        with suppress(ConnectionError):  # the process has just died; `end` records its death
             self.connection.send(attempt)
 
     def end(self) -> tuple[JobAttempt, bool]:
@@ -120,7 +120,11 @@ class _Worker:
             reply: bool | Exception = self.connection.recv()
         except (EOFError, OSError):
             self._process.join()
-            cause = _cause_of_death(self._process.exitcode or 0)
+            exit_code = self._process.exitcode or 0
+            cause = f"its process ended with exit code {exit_code}"
+            if exit_code < 0:
+                name = signal.Signals(-exit_code).name
+                cause = f"its process was killed ({name}), perhaps for lack of memory: run fewer at a time (--jobs)"
             return attempt, replace(attempt, patience_s=_KILLED_PATIENCE_S).fail(cause)
         if isinstance(reply, Exception):
             raise reply
@@ -155,14 +159,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-def _cause_of_death(exit_code: int) -> str:
-    if exit_code >= 0:
-        return f"its process ended with exit code {exit_code}"
-    name = signal.Signals(-exit_code).name
-    return f"its process was killed ({name}), perhaps because memory ran out: run fewer jobs at a time (--jobs)"
-
-
-# The columns of a table, and the format of their figures.
+# The columns of each table, and the formats of their numbers.
 _RUN_COLUMNS = {
     "accuracy": ".3f",
     "source accuracy": ".3f",
@@ -175,9 +172,9 @@ _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": 
 
 
 def study_table(jobs: Sequence[Job]) -> str:
-    """Format the results as text, with one line per setting: the mean over seeds ± the standard deviation.
+    """Return the results as a text table with one row per setting: the mean over seeds ± the standard deviation.
 
-    The first column has the number of jobs that succeeded, and the statuses of the others.
+    The column `runs` or `analyses` contains the number of successful jobs and the statuses of the others.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
@@ -189,14 +186,14 @@ def _table(jobs: Sequence[Job], title: str, columns: Mapping[str, str]) -> str:
     rows = [["", title, *columns]]
     for setting in dict.fromkeys(job.setting for job in jobs):
         group = [job for job in jobs if job.setting == setting]
-        figures = [_figures(job.record) for job in group if job.status == SUCCESS and job.record is not None]
+        measured = [_measurements(job.record) for job in group if job.status == SUCCESS and job.record is not None]
         others = sorted({job.status for job in group} - {SUCCESS})
-        cells = [_mean([row[index] for row in figures], style) for index, style in enumerate(columns.values())]
-        rows.append([setting, ", ".join([str(len(figures)), *others]), *cells])
+        cells = [_mean([row[index] for row in measured], style) for index, style in enumerate(columns.values())]
+        rows.append([setting, ", ".join([str(len(measured)), *others]), *cells])
     return text_table(rows) if jobs else ""
 
 
-def _figures(record: Record | CostRecord) -> list[float | None]:
+def _measurements(record: Record | CostRecord) -> list[float | None]:
     if isinstance(record, CostRecord):
         cost = record.profile
         scaled = (cost.memory_peak_bytes, 2**20), (cost.flops_forward, 1e9), (cost.flops_backward, 1e9)

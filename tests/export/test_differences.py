@@ -143,11 +143,11 @@ def test_damaged_file_is_refused_wherever_the_damage_is(saved: Saved, diff: Path
             apply_diff(base, file)
     for size in (0, 7, 100, len(whole) - 1):
         file.write_bytes(whole[:size])
-        with pytest.raises(ValueError, match="found another or a damaged one"):
+        with pytest.raises(ValueError, match="found another or a damaged file"):
             apply_diff(base, file)
     deep = "[" * 100_000
     save_file({}, file, metadata={DIFF_KEY: deep, CHECKSUM_KEY: ""})
-    with pytest.raises(ValueError, match="found another or a damaged one"):
+    with pytest.raises(ValueError, match="found another or a damaged file"):
         apply_diff(base, file)
 
 

@@ -82,7 +82,7 @@ def test_tensor_larger_than_the_file_is_refused(tmp_path: Path, shape: list[int]
 
 def test_unsupported_dtypes_are_refused(tmp_path: Path) -> None:
     save_file({"a": torch.zeros(2, dtype=torch.uint8)}, tmp_path / "a.safetensors")
-    with pytest.raises(ValueError, match=r"expected tensors of the types F64, .*found \['U8'\]"):
+    with pytest.raises(ValueError, match=r"expected tensors of the dtypes F64, .*found \['U8'\]"):
         read_layout(tmp_path / "a.safetensors")
 
 

@@ -114,7 +114,7 @@ def test_adapter_of_a_transformers_model_is_refused_with_advice(copied: Path) ->
         "parent_library": "transformers.models.timm_wrapper.modeling_timm_wrapper",
     }
     change_json(copied / "adapter_config.json", auto_mapping=mapping)
-    message = r"that of a 'TimmWrapperForImageClassification' of transformers: load it with peft\.AutoPeftModel"
+    message = r"the transformers model 'TimmWrapperForImageClassification': load it with peft\.AutoPeftModel"
     with pytest.raises(ValueError, match=message):
         load_pretrained(copied)
 

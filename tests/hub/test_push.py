@@ -157,7 +157,7 @@ def test_failed_push_raises_and_changes_nothing(hub: StandIn, small_model: PeftM
     small_model.base_model.model.classifier.modules_to_save["default"].bias.data += 1
     hub.is_full = True
     with pytest.raises(
-        OSError, match=r"me/adapter: expected to push to http.*Nothing was changed.*push again"
+        OSError, match=r"me/adapter: expected to push to http.*No file was changed.*push again"
     ) as caught:
         small_model.push_to_hub("me/adapter")
     assert TOKEN not in str(caught.value)
