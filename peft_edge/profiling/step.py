@@ -225,8 +225,8 @@ def copy_together(
             vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} and {type(optimizer).__name__} cannot be copied ({error}): measure a real step with "
-            "FlopCounter and MemoryTracker"
+            f"{type(model).__name__} and {type(optimizer).__name__} cannot be copied ({error}): measure a real step "
+            "with FlopCounter and MemoryTracker"
         ) from error
     return model_copy, optimizer_copy
 

@@ -109,8 +109,8 @@ def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
 _FLOP_UNITS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
-# There are two tables because the lines of one table would be too long. The columns of a group share the largest unit in
-# which the largest value is at least 10. A group without units holds words.
+# There are two tables because the lines of one table would be too long. The columns of a group have the same unit: the
+# largest unit in which the largest value is at least 10. A group without units holds words.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
         (
