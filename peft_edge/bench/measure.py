@@ -89,19 +89,17 @@ def _loralib(model: nn.Module, lora_rank: int) -> Step:
 
 
 def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    names = modules_with_role(model, "dense")
     model.requires_grad_(False)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
-    for name in names:
+    for name in modules_with_role(model, "dense"):
         yield name, model.get_submodule(name)
 
 
 def _ours(method: str, *, lean: Mapping[str, object] | None = LEAN, norm: str = "frozen", **adapter: str) -> Build:
-    def build(model: nn.Module, lora_rank: int) -> Step:
-        return prepare_step(model, method, lora_rank=lora_rank, adapter={"norm": norm, **adapter}, lean=lean)
-
-    return build
+    return lambda model, lora_rank: prepare_step(
+        model, method, lora_rank=lora_rank, adapter={"norm": norm, **adapter}, lean=lean
+    )
 
 
 _lora_dense = partial(_ours, "lora", target_modules="dense")
@@ -230,9 +228,7 @@ class _Steps:
         self._model.train(is_training)
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= _TOLERANCE:
-            raise ValueError(
-                f"its output differs from the network's: the largest difference is {difference:.0%} of the largest logit"
-            )
+            raise ValueError(f"its output differs from the network's: by {difference:.0%} of the largest logit")
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def count(self) -> StepProfile:
@@ -244,17 +240,13 @@ class _Steps:
 
     def time(self) -> PhaseTimes:
         """Take a step and return its times."""
-        started = time.perf_counter()
+        start = time.perf_counter()
         loss = classification_loss(self._model(self._images))
-        forward_end = backward_end = optimizer_end = time.perf_counter()
+        forward = backward = update = time.perf_counter()
         if self._optimizer is not None:
             loss.backward()
-            backward_end = time.perf_counter()
+            backward = time.perf_counter()
             self._optimizer.step()
             self._optimizer.zero_grad()
-            optimizer_end = time.perf_counter()
-        return PhaseTimes(
-            forward_s=forward_end - started,
-            backward_s=backward_end - forward_end,
-            optimizer_s=optimizer_end - backward_end,
-        )
+            update = time.perf_counter()
+        return PhaseTimes(forward_s=forward - start, backward_s=backward - forward, optimizer_s=update - backward)

@@ -111,18 +111,10 @@ def _comparison(record: BenchRecord) -> str:
     rows = [["", "MiB", "times", "ms", "time", "time", "time"]]
     rows.append(["", "peak", "less", "best", "best", "median", "spread"])
     for row, profile in record.measured:
-        peak = profile.memory_peak_bytes or 0
-        rows.append(
-            [
-                row.label,
-                f"{peak / 2**20:,.0f}",
-                f"{reference / peak:.1f}",
-                f"{1e3 * min(times.step_s for times in row.rounds):,.0f}",
-                f"{row.ratio_best:.2f}",
-                f"{row.ratio_median:.2f}",
-                f"{row.ratio_lowest:.2f}-{row.ratio_highest:.2f}",
-            ]
-        )
+        peak, best = profile.memory_peak_bytes or 0, 1e3 * min(times.step_s for times in row.rounds)
+        memory = [f"{peak / 2**20:,.0f}", f"{reference / peak:.1f}"]
+        ratios = [f"{row.ratio_best:.2f}", f"{row.ratio_median:.2f}", f"{row.ratio_lowest:.2f}-{row.ratio_highest:.2f}"]
+        rows.append([row.label, *memory, f"{best:,.0f}", *ratios])
     return text_table(rows)
 
 

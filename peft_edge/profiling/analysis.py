@@ -97,13 +97,9 @@ def analyse(
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    network = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
     model, real_optimizer = prepare_step(
-        load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone),
-        method,
-        lora_rank=lora_rank,
-        optimizer=optimizer,
-        adapter=adapter,
-        lean=lean,
+        network, method, lora_rank=lora_rank, optimizer=optimizer, adapter=adapter, lean=lean
     )
     if inputs is None:
         inputs = _default_inputs(model, batch_size, image_size, sequence_length)

@@ -316,6 +316,5 @@ class TimedStep(ExitStack):
             self.enter(FORWARD)
 
     def _leave_model(self, model: nn.Module, inputs: object, output: object) -> None:
-        tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if tensors:
+        if tensors := [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]:
             register_multi_grad_hook(tensors, lambda gradient: self.enter(BACKWARD), mode="any")

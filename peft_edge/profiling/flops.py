@@ -211,14 +211,10 @@ _NORMALISATIONS: dict[str, int | Formula] = {
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": 2,
-    "_batch_norm_with_update": 5,
     "cudnn_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
-    "cudnn_batch_norm_backward": 10,
-    "native_group_norm": 5,
-    "native_group_norm_backward": 10,
-    "native_layer_norm": 5,
-    "native_layer_norm_backward": 10,
+    **dict.fromkeys(("_batch_norm_with_update", "native_group_norm", "native_layer_norm"), 5),
+    **dict.fromkeys(("cudnn_batch_norm_backward", "native_group_norm_backward", "native_layer_norm_backward"), 10),
 }
 # fmt: off
 _UNTAGGED = (
@@ -239,10 +235,8 @@ _UNTAGGED = (
 )
 # fmt: on
 _PER_ELEMENT: dict[str, int | Formula] = {
-    "add": lambda *_, alpha=1, **__: 1 if alpha == 1 else 2,
-    "sub": lambda *_, alpha=1, **__: 1 if alpha == 1 else 2,
-    "addcdiv": lambda x, y, z, value=1, **_: 2 if value == 1 else 3,
-    "addcmul": lambda x, y, z, value=1, **_: 2 if value == 1 else 3,
+    **dict.fromkeys(("add", "sub"), lambda *_, alpha=1, **__: 1 if alpha == 1 else 2),
+    **dict.fromkeys(("addcdiv", "addcmul"), lambda x, y, z, value=1, **_: 2 if value == 1 else 3),
     **dict.fromkeys(("lerp", "std", "std_mean", "var", "var_mean"), 3),
     **dict.fromkeys(("_softmax", "_log_softmax"), 5),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), 4),

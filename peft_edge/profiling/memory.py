@@ -112,12 +112,8 @@ def track_memory(
     >>> profile.forward_end["parameters"], profile.forward_end["optimizer"]  # two averages and four step counters
     (2176, 4368)
 
-    Args:
-        model: The model, in train or eval mode.
-        inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments.
-        optimizer: The optimizer of the model's parameters; None for no update.
-        loss_fn: Maps the model's output to a scalar; see `take_step` for the default.
-        fake: Use fake tensors, which need almost no memory. The process is then not measured.
+    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. The other arguments
+    are those of `count_flops`.
 
     Raises:
         ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, the model or the

@@ -44,6 +44,7 @@ class Subplot:
     """Columns `method`, `lora_rank`, `low`, `middle`, `high` for `draw_over_rank`; `method`, `x`, `y` for scatter."""
 
 
+DrawSubplot = Callable[["Axes", DataFrame, Mapping[str, Style]], None]
 Grid = Sequence[Sequence[Subplot | None]]
 """Rows of subplots, which must have equal lengths. None leaves a place empty."""
 
@@ -63,14 +64,10 @@ def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
 
 
 def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title: str, label: str) -> None:
-    """Draw one stacked bar for each row, with a dashed line at 100.
+    """Draw stacked bars from the top, with a dashed line at 100. `label` is the quantity with its unit.
 
-    Args:
-        parts: Length of each part (column) of each bar (row, from the top).
-        ranges: Columns `min` and `max`: the range of the total length of each bar.
-        path: Path of the files without a suffix.
-        title: Title of the figure.
-        label: The quantity with its unit.
+    `parts` holds the length of each part (column) of each bar (row). The columns `min` and `max` of `ranges` are the
+    range of the total length of each bar.
     """
     with figure_file(path, size=(8, 1.5 + 0.27 * len(parts))) as figure:
         axes = figure.subplots()
@@ -144,14 +141,7 @@ def method_styles(names: Sequence[str]) -> dict[str, Style]:
     }
 
 
-def _draw_grid(
-    grid: Grid,
-    path: Path,
-    draw: Callable[[Axes, DataFrame, Mapping[str, Style]], None],
-    *,
-    panel_width: float,
-    legend_columns: int,
-) -> None:
+def _draw_grid(grid: Grid, path: Path, draw: DrawSubplot, *, panel_width: float, legend_columns: int) -> None:
     panels = [panel for row in grid for panel in row if panel is not None]
     styles = method_styles(list(dict.fromkeys(name for panel in panels for name in panel.data["method"])))
     with figure_file(path, size=(0.6 + panel_width * len(grid[0]), 1.0 + 3.0 * len(grid))) as figure:

@@ -247,7 +247,7 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
         variant, method: Family with the settings that distinguish it, and variant with the form, as in `lora (lean)`.
         peak, flops: Bytes at the peak, and FLOPs of convolutions and products in the forward and backward pass.
         activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
-        is_reference: Whether the step is full fine-tuning as it is: the reference of equal network, inputs and accounting.
+        is_reference: Whether the step is full fine-tuning as it is, the reference of steps with equal `_STEP`.
         full_file, full_peak, full_flops: Record, peak and FLOPs of the reference; missing if it was not analysed.
         saved_memory, saved_flops: 1 - peak / full_peak and 1 - flops / full_flops.
 
