@@ -105,7 +105,7 @@ def _ours(method: str, *, lean: Mapping[str, object] | None = LEAN, norm: str = 
 _lora_dense = partial(_ours, "lora", target_modules="dense")
 
 REFERENCE = "full"
-"""The contender whose times divide the times of all contenders."""
+"""The contender to which all time ratios refer."""
 
 CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender("full fine-tuning", _train),

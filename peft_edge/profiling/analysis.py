@@ -1,4 +1,4 @@
-"""Compute the cost of a training step from tensor shapes alone: it takes seconds and almost no memory."""
+"""Compute the cost of a training step from tensor shapes alone, in seconds and with almost no memory."""
 
 from __future__ import annotations
 
@@ -47,7 +47,6 @@ class Analysis:
     """FLOPs and memory as rows of a record: one for the step, and one for the layers of each LoRA rank."""
     num_trainable_params: int
     num_total_params: int
-    """Parameters of the network, including adapters."""
 
 
 def analyse(
@@ -66,7 +65,7 @@ def analyse(
 ) -> Analysis:
     """Compute the cost of one training step from shapes alone.
 
-    Two steps run on fake tensors. The second one counts, because the first one creates the optimizer's state.
+    The step runs on fake tensors. With an optimizer, a first step that is not counted creates the optimizer's state.
 
     >>> full, lora = (analyse("mobilenetv2_035", name, batch_size=2, image_size=32) for name in ("full", "lora"))
     >>> lora.num_trainable_params < full.num_trainable_params

@@ -103,7 +103,7 @@ def count_flops(
     counter = FlopCounter(model, accounting)
     with mode:
         if optimizer is not None and not optimizer.state:
-            # The first step of many optimizers costs less, because they have no state yet.
+            # Many optimizers have no state before their first step, which therefore costs less.
             take_step(model, inputs, optimizer, loss_fn)
         with counter:
             take_step(model, inputs, optimizer, loss_fn)

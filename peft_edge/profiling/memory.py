@@ -51,8 +51,7 @@ class MemoryProfile:
     - `gradients`: tensors that became the `grad` of a parameter.
     - `activations`: inputs and tensors of the forward pass that are alive when the forward pass ends or, without a
       backward pass, when the block ends.
-    - `temporaries`: all other tensors, such as gradients of activations, and activations that are freed early or
-      recomputed.
+    - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
     - `optimizer`: the state of the optimizer.
 
     Only bytes of tensors count. Memory inside operators, and memory that an allocator rounds up or keeps, appears only
@@ -157,7 +156,7 @@ class MemoryTracker(DispatchMode):
 
     Args:
         model: The model, whose parameters, buffers and existing gradients count from the start.
-        optimizer: The optimizer. Without it, its state counts as temporaries.
+        optimizer: The optimizer whose state is measured. If it is None, optimizer state counts as temporaries.
         inputs: The inputs of the model, which also count from the start. Other tensors count from their first use.
     """
 
@@ -303,8 +302,7 @@ class StorageLog:
     def assign(self, tensor: Tensor, kind: str, owner: str | None) -> None:
         """Set the kind and the module of a tensor's storage.
 
-        A later call does not change the kind. A storage that is assigned to several modules belongs to the innermost
-        module that contains them.
+        Later calls do not change the kind. A storage of several modules belongs to the innermost module around them.
         """
         storage = self._observe_tensor(tensor, None)
         if storage is None:
@@ -367,7 +365,7 @@ class ProcessPeak:
     """
 
     peak_rss_bytes: int | None = None
-    """Return value of `peak_rss_bytes` at the end of the block."""
+    """The result of the function `peak_rss_bytes` at the end of the block."""
     rss_growth_bytes: int | None = None
     """`peak_rss_bytes` minus the memory before the block; None if the system cannot reset the peak."""
     cuda_peak_bytes: int | None = None

@@ -152,7 +152,7 @@ class StepLocation:
         # Each thread numbers its own nodes. On CUDA, the backward pass and its recomputation run in another thread.
         if threading.get_ident() != self._thread:
             return
-        # Autograd creates a node before it dispatches the operator. An operator without a node returns an old number.
+        # Autograd creates a node before it dispatches the operator. If it creates no node, the number is unchanged.
         number = _compat.last_node_number()
         if not self._numbers or number > self._numbers[-1]:
             self._numbers.append(number)

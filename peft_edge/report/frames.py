@@ -28,8 +28,7 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 """The kinds of networks, in the order of tables."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
-"""Forms of a training step: with autograd and PEFT, with our layers before and after `prepare_model_for_lean_training`,
-and on stored features."""
+"""Forms of a step: PEFT's layers, our layers, after `prepare_model_for_lean_training`, and on stored features."""
 
 MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
@@ -247,7 +246,7 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
         variant, method: Family with the settings that distinguish it, and variant with the form, as in `lora (lean)`.
         peak, flops: Bytes at the peak, and FLOPs of convolutions and products in the forward and backward pass.
         activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
-        is_reference: Whether the step is full fine-tuning as it is, the reference of steps with equal `_STEP`.
+        is_reference: Whether the step is full fine-tuning as it is. Other steps are compared with the reference.
         full_file, full_peak, full_flops: Record, peak and FLOPs of the reference; missing if it was not analysed.
         saved_memory, saved_flops: 1 - peak / full_peak and 1 - flops / full_flops.
 
