@@ -43,8 +43,8 @@ class Contender:
     build: Build
     """Maps a timm model and a LoRA rank to the model in train or eval mode, and its optimizer.
 
-    It may change the timm model in place. The output of the built model must equal that of the timm model. If `build`
-    raises any exception, the table shows the message.
+    `build` may change the timm model in place. The output of the built model must equal the output of the timm model.
+    If `build` raises any exception, the table shows the message.
     """
 
 

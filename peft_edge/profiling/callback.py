@@ -64,7 +64,7 @@ class ProfilingCallback(TrainerCallback):
     >>> callback.rows[0].flops_forward
     48
 
-    `rows` holds the step profiles of this process and, after the run, those of all processes.
+    `rows` holds the step profiles of this process and, after the run, the step profiles of all processes.
 
     Args:
         every_n_steps: Optimizer steps from one sample to the next; 0 for no samples. A sample takes about as long as
@@ -146,12 +146,12 @@ class ProfilingCallback(TrainerCallback):
             self._step = self._entered.enter_context(self._planned.popleft())
 
     def on_pre_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
-        """End the time of the backward pass and start that of the update."""
+        """Stop timing the backward pass and start timing the update."""
         if isinstance(self._step, TimedStep):
             self._step.enter(OPTIMIZER)
 
     def on_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
-        """End the time of the update."""
+        """Stop timing the update."""
         if isinstance(self._step, TimedStep):
             self._step.enter(None)
 

@@ -155,7 +155,7 @@ class FlopCounter(FlopCounterMode):
         return dataclasses.replace(total, by_module=dict(by_module), by_operator=dict(by_operator))
 
 
-# Formulas of convolutions and products. Their arguments are those of the operator, with shapes in place of tensors.
+# Formulas of convolutions and products. Their arguments are the arguments of the operator, with shapes for tensors.
 
 aten = torch.ops.aten
 Formula = Callable[..., int]

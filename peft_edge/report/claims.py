@@ -103,11 +103,11 @@ def memory_claim(costs: DataFrame) -> Claim:
     if not costs.empty:
         steps = comparable_steps(costs)
         steps = steps[steps["accounting"] == "exact"].sort_values("batch_size", kind="stable")
-        plain = steps[(steps["form"] == AS_IS) & steps["family"].isin(STUDY_FAMILIES)]
-        kinds = set(plain["kind"])
+        as_is = steps[(steps["form"] == AS_IS) & steps["family"].isin(STUDY_FAMILIES)]
+        kinds = set(as_is["kind"])
     if missing := sorted({"depthwise", "transformer"} - kinds):
         return not_measured(f"a step of {' and of '.join(missing)} networks with {', '.join(STUDY_FAMILIES)}", _GRID)
-    pairs = _mean_savings(plain, "variant").dropna(subset=["depthwise", "transformer"])
+    pairs = _mean_savings(as_is, "variant").dropna(subset=["depthwise", "transformer"])
     if pairs.empty:
         return not_measured("the same method and batch size on both kinds of networks", _GRID)
     less, half = int((pairs["depthwise"] < pairs["transformer"]).sum()), int(pairs["ratio"].between(*ABOUT_HALF).sum())
@@ -121,7 +121,7 @@ def memory_claim(costs: DataFrame) -> Claim:
     table = means[list(NETWORK_KINDS)].map(percent).add_suffix(" [%]")
     table["depthwise / transformer"] = [fixed(ratio, 2) for ratio in means["ratio"]]
     table.index = table.index.set_names(["batch", "method"])
-    shares = steps[MEMORY_PARTS].div(steps["full_peak"], axis=0).add_prefix("share_")
+    fractions = steps[MEMORY_PARTS].div(steps["full_peak"], axis=0).add_prefix("share_")
     columns = ["kind", "network", "batch_size", "method", "peak", "full_peak", "saved_memory"]
     return Claim(
         verdict=AGREED if half == len(pairs) else IN_PART if less else NOT_AGREED,
@@ -132,7 +132,7 @@ def memory_claim(costs: DataFrame) -> Claim:
         ),
         setting=_setting_text(steps),
         table=table,
-        data=concat([steps[columns], shares, steps[["file", "full_file"]]], axis=1).rename(columns=CSV_NAMES),
+        data=concat([steps[columns], fractions, steps[["file", "full_file"]]], axis=1).rename(columns=CSV_NAMES),
         charts={
             f"memory_batch_{batch_size}": Chart(
                 f"Memory at the peak by kind of tensor, batch {batch_size}: means over networks",
