@@ -1,4 +1,4 @@
-"""Measure one training step of our methods and of other packages, side by side on one machine."""
+"""Compare the training steps of our methods and of other packages on one machine."""
 
 from peft_edge.bench.measure import CONTENDERS, Contender, run_bench
 from peft_edge.bench.results import BenchRecord, bench_table, save_bench_figure

@@ -1,4 +1,4 @@
-"""The contenders, ours and those of other packages, and the measurement: each takes one step in every round."""
+"""Define the contenders, which are our methods and those of other packages, and measure their training steps."""
 
 from __future__ import annotations
 
@@ -31,42 +31,37 @@ Step = tuple[nn.Module, Optimizer | None]
 Build = Callable[[nn.Module, int], Step]
 
 LEAN = {"inplace_norm": True, "masks": "bit"}
-"""The lean form of a network with frozen BatchNorm."""
+"""Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """One way to train a network. All train the head, except `inference`."""
+    """A method of this package or of another package. All contenders train the head, except `inference`."""
 
     label: str
-    """Its name in tables."""
+    """Name in tables."""
     build: Build
-    """Turns a timm model, in place, and a LoRA rank into the model in the mode that it runs in, and its optimizer.
+    """Maps a timm model and a LoRA rank to the model in train or eval mode, and its optimizer.
 
-    The output of the built model must equal that of the timm model. Any exception means that it cannot be built.
+    `build` may change the timm model in place. The output of the built model must equal the output of the timm model.
+    If `build` raises any exception, the table shows the message.
     """
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Train the parameters that require a gradient, or PEFT's adapter."""
+    """Train the parameters that require a gradient or, with `config`, the adapter of PEFT."""
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 
 
 def _inference(model: nn.Module, lora_rank: int) -> Step:
-    # Autograd keeps nothing if nothing is trained.
+    # Without trainable parameters, autograd keeps no activations.
     return model.requires_grad_(False).eval().to(memory_format=training_memory_format(model)), None
 
 
 def _peft(model: nn.Module, lora_rank: int, **options: bool) -> Step:
-    config = LoraConfig(
-        r=lora_rank,
-        lora_alpha=2 * lora_rank,
-        target_modules=modules_with_role(model, "dense"),
-        modules_to_save=head_names(model),
-        **options,
-    )
-    return _train(model, lora_rank, config)
+    targets = {"target_modules": modules_with_role(model, "dense"), "modules_to_save": head_names(model)}
+    return _train(model, lora_rank, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, **targets, **options))
 
 
 def _lycoris(model: nn.Module, lora_rank: int) -> Step:
@@ -74,7 +69,7 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
     for name, conv in _frozen_dense_convolutions(model):
         adapter = LoConModule(name, conv, lora_dim=lora_rank, alpha=2 * lora_rank)
-        # This replaces the forward of the convolution; the model must hold the adapter to train it.
+        # This replaces the forward of the convolution. The model must contain the adapter to train it.
         adapter.apply_to()
         model.add_module(f"lycoris_{name.replace('.', '_')}", adapter)
     return _train(model, lora_rank)
@@ -85,39 +80,32 @@ def _loralib(model: nn.Module, lora_rank: int) -> Step:
 
     for name, conv in _frozen_dense_convolutions(model):
         if type(conv) is not nn.Conv2d or len({*conv.kernel_size}) != 1:
-            raise ValueError(f"loralib has only plain convolutions with square kernels, and {name} is {conv}")
+            raise ValueError(f"loralib supports only nn.Conv2d with square kernels, and {name} is {conv}")
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[0]
         layer = Conv2d(*sizes, r=lora_rank, lora_alpha=2 * lora_rank, merge_weights=False)
-        # The layer has created a convolution.
-        layer.conv = conv
+        layer.conv = conv  # replaces the convolution that the layer created
         model.set_submodule(name, layer)
     return _train(model, lora_rank)
 
 
 def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    names = modules_with_role(model, "dense")
     model.requires_grad_(False)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
-    for name in names:
+    for name in modules_with_role(model, "dense"):
         yield name, model.get_submodule(name)
 
 
 def _ours(method: str, *, lean: Mapping[str, object] | None = LEAN, norm: str = "frozen", **adapter: str) -> Build:
-    def build(model: nn.Module, lora_rank: int) -> Step:
-        return prepare_step(model, method, lora_rank=lora_rank, adapter={"norm": norm, **adapter}, lean=lean)
-
-    return build
-
-
-def _galore(model: nn.Module, lora_rank: int) -> Step:
-    return prepare_step(model, "galore", adapter={"rank": lora_rank})
+    return lambda model, lora_rank: prepare_step(
+        model, method, lora_rank=lora_rank, adapter={"norm": norm, **adapter}, lean=lean
+    )
 
 
 _lora_dense = partial(_ours, "lora", target_modules="dense")
 
 REFERENCE = "full"
-"""The contender that the others' times are divided by."""
+"""The contender to which all time ratios refer."""
 
 CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender("full fine-tuning", _train),
@@ -135,12 +123,11 @@ CONTENDERS: dict[str, Contender] = {
     "lora-project": Contender("our LoRA, project", _ours("lora", target_modules="project")),
     "lora-fa-project": Contender("our LoRA-FA, project", _ours("lora-fa", target_modules="project")),
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
-    "galore": Contender("our GaLore, dense", _galore),
+    "galore": Contender("our GaLore, dense", lambda model, rank: prepare_step(model, "galore", adapter={"rank": rank})),
 }
-"""By name. Unless the label says otherwise, ours are lean, with frozen BatchNorm that works in place."""
+"""From names to contenders. Unless the label says otherwise, ours are lean, with frozen in-place BatchNorm."""
 
-_PEERS = ("lycoris-lora", "loralib")
-# Relative to the largest logit: rounding in another order, through about fifty layers.
+# Relative to the largest logit. Rounding errors of another order of operations add up over about fifty layers.
 _TOLERANCE = 1e-3
 
 
@@ -157,20 +144,20 @@ def run_bench(
 ) -> BenchRecord:
     """Measure training steps of several contenders on one network, with random images, on the CPU.
 
-    `backbone` is the name of a timm model, whose weights are then random, or the folder of a saved model. `contenders`
-    are keys of `CONTENDERS`; the reference is always measured.
+    `backbone` is the name of a timm model with random weights, or the folder of a saved model. `contenders` are keys of
+    `CONTENDERS`. Full fine-tuning is always measured.
 
-    Memory and FLOPs come from a step that is not timed. Then each contender takes one step a round, in an order that
-    is reversed from round to round. All models exist at the same time; memory is counted for each model alone.
+    Memory and FLOPs come from a step that is not timed. Then each contender takes one step in each round, and the order
+    of the contenders is reversed after each round. All models exist at the same time, but memory is measured for each
+    model alone. If a contender fails or its output differs from the network's, the error is in its row.
 
     Raises:
-        ValueError: If the network is unknown, or cannot be trained on such images. A contender that fails, or whose
-            output differs from the network's, has the reason in its row.
+        ValueError: If the network is unknown, or cannot be trained on images of this size.
     """
     created_at, started, load = datetime.now(timezone.utc), time.perf_counter(), load_average()
     network, images = load_backbone(backbone, num_classes), torch.randn(batch_size, 3, image_size, image_size)
     try:
-        # Without estimated statistics, frozen norms would let the maps of random weights vanish or overflow.
+        # Without estimated statistics, activations of random weights would vanish or overflow with frozen norms.
         update_bn([images], network)
     except RuntimeError as error:
         raise ValueError(f"{backbone} cannot be trained on images of {image_size} px: {error}") from error
@@ -197,7 +184,7 @@ def run_bench(
         rows=list(rows.values()),
         total_time=time.perf_counter() - started,
         load_average=[load, load_average()],
-        package_info=package_info(*_PEERS),
+        package_info=package_info("lycoris-lora", "loralib"),
         system_info=system_info(cores=str(os.cpu_count())),
         pytorch_info=torch.__config__.show(),
     )
@@ -214,7 +201,7 @@ def _measure(
             row.profile = steps.count()
             running[name] = steps
         except Exception as error:
-            # Other packages may raise any exception.
+            # Other packages may raise exceptions of any type.
             row.error = " ".join(str(error).split()) or type(error).__name__
             if name == REFERENCE:
                 raise
@@ -222,7 +209,7 @@ def _measure(
     for number in range(rounds):
         bar.set_description(f"round {number + 1} of {rounds}")
         for name in list(running) if number % 2 == 0 else list(reversed(running)):
-            # Otherwise garbage is collected during a timed step.
+            # Otherwise Python may collect garbage during a timed step.
             gc.collect()
             rows[name].rounds.append(running[name].time())
             bar.update()
@@ -231,7 +218,7 @@ def _measure(
 
 
 class _Steps:
-    """The steps of one contender."""
+    """Build a contender, check its output, and run its steps."""
 
     def __init__(self, contender: Contender, network: nn.Module, images: Tensor, lora_rank: int) -> None:
         self._model, self._optimizer = contender.build(copy.deepcopy(network), lora_rank)
@@ -241,29 +228,25 @@ class _Steps:
         self._model.train(is_training)
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= _TOLERANCE:
-            raise ValueError(f"its output is not that of the network: logits differ by {difference:.0%} of the largest")
+            raise ValueError(f"its output differs from the network's: by {difference:.0%} of the largest logit")
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def count(self) -> StepProfile:
-        """Return the cost of a second step; the first one creates the optimizer's state."""
+        """Return the cost of the second step, because the first one creates the optimizer's state."""
         self.time()
         with CountedStep(self._model, self._optimizer) as counted:
             self.time()
         return counted.rows(0)[0]
 
     def time(self) -> PhaseTimes:
-        """Take a step."""
-        started = time.perf_counter()
+        """Take a step and return its times."""
+        start = time.perf_counter()
         loss = classification_loss(self._model(self._images))
-        forward_end = backward_end = optimizer_end = time.perf_counter()
+        forward = backward = update = time.perf_counter()
         if self._optimizer is not None:
             loss.backward()
-            backward_end = time.perf_counter()
+            backward = time.perf_counter()
             self._optimizer.step()
             self._optimizer.zero_grad()
-            optimizer_end = time.perf_counter()
-        return PhaseTimes(
-            forward_s=forward_end - started,
-            backward_s=backward_end - forward_end,
-            optimizer_s=optimizer_end - backward_end,
-        )
+            update = time.perf_counter()
+        return PhaseTimes(forward_s=forward - start, backward_s=backward - forward, optimizer_s=update - backward)

@@ -1,4 +1,4 @@
-"""The record of a comparison, and its table and picture."""
+"""Define the record of a comparison, and show it as a table and a picture."""
 
 from __future__ import annotations
 
@@ -17,42 +17,40 @@ class PhaseTimes(JsonModel):
     """Seconds of one step."""
 
     forward_s: float
-    """The model and the loss."""
+    """Forward pass, including the loss."""
     backward_s: float
-    """The backward pass; 0 if there is none."""
+    """0 if there is no backward pass."""
     optimizer_s: float
-    """The update; 0 if there is none."""
+    """0 if there is no update."""
 
     @property
     def step_s(self) -> float:
-        """The sum of the three."""
+        """Seconds of all phases."""
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
 class BenchRow(JsonModel):
-    """The figures of one contender."""
+    """The measurements of one contender."""
 
     name: str
-    """Its key in `CONTENDERS`."""
+    """Key in `CONTENDERS`."""
     label: str
-    """Its name in tables."""
+    """Name in tables."""
     error: str = ""
-    """Why it did not run; empty if it did."""
+    """Message of the error if the contender did not run; otherwise empty."""
     profile: StepProfile | None = None
-    """FLOPs and memory of a step, and the medians of its times."""
+    """FLOPs and memory of a step, and the median times of its phases."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
-    """The times of each round."""
     ratio_best: float | None = None
     """The fastest step, divided by the fastest step of the reference."""
     ratio_median: float | None = None
-    """The median, over the rounds, of a step's time divided by that of the reference in the same round."""
+    """The median over the rounds of the step time divided by the reference's step time in the same round."""
     ratio_lowest: float | None = None
-    """The lowest of these ratios."""
     ratio_highest: float | None = None
-    """The highest of these ratios."""
+    """The lowest and the highest of the ratios whose median is `ratio_median`."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
-        """Set the ratios to the times of the reference, round by round, and the medians in the profile."""
+        """Compute the ratios to the reference, and the median times in the profile."""
         ratios = [own.step_s / other.step_s for own, other in zip(self.rounds, reference, strict=True)]
         self.ratio_best = min(times.step_s for times in self.rounds) / min(times.step_s for times in reference)
         self.ratio_median = statistics.median(ratios)
@@ -64,26 +62,25 @@ class BenchRow(JsonModel):
 
 
 class BenchRecord(JsonModel):
-    """One comparison."""
+    """A comparison of contenders on one network."""
 
     created_at: str
-    """When it started: ISO 8601, UTC."""
+    """Start of the comparison: ISO 8601, UTC."""
     setting: dict[str, str | int]
     """Backbone, classes, batch and image size, LoRA rank, rounds and threads."""
     rows: list[BenchRow]
-    """One for each contender; the first is the reference."""
+    """One row for each contender. The first row is the reference."""
     total_time: float
     """Seconds of the whole comparison."""
     load_average: list[float | None]
-    """Processes that wanted a core, in the minute before the start and before the end. Times are less reliable if other
-    processes ran."""
+    """Load average of the last minute, at the start and at the end. Times are less reliable if other processes ran."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
 
     @property
     def title(self) -> str:
-        """The setting in one line."""
+        """The network, input sizes, optimizer and measurement settings as text."""
         return (
             "{backbone}, {num_classes} classes, batch {batch_size}, {image_size} px, rank {lora_rank}, AdamW, "
             "threads: {threads}, rounds: {rounds}"
@@ -91,12 +88,12 @@ class BenchRecord(JsonModel):
 
     @property
     def measured(self) -> list[tuple[BenchRow, StepProfile]]:
-        """The rows that ran, with their profiles."""
+        """The rows of the contenders that ran, with their profiles."""
         return [(row, row.profile) for row in self.rows if row.profile is not None and row.rounds]
 
 
 def bench_table(record: BenchRecord) -> str:
-    """Return the record as text: memory and time relative to the reference, all costs, and the errors."""
+    """Return the record as text: memory and time relative to full fine-tuning, all costs, and errors."""
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
@@ -114,23 +111,15 @@ def _comparison(record: BenchRecord) -> str:
     rows = [["", "MiB", "times", "ms", "time", "time", "time"]]
     rows.append(["", "peak", "less", "best", "best", "median", "spread"])
     for row, profile in record.measured:
-        peak = profile.memory_peak_bytes or 0
-        rows.append(
-            [
-                row.label,
-                f"{peak / 2**20:,.0f}",
-                f"{reference / peak:.1f}",
-                f"{1e3 * min(times.step_s for times in row.rounds):,.0f}",
-                f"{row.ratio_best:.2f}",
-                f"{row.ratio_median:.2f}",
-                f"{row.ratio_lowest:.2f}-{row.ratio_highest:.2f}",
-            ]
-        )
+        peak, best = profile.memory_peak_bytes or 0, 1e3 * min(times.step_s for times in row.rounds)
+        memory = [f"{peak / 2**20:,.0f}", f"{reference / peak:.1f}"]
+        ratios = [f"{row.ratio_best:.2f}", f"{row.ratio_median:.2f}", f"{row.ratio_lowest:.2f}-{row.ratio_highest:.2f}"]
+        rows.append([row.label, *memory, f"{best:,.0f}", *ratios])
     return text_table(rows)
 
 
 def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
-    """Draw memory by kind, and the median time by phase with its spread over the rounds; see `save_bars`.
+    """Draw the peak memory by kind, and the time ratio by phase with its range over the rounds; see `save_bars`.
 
     At least one contender must have run.
     """
@@ -140,9 +129,9 @@ def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None
 
 def _time_panel(rows: Sequence[BenchRow]) -> StackedBars:
     def length(row: BenchRow, phase: str) -> float:
-        # Mean shares, unlike medians, add up to 1.
-        share = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
-        return (row.ratio_median or 0) * share
+        # The mean fractions of the phases add up to 1. Medians do not.
+        fraction = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
+        return (row.ratio_median or 0) * fraction
 
     return StackedBars(
         label="time of a step, as a multiple of full fine-tuning's",

@@ -1,4 +1,4 @@
-"""Analyse what a method costs on a network from shapes alone: in seconds, and without the memory of a step."""
+"""Compute the cost of a training step from tensor shapes alone, in seconds and with almost no memory."""
 
 from __future__ import annotations
 
@@ -41,15 +41,12 @@ class Analysis:
     """
 
     flops: FlopCount
-    """Floating-point operations."""
     memory: MemoryProfile
-    """Bytes at the peak and at the end of the forward pass. The figures of a real process are None."""
+    """Bytes at the peak and at the end of the forward pass. Measurements of a real process are None."""
     profile: list[StepProfile]
-    """The same as rows of a record: one for the step, and one for the layers of each LoRA rank."""
+    """FLOPs and memory as rows of a record: one for the step, and one for the layers of each LoRA rank."""
     num_trainable_params: int
-    """Parameters that are trained."""
     num_total_params: int
-    """Parameters of the network, adapters included."""
 
 
 def analyse(
@@ -66,52 +63,48 @@ def analyse(
     inputs: Inputs | None = None,
     accounting: Accounting = "exact",
 ) -> Analysis:
-    """Analyse a training step under fake tensors: the second one, because the first creates the optimizer's state.
+    """Compute the cost of one training step from shapes alone.
+
+    The step runs on fake tensors. With an optimizer, a first step that is not counted creates the optimizer's state.
 
     >>> full, lora = (analyse("mobilenetv2_035", name, batch_size=2, image_size=32) for name in ("full", "lora"))
     >>> lora.num_trainable_params < full.num_trainable_params
     True
-    >>> lora.memory.peak["activations"] == full.memory.peak["activations"]  # frozen layers keep their inputs, too
+    >>> lora.memory.peak["activations"] == full.memory.peak["activations"]  # frozen layers also keep inputs
     True
 
     Args:
-        backbone: The name of a timm model; or any model, also on the meta device, that takes images of shape
-            (B, 3, H, W) or the tokens of a transformers text model. It is not changed.
+        backbone: The name of a timm model, or a model. The model is not changed and may be on the meta device.
         method: A key of `METHODS`, for timm models; or a PEFT configuration, such as `peft.LoraConfig`; or None, to
             train the parameters that require a gradient.
-        lora_rank: Rank of the adapters; by default that of `train.py` or of the PEFT configuration.
+        lora_rank: Rank of the adapters. The default is the rank in `train.py` or in the PEFT configuration.
         batch_size: Images or sequences in the step.
-        image_size: Height and width in pixels.
-        sequence_length: Tokens in a sequence.
-        optimizer: A key of `OPTIMIZERS` (GaLore uses its own form of it); or a function from the trained parameters to
-            an optimizer; or None for no update.
-        adapter: For a method by name: `norm`, and options of its section of the configuration or of its PEFT
-            configuration, in place of the defaults of `train.py`.
+        image_size: Height and width of the images in pixels.
+        sequence_length: Tokens in a sequence, for text models of transformers.
+        optimizer: A key of `OPTIMIZERS`, or a function that maps the trained parameters to an optimizer, or None for
+            no update.
+        adapter: Options that replace the defaults of `train.py`, such as `norm`. Requires a method name.
         lean: Arguments of `prepare_model_for_lean_training`; None leaves the model as it is.
-        inputs: The model's inputs, if they are not images or tokens: a tensor or a tuple for positional arguments, a
-            mapping for keyword arguments. Tensors may be on the meta device.
+        inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments. Tensors may be on the
+            meta device. The default is images of shape (B, 3, H, W), or tokens for text models of transformers.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: If the method, the optimizer or the accounting is unknown, the adapter does not fit the network, the
-            network does not run on the inputs, or the step reads the value of a tensor.
-        TypeError: If a method that is given by name needs the head of a model that is not timm's.
+        ValueError: If an argument is invalid, the adapter does not fit the network, the network does not run on the
+            inputs, or the step reads the value of a tensor.
+        TypeError: If a method name needs the classifier of a model that timm did not create.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
+    network = load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone)
     model, real_optimizer = prepare_step(
-        load_backbone(backbone) if isinstance(backbone, str) else meta_copy(backbone),
-        method,
-        lora_rank=lora_rank,
-        optimizer=optimizer,
-        adapter=adapter,
-        lean=lean,
+        network, method, lora_rank=lora_rank, optimizer=optimizer, adapter=adapter, lean=lean
     )
     if inputs is None:
         inputs = _default_inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
     if fake_optimizer is not None and _options(method, lora_rank, adapter or {}).get("layerwise"):
-        # The copied parameters lack the hooks that the method has registered with the originals.
+        # A copied parameter lacks the hooks that the method registered on the original.
         update_in_backward(fake_optimizer)
     counter = FlopCounter(fake_model, accounting)
     tracker = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
@@ -137,14 +130,14 @@ def analyse(
 def compare_methods(
     backbone: str | nn.Module, methods: Sequence[str], *, lora_ranks: Sequence[int], **options: Any
 ) -> dict[str, StepProfile]:
-    """Analyse several methods, adapters at each rank; `options` are further arguments of `analyse`.
+    """Analyse a step of several methods; methods with adapters are analysed at each rank in `lora_ranks`.
+
+    `options` are further arguments of `analyse`. The keys of the returned dict are `<method>`, or
+    `<method>, rank <r>` for methods with adapters.
 
     >>> costs = compare_methods("mobilenetv2_035", ["head", "lora"], lora_ranks=[2, 4], batch_size=2, image_size=32)
     >>> {name: cost.num_trainable_params for name, cost in costs.items()}
     {'head': 1281000, 'lora, rank 2': 1301744, 'lora, rank 4': 1322488}
-
-    Returns:
-        The cost of a step by `<method>`, or by `<method>, rank <r>` for adapters.
     """
     costs: dict[str, StepProfile] = {}
     pairs = [(method, lora_rank) for method in methods for lora_rank in lora_ranks]
@@ -168,10 +161,9 @@ def prepare_step(
     adapter: Mapping[str, object] | None = None,
     lean: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Optimizer | None]:
-    """Apply a method to a model, in place, for a step with real tensors; see `analyse` for the arguments and errors.
+    """Apply a method to a model in place, and return the model in train mode and its optimizer.
 
-    Returns:
-        The model in train mode and in the memory format of the method, and its optimizer; None if nothing is trained.
+    The optimizer is None if no parameter is trainable. See `analyse` for the arguments and errors.
     """
     options = _options(method, lora_rank, adapter or {})
     model = _apply_method(model, method, options).train()
@@ -189,24 +181,24 @@ def prepare_step(
     if not isinstance(method, str):
         return model, OPTIMIZERS[optimizer](trained)
     build = find_method(method).optimizer
-    # The learning rate is a factor and changes no count.
+    # The learning rate does not affect FLOPs or memory.
     return model, None if build is None else build(model, optimizer, options, lr=1e-3, weight_decay=0.0)
 
 
 def classification_loss(output: object) -> Tensor:
-    """Return the cross-entropy of each image's or each token's logits, with class 0 as the label."""
+    """Return the mean cross-entropy of the logits of all images or tokens, with class 0 as every label."""
     logits = logits_of(output, advice="take a model with a head").float().flatten(0, -2)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
-    """The options of a method with their defaults, or those that replace a value in the PEFT configuration."""
+    """Return all options of a method name, or the fields to replace in a PEFT configuration."""
     if isinstance(method, str):
         section = find_method(method).section
         rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}
         return {**RunConfig(output_dir="").options(section), **rank, **adapter}
     if adapter:
-        raise ValueError(f"adapter ({', '.join(adapter)}) needs a method's name: set it in the configuration")
+        raise ValueError(f"adapter ({', '.join(adapter)}) needs a method name: set it in the PEFT configuration")
     if lora_rank is None:
         return {}
     if method is not None and not hasattr(method, "r"):
@@ -228,6 +220,5 @@ def _apply_method(model: nn.Module, method: str | PeftConfig | None, options: Ma
 def _default_inputs(model: nn.Module, batch_size: int, image_size: int, sequence_length: int) -> Inputs:
     if getattr(model, "main_input_name", None) == "input_ids":
         return {"input_ids": torch.empty(batch_size, sequence_length, dtype=torch.long, device="meta")}
-    floating = (parameter.dtype for parameter in model.parameters() if parameter.is_floating_point())
-    dtype = next(floating, torch.float32)
+    dtype = next((weight.dtype for weight in model.parameters() if weight.is_floating_point()), torch.float32)
     return torch.empty(batch_size, 3, image_size, image_size, dtype=dtype, device="meta")

@@ -1,4 +1,4 @@
-"""Measure single steps of a real training, on every process: FLOPs, memory and seconds."""
+"""Measure the FLOPs, memory and time of single steps in a real training run, on every process."""
 
 from __future__ import annotations
 
@@ -33,25 +33,25 @@ from peft_edge.records import StepProfile
 
 _LOGGED_OF_LAYERS = ["flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes"]
 _NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phase"}
-# Dispatch modes belong to the process, and Trainer has no event for a training that fails in the middle of a step: the
-# next training ends the measurements that are still open.
+# A dispatch mode stays active until it is closed, and Trainer has no event for a run that fails inside a step. The next
+# training run in this process closes the open measurements.
 _measuring: set[ProfilingCallback] = set()
 
 
 class ProfilingCallback(TrainerCallback):
     """Measure two of every `every_n_steps` training steps, on every process.
 
-    FLOPs and memory come from one step, times from the next; the first sample is steps 2 and 3, when the optimizer has
-    its state. Other steps have no hooks, and the trained weights are bit-identical to those without the callback.
+    FLOPs and memory come from one step, times from the next step. The first sample is steps 2 and 3, because step 1
+    creates the optimizer's state. Other steps have no hooks. The callback does not change the trained weights.
 
-    After each sample, a process writes its figures to `<output_dir>/profile/<name>/process_<index>.json`; a resumed
-    training continues that file. At the end, the main process writes those of all processes to
+    After each sample, a process writes its step profiles to `<output_dir>/profile/<name>/process_<index>.json`; a
+    resumed run continues that file. At the end, the main process writes the step profiles of all processes to
     `<output_dir>/profile/<name>.json`. Without a name the files are `profile/process_<index>.json` and `profile.json`.
 
     A compiled step is counted in its uncompiled form; `torch.compile(fullgraph=True)` needs `every_n_steps=0`.
 
-    In `transformers.Trainer`, `trainer.add_callback(ProfilingCallback(log=trainer.log))` also sends the figures to the
-    trackers. A training loop of your own calls the events as `Trainer` does, and `close` when it ends or fails:
+    In `transformers.Trainer`, `trainer.add_callback(ProfilingCallback(log=trainer.log))` also sends the measurements to
+    the trackers. Your own training loop must call the events as `Trainer` does, and `close` when it ends or fails:
 
     >>> import tempfile
     >>> model, state, control = nn.Linear(4, 2), TrainerState(), TrainerControl()
@@ -64,17 +64,17 @@ class ProfilingCallback(TrainerCallback):
     >>> callback.rows[0].flops_forward
     48
 
-    `rows` holds the figures of this process, and after the training those of all processes.
+    `rows` holds the step profiles of this process and, after the run, the step profiles of all processes.
 
     Args:
-        every_n_steps: Optimizer steps from one sample to the next, 0 for none. A sample takes as long as about five
-            steps of a small network, so 1000 costs about half a percent.
-        output_dir: Folder of the files; by default that of the training arguments.
-        name: Distinguishes several trainings in one folder.
-        log: Receives the figures of each sample, on the main process.
+        every_n_steps: Optimizer steps from one sample to the next; 0 for no samples. A sample takes about as long as
+            five steps of a small network, so with 1000 training takes about half a percent longer.
+        output_dir: Folder of the files. The default is `output_dir` of the training arguments.
+        name: Distinguishes training runs that share `output_dir`.
+        log: Function that the main process calls with the measurements of each sample.
         trace: Write a trace of the step after the first sample, for chrome://tracing and Perfetto, to
             `<output_dir>/traces/<name>/process_<index>.json`.
-        show_table: Print a table at the end, on the main process.
+        show_table: Print a table on the main process at the end.
 
     Raises:
         ValueError: If `every_n_steps` is negative.
@@ -92,12 +92,8 @@ class ProfilingCallback(TrainerCallback):
     ) -> None:
         if every_n_steps < 0:
             raise ValueError(f"every_n_steps is {every_n_steps}, expected a number of steps, or 0 for no samples")
-        self._every_n_steps = every_n_steps
-        self._output_dir = output_dir
-        self._name = name
-        self._log = log
-        self._trace = trace
-        self._show_table = show_table
+        self._every_n_steps, self._output_dir, self._name = every_n_steps, output_dir, name
+        self._log, self._trace, self._show_table = log, trace, show_table
         self._entered = ExitStack()
         self._begin([], [])
 
@@ -115,7 +111,7 @@ class ProfilingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
-        """Delete the figures of an earlier training, or read those of the resumed one."""
+        """Delete the files of an earlier run, or read the file of the run that is resumed."""
         for callback in list(_measuring):
             callback.close()
         self._begin([], [])
@@ -138,7 +134,7 @@ class ProfilingCallback(TrainerCallback):
     def on_step_begin(
         self, *arguments: object, model: nn.Module, optimizer: Optimizer | None = None, **kwargs: object
     ) -> None:
-        """Start to measure the step, if it belongs to a sample."""
+        """Start to measure the step if it belongs to a sample."""
         is_due = self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0
         if is_due and not self._planned:
             self._planned.extend((CountedStep(model, optimizer), TimedStep(model)))
@@ -150,20 +146,20 @@ class ProfilingCallback(TrainerCallback):
             self._step = self._entered.enter_context(self._planned.popleft())
 
     def on_pre_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
-        """End the backward pass and start the update."""
+        """Stop timing the backward pass and start timing the update."""
         if isinstance(self._step, TimedStep):
             self._step.enter(OPTIMIZER)
 
     def on_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
-        """End the update."""
+        """Stop timing the update."""
         if isinstance(self._step, TimedStep):
             self._step.enter(None)
 
-    # With gradient accumulation, this ends the backward pass of a part of the batch.
+    # With gradient accumulation, this event ends the backward pass of a micro-batch.
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
-        """End the measurement of the step, and write its figures."""
+        """End the measurement of the step and write its step profile."""
         self.close()
         step, self._step = self._step, None
         if isinstance(step, CountedStep):
@@ -176,7 +172,7 @@ class ProfilingCallback(TrainerCallback):
             self._send([step_row, *self._counted[1:]], control)
 
     def on_train_end(self, *arguments: object, **kwargs: object) -> None:
-        """Gather the figures of all processes."""
+        """Gather the step profiles of all processes; the main process writes and prints them."""
         self.close()
         if not self._every_n_steps:
             return
@@ -188,11 +184,11 @@ class ProfilingCallback(TrainerCallback):
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the running step is measured, and so takes longer than others."""
+        """Whether the running step is measured. A measured step takes longer than others."""
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Update `rows`, with those of a counted step if there was one, and write the file."""
+        """Keep the rows of the counted step with the highest peak, set the median times, and write the file."""
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]
@@ -205,19 +201,19 @@ class ProfilingCallback(TrainerCallback):
     def _send(self, rows: list[StepProfile], control: TrainerControl) -> None:
         if self._log is None or not PartialState().is_main_process:
             return
-        figures: dict[str, float] = {}
+        values: dict[str, float] = {}
         for row in rows:
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
             names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in vars(row) if n not in _NOT_LOGGED]
-            figures |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
-        # Trainer.log resets should_log, and Trainer would then leave out the step's own figures.
+            values |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
+        # Trainer.log resets should_log, and Trainer would then not log the loss of this step.
         should_log = control.should_log
-        self._log(figures)
+        self._log(values)
         control.should_log = should_log
 
 
 def read_profile(folder: Path) -> list[StepProfile]:
-    """Return the figures that the processes of a training have written below `folder`, finished or not."""
+    """Read the step profiles that all processes of a run wrote inside `folder`; the run may be unfinished."""
     rows = [row for file in folder.rglob("process_*.json") for row in _read(file)[0]]
     return sorted(rows, key=lambda row: row.process_index)
 
@@ -227,7 +223,7 @@ def _read(file: Path) -> tuple[list[StepProfile], list[StepTimes]]:
         content = json.loads(file.read_text(encoding="utf-8"))
         return [StepProfile(**row) for row in content["rows"]], [StepTimes(**seconds) for seconds in content["times"]]
     except (ValueError, TypeError, KeyError) as error:
-        # Neither a training nor the report of a failed one may fail because of its figures.
+        # A damaged profile must stop neither a training run nor the report of a failed run.
         warnings.warn(f"{file} is damaged and is ignored: {error}", stacklevel=2)
         return [], []
 
@@ -239,7 +235,7 @@ def _write(path: Path, content: object) -> None:
 
 @contextmanager
 def _traced(path: Path) -> Iterator[None]:
-    # By default the profiler asks for CUDA, and warns where there is none.
+    # By default the profiler requests CUDA, and warns if there is none.
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if torch.cuda.is_available() else [])]
     with profile(activities=activities) as profiler:
         yield
@@ -248,13 +244,12 @@ def _traced(path: Path) -> Iterator[None]:
 
 
 class CountedStep(ExitStack):
-    """Count the FLOPs and track the memory of the step in a `with` block, which takes several times as long."""
+    """Count the FLOPs and track the memory of the step in a `with` block, which makes the step several times slower."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         super().__init__()
         self._model = model
-        self._flops = FlopCounter(model)
-        self._memory = MemoryTracker(model, optimizer)
+        self._flops, self._memory = FlopCounter(model), MemoryTracker(model, optimizer)
         self._process = ProcessPeak(cuda_device(model))
 
     def __enter__(self) -> CountedStep:
@@ -263,17 +258,14 @@ class CountedStep(ExitStack):
         return self
 
     def rows(self, process_index: int) -> list[StepProfile]:
-        """Return a row for the step, and one for the layers of each LoRA rank; all without times."""
-        memory = replace(
-            self._memory.result(),
-            cuda_peak_bytes=self._process.cuda_peak_bytes,
-            peak_rss_bytes=self._process.peak_rss_bytes,
-        )
+        """Return one row for the step and one for the layers of each LoRA rank, without times."""
+        peaks = {"cuda_peak_bytes": self._process.cuda_peak_bytes, "peak_rss_bytes": self._process.peak_rss_bytes}
+        memory = replace(self._memory.result(), **peaks)
         return step_rows(self._model, self._flops.result(), memory, process_index=process_index)
 
 
 class StepTimes(NamedTuple):
-    """Seconds of the phases of a step, None for a phase that was not seen; the names are those of `StepProfile`."""
+    """Seconds of each phase of a step (None if the phase did not run), and samples per second; see `StepProfile`."""
 
     forward_s: float | None
     backward_s: float | None
@@ -282,18 +274,16 @@ class StepTimes(NamedTuple):
 
 
 class TimedStep(ExitStack):
-    """Time the phases of the step in a `with` block by two hooks on the model.
+    """Measure the time of each phase of the step in a `with` block, with two hooks on the model.
 
-    The forward pass lasts from the call of the model until the first gradient reaches its output, so it includes the
-    loss, wherever that is computed. `enter` ends the other phases. Times of gradient accumulation add up.
+    The forward pass lasts from the call of the model until the first gradient reaches its output. It includes the loss,
+    wherever the loss is computed. A call of `enter` ends the other phases. With gradient accumulation, times add up.
     """
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self._model = model
-        self._device = cuda_device(model)
-        self._seconds = dict.fromkeys(PHASES, 0.0)
-        self._samples = 0
+        self._model, self._device = model, cuda_device(model)
+        self._seconds, self._samples = dict.fromkeys(PHASES, 0.0), 0
         self._phase: str | None = None
         self._since = 0.0
 
@@ -304,7 +294,7 @@ class TimedStep(ExitStack):
         return self
 
     def enter(self, phase: str | None) -> None:
-        """End the running phase, and start `phase`, or none."""
+        """End the running phase and start `phase`; None starts no phase."""
         if self._device is not None:
             torch.cuda.synchronize(self._device)
         now = time.perf_counter()
@@ -313,7 +303,7 @@ class TimedStep(ExitStack):
         self._phase, self._since = phase, now
 
     def times(self) -> StepTimes:
-        """Return the seconds of each phase, and the samples per second of this process."""
+        """Return the seconds of each phase and the samples per second of this process."""
         is_complete = self._samples and all(self._seconds.values())
         forward_s, backward_s, optimizer_s = (self._seconds[phase] or None for phase in PHASES)
         samples_per_s = self._samples / sum(self._seconds.values()) if is_complete else None
@@ -326,6 +316,5 @@ class TimedStep(ExitStack):
             self.enter(FORWARD)
 
     def _leave_model(self, model: nn.Module, inputs: object, output: object) -> None:
-        tensors = [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
-        if tensors:
+        if tensors := [leaf for leaf in leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]:
             register_multi_grad_hook(tensors, lambda gradient: self.enter(BACKWARD), mode="any")

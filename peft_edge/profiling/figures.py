@@ -1,4 +1,4 @@
-"""Draw costs as stacked bars."""
+"""Draw the memory, FLOPs and times of steps as stacked bars."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 FORMATS = (".png", ".svg", ".pdf")
-# The palette of Okabe and Ito, which is safe for colour-blind readers, and hatches for black-and-white print.
+# The colour-blind safe palette of Okabe and Ito, and hatches for black-and-white print.
 _COLOURS = ("#0072B2", "#E69F00", "#56B4E9", "#D55E00", "#CC79A7", "#F0E442")
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
 _MEMORY = ("activations", "temporaries", "parameters", "buffers", "gradients", "optimizer")
@@ -24,44 +24,38 @@ _FLOPS = ("forward", "backward", "elementwise_forward", "elementwise_backward", 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedBars:
-    """One panel of a figure: a stacked bar for each name."""
+    """The data of one panel of a figure, which has one stacked bar for each name."""
 
     label: str
-    """The quantity with its unit."""
+    """Label of the axis: the quantity with its unit."""
     parts: Mapping[str, Sequence[float]]
-    """The lengths of each part, one for each name."""
+    """From each part of the bars to its lengths, one for each name."""
     spread: Sequence[tuple[float, float]] = ()
     """The lowest and the highest measured length of each bar; empty for a single measurement."""
     line: float | None = None
-    """The length of a reference line."""
+    """Position of a dashed reference line."""
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw memory at the peak by kind, and FLOPs by phase, as a stacked bar for each name; see `save_bars`."""
+    """Draw the peak memory by kind and the FLOPs by phase, with one stacked bar for each name; see `save_bars`."""
     steps = list(costs.values())
-    save_bars(list(costs), [memory_panel(steps), flops_panel(steps)], path, title=title)
+    flops = StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(steps, "flops_{}", _FLOPS, 1e9))
+    save_bars(list(costs), [memory_panel(steps), flops], path, title=title)
 
 
 def memory_panel(costs: Sequence[StepProfile]) -> StackedBars:
-    """Return bars of the memory at the peak, by kind."""
-    return StackedBars(
-        label="memory at the peak of a step [MiB]", parts=_parts(costs, "memory_{}_bytes", _MEMORY, 2**20)
-    )
-
-
-def flops_panel(costs: Sequence[StepProfile]) -> StackedBars:
-    """Return bars of the FLOPs, by phase."""
-    return StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(costs, "flops_{}", _FLOPS, 1e9))
+    """Return the bars of the peak memory of steps, by kind of tensor."""
+    parts = _parts(costs, "memory_{}_bytes", _MEMORY, 2**20)
+    return StackedBars(label="memory at the peak of a step [MiB]", parts=parts)
 
 
 def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: float) -> dict[str, list[float]]:
-    return {
-        part.replace("_", ", "): [(getattr(cost, name.format(part)) or 0) / unit for cost in costs] for part in parts
-    }
+    sizes = {part: [getattr(cost, name.format(part)) or 0 for cost in costs] for part in parts}
+    return {part.replace("_", ", "): [size / unit for size in sizes[part]] for part in parts}
 
 
 def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw panels side by side, with a bar for each name from the top; the same bars give the same file.
+    """Draw panels side by side, with the bar of the first name at the top. The same input gives the same file.
 
     Raises:
         ValueError: If the path does not end in .png, .svg or .pdf.
@@ -92,7 +86,7 @@ def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     if panel.spread:
-        # Rounding can put the end of a bar slightly outside its spread.
+        # Rounding can put the end of a bar outside its spread.
         below = [max(end - low, 0) for end, (low, _) in zip(ends, panel.spread, strict=True)]
         above = [max(high - end, 0) for end, (_, high) in zip(ends, panel.spread, strict=True)]
         axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", capsize=3)

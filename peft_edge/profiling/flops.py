@@ -2,11 +2,11 @@
 
 A multiply-add is two operations. Convolutions, matrix products and attention use the formulas of
 `torch.utils.flop_counter`, except for the backward pass of a convolution: torch overcounts the gradient of a grouped
-kernel by the number of groups. Operators that torch tags as pointwise or as a reduction, and those in the tables below,
-are elementwise: a fixed number of operations for each element of their largest tensor. All others cost nothing: copies,
-views, indexing, selection, and operators without a tag, such as recurrent layers that are fused for the CPU.
+kernel by the number of groups. Operators that torch tags as pointwise or reduction, and those in `_PER_ELEMENT`, are
+elementwise: they cost a number of operations for each element of their largest tensor. All other operators cost
+nothing: copies, views, indexing, selection, and untagged operators, such as the fused recurrent layers of the CPU.
 
-Before torch 2.15, a dispatch mode sees the derivatives of SiLU and Mish as several operators, all of which count.
+Before torch 2.15, the derivatives of SiLU and Mish count as several operators.
 """
 
 from __future__ import annotations
@@ -41,20 +41,20 @@ class Flops:
     """
 
     forward: int = 0
-    """Convolutions, matrix products and attention of the forward pass and the loss."""
+    """Convolutions, matrix products and attention in the forward pass and the loss."""
     backward: int = 0
-    """The same operators in the backward pass, including what checkpointing recomputes."""
+    """The same operators in the backward pass, including the operators that checkpointing runs again."""
     optimizer: int = 0
-    """All operations of the update: the optimizer, and clipping and scaling of gradients."""
+    """All operators of the update: the optimizer, and the clipping and scaling of gradients."""
     elementwise_forward: int = 0
-    """All other operators of the forward pass: activations, normalisation, pooling, sums."""
+    """All other operators in the forward pass and the loss: activations, normalisation, pooling, sums."""
     elementwise_backward: int = 0
-    """All other operators of the backward pass."""
+    """All other operators in the backward pass."""
 
 
 @dataclass(kw_only=True)
 class FlopCount(Flops):
-    """Floating-point operations of a step: in total, by module and by operator.
+    """Floating-point operations of a step in total, by module and by operator.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 8, 3, groups=8))
     >>> counts = count_flops(model, torch.empty(1, 3, 8, 8))
@@ -65,9 +65,9 @@ class FlopCount(Flops):
     """
 
     by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """By name in `named_modules`, submodules included; `""` is the model without the loss and the optimizer."""
+    """From each name in `named_modules` to its FLOPs, with submodules. `""` excludes the loss and the optimizer."""
     by_operator: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """By torch's name, such as `aten.convolution_backward`."""
+    """From each operator, such as `aten.convolution_backward`, to its FLOPs."""
 
 
 def count_flops(
@@ -80,8 +80,8 @@ def count_flops(
 ) -> FlopCount:
     """Count the floating-point operations of one training step from shapes alone.
 
-    A copy with fake tensors takes the step: the model, its statistics and the optimizer are unchanged. A frozen kernel
-    costs no gradient, and layers before the first trained one cost no gradient of their input.
+    The step runs on a copy with fake tensors, so the model, its statistics and the optimizer are unchanged. No gradient
+    is counted for a frozen kernel, nor for the inputs of layers before the first trainable layer.
 
     >>> model = nn.Sequential(nn.Linear(4, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
@@ -89,20 +89,21 @@ def count_flops(
     FlopCount(forward=480, backward=160, optimizer=36, elementwise_forward=50, elementwise_backward=20)
 
     Args:
-        model: In the mode that it is trained in. Without trained parameters there is no backward pass.
-        inputs: A tensor or a tuple for positional arguments, a mapping for keyword arguments.
-        optimizer: The optimizer of the model's parameters; None to leave the update out.
-        loss_fn: Maps the model's output to a scalar; by default `output.loss`, or the mean of the output.
+        model: The model, in train or eval mode. Without trainable parameters there is no backward pass.
+        inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments.
+        optimizer: The optimizer of the model's parameters; None for no update.
+        loss_fn: Maps the model's output to a scalar; see `take_step` for the default.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: If the accounting is unknown, the loss is not a scalar, or the step reads the value of a tensor.
+        ValueError: If the accounting is unknown, the loss is not a scalar, the step reads the value of a tensor, or the
+            model or the optimizer cannot be copied.
     """
     mode, model, optimizer, inputs = fake_copy(model, optimizer, inputs)
     counter = FlopCounter(model, accounting)
     with mode:
         if optimizer is not None and not optimizer.state:
-            # The first step of many optimizers does less, because they have no state yet.
+            # Many optimizers have no state before their first step, which therefore costs less.
             take_step(model, inputs, optimizer, loss_fn)
         with counter:
             take_step(model, inputs, optimizer, loss_fn)
@@ -110,7 +111,7 @@ def count_flops(
 
 
 class FlopCounter(FlopCounterMode):
-    """Count the operations inside a `with` block, by phase, module and operator.
+    """Count the floating-point operations inside a `with` block, by phase, module and operator.
 
     >>> model = nn.Linear(4, 2)
     >>> with FlopCounter(model) as counter:
@@ -120,11 +121,11 @@ class FlopCounter(FlopCounterMode):
 
     Args:
         model: The model whose modules are counted.
-        accounting: `exact`, or `source-study`, which counts as the profiler of arXiv 2507.23536 does: with torch's
-            formula for the backward pass of convolutions, and with BatchNorm among the convolutions.
+        accounting: `exact` or `source-study`. The latter counts as the profiler of arXiv 2507.23536 does: it uses
+            torch's formula for the backward pass of convolutions, and adds normalisation to `forward` and `backward`.
 
     Raises:
-        ValueError: If the accounting is neither of them.
+        ValueError: If the accounting is unknown.
     """
 
     def __init__(self, model: nn.Module, accounting: Accounting = "exact") -> None:
@@ -133,70 +134,67 @@ class FlopCounter(FlopCounterMode):
         self._is_exact = accounting == "exact"
         corrected = {aten.convolution_backward: convolution_backward} if self._is_exact else {}
         super().__init__(display=False, custom_mapping={**elementwise_formulas(), **_PRODUCTS, **corrected})
-        # torch's own ModuleTracker does not distinguish the phases.
+        # The ModuleTracker of torch does not distinguish the phases.
         self.mod_tracker = StepLocation(model)  # type: ignore[assignment]
 
     def result(self) -> FlopCount:
-        """Return the operations that were counted since the block was entered."""
+        """Return the operations counted since the start of the block."""
         counts = cast("dict[tuple[str, str | None], dict[object, int]]", self.flop_counts)
         total = FlopCount()
         by_module: dict[str, Flops] = defaultdict(Flops)
         by_operator: dict[str, Flops] = defaultdict(Flops)
         for (phase, module), by_packet in counts.items():
             for packet, flops in by_packet.items():
-                column = phase if phase == OPTIMIZER or self._is_product(packet) else f"elementwise_{phase}"
+                is_elementwise = packet in elementwise_formulas() and (
+                    self._is_exact or str(packet).removeprefix("aten.") not in _NORMALISATIONS
+                )
+                column = f"elementwise_{phase}" if is_elementwise and phase != OPTIMIZER else phase
                 modules = [by_module[name] for name in ancestors(module)]
                 for entry in (total, by_operator[str(packet)], *modules):
                     setattr(entry, column, getattr(entry, column) + flops)
         return dataclasses.replace(total, by_module=dict(by_module), by_operator=dict(by_operator))
 
-    def _is_product(self, packet: object) -> bool:
-        if packet not in elementwise_formulas():
-            return True
-        return not self._is_exact and str(packet).removeprefix("aten.") in _NORMALISATIONS
 
-
-# Formulas of products. They get the shapes of an operator's tensors and its other arguments.
+# Formulas of convolutions and products. Their arguments are the arguments of the operator, with shapes for tensors.
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
 
 
 def convolution_backward(gradient: list[int], x: list[int], kernel: list[int], *options: Any, **_: object) -> int:
-    """Count the gradients of a convolution: that of the input and that of the kernel each cost one forward pass.
+    """Return the FLOPs of the backward pass of a convolution.
 
-    Each multiply-add of the forward pass, of one input and one kernel element, occurs once in either gradient, for any
-    groups, stride, dilation and padding.
+    The gradient of the input and the gradient of the kernel each cost as much as the forward pass, for any groups,
+    stride, dilation and padding: each multiply-add of the forward pass occurs once in either gradient.
     """
     _bias_sizes, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = options
     return conv_flop_count(x, kernel, gradient, transposed) * (output_mask[0] + output_mask[1])
 
 
 _PRODUCTS: dict[object, Formula] = {
-    # Products without a formula in torch, or in some of its versions.
+    # Not all versions of torch have formulas for these products.
     aten.mv: lambda matrix, *_, **__: 2 * prod(matrix),
     aten.dot: lambda x, *_, **__: 2 * prod(x),
     aten.vdot: lambda x, *_, **__: 2 * prod(x),
     aten.addmv: lambda total, matrix, *_, **__: 2 * prod(matrix),
     aten.addbmm: lambda total, x, y, *_, **__: 2 * prod(x) * y[-1],
-    # Before torch 2.15, only other devices' attention has a formula.
+    # Before torch 2.15, only attention on other devices has a formula.
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
 
-# Operations for each element. A number, or a function of the operator's arguments (tensors, not shapes).
+# Operations for each element: a number, or a function of the arguments of the operator, which are tensors here.
 
 
 def _batch_norm(*arguments: object, **_: object) -> int:
-    is_training = arguments[5]
-    return 5 if is_training else 2
+    return 5 if arguments[5] else 2  # training or not
 
 
 def _batch_norm_backward(*arguments: Any, **_: object) -> int:
     is_training, (for_input, for_weight, for_bias) = arguments[7], arguments[9]
-    # With fixed statistics the layer is x * scale + shift.
+    # With fixed statistics, the layer computes x * scale + shift.
     return 10 if is_training else for_input + 4 * for_weight + for_bias
 
 
@@ -209,18 +207,14 @@ def _sgd(*_: object, weight_decay: float, momentum: float, nesterov: bool, **__:
 
 
 _NORMALISATIONS: dict[str, int | Formula] = {
-    # As in fvcore: mean, variance, shift and scale cost five in training.
+    # As in fvcore: mean, variance, shift and scale cost five operations in training.
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": 2,
-    "_batch_norm_with_update": 5,
     "cudnn_batch_norm": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
-    "cudnn_batch_norm_backward": 10,
-    "native_group_norm": 5,
-    "native_group_norm_backward": 10,
-    "native_layer_norm": 5,
-    "native_layer_norm_backward": 10,
+    **dict.fromkeys(("_batch_norm_with_update", "native_group_norm", "native_layer_norm"), 5),
+    **dict.fromkeys(("cudnn_batch_norm_backward", "native_group_norm_backward", "native_layer_norm_backward"), 10),
 }
 # fmt: off
 _UNTAGGED = (
@@ -241,10 +235,8 @@ _UNTAGGED = (
 )
 # fmt: on
 _PER_ELEMENT: dict[str, int | Formula] = {
-    "add": lambda *_, alpha=1, **__: 1 if alpha == 1 else 2,
-    "sub": lambda *_, alpha=1, **__: 1 if alpha == 1 else 2,
-    "addcdiv": lambda x, y, z, value=1, **_: 2 if value == 1 else 3,
-    "addcmul": lambda x, y, z, value=1, **_: 2 if value == 1 else 3,
+    **dict.fromkeys(("add", "sub"), lambda *_, alpha=1, **__: 1 if alpha == 1 else 2),
+    **dict.fromkeys(("addcdiv", "addcmul"), lambda x, y, z, value=1, **_: 2 if value == 1 else 3),
     **dict.fromkeys(("lerp", "std", "std_mean", "var", "var_mean"), 3),
     **dict.fromkeys(("_softmax", "_log_softmax"), 5),
     **dict.fromkeys(("_softmax_backward_data", "_log_softmax_backward_data"), 4),
@@ -259,7 +251,7 @@ _MOVES = {"clone", "masked_fill", "where"}
 
 @functools.cache
 def elementwise_formulas() -> dict[object, Formula]:
-    """Return the formula of each elementwise operator, in place or not, by its packet in `torch.ops.aten`."""
+    """Return a dict from each elementwise operator in `torch.ops.aten`, in place or not, to its formula."""
     formulas: dict[object, Formula] = {}
     for name in sorted({name.split(".")[0] for name in operator_names() if name.startswith("aten::")}):
         packet = getattr(aten, name.removeprefix("aten::"), None)
@@ -271,7 +263,7 @@ def elementwise_formulas() -> dict[object, Formula]:
 
 
 def _operations(kind: str) -> int | Formula | None:
-    """The operations for each element, None if the operator does no arithmetic."""
+    """Return the operations for each element; None if the operator is not elementwise."""
     if kind in _PER_ELEMENT:
         return _PER_ELEMENT[kind]
     packet = getattr(aten, kind, None)
@@ -282,7 +274,7 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Multiply by the size of the largest tensor; for an operator on lists, by the sizes of those in the first list."""
+    """Multiply by the size of the largest tensor or, for an operator on lists, by the total size of its first list."""
 
     def formula(*arguments: Any, out_val: object = None, **options: Any) -> int:
         per_element = operations(*arguments, **options) if callable(operations) else operations

@@ -1,7 +1,7 @@
-"""Measure the memory of a training step: the bytes that are alive at its peak, by kind and by module.
+"""Measure the peak memory of a training step, by kind of tensor and by module.
 
-`track_memory` measures a step of a copy, on real or fake tensors, and `MemoryTracker` the steps inside its block. Both
-add up the storages of tensors. `ProcessPeak` reads the peaks of the process and of the CUDA allocator.
+`track_memory` measures a step on copies, with real or fake tensors. `MemoryTracker` measures the steps inside a `with`
+block. Both add up the storages of live tensors. `ProcessPeak` reads the peaks of the process and the CUDA allocator.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ KindBytes = dict[str, int]
 class MemoryProfile:
     """Bytes of tensors by kind; tensors that share a storage count once.
 
-    - `parameters`, `buffers`: all of the model, also frozen ones.
+    - `parameters`, `buffers`: trainable and frozen parameters, and all buffers of the model.
     - `gradients`: tensors that became the `grad` of a parameter.
-    - `activations`: inputs and tensors of the forward pass that are alive when it ends, for the backward pass. Without
-      a backward pass, those alive at the end of the block.
-    - `temporaries`: all others, such as gradients of activations, and activations that are freed early or recomputed.
+    - `activations`: inputs and tensors of the forward pass that are alive when the forward pass ends or, without a
+      backward pass, when the block ends.
+    - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
     - `optimizer`: the state of the optimizer.
 
-    Only requested bytes count. What an operator uses internally, and what an allocator rounds up or keeps, is in the
-    figures of the process alone.
+    Only bytes of tensors count. Memory inside operators, and memory that an allocator rounds up or keeps, appears only
+    in `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes`.
 
     >>> profile = track_memory(nn.Linear(4, 2), torch.ones(3, 4), fake=True)
     >>> profile.peak["parameters"], profile.peak["gradients"]
@@ -65,32 +65,32 @@ class MemoryProfile:
     """
 
     peak_bytes: int
-    """The most bytes alive at one time."""
+    """The highest number of live bytes."""
     peak: KindBytes
-    """The same by kind."""
+    """The live bytes of each kind at the peak."""
     peak_phase: str
     """The phase of the peak: `forward`, `backward` or `optimizer`."""
     forward_end_bytes: int
-    """Bytes alive at the end of the forward pass; of several forward passes, the most."""
+    """Live bytes at the end of the forward pass; the maximum of several forward passes."""
     forward_end: KindBytes
-    """The same by kind."""
+    """The live bytes of each kind at the end of that forward pass."""
     start_bytes: int
-    """Bytes alive at the start: the model, its gradients, the optimizer's state and the inputs."""
+    """Live bytes at the start: the model, its gradients, the optimizer's state and the inputs."""
     peak_by_module: dict[str, KindBytes] = field(repr=False)
-    """Bytes of each module at the peak, submodules included; `""` is the model.
+    """Bytes of each module at the peak, including its submodules; `""` is the model.
 
-    Parameters, their gradients and their optimizer state belong to the module that holds the parameter, or to the
-    innermost module around all that share it. Other tensors belong to the module that created them. Inputs, the loss
-    and temporaries of the optimizer are in the totals only.
+    A parameter, its gradient and its optimizer state belong to the module that holds the parameter. A shared parameter
+    belongs to the innermost module that contains all its holders. Other tensors belong to the module that created them.
+    Inputs, the loss and temporaries of the optimizer are only in the totals.
     """
     forward_end_by_module: dict[str, KindBytes] = field(repr=False)
-    """Bytes of each module at the end of the forward pass."""
+    """Bytes of each module at the end of the forward pass, including its submodules."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator. None without CUDA; a `MemoryTracker` leaves this and the next two None."""
+    """Peak of the CUDA allocator; None without CUDA. `MemoryTracker` does not set this field and the next two."""
     peak_rss_bytes: int | None = None
     """Peak of the physical memory of the process; None for a fake step."""
     rss_growth_bytes: int | None = None
-    """That peak minus the memory before the step; None where the system does not tell."""
+    """`peak_rss_bytes` minus the memory before the step; None if the system cannot reset the peak."""
 
 
 def track_memory(
@@ -101,26 +101,22 @@ def track_memory(
     loss_fn: LossFn | None = None,
     fake: bool = False,
 ) -> MemoryProfile:
-    """Measure the memory of one training step, on copies of model, optimizer and inputs.
+    """Measure the memory of one training step, on copies of the model, the optimizer and the inputs.
 
-    Takes two steps and measures the second, because the first one creates the optimizer's state. The CUDA peak excludes
-    what was allocated before the copies were made.
+    Two steps run. The second one is measured, because the first one creates the optimizer's state. The CUDA peak
+    excludes memory that was allocated before the copies.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     >>> profile = track_memory(model, torch.ones(32, 16), optimizer=torch.optim.AdamW(model.parameters()))
     >>> profile.forward_end["parameters"], profile.forward_end["optimizer"]  # two averages and four step counters
     (2176, 4368)
 
-    Args:
-        model: In train or eval mode, as the step needs it.
-        inputs: A tensor or a tuple for positional arguments, a mapping for keyword arguments.
-        optimizer: The optimizer of the model's parameters; None to stop after the backward pass.
-        loss_fn: Maps the model's output to a scalar; see `take_step` for the default.
-        fake: Use fake tensors, which need no memory and little time, and give no figures of the process.
+    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. The other arguments
+    are those of `count_flops`.
 
     Raises:
-        ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, or model and optimizer
-            cannot be copied.
+        ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, the model or the
+            optimizer cannot be copied, or a fake step reads the value of a tensor.
     """
     device = cuda_device(model)
     allocated_before = 0 if device is None else torch.cuda.memory_allocated(device)
@@ -148,8 +144,8 @@ def track_memory(
 class MemoryTracker(DispatchMode):
     """Track the memory of the training steps inside a `with` block.
 
-    Parameters may be frozen, tied or views of one another, and tensors may be fake. Only tensors on the devices of the
-    parameters count. (`torch.distributed._tools.mem_tracker.MemTracker` raises on frozen parameters.)
+    Parameters may be frozen, tied or views of one another. Tensors may be fake. Only tensors on the devices of the
+    parameters count. (`torch.distributed._tools.mem_tracker.MemTracker` raises an error for frozen parameters.)
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inputs = torch.ones(3, 4)
@@ -159,18 +155,16 @@ class MemoryTracker(DispatchMode):
     152
 
     Args:
-        model: Its parameters and buffers, and gradients that exist already, count from the start.
-        optimizer: Separates the optimizer's state from its temporaries.
-        inputs: The inputs of the model. Other tensors count from their first use.
+        model: The model, whose parameters, buffers and existing gradients count from the start.
+        optimizer: The optimizer whose state is measured. If it is None, optimizer state counts as temporaries.
+        inputs: The inputs of the model, which also count from the start. Other tensors count from their first use.
     """
 
     supports_higher_order_operators = True
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None = None, inputs: Inputs | None = None) -> None:
         super().__init__()
-        self._modules = dict(model.named_modules())
-        self._optimizer = optimizer
-        self._inputs = inputs
+        self._modules, self._optimizer, self._inputs = dict(model.named_modules()), optimizer, inputs
         self._owners: dict[Tensor, str | None] = {}
         self._location = StepLocation(model)
         self._log = StorageLog({parameter.device for parameter in model.parameters()})
@@ -199,19 +193,19 @@ class MemoryTracker(DispatchMode):
             self._end_forward()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
-        """Run an operator, and log the storages of its arguments and its results."""
+        """Run an operator and log the storages of its arguments and results."""
         phase, module = self._location.locate()
         if phase == BACKWARD and self._log.phase == FORWARD:
             self._end_forward()
         self._log.phase = phase
-        # A new storage among the arguments comes from outside the model.
+        # The model did not create the new storages among the arguments.
         self._log.observe(args)
         result = func(*args, **(kwargs or {}))
         self._log.observe(result, module)
         return result
 
     def result(self) -> MemoryProfile:
-        """Return the figures; call it after the block."""
+        """Return the measurements. Call this after the block."""
         totals = self._log.totals()
         peak_at = max(range(len(totals)), key=totals.__getitem__)
         forward_end_at = max(self._forward_ends, key=totals.__getitem__)
@@ -263,7 +257,7 @@ class MemoryTracker(DispatchMode):
 
 
 class LoggedStorage(weakref.ref[UntypedStorage]):
-    """The entry of a storage in the log; the weak reference reports when the storage is freed, also by C++ code."""
+    """The entry of a storage in the log: a weak reference, whose callback runs when Python or C++ frees the storage."""
 
     bytes: int
     key: int
@@ -273,7 +267,7 @@ class LoggedStorage(weakref.ref[UntypedStorage]):
 
 
 class Event(NamedTuple):
-    """A storage is created, resized or freed, which changes the live bytes by `change`."""
+    """The creation, resizing or release of a storage, which changes the live bytes by `change`."""
 
     storage: LoggedStorage
     change: int
@@ -281,24 +275,24 @@ class Event(NamedTuple):
 
 
 class StorageLog:
-    """Log the storages of tensors as events, each of which adds or removes bytes; views share one storage.
+    """Log the storages of tensors as events that add or remove bytes. Views share one storage.
 
-    The kind of a storage is known only later: it is an activation if it is alive when the forward pass ends, and a
-    gradient once it becomes one. Storages on other devices are ignored, unless `devices` is empty.
+    The kind of a storage may change after its creation: a storage becomes an activation if it is alive when the forward
+    pass ends. Storages on devices outside `devices` are ignored, unless `devices` is empty.
     """
 
     def __init__(self, devices: set[torch.device]) -> None:
-        self.phase = FORWARD  # of new storages; the caller keeps it up to date
+        self.phase = FORWARD  # the phase of new storages, which the caller updates
         self._devices = devices
         self._live: dict[int, LoggedStorage] = {}
         self.events: list[Event] = []
 
     def totals(self) -> list[int]:
-        """Return the bytes alive before the first event and after each event."""
+        """Return the live bytes before the first event and after each event."""
         return [0, *accumulate(event.change for event in self.events)]
 
     def observe(self, value: object, module: str | None = None) -> None:
-        """Log new and resized storages of a tensor, or of nested lists and tuples; new ones belong to `module`."""
+        """Log new and resized storages of a tensor or of nested lists and tuples; new storages belong to `module`."""
         if isinstance(value, Tensor):
             self._observe_tensor(value, module)
         elif isinstance(value, (list, tuple)):
@@ -308,7 +302,7 @@ class StorageLog:
     def assign(self, tensor: Tensor, kind: str, owner: str | None) -> None:
         """Set the kind and the module of a tensor's storage.
 
-        The first kind stays. A storage that is assigned to several modules belongs to the innermost one around them.
+        Later calls do not change the kind. A storage of several modules belongs to the innermost module around them.
         """
         storage = self._observe_tensor(tensor, None)
         if storage is None:
@@ -319,7 +313,7 @@ class StorageLog:
             storage.module = innermost_around(storage.module, owner)
 
     def end_forward(self) -> None:
-        """Turn the temporaries of the forward pass that are still alive into activations."""
+        """Change the kind of live temporaries of the forward pass to activations."""
         for storage in self._live.values():
             if storage.kind == TEMPORARIES and storage.phase == FORWARD:
                 storage.kind = ACTIVATIONS
@@ -328,12 +322,12 @@ class StorageLog:
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
-            # A sparse tensor has no storage; its indices and values have.
+            # A sparse tensor has no storage; only its indices and values do.
             return None
         key, size = id(storage), storage.nbytes()
         entry = self._live.get(key)
         if entry is None:
-            # A fake tensor tells the device that it stands for; its storage is on the meta device.
+            # Compare the device of the tensor: the storage of a fake tensor is on the meta device.
             if self._devices and tensor.device not in self._devices:
                 return None
             entry = self._live[key] = LoggedStorage(storage, self._log_free)
@@ -350,7 +344,7 @@ class StorageLog:
 
 
 def innermost_around(module: str | None, other: str | None) -> str | None:
-    """Return the innermost module that is or contains both modules; None if one of them is None."""
+    """Return the innermost module that contains both modules, or equals them; None if none does."""
     if module == other:
         return module
     around = set(ancestors(other))
@@ -363,19 +357,19 @@ def cuda_device(model: nn.Module) -> torch.device | None:
 
 
 class ProcessPeak:
-    """Measure the peaks of this process inside a `with` block. Blocks must not overlap.
+    """Measure the peak memory of this process inside a `with` block. Blocks must not overlap.
 
-    The block resets the peak counters of the system and of CUDA. A process grows by more than the bytes of the tensors,
-    because malloc cannot reuse all memory: with glibc by up to 75 % in a training step, and by up to 5 % with
-    `MALLOC_MMAP_THRESHOLD_=65536` in the environment.
+    The block resets the peak counters of the system and of CUDA. The process grows by more than the bytes of its
+    tensors, because malloc cannot reuse all memory. With glibc we measured up to 75 % more in a training step, and up
+    to 5 % more with the environment variable `MALLOC_MMAP_THRESHOLD_=65536`.
     """
 
     peak_rss_bytes: int | None = None
-    """Peak of the physical memory, since the start of the process where it cannot be reset; None on Windows."""
+    """The result of the function `peak_rss_bytes` at the end of the block."""
     rss_growth_bytes: int | None = None
-    """That peak minus the memory before the block; None where the peak cannot be reset."""
+    """`peak_rss_bytes` minus the memory before the block; None if the system cannot reset the peak."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator on `device`; None without one."""
+    """Peak of the CUDA allocator on `device`; None if `device` is None."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
@@ -385,7 +379,7 @@ class ProcessPeak:
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            # glibc keeps freed memory. Reusing it would not count as growth.
+            # glibc keeps freed memory, and its reuse would not count as growth.
             libc.malloc_trim(0)
         self._rss_before = psutil.Process().memory_info().rss if reset_peak_rss() else None
         return self
@@ -403,9 +397,9 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_rss_bytes() -> int | None:
-    """Return the peak of this process's physical memory: since its start, or on Linux since `reset_peak_rss`.
+    """Return the peak of this process's physical memory since `reset_peak_rss` on Linux, otherwise since its start.
 
-    None on Windows. psutil has no such figure on Linux.
+    None on Windows. psutil does not read this value on Linux.
     """
     if _STATUS.exists() and (peak := re.search(r"^VmHWM:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)):
         return int(peak[1]) * 1024
@@ -418,9 +412,9 @@ def peak_rss_bytes() -> int | None:
 
 
 def reset_peak_rss() -> bool:
-    """Set the peak to the current memory; return whether the system allowed it, as Linux may."""
+    """Set the peak to the current memory, and return whether that succeeded. Only Linux supports it."""
     try:
-        # proc(5): 5 resets the peak and nothing else.
+        # According to proc(5), the value 5 resets only the peak.
         _CLEAR_REFS.write_text("5")
     except OSError:
         return False

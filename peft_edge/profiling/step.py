@@ -1,7 +1,7 @@
 """Take one training step, on real or on fake tensors, and locate each of its operators.
 
-`take_step` runs a step, `fake_copy` prepares one from shapes alone, and `StepLocation` returns the phase and the module
-of the operator that is being dispatched. The FLOP counter and the memory tracker are built on them.
+`take_step` runs a step. `fake_copy` copies a model so that a step runs from shapes alone. `StepLocation` returns the
+phase and the module of the current operator. The FLOP counter and the memory tracker use all three.
 """
 
 from __future__ import annotations
@@ -30,15 +30,16 @@ LossFn = Callable[[Any], Tensor]
 
 
 def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, loss_fn: LossFn | None) -> None:
-    """Take one step: clear the gradients, forward, backward if anything is trained, update if there is an optimizer.
+    """Take one step: clear the gradients, then run the forward pass, the backward pass and the update.
 
-    The default loss is `output.loss` if it is set, otherwise the mean of the output or of `output.logits`.
+    There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. The default loss
+    is `output.loss` if it is set, otherwise the mean of `output.logits` or of the output.
 
     Raises:
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
     """
     model.zero_grad()
-    # The output gets no name, so that it is freed once the loss does not need it.
+    # Without a variable for the output, its memory is freed once the loss does not need it.
     loss = (loss_fn or _default_loss)(_call(model, inputs))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -61,10 +62,10 @@ def _default_loss(output: object) -> Tensor:
 
 
 def logits_of(output: object, *, advice: str) -> Tensor:
-    """Return a model's output, or `output.logits` where it has them.
+    """Return `output.logits` if the output has this attribute, otherwise the output.
 
     Raises:
-        ValueError: If neither is a tensor; the message ends with `advice`.
+        ValueError: If the result is not a tensor. The message ends with `advice`.
     """
     logits = getattr(output, "logits", output)
     if not isinstance(logits, Tensor):
@@ -73,14 +74,12 @@ def logits_of(output: object, *, advice: str) -> Tensor:
 
 
 class StepLocation:
-    """Locate, inside a `with` block, each operator that a dispatch mode sees: its phase and its module.
+    """Find the phase and the module of each operator that a dispatch mode sees inside a `with` block.
 
-    In the forward pass, the module is the innermost one that is running. In the backward pass, it is the module whose
+    In the forward pass, the module is the innermost running module. In the backward pass, the module is the one whose
     forward pass created the current autograd node. Autograd numbers the nodes in the order of creation, so this class
-    notes which module was running at which number. (`torch.utils.module_tracker.ModuleTracker` uses tensor hooks, and
-    never leaves a module whose input needs no gradient, which is common for frozen layers.)
-
-    Modules are named as in `model.named_modules()`.
+    records which module was running at which number. (`torch.utils.module_tracker.ModuleTracker` uses tensor hooks. It
+    never leaves a module whose input requires no gradient, as is common for frozen layers.)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -90,7 +89,7 @@ class StepLocation:
         }
         self._thread = threading.get_ident()
         self._running: list[str | None] = []
-        # Module `_owners[i]` created the nodes from number `_numbers[i]` to `_numbers[i + 1] - 1`.
+        # Module `_owners[i]` created the nodes with the numbers from `_numbers[i]` to `_numbers[i + 1] - 1`.
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
         self._updates: list[int] = []
@@ -111,10 +110,10 @@ class StepLocation:
         self._hooks.close()
 
     def locate(self) -> tuple[str, str | None]:
-        """Return the phase and the module of the operator that is being dispatched; None is outside the model."""
+        """Return the phase and the module name of the current operator; the name is None outside the model."""
         phase = self._phase()
         if self._running:
-            # Also in the backward pass, where checkpointing runs modules again and creates new nodes.
+            # Checkpointing also runs modules and creates nodes in the backward pass.
             self._note_owner(self._running[-1])
             return phase, self._running[-1]
         if phase == FORWARD:
@@ -125,12 +124,12 @@ class StepLocation:
 
     @property
     def parents(self) -> set[tuple[str, str | None]]:
-        """The location in the form that `FlopCounterMode` reads from its `mod_tracker`."""
+        """The result of `locate` in the form that `FlopCounterMode` reads from its `mod_tracker`."""
         return {self.locate()}
 
     def _phase(self) -> str:
         backward_pass = _compat.backward_pass_id()
-        # A backward pass may contain an update (layer-wise updates), and an update a backward pass (a closure).
+        # A backward pass may contain updates (layer-wise updates). An update may contain a backward pass (a closure).
         if self._updates and self._updates[-1] == backward_pass and not self._running:
             self._last_phase = OPTIMIZER
         elif backward_pass != -1:
@@ -150,10 +149,10 @@ class StepLocation:
         return self._owners[position] if position >= 0 else None
 
     def _note_owner(self, module: str | None) -> None:
-        # Each thread numbers its own nodes. On CUDA the backward pass, with what it recomputes, has its own thread.
+        # Each thread numbers its own nodes. On CUDA, the backward pass and its recomputation run in another thread.
         if threading.get_ident() != self._thread:
             return
-        # Autograd creates a node before it dispatches the operator. If there is none, the number is an old one.
+        # Autograd creates a node before it dispatches the operator. If it creates no node, the number is unchanged.
         number = _compat.last_node_number()
         if not self._numbers or number > self._numbers[-1]:
             self._numbers.append(number)
@@ -173,7 +172,7 @@ class StepLocation:
 
 
 def ancestors(module: str | None) -> Iterator[str]:
-    """Yield a module's name and those of all modules around it, up to `""`, the model; nothing for None."""
+    """Yield the name of a module and the names of all modules that contain it, up to `""`; nothing for None."""
     while module is not None:
         yield module
         module = module.rpartition(".")[0] if module else None
@@ -182,24 +181,21 @@ def ancestors(module: str | None) -> Iterator[str]:
 def fake_copy(
     model: nn.Module, optimizer: Optimizer | None, inputs: Inputs
 ) -> tuple[_compat.FakeMode, nn.Module, Optimizer | None, Inputs]:
-    """Copy model, optimizer and inputs with fake tensors, which have a shape but no memory.
+    """Copy the model, the optimizer and the inputs with fake tensors, which have a shape but no memory.
 
     Tied parameters stay tied, and views stay views of one storage. Tensors on the meta device become fake CPU tensors,
-    so that they run through the same operators as a real model.
+    so that they use the same operators as a real model. `copy_together` may raise a ValueError.
 
     Returns:
-        The mode to run the copies in, and the copies. The originals are unchanged.
-
-    Raises:
-        ValueError: See `copy_together`.
+        The mode in which the copies must run, and the copies.
     """
     mode = _FakeMode(allow_non_fake_inputs=True)
     state = [] if optimizer is None else _compat.leaves(list(optimizer.state.values()))
-    # deepcopy takes the tensors in the memo as already copied.
+    # deepcopy treats tensors in the memo as already copied.
     memo: dict[int, object] = {id(leaf): _fake_state(leaf, mode) for leaf in state if isinstance(leaf, Tensor)}
     memo |= {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
     model_copy, optimizer_copy = copy_together(model, optimizer, memo)
-    # A tokenizer returns a mapping that is not a dict, which `map_only` would take for a leaf.
+    # A tokenizer returns a mapping that is not a dict, and `map_only` would treat it as a leaf.
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return mode, model_copy, optimizer_copy, _compat.map_only(Tensor, lambda tensor: _fake(tensor, mode), inputs)
 
@@ -207,34 +203,36 @@ def fake_copy(
 def copy_together(
     model: nn.Module, optimizer: Optimizer | None, memo: dict[int, object]
 ) -> tuple[nn.Module, Optimizer | None]:
-    """Copy a model and its optimizer, which then trains the copy; `memo` is that of `copy.deepcopy`.
+    """Copy a model and its optimizer, so that the new optimizer updates the new model.
+
+    `memo` is an argument of `copy.deepcopy`.
 
     Raises:
-        ValueError: If the optimizer trains parameters outside the model, or one of the two cannot be copied.
+        ValueError: If the optimizer updates parameters outside the model, or the model or optimizer cannot be copied.
     """
     parameters = set(model.parameters())
     groups = [] if optimizer is None else optimizer.param_groups
     if any(parameter not in parameters for group in groups for parameter in group["params"]):
         raise ValueError(
-            "the optimizer trains parameters that are not the model's: if they belong to the loss, make the loss "
-            "a part of the model"
+            "the optimizer updates parameters that are not the model's: if they belong to the loss, make the loss a "
+            "part of the model"
         )
     try:
         model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
         if optimizer_copy is not None:
-            # torch copies its own attributes only. A schedule sets `step`, which would step the original.
+            # torch copies only its own attributes. The `step` that a schedule sets would update the original.
             missing = vars(optimizer).keys() - vars(optimizer_copy).keys() - {"step"}
             vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
     except Exception as error:
         raise ValueError(
-            f"{type(model).__name__} and {type(optimizer).__name__} cannot be copied ({error}): measure a real step of "
-            "them with FlopCounter and MemoryTracker"
+            f"{type(model).__name__} and {type(optimizer).__name__} cannot be copied ({error}): measure a real step "
+            "with FlopCounter and MemoryTracker"
         ) from error
     return model_copy, optimizer_copy
 
 
 def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy on the meta device, which needs no memory; tied parameters stay tied."""
+    """Return a copy of a model on the meta device, which needs no memory. Tied parameters stay tied."""
     memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
     for parameter in model.parameters():
         memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
@@ -244,7 +242,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 class _FakeMode(_compat.FakeMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         if func is torch.ops.aten.rand.default and list(args[0]) == [1]:
-            # PEFT's LoHa and LoKr draw one number and compare it with `module_dropout`. With 1.0 nothing is dropped.
+            # PEFT's LoHa and LoKr draw a number and compare it with `module_dropout`. With 1.0 they drop nothing.
             with self:
                 return torch.tensor([1.0])
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -253,7 +251,7 @@ class _FakeMode(_compat.FakeMode):
         super().__exit__(kind, error, trace)
         if isinstance(error, _compat.FakeValueError):
             raise ValueError(
-                f"the step reads the value of a tensor ({error.func}), as some optimizers do, and an analysis has only "
+                f"the step reads the value of a tensor ({error.func}), as some optimizers do, but an analysis has only "
                 "shapes: choose another optimizer or model, or measure a real step with FlopCounter and MemoryTracker"
             ) from error
 
@@ -261,7 +259,7 @@ class _FakeMode(_compat.FakeMode):
 def _fake_state(tensor: Tensor, mode: _compat.FakeMode) -> Tensor:
     if tensor.dim() or not tensor.is_cpu:
         return _fake(tensor, mode)
-    # Optimizers read their step counter. A fake tensor that is created from a number keeps its value.
+    # Optimizers read their step counter. A fake tensor keeps its value if it is created from a number.
     value = tensor.item()
     with mode:
         return torch.tensor(value, dtype=tensor.dtype)
@@ -272,6 +270,4 @@ def _fake(tensor: Tensor, mode: _compat.FakeMode) -> Tensor:
         return mode.from_tensor(tensor, static_shapes=True)
     with mode:
         fake = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
-    if isinstance(tensor, nn.Parameter):
-        return nn.Parameter(fake, requires_grad=tensor.requires_grad)
-    return fake
+    return nn.Parameter(fake, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else fake

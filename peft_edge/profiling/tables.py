@@ -1,4 +1,4 @@
-"""Turn counts into the rows of a record, and rows into plain-text tables."""
+"""Convert FLOP and memory counts to rows of a record, and these rows to text tables."""
 
 from __future__ import annotations
 
@@ -18,12 +18,11 @@ from peft_edge.records import StepProfile
 
 
 def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, process_index: int) -> list[StepProfile]:
-    """Return a row for the step, and one for the layers of each LoRA rank; all without times.
+    """Return one row for the step and one for the layers of each LoRA rank, without times.
 
-    `model` is the one that was measured, without the wrapper of distributed training.
+    `model` is the measured model without the wrapper of distributed training.
     """
-    layers_of = _lora_layers(model)
-    saved = _saved_bytes(model)
+    layers_of, saved = _lora_layers(model), _saved_bytes(model)
     rows = [
         StepProfile(
             process_index=process_index,
@@ -64,7 +63,7 @@ def _trained(modules: list[nn.Module]) -> int:
 
 
 def _sums(counts: Sequence[Flops], peaks: Sequence[KindBytes]) -> dict[str, Any]:
-    # The optimizer updates all parameters at once, so its operations belong to no layer.
+    # The optimizer updates all parameters at once, so its FLOPs belong to no layer.
     names = [entry.name for entry in fields(Flops) if entry.name != OPTIMIZER]
     flops = {f"flops_{name}": sum(getattr(count, name) for count in counts) for name in names}
     sizes = {f"memory_{kind}_bytes": sum(peak[kind] for peak in peaks) for kind in MEMORY_KINDS}
@@ -72,15 +71,15 @@ def _sums(counts: Sequence[Flops], peaks: Sequence[KindBytes]) -> dict[str, Any]
 
 
 def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
-    """The names of the layers with an active LoRA adapter, by its rank."""
+    """Return a dict from each LoRA rank to the names of the layers with an active adapter of that rank."""
     found: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules():
         if isinstance(module, LoraLayer):
             for lora_rank in {module.r[adapter] for adapter in module.active_adapters if adapter in module.r}:
-                # PEFT wraps a module once for each of its adapted parameters; the outermost wrapper counts.
+                # PEFT wraps a module once for each of its adapted parameters. Only the outermost wrapper counts.
                 if not any(name.startswith(f"{layer}.") for layer in found[lora_rank]):
                     found[lora_rank].append(name)
-    # An adapter of norms alone has a rank in its configuration, but no matrix of that rank.
+    # An adapter that adapts only norms has a rank in its configuration, but no matrix of that rank.
     return {
         lora_rank: layers
         for lora_rank, layers in found.items()
@@ -89,19 +88,19 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
-    """Name and bytes of each tensor in the active adapters' files, and of each trained parameter outside adapters."""
+    """Return name and bytes of each saved adapter tensor, and of each trainable parameter outside adapters."""
     tensors: list[tuple[str, Tensor]] = []
     adapters: list[str] = []
     if getattr(model, "peft_config", None):
-        # A property of PEFT's models, a method of transformers' models.
+        # This is a property of PEFT models, but a method of transformers models.
         active = model.active_adapters
         adapters = active() if callable(active) else active  # type: ignore[assignment]
         for adapter in adapters:
-            # Without the last argument, PEFT asks the Hub for the size of the base model's vocabulary.
+            # Without the last argument, PEFT downloads the base model's vocabulary size from the Hub.
             tensors += get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items()
     saved = {name for name, _ in tensors}
     for name, parameter in model.named_parameters():
-        # The name of an adapter's parameter contains that of the adapter.
+        # The name of an adapter parameter contains the name of the adapter.
         if parameter.requires_grad and name not in saved and not set(adapters) & set(name.split(".")):
             tensors.append((name, parameter))
     return [(name, tensor.numel() * tensor.element_size()) for name, tensor in tensors]
@@ -110,8 +109,8 @@ def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
 _FLOP_UNITS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
-# Two tables, because the lines of one would be too long. A group of columns has one unit, so that its columns can be
-# compared: the largest unit in which the largest value is at least 10. A group without units holds words.
+# There are two tables because the lines of one table would be too long. The columns of a group have the same unit: the
+# largest unit in which the largest value is at least 10. A group without units holds words.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
         (
@@ -143,9 +142,9 @@ _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[
 
 
 def cost_table(costs: Mapping[str, StepProfile]) -> str:
-    """Return the costs of steps as text: arithmetic and time, and below it memory at the peak and saved bytes.
+    """Return two text tables: FLOPs and times of steps, then peak memory and saved bytes.
 
-    A column that nothing was measured for is left out. A dash stands for a single missing value.
+    Columns without values are omitted. A dash marks a missing value.
     """
     tables = []
     for caption, groups in _TABLES.items():
@@ -156,13 +155,13 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
 
 
 def profile_table(rows: Sequence[StepProfile]) -> str:
-    """Return `cost_table` for the rows of a record: for each process its step, and the layers of each LoRA rank."""
+    """Return `cost_table` for the rows of a record: the step and the layers of each LoRA rank, on each process."""
     layers = [f", layers of rank {row.lora_rank}" if row.scope == "layers" else "" for row in rows]
     return cost_table({f"process {row.process_index}{name}": row for row, name in zip(rows, layers, strict=True)})
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return rows of cells as lines of text; columns are right-aligned and two spaces apart."""
+    """Return the cells as text, with right-aligned columns that are two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -170,7 +169,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
-    """Yield the columns of a group that has values: unit, title and a cell for each step."""
+    """Yield the columns of a group: unit, title and a cell for each step. Columns without values are omitted."""
     if not units:
         words = {title: [getattr(cost, name) for cost in costs] for title, (name,) in group.items()}
         yield from (["", title, *(word or "-" for word in column)] for title, column in words.items() if any(column))
@@ -190,7 +189,7 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Three digits, or all digits before the point."""
+    """Format a number with three digits, or with all digits before the point."""
     if 0 < value < 0.01:
         return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"

@@ -1,4 +1,4 @@
-"""The report: a Markdown page, its figures and CSV files, rendered from records alone."""
+"""Write the report, a Markdown page with figures and CSV files, from records alone."""
 
 from peft_edge.report.page import write_report
 

@@ -1,6 +1,6 @@
-"""The figures of the report: readable without colours, and byte-identical for the same records.
+"""Draw the figures of the report. They are readable without colours, and the same data give identical files.
 
-Every `draw_...` function writes a PNG and an SVG file to a path without an ending.
+Every `draw_...` function adds `.png` and `.svg` to its path and writes both files.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-# Okabe and Ito's palette, distinguishable with every kind of colour vision. Its yellow is too faint for lines.
+# The colour-blind safe palette of Okabe and Ito, without yellow, which is too faint for lines.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-# Markers and hatches distinguish what shares a colour, and everything in black and white.
+# Markers and hatches distinguish methods with the same colour, and all methods in black and white.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8")
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
@@ -35,27 +35,27 @@ Style = dict[str, Any]
 
 @dataclass(frozen=True, kw_only=True)
 class Subplot:
-    """One pair of axes of a grid."""
+    """The data and the labels of one subplot of a grid."""
 
     title: str
     x_label: str
     y_label: str
-
     data: DataFrame
-    """Rank charts: `method`, `lora_rank`, `low`, `middle`, `high`. Scatter charts: `method`, `x`, `y`."""
+    """Columns `method`, `lora_rank`, `low`, `middle`, `high` for `draw_over_rank`; `method`, `x`, `y` for scatter."""
 
 
+DrawSubplot = Callable[["Axes", DataFrame, Mapping[str, Style]], None]
 Grid = Sequence[Sequence[Subplot | None]]
-"""Rows of subplots of equal length; None leaves a place empty."""
+"""Rows of subplots, which must have equal lengths. None leaves a place empty."""
 
 
 def draw_over_rank(grid: Grid, path: Path) -> None:
-    """Draw ranges over the rank: methods with a rank as lines, and the others to the left of them."""
+    """Draw ranges over the rank. Methods without a rank are on the left."""
     _draw_grid(grid, path, _draw_ranks, panel_width=3.6, legend_columns=min(6, 2 * len(grid[0])))
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
-    """Draw a point for each variant; the markers of a method grow with its rank.
+    """Draw a point for each row. The markers of a method grow from row to row.
 
     `with_front` adds the Pareto front for small `x` and large `y`.
     """
@@ -64,14 +64,10 @@ def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
 
 
 def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title: str, label: str) -> None:
-    """Draw one stacked bar for each row, with a dashed line at 100.
+    """Draw stacked bars from the top, with a dashed line at 100. `label` is the quantity with its unit.
 
-    Args:
-        parts: Length of each part (column) of each bar (row, from the top).
-        ranges: `min` and `max` of the sum of each bar.
-        path: See above.
-        title: Title of the figure.
-        label: What the bars show, with its unit.
+    `parts` holds the length of each part (column) of each bar (row). The columns `min` and `max` of `ranges` are the
+    range of the total length of each bar.
     """
     with figure_file(path, size=(8, 1.5 + 0.27 * len(parts))) as figure:
         axes = figure.subplots()
@@ -90,13 +86,10 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
 
 
 def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str) -> None:
-    """Draw bars side by side. A group has the same style in every panel.
+    """Draw groups of bars in one panel for each title. `label` is the quantity with its unit.
 
-    Args:
-        panels: For each title the lengths: a row for each name, from the top, and a column for each group. A missing
-            length is written as "no record".
-        path: See above.
-        label: What the bars show, with its unit.
+    Each frame in `panels` holds the lengths of the bars: a row for each name, from the top, and a column for each
+    group. A group has the same style in every panel. A missing length is shown as "no record".
     """
     groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
     names = next(iter(panels.values())).index.tolist()
@@ -112,9 +105,9 @@ def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str
 
 @contextmanager
 def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield an empty figure and save it as PNG and SVG when the block ends.
+    """Yield an empty figure, and save it as PNG and SVG at the end of the block.
 
-    The size is width and height in inches. Neither the user's matplotlib settings nor the date change the files.
+    `size` is the width and height in inches. The files do not depend on the user's matplotlib settings or the date.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -128,16 +121,13 @@ def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
         rcParams.update({"svg.hashsalt": "peft-edge", "font.size": 9})
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        # Not `with_suffix`: the name may contain a point.
+        # `with_suffix` would replace the part of the name after a point.
         figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
         figure.savefig(path.with_name(f"{path.name}.svg"), dpi=150, metadata={"Date": None})
 
 
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
-    """Return a colour, a marker and a line for each method.
-
-    A method of `METHODS` has the same style in every figure; other names follow after these.
-    """
+    """Return a dict from each method to its colour, marker and line. A method of `METHODS` has a fixed style."""
     order = [*METHODS, *(name for name in names if name not in METHODS)]
     return {
         name: {
@@ -151,14 +141,7 @@ def method_styles(names: Sequence[str]) -> dict[str, Style]:
     }
 
 
-def _draw_grid(
-    grid: Grid,
-    path: Path,
-    draw: Callable[[Axes, DataFrame, Mapping[str, Style]], None],
-    *,
-    panel_width: float,
-    legend_columns: int,
-) -> None:
+def _draw_grid(grid: Grid, path: Path, draw: DrawSubplot, *, panel_width: float, legend_columns: int) -> None:
     panels = [panel for row in grid for panel in row if panel is not None]
     styles = method_styles(list(dict.fromkeys(name for panel in panels for name in panel.data["method"])))
     with figure_file(path, size=(0.6 + panel_width * len(grid[0]), 1.0 + 3.0 * len(grid))) as figure:
@@ -181,7 +164,7 @@ def _draw_ranks(axes: Axes, data: DataFrame, styles: Mapping[str, Style]) -> Non
     ranked = [name for name, points in methods.items() if points["lora_rank"].notna().any()]
     others = [name for name in methods if name not in ranked]
     for number, name in enumerate(ranked):
-        # Side by side, so that error bars do not hide one another.
+        # With an offset, error bars do not hide each other.
         offset = 0.1 * (number - (len(ranked) - 1) / 2)
         points = methods[name].dropna(subset="lora_rank")
         _draw_ranges(axes, [ranks.index(rank) + offset for rank in points["lora_rank"]], points, name, styles[name])
@@ -222,7 +205,7 @@ def _draw_bar_groups(axes: Axes, lengths: DataFrame, groups: Sequence[str]) -> N
         known = lengths[group].fillna(0).tolist()
         axes.barh(places, known, height=height, label=group, **_bar_style(groups.index(group)))
         for place, length, is_missing in zip(places, known, lengths[group].isna(), strict=True):
-            # A bar of length 0 would say that the saving is zero.
+            # Without the text, a missing bar would look like a saving of zero.
             text = "no record" if is_missing else f"{round(length)}"
             point = (max(length, 0), place)
             axes.annotate(text, point, xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)
@@ -236,14 +219,13 @@ def _bar_style(number: int) -> Style:
 
 
 def _set_frame(axes: Axes) -> None:
-    """Hide the upper and right spine and add a grid behind the marks."""
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(color="0.9", linewidth=0.6)
     axes.set_axisbelow(True)
 
 
 def _add_legend(figure: Figure, axes: Sequence[Axes], *, columns: int) -> None:
-    """Add one legend for all axes below them, with each name once."""
+    """Add a common legend below all axes, with each name once."""
     handles: dict[str, Any] = {}
     for place in axes:
         for handle, name in zip(*place.get_legend_handles_labels(), strict=True):

@@ -1,7 +1,7 @@
-"""The findings on analysed and timed steps, and the parts that all findings share.
+"""Compute the findings on analysed and timed steps, and define the classes and formats of all findings.
 
-The page's template holds the prose of each section. The functions here compute what depends on the records: the verdict
-on a claim of the source study, the finding with its figures, the table, the data and the charts.
+The template of the page holds the fixed text of each section. The functions in this module compute the parts that
+depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ STUDY_FAMILIES = ("lora", "dora", "galore")
 """The methods of the source study."""
 
 ABOUT_HALF = (0.25, 0.75)
-"""Ratios nearer to a half than to 0 or 1."""
+"""Ratios in this range are nearer to 0.5 than to 0 or 1."""
 
 AGREEING_REDUCTION = 0.9
-"""The source study reports a reduction of FLOPs by 0.95; results from here upwards agree with it."""
+"""The source study reports a reduction of FLOPs by 0.95. Reductions of at least this value agree with it."""
 
 NO_VALUE = "-"
-"""Marks a cell without a record."""
+"""Text of a table cell without a record."""
 
 CSV_NAMES = {
     "backbone": "network",
@@ -44,7 +44,7 @@ CSV_NAMES = {
     "file": "record",
     "full_file": "full_record",
 }
-"""Columns of frames that have another name in CSV files."""
+"""From names of columns in frames to their names in CSV files, where the names differ."""
 
 _GRID = "configs/study/costs.yaml"
 _LARGEST_REDUCTIONS = {
@@ -57,7 +57,7 @@ _COUNTS = [_STUDY_COUNT, _EXACT, f"{LEAN}, exact", _STORED_EXACT]
 
 
 class Chart(NamedTuple):
-    """A figure: its caption, and the function that draws it to a path without an ending."""
+    """The caption of a figure, and the function that draws it to a path without a suffix."""
 
     caption: str
     draw: Callable[[Path], None]
@@ -65,15 +65,15 @@ class Chart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """What the records say on a claim of the source study.
+    """The result of a comparison of the records with a claim of the source study.
 
     Attributes:
         verdict: `AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`.
-        finding, details: The result with its main figures, and more figures.
-        setting: Ranks and sizes of what was measured.
-        table: The table of the page, see `markdown_table`.
+        finding, details: The main result as text, and further results.
+        setting: Ranks and input sizes of the measured steps.
+        table: The table on the page; see `markdown_table`.
         data: The full table, which names the records of each row.
-        charts: The figures by file name.
+        charts: A dict from file names to figures.
     """
 
     verdict: str
@@ -86,7 +86,7 @@ class Claim:
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result, with the command that makes the lacking records from a study's grid."""
+    """Return a claim without a result. Its finding has the command that creates the missing records."""
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
     return Claim(verdict=NOT_MEASURED, finding=finding)
@@ -98,16 +98,16 @@ def verdict_of(agreeing: int, total: int) -> str:
 
 
 def memory_claim(costs: DataFrame) -> Claim:
-    """Compare the memory that methods save on depthwise-separable networks and on language models."""
+    """Compare the memory savings of methods on depthwise-separable networks and on language models."""
     kinds: set[str] = set()
     if not costs.empty:
         steps = comparable_steps(costs)
         steps = steps[steps["accounting"] == "exact"].sort_values("batch_size", kind="stable")
-        plain = steps[(steps["form"] == AS_IS) & steps["family"].isin(STUDY_FAMILIES)]
-        kinds = set(plain["kind"])
+        as_is = steps[(steps["form"] == AS_IS) & steps["family"].isin(STUDY_FAMILIES)]
+        kinds = set(as_is["kind"])
     if missing := sorted({"depthwise", "transformer"} - kinds):
         return not_measured(f"a step of {' and of '.join(missing)} networks with {', '.join(STUDY_FAMILIES)}", _GRID)
-    pairs = _mean_savings(plain, "variant").dropna(subset=["depthwise", "transformer"])
+    pairs = _mean_savings(as_is, "variant").dropna(subset=["depthwise", "transformer"])
     if pairs.empty:
         return not_measured("the same method and batch size on both kinds of networks", _GRID)
     less, half = int((pairs["depthwise"] < pairs["transformer"]).sum()), int(pairs["ratio"].between(*ABOUT_HALF).sum())
@@ -121,7 +121,7 @@ def memory_claim(costs: DataFrame) -> Claim:
     table = means[list(NETWORK_KINDS)].map(percent).add_suffix(" [%]")
     table["depthwise / transformer"] = [fixed(ratio, 2) for ratio in means["ratio"]]
     table.index = table.index.set_names(["batch", "method"])
-    shares = steps[MEMORY_PARTS].div(steps["full_peak"], axis=0).add_prefix("share_")
+    fractions = steps[MEMORY_PARTS].div(steps["full_peak"], axis=0).add_prefix("share_")
     columns = ["kind", "network", "batch_size", "method", "peak", "full_peak", "saved_memory"]
     return Claim(
         verdict=AGREED if half == len(pairs) else IN_PART if less else NOT_AGREED,
@@ -132,7 +132,7 @@ def memory_claim(costs: DataFrame) -> Claim:
         ),
         setting=_setting_text(steps),
         table=table,
-        data=concat([steps[columns], shares, steps[["file", "full_file"]]], axis=1).rename(columns=CSV_NAMES),
+        data=concat([steps[columns], fractions, steps[["file", "full_file"]]], axis=1).rename(columns=CSV_NAMES),
         charts={
             f"memory_batch_{batch_size}": Chart(
                 f"Memory at the peak by kind of tensor, batch {batch_size}: means over networks",
@@ -144,16 +144,16 @@ def memory_claim(costs: DataFrame) -> Claim:
 
 
 def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
-    """Return the mean saved memory by batch size and label, a column for each kind of network, and their `ratio`."""
+    """Return the mean saved memory for each batch size and label, with a column for each kind and for their ratio."""
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)
     means = means.reindex(columns=list(NETWORK_KINDS))
-    # There is no half of a negative saving.
+    # The ratio has no meaning if language models save nothing.
     means["ratio"] = (means["depthwise"] / means["transformer"]).where(means["transformer"] > 0)
     return means
 
 
 def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path) -> None:
-    # Full fine-tuning comes first, then the kinds of networks of each method side by side.
+    # Full fine-tuning comes first, then each method with its kinds of networks.
     references = costs[costs["file"].isin(steps["full_file"])].assign(method=f"full ({AS_IS})")
     methods = list(dict.fromkeys(steps["method"]))
     steps = steps.sort_values("method", key=lambda method: method.map(methods.index), kind="stable")
@@ -170,7 +170,7 @@ def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path
 
 
 def arithmetic_claim(costs: DataFrame) -> Claim:
-    """Compare the FLOPs that adapters save, by the accounting of the source study and counted exactly."""
+    """Compare the FLOPs that adapters save by the accounting of the source study and by the exact accounting."""
     lacking = not_measured("an adapter's step on a convolutional network", _GRID)
     if costs.empty:
         return lacking
@@ -178,7 +178,7 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
     steps = steps[steps["family"].isin(STUDY_FAMILIES)]
     accounting = steps["accounting"].replace("source-study", "source study's accounting")
     steps = steps.assign(count=steps["form"] + ", " + accounting)
-    # FLOPs are proportional to the batch size, so the page shows only one: that with the most ways of counting.
+    # FLOPs are proportional to the batch size. The page shows only the batch size with the most forms and accountings.
     coverage = {size: (rows["count"].nunique(), len(rows)) for size, rows in steps.groupby("batch_size", sort=False)}
     steps = steps[steps["batch_size"] == max(coverage, key=lambda size: coverage[size], default=None)]
     adapters = steps[steps["family"] != "galore"]
@@ -216,7 +216,7 @@ def _draw_arithmetic(adapters: DataFrame, path: Path) -> None:
 
 
 def comparable_steps(costs: DataFrame) -> DataFrame:
-    """Return the analysed steps that can be compared with full fine-tuning of the same step."""
+    """Return the analysed steps for which full fine-tuning was analysed with the same network and inputs."""
     return costs[~costs["is_reference"] & costs["full_file"].notna()]
 
 
@@ -227,7 +227,7 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return the time ratio, and in brackets the peak memory in MiB, of each contender on each network."""
+    """Return a table of the time ratio and, in brackets, the peak in MiB, for each contender and network."""
     cells = [
         NO_VALUE if row.error else f"{fixed(row.ratio, 2)} ({fixed(row.peak_bytes / 2**20, 0)})"
         for row in timings.itertuples()
@@ -239,7 +239,7 @@ def timing_table(timings: DataFrame) -> DataFrame:
 
 
 def fixed(value: float, digits: int) -> str:
-    """Format a number with this many digits after the point; zero has no sign, a missing value is `NO_VALUE`.
+    """Format a number with `digits` decimals, without the sign of zero. A missing value becomes `NO_VALUE`.
 
     >>> fixed(1234.56, 1), fixed(-0.04, 1)
     ('1,234.6', '0.0')
@@ -247,13 +247,13 @@ def fixed(value: float, digits: int) -> str:
     return NO_VALUE if isna(value) else f"{round(float(value), digits) + 0.0:,.{digits}f}"
 
 
-def percent(share: float) -> str:
-    """Format a share in per cent with one digit, without the sign "%"."""
-    return fixed(100 * share, 1)
+def percent(fraction: float) -> str:
+    """Format a fraction in percent with one decimal, without the percent sign."""
+    return fixed(100 * fraction, 1)
 
 
 def short(value: float) -> str:
-    """Format a number with three digits, or with all digits before the point.
+    """Format a number with three significant digits, or with all digits before the point if there are more.
 
     >>> short(1.234), short(12345.6)
     ('1.23', '12,346')
@@ -262,7 +262,7 @@ def short(value: float) -> str:
 
 
 def mean_and_deviation(mean: float, deviation: float) -> str:
-    """Format the mean and the standard deviation of shares in per cent; a missing deviation is omitted."""
+    """Format the mean and the standard deviation of fractions in percent. A missing deviation is omitted."""
     return percent(mean) if isna(deviation) else f"{percent(mean)} ± {percent(deviation)}"
 
 
@@ -277,7 +277,7 @@ def interval(numbers: Iterable[int]) -> str:
 
 
 def markdown_table(frame: DataFrame) -> str:
-    """Return a frame of strings as a Markdown table: index levels align left, columns align right."""
+    """Return a frame of strings as a Markdown table. Index levels align left, columns align right."""
     heads = [*(name or "" for name in frame.index.names), *frame.columns]
     marks = ["---"] * frame.index.nlevels + ["---:"] * len(frame.columns)
     rows = frame.reset_index().itertuples(index=False)

@@ -1,8 +1,8 @@
-"""Records as pandas frames, and the statistics of the report.
+"""Convert records to pandas frames, and compute the statistics of the report.
 
 `run_frame`, `change_frame`, `cost_frame` and `timing_frame` have one row for each run, changed kernel, analysed step
-and timed step. Every row names the file of its record, so each figure of the report can be traced back to its source.
-`variant_frame` summarises the runs over their seeds. `archive_frame` holds every field of every record.
+and timed step. Every row names the file of its record. `variant_frame` summarises the runs over their seeds.
+`archive_frame` holds every field of every record.
 
 Paths of files are relative to the page; `folder` is the path of the records. Without records, a frame is empty.
 """
@@ -28,27 +28,28 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 """The kinds of networks, in the order of tables."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
-"""How a step is trained: as autograd and PEFT do it, with our layers before and after
-`prepare_model_for_lean_training`, and on stored features."""
+"""Forms of a step: PEFT's layers, our layers, after `prepare_model_for_lean_training`, and on stored features."""
 
 MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
 
 CHANGE_MEASURES = ["relative_norm", "stable_rank"]
-"""The measures of a changed kernel, see `KernelChange`."""
+"""The measures of a changed kernel; see `KernelChange`."""
 
 COST_COLUMNS = ["memory", "flops", "shipped"]
-"""What a run costs: peak bytes and FLOPs of a training step, and bytes of the saved weights."""
+"""The costs of a run: peak bytes and FLOPs of a training step, and bytes of the saved weights."""
+
+CONTEST = ["task", "backbone"]
+"""Columns that agree for the variants that the report compares."""
 
 STANDARD_ERRORS = 2
 """A paired difference is clear if its mean is more than this many standard errors from zero."""
 
 _TASK_SETTINGS = ("backbone.", "data.", "source.")
-# Settings that do not change the result, and the seed, over which the report averages.
+# Settings that do not change the result, and the seed, because the report averages over seeds.
 _NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling.", "seed")
-# Two analysed steps can be compared if these agree.
+# Columns that agree for analysed steps that the report compares.
 _STEP = ["network", "batch_size", "image_size", "sequence_length", "accounting"]
-_CONTEST = ["task", "backbone"]
 
 
 def run_frame(archive: Archive, folder: str = "") -> DataFrame:
@@ -56,14 +57,14 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
 
     Columns:
         name, file: Path of the record in the archive, and relative to the page.
-        task: Data set, and the shift or `new classes`.
+        task: Data set, and the name of the shift or `new classes`.
         backbone, kind: Network, and `depthwise`, `standard` or `unknown`.
-        method, family: Method with the settings that distinguish it, and its plain name without `peft-`.
+        method, family: Name with the settings that distinguish it from others, and name without settings and `peft-`.
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
-        variant: Method and rank: the unit of comparison.
+        variant: Method and rank. The report compares variants.
         target, target_before, source, forgetting: Test results.
-        score, score_label: Accuracy on the target; with new classes, the harmonic mean of new and old accuracy.
-        memory, flops, shipped: See `COST_COLUMNS`; all missing if one was not measured.
+        score, score_label: Accuracy on the target or, with new classes, the harmonic mean of new and old accuracy.
+        memory, flops, shipped: See `COST_COLUMNS`. All are missing if one of them was not measured.
 
     Raises:
         ValueError: If two records describe the same run.
@@ -75,7 +76,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # The head alone changes no convolution, so the kind of its network comes from other runs.
+    # Runs that train only the head change no convolution, so the kind of the network comes from other runs.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -87,9 +88,9 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame["method"] += distinguishing_settings(frame[["backbone", "task", "lora_rank", "method"]], methods)
     ranks = ", rank " + frame["lora_rank"].astype(str)
     frame["variant"] = frame["method"] + ranks.where(frame["lora_rank"].notna(), "")
-    order = [*_CONTEST, "order", "method", "lora_rank", "seed"]
+    order = [*CONTEST, "order", "method", "lora_rank", "seed"]
     frame = frame.sort_values(order, na_position="first", ignore_index=True)
-    run = [*_CONTEST, "variant", "seed"]
+    run = [*CONTEST, "variant", "seed"]
     for _, same in frame[frame.duplicated(run, keep=False)].groupby(run):
         raise ValueError(f"{' and '.join(same['file'])} are records of the same run: remove one of them")
     return frame
@@ -124,33 +125,33 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
 
 
 def variant_frame(runs: DataFrame) -> DataFrame:
-    """Summarise runs over their seeds: one row for each task, network and variant, in the order of `run_frame`.
+    """Return one row for each task, network and variant, which summarises the seeds, in the order of `run_frame`.
 
-    Columns, besides those that all runs of a variant share:
+    Columns, in addition to the columns of `run_frame` with one value for each variant:
         seeds, records: Number of runs and the files of their records.
         score, target, source, and each with `_std`: Means and sample standard deviations.
         gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in points.
-        memory, flops, shipped: Means of the costs; missing if no run of the variant was profiled.
+        memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
-        is_best: Highest mean score of the variants with `full_seeds` seeds.
-        is_equal: The best variant, or one without a clear paired difference from it.
-        is_pareto: No other variant is at least as good in score and costs, and better in one of them.
-        to_full_..., to_head_...: `paired_differences` from full fine-tuning and from training the head alone.
+        is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
+        is_equal: Whether the variant has no clear paired difference from the best variant.
+        is_pareto: Whether no other variant is at least as good in score and all costs, and better in one of them.
+        to_full_..., to_head_...: `paired_differences` from full fine-tuning and from training only the head.
     """
     if runs.empty:
         return runs
     gained, lost = 100 * (runs["target"] - runs["target_before"]), 100 * runs["forgetting"]
-    groups = runs.assign(gained_points=gained, lost_points=lost).groupby([*_CONTEST, "variant"], sort=False)
+    groups = runs.assign(gained_points=gained, lost_points=lost).groupby([*CONTEST, "variant"], sort=False)
     shared = groups[["kind", "order", "method", "family", "lora_rank", "score_label", "trains"]].first()
     measures = ["score", "target", "source"]
     means = groups[[*measures, "gained_points", "lost_points", *COST_COLUMNS]].mean()
-    # Equal scores must have equal means, in whatever order they are summed.
+    # Rounding makes the mean independent of the order of summation.
     means["score"] = means["score"].round(12)
     counts = groups.agg(seeds=("seed", "count"), records=("file", " ".join))
     frame = concat([shared, means, groups[measures].std().add_suffix("_std"), counts], axis=1).reset_index()
-    frame["full_seeds"] = frame.groupby(_CONTEST)["seeds"].transform("max")
+    frame["full_seeds"] = frame.groupby(CONTEST)["seeds"].transform("max")
     contests = []
-    for key, variants in frame.groupby(_CONTEST, sort=False):
+    for key, variants in frame.groupby(CONTEST, sort=False):
         variants = variants.set_index("variant")
         scores = score_table(runs[(runs["task"] == key[0]) & (runs["backbone"] == key[1])])
         best = variants.loc[variants["seeds"] == variants["full_seeds"], "score"].idxmax()
@@ -165,9 +166,9 @@ def variant_frame(runs: DataFrame) -> DataFrame:
 
 
 def pooled_frame(runs: DataFrame) -> DataFrame:
-    """Return the paired differences over the seeds of all networks of a kind, for each task, kind and variant.
+    """Return the paired differences over all networks and seeds, one row for each task, kind of network and variant.
 
-    It has the columns of `variant_frame` that apply to several networks. Networks of unknown kind are left out.
+    The frame has the columns of `variant_frame` that apply to several networks. Networks of unknown kind are omitted.
     """
     frames = [DataFrame()]
     for (task, kind), members in runs[runs["kind"] != "unknown"].groupby(["task", "kind"]):
@@ -188,18 +189,14 @@ def score_table(runs: DataFrame) -> DataFrame:
 
 
 def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
-    """Compare every row of a score table with one of its rows, paired by column.
+    """Subtract the row `reference` of a `score_table` from every row, and summarise the differences over the columns.
 
-    Runs of one seed start from the same source model, so a pair has less noise than two independent runs.
-
-    Args:
-        scores: See `score_table`.
-        reference: The row that is subtracted. All differences are missing if there is no such row.
+    Runs of one seed start from the same source model, so paired differences have less noise than independent runs.
 
     Returns:
-        For each row the `mean` difference, its standard `error` (sample standard deviation over the square root of the
-        number of pairs; missing for one pair), the number of `pairs`, and whether the difference is `clear`. The row of
-        the reference has no pairs.
+        For each row the `mean` difference, its standard `error`, the number of `pairs`, and whether the difference is
+        `clear`. The error is the sample standard deviation divided by sqrt(pairs); it is missing for one pair. The
+        reference has no pairs, and no row has pairs if the reference is missing.
     """
     differences = scores - scores.loc[reference] if reference in scores.index else scores * np.nan
     differences.loc[differences.index == reference] = np.nan
@@ -211,8 +208,7 @@ def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
 def pareto_front(points: np.ndarray) -> np.ndarray:
     """Return a mask of the points that no other point dominates.
 
-    Args:
-        points: Shape (points, criteria); smaller is better in every criterion.
+    `points` has shape (points, criteria). In every criterion, smaller is better.
     """
     no_worse = (points[:, None] <= points[None]).all(axis=2)
     better = (points[:, None] < points[None]).any(axis=2)
@@ -223,7 +219,7 @@ def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
     """Return one row for each convolution whose kernel a run has changed, in the order of methods and ranks.
 
     Columns:
-        file, order, method, lora_rank, variant: Those of the run.
+        file, order, method, lora_rank, variant: See `run_frame`.
         layers: `dense`, `depthwise` or `grouped` layers, and the kind of the network.
         relative_norm, stable_rank: See `KernelChange`.
     """
@@ -245,17 +241,17 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
 
     Columns:
         file, kind, network, batch_size, image_size, sequence_length, accounting, lora_rank: From the record.
-        family: Method without `peft-`: PEFT's LoRA and ours are the same method.
+        family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
-        variant, method: Family with the settings that distinguish it, and the same with the form: `lora (lean)`.
-        peak, flops: Bytes at the peak, and FLOPs of convolutions and matrix products, forward and backward.
+        variant, method: Family with the settings that distinguish it, and variant with the form, as in `lora (lean)`.
+        peak, flops: Bytes at the peak, and FLOPs of convolutions and products in the forward and backward pass.
         activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
-        is_reference: Whether this is full fine-tuning as it is.
-        full_file, full_peak: Record and peak of the reference of the same step; missing if it was not analysed.
-        saved_memory, saved_flops: 1 - the step's / the reference's.
+        is_reference: Whether the step is full fine-tuning as it is. Other steps are compared with the reference.
+        full_file, full_peak, full_flops: Record, peak and FLOPs of the reference; missing if it was not analysed.
+        saved_memory, saved_flops: 1 - peak / full_peak and 1 - flops / full_flops.
 
     Raises:
-        ValueError: If an analysis has no memory or no FLOPs.
+        ValueError: If a record has no peak or no FLOPs.
     """
     if not archive.costs:
         return DataFrame()
@@ -308,13 +304,13 @@ def _cost_row(file: str, record: CostRecord) -> dict[str, object]:
 
 
 def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
-    """Return one row for each contender of each comparison of `peft-edge bench`, by the paths of their records.
+    """Return one row for each contender of each record of `peft-edge bench`; `records` is a dict from paths to records.
 
-    Columns:
-        ratio: Median over the rounds of the step time divided by full fine-tuning's time in the same round.
+    Columns, in addition to the setting:
+        ratio: Median over the rounds of the step time divided by the time of full fine-tuning in the same round.
         lowest, highest: Range of these ratios.
         peak_bytes: Memory at the peak of a step.
-        error: First line of the reason why it did not run.
+        error: First line of the error if the contender did not run.
     """
     rows = [
         {
@@ -338,10 +334,10 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
 
 
 def read_bench(folder: Path) -> dict[str, BenchRecord]:
-    """Read the comparisons of `peft-edge bench` in a folder, by file name.
+    """Read the records of `peft-edge bench` in a folder, and return a dict from file names to records.
 
     Raises:
-        ValueError: If the folder has no comparison, or a JSON file in it is not one.
+        ValueError: If the folder has no JSON files, or a JSON file is not a record of `peft-edge bench`.
     """
     records = {}
     for file in sorted(folder.glob("*.json")):
@@ -355,22 +351,18 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 
 
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
-    """Return one row for each record, successful or not, with every setting and every figure.
+    """Return one row with all settings and results for each record, also for runs that failed.
 
-    A run has its last metrics (the test results), the step profile of the first process, and the median changes of its
-    kernels for each kind of layer. Folders of the machine are left out.
+    The row of a run has its last metrics (the test results), the step profile of the first process, and the median
+    kernel changes for each kind of layer. `output_dir` and `cache_dir` are omitted.
     """
-    rows = [
-        {"file": posixpath.join(folder, name), **row}
-        for name, row in [
-            *((name, _all_of_run(record)) for name, record in archive.runs.items()),
-            *((name, _all_of_cost(record)) for name, record in archive.costs.items()),
-        ]
-    ]
+    found = {name: _all_of_run(record) for name, record in archive.runs.items()}
+    found |= {name: _all_of_cost(record) for name, record in archive.costs.items()}
+    rows = [{"file": posixpath.join(folder, name), **row} for name, row in found.items()]
     columns = ["file", "record", *sorted({key for row in rows for key in row} - {"file", "record"})]
     cells = [[row.get(column) for column in columns] for row in rows]
     cells = [[json.dumps(cell) if isinstance(cell, list) else cell for cell in row] for row in cells]
-    # Objects, so that integers stay integers in columns with gaps.
+    # With dtype object, integers stay integers in columns with missing values.
     return DataFrame(cells, columns=columns, dtype=object)
 
 
@@ -406,7 +398,7 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
 
 
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return for each row the settings in which it differs from rows with equal keys, to append to a label.
+    """Return for each row the text of the settings in which the row differs from rows with equal keys.
 
     >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
     [', norm=stats', ', norm=frozen']

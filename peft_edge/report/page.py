@@ -1,4 +1,4 @@
-"""Renders the page from its template and writes the report."""
+"""Render the page from its template and write the report."""
 
 from __future__ import annotations
 
@@ -15,44 +15,26 @@ from pandas import DataFrame
 from peft_edge.bench.results import BenchRecord
 from peft_edge.files import atomic_write
 from peft_edge.records import Archive, Record, read_archive
-from peft_edge.report.claims import (
-    ABOUT_HALF,
-    AGREEING_REDUCTION,
-    Chart,
-    arithmetic_claim,
-    markdown_table,
-    memory_claim,
-    timing_table,
-)
-from peft_edge.report.frames import (
-    STANDARD_ERRORS,
-    archive_frame,
-    change_frame,
-    cost_frame,
-    read_bench,
-    run_frame,
-    timing_frame,
-    variant_frame,
-)
+from peft_edge.report import claims, frames
 from peft_edge.report.run_claims import accuracy_claim, choice_claim, decision_table, updates_claim
 
 
 def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
-    """Write the page, its figures and its CSV files. The same records give the same bytes.
+    """Write the page, its figures and its CSV files. The same records give identical files.
 
-    Nothing is written before everything is made, and other files in the folder stay as they are.
+    If an error occurs while the report is created, no file is written. Other files in the folder do not change.
 
     Args:
         records: Folder with the records of runs and analyses.
-        out: Folder of the report. It gets `README.md`, `data.csv` with every record, `claims` with the full table of
-            each section, and `figures` as PNG and SVG.
+        out: Folder of the report: `README.md`, `data.csv` with every record, `claims` with the full table of each
+            section, and `figures` as PNG and SVG.
         bench: Folder with records of `peft-edge bench`.
 
     Returns:
-        The files that were written.
+        The paths of the written files.
 
     Raises:
-        ValueError: If there are no records, one is damaged, or two describe the same run.
+        ValueError: If there are no records, a record is damaged, or two records describe the same run.
         ImportError: If matplotlib is not installed.
         OSError: If a file cannot be written.
     """
@@ -61,7 +43,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
     measured = {}
     if bench is not None:
         place = _relative(bench, out)
-        measured = {f"{place}/{name}": record for name, record in read_bench(bench).items()}
+        measured = {f"{place}/{name}": record for name, record in frames.read_bench(bench).items()}
         command += f" --bench {_from_beside(out, place)}"
     page, tables, charts = make_report(archive, folder, measured, command)
     with TemporaryDirectory() as scratch:
@@ -69,9 +51,9 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
         (made / "claims").mkdir()
         (made / "figures").mkdir()
         (made / "README.md").write_text(page, encoding="utf-8")
-        archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
+        frames.archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
         for name, table in tables.items():
-            # Six digits, so that the order in which numbers are summed does not show.
+            # With six digits, the order in which numbers are summed does not matter.
             table.to_csv(made / "claims" / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
         for name, chart in charts.items():
             chart.draw(made / "figures" / name)
@@ -84,46 +66,46 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
 
 def make_report(
     archive: Archive, folder: str, measured: Mapping[str, BenchRecord], command: str
-) -> tuple[str, dict[str, DataFrame], dict[str, Chart]]:
-    """Return the page, the tables of its CSV files and its figures, by file name.
+) -> tuple[str, dict[str, DataFrame], dict[str, claims.Chart]]:
+    """Return the text of the page, a dict from file names to CSV tables, and a dict from file names to figures.
 
-    `folder` and the keys of `measured`, comparisons of `peft-edge bench`, are paths relative to the page.
+    `measured` holds records of `peft-edge bench`. Its keys and `folder` are paths relative to the page.
     """
-    runs, costs, timings = run_frame(archive, folder), cost_frame(archive, folder), timing_frame(measured)
-    variants = variant_frame(runs)
-    claims = {
-        "memory": memory_claim(costs),
-        "arithmetic": arithmetic_claim(costs),
+    runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
+    timings, variants = frames.timing_frame(measured), frames.variant_frame(runs)
+    sections = {
+        "memory": claims.memory_claim(costs),
+        "arithmetic": claims.arithmetic_claim(costs),
         "accuracy": accuracy_claim(runs, variants),
-        "updates": updates_claim(change_frame(archive, runs)),
+        "updates": updates_claim(frames.change_frame(archive, runs)),
         "choice": choice_claim(variants),
     }
-    tables = {name: claim.data for name, claim in claims.items() if claim.data is not None}
+    tables = {name: claim.data for name, claim in sections.items() if claim.data is not None}
     if measured:
         tables["timing"] = timings
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
-    environment.filters.update(table=markdown_table, link=_link)
+    environment.filters.update(table=claims.markdown_table, link=_link)
     configs = [run.run_info.train_config for run in archive.finished.values()]
     page = environment.get_template("page.md.jinja").render(
         archive=archive,
         folder=folder,
-        claims=claims,
+        claims=sections,
         decisions=decision_table(variants),
         timings=timings,
-        timing_table=timing_table(timings) if measured else None,
+        timing_table=claims.timing_table(timings) if measured else None,
         command=command,
         # Rules of the verdicts.
-        about_half=ABOUT_HALF,
-        agreeing_reduction=AGREEING_REDUCTION,
-        standard_errors=STANDARD_ERRORS,
+        about_half=claims.ABOUT_HALF,
+        agreeing_reduction=claims.AGREEING_REDUCTION,
+        standard_errors=frames.STANDARD_ERRORS,
         # Limits of the records.
         from_scratch=bool(configs) and not any(config["backbone"].get("pretrained") for config in configs),
         seeds=[] if variants.empty else sorted(variants["full_seeds"].unique()),
         data_sets=sorted({config["data"]["name"] for config in configs}),
         image_sizes=sorted({config["data"]["image_size"] for config in configs}),
         not_compared=[] if costs.empty else list(costs.loc[~costs["is_reference"] & costs["full_file"].isna(), "file"]),
-        # Where the records come from.
+        # Origin of the records.
         machines=Counter(map(_machine, archive.runs.values())),
         versions=Counter(
             ", ".join(f"{name.removesuffix('-version')} {version}" for name, version in sorted(packages.items()))
@@ -133,7 +115,7 @@ def make_report(
             ]
         ),
     )
-    return page, tables, {name: chart for claim in claims.values() for name, chart in claim.charts.items()}
+    return page, tables, {name: chart for claim in sections.values() for name, chart in claim.charts.items()}
 
 
 def _machine(run: Record) -> str:
@@ -152,5 +134,5 @@ def _relative(folder: Path, out: Path) -> str:
 
 
 def _from_beside(out: Path, folder: str) -> str:
-    """Return the path of a folder relative to the parent of `out`: the page must not depend on where it is made."""
+    """Return the path of a folder relative to the parent of `out`, so that the page contains no absolute paths."""
     return Path(os.path.normpath(Path(out.resolve().name) / folder)).as_posix()

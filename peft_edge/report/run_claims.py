@@ -1,8 +1,9 @@
-"""The findings on training runs: accuracy, changes of kernels, and the choice of a method."""
+"""Compute the findings on training runs: accuracy, changes of kernels, and the choice of a method."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -23,10 +24,9 @@ from peft_edge.report.claims import (
     short,
     verdict_of,
 )
-from peft_edge.report.frames import CHANGE_MEASURES, COST_COLUMNS, pooled_frame
+from peft_edge.report.frames import CHANGE_MEASURES, CONTEST, COST_COLUMNS, pooled_frame
 
 _GRID = "configs/study/embedded.yaml"
-_CONTEST = ["task", "backbone"]
 _COST_UNITS: dict[str, tuple[str, float, str]] = {
     "memory": ("memory", 2**20, "MiB"),
     "flops": ("arithmetic", 1e9, "GFLOP"),
@@ -44,38 +44,36 @@ def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
         return not_measured("a run that has succeeded", _GRID)
     trained, charts = variants[variants["trains"]], {}
     if not trained.empty:
-        caption = "Score over the rank: mean and standard deviation over seeds, of all methods that train"
+        caption = "Score over the rank: mean and standard deviation over seeds, of all methods with trained parameters"
         charts["score_over_rank"] = Chart(caption, partial(_draw_scores, trained))
         caption = "Accuracy lost on the source against accuracy gained on the target; markers grow with the rank"
         charts["forgetting"] = Chart(caption, partial(_draw_forgetting, trained))
-    verdict, finding, details = _compare_with_full(variants)
     columns = ["task", "kind", "backbone", "variant", "seeds", "score", "score_std", "target", "target_std", "source"]
     columns += ["source_std", "gained_points", "lost_points", "is_best", "is_equal"]
     columns += [f"to_{name}_{part}" for name in ("full", "head") for part in ("mean", "error", "pairs", "clear")]
     data = concat([variants, pooled_frame(runs)], ignore_index=True)
-    return Claim(
-        verdict=verdict,
-        finding=finding,
-        details=details,
+    return replace(
+        _compare_with_full(variants),
         table=_scores_of_variants(variants),
         data=data[[*columns, "records"]].rename(columns=CSV_NAMES),
         charts=charts,
     )
 
 
-def _compare_with_full(variants: DataFrame) -> tuple[str, str, str]:
-    """Return verdict, finding and details on the best of the source study's methods against full fine-tuning."""
+def _compare_with_full(variants: DataFrame) -> Claim:
+    """Compare the best method of the source study on each task and network with full fine-tuning."""
     study = variants[variants["family"].isin(STUDY_FAMILIES)]
-    best = study.loc[study.groupby(_CONTEST)["score"].idxmax()].dropna(subset="to_full_error")
+    best = study.loc[study.groupby(CONTEST)["score"].idxmax()].dropna(subset="to_full_error")
     if best.empty:
         lacking = f"both full fine-tuning and one of {', '.join(STUDY_FAMILIES)} on two or more common seeds"
-        return NOT_MEASURED, f"No network and task has {lacking}, so there are no paired differences.", ""
+        finding = f"No network and task has {lacking}, so there are no paired differences."
+        return Claim(verdict=NOT_MEASURED, finding=finding)
     reaching = int(((best["to_full_mean"] >= 0) | ~best["to_full_clear"]).sum())
     means = [
         f"{100 * rows['to_full_mean'].mean():+.1f} points on {kind} networks"
         for kind, rows in best.groupby("kind", sort=False)
     ]
-    is_equal = variants.merge(best[_CONTEST]).groupby(_CONTEST)["is_equal"]
+    is_equal = variants.merge(best[CONTEST]).groupby(CONTEST)["is_equal"]
     finding = (
         f"In {reaching} of {len(best)} pairs of network and task, the best of LoRA, DoRA and GaLore scores higher than "
         "full fine-tuning or cannot be distinguished from it."
@@ -85,11 +83,11 @@ def _compare_with_full(variants: DataFrame) -> tuple[str, str, str]:
         f"method. In each pair, {interval(is_equal.sum() - 1)} of {interval(is_equal.size() - 1)} other methods and "
         "ranks cannot be distinguished from the best."
     )
-    return verdict_of(reaching, len(best)), finding, details
+    return Claim(verdict=verdict_of(reaching, len(best)), finding=finding, details=details)
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return the scores in per cent, a row for each variant and a column for each task and network."""
+    """Return the scores in %, with a row for each variant and a column for each task and network."""
     cells = []
     for row in variants.itertuples():
         seeds = "" if row.seeds == row.full_seeds else f" ({row.seeds})"
@@ -114,8 +112,8 @@ def _draw_forgetting(variants: DataFrame, path: Path) -> None:
 
 
 def _grid(variants: DataFrame, subplot: Callable[[DataFrame], Subplot]) -> Grid:
-    """Return a row of subplots for each task, and a column for each network."""
-    contests = {key: subplot(rows) for key, rows in variants.groupby(_CONTEST)}
+    """Return a grid of subplots with a row for each task and a column for each network."""
+    contests = {key: subplot(rows) for key, rows in variants.groupby(CONTEST)}
     backbones = variants["backbone"].unique()
     return [[contests.get((task, backbone)) for backbone in backbones] for task in variants["task"].unique()]
 
@@ -126,14 +124,13 @@ def _subplot(rows: DataFrame, x_label: str, y_label: str) -> Subplot:
 
 
 def updates_claim(changes: DataFrame) -> Claim:
-    """Relate the rank to how far, and in how many directions, the kernels change."""
+    """Compare the relative norm and the stable rank of the kernel changes over the rank."""
     if changes.empty:
         return not_measured("the change of a kernel", _GRID)
-    verdict, finding, details = _compare_ranks(changes)
     groups = changes.groupby(["variant", "layers"], sort=False)
     # Depthwise layers, which only some networks have, come last.
     layers = sorted(changes["layers"].unique(), key=lambda name: (name.startswith("depthwise"), name))
-    # Rounded, so that the error of the interpolation does not show.
+    # Rounding removes the error of the interpolation.
     quartiles = groups[CHANGE_MEASURES].quantile([0.25, 0.5, 0.75]).round(12).unstack()
     columns, data = {}, groups.size().rename("changed_layers").to_frame()
     for measure in CHANGE_MEASURES:
@@ -145,18 +142,16 @@ def updates_claim(changes: DataFrame) -> Claim:
     table = DataFrame(columns).reindex(changes["variant"].unique()).fillna(NO_VALUE).rename_axis("method")
     data["records"] = groups["file"].agg(lambda files: " ".join(files.unique()))
     caption = "Relative norm and stable rank of the changes over the rank: median and quartiles"
-    return Claim(
-        verdict=verdict,
-        finding=finding,
-        details=details,
+    return replace(
+        _compare_ranks(changes),
         table=table,
         data=data.reset_index().rename(columns=CSV_NAMES),
         charts={"updates": Chart(caption, partial(_draw_updates, changes, layers))},
     )
 
 
-def _compare_ranks(changes: DataFrame) -> tuple[str, str, str]:
-    """Return verdict, finding and details on dense layers, from the lowest to the highest rank of each method."""
+def _compare_ranks(changes: DataFrame) -> Claim:
+    """Compare the changes of dense layers at the lowest and at the highest rank of each method."""
     dense = changes[changes["layers"].str.startswith("dense")]
     rises, parts = [], []
     for method, rows in dense.groupby("method", sort=False):
@@ -168,14 +163,15 @@ def _compare_ranks(changes: DataFrame) -> tuple[str, str, str]:
                 f"{method} from {_measures_text(low)} at rank {low.name} to {_measures_text(high)} at rank {high.name}"
             )
     if not rises:
-        return NOT_MEASURED, "No method was run with several ranks.", ""
+        return Claim(verdict=NOT_MEASURED, finding="No method was run with several ranks.")
     finding = (
         f"The median stable rank of the changes of dense layers rises with the rank for {sum(rises)} of {len(rises)} "
         "methods."
     )
     full = dense.loc[dense["method"] == "full", CHANGE_MEASURES]
     reference = "" if full.empty else f"; full fine-tuning has {_measures_text(full.median())}"
-    return verdict_of(sum(rises), len(rises)), finding, f"In detail, {', '.join(parts)}{reference}."
+    details = f"In detail, {', '.join(parts)}{reference}."
+    return Claim(verdict=verdict_of(sum(rises), len(rises)), finding=finding, details=details)
 
 
 def _measures_text(medians: Series) -> str:
@@ -187,7 +183,7 @@ def _draw_updates(changes: DataFrame, layers: list[str], path: Path) -> None:
     for measure, label in _MEASURE_LABELS.items():
         row = []
         for name in layers:
-            # Methods without a rank have a missing one, which is a group, too.
+            # Methods without a rank have a missing value, which `dropna=False` keeps as a group.
             groups = changes[changes["layers"] == name].groupby(["method", "lora_rank"], sort=False, dropna=False)
             points = groups[measure].quantile([0.25, 0.5, 0.75]).unstack().set_axis(["low", "middle", "high"], axis=1)
             title = name.replace(", ", "\n")
@@ -197,11 +193,11 @@ def _draw_updates(changes: DataFrame, layers: list[str], path: Path) -> None:
 
 
 def choice_claim(variants: DataFrame) -> Claim:
-    """Find the methods and ranks that no other beats in score, memory, arithmetic and bytes at once."""
+    """Find the Pareto-optimal methods and ranks in score, peak memory, FLOPs and saved bytes."""
     profiled = variants if variants.empty else variants.dropna(subset=COST_COLUMNS)
     if profiled.empty:
         return not_measured("a run whose steps were profiled", _GRID)
-    contests = profiled.groupby(_CONTEST)["is_pareto"]
+    contests = profiled.groupby(CONTEST)["is_pareto"]
     sizes, several = contests.sum(), int((contests.sum() > 1).sum())
     finding = (
         f"In {several} of {len(sizes)} pairs of network and task no method is best in everything; of "
@@ -236,21 +232,19 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
         label, scores = rows["score_label"].iloc[0], rows.assign(y=100 * rows["score"])
         memory, flops = scores.assign(x=rows["memory"] / 2**20), scores.assign(x=rows["flops"] / 1e9)
         grid.append(
-            [
-                _subplot(memory, "peak memory of a step [MiB]", label),
-                _subplot(flops, "FLOPs of a step [GFLOP]", label),
-            ]
+            [_subplot(memory, "peak memory of a step [MiB]", label), _subplot(flops, "FLOPs of a step [GFLOP]", label)]
         )
     draw_scatter(grid, path, with_front=True)
 
 
 def decision_table(variants: DataFrame) -> DataFrame | None:
-    """Return the method to take for each task and network, by the resource that is short.
+    """Return a recommended method for each task and network, with a column for accuracy and for each cost.
 
-    The candidates are the best and all that cannot be distinguished from it. None if no run was profiled.
+    The column of a cost holds the cheapest method among the best and those that cannot be distinguished from the best.
+    None if no run was profiled.
     """
     rows = []
-    for (task, backbone), contest in variants.groupby(_CONTEST) if not variants.empty else ():
+    for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():
         candidates = contest[contest["is_equal"]].dropna(subset=COST_COLUMNS)
         if candidates.empty:
             continue

@@ -114,7 +114,7 @@ def test_failing_contender_has_the_reason_in_its_row(monkeypatch: pytest.MonkeyP
     rows = run_bench("test_resnet", ["fails", "changes", "inference"], **SMALL).rows
     assert [row.name for row in rows] == ["full", "fails", "changes", "inference"]
     assert rows[1].error == "no such attribute"
-    assert rows[2].error.startswith("its output is not that of the network: logits differ by ")
+    assert rows[2].error.startswith("its output differs from the network's: by ")
     assert (rows[1].rounds, rows[1].profile, rows[3].error) == ([], None, "")
     assert rows[3].rounds[0].backward_s == rows[3].rounds[0].optimizer_s == 0
     assert torch.get_num_threads() == threads

@@ -59,7 +59,7 @@ def test_failed_runs_are_listed_with_their_reason(
 ) -> None:
     archive.runs["broken.json"] = run(status="diverged", seed=7)
     archive.runs["broken.json"].run_info.error_msg = message
-    text = page_of(archive).split("## What did not succeed")[1]
+    text = page_of(archive).split("## Runs that did not succeed")[1]
     row = f"| lora | mobile_net | 7 | diverged | {reason} | [broken](results/broken.json) |"
     assert row in text.splitlines()
 
