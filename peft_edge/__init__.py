@@ -41,10 +41,11 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_tuners(imported: ModuleType) -> None:
-    """Import the tuners if PEFT is imported, unless a module of this package is half imported (a circular import)."""
+def _register_with_peft(imported: ModuleType) -> None:
+    """Import the tuners and `push_to_hub` once PEFT is imported, unless a module of this package is half imported."""
     if "peft" in sys.modules and not any(map(_is_half_imported, {*sys.modules} - {imported.__name__})):
         import_module(f"{__name__}.tuners")
+        import_module(f"{__name__}.hub")
 
 
 def _is_half_imported(module: str) -> bool:
@@ -54,4 +55,4 @@ def _is_half_imported(module: str) -> bool:
 
 
 for _name in ["peft", *(f"{__name__}.{module.name}" for module in iter_modules(__path__))]:
-    register_post_import_hook(_register_tuners, _name)
+    register_post_import_hook(_register_with_peft, _name)
