@@ -207,21 +207,13 @@ def profile(
     from peft_edge.profiling.tables import cost_table
 
     model = load_backbone(backbone, num_classes)
-    costs = compare_methods(
-        model,
-        method,
-        lora_ranks=lora_rank,
-        adapter={"norm": norm} | ({"target_modules": target_modules} if target_modules else {}),
-        batch_size=batch_size,
-        image_size=image_size,
-        optimizer=optimizer,
-        accounting=accounting,
-    )
-    setting: dict[str, object] = {"num_classes": model.num_classes, "backbone": backbone}
-    setting |= {"target_modules": target_modules, "norm": norm, "batch_size": batch_size, "image_size": image_size}
-    setting |= {"optimizer": optimizer, "accounting": accounting}
+    adapter = {"norm": norm} | ({"target_modules": target_modules} if target_modules else {})
+    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
+    options["accounting"] = accounting
+    costs = compare_methods(model, method, lora_ranks=lora_rank, adapter=adapter, **options)
+    setting = {"num_classes": model.num_classes, "backbone": backbone, "target_modules": target_modules, "norm": norm}
+    setting |= {**options, "costs": {name: cost.model_dump() for name, cost in costs.items()}}
     step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
-    setting["costs"] = {name: cost.model_dump() for name, cost in costs.items()}
     _show(dumps(setting, indent=2) + "\n", f"One training step of {step}\n\n{cost_table(costs)}", json)
     if picture is not None:
         save_cost_figure(costs, picture, title=step)
@@ -253,16 +245,9 @@ def plan(
 
     budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
     model = load_backbone(backbone, num_classes)
+    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
     found = find_plan(
-        model,
-        budget,
-        methods=method,
-        target_modules=target_modules,
-        lora_ranks=lora_rank,
-        batch_size=batch_size,
-        image_size=image_size,
-        optimizer=optimizer,
-        records=records,
+        model, budget, methods=method, target_modules=target_modules, lora_ranks=lora_rank, records=records, **options
     )
     step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
     print(f"Training steps of {step}; {budget}\n\n{plan_table(found)}")

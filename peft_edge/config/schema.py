@@ -95,22 +95,19 @@ class DataConfig(Section):
     shift: str | None = None
     """The target images: a corruption of the source, another split of the dataset, or another dataset or folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """Severity of the corruption, 1 to 5, if it has levels; 5 by default."""
+    """Severity of a corruption that has levels, 1 to 5; 5 by default."""
     shift_filters: list[list[str | int | float]] = []
     """Conditions `[column, operator, value]` on the rows to read. Only for a shift that is a Hugging Face dataset."""
-
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
     """Classes that the source model does not know, in order of arrival. Set this or `shift`."""
     increments: PositiveCount = 1
     """Number of groups of new classes to add one after another."""
     rehearsal_size: Count = 0
     """Total number of images of earlier classes to train on again, e.g. 10 per class. 0: freeze their head rows."""
-
     image_size: PositiveCount = 48
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount = 512
     """Maximum number of images to adapt with; for new classes, in each increment."""
-
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
@@ -188,7 +185,6 @@ class TrainingConfig(Section):
     """Passes over the target's training images."""
     batch_size: PositiveCount = 32
     """Images per optimizer step, summed over all processes and accumulation steps."""
-
     learning_rate: Annotated[
         list[Positive],
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
@@ -204,12 +200,10 @@ class TrainingConfig(Section):
     """Optimizer steps of linear warm-up."""
     max_grad_norm: Positive | None = None
     """Clip gradients to this norm. Try 1 when training diverges."""
-
     gradient_accumulation_steps: PositiveCount = 1
     """Split each batch into this many parts, to save memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype of training and evaluation: no (float32), fp16 (GPU only) or bf16."""
-
     eval_batch_size: PositiveCount = 128
     """Images per evaluation step, summed over all processes."""
     eval_every_epochs: PositiveCount = 1
@@ -218,7 +212,6 @@ class TrainingConfig(Section):
     """Optimizer steps between checkpoints. An interrupted run repeats at most this number of steps."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep. At least 2, because training may diverge right after a checkpoint."""
-
     replay: bool = False
     """Latent replay: run the frozen layers before the first trainable one only once, and train on their stored outputs.
     `norm` must be frozen or recalibrate."""
@@ -275,7 +268,6 @@ class RunConfig(Section):
     """BatchNorm in training: frozen (source statistics), recalibrate (statistics estimated once on target images),
     stats (batch statistics) or affine (batch statistics; weight and bias are trained). norm-stats and norm-affine
     ignore this key. PEFT's methods accept only stats and affine. full and galore always train weight and bias."""
-
     seed: Count = 0
     """Seed of the splits, the weights and the order of the images."""
     cache_dir: str | None = None
@@ -286,7 +278,6 @@ class RunConfig(Section):
     """CPU threads per process. Their number changes rounding, so each number has its own source model."""
     num_workers: Count = 0
     """Image-loading processes per training process."""
-
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Tools that receive the training curves: any of tensorboard, wandb and trackio."""
 
@@ -316,25 +307,18 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     if backbone.pretrained and backbone.checkpoint is not None:
         yield "backbone.checkpoint", "cannot be used together with backbone.pretrained: choose one"
     if config.source.epochs == 0 and not backbone.pretrained and backbone.checkpoint is None:
-        yield (
-            "source.epochs",
-            "is 0 and the weights are random: set backbone.pretrained or backbone.checkpoint, or train the source",
-        )
+        yield "source.epochs", "is 0 and the weights are random: raise it, or set backbone.pretrained or .checkpoint"
     if (data.shift is None) == (not data.new_classes):
         found = "neither" if data.shift is None else "both"
         yield "data.shift", f"expected a shift or data.new_classes, found {found}: set exactly one of them"
     if data.new_classes and not data.rehearsal_size and training.weight_decay:
         yield (
             "training.weight_decay",
-            "would shrink the old classes' rows of the head, which are frozen because data.rehearsal_size is 0: set it "
-            "to 0, or rehearse",
+            "would shrink the old classes' frozen rows: set it to 0, or set data.rehearsal_size",
         )
     if training.batch_size % training.gradient_accumulation_steps:
-        yield (
-            "training.batch_size",
-            f"({training.batch_size}) cannot be divided into training.gradient_accumulation_steps "
-            f"({training.gradient_accumulation_steps}) equal parts",
-        )
+        steps = training.gradient_accumulation_steps
+        yield "training.batch_size", f"expected a multiple of training.gradient_accumulation_steps, which is {steps}"
     if training.mixed_precision == "fp16" and config.cpu:
         yield "training.mixed_precision", "fp16 needs a GPU: use bf16, or leave cpu out"
     if config.method == "galore" and config.galore.layerwise:
@@ -346,9 +330,6 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
             if is_set:
                 yield key, "needs all gradients at once, and galore.layerwise keeps only one: unset one of the two"
     if lean.enabled and lean.inplace_norm and config.norm in ("stats", "affine"):
-        yield (
-            "lean.inplace_norm",
-            f"needs frozen BatchNorm, and norm is {config.norm}: set norm to frozen or recalibrate",
-        )
+        yield "lean.inplace_norm", f"needs frozen BatchNorm, and norm is {config.norm}: set it to frozen or recalibrate"
     if config.hub.repo_id is not None and config.method == "none":
         yield "hub.repo_id", "is set, and method none produces nothing to push: unset it, or choose a method"

@@ -244,20 +244,11 @@ def new_learner(
         grow_head(model, target.num_classes)
         set_class_names(base, target.class_names)
         if not config.data.rehearsal_size:
-            _freeze_rows(base, known)
+            # Freeze the head rows of earlier classes: without images of these classes, training would degrade the rows.
+            head = [parameter for _, layer in head_layers(base) for parameter in layer.parameters()]
+            for parameter in filter(lambda parameter: parameter.requires_grad, head):
+                parameter.register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:known]), grad[known:]]))
     return model
-
-
-def _freeze_rows(model: nn.Module, count: int) -> None:
-    """Freeze the first `count` rows of the head: without images of their classes, training would degrade the rows."""
-
-    def without_first_rows(gradient: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(gradient[:count]), gradient[count:]])
-
-    for _, layer in head_layers(model):
-        for parameter in layer.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(without_first_rows)
 
 
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:

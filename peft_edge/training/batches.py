@@ -98,14 +98,8 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
     )
     with accelerator.autocast():
         prefix = frozen_prefix(config, model)
-        cache = FeatureCache.open(
-            cache_folder(config) / "features",
-            prefix,
-            view,
-            key=key,
-            views=settings.replay_views,
-            dtype=settings.replay_dtype,
-        )
+        root, views, dtype = cache_folder(config) / "features", settings.replay_views, settings.replay_dtype
+        cache = FeatureCache.open(root, prefix, view, key=key, views=views, dtype=dtype)
     batches = load_batches(
         cache, batch_size=settings.batch_size, shuffle=True, seed=config.seed, num_workers=config.num_workers
     )

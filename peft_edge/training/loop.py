@@ -66,7 +66,7 @@ def train(
     """
     settings, accelerator, checkpoints = run.config.training, run.accelerator, run.path / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
-    total_steps = settings.epochs * len(batches)
+    total_steps, is_quiet = settings.epochs * len(batches), not accelerator.is_main_process
 
     def log(values: Mapping[str, float]) -> None:
         accelerator.log({f"{name}/{key}": value for key, value in values.items()}, step=progress.step)
@@ -91,13 +91,7 @@ def train(
     with (
         closing(profiling),
         termination_deferred(is_alone=accelerator.num_processes == 1) as is_terminated,
-        tqdm(
-            desc=f"adapting, {name}",
-            total=total_steps,
-            initial=progress.step,
-            unit="step",
-            disable=not accelerator.is_main_process,
-        ) as bar,
+        tqdm(desc=f"adapting, {name}", total=total_steps, initial=progress.step, unit="step", disable=is_quiet) as bar,
     ):
         send("on_train_begin")
         while progress.step < total_steps:

@@ -111,7 +111,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     torch.set_num_threads(config.num_threads)
     # Resumed runs are bit-identical only if every operation is deterministic.
     torch.backends.cudnn.deterministic = True
-    training = config.training
+    training, num_steps = config.training, config.training.gradient_accumulation_steps
     accelerator = Accelerator(
         # Without a GPU, several processes form a group only if the CPU is requested explicitly.
         cpu=config.cpu or not torch.accelerator.is_available(),
@@ -120,9 +120,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "logs")),
         # Batch sizes count the images of all processes, so a run does not depend on the number of processes.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
     )
 
     # Accelerate silently runs fewer processes than requested in two cases.
@@ -136,11 +134,11 @@ def start_accelerator(config: RunConfig) -> Accelerator:
             "CPU: accelerate launch --multi_gpu --num_processes 2 train.py --cpu",
             stacklevel=2,
         )
-    parts = num_processes * training.gradient_accumulation_steps
+    parts = num_processes * num_steps
     if training.batch_size % parts:
         raise ValueError(
             f"training.batch_size: {training.batch_size} images cannot be divided among {num_processes} processes and "
-            f"{training.gradient_accumulation_steps} accumulation steps: choose a multiple of {parts}"
+            f"{num_steps} accumulation steps: choose a multiple of {parts}"
         )
     if training.eval_batch_size % num_processes:
         raise ValueError(

@@ -75,8 +75,7 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
         lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"output_dir: another run is working in {config.output_dir}: wait until it has ended, or choose another "
-            "folder"
+            f"output_dir: another run is working in {config.output_dir}: wait for its end, or choose another folder"
         ) from error
     with lock:
         yield

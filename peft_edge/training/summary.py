@@ -98,7 +98,7 @@ def build_record(
 
 def new_record(config: RunConfig, status: str, *, started: float, error_msg: str = "") -> Record:
     """Return a record without results, for a run that started at `started`, in seconds since 1970."""
-    uses_gpu = torch.cuda.is_available() and not config.cpu
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.cpu else "cpu"
     return Record(
         run_info=RunInfo(
             created_at=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
@@ -111,10 +111,7 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
             model_info={},
             dataset_info={},
             package_info=package_info(),
-            system_info=system_info(
-                accelerator=torch.cuda.get_device_name() if uses_gpu else "cpu",
-                num_processes=str(PartialState().num_processes),
-            ),
+            system_info=system_info(accelerator=device, num_processes=str(PartialState().num_processes)),
             pytorch_info=torch.__config__.show(),
         ),
     )
