@@ -245,8 +245,7 @@ def new_learner(
         set_class_names(base, target.class_names)
         if not config.data.rehearsal_size:
             # Freeze the head rows of earlier classes: without images of these classes, training would degrade the rows.
-            head = [parameter for _, layer in head_layers(base) for parameter in layer.parameters()]
-            for parameter in filter(lambda parameter: parameter.requires_grad, head):
+            for parameter in (p for _, layer in head_layers(base) for p in layer.parameters() if p.requires_grad):
                 parameter.register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:known]), grad[known:]]))
     return model
 
