@@ -209,10 +209,10 @@ def profile(
     model = load_backbone(backbone, num_classes)
     adapter = {"norm": norm} | ({"target_modules": target_modules} if target_modules else {})
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
-    options["accounting"] = accounting
-    costs = compare_methods(model, method, lora_ranks=lora_rank, adapter=adapter, **options)
-    setting = {"num_classes": model.num_classes, "backbone": backbone, "target_modules": target_modules, "norm": norm}
-    setting |= {**options, "costs": {name: cost.model_dump() for name, cost in costs.items()}}
+    costs = compare_methods(model, method, lora_ranks=lora_rank, adapter=adapter, accounting=accounting, **options)
+    setting: dict[str, object] = {"num_classes": model.num_classes, "backbone": backbone}
+    setting |= {"target_modules": target_modules, "norm": norm, **options, "accounting": accounting}
+    setting["costs"] = {name: cost.model_dump() for name, cost in costs.items()}
     step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
     _show(dumps(setting, indent=2) + "\n", f"One training step of {step}\n\n{cost_table(costs)}", json)
     if picture is not None:
