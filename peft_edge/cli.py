@@ -1,7 +1,7 @@
 """The `peft-edge` command.
 
-Arguments are checked before torch is imported, so each command imports what it needs itself. The choices listed here
-repeat names of those modules; a test compares them.
+Arguments are checked before torch is imported, so each command imports its modules itself. The constants here repeat
+names from those modules, and a test compares them.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Command(TyperCommand):
-    """A command with options that take several values, and one message in place of a traceback."""
+    """A command that accepts several values after one option, and prints an error without a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the type of ctx is private
-        """Allow `--method full lora` for `--method full --method lora`, and unique abbreviations of options."""
+        """Expand `--method full lora` to `--method full --method lora`, and complete abbreviated options."""
         lists = {name: getattr(option, "multiple", False) for option in self.params for name in option.opts}
         expanded: list[str] = []
         repeated = None
@@ -73,14 +73,14 @@ class Command(TyperCommand):
         return super().parse_args(ctx, expanded)
 
     def invoke(self, ctx: Any) -> object:
-        """Run the command; wrong input ends with exit code 2, Ctrl-C with 130."""
+        """Run the command. Exit with code 2 after an error, and with 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            print("stopped: what was finished is kept", file=sys.stderr)
+            print("stopped: finished results are kept", file=sys.stderr)
             raise typer.Exit(130) from error
 
 
@@ -92,16 +92,6 @@ def _one_of(names: Collection[str]) -> Callable[[str], str]:
         return text
 
     return parse
-
-
-def _amount(parse: Callable[[str], int]) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise BadParameter(str(error)) from error
-
-    return read
 
 
 def _target_modules(text: str) -> str:
@@ -125,7 +115,13 @@ def _choice(names: Collection[str], meaning: str) -> OptionInfo:
 
 
 def _limit(parse: Callable[[str], int], units: Collection[str], example: str, meaning: str) -> OptionInfo:
-    return Option(parser=_amount(parse), metavar=example, help=f"The most {meaning}, in {', '.join(units)}.")
+    def read(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise BadParameter(str(error)) from error
+
+    return Option(parser=read, metavar=example, help=f"Limit on {meaning}, in {', '.join(units)}.")
 
 
 def _count(meaning: str) -> OptionInfo:
@@ -136,21 +132,22 @@ def _path(metavar: str, meaning: str) -> OptionInfo:
     return Option(metavar=metavar, help=meaning)
 
 
-_BASE = "The model on the devices: the folder of a saved model, or the id of a timm model on the Hub."
 _MODEL = "The folder of an adapter or of a saved model, or the id of an adapter on the Hub."
 _METHODS = f"One or several of {', '.join(METHOD_NAMES)}."
-_TARGETS = f"The layers with adapters: {', '.join(ROLE_NAMES)}, or a regular expression"
+_TARGETS = f"The layers to adapt: {', '.join(ROLE_NAMES)}, or a regular expression"
 
-Base = Annotated[str, Option(help=_BASE)]
+Base = Annotated[str, Option(help="The base model: the folder of a saved model, or the id of a timm model on the Hub.")]
 Backbone = Annotated[str, Option(help="A timm model name, or the folder of a saved model.")]
-NumClasses = Annotated[int | None, _count("Outputs of the trained head; by default the backbone's.")]
-BatchSize = Annotated[int, _count("Images in a step.")]
+NumClasses = Annotated[int | None, _count("Number of classes; by default that of the backbone.")]
+BatchSize = Annotated[int, _count("Images per step.")]
 ImageSize = Annotated[int, _count("Height and width in pixels.")]
 Methods = Annotated[list[str], Option(parser=_one_of(METHOD_NAMES), metavar="METHOD ...", help=_METHODS)]
 LoraRanks = Annotated[list[int], Option(min=1, metavar="RANK ...", help="One or several ranks of the adapters.")]
-Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "In the method's form, with its default settings.")]
-Json = Annotated[Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints it.")]
-Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help="Draw a figure (.png, .svg or .pdf).")]
+Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "The optimizer, or its GaLore form, with default settings.")]
+Json = Annotated[
+    Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints the JSON.")
+]
+Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help="Save a figure (.png, .svg or .pdf).")]
 
 app = typer.Typer(
     add_completion=False,
@@ -161,7 +158,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command with these arguments, by default those of the process."""
+    """Run `peft-edge` with `arguments`, by default those of the process."""
     try:
         app(arguments, prog_name="peft-edge")
     except SystemExit as stop:
@@ -177,7 +174,7 @@ def _print_version(is_given: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True, help="Print it.")] = False,
+    version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True, help="The version.")] = False,
 ) -> None:
     pass
 
@@ -193,16 +190,16 @@ def profile(
     target_modules: Annotated[
         str | None, Option(parser=_target_modules, metavar="ROLE|REGEX", help=f"{_TARGETS}; by default the method's.")
     ] = None,
-    norm: Annotated[str, _choice(NORMS, "What a method changes in BatchNorm layers.")] = "stats",
+    norm: Annotated[str, _choice(NORMS, "How the method treats BatchNorm.")] = "stats",
     optimizer: Optimizer = "adamw",
-    accounting: Annotated[Accounting, _choice(get_args(Accounting), "How FLOPs are counted.")] = "exact",
+    accounting: Annotated[Accounting, _choice(get_args(Accounting), "How to count FLOPs.")] = "exact",
     json: Json = None,
     picture: Picture = None,
 ) -> None:
     """Print the FLOPs and memory of a training step, without training.
 
-    There is a row for each method and LoRA rank. The step runs on tensors that have a shape and no values: this takes
-    seconds, and no more memory than the weights.
+    Prints a row for each method and LoRA rank. The steps run on tensors without values. They take seconds, and no more
+    memory than the weights.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.profiling.analysis import compare_methods
@@ -210,21 +207,13 @@ def profile(
     from peft_edge.profiling.tables import cost_table
 
     model = load_backbone(backbone, num_classes)
-    costs = compare_methods(
-        model,
-        method,
-        lora_ranks=lora_rank,
-        adapter={"norm": norm} | ({"target_modules": target_modules} if target_modules else {}),
-        batch_size=batch_size,
-        image_size=image_size,
-        optimizer=optimizer,
-        accounting=accounting,
-    )
+    adapter = {"norm": norm} | ({"target_modules": target_modules} if target_modules else {})
+    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
+    costs = compare_methods(model, method, lora_ranks=lora_rank, adapter=adapter, accounting=accounting, **options)
     setting: dict[str, object] = {"num_classes": model.num_classes, "backbone": backbone}
-    setting |= {"target_modules": target_modules, "norm": norm, "batch_size": batch_size, "image_size": image_size}
-    setting |= {"optimizer": optimizer, "accounting": accounting}
-    step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
+    setting |= {"target_modules": target_modules, "norm": norm, **options, "accounting": accounting}
     setting["costs"] = {name: cost.model_dump() for name, cost in costs.items()}
+    step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
     _show(dumps(setting, indent=2) + "\n", f"One training step of {step}\n\n{cost_table(costs)}", json)
     if picture is not None:
         save_cost_figure(costs, picture, title=step)
@@ -236,36 +225,29 @@ def plan(
     num_classes: NumClasses = None,
     batch_size: BatchSize = 16,
     image_size: ImageSize = 224,
-    memory: Annotated[int | None, _limit(parse_bytes, BYTES, "256MiB", "memory for tensors in a step")] = None,
-    flops: Annotated[int | None, _limit(parse_flops, FLOPS, "3GFLOP", "arithmetic of a step")] = None,
-    adapter_bytes: Annotated[int | None, _limit(parse_bytes, BYTES, "200KiB", "bytes of the saved update")] = None,
+    memory: Annotated[int | None, _limit(parse_bytes, BYTES, "256MiB", "the memory of tensors in a step")] = None,
+    flops: Annotated[int | None, _limit(parse_flops, FLOPS, "3GFLOP", "the FLOPs of a step")] = None,
+    adapter_bytes: Annotated[int | None, _limit(parse_bytes, BYTES, "200KiB", "the size of the saved update")] = None,
     method: Methods = [*METHODS_TO_PLAN],  # noqa: B006
     target_modules: Annotated[
         list[str], Option(parser=_target_modules, metavar="ROLE|REGEX ...", help=f"{_TARGETS}; one or several.")
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     optimizer: Optimizer = "adamw",
-    records: Annotated[Path | None, _path("FOLDER", "Records of runs: the most accurate comes first.")] = None,
+    records: Annotated[Path | None, _path("FOLDER", "Records of runs, to list the most accurate first.")] = None,
 ) -> None:
-    """List what fits a budget of memory, arithmetic and bytes.
+    """List the methods that fit a budget of memory, FLOPs and update size.
 
     Lists the methods, target modules and LoRA ranks whose training step fits, each with the mildest lean setting that
-    it needs, and why the others do not fit. Steps run on tensors that have a shape and no values.
+    it needs. For the others, it prints which limit they exceed. The steps run on tensors without values.
     """
     from peft_edge.backbones import load_backbone
 
     budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
     model = load_backbone(backbone, num_classes)
+    options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
     found = find_plan(
-        model,
-        budget,
-        methods=method,
-        target_modules=target_modules,
-        lora_ranks=lora_rank,
-        batch_size=batch_size,
-        image_size=image_size,
-        optimizer=optimizer,
-        records=records,
+        model, budget, methods=method, target_modules=target_modules, lora_ranks=lora_rank, records=records, **options
     )
     step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
     print(f"Training steps of {step}; {budget}\n\n{plan_table(found)}")
@@ -274,23 +256,23 @@ def plan(
 @app.command(cls=Command)
 def bench(
     backbone: Backbone,
-    num_classes: Annotated[int, _count("Outputs of the trained head.")] = 10,
+    num_classes: Annotated[int, _count("Number of classes.")] = 10,
     batch_size: BatchSize = 16,
     image_size: ImageSize = 224,
     methods: Annotated[
-        list[str], Option(parser=_one_of(CONTENDERS), metavar="METHOD ...", help="What to measure, beside full.")
+        list[str], Option(parser=_one_of(CONTENDERS), metavar="METHOD ...", help="Methods to compare with full.")
     ] = CONTENDERS,
     lora_rank: Annotated[int, _count("Rank of all adapters.")] = 4,
     rounds: Annotated[int, _count("Timed steps of each method.")] = 7,
-    threads: Annotated[int, _count("Threads of the CPU.")] = 1,
+    threads: Annotated[int, _count("CPU threads.")] = 1,
     json: Json = None,
     picture: Picture = None,
 ) -> None:
-    """Compare our methods with others, measured on this machine.
+    """Measure training steps of our methods and of others on this machine.
 
-    Measures training steps of full fine-tuning, of our methods, and of PEFT, LyCORIS and loralib where they are
-    installed: memory, FLOPs, and time in interleaved rounds, as a multiple of the time of full fine-tuning. This takes
-    minutes; the machine should do nothing else.
+    Measures full fine-tuning, our methods, and PEFT, LyCORIS and loralib if they are installed. Prints memory, FLOPs,
+    and time as a multiple of full fine-tuning; the timed steps of all methods alternate. This takes minutes, during
+    which the machine should do nothing else.
     """
     from peft_edge.bench import bench_table, run_bench, save_bench_figure
 
@@ -310,7 +292,7 @@ def bench(
 
 
 def _show(json_text: str, table: str, file: Path | None) -> None:
-    """Print the table and write the JSON text to the file; for `-`, print only the JSON text."""
+    """Print the table, and write the JSON text to `file` if there is one. If `file` is `-`, print only the JSON."""
     if file == Path("-"):
         sys.stdout.write(json_text)
         return
@@ -326,14 +308,14 @@ def _show(json_text: str, table: str, file: Path | None) -> None:
 @app.command(cls=Command)
 def study(
     grid: Annotated[Path, _path("FILE", "A YAML file, such as configs/study/methods.yaml.")],
-    output_dir: Annotated[Path, _path("FOLDER", "Every run gets a folder in it.")],
-    jobs: Annotated[int, _count("Processes side by side, each on one CPU core.")] = 1,
-    results: Annotated[Path | None, _path("FOLDER", "Where records go; by default OUTPUT_DIR/results.")] = None,
+    output_dir: Annotated[Path, _path("FOLDER", "The parent of the folders of all runs.")],
+    jobs: Annotated[int, _count("Parallel processes, each on one CPU core.")] = 1,
+    results: Annotated[Path | None, _path("FOLDER", "Folder of the records; by default OUTPUT_DIR/results.")] = None,
 ) -> None:
-    """Run a grid of trainings or analyses and print a table.
+    """Run a grid of training runs or cost analyses, and print a table.
 
     Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the others.
-    Several of these commands, on one machine or on more, share a grid through its output folder.
+    Several processes of this command, on one or more machines, can share a grid through its output folder.
     """
     from peft_edge.study import read_grid, run_grid, study_table
 
@@ -342,21 +324,21 @@ def study(
     print(study_table(planned))
     if failed := [job for job in planned if not job.is_finished]:
         raise ValueError(
-            f"{len(failed)} of {len(planned)} failed: {failed[0].log} says why the first did. Run the same command "
-            "again to try them again"
+            f"{len(failed)} of {len(planned)} failed: {failed[0].log} says why the first run failed. Run the same "
+            "command again to repeat the failed runs"
         )
 
 
 @app.command(cls=Command)
 def report(
     records: Annotated[Path, _path("FOLDER", "Records of runs, such as reports/results.")],
-    out: Annotated[Path, _path("FOLDER", "Where to write, such as reports.")],
-    bench: Annotated[Path | None, _path("FOLDER", "Records of peft-edge bench, for a section on time.")] = None,
+    out: Annotated[Path, _path("FOLDER", "The output folder, such as reports.")],
+    bench: Annotated[Path | None, _path("FOLDER", "Records of peft-edge bench, for a section about time.")] = None,
 ) -> None:
     """Write a page, figures and a data file from records.
 
     Writes README.md, figures (PNG and SVG) and data.csv. The same records give the same bytes. Other files in the
-    folder are left alone.
+    folder stay unchanged.
     """
     from peft_edge.report import write_report
 
@@ -367,33 +349,30 @@ def report(
 @app.command(cls=Command)
 def export(
     adapter: Annotated[str, Argument(help=_MODEL)],
-    out: Annotated[Path, _path("FILE", "With the ending of the format: .onnx, .pt2 or .pte.")],
-    format: Annotated[str, _choice(EXPORT_FORMATS, "What reads the file.")] = "onnx",
-    image_size: Annotated[
-        int | None,
-        _count("Height and width in pixels; by default those of the run, else timm's."),
-    ] = None,
-    batch_size: Annotated[int | None, _count("Images at once; by default any number, 1 for ExecuTorch.")] = None,
-    quantize: Annotated[str | None, _choice(["int8"], "Write an ONNX file of integers; needs --calibration.")] = None,
+    out: Annotated[Path, _path("FILE", "The output file, with the ending of the format: .onnx, .pt2 or .pte.")],
+    format: Annotated[str, _choice(EXPORT_FORMATS, "The file format.")] = "onnx",
+    image_size: Annotated[int | None, _count("Height and width in pixels; by default the run's, or timm's.")] = None,
+    batch_size: Annotated[int | None, _count("Images per call; by default any number, or 1 for ExecuTorch.")] = None,
+    quantize: Annotated[str | None, _choice(["int8"], "Quantize the ONNX model; needs --calibration.")] = None,
     calibration: Annotated[
         str | None,
         _path(
             "FOLDER",
-            "One subfolder of images for each class (or digits, or shapes). Its training images set the scales of "
-            "integers; file and model are compared on its test images. By default they are compared on digits.",
+            "Images in one subfolder per class, or digits, or shapes. Training images calibrate the quantization, and "
+            "test images compare the file with the model. By default, the comparison uses digits.",
         ),
     ] = None,
 ) -> None:
     """Export an adapted model for ONNX Runtime, torch.export or ExecuTorch.
 
-    Merges the adapter, folds BatchNorm into the convolutions, writes the file, runs it on images and prints how its
-    results compare with those of the PyTorch model. A file with other results is deleted.
+    Merges the adapter, folds BatchNorm into the convolutions and compares the outputs of the file with those of the
+    PyTorch model. A floating-point file is not kept if its outputs differ.
     """
     from peft_edge.export.exporter import export_model
     from peft_edge.export.verification import comparison_table, read_images
 
     if quantize and calibration is None:
-        raise ValueError("--quantize chooses the scales of integers by images: pass --calibration FOLDER")
+        raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
     model = _load_model(adapter)
     images = read_images(calibration or "digits", model, image_size=image_size or _trained_size(Path(adapter)))
     compared = export_model(
@@ -410,7 +389,7 @@ def export(
 
 
 def _trained_size(folder: Path) -> int | None:
-    """Return the image size in the record of the run: in the folder if it was pushed to the Hub, else above it."""
+    """Read the image size from the record of the run, which is in `folder` (copied from the Hub) or in its parent."""
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:
             return record.run_info.train_config["data"]["image_size"]
@@ -421,12 +400,12 @@ def _trained_size(folder: Path) -> int | None:
 def diff(
     base: Base,
     adapter: Annotated[str, Option(help=_MODEL)],
-    out: Annotated[Path, _path("FILE", "A .safetensors file.")],
+    out: Annotated[Path, _path("FILE", "The output file (.safetensors).")],
 ) -> None:
     """Write only the weights that an adapter changes.
 
-    Writes the weights of the merged model that differ from those of its base, for a device that has the base;
-    `peft-edge apply` puts them in there.
+    Writes the weights of the merged model that differ from its base. A device that has the base rebuilds the merged
+    model from this file with `peft-edge apply`.
     """
     from peft_edge.export.differences import write_diff
 
@@ -438,13 +417,12 @@ def diff(
 @app.command(cls=Command)
 def apply(
     base: Base,
-    diff: Annotated[Path, _path("FILE", "Written by peft-edge diff.")],
-    out: Annotated[Path, _path("FOLDER", "Where to write the model; may be the folder of the base.")],
+    diff: Annotated[Path, _path("FILE", "The file that peft-edge diff wrote.")],
+    out: Annotated[Path, _path("FOLDER", "The output folder; may be the folder of the base.")],
 ) -> None:
-    """Make the merged model from a base and a diff.
+    """Rebuild the merged model from its base and a diff.
 
-    Puts the weights of `peft-edge diff` into the base that they were written against. The result is the merged model
-    bit for bit; otherwise nothing is written.
+    The result is bit-identical to the merged model. If `peft-edge diff` compared with another base, nothing is written.
     """
     from peft_edge.export.differences import apply_diff, save_result
 

@@ -1,4 +1,4 @@
-"""The methods by name: how each turns a source model into a trainable one, and which optimizer trains it."""
+"""The registry of methods: how each method prepares a source model, and which optimizer trains the result."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "sgd-momentum": partial(SGD, momentum=0.9),
     "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
 }
-"""torch's optimizers with their defaults, and Transformers' Adafactor with a fixed learning rate."""
+"""Constructors of the optimizers. Adafactor is that of Transformers, without its own learning-rate schedule."""
 
 _GALORE: dict[str, OptimizerFactory] = {
     "adamw": optim.GaLoreAdamW,
@@ -48,7 +48,7 @@ def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
-    # `target_modules` holds names of the backbone's layers, without PEFT's prefix.
+    # The names in `target_modules` are those of the backbone, without PEFT's prefix.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     groups = optim.galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
@@ -59,7 +59,7 @@ def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: floa
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """One way to adapt a model. As an entry of `METHODS`, it has the sweep, checkpoints, tests and record of train.py.
+    """A way to adapt a model. train.py runs any method that is an entry of `METHODS`.
 
     >>> def last_block(model, options):
     ...     model.requires_grad_(False)
@@ -72,17 +72,17 @@ class Method:
     """
 
     prepare: Prepare
-    """Called with a timm model, which it may change in place, and the method's options. Returns the model to train."""
+    """Function of a timm model and the method's options. It may change the model, and returns the model to train."""
 
     section: str | None = "adapter"
-    """Section of the configuration that holds the options. `norm` is always added; None: `norm` is the only option."""
+    """Section of the configuration whose keys, together with `norm`, are the options. None: `norm` is the only one."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
-    """Called with the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`.
-    None: no parameter is trained by gradients."""
+    """Function of the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`.
+    None: the method uses no gradients."""
 
     saves_full_model: bool = False
-    """Whether the whole model is saved, because the base model's weights train; otherwise a PEFT adapter is saved."""
+    """Save the whole model instead of a PEFT adapter. Necessary if base weights are trained."""
 
 
 def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
@@ -93,7 +93,7 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 
 
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
-    """Adapt only BatchNorm, with our tuner: `norm` then means the same for every method and number of processes."""
+    """Adapt no convolution. Our tuner still adapts BatchNorm, so `norm` has the same effect in all methods."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         settings = {"norm": options["norm"], "modules_to_save": head_names(model) if saves_head else None, **fixed}
@@ -103,13 +103,13 @@ def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
 
 
 def _everything(model: nn.Module, options: Options) -> nn.Module:
-    # The base model's BatchNorm weights train here, so the adapter needs no copies of them.
+    # The base model's BatchNorm weights are trainable here, so the adapter needs no copies of them.
     norm = "stats" if options["norm"] == "affine" else options["norm"]
     return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 
 
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
-    """Use PEFT's own adapter. `names` maps our options to PEFT's. BatchNorm layers are saved as whole modules."""
+    """Use PEFT's own adapter. `names` maps our option names to PEFT's. BatchNorm layers are saved as whole modules."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         norm, targets = options["norm"], options["target_modules"]
@@ -128,8 +128,8 @@ def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -
             adapted = get_peft_model(model, config(**settings))
         except ValueError as error:
             raise ValueError(
-                f"PEFT's own {config.__name__} does not fit: {error} adapter.target_modules=dense leaves out grouped "
-                "convolutions"
+                f"PEFT's own {config.__name__} does not fit this backbone: {error} To leave out grouped convolutions, "
+                "set adapter.target_modules=dense"
             ) from error
         if norm == "stats":
             for name in norms:
@@ -159,14 +159,14 @@ METHODS: dict[str, Method] = {
     "peft-loha": Method(prepare=_peft(LoHaConfig, _PEFT_LYCORIS)),
     "peft-lokr": Method(prepare=_peft(LoKrConfig, _PEFT_LYCORIS)),
 }
-"""All but `none` and `norm-stats` train the head; all but `none` save BatchNorm's statistics with the update."""
+"""All methods except `none` and `norm-stats` train the head."""
 
 
 def find_method(name: str) -> Method:
-    """Return `METHODS[name]`.
+    """Return the method with this name.
 
     Raises:
-        ValueError: If there is no such method; the message names the nearest.
+        ValueError: If there is no such method. The message names the most similar one.
     """
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
@@ -175,7 +175,7 @@ def find_method(name: str) -> Method:
 
 
 def training_memory_format(model: nn.Module) -> torch.memory_format:
-    """Return channels_last; contiguous for PEFT's own DoRA, whose forward pass fails in channels_last."""
+    """Return channels_last, or contiguous for PEFT's own DoRA: its forward pass fails in channels_last."""
     configs = getattr(model, "peft_config", {}).values()
     is_peft_dora = any(config.peft_type == PeftType.LORA and config.use_dora for config in configs)
     return torch.contiguous_format if is_peft_dora else torch.channels_last

@@ -107,7 +107,7 @@ def test_interrupted_study_ends_with_exit_code_130(
     with pytest.raises(SystemExit) as stop:
         main(["study", "--grid", "grid.yaml", "--output-dir", str(tmp_path)])
     assert stop.value.code == 130
-    assert capsys.readouterr().err == "stopped: what was finished is kept\n"
+    assert capsys.readouterr().err == "stopped: finished results are kept\n"
 
 
 @pytest.mark.parametrize(

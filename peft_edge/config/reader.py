@@ -17,11 +17,11 @@ from peft_edge.config.schema import RunConfig, Section, conflicts
 
 
 class ConfigError(ValueError):
-    """All errors of a configuration, one per line, each with its key and the file or argument it comes from."""
+    """All errors of a configuration, one per line. Each names its key, and the file or argument that contains it."""
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's safe loader with the rules of YAML 1.2: 1e-3 is a number, and `no` and `off` are words."""
+    """PyYAML's safe loader with two rules of YAML 1.2: 1e-3 is a number, and `no` and `off` are strings."""
 
 
 _Loader.yaml_implicit_resolvers = {
@@ -29,13 +29,11 @@ _Loader.yaml_implicit_resolvers = {
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
 _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789")
-)
+_Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile("[-+]?[0-9]+[eE][-+]?[0-9]+$"), [*"-+0123456789"])
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:
-    """Build the configuration of a run. Neither torch nor PEFT is imported.
+    """Read the configuration of a run, without importing torch or PEFT.
 
     >>> arguments = ["output_dir=runs/a", "data.shift=blend", "--training.learning_rate", "1e-3"]
     >>> load_config([*arguments, "adapter.r=8"]).adapter
@@ -47,16 +45,17 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
     Args:
         arguments: `--config FILE`, any number of times, and overrides: `key=value`, `--key value` or `--key=value`.
-            Keys of a section are dotted (`training.epochs=3`), values are YAML, and a `--key` alone means true. The
-            command line overrides the files, and a later file overrides an earlier one.
+            Keys of a section are dotted (`training.epochs=3`), values are YAML, and a `--key` without a value means
+            true. The command line overrides all files, and a later file overrides an earlier file.
 
     Raises:
-        ConfigError: If a key is unknown, a value has the wrong type or range, or a combination cannot work.
+        ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
+            values contradict each other.
     """
     values, origins, errors = _collect(arguments)
     config, invalid = _validate(values)
     for key, message in [*invalid, *conflicts(config)]:
-        # The origin of a section is that of its first key.
+        # An error of a whole section gets the origin of the section's first key.
         origin = next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
         errors.append(f"{key}: {message} ({origin})")
     if errors:
@@ -66,12 +65,12 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return every key of the configuration as YAML that `load_config` reads back."""
+    """Return the configuration with all keys as YAML, which `load_config` reads."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return nested sections as one dictionary with dotted keys.
+    """Return a nested dict as a flat one with dotted keys.
 
     >>> flatten({"seed": 1, "adapter": {"r": 4}})
     {'seed': 1, 'adapter.r': 4}
@@ -83,7 +82,7 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def describe_keys() -> str:
-    """Return every key with its default and its description."""
+    """Return the help text: every key with its default and its description."""
     return "\n\n".join(
         f"{key}: {'required' if field.is_required() else field.get_default()}\n"
         + textwrap.indent(field.description or "", "    ")
@@ -100,7 +99,7 @@ def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
-    """Return the values by dotted key, the origin of each, and the errors of unreadable arguments and files."""
+    """Return two dicts from dotted keys to values and to their origins, and errors of unreadable arguments."""
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
@@ -119,7 +118,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
 
 
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
-    """Yield the key, the text of the value (None if it is missing) and the argument itself."""
+    """Yield the key, the text of the value (None if missing) and the argument that contains them."""
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -145,18 +144,18 @@ def _read_file(path: Path) -> dict[str, object]:
 
 
 def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """Return a configuration in which invalid values are replaced by defaults, and the errors by key."""
+    """Return the configuration with defaults in place of invalid values, and the (key, error) pairs."""
     try:
         return RunConfig.model_validate(_nest(values)), []
     except ValidationError as error:
         keys = dict(_fields(RunConfig))
         found: dict[str, str] = {}
         for detail in error.errors():
-            # The location of an error may continue into the value, by type and by index.
+            # After the key, the location of an error may name a type or an index in the value.
             location = ".".join(map(str, detail["loc"]))
             key = next((key for key in keys if f"{location}.".startswith(f"{key}.")), location)
             message = _explain(detail, key, keys)
-            # A value that may have several types gives one error for each.
+            # For a key that allows several types, pydantic reports one error per type.
             found[key] = f"{found[key]}, or {message}" if key in found else message
     valid = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{bad}.") for bad in found)}
     return RunConfig.model_validate(_nest({"output_dir": "", **valid})), list(found.items())
@@ -186,10 +185,9 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
         return f"{detail['msg'].removeprefix('Input ')}, found {detail['input']!r}"
     section, _, name = key.rpartition(".")
     in_section = [valid for valid in keys if valid.rpartition(".")[0] == section]
-    same_name = [valid for valid in keys if valid.rpartition(".")[2] == name]
     nearest = (
         difflib.get_close_matches(key, in_section, n=1, cutoff=0.8)
-        or same_name
+        or [valid for valid in keys if valid.rpartition(".")[2] == name]
         or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
     )
     return "unknown key" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")

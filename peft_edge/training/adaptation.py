@@ -1,7 +1,7 @@
-"""The adaptation to one target: a candidate for each learning rate, all trained with the same budget.
+"""Adapt the source model to one target: train a candidate for each learning rate, all with the same budget.
 
-A candidate is a copy of the source model, prepared by the method, with head rows for new classes. What is saved of it
-is the update: an adapter, or the whole model if the method trains the base model's weights.
+A candidate is a copy of the source model that the method has prepared. Its update, the part that is saved, is an
+adapter, or the whole model if the method trains base weights.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ logger = logging.getLogger(__name__)
 
 
 def check_adaptation(config: RunConfig, task: Task) -> None:
-    """Prepare the method on an untrained backbone, so that a mistake shows before the source model is trained.
+    """Check the configuration on an untrained backbone, before the source model is trained.
 
     Raises:
-        ValueError: If the method does not fit the backbone, there are fewer images than one batch, or the warm-up takes
-            all steps.
+        ValueError: If the method or replay does not fit the backbone, the method returns nothing to save, there are
+            fewer images than one batch, or the warm-up takes all steps.
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -68,13 +68,13 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     if config.method != "none" and not (method.saves_full_model or isinstance(model, PeftModel)):
         raise ValueError(
             f"method: {config.method!r} returns no PEFT model and is not registered with saves_full_model=True, so "
-            "there would be nothing to save: return a PEFT model, or register it so"
+            "there would be nothing to save: do one of the two"
         )
     if settings.replay:
-        frozen_prefix(config, model)
+        frozen_prefix(config, model)  # raises if there is none
     if method.optimizer is None:
         return
-    _optimizer(method, config, model, settings.learning_rate[0])
+    _optimizer(config, model, settings.learning_rate[0])
     steps = settings.epochs * (fewest_images // settings.batch_size)
     if settings.warmup_steps >= steps:
         raise ValueError(
@@ -89,36 +89,36 @@ class TrainedCandidate(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    folder: Path = Field(exclude=True)  # holds the update, the logits, and the figures below as `candidate.json`
-    learning_rate: float | None  # None for a method that trains nothing by gradients
+    folder: Path = Field(exclude=True)  # with the update, the logits, and the other fields as `candidate.json`
+    learning_rate: float | None  # None for a method without gradients
     validation_accuracy: float  # after the last step
     num_trainable_params: int
-    train_time: float  # seconds of optimizer steps, or of estimating statistics, without evaluation
-    metrics: list[dict[str, int | float | None]]  # figures of each epoch
-    profile: list[StepProfile]  # cost of a step, for each process and each LoRA rank
-    replay: dict[str, object] | None  # `FeatureCache.info`; None if the images themselves were trained on
+    train_time: float  # seconds of optimizer steps, or of estimating statistics; without evaluation
+    metrics: list[dict[str, int | float | None]]  # measurements of each epoch
+    profile: list[StepProfile]  # costs of a step, for each process and each LoRA rank
+    replay: dict[str, object] | None  # `FeatureCache.info`; None for training on images
 
     @property
     def update(self) -> Path:
-        """The folder of the saved adapter or model."""
+        """Folder of the saved adapter or model."""
         return next(path for path in (self.folder / "adapter", self.folder / "model") if path.exists())
 
     @property
     def logits(self) -> Tensor:
-        """The trained model's logits for `first_images`."""
+        """Logits of the trained model for `first_images`."""
         return load_file(self.folder / "logits.safetensors")["logits"]
 
 
 def sweep(
     run: ActiveRun, target: Domain, source: nn.Module, *, increment: int | None = None, previous: Path | None = None
 ) -> tuple[list[TrainedCandidate], list[dict[str, object]]]:
-    """Train a candidate for every learning rate of the configuration. The source model is not changed.
+    """Train a candidate for every learning rate of the configuration. `source` does not change.
 
-    If there are several targets, `increment` is the number of this one, from 1 on, and `previous` the update for the
-    one before.
+    If there are several targets, `increment` is the number of this target, starting at 1, and `previous` is the folder
+    of the update for the previous target.
 
     Returns:
-        The candidates that did not diverge, and for the record the learning rate and validation accuracy of all.
+        The candidates that did not diverge, and the sweep entries of all candidates for the record.
 
     Raises:
         DivergedError: If every candidate diverges.
@@ -135,10 +135,10 @@ def sweep(
         if increment is not None:
             entry, name = {"increment": increment, **entry}, f"increment_{increment}/{name}"
         try:
-            candidate = _adapt(run, method, target, source, rate, name, previous)
+            candidate = _adapt(run, target, source, rate, name, previous)
         except DivergedError as diverged:
             error = diverged
-            # Checkpoints of the next candidate must not hold the objects of this one.
+            # Otherwise the next candidate's checkpoints would contain the objects of this candidate.
             run.accelerator.free_memory()
             if run.accelerator.is_main_process and (candidates or rate != rates[-1]):
                 logger.warning("\n%s", diverged)
@@ -153,17 +153,11 @@ def sweep(
 
 
 def _adapt(
-    run: ActiveRun,
-    method: Method,
-    target: Domain,
-    source: nn.Module,
-    learning_rate: float | None,
-    name: str,
-    previous: Path | None,
+    run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train and save one candidate, from its newest checkpoint if there is one; a finished one is only read."""
+    """Train and save a candidate, starting from its newest checkpoint, or only read a finished candidate."""
     config, settings, accelerator = run.config, run.config.training, run.accelerator
-    folder = run.path / "candidates" / name
+    method, folder = find_method(config.method), run.path / "candidates" / name
     if not folder.exists():
         set_seed(config.seed)
         model = new_learner(config, method, source, target, previous)
@@ -185,7 +179,7 @@ def _adapt(
             epoch = {"step": 0, "train loss": None, "valid accuracy": accuracy, "train time": seconds}
             progress = Progress(accelerator.num_processes, train_time=seconds, metrics=[epoch])
         else:
-            optimizer = _optimizer(method, config, model, learning_rate)
+            optimizer = _optimizer(config, model, learning_rate)
             trained, batches = (model, batches) if replay is None else (replay.tail, replay.batches)
             total_steps = settings.epochs * len(batches)
             schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
@@ -218,23 +212,22 @@ def _adapt(
             remove(run.path / "checkpoints" / name)
         accelerator.free_memory()
     accelerator.wait_for_everyone()
-    figures = json.loads((folder / "candidate.json").read_text(encoding="utf-8"))
-    return TrainedCandidate(folder=folder, **figures)
+    return TrainedCandidate(folder=folder, **json.loads((folder / "candidate.json").read_text(encoding="utf-8")))
 
 
-def _optimizer(method: Method, config: RunConfig, model: nn.Module, learning_rate: float) -> Optimizer:
+def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Optimizer:
+    method, settings = find_method(config.method), config.training
     assert method.optimizer is not None
     options = config.options(method.section)
-    weight_decay = config.training.weight_decay
-    return method.optimizer(model, config.training.optimizer, options, lr=learning_rate, weight_decay=weight_decay)
+    return method.optimizer(model, settings.optimizer, options, lr=learning_rate, weight_decay=settings.weight_decay)
 
 
 def new_learner(
     config: RunConfig, method: Method, source: nn.Module, target: Domain, previous: Path | None
 ) -> nn.Module:
-    """Return the model to train on a target: a copy of the source model, or the `previous` update of it.
+    """Return the model to train on a target, starting from `source`, or from its update in the folder `previous`.
 
-    If the target has more classes, the head grows, unless the method trains nothing.
+    If the target has more classes than the model, the head grows, unless the method uses no gradients.
 
     Raises:
         ValueError: If the method does not fit the model.
@@ -251,24 +244,14 @@ def new_learner(
         grow_head(model, target.num_classes)
         set_class_names(base, target.class_names)
         if not config.data.rehearsal_size:
-            _freeze_rows(base, known)
+            # Freeze the head rows of earlier classes: without images of these classes, training would degrade the rows.
+            for parameter in (p for _, layer in head_layers(base) for p in layer.parameters() if p.requires_grad):
+                parameter.register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:known]), grad[known:]]))
     return model
 
 
-def _freeze_rows(model: nn.Module, count: int) -> None:
-    """Freeze the first rows of the head: without images of their classes, training would only unlearn them."""
-
-    def without_first_rows(gradient: Tensor) -> Tensor:
-        return torch.cat([torch.zeros_like(gradient[:count]), gradient[count:]])
-
-    for _, layer in head_layers(model):
-        for parameter in layer.parameters():
-            if parameter.requires_grad:
-                parameter.register_hook(without_first_rows)
-
-
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:
-    """Return a trainable model that starts from a saved update of the source model, which is not changed."""
+    """Return a trainable model that starts from the update saved in `folder`. `source` does not change."""
     updated = load_update(folder, next(source.parameters()).device)
     if not isinstance(updated, PeftModel):
         return method.prepare(updated, options)
@@ -281,7 +264,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write the adapter to `folder/adapter`, or the merged model to `folder/model`. `model` is unusable afterwards."""
+    """Write the adapter to `folder/adapter`, or the merged model to `folder/model`. Merging changes `model`."""
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
     else:
@@ -289,16 +272,15 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Return a fresh model with the update in `folder`, the `adapter` or `model` folder of `save_update`."""
+    """Load a model with the update in `folder`, an `adapter` or `model` folder that `save_update` wrote."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 
 
 def merged_copy(model: nn.Module) -> nn.Module | None:
-    """Return a copy of the model with its adapter merged, or None if it cannot be merged.
+    """Return a copy of the model with its adapter merged, or `model` itself if it has no adapter.
 
-    Non-linear adapters cannot be merged, nor can PEFT's own LoRA of grouped convolutions. A model without adapter is
-    returned as it is.
+    Return None if the adapter cannot be merged, as non-linear adapters and PEFT's own LoRA of grouped convolutions.
     """
     if not isinstance(model, PeftModel):
         return model

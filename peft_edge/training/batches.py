@@ -1,4 +1,4 @@
-"""Batches of a split, prepared as a backbone expects them, and training on stored features (latent replay)."""
+"""Batches of images with the preprocessing of a backbone, and batches of stored features (latent replay)."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
-    """Return shuffled, augmented batches of `batch_size` images over all processes; an incomplete one is dropped."""
+    """Return shuffled, augmented batches of `batch_size` images over all processes. A smaller rest is dropped."""
     return _batches(config, backbone, images, train=True, shuffle=True, batch_size=batch_size)
 
 
@@ -40,30 +40,30 @@ def _batches(
 
 
 def _timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
-    """Return timm's data configuration of the backbone, at the image size of the run."""
+    """Return timm's data configuration of the backbone, with the image size of the run."""
     size = config.data.image_size
     return {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:
-    """Choose the order and the augmentations of the next pass over a loader that Accelerate has not prepared."""
+    """Set the epoch, which determines order and augmentations, of a loader that Accelerate has not prepared."""
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The part of a model behind its frozen prefix, and the stored outputs of the prefix."""
+    """The trainable part of a model, and the stored outputs of the frozen layers before it."""
 
-    tail: nn.Module  # takes features in place of images; its modules are those of the model, so training it trains both
-    batches: DataLoader  # features as `pixel_values`, and `labels`
-    info: dict[str, object]  # `FeatureCache.info`: what is stored, and the cost of storing it
+    tail: nn.Module  # takes features instead of images; shares its modules with the model
+    batches: DataLoader  # of features, under the key `pixel_values`, and `labels`
+    info: dict[str, object]  # `FeatureCache.info`: the stored features, and the cost of computing them
 
 
 def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
-    """Return the frozen layers before the first trained one.
+    """Return the frozen layers before the first trainable layer.
 
     Raises:
-        ValueError: If there are none, or their outputs change in training.
+        ValueError: If there are no such layers, or their outputs change in training.
     """
     size, generator = config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
@@ -74,10 +74,9 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Store the outputs of the model's frozen prefix for the target's training images, or open the stored ones.
+    """Store the outputs of the model's frozen prefix for the target's training images, or open stored outputs.
 
-    The model is prepared for training, its BatchNorm statistics are estimated, and it is not changed. The images are
-    prepared with the data configuration of the source model.
+    `model` must be ready for training, with estimated BatchNorm statistics. `source` determines the preprocessing.
 
     Raises:
         ValueError: If the prefix changes in training, or its outputs cannot be stored.
@@ -99,14 +98,8 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
     )
     with accelerator.autocast():
         prefix = frozen_prefix(config, model)
-        cache = FeatureCache.open(
-            cache_folder(config) / "features",
-            prefix,
-            view,
-            key=key,
-            views=settings.replay_views,
-            dtype=settings.replay_dtype,
-        )
+        root, views, dtype = cache_folder(config) / "features", settings.replay_views, settings.replay_dtype
+        cache = FeatureCache.open(root, prefix, view, key=key, views=views, dtype=dtype)
     batches = load_batches(
         cache, batch_size=settings.batch_size, shuffle=True, seed=config.seed, num_workers=config.num_workers
     )
@@ -114,11 +107,10 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return the profile of a tail with the adapter bytes of the whole model: the prefix saves statistics, too."""
+    """Return the profile of a tail with the adapter bytes of the whole model, which include the prefix's statistics."""
     if not isinstance(model, PeftModel):
         return profile
     # Without `save_embedding_layers=False`, PEFT asks the Hub for the size of the base model's vocabulary.
     saved = get_peft_model_state_dict(model, save_embedding_layers=False).values()
-    adapter_bytes = sum(tensor.nbytes for tensor in saved)
-    whole = {"adapter_bytes": adapter_bytes}
+    whole = {"adapter_bytes": sum(tensor.nbytes for tensor in saved)}
     return [StepProfile(**{**vars(row), **whole}) if row.scope == "step" else row for row in profile]

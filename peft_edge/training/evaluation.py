@@ -1,4 +1,4 @@
-"""Evaluation: predictions and accuracies, the check of a saved update, and the change of each kernel."""
+"""Evaluation: compute predictions and accuracies, check a saved update, and measure the change of each kernel."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Predictions:
-    """Predict the class of every image once, in eval mode, which the model is left in.
+    """Predict the class of every image in eval mode. The model stays in eval mode.
 
-    The accelerator has prepared `batches`; the model is on its device, prepared or not.
+    The accelerator must have prepared `batches`. The model must be on the accelerator's device.
     """
     model.eval()
     found = Predictions([], [])
@@ -55,22 +55,22 @@ def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
 
 
 def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
-    """Return the predictions for the test split of the source, and then of each target."""
+    """Return the predictions for the test splits of the source and of each target, in this order."""
     loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
     return [predict(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
 
 
 def results(predictions: list[list[Predictions]]) -> dict[str, object]:
-    """Return the accuracies, retention and forgetting of a run, by their names in the record.
+    """Return a dict from names in the record to accuracies, retention and forgetting.
 
-    `predictions` holds a row from `predict_tests` for the source model, and one for the model after each target.
+    `predictions` has a row from `predict_tests` for the source model, and a row for the model after each target.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
-    # Without an update, the source model is also the model after it.
+    # Without an update, the source model is also the final model.
     rows = predictions if len(predictions) > 1 else predictions * 2
-    # After each step, the accuracies on the domains that the model has seen by then.
+    # Row i: the accuracies of model i on the domains 0 to i, which it has been trained on.
     accuracies = [[split.accuracy for split in row[: step + 1]] for step, row in enumerate(rows)]
-    figures: dict[str, object] = {
+    values: dict[str, object] = {
         TARGET: _pooled(targets_after).accuracy,
         SOURCE: source_after.accuracy,
         TARGET_BEFORE: _pooled(targets_before).accuracy,
@@ -79,7 +79,7 @@ def results(predictions: list[list[Predictions]]) -> dict[str, object]:
         "forgetting": average_forgetting(accuracies),
         "harmonic mean": harmonic_mean(_pooled(targets_after).accuracy, source_after.accuracy),
     }
-    return figures if len(accuracies) == 2 else {**figures, "accuracies": accuracies}
+    return values if len(accuracies) == 2 else {**values, "accuracies": accuracies}
 
 
 def _pooled(splits: list[Predictions]) -> Predictions:
@@ -90,7 +90,7 @@ def _pooled(splits: list[Predictions]) -> Predictions:
 
 
 def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tensor:
-    """Return the batch of the target's test split, (B, 3, H, W), on which a saved update is checked."""
+    """Return the first batch of the target's test split, (B, 3, H, W)."""
     return next(iter(evaluation_batches(config, backbone, target.test)))["pixel_values"]
 
 
@@ -103,7 +103,7 @@ def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
-    """Return the largest logit difference between the trained model and the reloaded one, and the merged one.
+    """Return the largest logit differences of the reloaded and of the merged model from the trained model.
 
     `trained` are the trained model's logits for `images`, (B, num_classes).
 
@@ -117,7 +117,7 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
     differences = {}
     for name, (logits, tolerance) in found.items():
         difference = differences[f"{name}_max_logit_difference"] = (logits - trained).abs().max().item()
-        # A NaN must fail, too.
+        # Unlike `>`, `not <=` also holds for NaN.
         if not difference <= tolerance * scale:
             raise RuntimeError(
                 f"the {name} model is not the one that was trained: a logit differs by {difference}, and the largest "
@@ -128,10 +128,10 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Return how much each convolution has changed, and in how many directions, by the layer's name.
+    """Return a dict from layer names to the size and the stable rank of the change of each kernel.
 
-    `updated` is `source` with the update merged. A kernel (C_out, C_in/g, *kernel) is read as a matrix (C_out, K).
-    Unchanged layers are left out.
+    `updated` is `source` with the update merged. W is a kernel as a matrix (C_out, K), and D is its change:
+    relative_norm = |D|_F / |W|_F and stable_rank = |D|_F² / |D|_2². Layers with D = 0 are left out.
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
     >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))
@@ -146,11 +146,11 @@ def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelCha
         change = conv.weight.to(old).flatten(1) - old
         if change.any():
             kind = next((role for role in ("depthwise", "pointwise", "dense") if role in roles), "grouped")
-            # The squared singular values, from the smaller of the two products.
+            # The squared singular values of D are the eigenvalues of the smaller of D D^T and D^T D.
             wide = change if change.shape[0] <= change.shape[1] else change.T
             squares = torch.linalg.eigvalsh(wide @ wide.T)
             norm, rank = change.norm() / old.norm(), squares.sum() / squares[-1]
-            # Four digits are enough, and every record holds these figures for every layer.
+            # Four digits, because every record contains these values for every layer.
             changes[name] = KernelChange(
                 kind=kind, relative_norm=float(f"{norm:.4g}"), stable_rank=float(f"{rank:.4g}")
             )

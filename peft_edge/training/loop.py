@@ -1,4 +1,4 @@
-"""The training loop: train, evaluate each epoch, write checkpoints, resume from the newest one."""
+"""The training loop: train, evaluate, write checkpoints, and resume from the newest checkpoint."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ from peft_edge.training.run_folder import ActiveRun, Progress, last_good_checkpo
 logger = logging.getLogger(__name__)
 
 DIVERGED_LOSS = 100.0
-"""At this mean loss the true class has a probability of e^-100; guessing among a million classes gives a loss of 14."""
+"""A mean cross-entropy above this value counts as diverged. Guessing among a million classes gives 14."""
 
 
 class DivergedError(ValueError):
-    """Training whose loss is not finite or is above `DIVERGED_LOSS`."""
+    """Training has a loss above `DIVERGED_LOSS`, or a loss or logit that is not finite."""
 
-    tried: Sequence[dict[str, object]] = ()  # the learning rates tried so far, for the record
+    tried: Sequence[dict[str, object]] = ()  # the sweep entries so far, for the record
 
 
 def train(
@@ -49,31 +49,31 @@ def train(
     run: ActiveRun,
     name: str,
 ) -> tuple[Progress, list[StepProfile]]:
-    """Train for `training.epochs`, from the newest checkpoint if there is one. Resuming gives bit-identical results.
+    """Train for `training.epochs`, starting from the newest checkpoint. Resuming gives bit-identical results.
 
-    The accelerator has prepared the first five arguments. `evaluated` is the model to evaluate: `model`, or the whole
-    model of which `model` is a part. `name` names this training in the run's folder, trackers and progress bar.
+    The accelerator must have prepared the first five arguments. `evaluated` is `model`, or the whole model if `model`
+    is a part of it. `name` identifies the training run in folders, trackers and the progress bar.
 
     Returns:
-        The steps done with the figures of each epoch, and the cost of a step for each process.
+        The progress with the measurements of each epoch, and the step profiles of all processes.
 
     Raises:
         OSError: If a checkpoint cannot be written.
-        ValueError: If a checkpoint does not belong to this training.
-        DivergedError: If a loss or a validation logit is not finite, or a loss is above `DIVERGED_LOSS`. The
-            checkpoints from before are kept.
-        SystemExit: If the process receives SIGTERM; a checkpoint of the current step is written first.
+        ValueError: If the checkpoint is damaged or was written by another number of processes.
+        DivergedError: If a loss is above `DIVERGED_LOSS`, or a loss or a validation logit is not finite. Earlier
+            checkpoints are kept.
+        SystemExit: If a single process receives SIGTERM, after it has written a checkpoint of the current step.
     """
     settings, accelerator, checkpoints = run.config.training, run.accelerator, run.path / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
-    total_steps = settings.epochs * len(batches)
+    total_steps, is_quiet = settings.epochs * len(batches), not accelerator.is_main_process
 
-    def log(figures: Mapping[str, float]) -> None:
-        accelerator.log({f"{name}/{key}": value for key, value in figures.items()}, step=progress.step)
+    def log(values: Mapping[str, float]) -> None:
+        accelerator.log({f"{name}/{key}": value for key, value in values.items()}, step=progress.step)
 
     def diverged(loss: float, bad_step: int) -> DivergedError:
         good = last_good_checkpoint(accelerator, checkpoints, bad_step)
-        kept = f"The last good checkpoint is {good}" if good else "There is no checkpoint that is known to be good"
+        kept = f"The last good checkpoint is {good}" if good else "No checkpoint is known to be good"
         return DivergedError(
             f"{name} diverged: the loss at step {progress.step} is {loss:.3g}. Lower training.learning_rate, raise "
             f"training.warmup_steps, or set training.max_grad_norm. {kept}"
@@ -81,7 +81,7 @@ def train(
 
     options = run.config.profiling.model_dump()
     profiling = ProfilingCallback(**options, output_dir=run.path, name=name, log=log, show_table=False)
-    # The callback receives the same events as from transformers' Trainer.
+    # The callback receives the same events as in Trainer of Transformers.
     state, control = TrainerState(global_step=progress.step), TrainerControl()
     unwrapped = accelerator.unwrap_model(model)
 
@@ -91,13 +91,7 @@ def train(
     with (
         closing(profiling),
         termination_deferred(is_alone=accelerator.num_processes == 1) as is_terminated,
-        tqdm(
-            desc=f"adapting, {name}",
-            total=total_steps,
-            initial=progress.step,
-            unit="step",
-            disable=not accelerator.is_main_process,
-        ) as bar,
+        tqdm(desc=f"adapting, {name}", total=total_steps, initial=progress.step, unit="step", disable=is_quiet) as bar,
     ):
         send("on_train_begin")
         while progress.step < total_steps:
@@ -110,15 +104,15 @@ def train(
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, send)
                 seconds = time.perf_counter() - started
                 if profiling.is_measuring and progress.step:
-                    # A measured step takes longer: count the mean of the other steps instead.
+                    # A measured step takes longer. Count the mean of the earlier steps instead.
                     seconds = progress.train_time / progress.step
                 progress.step = state.global_step = progress.step + 1
                 send("on_step_end")
-                # Reading the loss waits for the device, so it counts as part of the step; profiling's files do not.
+                # Reading the loss waits for the device, so it counts as training. Writing step profiles does not count.
                 started = time.perf_counter()
                 mean_loss = accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += seconds + time.perf_counter() - started
-                # A NaN must fail, too.
+                # Unlike `>`, `not <=` also holds for NaN.
                 if not mean_loss <= DIVERGED_LOSS:
                     raise diverged(mean_loss, progress.step - 1)
                 progress.loss_sum += mean_loss
@@ -131,10 +125,10 @@ def train(
                         if -1 in found.predictions:
                             raise diverged(float("nan"), progress.step)
                         accuracy = found.accuracy
-                    figures = {"train loss": progress.loss_sum / len(batches), "valid accuracy": accuracy}
-                    progress.metrics.append({"step": progress.step, **figures, "train time": progress.train_time})
+                    values = {"train loss": progress.loss_sum / len(batches), "valid accuracy": accuracy}
+                    progress.metrics.append({"step": progress.step, **values, "train time": progress.train_time})
                     progress.loss_sum = 0.0
-                    known = {key: value for key, value in figures.items() if value is not None}
+                    known = {key: value for key, value in values.items() if value is not None}
                     bar.set_postfix(known)
                     log({**known, "learning rate": schedule.get_last_lr()[0]})
 
@@ -160,7 +154,7 @@ def _step(
     max_grad_norm: float | None,
     send: Callable[[str], None],
 ) -> Tensor:
-    """Take one optimizer step, and return the mean loss of this process's part of the batch."""
+    """Take one optimizer step, and return the mean loss over the images of this process."""
     parts = accelerator.gradient_accumulation_steps
     batch_loss = torch.zeros((), device=accelerator.device)
     for images, labels in zip(batch["pixel_values"].chunk(parts), batch["labels"].chunk(parts), strict=True):
@@ -181,7 +175,7 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Handle SIGTERM with `handler` inside the block. Python allows this only in the main thread; others do nothing."""
+    """Set `handler` for SIGTERM inside the block. Do nothing in other threads than the main one, as Python requires."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -194,10 +188,10 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 
 @contextmanager
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
-    """Let the process survive the first SIGTERM inside the block; yield a function that returns whether one came.
+    """Ignore the first SIGTERM inside the block, and yield a function that returns whether the process received it.
 
-    A second SIGTERM has its previous effect. In one of several processes (`is_alone` is false), so has the first one:
-    saving a checkpoint would wait for the other processes, and one of them may have died.
+    A second SIGTERM has its previous effect. With several processes (`is_alone` is false), the first SIGTERM has its
+    previous effect, too: a checkpoint needs all processes, and one of them may have died.
     """
     if not is_alone:
         yield lambda: False

@@ -1,4 +1,4 @@
-"""A whole run, stage by stage: data, source model, adaptation, tests, record, upload."""
+"""The stages of a run: data, source model, adaptation, tests, record, upload."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> Record:
-    """Train or load the source model, adapt it, and test what was saved.
+    """Train or load the source model, adapt it, save the update, and test the saved update.
 
-    Afterwards `config.output_dir` holds the update and the record, and so does the Hub with `hub.repo_id`. An
-    interrupted run continues from its newest checkpoint, and a finished run is only read.
+    Afterwards `config.output_dir` contains the update and the record. If `hub.repo_id` is set, both are uploaded, too.
+    An interrupted run continues from its newest checkpoint. A finished run is only read.
 
     Raises:
-        ValueError: If the configuration does not fit the data or the network; the message says what to change.
+        ValueError: If the configuration does not fit the data or the network. The message says what to change.
         DivergedError: If training diverges at every learning rate.
         OSError: If a file cannot be read or written.
     """
@@ -55,15 +55,15 @@ def _run_stages(run: ActiveRun) -> Record:
     config, accelerator = run.config, run.accelerator
     started, clock = time.time(), time.perf_counter()
     with failure_recorded(run, started):
-        # Data: the source, the targets, and what differs between them.
+        # Data: the source and the targets.
         task = load_task(**config.data.model_dump(), seed=config.seed)
         check_adaptation(config, task)
 
-        # The source model: trained once, then shared by every run that needs the same one.
+        # The source model, which is trained once and shared by runs.
         source = source_model(config, task, accelerator.device)
         predictions = [predict_tests(source, config, task, accelerator)]
 
-        # Adaptation: every learning rate has the same budget, and the target's validation split chooses.
+        # Adaptation: the target's validation split chooses the learning rate.
         start_trackers(config, accelerator)
         chosen, tried, checks, changes, update = [], [], {}, {}, None
         for number, target in enumerate(task.targets if config.method != "none" else (), start=1):
@@ -73,7 +73,7 @@ def _run_stages(run: ActiveRun) -> Record:
             chosen.append(best)
             tried += entries
 
-            # Test what users get: the saved update, loaded into a fresh model.
+            # Tests use the saved update in a newly loaded model, as users do.
             update = best.update
             reloaded = load_update(update, accelerator.device)
             merged = merged_copy(reloaded)
@@ -86,7 +86,6 @@ def _run_stages(run: ActiveRun) -> Record:
             task,
             source,
             started=started,
-            # By a clock that does not follow changes of the system's time.
             total_time=None if run.is_resumed else time.perf_counter() - clock,
             predictions=predictions,
             chosen=chosen,
@@ -100,11 +99,11 @@ def _run_stages(run: ActiveRun) -> Record:
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """Build the run's `Accelerator`, and set the number of threads.
+    """Create the run's `Accelerator`, and set the number of threads.
 
     Raises:
         ValueError: If a tracker is not installed, the processes do not form one group, or a batch cannot be divided
-            among them.
+            among the processes.
     """
     if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
         names = " ".join(sorted(missing))
@@ -112,36 +111,34 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     torch.set_num_threads(config.num_threads)
     # Resumed runs are bit-identical only if every operation is deterministic.
     torch.backends.cudnn.deterministic = True
-    training = config.training
+    training, num_steps = config.training, config.training.gradient_accumulation_steps
     accelerator = Accelerator(
         # Without a GPU, several processes form a group only if the CPU is requested explicitly.
         cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=training.mixed_precision,
         log_with=list(config.trackers) or None,
         project_config=ProjectConfiguration(logging_dir=str(Path(config.output_dir) / "logs")),
-        # A batch size counts the images of all processes, so a run does not depend on their number.
+        # Batch sizes count the images of all processes, so a run does not depend on the number of processes.
         dataloader_config=DataLoaderConfiguration(split_batches=True),
-        gradient_accumulation_plugin=GradientAccumulationPlugin(
-            num_steps=training.gradient_accumulation_steps, sync_with_dataloader=False
-        ),
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
     )
 
     # Accelerate silently runs fewer processes than requested in two cases.
     num_processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != num_processes:
-        # Each process would act as the only one, and write to the same folder.
+        # Each process would run alone, and all would write to the same folder.
         raise ValueError(f"{started} processes were started and Accelerate sees {num_processes}: add --cpu")
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warnings.warn(
-            "`accelerate launch --cpu` starts one process whatever --num_processes says. For several on the CPU: "
-            "accelerate launch --multi_gpu --num_processes 2 train.py --cpu",
+            "`accelerate launch --cpu` starts one process whatever --num_processes says. For several processes on the "
+            "CPU: accelerate launch --multi_gpu --num_processes 2 train.py --cpu",
             stacklevel=2,
         )
-    parts = num_processes * training.gradient_accumulation_steps
+    parts = num_processes * num_steps
     if training.batch_size % parts:
         raise ValueError(
             f"training.batch_size: {training.batch_size} images cannot be divided among {num_processes} processes and "
-            f"{training.gradient_accumulation_steps} accumulation steps: choose a multiple of {parts}"
+            f"{num_steps} accumulation steps: choose a multiple of {parts}"
         )
     if training.eval_batch_size % num_processes:
         raise ValueError(
@@ -152,15 +149,15 @@ def start_accelerator(config: RunConfig) -> Accelerator:
 
 
 def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
-    """Start the trackers, and send them the configuration."""
+    """Start the trackers with the configuration of the run."""
     values = flatten(config.model_dump()).items()
-    # Trackers accept no lists.
+    # Trackers do not accept lists.
     scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values}
     accelerator.init_trackers("peft-edge", config=scalars)
 
 
 def _push(run: ActiveRun, repo_id: str) -> None:
-    """Push the update of a finished run. If this fails, warn: the run is complete on the disk."""
+    """Push the update of a finished run. If the upload fails, only warn, because all results are on disk."""
     options = run.config.hub.model_dump(exclude={"repo_id"})
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
     try:

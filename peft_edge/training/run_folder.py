@@ -1,7 +1,4 @@
-"""The folder of a run (lock, configuration, record, update, checkpoints), and the cache that runs share.
-
-Checkpoints hold everything that training needs to continue with bit-identical results.
-"""
+"""The folder of a run (lock, configuration, record, update, checkpoints), and the cache that runs share."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ from peft_edge.records import SUCCESS, Record, read_record
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """A run and its folder `config.output_dir`. Only the main process writes to the folder."""
+    """A run and its folder `config.output_dir`. Only the main process writes record and update."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -33,17 +30,17 @@ class ActiveRun:
 
     @property
     def path(self) -> Path:
-        """The run's folder."""
+        """Folder of the run."""
         return Path(self.config.output_dir)
 
     @property
     def record(self) -> Record | None:
-        """The record of the run if it has succeeded, else None."""
+        """Record of the run if it has succeeded, otherwise None."""
         record = read_record(self.path / "record.json", Record)
         return record if record is not None and record.train_info.status == SUCCESS else None
 
     def write_record(self, record: Record) -> None:
-        """Write `record.json`. If the run has succeeded, delete what only an unfinished run needs."""
+        """Write `record.json`. If the run has succeeded, delete candidates, checkpoints and step profiles."""
         if self.accelerator.is_main_process:
             with atomic_write(self.path / "record.json") as unfinished:
                 unfinished.write_text(record.to_json(), encoding="utf-8")
@@ -63,7 +60,7 @@ class ActiveRun:
 
 @contextmanager
 def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Keep other runs out of `output_dir` with a file lock, which the system releases when the process ends.
+    """Lock `output_dir` against other runs. The system releases the lock when the process ends.
 
     Raises:
         ConfigError: If another run holds the lock.
@@ -78,18 +75,17 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
         lock = FileLock(path.with_name(f".{path.name}.lock")).acquire(timeout=0)
     except Timeout as error:
         raise ConfigError(
-            f"output_dir: another run is working in {config.output_dir}: wait until it has ended, or choose another "
-            "folder"
+            f"output_dir: another run is working in {config.output_dir}: wait for its end, or choose another folder"
         ) from error
     with lock:
         yield
 
 
 def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
-    """Create the folder of a run, or open it if the same run was started there before.
+    """Create the folder of a run, or open the folder of a run that was started before.
 
     Raises:
-        ConfigError: If the folder holds another run or unrelated files.
+        ConfigError: If the folder contains another run or unrelated files.
         OSError: If the folder cannot be written.
     """
     path = Path(config.output_dir)
@@ -103,7 +99,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 
 def _is_started(config: RunConfig, path: Path) -> bool:
     file = path / "config.yaml"
-    # A run that was killed while it wrote its first file leaves only the unfinished file.
+    # A process that is killed while it writes its first file leaves only the unfinished file.
     if not path.exists() or not {entry.name for entry in path.iterdir()} - {unfinished_path(file).name}:
         return False
     try:
@@ -113,7 +109,7 @@ def _is_started(config: RunConfig, path: Path) -> bool:
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"output_dir: {file} is damaged: choose another folder, or delete it ({error})") from error
     given = flatten(yaml.safe_load(to_yaml(config)))
-    # Neither the folder's name nor where the result is published makes it another run.
+    # Runs that differ only in the name of the folder or in the upload are the same.
     keys = sorted(key for key in found.keys() | given.keys() if key != "output_dir" and not key.startswith("hub."))
     differences = [
         f"{key} is {found.get(key)!r} there and {given.get(key)!r} here"
@@ -121,7 +117,7 @@ def _is_started(config: RunConfig, path: Path) -> bool:
         if found.get(key) != given.get(key)
     ]
     if differences and not any((path / name).exists() for name in ("checkpoints", "candidates", "adapter", "model")):
-        # The other run failed before it had anything to keep, for example because of a mistake in its configuration.
+        # The other run failed before it had results, for example because of an error in its configuration.
         return False
     if differences:
         raise ConfigError(
@@ -132,12 +128,12 @@ def _is_started(config: RunConfig, path: Path) -> bool:
 
 def cache_folder(config: RunConfig) -> Path:
     """Return the absolute path of the folder in which runs share source models and stored features."""
-    # Absolute, because a saved adapter names its source model and may be loaded from another working directory.
+    # A saved adapter contains the path of its source model, and may be loaded from another working directory.
     return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 fingerprint of `parts` and of what influences every computation: seed, device, versions."""
+    """Return a SHA-256 fingerprint of `parts`, seed, device, number of threads and versions."""
     parts |= {
         "seed": config.seed,
         "device": device_type,
@@ -152,25 +148,25 @@ _PROGRESS, _DIGESTS = "progress.json", "sha256.json"
 
 @dataclass
 class Progress:
-    """How far training has come."""
+    """The state of the training loop in a checkpoint."""
 
     num_processes: int
     step: int = 0  # optimizer steps done
     train_time: float = 0.0  # seconds spent in these steps
     loss_sum: float = 0.0  # sum of the losses of the current epoch
-    metrics: list[dict[str, int | float | None]] = field(default_factory=list)  # figures of each finished epoch
+    metrics: list[dict[str, int | float | None]] = field(default_factory=list)  # measurements of each finished epoch
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> None:
-    """Write `folder/step_<n>` atomically, then delete all but the newest `keep` checkpoints. All processes call it.
+    """Write `folder/step_<n>` atomically, then keep only the newest `keep` checkpoints. All processes must call this.
 
     Raises:
-        OSError: If the checkpoint cannot be written; earlier checkpoints are kept.
+        OSError: If the checkpoint cannot be written. Earlier checkpoints are kept.
     """
     path = folder / f"step_{progress.step:08d}"
     is_writer = accelerator.is_main_process
     with atomic_write(path) if is_writer else nullcontext(unfinished_path(path)) as unfinished:
-        # The main process clears the folder before the others write to it, and renames it when all have finished.
+        # The main process clears the folder before the others write there, and renames it after all have finished.
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
@@ -185,7 +181,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Restore the newest checkpoint into everything the accelerator has prepared; without one, change nothing.
+    """Restore all objects of the accelerator from the newest checkpoint. Without a checkpoint, change nothing.
 
     Raises:
         ValueError: If the checkpoint is damaged or was written by another number of processes.
@@ -196,23 +192,23 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
     newest = checkpoints[-1]
     if not _is_intact(newest):
         raise ValueError(
-            f"the checkpoint {newest} is damaged: its files are not those that were written. Delete it, and the same "
-            "command continues from the one before, or from the start if there is none"
+            f"the checkpoint {newest} is damaged: its files have changed since they were written. Delete it, and the "
+            "same command continues from the previous checkpoint, or from the start"
         )
     progress = Progress(**json.loads((newest / _PROGRESS).read_text(encoding="utf-8")))
     if progress.num_processes != accelerator.num_processes:
         raise ValueError(
             f"{newest} is the checkpoint of a run with --num_processes {progress.num_processes}, and this one has "
-            f"{accelerator.num_processes}: start it with the same number, or choose another output_dir"
+            f"{accelerator.num_processes}: use the same number of processes, or choose another output_dir"
         )
     accelerator.load_state(str(newest))
     return progress
 
 
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
-    """Delete the checkpoints from `step` on, and return the newest that is left. All processes call it.
+    """Delete the checkpoints of `step` and later, and return the newest remaining one. All processes must call this.
 
-    `step` is the first one whose weights may be bad. Weights are known to be good only once the next step's loss is.
+    `step` is the first step whose weights may be bad, because a step's weights are tested by the loss of the next step.
     """
     good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:
@@ -227,7 +223,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_intact(checkpoint: Path) -> bool:
-    # Accelerate silently skips random states that it cannot read, and cannot notice a flipped bit in the weights.
+    # Accelerate silently skips unreadable random states, and does not detect a flipped bit in the weights.
     try:
         written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
         return all(_digest(checkpoint / name) == digest for name, digest in written.items())

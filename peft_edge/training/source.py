@@ -1,4 +1,4 @@
-"""The source model: trained once, then shared by every run whose configuration asks for the same one."""
+"""The source model, which is trained once and shared by all runs with the same source configuration."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from peft_edge.training.run_folder import cache_folder, cache_key
 
 
 def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
-    """Build the backbone with the weights from which the source model is trained."""
+    """Return the backbone with the initial weights of the source model."""
     set_seed(config.seed)
     return load_backbone(num_classes=num_classes, **config.backbone.model_dump())
 
 
 def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Module:
-    """Return the source model in channels_last, from the cache if an earlier run has trained it.
+    """Train the source model, or load it from the cache, and return it in channels_last.
 
-    One process trains it while all others wait, those of other runs included. So it does not depend on the number of
-    processes.
+    One process trains the model while all other processes wait, including those of other runs. Therefore the model does
+    not depend on the number of processes.
 
     Raises:
-        ValueError: If training diverges, or there are fewer images than one batch.
+        ValueError: If training diverges or has fewer than two steps, or there are fewer images than one batch.
         OSError: If the cache cannot be written.
     """
     model = new_backbone(config, task.source.num_classes)
     set_class_names(model, task.source.class_names)
-    # Unchanged weights of the Hub need no copy: an adapter finds them by name on any machine.
+    # Unchanged weights from the Hub need no copy: an adapter finds them by their name on any machine.
     if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
         key = cache_key(
             config,
@@ -53,7 +53,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
         )
         folder = cache_folder(config) / "sources" / key[:16]
         folder.parent.mkdir(parents=True, exist_ok=True)
-        # The system releases this lock when the process ends, however it ends.
+        # The system releases this lock when the process ends or is killed.
         with FileLock(folder.with_name(f"{folder.name}.lock")):
             if not folder.exists():
                 if config.source.epochs > 0:
@@ -68,19 +68,15 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
     settings = config.source
     batches = training_batches(config, model, task.source.train, batch_size=settings.batch_size)
     model.to(device).to(memory_format=torch.channels_last).train()
-    optimizer = SGD(
-        decay_groups(model, settings.weight_decay),
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-    )
+    momentum, groups = settings.momentum, decay_groups(model, settings.weight_decay)
+    optimizer = SGD(groups, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0)
     total_steps = settings.epochs * len(batches)
     if total_steps < 2:
         raise ValueError(
             f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
             f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
         )
-    # torch divides by the length of the warm-up minus one, which a fifth of five steps makes zero.
+    # OneCycleLR divides by the warm-up steps minus one. With five steps, pct_start=0.2 would mean one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     with tqdm(total=total_steps, desc="source model", unit="step") as bar:

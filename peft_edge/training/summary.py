@@ -1,4 +1,4 @@
-"""The record of a run, and the table printed from it."""
+"""The record of a run, and the summary table of a record."""
 
 from __future__ import annotations
 
@@ -56,9 +56,9 @@ def build_record(
 ) -> Record:
     """Return the record of a run that has succeeded.
 
-    `started` is in seconds since 1970, and `total_time` is None if the run was resumed. `predictions` are those of
-    `results`, `chosen` is the best candidate for each target, and `tried` are the entries from `sweep`. `update` is the
-    folder of the saved adapter or model, which method none does not have.
+    `started` is in seconds since 1970, and `total_time` is None for a resumed run. `predictions` is the argument of
+    `results`, `chosen` has the best candidate for each target, and `tried` the entries from `sweep`. `update` is the
+    folder of the saved adapter or model, or None for method none.
     """
     config = run.config
     steps = sum(int(best.metrics[-1]["step"] or 0) for best in chosen)
@@ -88,7 +88,7 @@ def build_record(
     record.profile = last.profile if last else []
     if update is not None and (update / CONFIG_NAME).exists():
         saved = json.loads((update / CONFIG_NAME).read_text(encoding="utf-8"))
-        # PEFT writes sets of names, whose order differs from process to process.
+        # PEFT writes sets of names in an order that differs between processes.
         record.run_info.peft_config = {
             key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
             for key, value in saved.items()
@@ -97,8 +97,8 @@ def build_record(
 
 
 def new_record(config: RunConfig, status: str, *, started: float, error_msg: str = "") -> Record:
-    """Return a record without results, of a run that started at `started`, in seconds since 1970."""
-    uses_gpu = torch.cuda.is_available() and not config.cpu
+    """Return a record without results, for a run that started at `started`, in seconds since 1970."""
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.cpu else "cpu"
     return Record(
         run_info=RunInfo(
             created_at=datetime.fromtimestamp(started, timezone.utc).isoformat(timespec="seconds"),
@@ -111,10 +111,7 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
             model_info={},
             dataset_info={},
             package_info=package_info(),
-            system_info=system_info(
-                accelerator=torch.cuda.get_device_name() if uses_gpu else "cpu",
-                num_processes=str(PartialState().num_processes),
-            ),
+            system_info=system_info(accelerator=device, num_processes=str(PartialState().num_processes)),
             pytorch_info=torch.__config__.show(),
         ),
     )
@@ -122,16 +119,16 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 
 @contextmanager
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
-    """Write a record if the block raises. The same command resumes the run and replaces the record.
+    """Write a record if the block raises or the process receives SIGTERM.
 
-    SIGTERM counts as an error: a launcher sends it to the other processes when one has died.
+    A launcher sends SIGTERM to the other processes when one has died.
     """
     with on_termination(lambda number, frame: sys.exit(128 + number)):
         try:
             yield
         except BaseException as error:
             message = "".join(traceback.format_exception(error))
-            # The disk may be full, and a second signal must not interrupt the writing.
+            # A full disk must not hide the error, and a second SIGTERM must not interrupt the writing.
             with on_termination(signal.SIG_IGN), suppress(OSError):
                 status = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}.get(type(error), FAILED)
                 record = new_record(run.config, status, started=started, error_msg=message)
@@ -142,7 +139,7 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
 
 
 def summary_table(record: Record) -> str:
-    """Return what a run gained, lost and cost, as lines of text."""
+    """Return the accuracies, sizes and times of a run as a table, followed by its sweep, checks and step profile."""
     config, train = record.run_info.train_config, record.train_info
     names = (TARGET, SOURCE, TARGET_BEFORE, SOURCE_BEFORE, "retention")
     tests = {name: "-" if (value := train.metrics[-1][name]) is None else f"{value:.3f}" for name in names}

@@ -66,7 +66,7 @@ def test_an_untrained_source_is_refused_but_a_pretrained_one_is_not(errors_of: E
             ["data.shift=blend", NEW, "data.rehearsal_size=4"],
             "data.shift: expected a shift or data.new_classes, found both",
         ),
-        ([NEW, "training.weight_decay=0.1"], "training.weight_decay: would shrink the old classes' rows"),
+        ([NEW, "training.weight_decay=0.1"], "training.weight_decay: would shrink the old classes' frozen rows"),
         (
             ["data.shift=blend", "method=galore", "galore.layerwise=true", "training.max_grad_norm=1"],
             "training.max_grad_norm: needs all gradients at once",

@@ -195,7 +195,7 @@ def test_interrupted_study_prints_one_line(grid: Path, tmp_path: Path) -> None:
     # A terminal interrupts every process.
     os.killpg(study.pid, signal.SIGINT)
     _, errors = finish(study, 130)
-    assert errors.splitlines()[-1] == "stopped: what was finished is kept"
+    assert errors.splitlines()[-1] == "stopped: finished results are kept"
     assert "Traceback" not in errors
     assert not list((tmp_path / "runs").glob("*/record.json"))
 
