@@ -8,14 +8,15 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import peft
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from peft import PeftModel
 from timm.models import get_pretrained_cfg
 
-from peft_edge.records import Record
+if TYPE_CHECKING:  # importing the package must not import pydantic
+    from peft_edge.records import Record
 
 CARD_NAME = "README.md"
 PICTURE_NAME = "cost.png"
@@ -146,7 +147,7 @@ def _shift(data: Mapping[str, Any]) -> str:
 
 def shareable(record: Record) -> Record:
     """Return a copy of a record in which every local path is shortened to its last component."""
-    return Record.from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
+    return type(record).from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
 
 
 def _shorten_paths(value: object, key: str = "") -> object:

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import HfApi
 from peft import PeftModel
@@ -19,7 +19,9 @@ from peft_edge.backbones import save_backbone
 from peft_edge.hub.adapter_files import BACKBONE_FILES, SOURCE_NAME, write_adapter
 from peft_edge.hub.card import CARD_NAME, CardSubject, adapter_card, shareable
 from peft_edge.hub.pretrained import load_pretrained
-from peft_edge.records import Record
+
+if TYPE_CHECKING:  # importing the package must not import pydantic
+    from peft_edge.records import Record
 
 
 def push_adapter(
@@ -101,6 +103,8 @@ def push_update(
 
 
 def _read_shareable(path: str | os.PathLike[str] | None) -> Record | None:
+    from peft_edge.records import Record
+
     return None if path is None else shareable(Record.from_json(Path(path).read_text(encoding="utf-8")))
 
 
