@@ -160,8 +160,8 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
         by_task[task].append(accuracy)
         method, adapter = config["method"], config["adapter"]
         has_adapter = method in METHODS and METHODS[method].section == "adapter"
-        placement = (adapter["target_modules"], adapter["r"]) if has_adapter else (None, None)
-        by_variant[Variant(method, *placement, config["norm"])][task].append(accuracy)
+        target_modules, lora_rank = (adapter["target_modules"], adapter["r"]) if has_adapter else (None, None)
+        by_variant[Variant(method, target_modules, lora_rank, config["norm"])][task].append(accuracy)
     means = {task: statistics.fmean(accuracies) for task, accuracies in by_task.items()}
     known = {}
     for variant, tasks in by_variant.items():

@@ -259,8 +259,10 @@ class CountedStep(ExitStack):
 
     def rows(self, process_index: int) -> list[StepProfile]:
         """Return one row for the step and one for the layers of each LoRA rank, without times."""
-        peaks = {"cuda_peak_bytes": self._process.cuda_peak_bytes, "peak_rss_bytes": self._process.peak_rss_bytes}
-        memory = replace(self._memory.result(), **peaks)
+        process = self._process
+        memory = replace(
+            self._memory.result(), cuda_peak_bytes=process.cuda_peak_bytes, peak_rss_bytes=process.peak_rss_bytes
+        )
         return step_rows(self._model, self._flops.result(), memory, process_index=process_index)
 
 
