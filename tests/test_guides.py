@@ -134,7 +134,7 @@ def test_a_guide_has_no_link_to_a_missing_file() -> None:
 def test_the_table_of_the_readme_is_the_record() -> None:
     record = json.loads((ROOT / "reports/bench/mobilenetv2_100.json").read_text())
     measured = {row["label"]: row for row in record["rows"]}
-    table = (ROOT / "README.md").read_text().split("trained [KiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
+    table = (ROOT / "README.md").read_text().split("saved [KiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
     assert len(table) > 5
     for line in table:
         label, _, memory, time, size = (cell.strip() for cell in line.strip("|").split("|"))
