@@ -406,6 +406,9 @@ def diff(
     base: Base,
     adapter: Annotated[str, Option(help=_MODEL)],
     out: Annotated[Path, _path("FILE", "The output file (.safetensors).")],
+    allow_other_base: Annotated[
+        bool, Option("--allow-other-base", help="Accept other weights than those that the adapter was trained on.")
+    ] = False,
 ) -> None:
     """Write only the weights that an adapter changes.
 
@@ -415,7 +418,7 @@ def diff(
     from peft_edge.export.differences import write_diff
 
     model = _load_base(base)
-    changed = write_diff(model, _load_model(adapter, base=_load_base(base)), out)
+    changed = write_diff(model, _load_model(adapter, _load_base(base), allow_other_base=allow_other_base), out)
     print(f"{out}: {out.stat().st_size:,} bytes, {len(changed)} of {len(model.state_dict())} tensors")
 
 
@@ -435,7 +438,7 @@ def apply(
     print(f"{out}: the model of {diff}")
 
 
-def _load_model(name: str, base: nn.Module | None = None) -> nn.Module:
+def _load_model(name: str, base: nn.Module | None = None, *, allow_other_base: bool = False) -> nn.Module:
     from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
     from peft_edge.backbones import load_backbone
@@ -445,7 +448,7 @@ def _load_model(name: str, base: nn.Module | None = None) -> nn.Module:
     folder = Path(name)
     if (folder / CONFIG_NAME).exists() and not (folder / ADAPTER_CONFIG_NAME).exists():
         return load_backbone(name)
-    return load_pretrained(name, base=base)
+    return load_pretrained(name, base=base, allow_other_base=allow_other_base)
 
 
 def _load_base(name: str) -> nn.Module:
