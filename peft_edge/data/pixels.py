@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from contextlib import suppress
+from typing import IO
 
 import numpy as np
 from PIL import Image, ImageFile
@@ -101,7 +102,7 @@ def _check_deep(image: Image.Image) -> None:
         )
 
 
-def identify(file: io.BufferedIOBase) -> str | None:
+def identify(file: IO[bytes]) -> str | None:
     """Return Pillow's name of the format of a file; None if it is no image that Pillow decodes."""
     # These readers identify a file and decode nothing, or call another program.
     with suppress(Exception), Image.open(file) as image:  # Pillow's readers raise many types

@@ -190,8 +190,8 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Add the adapter to a copy of the model on the meta device, and compare its tensors with the file's layout."""
-    trial, config = copy.deepcopy(model).to("meta"), copy.deepcopy(config)
+    """Add the adapter to a copy of the model on the meta device, and compare its tensors with those of the file."""
+    trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initialisations decompose weights, which have no values here
     with torch.device("meta"):
@@ -208,6 +208,16 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
             raise ValueError(
                 f"size mismatch for {name}: expected {tuple(tensor.shape)} of {tensor.dtype}, found {shape} of {dtype}"
             )
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device, without copying its weights first."""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        values = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if is_parameter else values
+    return copy.deepcopy(model, memo).to("meta")
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:

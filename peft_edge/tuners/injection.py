@@ -240,5 +240,5 @@ def base_fingerprint(model: PeftModel) -> str | None:
     digest = hashlib.sha256()
     for name, parameter in sorted(base_parameters(model).items()):
         digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

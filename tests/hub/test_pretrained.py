@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from peft_edge import ConvAdapterConfig, ConvLoraConfig
 from peft_edge.backbones import class_names, fingerprint, grow_head, load_backbone, save_backbone, set_class_names
 from peft_edge.hub import load_pretrained, save_adapter
+from peft_edge.hub.pretrained import _without_values
 from tests.hub.support import adapted, change_json
 
 NAME = "mobilenetv2_035"
@@ -313,3 +314,20 @@ def test_backbone_in_the_folder_of_the_adapter_is_checked(copied: Path, saved: t
         file.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=problem):
             load_pretrained(copied)
+
+
+def test_fit_is_checked_without_a_copy_of_the_weights() -> None:
+    class Uncopied(nn.Parameter):
+        def __deepcopy__(self, memo: dict) -> None:
+            raise AssertionError("the weights are copied")
+
+    model = load_backbone(NAME, num_classes=3)
+    model.conv_stem.weight = Uncopied(model.conv_stem.weight.data)
+    model.conv_head.weight = model.conv_stem.weight  # shared
+    found = _without_values(model)
+    assert {tensor.device.type for tensor in found.state_dict().values()} == {"meta"}
+    assert found.conv_head.weight is found.conv_stem.weight
+    assert {name: tensor.shape for name, tensor in found.state_dict().items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    assert model.conv_stem.weight.device.type == "cpu"
