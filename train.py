@@ -32,7 +32,7 @@ def is_main_process() -> bool:
 
 
 def command() -> None:
-    """Run with the command line of this process. After an error, print one message and exit with code 2."""
+    """Run with the arguments of this process; exit with one message and code 2 on a mistake, 130 on Ctrl-C."""
     if {"-h", "--help"} & set(sys.argv[1:]):
         print(f"{__doc__}\n{describe_keys()}")
         sys.exit()
@@ -43,6 +43,10 @@ def command() -> None:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if is_main_process():
+            print("stopped: the same command resumes from the newest checkpoint", file=sys.stderr)
+        sys.exit(130)
 
 
 if __name__ == "__main__":

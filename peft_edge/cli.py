@@ -34,7 +34,7 @@ from peft_edge.plan import (
     parse_flops,
     plan_table,
 )
-from peft_edge.records import Record, read_record
+from peft_edge.records import JsonObject, Record, read_record
 
 if TYPE_CHECKING:
     from torch import nn
@@ -374,25 +374,30 @@ def export(
     if quantize and calibration is None:
         raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
     model = _load_model(adapter)
-    images = read_images(calibration or "digits", model, image_size=image_size or _trained_size(Path(adapter)))
+    run = _run_config(Path(adapter))
+    size = image_size or (run["data"]["image_size"] if run else None)
+    images = read_images(calibration or "digits", model, image_size=size, run=run)
     compared = export_model(
         model,
         out,
         format=format,
         images=images.comparison,
-        labels=images.labels,
+        # Without the record of the run, nobody knows which images the model was trained on.
+        labels=images.labels if run else None,
         batch_size=batch_size,
         calibration=images.calibration if quantize else None,
     )
     print(f"{out}, compared with {adapter} on {len(images.comparison)} images")
     print(comparison_table(compared))
+    if run is None and images.labels is not None:
+        print(f"No accuracies: {adapter} has no record.json of its run, which tells what images it was trained on")
 
 
-def _trained_size(folder: Path) -> int | None:
-    """Read the image size from the record of the run, which is in `folder` (copied from the Hub) or in its parent."""
+def _run_config(folder: Path) -> JsonObject | None:
+    """Return the configuration in the record of the run: in the folder if it was pushed to the Hub, else above it."""
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:
-            return record.run_info.train_config["data"]["image_size"]
+            return record.run_info.train_config
     return None
 
 
@@ -401,6 +406,9 @@ def diff(
     base: Base,
     adapter: Annotated[str, Option(help=_MODEL)],
     out: Annotated[Path, _path("FILE", "The output file (.safetensors).")],
+    allow_other_base: Annotated[
+        bool, Option("--allow-other-base", help="Accept other weights than those that the adapter was trained on.")
+    ] = False,
 ) -> None:
     """Write only the weights that an adapter changes.
 
@@ -410,7 +418,7 @@ def diff(
     from peft_edge.export.differences import write_diff
 
     model = _load_base(base)
-    changed = write_diff(model, _load_model(adapter, base=_load_base(base)), out)
+    changed = write_diff(model, _load_model(adapter, _load_base(base), allow_other_base=allow_other_base), out)
     print(f"{out}: {out.stat().st_size:,} bytes, {len(changed)} of {len(model.state_dict())} tensors")
 
 
@@ -430,7 +438,7 @@ def apply(
     print(f"{out}: the model of {diff}")
 
 
-def _load_model(name: str, base: nn.Module | None = None) -> nn.Module:
+def _load_model(name: str, base: nn.Module | None = None, *, allow_other_base: bool = False) -> nn.Module:
     from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
     from peft_edge.backbones import load_backbone
@@ -440,7 +448,7 @@ def _load_model(name: str, base: nn.Module | None = None) -> nn.Module:
     folder = Path(name)
     if (folder / CONFIG_NAME).exists() and not (folder / ADAPTER_CONFIG_NAME).exists():
         return load_backbone(name)
-    return load_pretrained(name, base=base)
+    return load_pretrained(name, base=base, allow_other_base=allow_other_base)
 
 
 def _load_base(name: str) -> nn.Module:

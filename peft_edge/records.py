@@ -7,6 +7,7 @@ never 0. Times are in seconds, sizes in bytes.
 from __future__ import annotations
 
 import json
+import logging
 import os
 import platform
 from dataclasses import dataclass, field
@@ -18,6 +19,8 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from peft_edge.files import atomic_write
 
+logger = logging.getLogger(__name__)
+
 SUCCESS = "success"
 FAILED = "failed"
 CANCELED = "canceled"
@@ -25,6 +28,10 @@ DIVERGED = "diverged"
 
 JsonObject = dict[str, Any]
 M = TypeVar("M", bound="JsonModel")
+
+
+class UnknownFieldError(ValueError):
+    """A JSON file has every field that this version knows, and others: a newer version has written it."""
 
 
 class JsonModel(BaseModel):
@@ -45,13 +52,16 @@ class JsonModel(BaseModel):
         """Read a block from JSON text.
 
         Raises:
-            ValueError: If a field is missing, unknown or of the wrong type. The message names every such field.
+            ValueError: If a field is missing, unknown or of another type; the message names every such field.
+            UnknownFieldError: If fields are unknown, and everything else is right.
         """
         try:
             return cls.model_validate_json(text)
         except ValidationError as error:
             wrong = [f"{'.'.join(map(str, each['loc'])) or 'text'}: {each['msg']}" for each in error.errors()]
-            raise ValueError(f"not a {cls.__name__}: {'; '.join(wrong)}") from error
+            is_newer = all(each["type"] == "extra_forbidden" for each in error.errors())
+            kind = UnknownFieldError if is_newer else ValueError
+            raise kind(f"not a {cls.__name__}: {'; '.join(wrong)}") from error
 
 
 class RunInfo(JsonModel):
@@ -226,12 +236,19 @@ def read_record(file: Path, kind: type[M]) -> M | None:
     """Read the record in a file, or return None if there is no file.
 
     Raises:
-        ValueError: If the file is damaged. The message names the file.
+        ValueError: If the file is damaged, or of a newer version; the message names it. The file is kept.
     """
     try:
         return kind.from_json(file.read_bytes()) if file.exists() else None
+    except UnknownFieldError as error:
+        raise ValueError(
+            f"{file} has fields that this version of peft-edge does not know, so a newer one has written it: upgrade "
+            f"peft-edge, or use another folder ({error})"
+        ) from error
     except ValueError as error:
-        raise ValueError(f"{file} is damaged: delete it, so that it is written again ({error})") from error
+        raise ValueError(
+            f"{file} is damaged: move it away, and the command that wrote it writes it again ({error})"
+        ) from error
 
 
 def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
@@ -293,14 +310,25 @@ def _identity(record: Record | CostRecord) -> str:
 
 
 def _find_record(file: Path) -> Record | CostRecord | None:
-    """Return the record in a JSON file, or None if the file is not a record."""
-    # Records of PEFT's benchmark have the same blocks, but their configurations do not have these keys.
+    """Return the record in a JSON file; None if the file holds something else.
+
+    Raises:
+        ValueError: If the file is a record that is damaged, cut short or of a newer version.
+    """
+    # Records of PEFT's own benchmark have the same blocks, but not these keys of the configuration.
     keys = {"method", "norm", "backbone", "data", "adapter"}
+    content = file.read_bytes()
     try:
-        block = json.loads(file.read_bytes())
+        block = json.loads(content)
+    except ValueError as error:
+        if file.name == "record.json" or any(key in content for key in (b'"run_info"', b'"network"')):
+            raise ValueError(f"{file} is a record that is cut short or damaged: move it away ({error})") from error
+        logger.warning("%s is no JSON, and was left out: %s", file, error)
+        return None
+    try:
         is_cost = {"network", "method", "profile"}.issubset(block)
         is_run = "train_info" in block and keys.issubset(block["run_info"]["train_config"])
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError):
         return None
     if is_cost:
         return read_record(file, CostRecord)

@@ -186,8 +186,32 @@ def test_two_copies_of_a_record_count_once(record: MakeRecord, cost: CostRecord,
 def test_damaged_record_in_a_folder_is_named(record: MakeRecord, tmp_path: Path) -> None:
     text = record("lora", 0.9).to_json().replace('"train_time"', '"train_tame"')
     (tmp_path / "a.json").write_text(text, encoding="utf-8")
-    with pytest.raises(ValueError, match=r"a\.json is damaged(?s:.*)train_tame"):
+    with pytest.raises(ValueError, match=r"a\.json has fields that this version .*newer one(?s:.*)train_tame"):
         read_archive(tmp_path)
+    assert (tmp_path / "a.json").read_text(encoding="utf-8") == text
+    text = record("lora", 0.9).to_json().replace('"status": "success"', '"status": 3')
+    (tmp_path / "a.json").write_text(text, encoding="utf-8")
+    with pytest.raises(ValueError, match=r"a\.json is damaged(?s:.*)status"):
+        read_archive(tmp_path)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.3, 0.7, 0.99])
+@pytest.mark.parametrize("name", ["record.json", "lora--a.json", "cost--a.json"])
+def test_record_that_is_cut_short_is_named_and_kept(
+    name: str, share: float, record: MakeRecord, cost: CostRecord, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    add_record(tmp_path, "whole", record("lora", 0.9))
+    text = (cost if name.startswith("cost") else record("lora", 0.8)).to_json()
+    cut = text[: int(share * len(text))]
+    (tmp_path / name).write_text(cut, encoding="utf-8")
+    if share > 0.01 or name == "record.json":
+        with pytest.raises(ValueError, match=f"{name} is a record that is cut short"):
+            read_archive(tmp_path)
+    else:
+        # So little is left that nobody knows what it was.
+        assert list(read_archive(tmp_path).runs) == ["whole.json"]
+        assert f"{name} is no JSON, and was left out" in caplog.text
+    assert (tmp_path / name).read_text(encoding="utf-8") == cut
 
 
 def test_folder_without_records_is_named(tmp_path: Path) -> None:

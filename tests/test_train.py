@@ -28,3 +28,16 @@ def test_wrong_input_gives_one_message_and_exit_code_2(
     assert errors.startswith("error: ")
     assert message in errors
     assert "Traceback" not in errors
+
+
+def test_ctrl_c_ends_with_one_line_and_exit_code_130(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(arguments: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "main", interrupted)
+    with pytest.raises(SystemExit) as ending:
+        train.command()
+    assert ending.value.code == 130
+    assert capsys.readouterr().err == "stopped: the same command resumes from the newest checkpoint\n"

@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from peft_edge.data.domain import ImageBatch
+from peft_edge.data.pixels import to_rgb
 from peft_edge.files import requires_extra
 
 
@@ -56,7 +57,7 @@ class Shift:
     def __call__(self, image: Image.Image) -> Image.Image:
         """Return the corrupted image, in RGB and of the same size."""
         corruption = _BY_NAME[self.name]
-        pixels = F.pil_to_tensor(image.convert("RGB"))
+        pixels = F.pil_to_tensor(to_rgb(image))
         level = [corruption.levels[(self.severity or len(corruption.levels)) - 1]] if corruption.levels else []
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(zlib.crc32(pixels.numpy().tobytes()))

@@ -19,6 +19,7 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from peft_edge.data.domain import ImageBatch
+from peft_edge.data.pixels import to_rgb
 
 Transform = Callable[[Image.Image], Tensor]  # from an image of any size and mode to a (3, H, W) float tensor
 Key = tuple[int, int]  # an epoch, and the index of an image
@@ -53,7 +54,7 @@ def _preprocess(
 ) -> Tensor:
     _, height, width = data_config["input_size"]
     crop_pct, interpolation = data_config["crop_pct"], v2.InterpolationMode(data_config["interpolation"])
-    image = image.convert("RGB")
+    image = to_rgb(image)
     old_width, old_height = image.size
     if old_width > width and old_height > height:
         sides = ((math.floor(height / crop_pct), old_height), (math.floor(width / crop_pct), old_width))
@@ -161,11 +162,12 @@ class TransformedImages:
         indices = [index for _, index in keys]
         try:
             rows: ImageBatch = self.dataset[indices]
-        except (OSError, SyntaxError) as error:
+            images = [to_rgb(image) for image in rows["image"]]
+        except Exception as error:  # Pillow's readers raise many types for damaged files
             raise ValueError(self._describe_unreadable(indices)) from error
         pixel_values = []
         with torch.random.fork_rng(devices=[]):
-            for image, key in zip(rows["image"], keys, strict=True):
+            for image, key in zip(images, keys, strict=True):
                 state = np.random.SeedSequence([self.seed, *key]).generate_state(1, np.uint64)
                 torch.default_generator.manual_seed(int(state[0]))
                 pixel_values.append(self.transform(image))
@@ -175,8 +177,8 @@ class TransformedImages:
         """Describe the unreadable image of a batch, because Pillow's error does not name the file."""
         for index in indices:
             try:
-                self.dataset[index]
-            except (OSError, SyntaxError) as error:
+                to_rgb(self.dataset[index]["image"])
+            except Exception as error:
                 raw = self.dataset.with_format(None).cast_column("image", datasets.Image(decode=False))[index]["image"]
                 return f"cannot read image {index}, {raw['path'] or 'held in memory'}: {error}; replace or remove it"
         return "an image was unreadable at first, but not at the second attempt: check the disk"

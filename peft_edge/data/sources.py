@@ -1,15 +1,20 @@
-"""Image folders and Hugging Face datasets, read as splits with the columns `image` and `label`."""
+"""Read image folders and Hugging Face datasets as splits, and keep every image in one split only."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
 from datasets.exceptions import DatasetGenerationError
-from PIL import Image as PillowImage
 
 from peft_edge.data.domain import Domain, stratified_split
+from peft_edge.data.folders import content_hash, read_image_folder
+
+logger = logging.getLogger(__name__)
 
 Filter = Sequence[str | int | float]
 """A column, an operator (== != < <= > >= in), and a value."""
@@ -26,7 +31,10 @@ def read_splits(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> DatasetDict:
-    """Read the labelled splits of a dataset, with the columns `image` and `label` and the same classes in every split.
+    """Read the labelled splits of a dataset, with the same classes in every split.
+
+    The columns are `image`, `label` and `content`, a hash of the bytes of the image's file. The fingerprints of the
+    splits follow from these hashes and the labels alone, so that they change with the images and not with their names.
 
     Args:
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
@@ -41,7 +49,7 @@ def read_splits(
             is a single class.
     """
     folder = Path(name).expanduser()
-    splits = _read_folder(folder) if folder.is_dir() else _read_from_hub(name, subset, filters)
+    splits = read_image_folder(folder) if folder.is_dir() else _read_from_hub(name, subset, filters)
     features = next(iter(splits.values())).features
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
     labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]
@@ -50,32 +58,67 @@ def read_splits(
         _choose_column(name, features, "image", image_column, images): "image",
         _choose_column(name, features, "label", label_column, labels): "label",
     }
+    contents = {key: split["content"][:] if folder.is_dir() else None for key, split in splits.items()}
     splits = _with_class_names(splits.select_columns(list(columns)).rename_columns(columns))
     class_names = next(iter(splits.values())).features["label"].names
     if len(class_names) < 2:
+        inner = folder / class_names[0]
+        is_wrapper = inner.is_dir() and any(path.is_dir() for path in inner.iterdir())
         raise ValueError(
             f"{name!r} has one class, {class_names[0]!r}; expected at least two. "
             "A folder needs one subfolder for each class, with that class's images inside"
+            + (f"; if the classes are below {inner}, name {inner} instead" if is_wrapper else "")
         )
     # Published test splits often hide their labels as -1.
-    return DatasetDict({key: split for key, split in splits.items() if min(split["label"][:]) >= 0})
+    labelled = {key: split for key, split in splits.items() if min(split["label"][:]) >= 0}
+    if left_out := sorted(splits.keys() - labelled.keys()):
+        logger.warning("%s: left out the splits without labels: %s", name, ", ".join(left_out))
+    return DatasetDict({key: _with_contents(split, contents[key]) for key, split in labelled.items()})
 
 
-def domain_from_splits(name: str, splits: DatasetDict, *, train_split: str, seed: int) -> Domain:
+def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
+    """Add the column `content`, and derive the fingerprint of the split from it."""
+    contents = file_hashes(split) if contents is None else contents
+    parts = json.dumps([split.features["label"].names, split["label"][:], contents])
+    fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]
+    return split.add_column("content", contents, new_fingerprint=fingerprint)
+
+
+def file_hashes(split: Dataset) -> list[str]:
+    """Return `content_hash` of the file of every image of a split."""
+    raw = split.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
+    hashes = []
+    for batch in raw.iter(256):
+        for image in batch["image"]:
+            content = Path(image["path"]).read_bytes() if image["bytes"] is None else image["bytes"]
+            hashes.append(content_hash(content))
+    return hashes
+
+
+def domain_from_splits(
+    name: str, splits: DatasetDict, *, train_split: str, seed: int, exclude: Collection[str] = ()
+) -> Domain:
     """Build a domain; split validation and test images off the training images where the dataset has none.
 
     Missing splits get a tenth of the images for validation and a fifth for tests, drawn with `seed`. `name` is the
-    dataset's name in error messages.
+    dataset's name in messages. Every image, by the bytes of its file, is in one split only: copies of test images are
+    removed from the other splits, copies of validation images from the training images, and repeated images from a
+    split that is divided. Images whose hashes are in `exclude` are removed from all splits. A warning says how many.
 
     Raises:
         ValueError: If there is no such split, or there are too few images to split.
     """
     if train_split not in splits:
         raise ValueError(f"{name!r} has no labelled split {train_split!r}: name one of {', '.join(splits)}")
-    train = splits[train_split]
+    found = {
+        "test": splits.get("test") if train_split != "test" else None,
+        "validation": next((splits[key] for key in _VALIDATION_NAMES if key in splits and key != train_split), None),
+        "train": splits[train_split],
+    }
+    is_divided = found["test"] is None or found["validation"] is None
+    parts = _without_copies(name, found, set(exclude), is_divided=is_divided)
+    train, validation, test = parts["train"], parts.get("validation"), parts.get("test")
     classes, images = len(train.features["label"].names), len(train)
-    validation = next((splits[key] for key in _VALIDATION_NAMES if key in splits), None)
-    test = splits.get("test")
     if test is None:
         train, test = stratified_split(train, max(classes, images // 5), seed=seed)
     if validation is None:
@@ -83,28 +126,39 @@ def domain_from_splits(name: str, splits: DatasetDict, *, train_split: str, seed
     return Domain(train=train, validation=validation, test=test)
 
 
-def _read_folder(folder: Path) -> DatasetDict:
-    # Only folders of exactly these names are splits. The builder's own rule would match any name that contains `test`.
-    names = [name for name in ("train", *_VALIDATION_NAMES, "test") if (folder / name).is_dir()]
-    has_splits = "train" in names and all(child.name in names for child in folder.iterdir() if child.is_dir())
-    files = {name: f"{name}/**" for name in names} if has_splits else {"train": "**"}
-    try:
-        splits = load_dataset("imagefolder", data_dir=str(folder.resolve()), data_files=files, drop_labels=False)
-    except (FileNotFoundError, ValueError) as error:
-        raise ValueError(
-            f"the folder {str(folder)!r} holds no images: expected one subfolder for each class"
-        ) from error
-    for split in splits.values():
-        for image in split.cast_column("image", Image(decode=False))["image"]:
-            # `verify` reads the structure of a file without decoding it, so that a folder of photographs takes seconds.
-            # Damaged pixels are found by the loader, which names the file.
-            try:
-                with PillowImage.open(image["path"]) as file:
-                    file.verify()
-            except (OSError, SyntaxError) as error:
-                path = image["path"]
-                raise ValueError(f"cannot read the image file {path!r}: {error}; replace or remove it") from error
-    return splits
+def _without_copies(
+    name: str, splits: dict[str, Dataset | None], exclude: set[str], *, is_divided: bool
+) -> dict[str, Dataset]:
+    """Remove the images that an earlier split has, too; of images that the last split repeats keep the first."""
+    kept, removed = {}, []
+    for key, split in splits.items():
+        if split is None:
+            continue
+        rows, seen = [], set(exclude)
+        contents = split["content"][:]
+        for row, content in enumerate(contents):
+            if content not in seen:
+                rows.append(row)
+            if key == "train" and is_divided:
+                seen.add(content)
+        if len(rows) < len(split):
+            removed.append(f"{len(split) - len(rows)} of {len(split)} from {key}")
+            if not rows:
+                raise ValueError(
+                    f"{name!r} has no image for {key} that is not a copy of an image of another split or of the "
+                    "source: expected images of its own"
+                )
+            split = split.select(rows)
+        kept[key] = split
+        exclude = exclude | set(contents)
+    if removed:
+        logger.warning(
+            "%s: left out images whose files are copies of images of another split, of the source or of the same "
+            "split: %s",
+            name,
+            ", ".join(removed),
+        )
+    return kept
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:

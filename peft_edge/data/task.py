@@ -15,6 +15,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from peft_edge.data.corruptions import SHIFTS, Shift
 from peft_edge.data.domain import Domain, Task, read_into_memory, stratified_split
 from peft_edge.data.embedded import load_digits_domain, load_shapes_domain
+from peft_edge.data.folders import split_of
 from peft_edge.data.sources import Filter, domain_from_splits, read_splits
 
 EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
@@ -76,6 +77,11 @@ def load_task(
         (700, 400, 10)
     """
     # Arguments are checked before any data is read, because a large dataset takes minutes.
+    if Path(name).expanduser().is_dir():
+        # A folder's splits may have other names, such as val/.
+        train_split, shift = split_of(train_split) or train_split, split_of(shift or "") or shift
+    if shift == train_split and not shift_filters:
+        raise ValueError(f"shift: {shift!r} is the split that the source is trained on: name another one")
     _check_change(shift, severity, shift_filters, new_classes, increments, rehearsal_size)
     if name not in EMBEDDED:
         _check_spelling("data", name, EMBEDDED)
@@ -85,7 +91,11 @@ def load_task(
         source, adaptation = EMBEDDED[name](image_size=image_size, seed=seed)
     else:
         splits = read_splits(name, subset=subset, image_column=image_column, label_column=label_column)
-        source = domain_from_splits(name, splits, train_split=train_split, seed=seed)
+        # A split that is the target has no images of the source.
+        own = DatasetDict({key: split for key, split in splits.items() if key != shift})
+        source = domain_from_splits(name, own, train_split=train_split, seed=seed)
+    contents = {content for split in vars(source).values() for content in _contents(split)}
+    source = _without_contents(source)
 
     if shift is None:
         source, targets = class_increments(
@@ -106,7 +116,13 @@ def load_task(
             source = replace(source, train=rest)
         target = replace(source, train=adaptation)
     elif shift in splits and not shift_filters:
-        target = domain_from_splits(name, DatasetDict(train=splits[shift]), train_split="train", seed=seed)
+        target = domain_from_splits(
+            f"the split {shift!r} of {name}",
+            DatasetDict(train=splits[shift]),
+            train_split="train",
+            seed=seed,
+            exclude=contents,
+        )
     else:
         try:
             other = read_splits(
@@ -118,7 +134,8 @@ def load_task(
                 f"that can be read: {error}"
             ) from error
         other = _with_classes_of(source, other, names=(name, shift))
-        target = domain_from_splits(shift, other, train_split=train_split, seed=seed)
+        target = domain_from_splits(shift, other, train_split=train_split, seed=seed, exclude=contents)
+    target = _without_contents(target)
     if len(target.train) > adaptation_size:
         target = replace(target, train=stratified_split(target.train, adaptation_size, seed=seed)[1])
     if shift in SHIFTS:
@@ -129,6 +146,15 @@ def load_task(
         target = Domain(**shifted)
     change = shift if severity is None else f"{shift} at severity {severity}"
     return Task(name=name, change=change, source=source, targets=(target,))
+
+
+def _contents(split: Dataset) -> list[str]:
+    return split["content"][:] if "content" in split.column_names else []
+
+
+def _without_contents(domain: Domain) -> Domain:
+    """Return a domain with the columns `image` and `label` only."""
+    return Domain(**{key: split.select_columns(["image", "label"]) for key, split in vars(domain).items()})
 
 
 def class_increments(
@@ -220,8 +246,9 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
     """Renumber the labels of another dataset, because its classes can have another order."""
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
-    if found == [str(index) for index in range(len(expected))]:
-        # Plain numbers are taken as indices of the source's classes.
+    has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)
+    if not has_names and found == [str(index) for index in range(len(expected))]:
+        # Numbers without names are taken as indices of the source's classes.
         return splits.cast_column("label", ClassLabel(names=expected))
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:

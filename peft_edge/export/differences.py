@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 from pydantic import TypeAdapter
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -21,6 +22,7 @@ from peft_edge.backbones.heads import head_layers
 from peft_edge.backbones.loading import CONFIG_NAME, WEIGHTS_NAME
 from peft_edge.export.exporter import merge_adapters
 from peft_edge.files import atomic_write
+from peft_edge.tuners.injection import base_parameters
 
 DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
@@ -38,21 +40,34 @@ class _Header:
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
-def write_diff(base: nn.Module, model: nn.Module, file: str | os.PathLike[str]) -> dict[str, Tensor]:
+def write_diff(
+    base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
+) -> dict[str, Tensor]:
     """Merge the adapters of a model, and write every tensor that is not bit-identical to the base model's.
 
     Args:
         base: The timm model on the devices.
         model: The adapted or fully trained network; its head may have another number of classes. It is not changed.
         file: The safetensors file to write or replace. Its metadata contains the fingerprints of both models.
+        allow_other_base: Accept an adapted model whose own base has other weights than `base`; the diff contains these
+            weights, too.
 
     Returns:
         The written tensors by name.
 
     Raises:
-        ValueError: If the architectures differ, an adapter cannot be merged, or a tensor is not finite.
+        ValueError: If the architectures differ, the adapted model has another base, an adapter cannot be merged, or a
+            tensor is not finite.
         OSError: If the file cannot be written.
     """
+    if isinstance(model, PeftModel) and not allow_other_base:
+        own, given = base_parameters(model), dict(base.named_parameters())
+        if other := [name for name in own if name in given and _differ(own[name], given[name])]:
+            raise ValueError(
+                f"the adapted model has another base: {other[0]} differs, {len(other)} of {len(own)} tensors in all. "
+                "Pass the base that the adapter was loaded with, or allow_other_base=True to write the base's "
+                "differences, too"
+            )
     result = merge_adapters(model)
     before, after = base.state_dict(), result.state_dict()
     changed = {name: tensor for name, tensor in after.items() if name not in before or _differ(before[name], tensor)}

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from datasets import Dataset
+from datasets import Dataset, concatenate_datasets
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from peft_edge.backbones import class_names
-from peft_edge.data import Domain, build_transform
-from peft_edge.data.sources import domain_from_splits, read_splits
+from peft_edge.data import Domain, Task, build_transform, load_task
+from peft_edge.data.sources import domain_from_splits, file_hashes, read_splits
 from peft_edge.data.task import EMBEDDED
 from peft_edge.export.formats import Network
 from peft_edge.profiling.tables import text_table
@@ -37,26 +37,35 @@ class Images(NamedTuple):
     labels: Tensor | None
 
 
-def read_images(name: str, model: nn.Module, *, image_size: int | None = None) -> Images:
+def read_images(
+    name: str, model: nn.Module, *, image_size: int | None = None, run: Mapping[str, Any] | None = None
+) -> Images:
     """Read images and preprocess them for the evaluation of a model.
+
+    With `run`, no image for the comparison is one that the run trained on: the data of the run is split as the run
+    split it, and images of other data whose files are copies of the run's training images are left out.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.
         model: A timm model, or a PEFT model of one.
         image_size: Height and width in pixels; by default timm's size for the evaluation of the model.
+        run: The configuration of the run that trained the model: `record.run_info.train_config`.
 
     Raises:
-        ValueError: If the data or the size is invalid, an image is unreadable, or there are too few images.
+        ValueError: If the data or the size is invalid, an image is unreadable, there are too few images, or the run
+            trained on all of them.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
     config = input_config(model, image_size)
-    domain = _read_domain(name, config["input_size"][-1])
+    size = config["input_size"][-1]
+    domain = _read_domain(name, size) if run is None else _untrained_domain(name, size, run)
     transform = build_transform(config, train=False)
     train, test = _sample(domain.train, CALIBRATION_SIZE), _sample(domain.test, COMPARISON_SIZE)
     known, labels = class_names(model), None
-    if known is not None and set(domain.class_names) <= set(known):
-        labels = torch.tensor([known.index(domain.class_names[label]) for label in test["label"][:]])
+    names = test.features["label"].names
+    if known is not None and set(names) <= set(known):
+        labels = torch.tensor([known.index(names[label]) for label in test["label"][:]])
     return Images(
         calibration=torch.stack([transform(image) for image in train["image"]]),
         comparison=torch.stack([transform(image) for image in test["image"]]),
@@ -76,6 +85,50 @@ def _read_domain(name: str, image_size: int) -> Domain:
     if not Path(name).is_dir() and name.startswith((".", "/", "~")):
         raise ValueError(f"{name}: expected a folder with one subfolder of images for each class, found no folder")
     return domain_from_splits(name, read_splits(name), train_split="train", seed=0)
+
+
+def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Domain:
+    """Return a domain none of whose test images the run trained on."""
+    data, seed = {**run["data"], "image_size": image_size}, run["seed"]
+    known = {"source": data["name"], "target": data.get("shift")}
+    role = next((role for role, other in known.items() if other and _is_same(name, other)), None)
+    if role is None and data["name"] in EMBEDDED:
+        return _read_domain(name, image_size)
+    task = _run_task(name, data, seed)
+    if role == "source" and data.get("new_classes"):
+        # Each test split has some of the classes; the labels of all are those of the last target.
+        features = task.targets[-1].test.features
+        domains = (task.source, *task.targets)
+        train, test = (
+            concatenate_datasets([split.cast(features) for split in splits])
+            for splits in ([domain.train for domain in domains], [domain.test for domain in domains])
+        )
+        return Domain(train=train, validation=task.targets[-1].validation, test=test)
+    if role is not None:
+        return task.source if role == "source" else task.targets[0]
+    trained = {content for domain in (task.source, *task.targets) for content in file_hashes(domain.train)}
+    domain = _read_domain(name, image_size)
+    contents = file_hashes(domain.test)
+    rows = [row for row, content in enumerate(contents) if content not in trained]
+    if not rows:
+        raise ValueError(f"{name}: the run has trained on all {len(contents)} test images: name other images")
+    return replace(domain, test=domain.test.select(rows))
+
+
+def _is_same(name: str, other: str) -> bool:
+    folders = Path(name).expanduser(), Path(other).expanduser()
+    return name == other or (folders[0].is_dir() and folders[0].resolve() == folders[1].resolve())
+
+
+def _run_task(name: str, data: Mapping[str, Any], seed: int) -> Task:
+    try:
+        return load_task(**data, seed=seed)
+    except ValueError as error:
+        raise ValueError(
+            f"{name}: the images that the run trained on cannot be told from others, because its data "
+            f"{data['name']!r} cannot be read: {error}. Name a copy of the adapter without the record of the run to "
+            "compare without accuracies"
+        ) from error
 
 
 def _sample(images: Dataset, size: int) -> Dataset:

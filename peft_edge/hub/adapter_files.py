@@ -29,9 +29,10 @@ from peft_edge.backbones import class_names
 from peft_edge.files import atomic_write
 from peft_edge.hub.card import CARD_NAME, CardSubject, adapter_card
 from peft_edge.roles import ROLES
-from peft_edge.tuners.injection import iter_target_modules
+from peft_edge.tuners.injection import base_fingerprint, iter_target_modules
 
 LABELS_NAME = "label_names.json"
+BASE_NAME = "base_fingerprint.json"  # the fingerprint of the weights that the adapter was trained on
 SOURCE_NAME = "source_model"  # subfolder with the backbone, if no other repository on the Hub has it
 BACKBONE_FILES = ("config.json", "model.safetensors")
 JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand
@@ -53,6 +54,8 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save the active adapter of a model, its class names and a model card; replace the folder when all are complete.
 
+    `load_pretrained` refuses to combine the adapter with other weights of the base than those of this model.
+
     Raises:
         ValueError: If the number of class names differs from the number of classes.
         OSError: If the folder cannot be written.
@@ -73,6 +76,8 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     card.save(folder / CARD_NAME)  # instead of PEFT's card, whose tags include the local path of the backbone
     if names is not None:
         (folder / LABELS_NAME).write_text(json.dumps(names), encoding="utf-8")
+    if (fingerprint := base_fingerprint(model)) is not None:
+        (folder / BASE_NAME).write_text(json.dumps(fingerprint), encoding="utf-8")
 
     # load_pretrained rejects patterns that RE2 does not support: write the names of the matching modules instead.
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))

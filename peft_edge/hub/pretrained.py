@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import re
 import warnings
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from peft_edge.backbones import grow_head, head_names, load_backbone, replace_he
 from peft_edge.backbones.heads import as_timm_model
 from peft_edge.hub.adapter_files import (
     BACKBONE_FILES,
+    BASE_NAME,
     LABELS_NAME,
     SOURCE_NAME,
     Layout,
@@ -28,13 +30,18 @@ from peft_edge.hub.adapter_files import (
     read_layout,
     resolve_patterns,
 )
+from peft_edge.tuners.injection import base_fingerprint
 
 # timm's other arguments can name files to read, or set the number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
 
 
 def load_pretrained(
-    adapter: str | os.PathLike[str], *, base: nn.Module | None = None, revision: str | None = None
+    adapter: str | os.PathLike[str],
+    *,
+    base: nn.Module | None = None,
+    revision: str | None = None,
+    allow_other_base: bool = False,
 ) -> PeftModel:
     """Load an adapter together with the backbone that it was trained on.
 
@@ -46,6 +53,8 @@ def load_pretrained(
         base: The backbone; by default it is loaded by the name in the adapter's configuration. The adapter is added
             to a copy, whose head gets as many classes as the adapter's head.
         revision: A branch, tag or commit on the Hub.
+        allow_other_base: Accept a backbone with other weights than those that the adapter was trained on. Adapters that
+            `save_adapter` has not written carry no fingerprint of these weights, and are accepted on any that fit.
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes);
@@ -53,25 +62,26 @@ def load_pretrained(
 
     Raises:
         FileNotFoundError: If the folder, the repository, one of its files or the backbone is missing.
-        ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone. The message names
-            the file, the key or the first tensor that does not fit.
+        ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone or on other weights
+            of it. The message names the file, the key or the first tensor that does not fit.
 
     Example:
-        >>> import tempfile
+        >>> import copy, tempfile
         >>> from peft import get_peft_model
         >>> from peft_edge import ConvLoraConfig, load_backbone, load_pretrained
         >>> from peft_edge.hub import save_adapter
-        >>> model = get_peft_model(load_backbone("mobilenetv2_035", 3), ConvLoraConfig(target_modules="pointwise"))
+        >>> base = load_backbone("mobilenetv2_035", 3)
+        >>> model = get_peft_model(copy.deepcopy(base), ConvLoraConfig(target_modules="pointwise"))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     save_adapter(model, folder)
-        ...     loaded = load_pretrained(folder, base=load_backbone("mobilenetv2_035", 3))
+        ...     loaded = load_pretrained(folder, base=base)
         >>> loaded(torch.zeros(2, 3, 32, 32)).shape
         torch.Size([2, 3])
     """
     folder, is_local = Path(adapter), Path(adapter).is_dir()
     if not is_local:
         backbone = [f"{SOURCE_NAME}/{name}" for name in BACKBONE_FILES]
-        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, *backbone]
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, BASE_NAME, *backbone]
         folder = _download(str(adapter), files, "the folder of an adapter", revision=revision)
     config = read_configuration(folder / CONFIG_NAME)
     layout = read_layout(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -90,8 +100,28 @@ def load_pretrained(
             f"{folder}: the adapter does not fit this backbone: {problem}. It was made for "
             f"{config.base_model_name_or_path!s:.200}: load that backbone, or pass it as base="
         ) from error
+    if not allow_other_base:
+        _check_base(adapted, folder / BASE_NAME)
     _set_class_names(adapted, folder / LABELS_NAME)
     return adapted
+
+
+def _check_base(adapted: PeftModel, path: Path) -> None:
+    if not path.exists():
+        return
+    try:
+        expected = read_json(path)
+        if not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
+            raise ValueError("it is no SHA-256")
+    except ValueError as error:
+        raise ValueError(f"{path}: expected the fingerprint of the base: {error}. Copy the file again") from error
+    found = base_fingerprint(adapted)
+    if found not in (expected, None):
+        raise ValueError(
+            f"{path.parent}: the adapter was trained on other weights of this network: expected the fingerprint "
+            f"{expected[:16]}, found {str(found)[:16]}. Pass the backbone that it was trained on as base=, in the type "
+            "that it had then, or allow_other_base=True if you mean these weights"
+        )
 
 
 def _download(repo_id: str, files: list[str], expected: str, *, revision: str | None = None) -> Path:
@@ -160,8 +190,8 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Add the adapter to a copy of the model on the meta device, and compare its tensors with the file's layout."""
-    trial, config = copy.deepcopy(model).to("meta"), copy.deepcopy(config)
+    """Add the adapter to a copy of the model on the meta device, and compare its tensors with those of the file."""
+    trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initialisations decompose weights, which have no values here
     with torch.device("meta"):
@@ -178,6 +208,16 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
             raise ValueError(
                 f"size mismatch for {name}: expected {tuple(tensor.shape)} of {tensor.dtype}, found {shape} of {dtype}"
             )
+
+
+def _without_values(model: nn.Module) -> nn.Module:
+    """Return a copy of a model on the meta device, without copying its weights first."""
+    memo: dict[int, object] = {}
+    for tensor in (*model.parameters(), *model.buffers()):
+        values = tensor.detach().to("meta")
+        is_parameter = isinstance(tensor, nn.Parameter)
+        memo[id(tensor)] = nn.Parameter(values, tensor.requires_grad) if is_parameter else values
+    return copy.deepcopy(model, memo).to("meta")
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:

@@ -270,6 +270,9 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(get_args(StoredType))}")
         parts = (prefix.fingerprint, key, str(views), dtype)
         folder = root / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+        # A complete cache is read without a lock, because another user's may be read-only.
+        if _is_whole(folder):
+            return cls(folder)
         root.mkdir(parents=True, exist_ok=True)
         # The operating system releases the lock if the process that holds it dies.
         with FileLock(folder.with_name(f"{folder.name}.lock")):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import os
 import time
 import warnings
@@ -23,8 +22,6 @@ from peft_edge.training.run_folder import ActiveRun, lock_output_dir, open_run
 from peft_edge.training.source import source_model
 from peft_edge.training.summary import build_record, failure_recorded
 
-logger = logging.getLogger(__name__)
-
 
 def run(config: RunConfig) -> Record:
     """Train or load the source model, adapt it, save the update, and test the saved update.
@@ -35,7 +32,7 @@ def run(config: RunConfig) -> Record:
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
         DivergedError: If training diverges at every learning rate.
-        OSError: If a file cannot be read or written.
+        OSError: If a file cannot be read or written, or the push fails after the run has succeeded.
     """
     accelerator = start_accelerator(config)
     with lock_output_dir(config, accelerator):
@@ -46,7 +43,7 @@ def run(config: RunConfig) -> Record:
         else:
             accelerator.print(f"{opened.path} holds this run, finished:")
         if accelerator.is_main_process and config.hub.repo_id is not None:
-            _push(opened, config.hub.repo_id)
+            _push(opened, record, config.hub.repo_id)
     accelerator.end_training()
     return record
 
@@ -58,6 +55,9 @@ def _run_stages(run: ActiveRun) -> Record:
         # Data: the source and the targets.
         task = load_task(**config.data.model_dump(), seed=config.seed)
         check_adaptation(config, task)
+        for name, domain in {"source": task.source, "target": task.targets[0]}.items():
+            sizes = ", ".join(f"{len(split):,} {key}" for key, split in vars(domain).items())
+            accelerator.print(f"{name} images: {sizes}; {domain.num_classes} classes")
 
         # The source model, which is trained once and shared by runs.
         source = source_model(config, task, accelerator.device)
@@ -156,13 +156,19 @@ def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
     accelerator.init_trackers("peft-edge", config=scalars)
 
 
-def _push(run: ActiveRun, repo_id: str) -> None:
-    """Push the update of a finished run. If the upload fails, only warn, because all results are on disk."""
+def _push(run: ActiveRun, record: Record, repo_id: str) -> None:
+    """Push the update of a finished run. If this fails, the run is complete on the disk, and its record says why."""
     options = run.config.hub.model_dump(exclude={"repo_id"})
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
+    if record.run_info.error_msg:
+        # An earlier push has failed. The record on the Hub should not say so.
+        record.run_info.error_msg = ""
+        run.write_record(record)
     try:
         address = push_update(update, repo_id, record=run.path / "record.json", **options)
     except (OSError, ValueError) as error:
-        logger.warning("error: %s\nThe run has succeeded. The same command pushes again, without training", error)
-    else:
-        run.accelerator.print(f"pushed: {address}")
+        record.run_info.error_msg = f"the push to {repo_id} failed: {error}"
+        run.write_record(record)
+        message = f"{error}\nThe run has succeeded. The same command pushes again, without training"
+        raise OSError(message) from error
+    run.accelerator.print(f"pushed: {address}")

@@ -39,6 +39,14 @@ class ActiveRun:
         record = read_record(self.path / "record.json", Record)
         return record if record is not None and record.train_info.status == SUCCESS else None
 
+    @property
+    def is_finished(self) -> bool:
+        """Whether the record says that the run has succeeded; False if it cannot be read."""
+        try:
+            return self.record is not None
+        except (ValueError, OSError):
+            return False
+
     def write_record(self, record: Record) -> None:
         """Write `record.json`. If the run has succeeded, delete candidates, checkpoints and step profiles."""
         if self.accelerator.is_main_process:

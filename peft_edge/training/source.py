@@ -52,14 +52,16 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        # The system releases this lock when the process ends or is killed.
-        with FileLock(folder.with_name(f"{folder.name}.lock")):
-            if not folder.exists():
-                if config.source.epochs > 0:
-                    _train(model, config, task, device)
-                with atomic_write(folder) as unfinished:
-                    save_backbone(model, unfinished)
+        # A folder that exists is complete. It is read without a lock, because another user's cache may be read-only.
+        if not folder.exists():
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            # The system releases this lock when the process ends, however it ends.
+            with FileLock(folder.with_name(f"{folder.name}.lock")):
+                if not folder.exists():
+                    if config.source.epochs > 0:
+                        _train(model, config, task, device)
+                    with atomic_write(folder) as unfinished:
+                        save_backbone(model, unfinished)
         model = load_backbone(str(folder))
     return model.to(device).to(memory_format=torch.channels_last)
 

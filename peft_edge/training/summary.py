@@ -127,6 +127,9 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
         try:
             yield
         except BaseException as error:
+            if run.is_finished:
+                # Success is on the disk: what failed came after it.
+                raise
             message = "".join(traceback.format_exception(error))
             # A full disk must not hide the error, and a second SIGTERM must not interrupt the writing.
             with on_termination(signal.SIG_IGN), suppress(OSError):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import NamedTuple
 
-from peft import PeftConfig
+import torch
+from peft import PeftConfig, PeftModel
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
@@ -207,3 +209,36 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+    """Return the parameters of the unadapted network that adapters and `modules_to_save` do not replace, by name."""
+    base = model.get_base_model()
+    replaced: list[str] = []
+    for name, module in base.named_modules():
+        if isinstance(module, AuxiliaryTrainingWrapper):
+            replaced.append(f"{name}.")
+        elif isinstance(module, BaseTunerLayer):
+            replaced += [f"{name}.{layer}." for layer in module.adapter_layer_names]
+    return {
+        name.replace(".base_layer", ""): parameter
+        for name, parameter in base.named_parameters()
+        if not name.startswith(tuple(replaced))
+    }
+
+
+def base_fingerprint(model: PeftModel) -> str | None:
+    """Return a SHA-256 of `base_parameters`: names, shapes, types and bytes.
+
+    BatchNorm statistics are not part of it, because training may update those of the base. None if the parameters are
+    not those that the base was loaded with: an adapter is merged, or its initialisation has changed them (PiSSA).
+    """
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}
+    if any(layer.merged for layer in layers) or not initial <= {True, False, "gaussian"}:
+        return None
+    digest = hashlib.sha256()
+    for name, parameter in sorted(base_parameters(model).items()):
+        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

@@ -35,7 +35,8 @@ def png(value: int) -> dict[str, bytes | None]:
 def test_folder_has_the_names_of_its_subfolders_as_classes(image_folder: ImageFolder) -> None:
     folder = image_folder("pets", ["dog", "cat"])
     train = read_splits(str(folder))["train"]
-    assert train.features == Features({"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"])})
+    features = {"image": ImageFeature(), "label": ClassLabel(names=["cat", "dog"]), "content": Value("string")}
+    assert train.features == Features(features)
     assert len(train) == 24
     images = {np.asarray(Image.open(path)).tobytes() for path in (folder / "dog").iterdir()}
     assert {np.asarray(row["image"]).tobytes() for row in train if row["label"] == 1} == images
@@ -72,7 +73,7 @@ def test_existing_splits_are_used(image_folder: ImageFolder) -> None:
 def test_columns_are_found_by_their_features(hub: Callable, random_images: Callable[..., Dataset]) -> None:
     dataset = random_images(6, ["a", "b"]).rename_columns({"image": "img", "label": "fine"})
     hub(DatasetDict(train=dataset.add_column("width", [16] * 6)))
-    assert read_splits("owner/data")["train"].column_names == ["image", "label"]
+    assert read_splits("owner/data")["train"].column_names == ["image", "label", "content"]
 
 
 def test_ambiguous_columns_must_be_chosen(hub: Callable, random_images: Callable[..., Dataset]) -> None:

@@ -204,13 +204,12 @@ def corrupted_parquet(tmp_path: Path) -> Path:
     rows = []
     for index, corruption in enumerate(["fog", "snow"]):
         for level in (1, 2, 3):
-            file = io.BytesIO()
-            Image.new("RGB", (level, 1 + index)).save(file, "PNG")
-            image = {"bytes": file.getvalue(), "path": None}
-            rows += [
-                {"image": image, "label": row % 2, "corruption_name": corruption, "corruption_level": level}
-                for row in range(20)
-            ]
+            for row in range(20):
+                file = io.BytesIO()
+                Image.new("RGB", (level, 1 + index), (row, 0, 0)).save(file, "PNG")
+                image = {"bytes": file.getvalue(), "path": None}
+                labels = {"label": row % 2, "corruption_name": corruption, "corruption_level": level}
+                rows.append({"image": image, **labels})
     (tmp_path / "corrupted").mkdir()
     Dataset.from_list(rows).cast_column("image", ImageFeature()).to_parquet(tmp_path / "corrupted" / "train.parquet")
     return tmp_path / "corrupted"
@@ -226,7 +225,9 @@ def hub(
     def serve(name: str, subset: str | None, **options: object) -> DatasetDict:
         if name == CORRUPTED:
             return datasets.load_dataset(str(corrupted_parquet), **options)
-        return DatasetDict(train=random_images(40, classes[name]), dusk=random_images(30, classes[name], seed=1))
+        seed = 2 * len(name)
+        day, dusk = (random_images(count, classes[name], seed=seed + i) for i, count in enumerate((40, 30)))
+        return DatasetDict(train=day, dusk=dusk)
 
     monkeypatch.setattr(sources, "load_dataset", serve)
     return classes

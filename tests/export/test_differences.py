@@ -88,11 +88,22 @@ def test_diff_is_not_applied_twice(saved: Saved, diff: Path) -> None:
 
 def test_diff_between_different_networks_is_refused(saved: Saved, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"the adapted model does not fit the base: .*expected no such tensor"):
-        write_diff(load_backbone("test_resnet", 10), saved.load(), tmp_path / "diff.safetensors")
+        write_diff(load_backbone("test_resnet", 10), saved.load(), tmp_path / "diff.safetensors", allow_other_base=True)
     small = load_backbone(str(saved.base), small_images=True)
     with pytest.raises(ValueError, match="the adapted model is another network than the base"):
         write_diff(load_backbone(str(saved.base)), small, tmp_path / "diff.safetensors")
     assert not any(tmp_path.iterdir())
+
+
+def test_adapter_of_another_base_is_refused_unless_allowed(saved: Saved, tmp_path: Path) -> None:
+    other, file = load_backbone(str(saved.base)), tmp_path / "diff.safetensors"
+    with torch.no_grad():
+        other.conv_stem.weight[0, 0, 0, 0] += 1
+    with pytest.raises(ValueError, match=r"has another base: conv_stem\.weight differs, 1 of \d+ tensors"):
+        write_diff(other, saved.load(), file)
+    assert not file.exists()
+    write_diff(other, saved.load(), file, allow_other_base=True)
+    assert bits(apply_diff(other, file)) == bits(merge_adapters(saved.load()))
 
 
 Forge = Callable[[dict[str, Tensor], dict[str, Any]], None]

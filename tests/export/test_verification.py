@@ -1,16 +1,22 @@
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from datasets import Dataset
 from PIL import Image
 
 from peft_edge.backbones import load_backbone, set_class_names
+from peft_edge.data import build_transform, load_task
 from peft_edge.export.verification import (
     Images,
     compare_logits,
     comparison_table,
+    input_config,
     predict_logits,
     read_images,
 )
@@ -29,7 +35,7 @@ def folder_of_colours(folder: Path) -> Path:
     for name in ("red", "blue"):
         (folder / name).mkdir(parents=True)
         for number in range(10):
-            Image.new("RGB", (40, 30), name).save(folder / name / f"{number}.png")
+            Image.new("RGB", (40, 30 + number), name).save(folder / name / f"{number}.png")
     return folder
 
 
@@ -44,6 +50,73 @@ def test_labels_are_matched_to_the_classes_of_the_model_by_name(tmp_path: Path) 
     assert found.comparison.shape[1:] == (3, 16, 16)
     set_class_names(model, ["red", "green", "yellow"])
     assert read_images(folder, model, image_size=16).labels is None
+
+
+def images_of(tensor: torch.Tensor) -> set[bytes]:
+    return {image.numpy().tobytes() for image in tensor}
+
+
+@pytest.fixture
+def noise(tmp_path: Path) -> Callable[..., Path]:
+    """Make a folder of 60 different images of each class."""
+
+    def make(name: str, classes: str = "ab") -> Path:
+        for label in classes:
+            (tmp_path / name / label).mkdir(parents=True)
+            for number in range(60):
+                Image.fromarray(rng.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(
+                    tmp_path / name / label / f"{number}.png"
+                )
+        return tmp_path / name
+
+    rng = np.random.default_rng(0)
+    return make
+
+
+@pytest.mark.parametrize("seed", [0, 1, 7])
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("digits", {"shift": "invert"}),
+        ("digits", {"new_classes": ["8", "9"], "rehearsal_size": 80}),
+        ("folder", {"shift": "contrast"}),
+        ("folder", {"new_classes": ["c"]}),
+        ("folder", {"shift": "other"}),
+        ("copy", {"shift": "contrast"}),
+        ("other", {"shift": "other"}),
+    ],
+)
+def test_no_image_is_compared_that_the_run_trained_on(
+    name: str, change: dict, seed: int, noise: Callable[..., Path]
+) -> None:
+    folder, other = noise("folder", "abc"), noise("other", "abc")
+    copy = folder.with_name("copy")
+    shutil.copytree(folder, copy)
+    if change.get("shift") == "other":
+        change = {"shift": str(other)}
+    data = {"name": name if name == "digits" else str(folder), **change}
+    model = load_backbone("test_efficientnet", 3)
+    named = {"digits": "digits", "folder": f"{folder}/../folder", "copy": str(copy), "other": str(other)}[name]
+    found = read_images(named, model, image_size=16, run={"seed": seed, "data": data})
+    task = load_task(**{**data, "image_size": 16}, seed=seed)
+    transform = build_transform(input_config(model, 16), train=False)
+
+    def pixels(*splits: Dataset) -> set[bytes]:
+        return {transform(image).numpy().tobytes() for split in splits for image in split.with_format(None)["image"]}
+
+    domains = (task.source, *task.targets)
+    assert not images_of(found.comparison) & pixels(*(domain.train for domain in domains))
+    if name != "copy":
+        assert images_of(found.comparison) <= pixels(*(domain.test for domain in domains))
+    # With another seed, the same folder is divided otherwise, and training images are among those compared.
+    if name == "folder" and seed and change == {"shift": "contrast"}:
+        assert images_of(read_images(named, model, image_size=16).comparison) & pixels(task.source.train)
+
+
+def test_data_of_the_run_that_is_missing_is_named(noise: Callable[..., Path]) -> None:
+    data = {"name": "./nowhere", "shift": "contrast"}
+    with pytest.raises(ValueError, match=r"trained on cannot be told from others, because its data './nowhere'"):
+        read_images(str(noise("folder")), load_backbone("test_efficientnet", 2), run={"seed": 0, "data": data})
 
 
 def test_invalid_size_and_missing_folder_are_refused(tmp_path: Path) -> None:

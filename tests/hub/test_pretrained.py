@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
+from peft_edge import ConvAdapterConfig, ConvLoraConfig
 from peft_edge.backbones import class_names, fingerprint, grow_head, load_backbone, save_backbone, set_class_names
 from peft_edge.hub import load_pretrained, save_adapter
+from peft_edge.hub.pretrained import _without_values
 from tests.hub.support import adapted, change_json
 
 NAME = "mobilenetv2_035"
@@ -56,7 +60,7 @@ def test_head_gets_the_size_of_the_adapter(tmp_path: Path) -> None:
     model = adapted(base)
     save_adapter(model, tmp_path / "adapter")
     with pytest.warns(UserWarning, match="random weights"):
-        reloaded = load_pretrained(tmp_path / "adapter")
+        reloaded = load_pretrained(tmp_path / "adapter", allow_other_base=True)
     assert reloaded(torch.randn(1, 3, 32, 32)).shape == (1, 3)
 
 
@@ -77,7 +81,63 @@ def test_saving_again_replaces_the_adapter(tmp_path: Path) -> None:
         "README.md",
         "adapter_config.json",
         "adapter_model.safetensors",
+        "base_fingerprint.json",
     }
+
+
+def other_weights(base: nn.Module, name: str) -> nn.Module:
+    other = copy.deepcopy(base)
+    with torch.no_grad():
+        other.get_parameter(name).flatten()[0] += 1
+    return other
+
+
+METHODS = {
+    "our LoRA": lambda: ConvLoraConfig(r=2, target_modules="all-conv", modules_to_save=["classifier"]),
+    "norms only": lambda: ConvLoraConfig(target_modules="pointwise", norm="affine"),
+    "Conv-Adapter": lambda: ConvAdapterConfig(target_modules="pointwise", modules_to_save=["classifier"]),
+    "PEFT's LoRA": lambda: LoraConfig(r=2, target_modules=["conv_pw", "conv_head"], modules_to_save=["classifier"]),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", ["conv_stem.weight", "bn1.bias", "conv_head.weight"])
+def test_other_weights_of_the_same_network_are_refused(method: str, name: str, tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    model = get_peft_model(copy.deepcopy(base), METHODS[method]())
+    model.train()(torch.randn(4, 3, 32, 32))  # updates BatchNorm statistics, which are no weights
+    save_adapter(model, tmp_path / "adapter")
+    other = other_weights(base, name)
+    before = fingerprint(other)
+    load_pretrained(tmp_path / "adapter", base=base)
+    with pytest.raises(ValueError, match="was trained on other weights of this network"):
+        load_pretrained(tmp_path / "adapter", base=other)
+    assert fingerprint(other) == before
+    load_pretrained(tmp_path / "adapter", base=other, allow_other_base=True)
+    # Adapters of PEFT's own `save_pretrained` have no fingerprint.
+    (tmp_path / "adapter" / "base_fingerprint.json").unlink()
+    load_pretrained(tmp_path / "adapter", base=other)
+
+
+def test_weights_that_the_adapter_replaces_may_differ(tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    save_adapter(adapted(copy.deepcopy(base)), tmp_path / "adapter")
+    load_pretrained(tmp_path / "adapter", base=other_weights(base, "classifier.weight"))
+    load_pretrained(tmp_path / "adapter", base=load_with_head(base, 7))
+
+
+def load_with_head(base: nn.Module, num_classes: int) -> nn.Module:
+    other = copy.deepcopy(base)
+    other.reset_classifier(num_classes)
+    return other
+
+
+def test_damaged_fingerprint_is_named(tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    save_adapter(adapted(copy.deepcopy(base)), tmp_path / "adapter")
+    (tmp_path / "adapter" / "base_fingerprint.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"base_fingerprint\.json: expected the fingerprint of the base"):
+        load_pretrained(tmp_path / "adapter", base=base)
 
 
 @pytest.mark.parametrize("adapter", ["no/such/adapter", "/no/such/folder", "none"])
@@ -254,3 +314,20 @@ def test_backbone_in_the_folder_of_the_adapter_is_checked(copied: Path, saved: t
         file.write_text(json.dumps(config | change))
         with pytest.raises(ValueError, match=problem):
             load_pretrained(copied)
+
+
+def test_fit_is_checked_without_a_copy_of_the_weights() -> None:
+    class Uncopied(nn.Parameter):
+        def __deepcopy__(self, memo: dict) -> None:
+            raise AssertionError("the weights are copied")
+
+    model = load_backbone(NAME, num_classes=3)
+    model.conv_stem.weight = Uncopied(model.conv_stem.weight.data)
+    model.conv_head.weight = model.conv_stem.weight  # shared
+    found = _without_values(model)
+    assert {tensor.device.type for tensor in found.state_dict().values()} == {"meta"}
+    assert found.conv_head.weight is found.conv_stem.weight
+    assert {name: tensor.shape for name, tensor in found.state_dict().items()} == {
+        name: tensor.shape for name, tensor in model.state_dict().items()
+    }
+    assert model.conv_stem.weight.device.type == "cpu"

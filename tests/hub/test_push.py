@@ -24,7 +24,13 @@ from tests.hub.support import adapted
 # The HTTP library of the Hub client warns about how the client uploads.
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
 
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "label_names.json"}
+FILES = {
+    "README.md",
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "base_fingerprint.json",
+    "label_names.json",
+}
 SOURCE = {"source_model/config.json", "source_model/model.safetensors"}
 
 

@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from peft_edge import ConvLoraConfig
 from peft_edge.backbones import head_names
+from peft_edge.lean import feature_cache
 from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
 from peft_edge.methods import METHODS
 from peft_edge.profiling import count_flops
@@ -285,6 +286,17 @@ def test_damaged_cache_is_filled_again(
     damage(next(tmp_path.glob(f"*/{name}")))
 
     assert torch.equal(opened(tmp_path, prefix).__getitems__([(0, 3)])["pixel_values"], expected)
+
+
+def test_cache_is_read_without_a_lock(tmp_path: Path, prefix: FrozenPrefix, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = opened(tmp_path, prefix)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(f"{path}: a file in a read-only folder")
+
+    monkeypatch.setattr(feature_cache, "FileLock", denied)
+    again = opened(tmp_path, prefix)
+    assert torch.equal(again.__getitems__([(0, 1)])["pixel_values"], first.__getitems__([(0, 1)])["pixel_values"])
 
 
 def test_interrupted_fill_leaves_no_cache(tmp_path: Path, prefix: FrozenPrefix) -> None:

@@ -171,7 +171,7 @@ def test_cost_job_is_not_finished_if_its_options_change(bert: Path, tmp_path: Pa
     assert job(8).is_finished
     assert not job(16).is_finished
     (tmp_path / "out" / "a" / "record.json").write_text("{}", encoding="utf-8")
-    with pytest.raises(ValueError, match=r"record\.json is damaged: delete it"):
+    with pytest.raises(ValueError, match=r"record\.json is damaged: move it away"):
         _ = job(8).record
 
 

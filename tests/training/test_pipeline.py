@@ -16,7 +16,7 @@ from peft_edge.records import SUCCESS
 from peft_edge.training.adaptation import load_update
 from peft_edge.training.pipeline import start_accelerator, start_trackers
 from tests.hub import stand_in
-from tests.training.support import RunTraining
+from tests.training.support import RunTraining, record_of
 
 
 def test_the_accelerator_has_the_configured_threads_accumulation_and_device() -> None:
@@ -87,11 +87,12 @@ def test_a_run_whose_push_fails_is_complete_and_the_same_command_pushes_it(
 ) -> None:
     arguments = ["method=lora", "hub.repo_id=me/adapter", "hub.private=true", "hub.license=mit"]
     hub.is_full = True
-    with torch.enable_grad():
-        assert run(tmp_path / "run", *arguments).train_info.status == "success"
+    with torch.enable_grad(), pytest.raises(OSError, match=r"me/adapter: expected to push to http(?s:.*)The same comm"):
+        run(tmp_path / "run", *arguments)
     failed = capfd.readouterr()
-    assert "error: me/adapter: expected to push to http" in caplog.text
-    assert "The run has succeeded. The same command" in caplog.text
+    record = record_of(tmp_path / "run")
+    assert record.train_info.status == "success"
+    assert "the push to me/adapter failed: me/adapter: expected to push to http" in record.run_info.error_msg
     model = load_pretrained(tmp_path / "run" / "adapter")
     assert set(hub.files("me/adapter")) == {".gitattributes"}
 
@@ -99,6 +100,8 @@ def test_a_run_whose_push_fails_is_complete_and_the_same_command_pushes_it(
     run(tmp_path / "run", *arguments)
     pushed = capfd.readouterr()
     assert "pushed: http" in pushed.out
+    assert record_of(tmp_path / "run").run_info.error_msg == ""
+    assert b"failed" not in hub.files("me/adapter")["record.json"]
     assert hub.repos["me/adapter"].private
     images = torch.randn(2, 3, 32, 32)
     assert torch.equal(load_pretrained("me/adapter")(images), model(images))

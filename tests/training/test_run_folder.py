@@ -75,7 +75,7 @@ def test_a_damaged_record_is_named(tmp_path: Path) -> None:
     run = open_run(config_for(tmp_path), Accelerator(cpu=True))
     (tmp_path / "record.json").write_text('{"run_info"')
 
-    with pytest.raises(ValueError, match=r"record.json is damaged: delete it"):
+    with pytest.raises(ValueError, match=r"record.json is damaged: move it away"):
         _ = run.record
 
 

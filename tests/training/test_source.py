@@ -45,6 +45,18 @@ def test_the_source_model_is_trained_once_and_then_shared(
         source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
 
 
+def test_a_cache_is_read_without_a_lock(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = source.source_model(config_for(tmp_path), task, CPU)
+
+    def denied(path: Path) -> None:
+        raise PermissionError(f"{path}: a file in a read-only folder")
+
+    monkeypatch.setattr(source, "FileLock", denied)
+    assert fingerprint(source.source_model(config_for(tmp_path), task, CPU)) == fingerprint(first)
+    with pytest.raises(PermissionError):
+        source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
+
+
 def test_failed_source_training_leaves_nothing_in_the_cache(tmp_path: Path, task: Task) -> None:
     with pytest.raises(ValueError, match=r"the source model diverged in epoch 1 .*: lower source.learning_rate"):
         source.source_model(config_for(tmp_path, "source.learning_rate=1e30"), task, CPU)

@@ -9,9 +9,9 @@ import pytest
 from accelerate import Accelerator
 
 from peft_edge.config import load_config
-from peft_edge.records import CANCELED, FAILED, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
+from peft_edge.records import CANCELED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
 from peft_edge.training.run_folder import open_run
-from peft_edge.training.summary import failure_recorded, summary_table
+from peft_edge.training.summary import failure_recorded, new_record, summary_table
 from tests.training.support import record_of
 
 
@@ -26,6 +26,15 @@ def test_a_run_that_fails_leaves_a_record(tmp_path: Path, error: BaseException, 
     assert type(error).__name__ in record.run_info.error_msg
     assert record.run_info.created_at == "1970-01-01T00:00:00+00:00"
     assert run.record is None
+
+
+def test_an_error_after_success_keeps_the_record(tmp_path: Path) -> None:
+    config = load_config([f"output_dir={tmp_path / 'run'}", "data.shift=blend"])
+    run = open_run(config, Accelerator(cpu=True))
+    run.write_record(new_record(config, SUCCESS, started=1.0))
+    with pytest.raises(OSError, match="lost"), failure_recorded(run, 0.0):
+        raise OSError("lost")
+    assert record_of(tmp_path / "run") == new_record(config, SUCCESS, started=1.0)
 
 
 def test_the_record_of_a_failed_run_holds_the_profile_measured_so_far(tmp_path: Path) -> None:

@@ -1,0 +1,236 @@
+"""Find the images, classes and splits in a folder, and say what was left out."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+
+from peft_edge.data.pixels import check_image, identify, is_image_suffix
+
+logger = logging.getLogger(__name__)
+
+_SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing",
+}
+# Folders of systems and tools.
+_SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder's name means: `train`, `validation`, `test` or None.
+
+    >>> [split_of(name) for name in ("Train", "training_set", "val", "TEST", "train station")]
+    ['train', 'train', 'validation', 'test', None]
+    """
+    for split, words in _SPLIT_WORDS.items():
+        if re.fullmatch(rf"({words})([ _-]?(set|split|data|images?))?", name.lower()):
+            return split
+    return None
+
+
+@dataclass
+class _Found:
+    """What a folder holds: for each split the image files with their classes, and what was left out."""
+
+    folder: Path
+    images: dict[str, list[tuple[Path, str]]] = field(default_factory=dict)
+    left_out: Counter[str] = field(default_factory=Counter)
+    first: dict[str, Path] = field(default_factory=dict)
+
+    def leave_out(self, reason: str, path: Path, count: int = 1) -> None:
+        self.left_out[reason] += count
+        self.first.setdefault(reason, path.relative_to(self.folder))
+
+    def summary(self) -> str:
+        return "; ".join(
+            f"{count} {reason} ({'' if count == 1 else 'first '}{self.first[reason]})"
+            for reason, count in sorted(self.left_out.items())
+        )
+
+
+def read_image_folder(folder: Path) -> DatasetDict:
+    """Read a folder with one subfolder for each class, or with such folders below `train`, `validation` and `test`.
+
+    Every file is read once: its structure is checked, and the hash of its content is kept in the column `content`.
+    Images below a class's subfolders belong to the class. What is left out is counted in one warning.
+
+    Raises:
+        ValueError: If there are no images, an image is outside of the class folders, an image file is damaged, or it is
+            unclear which folders are splits. The message names the file or folder.
+    """
+    found = _Found(folder)
+    roots = _split_folders(folder, found)
+    for split, root in roots.items():
+        found.images[split] = list(_class_images(root, found))
+    names = sorted({name for images in found.images.values() for _, name in images})
+    if not found.images.get("train"):
+        hint = f" Left out: {found.summary()}." if found.left_out else ""
+        raise ValueError(f"the folder {str(folder)!r} holds no images: expected one subfolder for each class.{hint}")
+    if found.left_out:
+        reads = "" if roots["train"] == folder else f"reads {', '.join(f'{root.name}/' for root in roots.values())}; "
+        logger.warning("%s: %sleft out %s", folder, reads, found.summary())
+    features = Features({"image": Image(), "label": ClassLabel(names=names), "content": Value("string")})
+    splits = DatasetDict()
+    for split, images in found.images.items():
+        if images:
+            table = {
+                "image": [str(path) for path, _ in images],
+                "label": [names.index(name) for _, name in images],
+                "content": [_checked_hash(path) for path, _ in images],
+            }
+            splits[split] = Dataset.from_dict(table, features)
+    _warn_untrained(folder, names, found)
+    return splits
+
+
+def content_hash(content: bytes) -> str:
+    """Return a hash of the bytes of a file: the same for copies, whatever their names and times."""
+    return hashlib.blake2b(content, digest_size=16).hexdigest()
+
+
+def _checked_hash(path: Path) -> str:
+    try:
+        content = path.read_bytes()
+        check_image(content)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot read the image file {str(path)!r}: {error}; replace or remove it") from error
+    return content_hash(content)
+
+
+def _warn_untrained(folder: Path, names: list[str], found: _Found) -> None:
+    trained = {name for _, name in found.images["train"]}
+    for name in names:
+        if name not in trained:
+            counts = {
+                split: sum(label == name for _, label in images)
+                for split, images in found.images.items()
+                if split != "train"
+            }
+            places = " and ".join(f"{count} in {split}" for split, count in counts.items() if count)
+            logger.warning(
+                "%s: the class %r has no image in train, and %s: the model cannot learn it, and these images count as "
+                "errors",
+                folder,
+                name,
+                places,
+            )
+
+
+def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
+    """Return the folder of each split; the whole folder as `train` if it has no splits."""
+    children = [child for child in _entries(folder) if child.is_dir() and not _is_hidden(child)]
+    splits: dict[str, list[Path]] = {}
+    for child in children:
+        if split := split_of(child.name):
+            splits.setdefault(split, []).append(child)
+    # A class may be called "train": its folder has images and no class folders.
+    nested = {split: [path for path in paths if _has_class_folders(path)] for split, paths in splits.items()}
+    nested = {split: paths for split, paths in nested.items() if paths}
+    if not nested:
+        if "train" in splits and len(splits) > 1 and all(split_of(child.name) for child in children):
+            raise ValueError(
+                f"{splits['train'][0]} holds images and no class folders: expected one subfolder for each class in "
+                "every split"
+            )
+        return {"train": folder}
+    if "train" not in nested:
+        raise ValueError(
+            f"{folder} has {' and '.join(str(paths[0].name) + '/' for paths in nested.values())} with class folders, "
+            "and no train/: rename the folder of the training images to train"
+        )
+    for split, paths in nested.items():
+        if len(paths) > 1:
+            raise ValueError(
+                f"{folder} has several folders for {split}: {', '.join(path.name for path in paths)}. Keep one of "
+                "them, or name the others otherwise"
+            )
+    chosen = {split: nested[split][0] for split in _SPLIT_WORDS if split in nested}
+    others = [child for child in children if child not in chosen.values()]
+    if len(chosen) == 1 and others:
+        raise ValueError(
+            f"{folder} has train/ with folders inside of it, and {others[0].name}/ beside it: rename train/ if it is a "
+            f"class, and move {others[0].name}/ elsewhere if it is none"
+        )
+    for child in _visible(folder, found):
+        if child not in chosen.values():
+            found.leave_out(f"{'folder' if child.is_dir() else 'file'} beside the splits", child)
+    return chosen
+
+
+def _has_class_folders(folder: Path) -> bool:
+    return any(path.is_dir() and not _is_hidden(path) for path in folder.iterdir())
+
+
+def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
+    """Yield the image files below a folder with the names of their classes, in the order of their paths."""
+    for child in _visible(root, found):
+        if child.is_dir():
+            inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}
+            if "train" in inner and len(inner) > 1:
+                raise ValueError(
+                    f"{child} has the splits {' and '.join(sorted(filter(None, inner)))} inside of it: expected the "
+                    "class folders inside of the splits, as in train/cat and test/cat; or name that folder itself"
+                )
+            before = found.left_out.total()
+            images = [path for path in _files(child, found, {child.resolve()}) if _is_image(path, found)]
+            if not images and found.left_out.total() == before:
+                found.leave_out("empty folder", child)
+            yield from ((path.absolute(), child.name) for path in images)
+        elif _is_image(child, found):
+            raise ValueError(
+                f"the image {child} is outside of the class folders: move it into the subfolder of its class, or "
+                "remove it"
+            )
+
+
+def _files(folder: Path, found: _Found, visited: set[Path]) -> Iterator[Path]:
+    for path in _visible(folder, found):
+        if not path.is_dir():
+            yield path
+        elif (real := path.resolve()) in visited:
+            found.leave_out("link to a folder above it", path)
+        else:
+            yield from _files(path, found, visited | {real})
+
+
+def _visible(folder: Path, found: _Found) -> list[Path]:
+    visible = []
+    for path in _entries(folder):
+        if _is_hidden(path):
+            found.leave_out(f"hidden {'folder' if path.is_dir() else 'file'}", path)
+        elif not path.exists():
+            found.leave_out("broken link", path)
+        else:
+            visible.append(path)
+    return visible
+
+
+def _entries(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir(), key=lambda path: path.name)
+
+
+def _is_hidden(path: Path) -> bool:
+    return path.name.startswith(".") or path.name in _SYSTEM_NAMES
+
+
+def _is_image(path: Path, found: _Found) -> bool:
+    """Return whether a file is an image; its content decides if the ending is not that of an image."""
+    if not path.is_file():
+        found.leave_out("entry that is no file", path)
+        return False
+    if is_image_suffix(path.suffix):
+        return True
+    with path.open("rb") as file:
+        if identify(file) is not None:
+            return True
+    found.leave_out(f"{path.suffix or 'file without an ending'} that is no image Pillow can read", path)
+    return False

@@ -1,0 +1,116 @@
+"""Decode image files of any mode to 8-bit RGB, and check files before they are used."""
+
+from __future__ import annotations
+
+import io
+from contextlib import suppress
+from typing import IO
+
+import numpy as np
+from PIL import Image, ImageFile
+
+# Pillow's modes with more than 8 bits in a channel.
+_DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
+# The largest values of 8, 10, 12, 14 and 16 bits. Cameras store 10 to 14 bits in 16.
+_DEEP_RANGES = (255, 1023, 4095, 16383, 65535)
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """Convert an image of any mode to 8-bit RGB.
+
+    Values of more than 8 bits are scaled by the range of the file: the smallest of 8, 10, 12, 14 and 16 bits, and for
+    floating-point numbers also of 0 to 1, that contains its largest value. Transparent pixels are composed on white.
+
+    Raises:
+        ValueError: If values are negative, not finite or larger than 16 bits, or the mode has no form in RGB.
+
+    >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
+    (255, 255, 255)
+    >>> to_rgb(Image.new("I;16", (1, 1), 4095)).getpixel((0, 0))
+    (255, 255, 255)
+    """
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode in _DEEP_MODES:
+        image = _with_8_bits(image)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, "white")
+        white.alpha_composite(image)
+        image = white
+    return image.convert("RGB")
+
+
+def _with_8_bits(image: Image.Image) -> Image.Image:
+    values = np.asarray(image)
+    smallest, largest = (float(value) for value in (values.min(), values.max()))
+    ranges = (1, *_DEEP_RANGES) if image.mode == "F" else _DEEP_RANGES
+    # NaN fails every comparison.
+    if not (smallest >= 0 and largest <= ranges[-1]):
+        raise ValueError(
+            f"its values are from {smallest:g} to {largest:g}, expected 0 to 65535, or 0 to 1 for floating-point "
+            "numbers: save it with 8 or 16 bits in a channel"
+        )
+    scale = 255 / next(top for top in ranges if largest <= top)
+    pixels = np.rint(values.astype(np.float64) * scale).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if isinstance(transparent, int):
+        pixels[values == transparent] = 255
+    return Image.fromarray(pixels)
+
+
+def check_image(content: bytes) -> None:
+    """Check the content of an image file; its pixels are decoded only if they are not of 8 bits.
+
+    Raises:
+        ValueError: If the content is not an image, is damaged, is too large, or cannot be converted by `to_rgb`.
+    """
+    try:
+        image = Image.open(io.BytesIO(content))
+        if is_deep(image):
+            _check_deep(image)
+            image = Image.open(io.BytesIO(content))
+        image.verify()
+    except Image.DecompressionBombError as error:
+        raise ValueError(
+            f"{error}: a decoded image of this size takes too much memory; save it with fewer pixels"
+        ) from error
+    except Exception as error:  # Pillow's readers raise many types for damaged files
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def is_deep(image: Image.Image) -> bool:
+    """Return whether the file of an opened image has more than 8 bits in a channel."""
+    # Pillow reads 16-bit colours as 8 bits; only the description of the pixels in the file, such as RGB;16B, tells.
+    return image.mode in _DEEP_MODES or ";16" in str(getattr(image, "tile", ""))
+
+
+def _check_deep(image: Image.Image) -> None:
+    image.load()
+    if image.mode in _DEEP_MODES:
+        to_rgb(image)
+        return
+    if "transparency" in image.info:
+        raise ValueError("it has 16-bit colours and a transparent colour: save it with 8 bits in a channel")
+    colours = image.getextrema()[:3]
+    largest = max(top for _, top in colours if isinstance(top, int))  # type: ignore[misc]
+    # Pillow has kept the upper 8 of 16 bits.
+    if 0 < largest < 64:
+        raise ValueError(
+            f"it has 16-bit colours of which at most {8 + largest.bit_length()} bits are used, and would be almost "
+            "black: save it with 8 bits in a channel"
+        )
+
+
+def identify(file: IO[bytes]) -> str | None:
+    """Return Pillow's name of the format of a file; None if it is no image that Pillow decodes."""
+    # These readers identify a file and decode nothing, or call another program.
+    with suppress(Exception), Image.open(file) as image:  # Pillow's readers raise many types
+        if not isinstance(image, ImageFile.StubImageFile) and image.format not in ("MPEG", "EPS"):
+            return image.format
+    return None
+
+
+def is_image_suffix(suffix: str) -> bool:
+    """Return whether Pillow reads files with this ending, such as `.jpg`."""
+    return Image.registered_extensions().get(suffix.lower()) in Image.OPEN.keys() - {"MPEG", "EPS"}
