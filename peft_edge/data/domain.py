@@ -79,7 +79,7 @@ class Task:
 
     @property
     def num_classes(self) -> int:
-        """The number of classes after the last target."""
+        """The number of classes once all target domains have been added."""
         return len(self.class_names)
 
     @property

@@ -60,7 +60,7 @@ class Basis(NamedTuple):
         return matrix if self.right is None else matrix @ self.right.t()
 
     def project_back(self, projected: Tensor) -> Tensor:
-        """Return P projected Q^T of shape (rows, columns); a factor that is None is left out."""
+        """Return `left @ projected @ right`, of shape (rows, columns). A factor that is None is left out."""
         if self.left is not None:
             projected = self.left @ projected
         return projected if self.right is None else projected @ self.right

@@ -159,7 +159,7 @@ class ProfilingCallback(TrainerCallback):
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
-        """End the measurement of the step and write its step profile."""
+        """End the measurement of the step and update the file of step profiles."""
         self.close()
         step, self._step = self._step, None
         if isinstance(step, CountedStep):
@@ -279,7 +279,7 @@ class TimedStep(ExitStack):
     """Measure the time of each phase of the step in a `with` block, with two hooks on the model.
 
     The forward pass lasts from the call of the model until the first gradient reaches its output. It includes the loss,
-    wherever the loss is computed. A call of `enter` ends the other phases. With gradient accumulation, times add up.
+    wherever the loss is computed. The hooks start the forward and backward phases; the caller starts the optimizer phase with `enter`. With gradient accumulation, times add up.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -113,7 +113,10 @@ class _Worker:
             self.connection.send(attempt)
 
     def end(self) -> tuple[JobAttempt, bool]:
-        """Return the attempt and the result of its `run`, or raise the exception of `run`."""
+        """Return the attempt and the result of its `run`, or raise the exception of `run`.
+
+        If the process died, record the failure and return the result of `fail`.
+        """
         assert self.attempt is not None
         attempt, self.attempt = self.attempt, None
         try:

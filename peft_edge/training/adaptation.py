@@ -280,7 +280,7 @@ def load_update(folder: Path, device: torch.device) -> nn.Module:
 def merged_copy(model: nn.Module) -> nn.Module | None:
     """Return a copy of the model with its adapter merged, or `model` itself if it has no adapter.
 
-    Return None if the adapter cannot be merged, as non-linear adapters and PEFT's own LoRA of grouped convolutions.
+    Return None if the adapter cannot be merged, such as a non-linear adapter or PEFT's LoRA of a grouped convolution.
     """
     if not isinstance(model, PeftModel):
         return model

@@ -97,15 +97,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         for name, value in merged.items() if safe_merge else ():
             if not torch.isfinite(value).all():
                 raise ValueError(f"NaNs detected in the merged {name}. The adapter {names[-1]} seems to be broken")
-        self._unmerged = self._unmerged or {name: getattr(base, name).data for name in merged}
+        # A second merge may change a tensor, such as the bias, that the first one left alone.
+        self._unmerged = {name: getattr(base, name).data for name in merged} | self._unmerged
         for name, value in merged.items():
             tensor = getattr(base, name)
-            # Copy, because an unchanged value may be the tensor of the base layer or of the adapter itself.
+            # Copy: `value` may be the base layer's or the adapter's tensor, whose memory the result must not share.
             tensor.data = value.detach().to(tensor.dtype, copy=True)
         self.merged_adapters.extend(names)
 
     def unmerge(self) -> None:
-        """Restore the base layer's own tensors, bit for bit."""
+        """Restore the tensors of before the first merge, in the current dtype and on the current device."""
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
