@@ -279,7 +279,9 @@ class TimedStep(ExitStack):
     """Measure the time of each phase of the step in a `with` block, with two hooks on the model.
 
     The forward pass lasts from the call of the model until the first gradient reaches its output. It includes the loss,
-    wherever the loss is computed. The hooks start the forward and backward phases; the caller starts the optimizer phase with `enter`. With gradient accumulation, times add up.
+    wherever the loss is computed. The hooks start
+    the forward and backward phases; the caller starts the optimizer phase with `enter`. With gradient accumulation,
+    times add up.
     """
 
     def __init__(self, model: nn.Module) -> None:
