@@ -22,6 +22,7 @@ from peft.utils import hotswap
 from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.autograd.function import FunctionCtx
 from torch.autograd.graph import Node
 from torch.utils._mode_utils import no_dispatch as no_dispatch
@@ -77,6 +78,11 @@ def is_view(tensor: Tensor) -> bool:
 def is_transformed(tensor: Tensor) -> bool:
     """Return whether a transform of `torch.func`, such as `vmap`, wraps a tensor."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def is_transforming() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is running. Seen in torch 2.14.1."""
+    return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def use_counts(tensor: Tensor) -> tuple[int, int]:

@@ -89,10 +89,14 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Yield the children of a module without its adapters and without copies in `modules_to_save`."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.utils import AuxiliaryTrainingWrapper
+
     for name, child in module.named_children():
-        while (base := getattr(child, "base_layer", None)) is not None:
-            child = base
-        if not hasattr(child, "original_module"):
+        # By type: timm's DLA has a child of its own that is named `base_layer`.
+        while isinstance(child, BaseTunerLayer):
+            child = child.base_layer
+        if not isinstance(child, AuxiliaryTrainingWrapper):
             yield name, child
 
 

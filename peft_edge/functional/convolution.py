@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, pad_same
 from torch import Tensor
 
-from peft_edge._compat import AutogradContext, ConvolutionBase, f_pad_sides
+from peft_edge._compat import AutogradContext, ConvolutionBase, f_pad_sides, is_transforming
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -118,5 +118,9 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def needs_backward() -> bool:
-    """Return whether a backward pass may follow. `torch.jit.trace` counts as no: it cannot save our functions."""
-    return torch.is_grad_enabled() and not torch.jit.is_tracing()
+    """Return whether a backward pass may follow that our functions can run.
+
+    `torch.jit.trace` cannot save our functions. The transforms of `torch.func` and forward-mode differentiation need
+    rules for them, which torch has for its own operators.
+    """
+    return torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_transforming()

@@ -167,7 +167,8 @@ def _adapt(
 
         started = time.perf_counter()
         if isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "recalibrate":
-            recalibrate(model, (batch["pixel_values"] for batch in accelerator.prepare_data_loader(batches)))
+            loader = accelerator.prepare_data_loader(batches)  # a part of the images for each process
+            recalibrate(model, (batch["pixel_values"] for batch in loader), synchronise=True)
         seconds = time.perf_counter() - started
         if config.lean.enabled:
             prepare_model_for_lean_training(model, **config.lean.model_dump(exclude={"enabled"}))

@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
-from timm.layers import BatchNormAct2d, Conv2dSame
+from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
 
-from peft_edge._compat import has_plain_conv_forward
+from peft_edge._compat import has_hooks, has_plain_conv_forward
 from peft_edge.lean.layers import LeanBatchNorm, LeanConvolution
 from peft_edge.roles import is_convolution
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, LeanBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, LeanBatchNorm)
+
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+"""What timm's `freeze` and `freeze_batch_norm_2d` put in the place of a BatchNorm layer: constant statistics."""
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
@@ -27,17 +33,66 @@ def check_plain(layer: nn.Module, name: str) -> None:
         # torch's parametrisations and weight_norm replace the parameter by a computed tensor.
         is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
     else:
-        expected, is_plain = "batch normalisation", type(layer).forward in {cls.forward for cls in _BATCH_NORMS}
+        expected = "batch normalisation"
+        is_plain = type(layer).forward in {cls.forward for cls in (*_BATCH_NORMS, *FROZEN_NORMS)}
     if not is_plain:
         raise ValueError(
             f"Cannot adapt layer {name!r}: {type(layer).__name__} is not a plain {expected}, so a merged adapter would "
-            f"compute something else. Leave it out with exclude_modules=[{name!r}]."
+            f"compute something else. Leave it out with exclude_modules=[{name!r}]"
+            + ("." if is_convolution(layer) else f", or train and save it whole with modules_to_save=[{name!r}].")
         )
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
     """Return a dict from adapter names to the indices of their samples in a mixed batch."""
     return {adapter: [row for row, name in enumerate(adapter_names) if name == adapter] for adapter in adapter_names}
+
+
+def replaces_forward(layer: nn.Module) -> bool:
+    """Whether someone replaced the forward pass of this one layer, not of its class."""
+    attributes = layer.__dict__
+    return "forward" in attributes or "_conv_forward" in attributes
+
+
+def is_observed(layer: nn.Module) -> bool:
+    """Whether hooks or a replaced forward pass expect the layer to be called."""
+    return has_hooks(layer) or replaces_forward(layer)
+
+
+def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """Call `layer(x)` with `forward` in the place of its own forward pass, so that its hooks run.
+
+    Accelerate's hooks replace `forward` by a function that loads the weights and then calls `_old_forward`.
+    """
+    name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
+    attributes = vars(layer)
+    before = {key: attributes[key] for key in (name,) if key in attributes}
+    attributes[name] = forward
+    try:
+        return layer(x)
+    finally:
+        del attributes[name]
+        attributes.update(before)
+
+
+@contextmanager
+def loaded(*modules: nn.Module) -> Iterator[None]:
+    """Within the context, the weights of these modules are on their device, also if Accelerate offloads them."""
+    hooked = [module for module in modules if hasattr(module, "_hf_hook")]
+    for module in hooked:
+        module._hf_hook.pre_forward(module)
+    try:
+        yield
+    finally:
+        for module in hooked:
+            module._hf_hook.post_forward(module, None)
+
+
+def fingerprint(tensor: Tensor) -> tuple[torch.dtype, int]:
+    """Return the dtype and the sum of the bits of a tensor, which tell whether somebody changed it."""
+    real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
+    bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
+    return tensor.dtype, int(real.detach().view(bits).sum(dtype=torch.int64))
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -51,13 +106,22 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         # nn.Module declares all other attributes as Tensor or Module, but PEFT sets dictionaries.
         def __getattr__(self, name: str) -> Any: ...
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
         super().__init__()
+        self.target_name = target_name
         self.base_layer = base_layer
         self.merged_adapters: list[str] = []
         self._unmerged: dict[str, Tensor] = {}
+        self._fingerprints: dict[str, tuple[torch.dtype, int]] = {}
         if isinstance(self, LoraLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes that PEFT reads in all LoRA layers
+
+    def get_base_layer(self) -> nn.Module:
+        """Return the adapted layer. PEFT's method would also enter a block with a child named `base_layer`."""
+        layer = self.base_layer
+        while isinstance(layer, BaseTunerLayer):
+            layer = layer.base_layer
+        return layer
 
     @property
     def _adapters(self) -> nn.ModuleDict:
@@ -85,35 +149,72 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         With `safe_merge=True`, the result is checked for NaN and infinity before the base layer changes.
 
         Raises:
-            ValueError: If `safe_merge` finds a value that is not finite.
+            ValueError: If `safe_merge` finds a value that is not finite in the base layer's dtype, or if the base layer
+                computes its weight in each forward pass (pruning, parametrisation).
             RuntimeError: If an adapter has a bias and the base layer has none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._adapters]
         if not names:
             return
+        merged = self.check_merge(names, safe_merge=safe_merge)
         base = self.get_base_layer()
-        with torch.no_grad():
-            merged = self._merged_tensors([*self.merged_adapters, *names])
-        for name, value in merged.items() if safe_merge else ():
-            if not torch.isfinite(value).all():
-                raise ValueError(f"NaNs detected in the merged {name}. The adapter {names[-1]} seems to be broken")
         # A second merge may change a tensor, such as the bias, that the first one left alone.
         self._unmerged = {name: getattr(base, name).data for name in merged} | self._unmerged
         for name, value in merged.items():
             tensor = getattr(base, name)
             # Copy: `value` may be the base layer's or the adapter's tensor, whose memory the result must not share.
             tensor.data = value.detach().to(tensor.dtype, copy=True)
+            self._fingerprints[name] = fingerprint(tensor)
         self.merged_adapters.extend(names)
 
+    def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
+        """Return the tensors that merging more adapters would give, or raise the errors of `merge`."""
+        base = self.get_base_layer()
+        with torch.no_grad():
+            merged = self._merged_tensors([*self.merged_adapters, *adapter_names])
+        self._check_plain_tensors(merged, "merge")
+        for name, value in merged.items() if safe_merge else ():
+            if not torch.isfinite(value.to(getattr(base, name).dtype)).all():
+                raise ValueError(
+                    f"NaNs detected in the merged {name} of layer {self.target_name!r}, or values that "
+                    f"{getattr(base, name).dtype} cannot hold. The adapter {adapter_names[-1]} seems to be broken"
+                )
+        return merged
+
+    def _check_plain_tensors(self, names: dict[str, Tensor], action: str) -> None:
+        base = self.get_base_layer()
+        computed = [name for name in names if name not in {**base._parameters, **base._buffers}]
+        if computed:
+            raise ValueError(
+                f"Cannot {action} layer {self.target_name!r}: {type(base).__name__} computes its {computed[0]} in each "
+                "forward pass, which would overwrite the result. Remove the pruning or parametrisation first "
+                "(torch.nn.utils.prune.remove, torch.nn.utils.parametrize.remove_parametrizations)."
+            )
+
     def unmerge(self) -> None:
-        """Restore the tensors of before the first merge, in the current dtype and on the current device."""
+        """Restore the base layer's own tensors, bit for bit.
+
+        If somebody changed the base layer after the merge (an optimizer step, pruning), subtract the adapters instead,
+        so that the change stays.
+
+        Raises:
+            ValueError: If the base layer computes its weight in each forward pass (pruning, parametrisation).
+        """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
+        base = self.get_base_layer()
+        self._check_plain_tensors(self._unmerged, "unmerge")
+        changed = {name for name, value in self._fingerprints.items() if fingerprint(getattr(base, name)) != value}
+        with torch.no_grad():
+            merged = self._merged_tensors(self.merged_adapters) if changed else {}
         for name, value in self._unmerged.items():
-            tensor = getattr(self.get_base_layer(), name)
+            tensor = getattr(base, name)
+            value = value.to(tensor.device)
+            if name in changed and tensor.dtype == self._fingerprints[name][0]:
+                value = tensor.data - (merged[name] - value)
             tensor.data = value.to(tensor)
-        self._unmerged = {}
+        self._unmerged, self._fingerprints = {}, {}
         self.merged_adapters.clear()
 
     def __repr__(self) -> str:

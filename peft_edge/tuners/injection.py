@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 import hashlib
 import re
-from collections.abc import Iterator
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
 from peft import PeftConfig, PeftModel
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_target_module_exists, onload_layer
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.error import NoMatchingPeftModuleError
 from torch import Tensor, nn
 
 from peft_edge._compat import BatchNorm, is_excluded
-from peft_edge.roles import ROLES, modules_with_role
-from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain
+from peft_edge.roles import ROLES, is_convolution, modules_with_role
+from peft_edge.tuners.adapted_layer import FROZEN_NORMS, AdaptedLayer, check_plain
 from peft_edge.tuners.norm import BatchNormLayer
 
 
@@ -37,13 +41,23 @@ class TargetModule(NamedTuple):
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield the modules of the unadapted network, except those in `modules_to_save`; names start with `prefix`."""
+    """Yield the modules of the unadapted network, except those in `modules_to_save`; names start with `prefix`.
+
+    A module that is in several places has the name of the first one, as in `named_modules`.
+    """
+    yield from _iter_modules(model, prefix, set())
+
+
+def _iter_modules(model: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterator[TargetModule]:
     for child_name, child in model.named_children():
-        if isinstance(child, AuxiliaryTrainingWrapper):
+        if isinstance(child, AuxiliaryTrainingWrapper) or child in seen:
             continue
-        base = child.get_base_layer() if isinstance(child, BaseTunerLayer) else child
+        seen.add(child)
+        base = child
+        while isinstance(base, BaseTunerLayer):
+            base = base.base_layer
         yield TargetModule(f"{prefix}{child_name}", model, child_name, child, base)
-        yield from iter_target_modules(base, f"{prefix}{child_name}.")
+        yield from _iter_modules(base, f"{prefix}{child_name}.", seen)
 
 
 def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetModule]:
@@ -116,30 +130,181 @@ def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
     return f"Found target_modules={config.target_modules}; the layer roles are {', '.join(ROLES)}.{question}"
 
 
+def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, str]]]:
+    """Return the places of every module in a model, as parent and name; `named_modules` lists the first one only."""
+    places: dict[nn.Module, set[tuple[nn.Module, str]]] = defaultdict(set)
+    for parent in model.modules():
+        for name, child in parent._modules.items():
+            if child is not None:
+                places[child].add((parent, name))
+    return places
+
+
+def check_ties(config: PeftConfig, model: nn.Module) -> None:
+    """Check that no adapted convolution or norm shares a tensor with another module, which merging would change too.
+
+    Raises:
+        ValueError: If one does, or if a module in `modules_to_save` is in several places.
+    """
+    owners: dict[int, list[str]] = defaultdict(list)
+    places = places_of_modules(model)
+    for name, module in model.named_modules():
+        for tensor_name in ("weight", "bias", "running_mean", "running_var"):
+            tensor = {**module._parameters, **module._buffers}.get(tensor_name)
+            if tensor is not None:
+                owners[id(tensor)].append(f"{name}.{tensor_name}")
+    for target in iter_target_modules(model):
+        is_norm = isinstance(target.base, BatchNorm) and not is_excluded(config, target.name)
+        is_conv = is_convolution(target.base) and check_target_module_exists(config, target.name)
+        for tensor in (*target.base._parameters.values(), *target.base._buffers.values()) if is_norm or is_conv else ():
+            if tensor is not None and len(names := owners[id(tensor)]) > 1:
+                raise ValueError(
+                    f"Cannot adapt layer {target.name!r}: {' and '.join(names)} are one tensor, which a merged adapter "
+                    "would change in both places. Give each its own copy before you adapt the network, or leave the "
+                    f"layer out with exclude_modules=[{target.name!r}]."
+                )
+    if getattr(config, "ensure_weight_tying", False):
+        return
+    for name, module in list(model.named_modules()):
+        is_saved = any(name.endswith(target) for target in getattr(config, "modules_to_save", None) or ())
+        if is_saved and name and len(places[module]) > 1:
+            raise ValueError(
+                f"modules_to_save: {name!r} is in {len(places[module])} places of the network, and the adapter would "
+                "train a copy for one of them. Give each place its own module before you adapt the network."
+            )
+
+
+def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
+    """Name the parts of a module in `config.modules_to_save` whose name ends the names of some parts too.
+
+    PEFT matches the ends of names: `classifier` also is `classifier.low_classifier`, which it would save twice and
+    could not load.
+
+    Raises:
+        ValueError: If the parts cannot be named apart.
+    """
+    ends = tuple(getattr(config, "modules_to_save", None) or ())
+    bases = {name: base for name, *_, base in iter_target_modules(model)}
+    matched = {name for name in bases if name.endswith(ends)} if ends else set()
+
+    def is_outside(name: str) -> bool:
+        return any(other.startswith(f"{name}.") for other in matched)
+
+    outer = {name for name in matched if is_outside(name)}
+    if not outer:
+        return
+    parts, pending = matched - {name for name in matched if any(name.startswith(f"{top}.") for top in outer)}, outer
+    parts -= outer
+    while pending:
+        name = pending.pop()
+        if not is_outside(name) and name not in outer:
+            has_tensors = any(True for _ in bases[name].parameters()) or any(True for _ in bases[name].buffers())
+            parts |= {name} if has_tensors else set()
+            continue
+        own = [*bases[name].parameters(recurse=False), *bases[name].buffers(recurse=False)]
+        children = {f"{name}.{child}" for child, _ in bases[name].named_children()}
+        if own or not children <= bases.keys():
+            raise ValueError(
+                f"modules_to_save: {name!r} has tensors of its own, and parts whose names end in the same way. PEFT "
+                "would save these parts twice. Name the parts of the module instead."
+            )
+        outer = outer - {name}
+        pending = pending | children
+    if {name for name in bases if name.endswith(tuple(parts))} != parts:
+        raise ValueError(
+            f"modules_to_save={list(ends)}: these names also end the names of modules within them, and so do the names "
+            f"of the parts, {sorted(parts)}. Rename the modules, or choose others."
+        )
+    config.modules_to_save = sorted(parts)
+
+
+def warn_of_unsaved_norms(model: nn.Module) -> None:
+    """Warn of norms with running statistics that no adapter holds: training changes them, and nothing saves them."""
+    names = [
+        target.name
+        for target in iter_target_modules(model)
+        if target.module is target.base
+        and not isinstance(target.base, FROZEN_NORMS)
+        and getattr(target.base, "running_mean", None) is not None
+    ]
+    if names:
+        warnings.warn(
+            f"The running statistics of {names} are not part of the adapter: training mode changes them, and they are "
+            "not saved. Save these layers whole with modules_to_save, or call `eval()` on them after each `train()`.",
+            stacklevel=2,
+        )
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -> Iterator[None]:
+    """Within the context, an error leaves the model, the tuner and the configuration as they were."""
+    modules = [(module, dict(module._modules)) for module in model.modules()]
+    parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
+    attributes = [(vars(config), dict(vars(config)))]
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
+            # The dictionaries of PEFT's layers, one entry for each adapter. Those of nn.Module begin with "_".
+            own = {key: copy.copy(value) for key, value in vars(module).items() if key == "_active_adapter"}
+            own |= {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and not k.startswith("_")}
+            attributes.append((vars(module), own))
+    targets = list(tuner.targeted_module_names)
+    try:
+        yield
+    except BaseException:
+        for module, children in modules:
+            module._modules.clear()
+            module._modules.update(children)
+        for parameter, data, requires_grad in parameters:
+            parameter.data = data
+            parameter.requires_grad_(requires_grad)
+        for values, before in attributes:
+            values.update(before)
+        tuner.targeted_module_names[:] = targets
+        for layer in model.modules():
+            if isinstance(layer, BatchNormLayer):
+                layer.intercept_reset()
+        raise
+
+
 class Injection(BaseTuner):
     """Base class of our models: resolve layer roles before PEFT's injection, and adapt BatchNorm layers after it."""
 
     config_class: type[PeftConfig]
     """The class of the tuner's configuration. In a mixed model, PEFT handles all other configurations."""
 
+    _shared: Mapping[nn.Module, set[tuple[nn.Module, str]]] = MappingProxyType({})
+    """While layers are replaced: the places, as parent and name, of the modules that are in several places."""
+
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
-        """Inject an adapter into `model`.
+        """Inject an adapter into `model`. An error leaves the model unchanged.
 
         Raises:
             NoMatchingPeftModuleError: If no module matches `target_modules`.
-            ValueError: If a matching module cannot be adapted. The model is unchanged then.
+            ValueError: If a matching module cannot be adapted, or the name of the adapter contains a dot.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, self.config_class):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
+        with unchanged_on_error(model, self, config), self._shared_modules(model):
+            self._inject(config, model, adapter_name, *args, **kwargs)
+        warn_of_unsaved_norms(model)
+
+    def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
+        if not adapter_name or "." in adapter_name:
+            raise ValueError(f"The name of an adapter must be part of a module's name: {adapter_name!r} has a dot.")
         # If target_modules is missing, this fills in PEFT's defaults for the model, or raises PEFT's error.
         self._prepare_adapter_config(config, self.get_model_config(model))
+        resolve_modules_to_save(config, model)
         resolve_roles(config, model)
         norms = list(iter_target_norms(config, model))
         for target in norms:
             check_plain(target.base, target.name)
+        for target in iter_target_modules(model):
+            if isinstance(target.base, BatchNorm) and check_target_module_exists(config, target.name):
+                _check_has_statistics(target)
         self._check_targets(config, model)
+        check_ties(config, model)
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
@@ -159,14 +324,93 @@ class Injection(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
-        if isinstance(new_module, AdaptedLayer) or is_unwrapped:
-            # PEFT's method would move the new layer to the device of the old layer's weight. A BatchNorm or a block may
-            # have no weight, and our layers create their adapters on the right device.
-            setattr(parent, child_name, new_module)
-        else:
+        # One module may be in several places of the network, and PEFT replaces it in the first one only.
+        places = self._shared.get(child, {(parent, child_name)})
+        if is_unwrapped and isinstance(child, BatchNormLayer):
+            child.release_base_layer()
+        if not (isinstance(new_module, AdaptedLayer) or is_unwrapped):
             super()._replace_module(parent, child_name, new_module, child)
+        # PEFT's method would move our layers to the device of the old layer's weight. A BatchNorm or a block may have
+        # no weight, and our layers create their adapters on the right device.
+        for module, name in places:
+            setattr(module, name, new_module)
         # A new layer is in training mode. In a model in eval mode it must not use dropout or batch statistics.
         new_module.train(child.training)
+
+    @contextmanager
+    def _shared_modules(self, model: nn.Module) -> Iterator[None]:
+        places = places_of_modules(model)
+        self._shared = {module: found for module, found in places.items() if len(found) > 1}
+        try:
+            yield
+        finally:
+            del self._shared
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        """Merge adapters into the base layers, as PEFT does. An error leaves the model unchanged.
+
+        Raises:
+            ValueError: If `safe_merge` finds a value that is not finite, or a base layer computes its weight.
+            RuntimeError: If an adapter has a bias and the base layer has none.
+        """
+        self._check_merge(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise the errors of all layers before the first one changes."""
+        for layer in self.model.modules():
+            if isinstance(layer, AdaptedLayer):
+                names = layer.active_adapters if adapter_names is None else adapter_names
+                new = [name for name in names if name in layer._adapters and name not in layer.merged_adapters]
+                if new:
+                    with onload_layer(layer):
+                        layer.check_merge(new, safe_merge=safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_merge(adapter_names, safe_merge)
+        with _hidden_base_layers(self.model), self._shared_modules(self.model):
+            return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """Delete an adapter, also from modules with PEFT's prefix in their path, which PEFT leaves out."""
+        self.prefix = "\0"
+        try:
+            super().delete_adapter(adapter_name)
+        finally:
+            del self.prefix
+
+
+def _check_has_statistics(target: TargetModule) -> None:
+    if target.base.running_mean is None:
+        raise ValueError(
+            f"Cannot adapt layer {target.name!r}: {type(target.base).__name__} has no running statistics "
+            f"(track_running_stats=False). Leave it out with exclude_modules=[{target.name!r}]."
+        )
+
+
+@contextmanager
+def _hidden_base_layers(model: nn.Module) -> Iterator[None]:
+    """Within the context, rename children named `base_layer` (in timm's DLA), which PEFT would take for its own."""
+    parents = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
+    _rename_child(parents, "base_layer", "base_layer_")
+    try:
+        yield
+    finally:
+        _rename_child(parents, "base_layer_", "base_layer")
+
+
+def _rename_child(parents: list[nn.Module], old: str, new: str) -> None:
+    for parent in parents:
+        children = {new if name == old else name: child for name, child in parent._modules.items()}
+        parent._modules.clear()
+        parent._modules.update(children)
 
 
 @contextmanager

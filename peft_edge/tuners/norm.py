@@ -7,24 +7,37 @@ must be saved with these statistics. Without them, its accuracy after a change o
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from peft import PeftConfig
-from timm.layers import BatchNormAct2d
+from peft.tuners.tuners_utils import BaseTunerLayer
+from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_edge._compat import BatchNorm, is_in_backward
 from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batch_norm
 from peft_edge.lean.inplace_norm import is_overwritable
-from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain, rows_by_adapter
+from peft_edge.tuners.adapted_layer import (
+    FROZEN_NORMS,
+    AdaptedLayer,
+    call_with_forward,
+    check_plain,
+    is_observed,
+    loaded,
+    replaces_forward,
+    rows_by_adapter,
+)
 
 Norm = Literal["frozen", "recalibrate", "stats", "affine"]
 
 _TENSORS = ("running_mean", "running_var", "weight", "bias")
+_WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 
 
 class NormState(nn.Module):
@@ -70,6 +83,10 @@ class BatchNormLayer(AdaptedLayer):
     are active, the state of the last one is used. In distributed training, batch statistics are computed over the
     batches of all processes. Each tuner has a subclass that sets `adapter_layer_names`, the key of the saved states.
 
+    The usual ways to freeze a norm freeze the statistics of its adapters: the base layer in eval mode, or converted by
+    timm's `freeze` or `freeze_batch_norm_2d`. `torch.optim.swa_utils.update_bn` resets and estimates those of the
+    adapter in use, in each process for itself as in torch.
+
     Raises:
         ValueError: If the base layer computes more than batch normalisation and an activation.
     """
@@ -77,12 +94,72 @@ class BatchNormLayer(AdaptedLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: PeftConfig, target_name: str = "", **kwargs: object
     ) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, target_name)
         check_plain(self.get_base_layer(), target_name)
         setattr(self, self.adapter_layer_names[0], nn.ModuleDict())
         self._active_adapter = adapter_name
         self.estimating = False
+        self.synchronises = True
+        self._is_updated = False
+        self.intercept_reset()
         self.update_layer(adapter_name, config=config, **kwargs)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child; functions that convert or freeze norms replace the base layer in this way.
+
+        Raises:
+            ValueError: If the new base layer is not batch normalisation, or lacks the activation of the old one.
+        """
+        old = self._modules.get("base_layer")
+        if name != "base_layer" or old is None or module is None or module is old:
+            super().add_module(name, module)
+            return
+        super().add_module(name, self._converted_base_layer(old, module))
+        self.intercept_reset()
+
+    def _converted_base_layer(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        if isinstance(old, _WITH_ACTIVATION) and type(new) is nn.SyncBatchNorm:
+            # torch's conversion drops the activation of timm's layers, timm's keeps it.
+            new = convert_sync_batchnorm(old, new.process_group)
+        loses_activation = isinstance(old, _WITH_ACTIVATION) and not isinstance(new, _WITH_ACTIVATION)
+        if loses_activation or not isinstance(new, (BatchNorm, *FROZEN_NORMS)):
+            raise ValueError(
+                f"Cannot convert layer {self.target_name!r} to {type(new).__name__}: an adapted BatchNorm layer must "
+                "remain batch normalisation with the same activation. Convert the network before you adapt it."
+            )
+        check_plain(new, self.target_name)
+        return new
+
+    def intercept_reset(self) -> None:
+        """Let `update_bn` reset the adapter's statistics: it finds the base layers, whose own nothing would update."""
+        base = self.get_base_layer()
+        if isinstance(base, BatchNorm):
+            vars(base)["reset_running_stats"] = self.reset_running_stats
+
+    def release_base_layer(self) -> None:
+        """Undo what the constructor changed in the base layer."""
+        vars(self.get_base_layer()).pop("reset_running_stats", None)
+
+    @torch.no_grad()
+    def reset_running_stats(self) -> None:
+        """Reset the statistics of the adapter in use; `update_bn` of torch calls this for the base layer.
+
+        Raises:
+            ValueError: If the adapter in use has no statistics that a training mode updates.
+        """
+        state = self.current_state()
+        if state.norm not in ("stats", "affine"):
+            raise ValueError(
+                f"Cannot reset the statistics of layer {self.target_name!r}: the adapter in use has none that the "
+                f'training mode updates (norm={state.norm!r}). Use peft_edge.recalibrate with norm="recalibrate", '
+                "or update the base model's statistics before you adapt it."
+            )
+        assert state.running_mean is not None
+        assert state.running_var is not None
+        state.running_mean.zero_()
+        state.running_var.fill_(1.0)
+        state.num_batches_tracked.zero_()
+        self._is_updated = self.get_base_layer().momentum is not None
 
     @property
     def states(self) -> nn.ModuleDict:
@@ -96,7 +173,8 @@ class BatchNormLayer(AdaptedLayer):
 
     def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:
         """Add an adapter that starts with the base layer's values, or reset it to them."""
-        state = NormState(self.get_base_layer(), config.norm)
+        with loaded(self.get_base_layer()):
+            state = NormState(self.get_base_layer(), config.norm)
         # Set this state only: the user may have changed requires_grad of the others.
         state.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         if state.bias is not None and state.bias.requires_grad:
@@ -112,14 +190,50 @@ class BatchNormLayer(AdaptedLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is None or self.disable_adapters:
-            y = self._normalise(x, self.current_state())
-        else:
-            y = torch.empty_like(x)
-            for adapter, rows in rows_by_adapter(adapter_names).items():
-                y[rows] = self._normalise(x[rows], self._state(adapter))
+        base, names = self.base_layer, None if self.disable_adapters else adapter_names
+        states = [self.current_state()] if names is None else [self._state(name) for name in set(names)]
+        with loaded(*states):
+            if isinstance(base, BaseTunerLayer) or not is_observed(base):
+                return self._forward(x, names)
+            if hasattr(base, "_hf_hook") or not replaces_forward(base):
+                return call_with_forward(base, partial(self._forward, adapter_names=names), x)
+            return self._by_state(x, names, self._call_replaced_forward)
+
+    def _forward(self, x: Tensor, adapter_names: list[str] | None) -> Tensor:
+        y = self._by_state(x, adapter_names, self._normalise)
         base = self.get_base_layer()
-        return base.act(base.drop(y)) if isinstance(base, BatchNormAct2d) else y
+        return base.act(base.drop(y)) if isinstance(base, _WITH_ACTIVATION) else y
+
+    def _by_state(
+        self, x: Tensor, adapter_names: list[str] | None, function: Callable[[Tensor, NormState], Tensor]
+    ) -> Tensor:
+        """Apply `function` to the samples of each adapter."""
+        if adapter_names is None:
+            return function(x, self.current_state())
+        y = torch.empty_like(x)
+        for adapter, rows in rows_by_adapter(adapter_names).items():
+            y[rows] = function(x[rows], self._state(adapter))
+        return y
+
+    def _call_replaced_forward(self, x: Tensor, state: NormState) -> Tensor:
+        """Call the base layer, whose forward pass somebody replaced, with the tensors of an adapter."""
+        base = self.get_base_layer()
+        tensors = {name: value for name, value in zip(_TENSORS, self._tensors(state), strict=True) if value is not None}
+        uses_batch = self._uses_batch_statistics(state)
+        if uses_batch and self._is_distributed():
+            raise ValueError(
+                f"Layer {self.target_name!r}: somebody replaced the forward pass of this BatchNorm, so its statistics "
+                'cannot be those of all processes. Use norm="frozen" or "recalibrate".'
+            )
+        before = base.training, base.momentum
+        if uses_batch:
+            tensors["num_batches_tracked"] = state.num_batches_tracked
+            base.momentum = None if self.estimating else base.momentum
+        base.training = uses_batch
+        try:
+            return functional_call(base, tensors, (x,))
+        finally:
+            base.training, base.momentum = before
 
     def current_state(self) -> NormState:
         """Return the state of the last active adapter, or a state without tensors if no adapter is active."""
@@ -138,7 +252,16 @@ class BatchNormLayer(AdaptedLayer):
         return state
 
     def _uses_batch_statistics(self, state: NormState) -> bool:
-        return self.estimating or (self.training and state.norm in ("stats", "affine"))
+        base = self.get_base_layer()
+        if isinstance(base, FROZEN_NORMS):
+            return False
+        # The usual way to freeze a norm is to call `eval` on each BatchNorm, which reaches the base layer.
+        return self.estimating or (self.training and base.training and state.norm in ("stats", "affine"))
+
+    def _is_distributed(self) -> bool:
+        # Within `update_bn`, which removes the momentum, this process may be the only one.
+        is_local = not self.synchronises or (self._is_updated and self.get_base_layer().momentum is None)
+        return not is_local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
     def _tensor(self, state: NormState, name: str) -> Tensor:
         value = getattr(state, name)
@@ -154,7 +277,7 @@ class BatchNormLayer(AdaptedLayer):
         tensors, eps = self._tensors(state), self.get_base_layer().eps
         if self._uses_batch_statistics(state):
             momentum = self._count_batch(state)
-            if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
+            if self._is_distributed():
                 return synchronised_batch_norm(x, *tensors, momentum, eps)
             return F.batch_norm(x, *tensors, training=True, momentum=momentum, eps=eps)
         if _requires_grad(tensors) or torch.compiler.is_compiling():
@@ -196,16 +319,20 @@ def _requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+def recalibrate(model: nn.Module, batches: Iterable[Tensor], *, synchronise: bool = False) -> None:
     """Estimate the BatchNorm statistics of the active adapters on target images, by forward passes alone.
 
     The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. The differences: the
-    base layer's statistics stay, weights do not change, dropout is off, and if a batch fails the old statistics are
-    restored. With `norm="recalibrate"` the statistics are constant from then on, also in training mode.
+    base layer's statistics stay, weights do not change, dropout is off, each module keeps its mode, and if a batch
+    fails the old statistics are restored. With `norm="recalibrate"` the statistics are constant from then on, also in
+    training mode. Norms that timm's `freeze` converted keep their statistics.
 
     Args:
         model: Model with ConvLoRA or ConvAdapter adapters.
         batches: Inputs of the model, each (B, C, H, W) with B > 1, on the device of the model.
+        synchronise: Whether to use the batches of all processes. Then all processes must call this function, with
+            equally many batches. Otherwise each process for itself: give all of them the same batches, or call it in
+            one process and save the adapter there.
 
     Raises:
         ValueError: If no active adapter has its own statistics, or there is no batch.
@@ -223,20 +350,22 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
     layers = [
         layer
         for layer in model.modules()
-        if isinstance(layer, BatchNormLayer) and layer.current_state().running_mean is not None
+        if isinstance(layer, BatchNormLayer)
+        and layer.current_state().running_mean is not None
+        and not isinstance(layer.get_base_layer(), FROZEN_NORMS)
     ]
     if not layers:
         raise ValueError(
             "recalibrate: no active adapter has BatchNorm statistics of its own. Pass an unmerged model with BatchNorm "
             'layers that are adapted with norm="recalibrate", "stats" or "affine".'
         )
-    training = model.training
+    modes = [(module, module.training) for module in model.modules()]
     states = [layer.current_state() for layer in layers]
     before = [copy.deepcopy(state.state_dict()) for state in states]
     model.eval()
     try:
         for layer, state in zip(layers, states, strict=True):
-            layer.estimating = True
+            layer.estimating, layer.synchronises = True, synchronise
             state.num_batches_tracked.zero_()
         for batch in batches:
             model(batch)
@@ -248,5 +377,6 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor]) -> None:
         raise
     finally:
         for layer in layers:
-            layer.estimating = False
-        model.train(training)
+            layer.estimating, layer.synchronises = False, True
+        for module, mode in modes:
+            module.training = mode

@@ -111,10 +111,11 @@ class ConvSpec:
         sides = tuple(
             side - step * margin for side, step, margin in zip(sides, dilation, self.margins(kernel_size), strict=True)
         )
-        if min(sides) < 0:
-            x = F.pad(x, [min(side, 0) for side in sides])
         if max(sides) > 0:
             x = F.pad(x, [max(side, 0) for side in sides], mode=self.padding_mode)
+        if min(sides) < 0:
+            # Crop last: circular padding takes its values from the other end.
+            x = F.pad(x, [min(side, 0) for side in sides])
         return x
 
     def _same_padding(self, x: Tensor) -> tuple[int, ...]:
@@ -156,7 +157,7 @@ class ConvAdapterLayer(AdaptedLayer):
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, config: ConvAdapterConfig, target_name: str = ""
     ) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, target_name)
         self.spec = (
             ConvSpec.of_convolution(base_layer)
             if is_convolution(base_layer)

@@ -87,30 +87,17 @@ class ConvAdapterModel(Injection):
     ) -> AbstractContextManager[None]:
         return pass_adapter_names(self, adapter_names)
 
-    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base layers, as PEFT does.
-
-        Raises:
-            NotImplementedError: If an adapter cannot be merged into one of its layers. The model is unchanged then.
-        """
-        self._check_mergeable(adapter_names)
-        super().merge_adapter(adapter_names, safe_merge)
-
-    def _unload_and_optionally_merge(
-        self,
-        merge: bool = True,
-        progressbar: bool = False,
-        safe_merge: bool = False,
-        adapter_names: list[str] | None = None,
-    ) -> nn.Module:
-        if merge:
-            self._check_mergeable(adapter_names)
-        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+    def _unload_and_optionally_merge(self, *args: bool, **kwargs: list[str] | None) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
         # PEFT does not look for adapted layers within an adapted layer, such as the norms of an adapted block.
         for _, parent, child_name, module, base in list(iter_target_modules(model)):
             if isinstance(module, BatchNormLayer):
-                setattr(parent, child_name, base)
+                self._replace_module(parent, child_name, base, module)
         return model
+
+    def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        self._check_mergeable(adapter_names)
+        super()._check_merge(adapter_names, safe_merge)
 
     def _check_mergeable(self, adapter_names: list[str] | None) -> None:
         names = self.active_adapters if adapter_names is None else adapter_names

@@ -4,22 +4,35 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Callable
+from functools import partial
 
+import torch
 import torch.nn.functional as F
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer, variants
+from peft.tuners.lora import LoraLayer, dora, variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_edge._compat import BatchNorm
-from peft_edge.functional.convolution import convolution, memory_format_of, pad
+from peft_edge.functional.convolution import convolution, frozen_convolution, memory_format_of, pad
 from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_keeps_input, lowrank_kernel
 from peft_edge.lean.inplace_norm import mark_overwritable
-from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain, rows_by_adapter
+from peft_edge.tuners.adapted_layer import (
+    AdaptedLayer,
+    call_with_forward,
+    check_plain,
+    is_observed,
+    loaded,
+    replaces_forward,
+    rows_by_adapter,
+)
 from peft_edge.tuners.norm import BatchNormLayer
 
 _CONVOLUTIONS = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
+_HALF = (torch.float16, torch.bfloat16)
 _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 3: variants.DoraConv3dVariant}
 
 
@@ -45,6 +58,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     length m: y = conv(x; (m / ||W'||) W') + b. The norm is a constant in the backward pass (section 4.3).
 
     The layer first composes the kernel and then runs one convolution; `peft_edge.functional.lowrank` has its backward.
+    A kernel in half precision would round a small update away: then kernel and update run one convolution each.
+
+    Hooks of the base layer run, and see the adapted output. So does a `forward` that somebody replaced.
 
     `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or the layer of another PEFT tuner around it.
     With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha` belong to the
@@ -74,7 +90,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         target_name: str = "",
         **kwargs: object,
     ) -> None:
-        super().__init__(base_layer)
+        super().__init__(base_layer, target_name)
         check_plain(self.get_base_layer(), target_name)
         self._active_adapter = adapter_name
         self.update_layer(adapter_name, r, lora_alpha, config, target_name=target_name)
@@ -115,9 +131,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         init = True if config.init_lora_weights == "lora_ga" else config.init_lora_weights
         if init:
             self.reset_lora_parameters(adapter_name, init)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
-        if variant is not None:
-            variant.init(self, adapter_name=adapter_name, config=config)
+        with loaded(conv):
+            self._move_adapter_to_device_of_base_layer(adapter_name)
+            if variant is not None:
+                variant.init(self, adapter_name=adapter_name, config=config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
@@ -126,38 +143,99 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
         adapters = self._applied_adapters()
-        if adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim():
-            # The common case: one adapter on a frozen convolution.
-            conv, adapter = self.get_base_layer(), adapters[0]
-            bias = self._add_bias(conv.bias, adapter)
-            x, geometry = pad(conv, x)
-            y = lowrank_conv2d(
-                x,
-                conv.weight,
-                self.lora_A[adapter].weight,
-                self.lora_B[adapter].weight,
-                self.scaling[adapter],
-                geometry=geometry,
-                bias=None if bias is None else bias.to(conv.weight.dtype),
-                magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
-                recompute=getattr(conv, "lets_recompute", False) and self.keeps_input,
-            )
-            return mark_overwritable(y, self)
+        is_common = adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim()
+        if is_common and not self._is_observed(adapters[0]):
+            # One adapter on a frozen convolution.
+            return self._fused_forward(x, adapters[0])
         self._check_forward_args(x, adapter_names=adapter_names)
         if self.disable_adapters and self.merged:
             self.unmerge()
-        if adapter_names is not None and not self.disable_adapters:
-            y = self.base_layer(x, *args, **kwargs)
-            for adapter, rows in rows_by_adapter(adapter_names).items():
-                if adapter in self.lora_A:
-                    y[rows] = self._two_branch_forward(x[rows], [adapter])
-            return y
-        if not adapters:
+        if self.disable_adapters or not (adapters or adapter_names):
             return self.base_layer(x, *args, **kwargs)
-        if self._has_two_branches(adapters):
-            return self._two_branch_forward(x, adapters, *args, **kwargs)
+        names = adapters if adapter_names is None else [name for name in self._adapters if name in adapter_names]
+        with loaded(*(module for name in names for module in self._adapter_modules(name))):
+            if isinstance(self.base_layer, BaseTunerLayer):
+                y = self.base_layer(x, *args, **kwargs)
+                if adapter_names is None:
+                    return self._add_branches(x, y, adapters)
+                for adapter, rows in rows_by_adapter(adapter_names).items():
+                    y[rows] = self._add_branches(x[rows], y[rows], [adapter] if adapter in self.lora_A else [])
+                return y
+            # The base layer's hooks and replaced forward pass have to see the call.
+            conv = self.base_layer
+            if replaces_forward(conv) and not hasattr(conv, "_hf_hook"):
+                return self._by_rows(self._call_replaced_forward, x, adapters, adapter_names)
+            forward = partial(self._by_rows, self._adapted_forward, adapters=adapters, adapter_names=adapter_names)
+            return call_with_forward(conv, forward, x) if is_observed(conv) else forward(x)
+
+    def _is_observed(self, adapter: str) -> bool:
+        """Whether hooks wait for a call of the base layer, or Accelerate offloads weights of the adapter."""
+        return is_observed(self.base_layer) or any(hasattr(m, "_hf_hook") for m in self._adapter_modules(adapter))
+
+    def _adapter_modules(self, adapter: str) -> list[nn.Module]:
+        modules = [self.lora_A[adapter], self.lora_B[adapter]]
+        return [*modules, self.lora_magnitude_vector[adapter]] if self.use_dora[adapter] else modules
+
+    def _by_rows(
+        self,
+        function: Callable[[Tensor, list[str]], Tensor],
+        x: Tensor,
+        adapters: list[str],
+        adapter_names: list[str] | None,
+    ) -> Tensor:
+        """Apply `function(x, adapters)`, or in a mixed batch the same to the samples of each adapter."""
+        if adapter_names is None:
+            return function(x, adapters)
+        rows = rows_by_adapter(adapter_names)
+        parts = {name: function(x[own], [name] if name in self.lora_A else []) for name, own in rows.items()}
+        y = torch.cat(list(parts.values()))
+        order = torch.tensor([row for own in rows.values() for row in own], device=y.device)
+        return y[order.argsort()]
+
+    def _adapted_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
+        """Compute what the layer computes with `adapters`, without a call of the base layer."""
+        conv = self.get_base_layer()
+        is_batch = x.dim() == conv.weight.dim()
+        if is_batch and self._is_fused(adapters):
+            return self._fused_forward(x, adapters[0])
+        if not adapters or self._has_two_branches(adapters) or conv.weight.dtype in _HALF:
+            return self._add_branches(x, type(conv).forward(conv, x), adapters)
         # Several adapters, a base kernel that trains too, or a sample without batch dimension.
         return self._convolve(x, *self._compose(adapters))
+
+    def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
+        """Call the base layer, whose forward pass somebody replaced, with the composed kernel."""
+        conv = self.get_base_layer()
+        if not adapters or self._has_two_branches(adapters) or "weight" not in conv._parameters:
+            return self._add_branches(x, conv(x), adapters)
+        kernel, bias = self._compose(adapters)
+        tensors = {"weight": kernel.to(conv.weight.dtype)}
+        if bias is not None:
+            tensors["bias"] = bias.to(conv.weight.dtype)
+        return functional_call(conv, tensors, (x,))
+
+    def _fused_forward(self, x: Tensor, adapter: str) -> Tensor:
+        conv = self.get_base_layer()
+        bias = self._add_bias(conv.bias, adapter)
+        bias = None if bias is None else bias.to(conv.weight.dtype)
+        x, geometry = pad(conv, x)
+        weight, is_half = conv.weight, conv.weight.dtype in _HALF
+        if is_half:
+            # A composed kernel in half precision would round the update away.
+            base_y, weight = frozen_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
+            bias = None
+        y = lowrank_conv2d(
+            x,
+            weight,
+            self.lora_A[adapter].weight,
+            self.lora_B[adapter].weight,
+            self.scaling[adapter],
+            geometry=geometry,
+            bias=bias,
+            magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
+            recompute=getattr(conv, "lets_recompute", False) and self.keeps_input and not is_half,
+        )
+        return mark_overwritable(base_y + y if is_half else y, self)
 
     @property
     def keeps_input(self) -> bool:
@@ -176,24 +254,40 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         )
 
     def _has_two_branches(self, adapters: list[str]) -> bool:
-        """Whether base layer and adapters run separate convolutions: because of dropout, or of another tuner below."""
+        """Whether base layer and adapters run separate convolutions.
+
+        Because of dropout, because of another tuner below, or because half precision would round the update away.
+        """
         has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters)
-        return has_dropout or isinstance(self.base_layer, BaseTunerLayer)
+        if has_dropout or isinstance(self.base_layer, BaseTunerLayer):
+            return True
+        weight = self.get_base_layer().weight
+        is_plain = len(adapters) == 1 and not self.use_dora[adapters[0]] and not weight.requires_grad
+        return weight.dtype in _HALF and not is_plain
 
     def _is_fused(self, adapters: list[str]) -> bool:
         """Whether one adapter changes a frozen kernel, so that `lowrank_conv2d` applies."""
-        is_single = len(adapters) == 1 and not self.get_base_layer().weight.requires_grad
-        return is_single and not self._has_two_branches(adapters)
+        weight = self.get_base_layer().weight
+        is_single = len(adapters) == 1 and not weight.requires_grad and not weight.is_complex()
+        if not is_single or self._has_two_branches(adapters):
+            return False
+        return not (self.use_dora[adapters[0]] and self._caches_dora())
 
-    def _two_branch_forward(self, x: Tensor, adapters: list[str], *args: object, **kwargs: object) -> Tensor:
-        """Add to the base layer's output a convolution with each adapter's change of the kernel."""
-        y = self.base_layer(x, *args, **kwargs)
-        kernel, _ = self._compose([])
+    def _caches_dora(self) -> bool:
+        """Whether to use the norms that `peft.helpers.DoraCaching` stores."""
+        return dora.ENABLE_DORA_CACHING and not self.training
+
+    def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:
+        """Add to the base layer's output y(x) a convolution with each adapter's change of the kernel."""
+        kernel = None
         for end, adapter in enumerate(adapters, start=1):
-            next_kernel, _ = self._compose(adapters[:end])
-            bias = self._add_bias(None, adapter)
-            y = y + self._convolve(self.lora_dropout[adapter](x), next_kernel - kernel, bias)
-            kernel = next_kernel
+            if any(self.use_dora[name] for name in adapters[:end]):
+                kernel = self._compose(adapters[: end - 1])[0] if kernel is None else kernel
+                next_kernel, _ = self._compose(adapters[:end])
+                change, kernel = next_kernel - kernel, next_kernel
+            else:
+                change = self.get_delta_weight(adapter)
+            y = y + self._convolve(self.lora_dropout[adapter](x), change, self._add_bias(None, adapter))
         return y
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
@@ -210,16 +304,23 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
         """Return kernel and bias of the base layer with `adapters` applied in turn, in the adapters' dtype."""
-        base_kernel, bias = self._base_tensor("weight"), self._base_tensor("bias")
-        assert base_kernel is not None
-        kernel = base_kernel
+        kernel, bias = self._base_tensor("weight"), self._base_tensor("bias")
+        assert kernel is not None
+        kernel = base_kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
         for adapter in adapters:
             delta = self.get_delta_weight(adapter)
             kernel = kernel + delta
             if self.use_dora[adapter]:
-                kernel = kernel * dora_scale(base_kernel + delta, self.lora_magnitude_vector[adapter].weight)
+                kernel = kernel * self._dora_scale(base_kernel + delta, adapter)
             bias = self._add_bias(bias, adapter)
         return kernel, bias
+
+    def _dora_scale(self, kernel: Tensor, adapter: str) -> Tensor:
+        layer = self.lora_magnitude_vector[adapter]
+        if not self._caches_dora():
+            return dora_scale(kernel, layer.weight)
+        norm = layer.get_weight_norm(kernel.detach(), torch.zeros_like(kernel), 0.0, adapter_name=adapter)
+        return (layer.weight / norm.clamp_min(torch.finfo(norm.dtype).tiny)).transpose(0, 1)
 
     def _add_bias(self, bias: Tensor | None, adapter: str) -> Tensor | None:
         """Add the scaled bias of B, which exists with `lora_bias=True`."""
@@ -233,7 +334,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         if bias is None:
             return {"weight": kernel}
         if self.get_base_layer().bias is None:
-            raise RuntimeError("Impossible to merge an adapter with a bias because the base layer has no bias.")
+            raise RuntimeError("Impossible to merge LoRA with `lora_bias=True` because the base layer has no bias.")
         return {"weight": kernel, "bias": bias}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
