@@ -208,7 +208,9 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
     for name, module in traced.named_modules():
         # An identity returns its input, which keeps the mark of the layer before.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
-        if is_leaf or isinstance(module, (BatchNorm, BaseTunerLayer)):
+        # An adapted layer calls its base layer if that has hooks. It counts once, as the adapted layer.
+        is_inner = isinstance(traced.get_submodule(name.rpartition(".")[0]), BaseTunerLayer)
+        if (is_leaf or isinstance(module, (BatchNorm, BaseTunerLayer))) and not is_inner:
             module.register_forward_pre_hook(partial(trace.enter, name), with_kwargs=True)
             module.register_forward_hook(partial(trace.leave, name), always_call=True)
     size = (getattr(traced, "pretrained_cfg", None) or {}).get("input_size")

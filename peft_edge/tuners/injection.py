@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from peft_edge._compat import BatchNorm, is_excluded
 from peft_edge.roles import ROLES, is_convolution, modules_with_role
-from peft_edge.tuners.adapted_layer import FROZEN_NORMS, AdaptedLayer, check_plain
+from peft_edge.tuners.adapted_layer import AdaptedLayer, check_plain
 from peft_edge.tuners.norm import BatchNormLayer
 
 
@@ -224,8 +224,8 @@ def warn_of_unsaved_norms(model: nn.Module) -> None:
         target.name
         for target in iter_target_modules(model)
         if target.module is target.base
-        and not isinstance(target.base, FROZEN_NORMS)
-        and getattr(target.base, "running_mean", None) is not None
+        and isinstance(target.base, (BatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d, nn.InstanceNorm3d))
+        and target.base.running_mean is not None
     ]
     if names:
         warnings.warn(

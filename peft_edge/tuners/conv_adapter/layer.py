@@ -6,6 +6,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import torch
@@ -13,10 +14,18 @@ import torch.nn.functional as F
 from timm.layers import Conv2dSame, create_act_layer
 from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from peft_edge._compat import f_pad_sides
 from peft_edge.roles import is_convolution, named_convolutions
-from peft_edge.tuners.adapted_layer import AdaptedLayer, rows_by_adapter
+from peft_edge.tuners.adapted_layer import (
+    AdaptedLayer,
+    call_with_forward,
+    is_observed,
+    loaded,
+    replaces_forward,
+    rows_by_adapter,
+)
 from peft_edge.tuners.conv_adapter.config import ConvAdapterConfig
 from peft_edge.tuners.norm import BatchNormLayer
 
@@ -189,7 +198,8 @@ class ConvAdapterLayer(AdaptedLayer):
         self.conv_adapter_up[adapter_name] = conv_cls(width, spec.out_channels, 1, bias=False)
         if config.init_weights:
             nn.init.zeros_(self.conv_adapter_up[adapter_name].weight)
-        self._move_adapter_to_device_of_base_layer(adapter_name)
+        with loaded(*self.base_layer.modules()):
+            self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _adapter_spec(self, adapter: str) -> ConvSpec:
@@ -206,10 +216,23 @@ class ConvAdapterLayer(AdaptedLayer):
         """
         if self.disable_adapters and self.merged:
             self.unmerge()
-        y = self.base_layer(x, *args, **kwargs)
-        if adapter_names is None or self.disable_adapters:
-            changes = [self._adapter_output(name, x, y).to(y.dtype) for name in self._applied_adapters()]
-            return sum(changes, start=y)
+        adapters, base = self._applied_adapters(), self.base_layer
+        names = None if self.disable_adapters else adapter_names
+        if names is None and not adapters:
+            return base(x, *args, **kwargs)
+        if is_observed(base) and is_convolution(base):
+            # The hooks of a convolution have to see what a merged adapter computes.
+            if hasattr(base, "_hf_hook") or not replaces_forward(base):
+                forward = partial(self._add_adapters, adapters=adapters, adapter_names=names)
+                return call_with_forward(base, lambda x: forward(x, type(base).forward(base, x)), x)
+            if names is None and not any(self.why_not_mergeable(name) for name in adapters):
+                return functional_call(base, self._merged_tensors(adapters), (x,))
+        return self._add_adapters(x, base(x, *args, **kwargs), adapters, names)
+
+    def _add_adapters(self, x: Tensor, y: Tensor, adapters: list[str], adapter_names: list[str] | None) -> Tensor:
+        """Add the adapters' outputs to the base layer's output y(x)."""
+        if adapter_names is None:
+            return sum((self._adapter_output(name, x, y).to(y.dtype) for name in adapters), start=y)
         result = y.clone()
         for adapter, rows in rows_by_adapter(adapter_names).items():
             if adapter in self.conv_adapter_up:
