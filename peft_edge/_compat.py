@@ -208,6 +208,7 @@ def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn
 OVERRIDDEN_TUNERS = (
     ("peft.tuners.tuners_utils.BaseTuner", "_create_and_replace", "wraps a layer in a class of this package"),
     ("peft.tuners.tuners_utils.BaseTuner", "_replace_module", "a BatchNorm or a block may have no weight to follow"),
+    ("peft.tuners.tuners_utils.BaseTuner", "_remap_adapter_state_dict_for_load", "a module may be in several places"),
     ("peft.tuners.tuners_utils.BaseTuner", "_unload_and_optionally_merge", "also unloads norms inside adapted blocks"),
     ("peft.tuners.tuners_utils.BaseTuner", "_check_target_module_compatiblity", "PEFT checks Mamba for type LORA only"),
     ("peft.tuners.tuners_utils.BaseTunerLayer", "_get_base_layer_device_and_dtype", "a block has no weight"),

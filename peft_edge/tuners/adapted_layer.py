@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft.tuners.lora import LoraLayer
@@ -20,6 +20,11 @@ from peft_edge.roles import is_convolution
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, LeanBatchNorm)
+
+_READ_BY_FUSING = {
+    *("running_mean", "running_var", "num_batches_tracked", "eps", "momentum", "num_features"),
+    *("stride", "padding", "padding_mode", "dilation", "groups", "kernel_size", "transposed", "output_padding"),
+}
 
 FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
 """What timm's `freeze` and `freeze_batch_norm_2d` put in the place of a BatchNorm layer: constant statistics."""
@@ -102,9 +107,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     `_merged_tensors`. `base_layer` may be a layer that another PEFT tuner adapted.
     """
 
-    if TYPE_CHECKING:
-        # nn.Module declares all other attributes as Tensor or Module, but PEFT sets dictionaries.
-        def __getattr__(self, name: str) -> Any: ...
+    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module; those of PEFT are dictionaries
+        try:
+            return super().__getattr__(name)
+        except AttributeError as error:
+            if name in _READ_BY_FUSING and "base_layer" in self._modules:
+                # The base layer's would be the wrong ones: code that fuses or reparametrises layers reads them.
+                raise AttributeError(
+                    f"layer {self.target_name!r} is adapted and has no {name!r}: fusing or reparametrising it would "
+                    "lose the adapter. Call merge_and_unload() first, or read it from get_base_layer()."
+                ) from error
+            raise
 
     def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
         super().__init__()
@@ -122,6 +135,16 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         while isinstance(layer, BaseTunerLayer):
             layer = layer.base_layer
         return layer
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        # PEFT calls this for tensors that it has loaded with low_cpu_mem_usage. Its own method also casts them to the
+        # base layer's type, and half precision would lose digits of statistics and weights.
+        tensors = self.get_base_layer().state_dict().values()
+        target = device or next((tensor.device for tensor in tensors if tensor.is_floating_point()), None)
+        for name in self.adapter_layer_names if target is not None and target.type != "meta" else ():
+            adapters = getattr(self, name)
+            if adapter_name in adapters and not any(p.is_meta for p in adapters[adapter_name].parameters()):
+                adapters[adapter_name].to(target)
 
     @property
     def _adapters(self) -> nn.ModuleDict:

@@ -337,6 +337,16 @@ class Injection(BaseTuner):
         # A new layer is in training mode. In a model in eval mode it must not use dropout or batch statistics.
         new_module.train(child.training)
 
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        # PEFT saves a module that is in several places once, and would report the other places as missing.
+        mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        tensors = model.state_dict(keep_vars=True)
+        loaded = {id(tensors[key]): value for key, value in mapped.items() if key in tensors}
+        return mapped | {key: loaded[id(tensor)] for key, tensor in tensors.items() if id(tensor) in loaded}
+
     @contextmanager
     def _shared_modules(self, model: nn.Module) -> Iterator[None]:
         places = places_of_modules(model)

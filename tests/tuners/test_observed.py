@@ -33,9 +33,8 @@ def _replace_conv_forward(layer: nn.Module) -> None:
         return
 
     def circular(self: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        return nn.functional.conv2d(
-            nn.functional.pad(x, (1, 1, 1, 1), mode="circular"), weight, bias, groups=self.groups
-        )
+        x = nn.functional.pad(x, (1, 1, 1, 1), mode="circular")
+        return nn.functional.conv2d(x, weight, bias, groups=self.groups)
 
     layer._conv_forward = types.MethodType(circular, layer)
 

@@ -172,7 +172,7 @@ def test_head_whose_name_is_an_inner_name_too_is_saved(
     tmp_path: Path, network: Callable[..., nn.Module], head: str, layer: str
 ) -> None:
     base = network(weights=None, weights_backbone=None, num_classes=3)
-    model = get_peft_model(copy.deepcopy(base), lora_config(target_modules=["backbone.0.0"], modules_to_save=[head]))
+    model = get_peft_model(copy.deepcopy(base), lora_config(target_modules="depthwise", modules_to_save=[head]))
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad and f"model.{head}." in name}
     plain = dict(base.get_submodule(head).named_parameters())
     assert {name.replace(".modules_to_save.default", "").split(f".{head}.")[1] for name in trained} == set(plain)
@@ -212,8 +212,7 @@ def test_child_named_base_layer_is_no_adapter(tmp_path: Path, make: Callable[[],
     network, x = make().eval(), torch.randn(2, 3, 32, 32)
     base, names = copy.deepcopy(network), [name for name, _ in network.named_modules()]
     count = sum(isinstance(module, nn.Conv2d) for module in network.modules())
-    # A kernel of three rows has no two independent ones to spare: the stem of `_Nested` is (3, 3).
-    assert len(galore_param_groups(base, rank=2)[0]["params"]) == count
+    assert len(galore_param_groups(base, rank=1)[0]["params"]) == count
     model = get_peft_model(network, lora_config(target_modules="all-conv"))
     assert sum(isinstance(module, ConvLoraLayer) for module in model.modules()) == count
     model.train()(x)
@@ -230,7 +229,7 @@ def test_child_named_base_layer_is_no_adapter(tmp_path: Path, make: Callable[[],
 def test_block_with_a_child_named_base_layer_is_adapted() -> None:
     block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
     block.add_module("base_layer", nn.Conv2d(4, 4, 1))
-    model = get_peft_model(nn.Sequential(block), ConvAdapterConfig(target_modules=["0"])).eval()
+    model = get_peft_model(nn.Sequential(block), ConvAdapterConfig(target_modules="0")).eval()
     x = torch.randn(2, 3, 8, 8)
 
     torch.testing.assert_close(model(x), block(x))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.layers import Conv2dSame, create_act_layer
 from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
@@ -199,7 +200,7 @@ class ConvAdapterLayer(AdaptedLayer):
         if config.init_weights:
             nn.init.zeros_(self.conv_adapter_up[adapter_name].weight)
         with loaded(*self.base_layer.modules()):
-            self._move_adapter_to_device_of_base_layer(adapter_name)
+            BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def _adapter_spec(self, adapter: str) -> ConvSpec:

@@ -132,7 +132,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         if init:
             self.reset_lora_parameters(adapter_name, init)
         with loaded(conv):
-            self._move_adapter_to_device_of_base_layer(adapter_name)
+            BaseTunerLayer._move_adapter_to_device_of_base_layer(self, adapter_name)
             if variant is not None:
                 variant.init(self, adapter_name=adapter_name, config=config)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
