@@ -279,7 +279,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:
         """Add to the base layer's output y(x) a convolution with each adapter's change of the kernel."""
-        kernel = None
+        kernel, dtype = None, y.dtype
         for end, adapter in enumerate(adapters, start=1):
             if any(self.use_dora[name] for name in adapters[:end]):
                 kernel = self._compose(adapters[: end - 1])[0] if kernel is None else kernel
@@ -287,13 +287,16 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
                 change, kernel = next_kernel - kernel, next_kernel
             else:
                 change = self.get_delta_weight(adapter)
-            y = y + self._convolve(self.lora_dropout[adapter](x), change, self._add_bias(None, adapter))
-        return y
+            x_dropped, bias = self.lora_dropout[adapter](x), self._add_bias(None, adapter)
+            # In the type of the adapter: for a base layer in half precision, that is more exact.
+            y = y + self._convolve(x_dropped, change, bias, change.dtype)
+        return y.to(dtype)
 
-    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None) -> Tensor:
+    def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
+        """Convolve in a type, by default in that of the base layer."""
         conv = self.get_base_layer()
-        dtype = conv.weight.dtype
-        x, geometry = pad(conv, x)
+        x, geometry = pad(conv, x if dtype is None else x.to(dtype))
+        dtype = dtype or conv.weight.dtype
         return convolution(x, kernel.to(dtype), None if bias is None else bias.to(dtype), geometry)
 
     def get_delta_weight(self, adapter: str) -> Tensor:

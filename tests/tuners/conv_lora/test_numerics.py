@@ -46,6 +46,7 @@ def _transformed(model: nn.Module, name: str) -> object:
         return forward_ad.unpack_dual(loss(weights, forward_ad.make_dual(x[0], x[1]))).tangent
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # forward-mode rules of torch
 @pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("name", ["grad", "per sample", "jvp", "hessian", "forward"])
 def test_transforms_of_torch_func_give_what_pefts_layer_gives(name: str, *, use_dora: bool) -> None:
@@ -70,6 +71,7 @@ def test_transforms_work_with_norms_and_grouped_kernels() -> None:
             torch.testing.assert_close(each[name].sum(0), parameter.grad)
 
 
+@pytest.mark.filterwarnings("ignore:Complex modules:UserWarning")
 def test_complex_convolution_trains_as_with_peft() -> None:
     models = _pair(nn.Conv2d(2, 3, 3, dtype=torch.complex64))
     x = torch.randn(1, 2, 6, 6, dtype=torch.complex64)
