@@ -93,7 +93,7 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
             module._hf_hook.post_forward(module, None)
 
 
-def fingerprint(tensor: Tensor) -> tuple[torch.dtype, int]:
+def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
     """Return the dtype and the sum of the bits of a tensor, which tell whether somebody changed it."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
@@ -187,7 +187,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             tensor = getattr(base, name)
             # Copy: `value` may be the base layer's or the adapter's tensor, whose memory the result must not share.
             tensor.data = value.detach().to(tensor.dtype, copy=True)
-            self._fingerprints[name] = fingerprint(tensor)
+            self._fingerprints[name] = sum_of_bits(tensor)
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
@@ -228,7 +228,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return
         base = self.get_base_layer()
         self._check_plain_tensors(self._unmerged, "unmerge")
-        changed = {name for name, value in self._fingerprints.items() if fingerprint(getattr(base, name)) != value}
+        changed = {name for name, value in self._fingerprints.items() if sum_of_bits(getattr(base, name)) != value}
         with torch.no_grad():
             merged = self._merged_tensors(self.merged_adapters) if changed else {}
         for name, value in self._unmerged.items():

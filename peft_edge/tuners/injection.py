@@ -305,6 +305,12 @@ class Injection(BaseTuner):
                 _check_has_statistics(target)
         self._check_targets(config, model)
         check_ties(config, model)
+        merged = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged]
+        if merged:
+            # A new adapter starts from the base layer's values: DoRA from the norms of its kernel, a norm from its own.
+            warnings.warn("Unmerging the adapters of this model before another one is added.", stacklevel=2)
+            for layer in merged:
+                layer.unmerge()
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
