@@ -52,6 +52,24 @@ def test_leaves_lists_nested_values() -> None:
     assert _compat.leaves((1, [2], {"a": (3, None)})) == [1, 2, 3, None]
 
 
+def test_is_transforming_within_transforms_and_forward_mode() -> None:
+    seen: list[bool] = []
+
+    def record(x: Tensor) -> Tensor:
+        seen.append(_compat.is_transforming())
+        return x.sum()
+
+    x = torch.ones(2)
+    record(x)
+    torch.func.grad(record)(x)
+    torch.func.vmap(record)(x)
+    with torch.autograd.forward_ad.dual_level():
+        record(x)
+    record(x)
+
+    assert seen == [False, True, True, True, False]
+
+
 def test_f_pad_sides_are_those_that_f_pad_takes() -> None:
     assert _compat.f_pad_sides(nn.Conv2d(1, 1, (3, 5), padding=(1, 2))) == (2, 2, 1, 1)
     assert _compat.f_pad_sides(nn.Conv1d(1, 1, 4, padding="same")) == (1, 2)
