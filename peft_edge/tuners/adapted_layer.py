@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from accelerate.hooks import ModelHook
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from timm.layers import BatchNormAct2d, Conv2dSame, FrozenBatchNormAct2d, SyncBatchNormAct
@@ -83,14 +84,14 @@ def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: 
 @contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
     """Within the context, the weights of these modules are on their device, also if Accelerate offloads them."""
-    hooked = [module for module in modules if hasattr(module, "_hf_hook")]
-    for module in hooked:
-        module._hf_hook.pre_forward(module)
+    hooks: list[tuple[nn.Module, ModelHook]] = [(m, m._hf_hook) for m in modules if hasattr(m, "_hf_hook")]
+    for module, hook in hooks:
+        hook.pre_forward(module)
     try:
         yield
     finally:
-        for module in hooked:
-            module._hf_hook.post_forward(module, None)
+        for module, hook in hooks:
+            hook.post_forward(module, None)
 
 
 def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
@@ -129,9 +130,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if isinstance(self, LoraLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes that PEFT reads in all LoRA layers
 
-    def get_base_layer(self) -> nn.Module:
+    def get_base_layer(self) -> Any:  # untyped in PEFT: each tuner adapts other layers
         """Return the adapted layer. PEFT's method would also enter a block with a child named `base_layer`."""
-        layer = self.base_layer
+        layer: Any = self.base_layer
         while isinstance(layer, BaseTunerLayer):
             layer = layer.base_layer
         return layer

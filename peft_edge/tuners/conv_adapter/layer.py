@@ -225,7 +225,8 @@ class ConvAdapterLayer(AdaptedLayer):
             # The hooks of a convolution have to see what a merged adapter computes.
             if hasattr(base, "_hf_hook") or not replaces_forward(base):
                 forward = partial(self._add_adapters, adapters=adapters, adapter_names=names)
-                return call_with_forward(base, lambda x: forward(x, type(base).forward(base, x)), x)
+                plain_forward = partial(type(base).forward, base)  # type: ignore[arg-type]  # of one and the same class
+                return call_with_forward(base, lambda x: forward(x, plain_forward(x)), x)
             if names is None and not any(self.why_not_mergeable(name) for name in adapters):
                 return functional_call(base, self._merged_tensors(adapters), (x,))
         return self._add_adapters(x, base(x, *args, **kwargs), adapters, names)

@@ -87,8 +87,14 @@ class ConvAdapterModel(Injection):
     ) -> AbstractContextManager[None]:
         return pass_adapter_names(self, adapter_names)
 
-    def _unload_and_optionally_merge(self, *args: bool, **kwargs: list[str] | None) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
         # PEFT does not look for adapted layers within an adapted layer, such as the norms of an adapted block.
         for _, parent, child_name, module, base in list(iter_target_modules(model)):
             if isinstance(module, BatchNormLayer):
