@@ -1,0 +1,576 @@
+"""Capture one training step of an adapter as a functional graph of standard operators.
+
+The graph maps images, labels, a mask, the learning rate, the adapter and the state of the optimizer to the loss, the
+number of correct predictions, the new adapter and the new state. It contains the forward pass, the gradients and the
+update, so any runtime that runs the operators can train (`peft_edge.export.onnx_graph` writes it as ONNX).
+
+Everything is captured and folded in double precision. So the graph can be compared with eager training to 1e-10, and
+constants such as kernels scaled by a frozen BatchNorm are rounded once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+from torch._decomp import core_aten_decompositions
+from torch.func import functional_call, functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from peft_edge.functional.convolution import Geometry, convolution, pad
+from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean.inplace_norm import inplace_norms
+from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
+from peft_edge.tuners.norm import BatchNormLayer
+
+aten = torch.ops.aten
+
+IMAGES, LABELS, MASK, LEARNING_RATE = "images", "labels", "mask", "learning_rate"
+LOSS, CORRECT, LOGITS, STEP = "loss", "correct", "logits", "step"
+NEW = "new:"  # prefix of the outputs that replace an input of the same name
+PREFIX = "base_model.model."  # of the names in an adapter of PEFT
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptimizer:
+    """The optimizer inside a training step: `torch.optim.SGD` or `torch.optim.AdamW`.
+
+    Attributes:
+        name: `sgd` or `adamw`.
+        momentum: Of SGD; 0 keeps no state.
+        weight_decay: Added to the gradient (SGD), or decoupled from it (AdamW).
+        betas: Decay of AdamW's averages of the gradient and of its square.
+        eps: Added to AdamW's denominator.
+        max_grad_norm: The gradients of all tensors together are scaled down to this norm; None does not clip.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer: expected sgd or adamw, found {self.name!r}")
+        in_range = {
+            "momentum": 0 <= self.momentum < 1,
+            "weight_decay": 0 <= self.weight_decay,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": 0 < self.eps,
+            "max_grad_norm": self.max_grad_norm is None or 0 < self.max_grad_norm,
+        }
+        wrong = [f"{name}={getattr(self, name)!r}" for name, is_valid in in_range.items() if not is_valid]
+        if wrong:
+            raise ValueError(
+                f"optimizer: {', '.join(wrong)}: expected momentum and betas in [0, 1), weight_decay of at least 0, "
+                "eps and max_grad_norm above 0"
+            )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the tensors that are kept for each tensor of the adapter."""
+        if self.name == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum",) if self.momentum else ()
+
+    def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state before the first step: zeros, named `<slot>:<tensor>`, and AdamW's `step`."""
+        state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
+        if self.name == "adamw":
+            state[STEP] = next(iter(adapter.values())).new_zeros(())
+        return state
+
+    def update(
+        self, adapter: Mapping[str, Tensor], gradients: Sequence[Tensor], state: Mapping[str, Tensor], lr: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the adapter and the state after one step."""
+        if self.max_grad_norm is not None:
+            # torch.nn.utils.clip_grad_norm_
+            norm = torch.sqrt(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
+            factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            gradients = [gradient * factor for gradient in gradients]
+        step_values, new_adapter, new_state = [lr], {}, {}
+        if self.name == "adamw":
+            new_state[STEP] = step = state[STEP] + 1
+            first, second = (1 - beta**step for beta in self.betas)
+            step_values = [lr, lr / first, torch.sqrt(second)]
+        rule = self._adamw if self.name == "adamw" else self._sgd
+        for (name, value), gradient in zip(adapter.items(), gradients, strict=True):
+            kept = [state[f"{slot}:{name}"] for slot in self.slots]
+            new_adapter[name], *kept = rule(value, gradient, *kept, *step_values)
+            new_state |= {f"{slot}:{name}": new for slot, new in zip(self.slots, kept, strict=True)}
+        return new_adapter, {name: new_state[name] for name in state}
+
+    def _sgd(self, value: Tensor, gradient: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *kept, lr = rest
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * value
+        if not kept:
+            return (value - lr * gradient,)
+        momentum = self.momentum * kept[0] + gradient
+        return value - lr * momentum, momentum
+
+    def _adamw(
+        self, value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: Tensor, rate: Tensor, root: Tensor
+    ) -> tuple[Tensor, ...]:
+        if self.weight_decay:
+            value = value * (1 - lr * self.weight_decay)
+        mean = self.betas[0] * mean + (1 - self.betas[0]) * gradient
+        square = self.betas[1] * square + (1 - self.betas[1]) * gradient.square()
+        return value - rate * mean / (torch.sqrt(square) / root + self.eps), mean, square
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedGraph:
+    """A functional graph in double precision, with the names of its inputs and outputs in order.
+
+    Attributes:
+        module: The graph. Frozen weights are its buffers; `module(*inputs)` returns the outputs as a tuple.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+    """
+
+    module: fx.GraphModule
+    inputs: list[str]
+    outputs: list[str]
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs by name."""
+        with torch.no_grad():
+            return dict(zip(self.outputs, self.module(*[values[name] for name in self.inputs]), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """What `capture_train_step` returns.
+
+    Attributes:
+        step: Images, labels, mask, learning rate, adapter and state to loss, correct predictions and their new values.
+        predict: Images and adapter to logits.
+        adapter: The initial adapter by PEFT's names.
+        state: The initial state of the optimizer, see `StepOptimizer.initial_state`.
+    """
+
+    step: CapturedGraph
+    predict: CapturedGraph
+    adapter: dict[str, Tensor] = field(repr=False)
+    state: dict[str, Tensor] = field(repr=False)
+
+
+def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimizer) -> TrainStep:
+    """Capture one training step of a model's active adapter, and its prediction.
+
+    The loss is the cross-entropy, averaged over the samples whose mask is 1. All norms use their stored statistics.
+    Padding samples (mask 0) do not influence the result; a batch of padding alone has loss 0 and changes nothing but
+    what momentum and weight decay change.
+
+    Args:
+        model: A PEFT model with one active adapter; it is not changed.
+        images: An example (B, C, H, W). Only its shape counts.
+        optimizer: The optimizer, which is part of the step.
+
+    Raises:
+        ValueError: If a layer uses batch statistics or dropout, the model has several active adapters or nothing to
+            train, or an operator of it has no gradient in standard operators. The message names the layer.
+    """
+    names = trained_names(model)
+    check_exportable(model)
+    network = _step_network(model)
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    adapter = {name: tensors[parameter].detach().clone() for name, parameter in names.items()}
+    state = optimizer.initial_state(adapter)
+    frozen = {name: tensor.detach() for name, tensor in tensors.items() if name not in names.values()}
+
+    def forward(images: Tensor, adapter: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
+        return functional_call(network, {**frozen, **{names[key]: value for key, value in adapter.items()}}, (images,))
+
+    def step(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        trained = {name: values[name].requires_grad_() for name in adapter}
+        logits = forward(values[IMAGES], trained, frozen)
+        mask = values[MASK].to(logits.dtype)
+        # One-hot labels, since a product has a simpler gradient than a gather.
+        chosen = values[LABELS].unsqueeze(1) == torch.arange(logits.shape[1])
+        losses = -(F.log_softmax(logits, 1) * chosen.to(logits.dtype)).sum(1)
+        loss = (losses * mask).sum() / mask.sum().clamp(min=1.0)
+        gradients = torch.autograd.grad(loss, list(trained.values()))
+        with torch.no_grad():
+            right = (logits.argmax(1) == values[LABELS]).to(mask.dtype)
+            kept = {name: value.detach() for name, value in trained.items()}
+            new = optimizer.update(kept, gradients, {name: values[name] for name in state}, values[LEARNING_RATE])
+        replaced = {f"{NEW}{name}": value for part in new for name, value in part.items()}
+        return {LOSS: loss.detach(), CORRECT: (right * mask).sum(), **replaced}
+
+    images = images.double()
+    batch = {
+        IMAGES: images,
+        LABELS: torch.zeros(len(images), dtype=torch.long),
+        MASK: torch.ones(len(images), dtype=images.dtype),
+        LEARNING_RATE: torch.tensor(0.1, dtype=images.dtype),
+    }
+
+    def predict(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {LOGITS: forward(values[IMAGES], {name: values[name] for name in adapter}, frozen)}
+
+    return TrainStep(
+        step=_capture(step, {**batch, **adapter, **state}, frozen),
+        predict=_capture(predict, {IMAGES: images, **adapter}, frozen),
+        adapter=adapter,
+        state=state,
+    )
+
+
+def trained_names(model: PeftModel) -> dict[str, str]:
+    """Return the trained parameters of a PEFT model: name in the saved adapter to name in the base model.
+
+    Raises:
+        ValueError: If nothing is trained, or a trained parameter is not saved with the adapter.
+    """
+    inner = {id(parameter): name for name, parameter in model.get_base_model().named_parameters()}
+    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    names = {name: inner[id(tensor)] for name, tensor in saved.items() if id(tensor) in trained}
+    if missing := sorted(set(trained.values()) - {f"{PREFIX}{name}" for name in names.values()}):
+        raise ValueError(f"{missing[0]} is trained, but is no part of the adapter {model.active_adapter!r}: freeze it")
+    if not names:
+        raise ValueError(
+            f"the adapter {model.active_adapter!r} has nothing to train: load it with is_trainable=True, or call "
+            "model.set_adapter, which makes it trainable"
+        )
+    return names
+
+
+def check_exportable(model: PeftModel) -> None:
+    """Check that a step of the model is a function of its inputs alone.
+
+    Raises:
+        ValueError: If a layer uses batch statistics or dropout, or several adapters are active. All are named.
+    """
+    problems = []
+    if len(model.active_adapters) != 1:
+        problems.append(f"expected one active adapter, found {model.active_adapters}")
+    inside = set()
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BatchNormLayer):
+            inside |= set(module.modules())
+            norm = module.current_state().norm
+            if norm in ("stats", "affine"):
+                problems.append(
+                    f'{name}: norm="{norm}" trains on batch statistics: merge the adapter, and train a new one with '
+                    'norm="frozen" or "recalibrate"'
+                )
+        elif isinstance(module, _BatchNorm) and module not in inside:
+            if module.training or module.running_mean is None:
+                problems.append(f"{name}: BatchNorm in training mode uses batch statistics: call model.eval() first")
+        elif isinstance(module, nn.Dropout) and module.p and module.training:
+            problems.append(f"{name}: dropout is random: call model.eval() first")
+        if isinstance(module, ConvLoraLayer) and module.merged:
+            problems.append(f"{name}: the adapter is merged: call model.unmerge_adapter() first")
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the training step cannot be exported: {shown}")
+
+
+# --- the network in the form in which it is captured --------------------------------------------------------------
+
+
+def _step_network(model: PeftModel) -> nn.Module:
+    """Return a copy of the base model, in double precision and eval mode, with other forward functions.
+
+    - LoRA is a branch beside the frozen convolution, W x + s B (A x), so W is a constant and no kernel is composed. A
+      grouped convolution, or DoRA, composes its kernel as in training.
+    - A frozen BatchNorm behind a convolution scales the kernel (and B) and gives the bias.
+    """
+    network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
+    network.to(memory_format=torch.contiguous_format)
+    prepare_model_for_lean_training(network, inplace_norm=True)
+    pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
+    undo_lean_training(network)
+    norm_of = {conv: norm for conv, norm in pairs if not any(value.requires_grad for value in norm.parameters())}
+    for conv, norm in norm_of.items():
+        norm.forward = partial(_without_norm, _base_layer(norm))
+        if not isinstance(conv, ConvLoraLayer):
+            conv.forward = partial(_convolve, conv, norm)
+    for module in network.modules():
+        if isinstance(module, ConvLoraLayer) and not isinstance(module.base_layer, BatchNormLayer):
+            module.forward = partial(_lora_convolve, module, norm_of.get(module))
+    return network
+
+
+def _base_layer(layer: Any) -> Any:
+    return layer.get_base_layer() if isinstance(layer, BatchNormLayer) else layer
+
+
+def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm does after its normalisation: timm's BatchNormAct2d also has dropout and an activation."""
+    return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x
+
+
+def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift (C,) of a frozen BatchNorm, y = scale x + shift."""
+    if norm is None:
+        return None
+    base = _base_layer(norm)
+    state = norm.current_state() if isinstance(norm, BatchNormLayer) else base
+    mean, var, weight, bias = (
+        getattr(base, name) if getattr(state, name) is None else getattr(state, name)
+        for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale = torch.rsqrt(var + base.eps)
+    scale = scale if weight is None else scale * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def _scaled(
+    kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None
+) -> tuple[Tensor, Tensor | None]:
+    """Return the kernel and bias of a convolution followed by an affine map of its channels."""
+    if affine is None:
+        return kernel, bias
+    scale, shift = affine
+    return _scale_rows(kernel, scale), shift if bias is None else bias * scale + shift
+
+
+def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
+    return kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
+
+
+def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
+    x, geometry = pad(conv, x)
+    return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
+
+
+def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    conv, affine = layer.get_base_layer(), _affine(norm)
+    (adapter,) = layer.active_adapters
+    x, geometry = pad(conv, x)
+    if geometry.groups > 1 or layer.use_dora[adapter]:
+        return convolution(x, *_scaled(*layer._compose([adapter]), affine), geometry)
+    lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
+    y = convolution(x, *_scaled(conv.weight, layer._add_bias(conv.bias, adapter), affine), geometry)
+    ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)
+    lora_b = lora_b if affine is None else _scale_rows(lora_b, affine[0])
+    return y + convolution(convolution(x, lora_a, None, geometry), lora_b, None, Geometry(ones, zeros, ones))
+
+
+# --- capture ------------------------------------------------------------------------------------------------------
+
+
+def _capture(
+    function: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]],
+    values: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+) -> CapturedGraph:
+    """Trace a function of inputs and frozen tensors, and fold what depends on frozen tensors alone."""
+    outputs: list[str] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = function(
+            dict(zip(values, tensors, strict=False)), dict(zip(frozen, tensors[len(values) :], strict=True))
+        )
+        outputs[:] = results
+        return tuple(results.values())
+
+    tensors = [*values.values(), *frozen.values()]
+    traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
+    # The second pass removes what is written in place, and sees the gradients' operators, which it decomposes.
+    functional = functionalize(traced, remove="mutations_and_views")
+    module = make_fx(functional, tracing_mode="fake", decomposition_table=_decompositions())(*tensors)
+    _remove_copies(module.graph)
+    _fold_constants(module, dict(zip(module.graph.find_nodes(op="placeholder")[len(values) :], frozen.values())))
+    _compare_early(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return CapturedGraph(module=module, inputs=list(values), outputs=outputs)
+
+
+_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_RESHAPES = {aten.view.default, aten.view_copy.default, aten._unsafe_view.default}
+_COMPARISONS = {aten.le.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.gt.Scalar, aten.eq.Scalar, aten.ne.Scalar}
+_LOGIC = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.bitwise_and.Tensor, aten.logical_and.default}
+
+
+def _remove_copies(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _COPIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in _RESHAPES:
+            node.target = aten.reshape.default  # a view of a copy that is gone
+    graph.eliminate_dead_code()
+
+
+def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -> None:
+    """Replace what depends on constants alone by buffers; `constants` are placeholders, which are removed."""
+    graph, folded = module.graph, dict(constants)
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and inputs and all(each in folded for each in inputs):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: folded[each])
+            with torch.no_grad():
+                folded[node] = node.target(*args, **kwargs)
+    names: dict[tuple[Any, ...], str] = {}
+    for node, value in folded.items():
+        if not isinstance(value, Tensor) or all(user in folded for user in node.users):
+            continue
+        # A kernel is used in the forward and in the backward pass.
+        key = (value.data_ptr(), value.shape, value.stride())
+        if key not in names:
+            names[key] = f"constant_{len(names)}"
+            module.register_buffer(names[key], value.contiguous().clone())
+        with graph.inserting_before(node):
+            buffer = graph.get_attr(names[key])
+        buffer.meta = dict(node.meta)
+        node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in folded)
+    for node in reversed(list(folded)):
+        graph.erase_node(node)
+
+
+def _compare_early(graph: fx.Graph) -> None:
+    """Move comparisons of a map to where it is last used otherwise, so the backward pass keeps a byte, not the map."""
+    order = {node: index for index, node in enumerate(graph.nodes)}
+    masks: set[fx.Node] = set()
+    for node in graph.nodes:
+        if node.target in _COMPARISONS or (node.target in _LOGIC and set(node.all_input_nodes) <= masks):
+            masks.add(node)
+    for node in [node for node in graph.nodes if node in masks]:
+        sources = node.all_input_nodes
+        others = [order[user] for source in sources for user in source.users if user not in masks]
+        if sources and sources[0].op == "call_function" and max(others, default=0) < order[node]:
+            max(sources, key=list(graph.nodes).index).append(node)
+
+
+# --- decompositions -----------------------------------------------------------------------------------------------
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
+    for operator in (aten.native_batch_norm.default, aten.cudnn_batch_norm.default):
+        table[operator] = _frozen_batch_norm
+    for operator in (aten.hardswish.default, aten.hardsigmoid.default, aten.silu.default):
+        table.pop(operator, None)  # ONNX has them
+    table[aten.convolution_backward.default] = _convolution_backward
+    table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
+    table[aten.hardsigmoid_backward.default] = _hardsigmoid_backward
+    return table
+
+
+def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
+    # PyTorch's kernel multiplies by a sixth in single precision, in double precision too.
+    sixth = torch.tensor(1 / 6, dtype=torch.float32).item()
+    return torch.where((x > -3) & (x < 3), grad * sixth, 0.0)
+
+
+def _frozen_batch_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    training: bool,
+    momentum: float,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    scale = torch.rsqrt(var + eps)
+    scale = scale if weight is None else scale * weight
+    shift = -mean * scale if bias is None else bias - mean * scale
+    shape = (1, -1, *[1] * (x.dim() - 2))
+    return x * scale.view(shape) + shift.view(shape), x.new_empty(0), x.new_empty(0)
+
+
+def _convolution_backward(
+    grad: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias_sizes: Sequence[int] | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The gradients of a convolution as convolutions and products of matrices."""
+    if transposed:
+        raise NotImplementedError("the gradient of a transposed convolution")
+    geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
+    grad_x = _input_gradient(grad, weight, x.shape, geometry) if wanted[0] else None
+    grad_weight = _kernel_gradient(grad, x, weight.shape, geometry) if wanted[1] else None
+    return grad_x, grad_weight, grad.sum([0, *range(2, grad.dim())]) if wanted[2] else None
+
+
+def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    kernel = weight.shape[2:]
+    border = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
+    if all(s == 1 for s in stride) and min(border) >= 0:
+        # The convolution by the kernel turned round, its input and output channels exchanged within each group.
+        turned = weight.flip(list(range(2, weight.dim()))) if max(kernel) > 1 else weight
+        split = turned.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
+        turned = split.reshape(size[1], -1, *kernel)
+        return aten.convolution.default(grad, turned, None, [1] * len(stride), border, dilation, False, [0], groups)
+    rest = [
+        n - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
+        for n, out, k, s, p, d in zip(size[2:], grad.shape[2:], kernel, stride, padding, dilation, strict=True)
+    ]
+    return aten.convolution.default(grad, weight, None, stride, padding, dilation, True, rest, groups)
+
+
+def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
+    stride, padding, dilation, groups = geometry
+    batch, (rows, columns), kernel = len(x), size[:2], size[2:]
+    if groups == 1 and all(k == 1 for k in kernel) and not any(padding):
+        for dim, step in enumerate(stride, start=2):
+            x = x[(*[slice(None)] * dim, slice(None, None, step))] if step > 1 else x
+        left, right = grad.reshape(batch, rows, -1), x.reshape(batch, columns, -1)
+        # The narrower map is transposed.
+        if rows > columns:
+            product = (left @ right.transpose(1, 2)).sum(0)
+        else:
+            product = (right @ left.transpose(1, 2)).sum(0).t()
+        return product.reshape(size)
+    # A convolution over the batch: channels are its batch, images its channels, and the stride dilates the gradient.
+    images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2)
+    images = images.transpose(1, 2).reshape(columns, groups * batch, *x.shape[2:]) if groups > 1 else images.squeeze(1)
+    found = aten.convolution.default(
+        images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups
+    )
+    for dim, k in enumerate(kernel, start=2):
+        found = found[(*[slice(None)] * dim, slice(0, k))] if found.shape[dim] > k else found
+    return found.transpose(0, 1)
+
+
+def _avg_pool2d_backward(
+    grad: Tensor,
+    x: Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    ceil_mode: bool,
+    count_include_pad: bool,
+    divisor_override: int | None,
+) -> Tensor:
+    kernel = list(kernel_size) * (2 // len(kernel_size))
+    step = list(stride or kernel_size) * (2 // len(stride or kernel_size))
+    covered = [(out - 1) * s + k for out, s, k in zip(grad.shape[2:], step, kernel, strict=True)]
+    if any(padding) or any(c > n for c, n in zip(covered, x.shape[2:], strict=True)):
+        raise NotImplementedError("the gradient of an average pool with padding, or with ceil_mode at an odd size")
+    weight = grad.new_full((x.shape[1], 1, *kernel), 1 / (divisor_override or kernel[0] * kernel[1]))
+    rest = [n - c for n, c in zip(x.shape[2:], covered, strict=True)]
+    return aten.convolution.default(grad, weight, None, step, [0, 0], [1, 1], True, rest, x.shape[1])
