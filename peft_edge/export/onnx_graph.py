@@ -310,8 +310,10 @@ def _arange(writer: _Writer, node: fx.Node) -> str:
 def _cast(writer: _Writer, node: fx.Node) -> str:
     source = node.args[0]
     code = writer.type_code(_type(node))
-    return writer.names[source] if code == writer.type_code(_type(source)) else writer.emit(
-        "Cast", writer.names[source], to=code
+    return (
+        writer.names[source]
+        if code == writer.type_code(_type(source))
+        else writer.emit("Cast", writer.names[source], to=code)
     )
 
 
@@ -319,6 +321,11 @@ def _clamp(writer: _Writer, node: fx.Node) -> str:
     low, high = (_argument(node, index, name) for index, name in ((1, "min"), (2, "max")))
     limits = ["" if limit is None else writer.operand(limit, node) for limit in (low, high)]
     return writer.emit("Clip", writer.names[node.args[0]], *(limits if limits[1] else limits[:1]))
+
+
+def _hardtanh(writer: _Writer, node: fx.Node) -> str:
+    low, high = _argument(node, 1, "min_val", -1), _argument(node, 2, "max_val", 1)
+    return writer.emit("Clip", writer.names[node.args[0]], writer.operand(low, node), writer.operand(high, node))
 
 
 def _where(writer: _Writer, node: fx.Node) -> str:
@@ -345,7 +352,9 @@ def _silu(writer: _Writer, node: fx.Node) -> str:
 
 def _addmm(writer: _Writer, node: fx.Node) -> str:
     bias, left, right = (writer.names[each] for each in node.args[:3])
-    return writer.emit("Gemm", left, right, bias, alpha=node.kwargs.get("alpha", 1.0), beta=node.kwargs.get("beta", 1.0))
+    return writer.emit(
+        "Gemm", left, right, bias, alpha=node.kwargs.get("alpha", 1.0), beta=node.kwargs.get("beta", 1.0)
+    )
 
 
 def _convolution(writer: _Writer, node: fx.Node) -> str:
@@ -442,6 +451,7 @@ _OPERATORS: dict[Any, Entry] = {
     aten.hardsigmoid.default: _unary("HardSigmoid", alpha=1 / 6, beta=0.5),
     aten.silu.default: _silu,
     aten.clamp.default: _clamp,
+    aten.hardtanh.default: _hardtanh,
     aten.where.self: _where,
     aten._log_softmax.default: _log_softmax,
     aten._softmax.default: _softmax,

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from timm.layers import BatchNormAct2d
@@ -66,10 +67,10 @@ class StepOptimizer:
             raise ValueError(f"optimizer: expected sgd or adamw, found {self.name!r}")
         in_range = {
             "momentum": 0 <= self.momentum < 1,
-            "weight_decay": 0 <= self.weight_decay,
+            "weight_decay": self.weight_decay >= 0,
             "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
-            "eps": 0 < self.eps,
-            "max_grad_norm": self.max_grad_norm is None or 0 < self.max_grad_norm,
+            "eps": self.eps > 0,
+            "max_grad_norm": self.max_grad_norm is None or self.max_grad_norm > 0,
         }
         wrong = [f"{name}={getattr(self, name)!r}" for name, is_valid in in_range.items() if not is_valid]
         if wrong:
@@ -204,7 +205,9 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         chosen = values[LABELS].unsqueeze(1) == torch.arange(logits.shape[1])
         losses = -(F.log_softmax(logits, 1) * chosen.to(logits.dtype)).sum(1)
         loss = (losses * mask).sum() / mask.sum().clamp(min=1.0)
-        gradients = torch.autograd.grad(loss, list(trained.values()))
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        if unused := [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+            raise ValueError(f"{unused[0]} is trained, but has no influence on the loss: freeze it")
         with torch.no_grad():
             right = (logits.argmax(1) == values[LABELS]).to(mask.dtype)
             kept = {name: value.detach() for name, value in trained.items()}
@@ -238,7 +241,12 @@ def trained_names(model: PeftModel) -> dict[str, str]:
         ValueError: If nothing is trained, or a trained parameter is not saved with the adapter.
     """
     inner = {id(parameter): name for name, parameter in model.get_base_model().named_parameters()}
-    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = {
+        id(parameter): name
+        for name, parameter in model.named_parameters()
+        # With bias="all", PEFT makes the biases of modules trainable that their copies replace.
+        if parameter.requires_grad and ".original_module." not in name
+    }
     saved = get_peft_model_state_dict(
         model, model.state_dict(keep_vars=True), adapter_name=model.active_adapter, save_embedding_layers=False
     )
@@ -296,9 +304,13 @@ def _step_network(model: PeftModel) -> nn.Module:
     """
     network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
     network.to(memory_format=torch.contiguous_format)
-    prepare_model_for_lean_training(network, inplace_norm=True)
-    pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
-    undo_lean_training(network)
+    try:
+        prepare_model_for_lean_training(network, inplace_norm=True)
+    except ValueError:  # it cannot see which layers follow each other: every norm stays a map of its own
+        pairs = []
+    else:
+        pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
+        undo_lean_training(network)
     norm_of = {conv: norm for conv, norm in pairs if not any(value.requires_grad for value in norm.parameters())}
     for conv, norm in norm_of.items():
         norm.forward = partial(_without_norm, _base_layer(norm))
@@ -334,9 +346,7 @@ def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
     return scale, -mean * scale if bias is None else bias - mean * scale
 
 
-def _scaled(
-    kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None
-) -> tuple[Tensor, Tensor | None]:
+def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
     """Return the kernel and bias of a convolution followed by an affine map of its channels."""
     if affine is None:
         return kernel, bias
@@ -390,7 +400,9 @@ def _capture(
     functional = functionalize(traced, remove="mutations_and_views")
     module = make_fx(functional, tracing_mode="fake", decomposition_table=_decompositions())(*tensors)
     _remove_copies(module.graph)
-    _fold_constants(module, dict(zip(module.graph.find_nodes(op="placeholder")[len(values) :], frozen.values())))
+    _fold_constants(
+        module, dict(zip(module.graph.find_nodes(op="placeholder")[len(values) :], frozen.values(), strict=True))
+    )
     _compare_early(module.graph)
     module.graph.lint()
     module.recompile()
@@ -442,17 +454,28 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
 
 
 def _compare_early(graph: fx.Graph) -> None:
-    """Move comparisons of a map to where it is last used otherwise, so the backward pass keeps a byte, not the map."""
-    order = {node: index for index, node in enumerate(graph.nodes)}
+    """Move comparisons of a map to where it is last used otherwise, so the backward pass keeps a byte, not the map.
+
+    A hardtanh (ReLU6) is compared by its output, which may be kept as the input of an adapted layer anyway.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
+        for user in list(node.args[0].users):
+            if user.target in _COMPARISONS and user.args[1] in node.args[1:3]:
+                user.replace_input_with(node.args[0], node)
+    nodes = list(graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
     masks: set[fx.Node] = set()
-    for node in graph.nodes:
-        if node.target in _COMPARISONS or (node.target in _LOGIC and set(node.all_input_nodes) <= masks):
+    for node in nodes:
+        if node.target in _COMPARISONS:
+            (source,) = node.all_input_nodes
+            last_use = max([order[source], *(order[user] for user in source.users if user.target not in _COMPARISONS)])
+            if source.op == "call_function" and last_use < order[node]:
+                nodes[last_use].append(node)
             masks.add(node)
-    for node in [node for node in graph.nodes if node in masks]:
-        sources = node.all_input_nodes
-        others = [order[user] for source in sources for user in source.users if user not in masks]
-        if sources and sources[0].op == "call_function" and max(others, default=0) < order[node]:
-            max(sources, key=list(graph.nodes).index).append(node)
+        elif node.target in _LOGIC and masks.issuperset(node.all_input_nodes):
+            current = {each: index for index, each in enumerate(graph.nodes)}
+            max(node.all_input_nodes, key=current.__getitem__).append(node)
+            masks.add(node)
 
 
 # --- decompositions -----------------------------------------------------------------------------------------------
@@ -466,14 +489,32 @@ def _decompositions() -> dict[Any, Callable[..., Any]]:
         table.pop(operator, None)  # ONNX has them
     table[aten.convolution_backward.default] = _convolution_backward
     table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
+    table[aten.threshold_backward.default] = _threshold_backward
+    table[aten.hardtanh_backward.default] = _hardtanh_backward
+    table[aten.hardswish_backward.default] = _hardswish_backward
     table[aten.hardsigmoid_backward.default] = _hardsigmoid_backward
     return table
 
 
+# The gradients of activations are products with a mask, since ONNX Runtime's `Where` allocates two further maps.
+
+
+def _threshold_backward(grad: Tensor, y: Tensor, threshold: float) -> Tensor:
+    return grad * (y > threshold).to(grad.dtype)
+
+
+def _hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tensor:
+    return grad * ((x > low) & (x < high)).to(grad.dtype)
+
+
+def _hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
+    inside, above = (x >= -3) & (x <= 3), x > 3
+    return grad * ((x / 3 + 0.5) * inside.to(grad.dtype) + above.to(grad.dtype))
+
+
 def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
     # PyTorch's kernel multiplies by a sixth in single precision, in double precision too.
-    sixth = torch.tensor(1 / 6, dtype=torch.float32).item()
-    return torch.where((x > -3) & (x < 3), grad * sixth, 0.0)
+    return grad * (((x > -3) & (x < 3)).to(grad.dtype) * float(np.float32(1 / 6)))
 
 
 def _frozen_batch_norm(
@@ -541,13 +582,10 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
         left, right = grad.reshape(batch, rows, -1), x.reshape(batch, columns, -1)
         # The narrower map is transposed.
         if rows > columns:
-            product = (left @ right.transpose(1, 2)).sum(0)
-        else:
-            product = (right @ left.transpose(1, 2)).sum(0).t()
-        return product.reshape(size)
+            return (left @ right.transpose(1, 2)).sum(0).reshape(size)
+        return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
     # A convolution over the batch: channels are its batch, images its channels, and the stride dilates the gradient.
-    images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2)
-    images = images.transpose(1, 2).reshape(columns, groups * batch, *x.shape[2:]) if groups > 1 else images.squeeze(1)
+    images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups
     )
