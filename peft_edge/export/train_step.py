@@ -241,16 +241,13 @@ def trained_names(model: PeftModel) -> dict[str, str]:
         ValueError: If nothing is trained, or a trained parameter is not saved with the adapter.
     """
     inner = {id(parameter): name for name, parameter in model.get_base_model().named_parameters()}
-    trained = {
-        id(parameter): name
-        for name, parameter in model.named_parameters()
-        # With bias="all", PEFT makes the biases of modules trainable that their copies replace.
-        if parameter.requires_grad and ".original_module." not in name
-    }
+    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
     saved = get_peft_model_state_dict(
         model, model.state_dict(keep_vars=True), adapter_name=model.active_adapter, save_embedding_layers=False
     )
     names = {name: inner[id(tensor)] for name, tensor in saved.items() if id(tensor) in trained}
+    if len(set(names.values())) < len(names):
+        raise ValueError('bias="all" saves a bias under two names: adapt with bias="none" or "lora_only"')
     if missing := sorted(set(trained.values()) - {f"{PREFIX}{name}" for name in names.values()}):
         raise ValueError(f"{missing[0]} is trained, but is no part of the adapter {model.active_adapter!r}: freeze it")
     if not names:
@@ -311,7 +308,12 @@ def _step_network(model: PeftModel) -> nn.Module:
     else:
         pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
         undo_lean_training(network)
-    norm_of = {conv: norm for conv, norm in pairs if not any(value.requires_grad for value in norm.parameters())}
+    norm_of = {
+        conv: norm
+        for conv, norm in pairs
+        if isinstance(conv, ConvLoraLayer | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and not any(value.requires_grad for value in norm.parameters())
+    }
     for conv, norm in norm_of.items():
         norm.forward = partial(_without_norm, _base_layer(norm))
         if not isinstance(conv, ConvLoraLayer):

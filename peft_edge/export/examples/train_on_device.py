@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
-    """Open a file with the options that take the least memory: the order of the file, each map freed at its last use."""
+    """Open a file with the options that take the least memory: its own order, and no map kept after its last use."""
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
