@@ -26,7 +26,6 @@ from torch.nn import functional as F
 
 from peft_edge.backbones import class_names, fingerprint
 from peft_edge.export.exporter import LOGIT_TOLERANCE
-from peft_edge.export.formats import import_extra
 from peft_edge.export.onnx_graph import missing_operators, write_onnx_graph
 from peft_edge.export.train_step import (
     IMAGES,
@@ -41,7 +40,7 @@ from peft_edge.export.train_step import (
     trained_names,
 )
 from peft_edge.export.verification import input_config
-from peft_edge.files import atomic_write
+from peft_edge.files import atomic_write, requires_extra
 from peft_edge.hub import load_pretrained, save_adapter
 from peft_edge.hub.adapter_files import read_json, read_layout
 from peft_edge.lean import undo_lean_training
@@ -58,7 +57,7 @@ FORMAT_VERSION = 1
 DOUBLE_TOLERANCE = 1e-10
 INPUT_CHANGE = 1e-6  # relative change of the images that shows how exact training in single precision can be
 ALLOWED_RATIO = 10  # rounding inside the network is more than rounding of its input
-PROOF_STEPS, PROOF_CHANGE = 4, 0.01
+PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
 # Huge pages halve the time of a step that returns its memory to the system at once.
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
 
@@ -126,8 +125,9 @@ def export_train_step(
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
-    import_extra("onnx", "onnx")
-    import_extra("onnxruntime", "onnx")
+    with requires_extra("onnx"):
+        import onnx  # noqa: F401 - fails before the work begins
+        import onnxruntime  # noqa: F401 - in a process of its own
     options = StepOptimizer(name=optimizer, momentum=momentum, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     if not isinstance(model, PeftModel):
         model = load_pretrained(model)
@@ -235,13 +235,13 @@ def train_eagerly(
 
 
 def _proof_rate(step: TrainStep, batch: Batch) -> float:
-    """Return a learning rate with which the first step changes the adapter by `PROOF_CHANGE` of its norm.
+    """Return a learning rate with which the first step changes the adapter by at most `PROOF_CHANGE` of its norm.
 
     A larger one would amplify rounding from step to step in a network that is badly conditioned.
     """
     found = step.step.run({**step.adapter, **step.state, **_double(batch), LEARNING_RATE: torch.tensor(1.0).double()})
     change = _norm({name: found[f"{NEW}{name}"] - value for name, value in step.adapter.items()})
-    return PROOF_CHANGE * _norm(step.adapter) / change
+    return min(PROOF_RATE, PROOF_CHANGE * _norm(step.adapter) / change)
 
 
 def _double(batch: Batch) -> Batch:
@@ -286,7 +286,7 @@ def _check_single(
     double_difference: float,
 ) -> StepReport:
     """Run the written files in a process of its own, and compare them with eager training in single precision."""
-    _, expected = train_eagerly(model, optimizer, batches, rate, torch.float32)
+    losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float32)
     found = _run_steps(folder, batches, rate)
 
     def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -304,6 +304,11 @@ def _check_single(
             for batch in batches
         ]
         natural = max(natural, distance(train_eagerly(model, optimizer, changed, rate, torch.float32)[1], expected))
+    if not abs(found["losses"][0] - losses[0]) <= LOGIT_TOLERANCE * max(1.0, losses[0]):
+        raise ValueError(
+            f"{STEP_NAME}: expected the loss {losses[0]:.6f} of eager training in the first step, found "
+            f"{found['losses'][0]:.6f}; nothing was written. Report this error"
+        )
     difference, allowed = distance(found, expected) / moved, ALLOWED_RATIO * natural / moved
     if not difference <= allowed:
         raise ValueError(

@@ -14,8 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from peft_edge.export.formats import import_extra
 from peft_edge.export.train_step import CapturedGraph
+from peft_edge.files import requires_extra
 
 if TYPE_CHECKING:
     from onnx import ModelProto
@@ -56,7 +56,9 @@ class _Writer:
     """
 
     def __init__(self, graph: CapturedGraph) -> None:
-        self.onnx = import_extra("onnx", "onnx")
+        with requires_extra("onnx"):
+            import onnx
+        self.onnx = onnx
         self.graph = graph
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
@@ -112,13 +114,13 @@ class _Writer:
         """Return a constant of a few elements; equal ones are stored once."""
         key = (str(value), dtype)
         if key not in self._constants:
-            array = torch.tensor(value, dtype=dtype).numpy()
+            array = exact = torch.tensor(value, dtype=dtype).numpy()
             if dtype == torch.float64:
                 # A smallest or largest number of double precision has to remain one.
                 limits = np.finfo(np.float32)
                 tiny = (array != 0) & (np.abs(array) < limits.tiny)
                 array = np.where(tiny, np.copysign(limits.tiny, array), array).clip(limits.min, limits.max)
-                array = np.where(np.isfinite(torch.tensor(value).numpy()), array, torch.tensor(value).numpy())
+                array = np.where(np.isfinite(exact), array, exact)
             self._constants[key] = self.initializer(f"c{len(self._constants)}", array)
         return self._constants[key]
 
@@ -128,6 +130,12 @@ class _Writer:
     def operand(self, value: Any, like: fx.Node) -> str:
         """Return the name of a node, or of a constant of the type of another node."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
+
+    def cast(self, node: fx.Node, dtype: torch.dtype) -> str:
+        """Return the name of a node's value in another type."""
+        code = self.type_code(dtype)
+        same = code == self.type_code(_type(node))
+        return self.names[node] if same else self.emit("Cast", self.names[node], to=code)
 
     def reshape(self, name: str, old: Sequence[int], new: Sequence[int]) -> str:
         if list(old) == list(new):
@@ -207,15 +215,16 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 
 
 def _binary(kind: str, *after: str) -> Entry:
-    """An ONNX operator on two tensors, or a tensor and a number, that broadcast."""
+    """An ONNX operator on two tensors, or a tensor and a number, that broadcast and have one type."""
 
     def write(writer: _Writer, node: fx.Node) -> str:
-        left, right = node.args[:2]
-        like = left if isinstance(left, fx.Node) else right
-        first, second = writer.operand(left, like), writer.operand(right, like)
-        alpha = node.kwargs.get("alpha", 1)
-        if alpha != 1:
-            second = writer.emit("Mul", second, writer.constant(alpha, _type(like)))
+        dtype = torch.result_type(*(_value(each) if isinstance(each, fx.Node) else each for each in node.args[:2]))
+        first, second = (
+            writer.cast(each, dtype) if isinstance(each, fx.Node) else writer.constant(each, dtype)
+            for each in node.args[:2]
+        )
+        if node.kwargs.get("alpha", 1) != 1:
+            second = writer.emit("Mul", second, writer.constant(node.kwargs["alpha"], dtype))
         name = writer.emit(kind, first, second)
         for each in after:
             name = writer.emit(each, name)
@@ -308,13 +317,7 @@ def _arange(writer: _Writer, node: fx.Node) -> str:
 
 
 def _cast(writer: _Writer, node: fx.Node) -> str:
-    source = node.args[0]
-    code = writer.type_code(_type(node))
-    return (
-        writer.names[source]
-        if code == writer.type_code(_type(source))
-        else writer.emit("Cast", writer.names[source], to=code)
-    )
+    return writer.cast(node.args[0], _type(node))
 
 
 def _clamp(writer: _Writer, node: fx.Node) -> str:
@@ -329,7 +332,8 @@ def _hardtanh(writer: _Writer, node: fx.Node) -> str:
 
 
 def _where(writer: _Writer, node: fx.Node) -> str:
-    return writer.emit("Where", *(writer.operand(each, node) for each in node.args))
+    condition, *values = node.args
+    return writer.emit("Where", writer.names[condition], *(writer.cast(each, _type(node)) for each in values))
 
 
 def _log_softmax(writer: _Writer, node: fx.Node) -> str:

@@ -227,8 +227,8 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         return {LOGITS: forward(values[IMAGES], {name: values[name] for name in adapter}, frozen)}
 
     return TrainStep(
-        step=_capture(step, {**batch, **adapter, **state}, frozen),
-        predict=_capture(predict, {IMAGES: images, **adapter}, frozen),
+        step=capture_graph(step, {**batch, **adapter, **state}, frozen),
+        predict=capture_graph(predict, {IMAGES: images, **adapter}, frozen),
         adapter=adapter,
         state=state,
     )
@@ -381,12 +381,18 @@ def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **
 # --- capture ------------------------------------------------------------------------------------------------------
 
 
-def _capture(
+def capture_graph(
     function: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]],
     values: Mapping[str, Tensor],
     frozen: Mapping[str, Tensor],
 ) -> CapturedGraph:
-    """Trace a function of inputs and frozen tensors, and fold what depends on frozen tensors alone."""
+    """Trace a function, and fold what depends on frozen tensors alone.
+
+    Args:
+        function: From the inputs and the frozen tensors, both by name, to the outputs by name.
+        values: Examples of the inputs, in double precision.
+        frozen: Tensors that become buffers of the graph.
+    """
     outputs: list[str] = []
 
     def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -399,7 +405,7 @@ def _capture(
     tensors = [*values.values(), *frozen.values()]
     traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
     # The second pass removes what is written in place, and sees the gradients' operators, which it decomposes.
-    functional = functionalize(traced, remove="mutations_and_views")
+    functional = functionalize(traced)
     module = make_fx(functional, tracing_mode="fake", decomposition_table=_decompositions())(*tensors)
     _remove_copies(module.graph)
     _fold_constants(
@@ -412,7 +418,7 @@ def _capture(
 
 
 _COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
-_RESHAPES = {aten.view.default, aten.view_copy.default, aten._unsafe_view.default}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default}
 _COMPARISONS = {aten.le.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.gt.Scalar, aten.eq.Scalar, aten.ne.Scalar}
 _LOGIC = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.bitwise_and.Tensor, aten.logical_and.default}
 
