@@ -239,7 +239,9 @@ def _proof_rate(step: TrainStep, batch: Batch) -> float:
 
     A larger one would amplify rounding from step to step in a network that is badly conditioned.
     """
-    found = step.step.run({**step.adapter, **step.state, **_double(batch), LEARNING_RATE: torch.tensor(1.0).double()})
+    found = step.step.run(
+        {**step.adapter, **step.state, **_double(batch), LEARNING_RATE: torch.tensor(1.0, dtype=torch.float64)}
+    )
     change = _norm({name: found[f"{NEW}{name}"] - value for name, value in step.adapter.items()})
     return min(PROOF_RATE, PROOF_CHANGE * _norm(step.adapter) / change)
 
@@ -259,7 +261,7 @@ def _check_double(
     expected_losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float64)
     values, losses = {**step.adapter, **step.state}, []
     for batch in batches:
-        found = step.step.run({**values, **_double(batch), LEARNING_RATE: torch.tensor(rate).double()})
+        found = step.step.run({**values, **_double(batch), LEARNING_RATE: torch.tensor(rate, dtype=torch.float64)})
         values = {name: found[f"{NEW}{name}"] for name in values}
         losses.append(found[LOSS].item())
     differences = {name: (values[name] - value).abs().max().item() for name, value in expected.items()}

@@ -107,7 +107,7 @@ class _Writer:
         array = value.detach().numpy() if isinstance(value, Tensor) else value
         if array.dtype == np.float64:
             array = array.astype(np.float32)
-        self.initializers.append(self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name))
+        self.initializers.append(self.onnx.numpy_helper.from_array(np.asarray(array, order="C"), name))
         return name
 
     def constant(self, value: Any, dtype: torch.dtype) -> str:

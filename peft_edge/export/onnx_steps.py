@@ -32,7 +32,7 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 
 
-def peak_rss_bytes() -> int:
+def process_peak_bytes() -> int:
     """Return the largest resident memory that this process has had."""
     status = Path("/proc/self/status")
     if status.exists():  # on Linux, ru_maxrss begins with the memory of the parent process
@@ -55,7 +55,7 @@ def run_steps(folder: Path, batches: dict[str, np.ndarray]) -> dict[str, np.ndar
         values = {name: found[f"new:{name}"] for name in values}
         losses.append(found["loss"])
         correct.append(found["correct"])
-    peak = peak_rss_bytes()
+    peak = process_peak_bytes()
     del session
     session = open_session(folder / "predict.onnx")
     inputs = {each.name for each in session.get_inputs()}

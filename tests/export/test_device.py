@@ -36,7 +36,7 @@ def adapted(base: Path, **options: object) -> PeftModel:
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("device") / "base"
-    network = load_backbone("mobilenetv2_035", 3)
+    network = load_backbone("test_efficientnet", 3)
     set_class_names(network, ["bird", "cat", "dog"])
     save_backbone(network, folder)
     return folder
@@ -45,7 +45,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def model(base: Path) -> PeftModel:
     torch.manual_seed(1)
-    return randomize(adapted(base))
+    return randomize(adapted(base), statistics=False)
 
 
 @pytest.fixture(scope="module")
@@ -265,8 +265,8 @@ def test_step_that_computes_something_else_is_not_kept(
 
 
 def _scale_largest(module: nn.Module) -> None:
-    """Changes the largest constant of a graph by a percent."""
-    max(module.buffers(), key=Tensor.numel).mul_(1.01)
+    """Changes the largest constant of a graph."""
+    max(module.buffers(), key=Tensor.numel).mul_(3)
 
 
 def test_run_that_dies_is_an_error(exported: Path, tmp_path: Path) -> None:
@@ -278,7 +278,7 @@ def test_run_that_dies_is_an_error(exported: Path, tmp_path: Path) -> None:
 
 def test_adapter_of_low_rank_b_alone_comes_home(base: Path, tmp_path: Path) -> None:
     """The frozen A of LoRA-FA is no input of the step, but part of the adapter that comes back."""
-    model = randomize(adapted(base, freeze_a=True, target_modules="pointwise"))
+    model = randomize(adapted(base, freeze_a=True, target_modules="pointwise"), statistics=False)
     save_adapter(model, tmp_path / "before")
     export_train_step(model, tmp_path / "step", image_size=SIZE, batch_size=2)
     assert not any("lora_A" in name for name in load_file(tmp_path / "step" / "state.safetensors"))

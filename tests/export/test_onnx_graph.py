@@ -54,7 +54,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "softmax": (lambda x: F.log_softmax(x, 1) + F.softmax(x, -1), (M,)),
     "argmax": (lambda x: x.argmax(1), (M * torch.tensor([1.0, 3, -1, 2]).double(),)),
     "sums": (lambda x: x.sum() + x.sum(1, keepdim=True) + x.mean((2, 3), keepdim=True) + x.amax(1, keepdim=True), (X,)),
-    "matrix products": (lambda x, y: torch.addmm(x[:, 0], x, y), (M, M.reshape(4, 3))),
+    "matrix products": (lambda x, y: torch.addmm(y[0], x, y), (M, M.reshape(4, 3))),
     "bmm": (lambda x, y: torch.bmm(x[0], y[1]), (X, Y)),
     "mm": (lambda x: x @ x.t(), (M,)),
     "shapes": (

@@ -18,4 +18,4 @@ assert not {{"torch", "peft", "timm", "peft_edge"}} & sys.modules.keys(), sorted
 
 
 def test_memory_of_this_process_is_read() -> None:
-    assert 2**26 < onnx_steps.peak_rss_bytes() < 2**36
+    assert 2**26 < onnx_steps.process_peak_bytes() < 2**36

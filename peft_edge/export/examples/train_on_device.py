@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 
-def open_session(file: Path) -> onnxruntime.InferenceSession:
+def open_file(file: Path) -> onnxruntime.InferenceSession:
     """Open a file with the options that take the least memory: its own order, and no map kept after its last use."""
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
@@ -46,7 +46,7 @@ def read_image(file: Path, preprocessing: dict) -> np.ndarray:
     return ((pixels - preprocessing["mean"]) / preprocessing["std"]).astype(np.float32).transpose(2, 0, 1)
 
 
-def main() -> None:
+def train_from_images() -> None:
     """Train, and save the state."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("exported", "images", "state"):
@@ -59,7 +59,7 @@ def main() -> None:
     names, batch_size = description["class_names"], description["inputs"]["labels"][0]
     files = [(file, names.index(file.parent.name)) for file in sorted(options.images.glob("*/*"))]
     state = load_file(options.state if options.state.exists() else options.exported / "state.safetensors")
-    session = open_session(options.exported / "train_step.onnx")
+    session = open_file(options.exported / "train_step.onnx")
     outputs = [output.name for output in session.get_outputs()]
     random = np.random.default_rng()
     for step in range(options.steps):
@@ -81,4 +81,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    train_from_images()
