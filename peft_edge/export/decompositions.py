@@ -47,7 +47,7 @@ def _hardtanh_backward(grad: Tensor, x: Tensor, low: float, high: float) -> Tens
 
 
 def _hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
-    inside, above = (x >= -3) & (x <= 3), x > 3
+    inside, above = (x > -3) & (x < 3), x >= 3
     return grad * ((x / 3 + 0.5) * inside.to(grad.dtype) + above.to(grad.dtype))
 
 

@@ -63,8 +63,10 @@ def run(place: Path, *options: str) -> str:
 
 
 def test_program_learns_goes_on_and_comes_home(place: Path) -> None:
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", run(place, "--steps", "30"))]
-    assert len(losses) == 30
+    losses = [
+        float(loss) for loss in re.findall(r"loss ([\d.]+)", run(place, "--steps", "60", "--learning-rate", "0.1"))
+    ]
+    assert len(losses) == 60
     assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
     once = load_file(place / "state")
     run(place, "--steps", "1", "--learning-rate", "0")
