@@ -117,7 +117,7 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
     batch, (rows, columns), kernel = len(x), size[:2], size[2:]
     if groups == 1 and all(k == 1 for k in kernel) and not any(padding):
         for dim, step in enumerate(stride, start=2):
-            x = x[(*[slice(None)] * dim, slice(None, None, step))] if step > 1 else x
+            x = x.movedim(dim, 0)[::step].movedim(0, dim) if step > 1 else x
         left, right = grad.reshape(batch, rows, -1), x.reshape(batch, columns, -1)
         # The narrower map is transposed.
         if rows > columns:
@@ -129,7 +129,7 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups
     )
     for dim, k in enumerate(kernel, start=2):
-        found = found[(*[slice(None)] * dim, slice(0, k))] if found.shape[dim] > k else found
+        found = found.narrow(dim, 0, k) if found.shape[dim] > k else found
     return found.transpose(0, 1)
 
 

@@ -31,6 +31,7 @@ from peft_edge.export.train_step import (
     IMAGES,
     LABELS,
     LEARNING_RATE,
+    LOGITS,
     LOSS,
     MASK,
     NEW,
@@ -195,14 +196,15 @@ Batch = dict[str, Tensor]
 def _random_batches(step: TrainStep, batch_size: int, size: Sequence[int]) -> list[Batch]:
     """Return random images (B, C, H, W), labels and masks; the last batch is half full, if it can be."""
     generator = torch.Generator().manual_seed(0)
-    logits = step.predict.module.graph.output_node().args[0][0].meta["val"]
+    values = {IMAGES: torch.zeros(batch_size, *size, dtype=torch.float64), **step.adapter}
+    num_classes = step.predict.run(values)[LOGITS].shape[1]
     batches = []
     for index in range(PROOF_STEPS):
         mask = torch.ones(batch_size)
         if index == PROOF_STEPS - 1:
             mask[(batch_size + 1) // 2 :] = 0
         images = torch.randn(batch_size, *size, generator=generator)
-        labels = torch.randint(logits.shape[1], (batch_size,), generator=generator)
+        labels = torch.randint(num_classes, (batch_size,), generator=generator)
         batches.append({IMAGES: images, LABELS: labels, MASK: mask})
     return batches
 

@@ -24,6 +24,9 @@ OPSET, IR_VERSION = 20, 9
 
 aten = torch.ops.aten
 
+_Node = Any
+"""An fx node. Its class types the arguments as a union of everything that an argument can be."""
+
 
 def write_onnx_graph(
     graph: CapturedGraph, *, any_batch_size: bool = False, metadata: Mapping[str, str] | None = None
@@ -62,7 +65,7 @@ class _Writer:
         self.graph = graph
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
-        self.names: dict[fx.Node, str] = {}
+        self.names: dict[_Node, str] = {}
         self._constants: dict[tuple[Any, ...], str] = {}
 
     def write(self, any_batch_size: bool, metadata: Mapping[str, str]) -> ModelProto:
@@ -71,7 +74,8 @@ class _Writer:
                 f"the graph cannot be written as ONNX: no standard operator is known for {', '.join(missing)}. Replace "
                 "the layer that uses it, or leave its gradient out by adapting later layers only"
             )
-        inputs, outputs = [], []
+        inputs: list[Any] = []
+        outputs: list[Any] = []
         names = iter(self.graph.inputs)
         for node in self.graph.module.graph.nodes:
             if node.op == "placeholder":
@@ -127,11 +131,11 @@ class _Writer:
     def integers(self, values: Sequence[int]) -> str:
         return self.constant(list(values), torch.int64)
 
-    def operand(self, value: Any, like: fx.Node) -> str:
+    def operand(self, value: Any, like: _Node) -> str:
         """Return the name of a node, or of a constant of the type of another node."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
-    def cast(self, node: fx.Node, dtype: torch.dtype) -> str:
+    def cast(self, node: _Node, dtype: torch.dtype) -> str:
         """Return the name of a node's value in another type."""
         code = self.type_code(dtype)
         same = code == self.type_code(_type(node))
@@ -144,7 +148,7 @@ class _Writer:
         keeps_first = len(old) > 0 and len(new) > 0 and old[0] == new[0] and 0 not in new
         return self.emit("Reshape", name, self.integers([0, *new[1:]] if keeps_first else new))
 
-    def _value_info(self, name: str, node: fx.Node, is_batch: bool) -> Any:
+    def _value_info(self, name: str, node: _Node, is_batch: bool) -> Any:
         shape: list[int | str] = list(_shape(node))
         if is_batch:
             shape[0] = "batch"
@@ -175,23 +179,23 @@ class _Writer:
             node.output[:] = [renamed.get(name, name) for name in node.output]
 
 
-def _value(node: fx.Node) -> Any:
+def _value(node: _Node) -> Any:
     return node.meta["val"]
 
 
-def _shape(node: fx.Node) -> list[int]:
+def _shape(node: _Node) -> list[int]:
     return list(_value(node).shape)
 
 
-def _type(node: fx.Node) -> torch.dtype:
+def _type(node: _Node) -> torch.dtype:
     return _value(node).dtype
 
 
-def _argument(node: fx.Node, index: int, name: str, default: Any = None) -> Any:
+def _argument(node: _Node, index: int, name: str, default: Any = None) -> Any:
     return node.args[index] if len(node.args) > index else node.kwargs.get(name, default)
 
 
-def _axes(node: fx.Node, index: int, rank: int) -> list[int]:
+def _axes(node: _Node, index: int, rank: int) -> list[int]:
     dims = _argument(node, index, "dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
     return [dim % max(rank, 1) for dim in dims]
@@ -199,13 +203,13 @@ def _axes(node: fx.Node, index: int, rank: int) -> list[int]:
 
 # --- the table ----------------------------------------------------------------------------------------------------
 
-Entry = Callable[[_Writer, fx.Node], str]
+Entry = Callable[[_Writer, _Node], str]
 
 
 def _unary(*kinds: str, **attributes: Any) -> Entry:
     """One or more ONNX operators, one after the other, on the first argument."""
 
-    def write(writer: _Writer, node: fx.Node) -> str:
+    def write(writer: _Writer, node: _Node) -> str:
         name = writer.names[node.args[0]]
         for kind in kinds:
             name = writer.emit(kind, name, **attributes)
@@ -217,7 +221,7 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 def _binary(kind: str, *after: str) -> Entry:
     """An ONNX operator on two tensors, or a tensor and a number, that broadcast and have one type."""
 
-    def write(writer: _Writer, node: fx.Node) -> str:
+    def write(writer: _Writer, node: _Node) -> str:
         dtype = torch.result_type(*(_value(each) if isinstance(each, fx.Node) else each for each in node.args[:2]))
         first, second = (
             writer.cast(each, dtype) if isinstance(each, fx.Node) else writer.constant(each, dtype)
@@ -234,7 +238,7 @@ def _binary(kind: str, *after: str) -> Entry:
 
 
 def _reduction(kind: str) -> Entry:
-    def write(writer: _Writer, node: fx.Node) -> str:
+    def write(writer: _Writer, node: _Node) -> str:
         source = node.args[0]
         axes = _axes(node, 1, len(_shape(source)))
         if not axes:
@@ -245,18 +249,18 @@ def _reduction(kind: str) -> Entry:
     return write
 
 
-def _to_shape(writer: _Writer, node: fx.Node) -> str:
+def _to_shape(writer: _Writer, node: _Node) -> str:
     return writer.reshape(writer.names[node.args[0]], _shape(node.args[0]), _shape(node))
 
 
-def _expand(writer: _Writer, node: fx.Node) -> str:
+def _expand(writer: _Writer, node: _Node) -> str:
     old, new = _shape(node.args[0]), _shape(node)
     if old == new:
         return writer.names[node.args[0]]
     return writer.emit("Expand", writer.names[node.args[0]], writer.integers(new))
 
 
-def _permute(writer: _Writer, node: fx.Node) -> str:
+def _permute(writer: _Writer, node: _Node) -> str:
     rank = len(_shape(node.args[0]))
     order = [dim % rank for dim in node.args[1]]
     if order == list(range(rank)):
@@ -264,7 +268,7 @@ def _permute(writer: _Writer, node: fx.Node) -> str:
     return writer.emit("Transpose", writer.names[node.args[0]], perm=order)
 
 
-def _slice(writer: _Writer, node: fx.Node) -> str:
+def _slice(writer: _Writer, node: _Node) -> str:
     dim, start, end, step = (
         _argument(node, index, name, default)
         for index, (name, default) in enumerate([("dim", 0), ("start", None), ("end", None), ("step", 1)], start=1)
@@ -273,22 +277,22 @@ def _slice(writer: _Writer, node: fx.Node) -> str:
     return writer.emit("Slice", writer.names[node.args[0]], *map(writer.integers, bounds))
 
 
-def _select(writer: _Writer, node: fx.Node) -> str:
+def _select(writer: _Writer, node: _Node) -> str:
     source, dim, index = node.args[:3]
     return writer.emit("Gather", writer.names[source], writer.constant(index, torch.int64), axis=dim)
 
 
-def _flip(writer: _Writer, node: fx.Node) -> str:
+def _flip(writer: _Writer, node: _Node) -> str:
     dims = list(node.args[1])
     bounds = [[-1] * len(dims), [-(2**62)] * len(dims), dims, [-1] * len(dims)]
     return writer.emit("Slice", writer.names[node.args[0]], *map(writer.integers, bounds))
 
 
-def _concatenate(writer: _Writer, node: fx.Node) -> str:
+def _concatenate(writer: _Writer, node: _Node) -> str:
     return writer.emit("Concat", *(writer.names[each] for each in node.args[0]), axis=_argument(node, 1, "dim", 0))
 
 
-def _pad(writer: _Writer, node: fx.Node) -> str:
+def _pad(writer: _Writer, node: _Node) -> str:
     source, pads = node.args[:2]
     before = [0] * (len(_shape(source)) - len(pads) // 2) + list(pads[::2][::-1])
     after = [0] * (len(_shape(source)) - len(pads) // 2) + list(pads[1::2][::-1])
@@ -306,62 +310,62 @@ def _pad(writer: _Writer, node: fx.Node) -> str:
     return name
 
 
-def _fill(writer: _Writer, node: fx.Node) -> str:
+def _fill(writer: _Writer, node: _Node) -> str:
     value = next(arg for arg in reversed(node.args) if not isinstance(arg, fx.Node | list | tuple))
     name = writer.constant(value, _type(node))
     return writer.emit("Expand", name, writer.integers(_shape(node))) if _shape(node) else name
 
 
-def _arange(writer: _Writer, node: fx.Node) -> str:
+def _arange(writer: _Writer, node: _Node) -> str:
     return writer.constant(node.target(*node.args, **{**node.kwargs, "device": "cpu"}).tolist(), _type(node))
 
 
-def _cast(writer: _Writer, node: fx.Node) -> str:
+def _cast(writer: _Writer, node: _Node) -> str:
     return writer.cast(node.args[0], _type(node))
 
 
-def _clamp(writer: _Writer, node: fx.Node) -> str:
+def _clamp(writer: _Writer, node: _Node) -> str:
     low, high = (_argument(node, index, name) for index, name in ((1, "min"), (2, "max")))
     limits = ["" if limit is None else writer.operand(limit, node) for limit in (low, high)]
     return writer.emit("Clip", writer.names[node.args[0]], *(limits if limits[1] else limits[:1]))
 
 
-def _hardtanh(writer: _Writer, node: fx.Node) -> str:
+def _hardtanh(writer: _Writer, node: _Node) -> str:
     low, high = _argument(node, 1, "min_val", -1), _argument(node, 2, "max_val", 1)
     return writer.emit("Clip", writer.names[node.args[0]], writer.operand(low, node), writer.operand(high, node))
 
 
-def _where(writer: _Writer, node: fx.Node) -> str:
+def _where(writer: _Writer, node: _Node) -> str:
     condition, *values = node.args
     return writer.emit("Where", writer.names[condition], *(writer.cast(each, _type(node)) for each in values))
 
 
-def _log_softmax(writer: _Writer, node: fx.Node) -> str:
+def _log_softmax(writer: _Writer, node: _Node) -> str:
     return writer.emit("LogSoftmax", writer.names[node.args[0]], axis=node.args[1])
 
 
-def _softmax(writer: _Writer, node: fx.Node) -> str:
+def _softmax(writer: _Writer, node: _Node) -> str:
     return writer.emit("Softmax", writer.names[node.args[0]], axis=node.args[1])
 
 
-def _argmax(writer: _Writer, node: fx.Node) -> str:
+def _argmax(writer: _Writer, node: _Node) -> str:
     keep = int(bool(_argument(node, 2, "keepdim", False)))
     return writer.emit("ArgMax", writer.names[node.args[0]], axis=_argument(node, 1, "dim"), keepdims=keep)
 
 
-def _silu(writer: _Writer, node: fx.Node) -> str:
+def _silu(writer: _Writer, node: _Node) -> str:
     name = writer.names[node.args[0]]
     return writer.emit("Mul", name, writer.emit("Sigmoid", name))
 
 
-def _addmm(writer: _Writer, node: fx.Node) -> str:
+def _addmm(writer: _Writer, node: _Node) -> str:
     bias, left, right = (writer.names[each] for each in node.args[:3])
     return writer.emit(
         "Gemm", left, right, bias, alpha=node.kwargs.get("alpha", 1.0), beta=node.kwargs.get("beta", 1.0)
     )
 
 
-def _convolution(writer: _Writer, node: fx.Node) -> str:
+def _convolution(writer: _Writer, node: _Node) -> str:
     x, weight, bias, stride, padding, dilation, transposed, rest, groups = node.args
     dims = len(_shape(weight)) - 2
     stride, padding, dilation, rest = ([*each] * (dims // len(each)) for each in (stride, padding, dilation, rest))
@@ -373,7 +377,7 @@ def _convolution(writer: _Writer, node: fx.Node) -> str:
     return writer.emit("Conv", *inputs, **attributes)
 
 
-def _pool(writer: _Writer, node: fx.Node) -> tuple[str, dict[str, Any]]:
+def _pool(writer: _Writer, node: _Node) -> tuple[str, dict[str, Any]]:
     kernel = _argument(node, 1, "kernel_size")
     stride = _argument(node, 2, "stride") or kernel
     padding = _argument(node, 3, "padding", [0, 0])
@@ -381,7 +385,7 @@ def _pool(writer: _Writer, node: fx.Node) -> tuple[str, dict[str, Any]]:
     return writer.names[node.args[0]], {"kernel_shape": kernel, "strides": stride, "pads": padding * 2}
 
 
-def _avg_pool(writer: _Writer, node: fx.Node) -> str:
+def _avg_pool(writer: _Writer, node: _Node) -> str:
     name, attributes = _pool(writer, node)
     if _argument(node, 6, "divisor_override") is not None:
         raise ValueError("the graph cannot be written as ONNX: an average pool with divisor_override")
@@ -390,7 +394,7 @@ def _avg_pool(writer: _Writer, node: fx.Node) -> str:
     return writer.emit("AveragePool", name, **attributes)
 
 
-def _max_pool(writer: _Writer, node: fx.Node) -> str:
+def _max_pool(writer: _Writer, node: _Node) -> str:
     name, attributes = _pool(writer, node)
     dilation = _argument(node, 4, "dilation", [1, 1])
     attributes["dilations"] = [*dilation] * (2 // len(dilation))
@@ -398,12 +402,12 @@ def _max_pool(writer: _Writer, node: fx.Node) -> str:
     return writer.emit("MaxPool", name, outputs=2, **attributes)
 
 
-def _item(writer: _Writer, node: fx.Node) -> str:
+def _item(writer: _Writer, node: _Node) -> str:
     source, index = node.args
     return writer.names[source] if index == 0 else f"{writer.names[source]}.{index}"
 
 
-def _max_pool_backward(writer: _Writer, node: fx.Node) -> str:
+def _max_pool_backward(writer: _Writer, node: _Node) -> str:
     # PyTorch's indices count within a channel of an image, and ONNX's within the whole tensor.
     grad, x, indices = node.args[0], node.args[1], node.args[-1]
     flat = [int(np.prod(_shape(grad)))]

@@ -307,7 +307,7 @@ def _step_network(model: PeftModel) -> nn.Module:
     else:
         pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
         undo_lean_training(network)
-    norm_of = {
+    norm_of: dict[Any, Any] = {
         conv: norm
         for conv, norm in pairs
         if isinstance(conv, ConvLoraLayer | nn.Conv1d | nn.Conv2d | nn.Conv3d)
@@ -369,7 +369,8 @@ def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **
     (adapter,) = layer.active_adapters
     x, geometry = pad(conv, x)
     if geometry.groups > 1 or layer.use_dora[adapter]:
-        return convolution(x, *_scaled(*layer._compose([adapter]), affine), geometry)
+        kernel, bias = layer._compose([adapter])
+        return convolution(x, *_scaled(kernel, bias, affine), geometry)
     lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
     y = convolution(x, *_scaled(conv.weight, layer._add_bias(conv.bias, adapter), affine), geometry)
     ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)

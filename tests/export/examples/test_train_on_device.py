@@ -67,7 +67,7 @@ def test_program_learns_goes_on_and_comes_home(place: Path) -> None:
         float(loss) for loss in re.findall(r"loss ([\d.]+)", run(place, "--steps", "60", "--learning-rate", "0.1"))
     ]
     assert len(losses) == 60
-    assert sum(losses[-5:]) < 0.7 * sum(losses[:5])
+    assert sum(losses[-5:]) < 0.8 * sum(losses[:5])
     once = load_file(place / "state")
     run(place, "--steps", "1", "--learning-rate", "0")
     again = load_file(place / "state")
