@@ -91,7 +91,8 @@ def _convolution_backward(
         raise NotImplementedError("the gradient of a transposed convolution")
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_x = _input_gradient(grad, weight, x.shape, geometry) if wanted[0] else None
-    grad_weight = _kernel_gradient(grad, x, weight.shape, geometry) if wanted[1] else None
+    # Contiguous as PyTorch's own, since what follows may be recorded as a view of it.
+    grad_weight = _kernel_gradient(grad, x, weight.shape, geometry).contiguous() if wanted[1] else None
     return grad_x, grad_weight, grad.sum([0, *range(2, grad.dim())]) if wanted[2] else None
 
 

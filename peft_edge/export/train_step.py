@@ -317,9 +317,9 @@ def _step_network(model: PeftModel) -> nn.Module:
         norm.forward = partial(_without_norm, _base_layer(norm))
         if not isinstance(conv, ConvLoraLayer):
             conv.forward = partial(_convolve, conv, norm)
-    for module in network.modules():
-        if isinstance(module, ConvLoraLayer) and not isinstance(module.base_layer, BatchNormLayer):
-            module.forward = partial(_lora_convolve, module, norm_of.get(module))
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, ConvLoraLayer)]
+    for layer in layers:
+        layer.forward = partial(_lora_convolve, layer, norm_of.get(layer))
     return network
 
 

@@ -1,6 +1,6 @@
 """Train an exported adapter on a folder of images, with onnxruntime, numpy, safetensors and Pillow alone.
 
-python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.01]
+python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.01] [--seed 0]
 
 EXPORTED is the folder of `export_train_step`, IMAGES has one subfolder for each class, and STATE is the file that keeps
 what is learned. Run it again to go on from there.
@@ -53,6 +53,7 @@ def train_from_images() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, help="of the order of the images; by default another one in each run")
     options = parser.parse_args()
 
     description = json.loads((options.exported / "step.json").read_text())
@@ -61,7 +62,7 @@ def train_from_images() -> None:
     state = load_file(options.state if options.state.exists() else options.exported / "state.safetensors")
     session = open_file(options.exported / "train_step.onnx")
     outputs = [output.name for output in session.get_outputs()]
-    random = np.random.default_rng()
+    random = np.random.default_rng(options.seed)
     for step in range(options.steps):
         batch = [files[index] for index in random.permutation(len(files))[:batch_size]]
         inputs = {name: np.zeros(shape, np.float32) for name, shape in description["inputs"].items()}

@@ -47,7 +47,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_backbone(network, folder / "base")
     config = ConvLoraConfig(r=2, target_modules="dense", norm="frozen", modules_to_save=["classifier"])
     model = randomize(get_peft_model(load_backbone(str(folder / "base")), config), statistics=False)
-    export_train_step(model, folder / "step", image_size=32, batch_size=4, max_grad_norm=1.0)
+    export_train_step(model, folder / "step", image_size=32, batch_size=4, optimizer="adamw", max_grad_norm=1.0)
     generator = np.random.default_rng(0)
     for name, colour in COLOURS.items():
         for index in range(4):
@@ -73,7 +73,7 @@ def test_program_learns_goes_on_and_comes_home(place: Path) -> None:
     again = load_file(place / "state")
     name = next(name for name in once if name.endswith("classifier.weight") and ":" not in name)
     assert torch.equal(once[name], again[name])  # it went on from the state that was saved
-    assert not torch.equal(once[f"momentum:{name}"], again[f"momentum:{name}"])
+    assert not torch.equal(once[f"exp_avg:{name}"], again[f"exp_avg:{name}"])
     import_state(place / "step", place / "state", place / "adapter")
     assert torch.equal(load_pretrained(place / "adapter").get_base_model().classifier.weight, once[name])
 
