@@ -45,7 +45,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     set_class_names(network, list(COLOURS))
     with torch.no_grad():
         for _ in range(30):  # plausible statistics of BatchNorm
-            network.train()(torch.randn(16, 3, 32, 32))
+            network.train()(1.5 * torch.randn(16, 3, 1, 1) + torch.randn(16, 3, 32, 32))
     save_backbone(network.eval(), folder / "base")
     config = ConvLoraConfig(r=2, target_modules="dense", norm="frozen", modules_to_save=["classifier"])
     model = get_peft_model(load_backbone(str(folder / "base")), config).eval()
