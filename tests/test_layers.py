@@ -29,6 +29,8 @@ LAYERS = {
     "peft_edge/tuners/": 3,
     "peft_edge/config/": 4,
     "peft_edge/export/": 4,
+    "peft_edge/export/device.py": 5,
+    "peft_edge/export/__init__.py": 5,  # gathers the names of its folder
     "peft_edge/hub/": 4,
     "peft_edge/methods.py": 4,
     "peft_edge/profiling/callback.py": 4,

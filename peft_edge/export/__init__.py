@@ -1,5 +1,6 @@
 """Export an adapted model for a device, as a file of the whole network or of the changed weights."""
 
+from peft_edge.export.device import StepReport, export_train_step, import_state
 from peft_edge.export.differences import apply_diff, save_result, write_diff
 from peft_edge.export.exporter import export_model
 from peft_edge.export.formats import FORMATS
@@ -9,9 +10,12 @@ __all__ = [
     "FORMATS",
     "Comparison",
     "Images",
+    "StepReport",
     "apply_diff",
     "comparison_table",
     "export_model",
+    "export_train_step",
+    "import_state",
     "read_images",
     "save_result",
     "write_diff",

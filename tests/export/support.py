@@ -38,3 +38,18 @@ def train(model: nn.Module, steps: int, learning_rate: float) -> None:
         optimizer.step()
         optimizer.zero_grad()
     model.eval()
+
+
+def randomize(model: PeftModel, *, statistics: bool = True) -> PeftModel:
+    """Gives a model a low-rank update, and statistics of BatchNorm, that are not those of the start."""
+    generator = torch.Generator().manual_seed(7)
+    for name, tensor in model.state_dict().items():
+        if not statistics and "running_" in name:
+            continue
+        if name.endswith("running_var"):
+            tensor.uniform_(0.5, 1.5, generator=generator)
+        elif name.endswith("running_mean"):
+            tensor.normal_(std=0.1, generator=generator)
+        elif "lora_B" in name:
+            tensor.normal_(std=0.05, generator=generator)
+    return model.eval()

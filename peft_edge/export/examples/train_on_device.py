@@ -1,0 +1,85 @@
+"""Train an exported adapter on a folder of images, with onnxruntime, numpy, safetensors and Pillow alone.
+
+python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.01] [--seed 0]
+
+EXPORTED is the folder of `export_train_step`, IMAGES has one subfolder for each class, and STATE is the file that keeps
+what is learned. Run it again to go on from there.
+"""
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+from PIL import Image
+from safetensors.numpy import load_file, save_file
+
+
+def open_file(file: Path) -> onnxruntime.InferenceSession:
+    """Open a file with the options that take the least memory: its own order, and no map kept after its last use."""
+    options = onnxruntime.SessionOptions()
+    options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
+    options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+
+
+def read_image(file: Path, preprocessing: dict) -> np.ndarray:
+    """Return the image as peft_edge evaluates it, (C, H, W): resized, cropped at the centre and normalised."""
+    _, height, width = preprocessing["input_size"]
+    image = Image.open(file).convert("RGB")
+    method = Image.Resampling[preprocessing["interpolation"].upper()]
+    if image.width <= width or image.height <= height:
+        image = image if image.size == (width, height) else image.resize((width, height), method)
+    else:
+        sides = [
+            (int(new / preprocessing["crop_pct"]), old)
+            for new, old in zip((height, width), image.size[::-1], strict=True)
+        ]
+        new, old = max(sides, key=lambda side: side[0] / side[1])
+        image = image.resize((image.width * new // old, image.height * new // old), method)
+    left, top = round((image.width - width) / 2), round((image.height - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
+    return ((pixels - preprocessing["mean"]) / preprocessing["std"]).astype(np.float32).transpose(2, 0, 1)
+
+
+def train_from_images() -> None:
+    """Train, and save the state."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name in ("exported", "images", "state"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--learning-rate", type=float, default=0.01)
+    parser.add_argument("--seed", type=int, help="of the order of the images; by default another one in each run")
+    options = parser.parse_args()
+
+    description = json.loads((options.exported / "step.json").read_text())
+    names, batch_size = description["class_names"], description["inputs"]["labels"][0]
+    files = [(file, names.index(file.parent.name)) for file in sorted(options.images.glob("*/*"))]
+    state = load_file(options.state if options.state.exists() else options.exported / "state.safetensors")
+    session = open_file(options.exported / "train_step.onnx")
+    outputs = [output.name for output in session.get_outputs()]
+    random = np.random.default_rng(options.seed)
+    for step in range(options.steps):
+        batch = [files[index] for index in random.permutation(len(files))[:batch_size]]
+        inputs = {name: np.zeros(shape, np.float32) for name, shape in description["inputs"].items()}
+        inputs["labels"] = inputs["labels"].astype(np.int64)
+        inputs["learning_rate"][...] = options.learning_rate
+        for row, (file, label) in enumerate(batch):
+            inputs["images"][row] = read_image(file, description["preprocessing"])
+            inputs["labels"][row], inputs["mask"][row] = label, 1
+        found = dict(zip(outputs, session.run(None, {**state, **inputs}), strict=True))
+        state = {name: found[description["new_prefix"] + name] for name in state}
+        print(f"step {step + 1}: loss {found['loss']:.4f}, {found['correct']:.0f} of {len(batch)} correct", flush=True)
+    unfinished = options.state.with_name(f".{options.state.name}.unfinished")
+    save_file(state, unfinished)
+    with unfinished.open("rb+") as file:
+        os.fsync(file.fileno())
+    unfinished.replace(options.state)  # the old or the new state, never half of one
+
+
+if __name__ == "__main__":
+    train_from_images()

@@ -1,0 +1,486 @@
+"""Capture one training step of an adapter as a functional graph of standard operators.
+
+The graph maps images, labels, a mask, the learning rate, the adapter and the state of the optimizer to the loss, the
+number of correct predictions, the new adapter and the new state. It contains the forward pass, the gradients and the
+update, so any runtime that runs the operators can train (`peft_edge.export.onnx_graph` writes it as ONNX).
+
+Everything is captured and folded in double precision. So the graph can be compared with eager training to 1e-10, and
+constants such as kernels scaled by a frozen BatchNorm are rounded once.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from timm.layers import BatchNormAct2d
+from torch import Tensor, fx, nn
+from torch.func import functional_call, functionalize
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.nn import functional as F
+
+from peft_edge.export.decompositions import decompositions
+from peft_edge.functional.convolution import Geometry, convolution, pad
+from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean.inplace_norm import inplace_norms
+from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
+from peft_edge.tuners.norm import BatchNormLayer
+
+aten = torch.ops.aten
+
+IMAGES, LABELS, MASK, LEARNING_RATE = "images", "labels", "mask", "learning_rate"
+LOSS, CORRECT, LOGITS, STEP = "loss", "correct", "logits", "step"
+NEW = "new:"  # prefix of the outputs that replace an input of the same name
+PREFIX = "base_model.model."  # of the names in an adapter of PEFT
+
+_BatchNorm = nn.modules.batchnorm._BatchNorm
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepOptimizer:
+    """The optimizer inside a training step: `torch.optim.SGD` or `torch.optim.AdamW`.
+
+    Attributes:
+        name: `sgd` or `adamw`.
+        momentum: Of SGD; 0 keeps no state.
+        weight_decay: Added to the gradient (SGD), or decoupled from it (AdamW).
+        betas: Decay of AdamW's averages of the gradient and of its square.
+        eps: Added to AdamW's denominator.
+        max_grad_norm: The gradients of all tensors together are scaled down to this norm; None does not clip.
+    """
+
+    name: Literal["sgd", "adamw"] = "sgd"
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    max_grad_norm: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.name not in ("sgd", "adamw"):
+            raise ValueError(f"optimizer: expected sgd or adamw, found {self.name!r}")
+        in_range = {
+            "momentum": 0 <= self.momentum < 1,
+            "weight_decay": self.weight_decay >= 0,
+            "betas": len(self.betas) == 2 and all(0 <= beta < 1 for beta in self.betas),
+            "eps": self.eps > 0,
+            "max_grad_norm": self.max_grad_norm is None or self.max_grad_norm > 0,
+        }
+        wrong = [f"{name}={getattr(self, name)!r}" for name, is_valid in in_range.items() if not is_valid]
+        if wrong:
+            raise ValueError(
+                f"optimizer: {', '.join(wrong)}: expected momentum and betas in [0, 1), weight_decay of at least 0, "
+                "eps and max_grad_norm above 0"
+            )
+
+    @property
+    def slots(self) -> tuple[str, ...]:
+        """The names of the tensors that are kept for each tensor of the adapter."""
+        if self.name == "adamw":
+            return ("exp_avg", "exp_avg_sq")
+        return ("momentum",) if self.momentum else ()
+
+    def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the state before the first step: zeros, named `<slot>:<tensor>`, and AdamW's `step`."""
+        state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
+        if self.name == "adamw":
+            state[STEP] = next(iter(adapter.values())).new_zeros(())
+        return state
+
+    def update(
+        self, adapter: Mapping[str, Tensor], gradients: Sequence[Tensor], state: Mapping[str, Tensor], lr: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Return the adapter and the state after one step."""
+        if self.max_grad_norm is not None:
+            # torch.nn.utils.clip_grad_norm_
+            norm = torch.sqrt(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
+            factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
+            gradients = [gradient * factor for gradient in gradients]
+        step_values, new_adapter, new_state = [lr], {}, {}
+        if self.name == "adamw":
+            new_state[STEP] = step = state[STEP] + 1
+            first, second = (1 - beta**step for beta in self.betas)
+            step_values = [lr, lr / first, torch.sqrt(second)]
+        rule = self._adamw if self.name == "adamw" else self._sgd
+        for (name, value), gradient in zip(adapter.items(), gradients, strict=True):
+            kept = [state[f"{slot}:{name}"] for slot in self.slots]
+            new_adapter[name], *kept = rule(value, gradient, *kept, *step_values)
+            new_state |= {f"{slot}:{name}": new for slot, new in zip(self.slots, kept, strict=True)}
+        return new_adapter, {name: new_state[name] for name in state}
+
+    def _sgd(self, value: Tensor, gradient: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        *kept, lr = rest
+        if self.weight_decay:
+            gradient = gradient + self.weight_decay * value
+        if not kept:
+            return (value - lr * gradient,)
+        momentum = self.momentum * kept[0] + gradient
+        return value - lr * momentum, momentum
+
+    def _adamw(
+        self, value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: Tensor, rate: Tensor, root: Tensor
+    ) -> tuple[Tensor, ...]:
+        if self.weight_decay:
+            value = value * (1 - lr * self.weight_decay)
+        mean = self.betas[0] * mean + (1 - self.betas[0]) * gradient
+        square = self.betas[1] * square + (1 - self.betas[1]) * gradient.square()
+        return value - rate * mean / (torch.sqrt(square) / root + self.eps), mean, square
+
+
+@dataclass(frozen=True, kw_only=True)
+class CapturedGraph:
+    """A functional graph in double precision, with the names of its inputs and outputs in order.
+
+    Attributes:
+        module: The graph. Frozen weights are its buffers; `module(*inputs)` returns the outputs as a tuple.
+        inputs: Names of the inputs.
+        outputs: Names of the outputs.
+    """
+
+    module: fx.GraphModule
+    inputs: list[str]
+    outputs: list[str]
+
+    def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the outputs by name."""
+        with torch.no_grad():
+            return dict(zip(self.outputs, self.module(*[values[name] for name in self.inputs]), strict=True))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainStep:
+    """What `capture_train_step` returns.
+
+    Attributes:
+        step: Images, labels, mask, learning rate, adapter and state to loss, correct predictions and their new values.
+        predict: Images and adapter to logits.
+        adapter: The initial adapter by PEFT's names.
+        state: The initial state of the optimizer, see `StepOptimizer.initial_state`.
+    """
+
+    step: CapturedGraph
+    predict: CapturedGraph
+    adapter: dict[str, Tensor] = field(repr=False)
+    state: dict[str, Tensor] = field(repr=False)
+
+
+def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimizer) -> TrainStep:
+    """Capture one training step of a model's active adapter, and its prediction.
+
+    The loss is the cross-entropy, averaged over the samples whose mask is 1. All norms use their stored statistics.
+    Padding samples (mask 0) do not influence the result; a batch of padding alone has loss 0 and changes nothing but
+    what momentum and weight decay change.
+
+    Args:
+        model: A PEFT model with one active adapter; it is not changed.
+        images: An example (B, C, H, W). Only its shape counts.
+        optimizer: The optimizer, which is part of the step.
+
+    Raises:
+        ValueError: If a layer uses batch statistics or dropout, the model has several active adapters or nothing to
+            train, or an operator of it has no gradient in standard operators. The message names the layer.
+    """
+    names = trained_names(model)
+    check_exportable(model)
+    network = _step_network(model)
+    tensors = dict(network.named_parameters()) | dict(network.named_buffers())
+    adapter = {name: tensors[parameter].detach().clone() for name, parameter in names.items()}
+    state = optimizer.initial_state(adapter)
+    frozen = {name: tensor.detach() for name, tensor in tensors.items() if name not in names.values()}
+
+    def forward(images: Tensor, adapter: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
+        return functional_call(network, {**frozen, **{names[key]: value for key, value in adapter.items()}}, (images,))
+
+    def step(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        trained = {name: values[name].requires_grad_() for name in adapter}
+        logits = forward(values[IMAGES], trained, frozen)
+        mask = values[MASK].to(logits.dtype)
+        # One-hot labels, since a product has a simpler gradient than a gather.
+        chosen = values[LABELS].unsqueeze(1) == torch.arange(logits.shape[1])
+        losses = -(F.log_softmax(logits, 1) * chosen.to(logits.dtype)).sum(1)
+        loss = (losses * mask).sum() / mask.sum().clamp(min=1.0)
+        gradients = torch.autograd.grad(loss, list(trained.values()), allow_unused=True)
+        if unused := [name for name, gradient in zip(trained, gradients, strict=True) if gradient is None]:
+            raise ValueError(f"{unused[0]} is trained, but has no influence on the loss: freeze it")
+        with torch.no_grad():
+            right = (logits.argmax(1) == values[LABELS]).to(mask.dtype)
+            kept = {name: value.detach() for name, value in trained.items()}
+            new = optimizer.update(kept, gradients, {name: values[name] for name in state}, values[LEARNING_RATE])
+        replaced = {f"{NEW}{name}": value for part in new for name, value in part.items()}
+        return {LOSS: loss.detach(), CORRECT: (right * mask).sum(), **replaced}
+
+    images = images.double()
+    batch = {
+        IMAGES: images,
+        LABELS: torch.zeros(len(images), dtype=torch.long),
+        MASK: torch.ones(len(images), dtype=images.dtype),
+        LEARNING_RATE: torch.tensor(0.1, dtype=images.dtype),
+    }
+
+    def predict(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {LOGITS: forward(values[IMAGES], {name: values[name] for name in adapter}, frozen)}
+
+    return TrainStep(
+        step=capture_graph(step, {**batch, **adapter, **state}, frozen),
+        predict=capture_graph(predict, {IMAGES: images, **adapter}, frozen),
+        adapter=adapter,
+        state=state,
+    )
+
+
+def trained_names(model: PeftModel) -> dict[str, str]:
+    """Return the trained parameters of a PEFT model: name in the saved adapter to name in the base model.
+
+    Raises:
+        ValueError: If nothing is trained, or a trained parameter is not saved with the adapter.
+    """
+    inner = {id(parameter): name for name, parameter in model.get_base_model().named_parameters()}
+    trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    saved = get_peft_model_state_dict(
+        model, model.state_dict(keep_vars=True), adapter_name=model.active_adapter, save_embedding_layers=False
+    )
+    names = {name: inner[id(tensor)] for name, tensor in saved.items() if id(tensor) in trained}
+    if len(set(names.values())) < len(names):
+        raise ValueError('bias="all" saves a bias under two names: adapt with bias="none" or "lora_only"')
+    if missing := sorted(set(trained.values()) - {f"{PREFIX}{name}" for name in names.values()}):
+        raise ValueError(f"{missing[0]} is trained, but is no part of the adapter {model.active_adapter!r}: freeze it")
+    if not names:
+        raise ValueError(
+            f"the adapter {model.active_adapter!r} has nothing to train: load it with is_trainable=True, or call "
+            "model.set_adapter, which makes it trainable"
+        )
+    return names
+
+
+def check_exportable(model: PeftModel) -> None:
+    """Check that a step of the model is a function of its inputs alone.
+
+    Raises:
+        ValueError: If a layer uses batch statistics or dropout, or several adapters are active. All are named.
+    """
+    problems = []
+    if len(model.active_adapters) != 1:
+        problems.append(f"expected one active adapter, found {model.active_adapters}")
+    inside = set()
+    for name, module in model.get_base_model().named_modules():
+        if isinstance(module, BatchNormLayer):
+            inside |= set(module.modules())
+            norm = module.current_state().norm
+            if norm in ("stats", "affine"):
+                problems.append(
+                    f'{name}: norm="{norm}" trains on batch statistics: merge the adapter, and train a new one with '
+                    'norm="frozen" or "recalibrate"'
+                )
+        elif isinstance(module, _BatchNorm) and module not in inside:
+            if module.training or module.running_mean is None:
+                problems.append(f"{name}: BatchNorm in training mode uses batch statistics: call model.eval() first")
+        elif isinstance(module, nn.Dropout) and module.p and module.training:
+            problems.append(f"{name}: dropout is random: call model.eval() first")
+        if isinstance(module, ConvLoraLayer) and module.merged:
+            problems.append(f"{name}: the adapter is merged: call model.unmerge_adapter() first")
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the training step cannot be exported: {shown}")
+
+
+# --- the network in the form in which it is captured --------------------------------------------------------------
+
+
+def _step_network(model: PeftModel) -> nn.Module:
+    """Return a copy of the base model, in double precision and eval mode, with other forward functions.
+
+    - LoRA is a branch beside the frozen convolution, W x + s B (A x), so W is a constant and no kernel is composed. A
+      grouped convolution, or DoRA, composes its kernel as in training.
+    - A frozen BatchNorm behind a convolution scales the kernel (and B) and gives the bias.
+    """
+    network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
+    network.to(memory_format=torch.contiguous_format)
+    try:
+        prepare_model_for_lean_training(network, inplace_norm=True)
+    except ValueError:  # it cannot see which layers follow each other: every norm stays a map of its own
+        pairs = []
+    else:
+        pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
+        undo_lean_training(network)
+    norm_of: dict[Any, Any] = {
+        conv: norm
+        for conv, norm in pairs
+        if isinstance(conv, ConvLoraLayer | nn.Conv1d | nn.Conv2d | nn.Conv3d)
+        and not any(value.requires_grad for value in norm.parameters())
+    }
+    for conv, norm in norm_of.items():
+        norm.forward = partial(_without_norm, _base_layer(norm))
+        if not isinstance(conv, ConvLoraLayer):
+            conv.forward = partial(_convolve, conv, norm)
+    layers: list[Any] = [module for module in network.modules() if isinstance(module, ConvLoraLayer)]
+    for layer in layers:
+        layer.forward = partial(_lora_convolve, layer, norm_of.get(layer))
+    return network
+
+
+def _base_layer(layer: Any) -> Any:
+    return layer.get_base_layer() if isinstance(layer, BatchNormLayer) else layer
+
+
+def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
+    """Return what a norm does after its normalisation: timm's BatchNormAct2d also has dropout and an activation."""
+    return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x
+
+
+def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
+    """Return scale and shift (C,) of a frozen BatchNorm, y = scale x + shift."""
+    if norm is None:
+        return None
+    base = _base_layer(norm)
+    state = norm.current_state() if isinstance(norm, BatchNormLayer) else base
+    mean, var, weight, bias = (
+        getattr(base, name) if getattr(state, name) is None else getattr(state, name)
+        for name in ("running_mean", "running_var", "weight", "bias")
+    )
+    scale = torch.rsqrt(var + base.eps)
+    scale = scale if weight is None else scale * weight
+    return scale, -mean * scale if bias is None else bias - mean * scale
+
+
+def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
+    """Return the kernel and bias of a convolution followed by an affine map of its channels."""
+    if affine is None:
+        return kernel, bias
+    scale, shift = affine
+    return _scale_rows(kernel, scale), shift if bias is None else bias * scale + shift
+
+
+def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
+    return kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
+
+
+def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
+    x, geometry = pad(conv, x)
+    return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
+
+
+def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    conv, affine = layer.get_base_layer(), _affine(norm)
+    (adapter,) = layer.active_adapters
+    x, geometry = pad(conv, x)
+    if geometry.groups > 1 or layer.use_dora[adapter]:
+        kernel, bias = layer._compose([adapter])
+        return convolution(x, *_scaled(kernel, bias, affine), geometry)
+    lora_a, lora_b = layer.lora_A[adapter].weight, layer.lora_B[adapter].weight * layer.scaling[adapter]
+    y = convolution(x, *_scaled(conv.weight, layer._add_bias(conv.bias, adapter), affine), geometry)
+    ones, zeros = (1,) * len(geometry.stride), (0,) * len(geometry.stride)
+    lora_b = lora_b if affine is None else _scale_rows(lora_b, affine[0])
+    return y + convolution(convolution(x, lora_a, None, geometry), lora_b, None, Geometry(ones, zeros, ones))
+
+
+# --- capture ------------------------------------------------------------------------------------------------------
+
+
+def capture_graph(
+    function: Callable[[dict[str, Tensor], dict[str, Tensor]], dict[str, Tensor]],
+    values: Mapping[str, Tensor],
+    frozen: Mapping[str, Tensor],
+) -> CapturedGraph:
+    """Trace a function, and fold what depends on frozen tensors alone.
+
+    Args:
+        function: From the inputs and the frozen tensors, both by name, to the outputs by name.
+        values: Examples of the inputs, in double precision.
+        frozen: Tensors that become buffers of the graph.
+    """
+    outputs: list[str] = []
+
+    def flat(*tensors: Tensor) -> tuple[Tensor, ...]:
+        results = function(
+            dict(zip(values, tensors, strict=False)), dict(zip(frozen, tensors[len(values) :], strict=True))
+        )
+        outputs[:] = results
+        return tuple(results.values())
+
+    tensors = [*values.values(), *frozen.values()]
+    traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
+    # The second pass removes what is written in place, and sees the gradients' operators, which it decomposes.
+    functional = functionalize(traced)
+    module = make_fx(functional, tracing_mode="fake", decomposition_table=decompositions())(*tensors)
+    _remove_copies(module.graph)
+    _fold_constants(
+        module, dict(zip(module.graph.find_nodes(op="placeholder")[len(values) :], frozen.values(), strict=True))
+    )
+    _compare_early(module.graph)
+    module.graph.lint()
+    module.recompile()
+    return CapturedGraph(module=module, inputs=list(values), outputs=outputs)
+
+
+_COPIES = {aten.clone.default, aten.alias.default, aten.detach.default, aten.lift_fresh_copy.default}
+_RESHAPES = {aten.view.default, aten._unsafe_view.default}
+_COMPARISONS = {aten.le.Scalar, aten.ge.Scalar, aten.lt.Scalar, aten.gt.Scalar, aten.eq.Scalar, aten.ne.Scalar}
+_LOGIC = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.bitwise_and.Tensor, aten.logical_and.default}
+
+
+def _remove_copies(graph: fx.Graph) -> None:
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        if node.target in _COPIES:
+            node.replace_all_uses_with(node.args[0])
+            graph.erase_node(node)
+        elif node.target in _RESHAPES:
+            node.target = aten.reshape.default  # a view of a copy that is gone
+    graph.eliminate_dead_code()
+
+
+def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -> None:
+    """Replace what depends on constants alone by buffers; `constants` are placeholders, which are removed."""
+    graph, folded = module.graph, dict(constants)
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        if node.op == "call_function" and inputs and all(each in folded for each in inputs):
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda each: folded[each])
+            with torch.no_grad():
+                folded[node] = node.target(*args, **kwargs)
+    names: dict[tuple[Any, ...], str] = {}
+    for node, value in folded.items():
+        if not isinstance(value, Tensor) or all(user in folded for user in node.users):
+            continue
+        # A kernel is used in the forward and in the backward pass.
+        key = (value.data_ptr(), value.shape, value.stride())
+        if key not in names:
+            names[key] = f"constant_{len(names)}"
+            module.register_buffer(names[key], value.contiguous().clone())
+        with graph.inserting_before(node):
+            buffer = graph.get_attr(names[key])
+        buffer.meta = dict(node.meta)
+        node.replace_all_uses_with(buffer, delete_user_cb=lambda user: user not in folded)
+    for node in reversed(list(folded)):
+        graph.erase_node(node)
+
+
+def _compare_early(graph: fx.Graph) -> None:
+    """Move comparisons of a map to where it is last used otherwise, so the backward pass keeps a byte, not the map.
+
+    A hardtanh (ReLU6) is compared by its output, which may be kept as the input of an adapted layer anyway.
+    """
+    for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
+        for user in list(node.args[0].users):
+            if user.target in _COMPARISONS and user.args[1] in node.args[1:3]:
+                user.replace_input_with(node.args[0], node)
+    nodes = list(graph.nodes)
+    order = {node: index for index, node in enumerate(nodes)}
+    masks: set[fx.Node] = set()
+    for node in nodes:
+        if node.target in _COMPARISONS:
+            (source,) = node.all_input_nodes
+            last_use = max([order[source], *(order[user] for user in source.users if user.target not in _COMPARISONS)])
+            if source.op == "call_function" and last_use < order[node]:
+                nodes[last_use].append(node)
+            masks.add(node)
+        elif node.target in _LOGIC and masks.issuperset(node.all_input_nodes):
+            current = {each: index for index, each in enumerate(graph.nodes)}
+            max(node.all_input_nodes, key=current.__getitem__).append(node)
+            masks.add(node)

@@ -1,0 +1,93 @@
+"""The example program learns from a folder of images, in a process without PyTorch."""
+
+from __future__ import annotations
+
+import json
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from peft import get_peft_model
+from PIL import Image
+from safetensors.torch import load_file
+
+from peft_edge import ConvLoraConfig, load_pretrained
+from peft_edge.backbones import load_backbone, save_backbone, set_class_names
+from peft_edge.data import build_transform
+from peft_edge.export.device import export_train_step, import_state
+
+PROGRAM = Path(__file__).parents[3] / "peft_edge/export/examples/train_on_device.py"
+COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 40, 30)}
+# Runs the program, and fails if anything in it imports PyTorch.
+RUN = """
+import runpy, sys
+class Refuse:
+    def find_spec(self, name, *_):
+        if name.split(".")[0] in ("torch", "peft", "timm", "peft_edge"):
+            raise AssertionError(f"{name} was imported")
+sys.meta_path.insert(0, Refuse())
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an exported step, and images of three colours, not all of one size."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("device")
+    network = load_backbone("test_efficientnet", 3)
+    set_class_names(network, list(COLOURS))
+    with torch.no_grad():
+        for _ in range(30):  # plausible statistics of BatchNorm
+            network.train()(1.5 * torch.randn(16, 3, 1, 1) + torch.randn(16, 3, 32, 32))
+    save_backbone(network.eval(), folder / "base")
+    config = ConvLoraConfig(r=2, target_modules="dense", norm="frozen", modules_to_save=["classifier"])
+    model = get_peft_model(load_backbone(str(folder / "base")), config).eval()
+    export_train_step(model, folder / "step", image_size=32, batch_size=4, optimizer="adamw", max_grad_norm=1.0)
+    generator = np.random.default_rng(0)
+    for name, colour in COLOURS.items():
+        for index in range(4):
+            pixels = np.clip(generator.normal(colour, 30, (40 + 7 * index, 52, 3)), 0, 255).astype(np.uint8)
+            (folder / "images" / name).mkdir(parents=True, exist_ok=True)
+            Image.fromarray(pixels).save(folder / "images" / name / f"{index}.png")
+    return folder
+
+
+def run(place: Path, *options: str) -> str:
+    command = [sys.executable, "-c", RUN, str(PROGRAM), *(str(place / name) for name in ("step", "images", "state"))]
+    return subprocess.run([*command, *options], check=True, capture_output=True, text=True).stdout
+
+
+def test_program_learns_goes_on_and_comes_home(place: Path) -> None:
+    printed = run(place, "--steps", "40", "--learning-rate", "0.001", "--seed", "0")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert len(losses) == 40
+    assert sum(losses[-5:]) < 0.1 * sum(losses[:5])
+    once = load_file(place / "state")
+    run(place, "--steps", "1", "--learning-rate", "0")
+    again = load_file(place / "state")
+    name = next(name for name in once if name.endswith("classifier.weight") and ":" not in name)
+    assert torch.equal(once[name], again[name])  # it went on from the state that was saved
+    assert not torch.equal(once[f"exp_avg:{name}"], again[f"exp_avg:{name}"])
+    import_state(place / "step", place / "state", place / "adapter")
+    assert torch.equal(load_pretrained(place / "adapter").get_base_model().classifier.weight, once[name])
+
+
+def test_images_are_preprocessed_as_in_training(place: Path) -> None:
+    read_image = runpy.run_path(str(PROGRAM), run_name="program")["read_image"]
+    preprocessing = json.loads((place / "step" / "step.json").read_text())["preprocessing"]
+    for size in ((3, 32, 32), (3, 48, 64), (3, 40, 52)):
+        config = {**preprocessing, "input_size": size}
+        for file in (place / "images").glob("*/*"):
+            expected = build_transform(config, train=False)(Image.open(file))
+            torch.testing.assert_close(torch.from_numpy(read_image(file, config)), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_program_is_short() -> None:
+    assert len(PROGRAM.read_text().splitlines()) <= 90
