@@ -244,7 +244,7 @@ RAW_FORMULA = "_get_raw"
 
 
 def backward_pass_id() -> int:
-    """Return the number of the backward pass that this thread runs, or -1 outside; torch has no public function."""
+    """Return the number of the backward pass that this thread runs, or -1 if there is none; torch has no public way."""
     return torch._C._current_graph_task_id()
 
 

@@ -64,7 +64,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, mode: int) -> None:
-    """Set `mode` on all files and call `fsync`. Without `fsync`, a power cut after the rename could empty a file."""
+    """Set `mode` on all files and call `fsync`. Without `fsync`, a power cut after the rename may empty files."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
             _flush_folder(entry)

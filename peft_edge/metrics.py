@@ -38,10 +38,7 @@ class Accuracy(InMemoryMetric):
 
 
 class Retention(InMemoryMetric):
-    """Accuracy of `predictions` divided by that of `previous`, the predictions before an update, on the same images.
-
-    The result is None if the accuracy of `previous` is 0.
-    """
+    """Accuracy after an update (`predictions`) divided by accuracy before (`previous`); None if the latter is 0."""
 
     inputs = ("predictions", "references", "previous")
 
@@ -53,10 +50,7 @@ class Retention(InMemoryMetric):
 
 
 class Forgetting(InMemoryMetric):
-    """Accuracy of `previous`, the predictions before an update, minus accuracy of `predictions`, on the same images.
-
-    The result is negative if the update improved the accuracy.
-    """
+    """Accuracy before an update (`previous`) minus accuracy after it (`predictions`); negative if accuracy rose."""
 
     inputs = ("predictions", "references", "previous")
 

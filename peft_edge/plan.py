@@ -202,7 +202,7 @@ class Plan:
     """The options that fit a budget, and those that do not."""
 
     fitting: list[PlanOption]
-    """First options with records, largest `advantage` first. Then options without, most trainable parameters first."""
+    """Options with records, largest `advantage` first; then options without, most trainable parameters first."""
     exceeding: list[PlanOption]
     """Options that exceed the budget with every setting. Of each placement, only the lowest such rank is listed."""
     records: int
@@ -271,10 +271,7 @@ def find_plan(
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the distinct placements, each with its layers, fewest layers first. Placements without layers are dropped.
-
-    A method without adapters has the single placement None.
-    """
+    """Return the distinct placements that have layers, fewest layers first; only None for a method without adapters."""
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
 

@@ -336,10 +336,7 @@ def _find_record(file: Path) -> Record | CostRecord | None:
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Return a dict from `<name>-version` to the version, or to None for a missing package.
-
-    The packages are those on which results depend, and `more`.
-    """
+    """Return the versions of packages that affect results, and of `more`: `<name>-version` to a version or None."""
     names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
     return {f"{name}-version": _version(name) for name in names}
 

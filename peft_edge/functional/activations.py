@@ -3,7 +3,8 @@
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. It saves a mask of one byte
   or one bit per element. If the next layer saves the output anyway, the activation saves the same output instead.
 - A smooth activation, such as SiLU, saves its input. Later functions recompute its output from this input.
-- The product of a map `x` and a `gate` per channel, as in squeeze-excite, saves the gate and recomputes the map.
+- The product of a map `x` and a `gate` per channel, as in squeeze-excite, saves the gate, and the map or the inputs to
+  recompute the map.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ _CACHED_ELEMENTS = 1 << 19
 
 
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
-    """Return `min(max(x, 0), upper)`, and save the output or a mask, as `keep` says, for the backward pass.
+    """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
     A tensor without standard layout has no mask: its output is saved. `forward` must compute the activation; `upper` is
     infinity for ReLU. With `inplace`, `forward` must overwrite and return its argument, which is x or a flat part of x.
@@ -112,10 +113,7 @@ class _SmoothActivation(torch.autograd.Function):
 
 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
-    """Return x * gate for x of shape (B, C, *size) and a gate of shape (B, C, 1, ...), and save the gate.
-
-    The product also saves x, or the inputs from which to recompute x.
-    """
+    """Return x * gate, (B, C, *size) * (B, C, 1, ...). Saves the gate, and x or the inputs to recompute x."""
     recompute_x, inputs, num_convolutions = get_recompute(x)
 
     def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:

@@ -42,7 +42,7 @@ class _ConstantNorm(NamedTuple):
     def normalise(self, x: Tensor, *, inplace: bool = False) -> Tensor:
         if not inplace:
             return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-        # The operator has three outputs. Two are the statistics of the batch, which are empty in eval mode.
+        # The operator has two more outputs, the statistics of the batch, which are empty in eval mode.
         out = x, self.mean.new_empty(0), self.mean.new_empty(0)
         torch.native_batch_norm(x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, out=out)
         return x
@@ -113,7 +113,7 @@ def synchronised_batch_norm(
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """Sums a tensor over all processes, and in the backward pass the gradients of the sum over all processes."""
+    """Sums a tensor over all processes. The backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor) -> Tensor:

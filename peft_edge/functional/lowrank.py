@@ -169,7 +169,7 @@ class _LowRankConvolution(torch.autograd.Function):
         x = None if ctx.recompute_x is None else ctx.recompute_x(*saved_x)
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
-        dtype = grad_y.dtype  # under autocast not the dtype of the parameters
+        dtype = grad_y.dtype  # under autocast, this is not the dtype of the parameters
         kernel = factor = None
         if magnitude is not None:
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling)
@@ -227,7 +227,7 @@ class _LowRankConvolution(torch.autograd.Function):
 def _down_projection(x: Tensor, lora_a: Tensor, geometry: Geometry) -> Tensor:
     """Return the map z = x * A, which has r channels."""
     if geometry == _pointwise(x) and lora_a[0, 0].numel() == 1 and memory_format_of(x) != torch.contiguous_format:
-        # On a CPU, this matrix product takes about half the time of a convolution with so few channels.
+        # On a CPU, this matrix product takes about half the time of a convolution with r channels.
         return F.linear(x.movedim(1, -1), lora_a.flatten(1)).movedim(-1, 1)
     return convolution(x, lora_a, None, geometry)
 
@@ -252,7 +252,7 @@ def _updated_kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: flo
 
 
 def _scaled(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype, *, inplace: bool = False) -> Tensor:
-    """Return `tensor * factor` in `dtype`. With `inplace`, it may overwrite `tensor` if gradients are disabled."""
+    """Return `tensor * factor` in `dtype`. With `inplace` and without gradients, the product may overwrite `tensor`."""
     if factor is None:
         return tensor.to(dtype)
     if inplace and factor.dtype == tensor.dtype and not torch.is_grad_enabled():
@@ -270,7 +270,7 @@ def lowrank_kernel(
     """Return the kernel update `scaling * lora_b @ lora_a` in `shape`, (C_out, C_in/g, *kernel).
 
     `lora_a` has the shape (r, C_in/g, *kernel). `lora_b` has the shape (C_out, r) or (C_out, r, 1, ...). The result has
-    the given `memory_format`; the memory format of the kernel to be updated avoids a copy.
+    the given `memory_format`. Pass the memory format of the kernel to be updated to avoid a copy.
 
     >>> lora_a, lora_b = torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1)
     >>> lowrank_kernel(lora_a, lora_b, 0.5, torch.Size([4, 3, 1, 1])).flatten(1)[0]
@@ -298,10 +298,7 @@ def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def as_matrix(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Return `kernel` as a matrix (C_out, K), as a view if possible.
-
-    The columns have the order (C_in/g, *kernel), or (*kernel, C_in/g) if `memory_format` is channels-last.
-    """
+    """Return `kernel` as a matrix (C_out, K) with columns in the order of `memory_format`, as a view if possible."""
     return (kernel if memory_format == torch.contiguous_format else kernel.movedim(1, -1)).flatten(1)
 
 

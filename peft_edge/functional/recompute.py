@@ -61,10 +61,7 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 
 
 def get_recompute(tensor: Tensor) -> Recompute:
-    """Return the recomputation of a tensor from `set_recompute`, or the identity.
-
-    The result is the identity without `set_recompute`, after a change of the tensor in place, and in a compiler.
-    """
+    """Return what `set_recompute` stored, or the identity if nothing is stored or the tensor was changed in place."""
     if not torch.compiler.is_compiling():
         recompute, version = getattr(tensor, "_recompute", (None, None))
         if recompute is not None and version == version_of(tensor):
@@ -122,5 +119,5 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # Each call holds a reference, so `_probe` replaces the call of `can_overwrite` between `backward` and the counts.
+    # Each call holds a reference to its argument. This call takes the place of the call of `can_overwrite`.
     return _reference_counts(gradient)

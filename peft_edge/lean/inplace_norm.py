@@ -69,11 +69,7 @@ class InplaceNorm(NamedTuple):
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return the convolution and the norm, each with its adapter.
-
-        Returns None if a layer is missing, or if a hook, a PEFT wrapper or a replaced `forward` may see the tensor
-        between the two layers.
-        """
+        """Return both layers with adapters, or None if a layer is missing or other code may see the tensor between."""
         convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
         found = [module for module in (*convs, *norms) if module is not None]
         if len(found) < len(convs) + len(norms) or any(_is_observed(m) or _is_observed(base_layer(m)) for m in found):

@@ -63,7 +63,7 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the weight or the bias is trainable. Autograd's convolution then saves the input."""
+        """Whether the weight or bias is trainable, so that the original forward pass runs and saves the input."""
         return _trains(self)
 
     @property
@@ -125,7 +125,7 @@ class LeanClippedActivation(nn.Module):
 
 
 class LeanSmoothActivation(nn.Module):
-    """An activation that saves its input, or the inputs from which to recompute it, and then ignores `inplace`."""
+    """An activation that saves x or the inputs to recompute x. If a backward pass follows, `inplace` is ignored."""
 
     keeps_input = True
     function: Callable[[Tensor], Tensor]
