@@ -34,8 +34,8 @@ if TYPE_CHECKING:
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
-# Two names are imported above. `SqueezeExcite` is the layer of timm's mobile networks; no public module exports it.
-# `no_dispatch` hides operators from the active dispatch modes.
+# `SqueezeExcite` and `no_dispatch` are imported above. `SqueezeExcite` is a layer of timm's mobile networks that no
+# public module exports. `no_dispatch` hides operators from the active dispatch modes.
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch exports no common base class."""
@@ -54,7 +54,7 @@ class AutogradContext(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
 
     if TYPE_CHECKING:
-        # A function may save None and set any attribute.
+        # An autograd function may save None and set any attribute of `ctx`.
         def save_for_backward(self, *tensors: Tensor | None) -> None: ...
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: object) -> None: ...
@@ -92,7 +92,7 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
 
 
 def saved_tensors_hooks() -> object:
-    """Return the innermost hooks on saved tensors, or None; gradient checkpointing installs such hooks."""
+    """Return the innermost active hooks on saved tensors, or None; gradient checkpointing installs such hooks."""
     return torch._C._autograd._top_saved_tensors_default_hooks(True)
 
 
@@ -121,7 +121,7 @@ def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) 
 def is_excluded(config: PeftConfig, name: str) -> bool:
     """Return whether `exclude_modules` of `config` matches a module name.
 
-    The truth value of `check_target_module_exists` is also false for a module that matches no pattern at all.
+    PEFT's `check_target_module_exists` also returns a false value for a module that matches no pattern at all.
     """
     return isinstance(check_target_module_exists(config, name), _ExcludedModule)
 
@@ -145,7 +145,7 @@ def call_without_hooks(step: Callable[[], object]) -> None:
     """Call the `step` of an optimizer's base class without its step hooks.
 
     Torch wraps the `step` of each optimizer class in a function that runs the hooks, and marks this function as
-    `hooked`. If a subclass calls the `step` of its base class, the hooks would run twice.
+    `hooked`. Without this function, a subclass that calls the `step` of its base class would run the hooks twice.
     """
     if getattr(step, "hooked", False):
         step.__wrapped__(step.__self__)  # type: ignore[attr-defined]
@@ -157,14 +157,14 @@ def add_peft_type(name: str) -> PeftType:
     """Return the member `name` of the enumeration `peft.PeftType`, and add it first if it is missing.
 
     PEFT has no plugin mechanism: `register_peft_method` rejects names that are not members of the enumeration, and
-    `get_model_status` fails if the type is a string.
+    `get_model_status` fails if the type of an adapter is a string.
     """
     if name in PeftType.__members__:
         return PeftType[name]
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    # Before the maps contain the name: after that, the enumeration refuses to set the attribute.
+    # Set the attribute before the maps contain the name, because the enumeration then refuses to set it.
     setattr(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
@@ -173,9 +173,10 @@ def add_peft_type(name: str) -> PeftType:
 
 
 def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
-    """Let `PeftMixedModel` hold adapters of `peft_type`, with `model_cls` as the base model.
+    """Let `PeftMixedModel` hold adapters of `peft_type`, and use `model_cls` in place of PEFT's `MixedModel`.
 
-    `register_peft_method` does not add a type to PEFT's tuple of compatible types.
+    A second call for the same type has no effect. `register_peft_method` does not add a type to PEFT's tuple of
+    compatible types.
     """
     if peft_type not in peft.tuners.mixed.COMPATIBLE_TUNER_TYPES:
         types = (*peft.tuners.mixed.COMPATIBLE_TUNER_TYPES, peft_type)
@@ -189,8 +190,8 @@ def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn
     """Let `hotswap_adapter` and `prepare_model_for_compiled_hotswap` handle adapters of `peft_type`.
 
     `register_peft_method` does not reach the hotswap module. `config_keys` are configuration keys that must agree
-    between the two adapters, in addition to those of LoRA. `pad` must pad the tuner's layers of a model to a rank, and
-    return whether the model has such layers.
+    between the two adapters, in addition to the keys of LoRA. `pad(model, rank)` must pad the layers of the tuner in a
+    model to a rank, and return whether the model has such layers. A second call for the same type has no effect.
     """
     if peft_type in hotswap.CONFIG_KEYS_TO_CHECK:
         return
@@ -237,7 +238,7 @@ CALLED_TUNERS = (
 DispatchMode = TorchDispatchMode
 
 # Fake tensors have a shape and no memory. No public interface of torch runs a training step with fake tensors.
-# `FakeValueError` is raised if a step reads a value.
+# `FakeValueError` is raised if a step reads a value of a fake tensor.
 FakeMode = FakeTensorMode
 FakeValueError = DataDependentOutputException
 
@@ -250,7 +251,7 @@ RAW_FORMULA = "_get_raw"
 
 
 def backward_pass_id() -> int:
-    """Return the number of the backward pass that this thread runs, or -1; torch has no public function for this."""
+    """Return the number of the backward pass that this thread runs, or -1 if there is none; torch has no public way."""
     return torch._C._current_graph_task_id()
 
 
@@ -270,7 +271,7 @@ def last_node_number() -> int:
 
 
 def operator_names() -> list[str]:
-    """Return the names of all operators, such as `aten::add.Tensor`; `dir(torch.ops.aten)` lists only used ones."""
+    """Return the names of all operators, such as `aten::add.Tensor`; `dir(torch.ops.aten)` omits unused operators."""
     return torch._C._dispatch_get_all_op_names()
 
 
@@ -283,7 +284,7 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Return the hash of a dataset's rows and transforms; `datasets` documents it without a public attribute."""
+    """Return the hash of a dataset's rows and transforms, which `datasets` documents without a public attribute."""
     return dataset._fingerprint
 
 

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Messages of torch.save for any failed write.
+# Parts of the messages of torch.save for any failed write.
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 
@@ -19,9 +19,9 @@ _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename it to `path` at the end of the block.
 
-    If the block fails, `path` is unchanged. If the process is killed, the next attempt deletes the temporary path. A
-    file always has either its old or its new content, even after a power cut. If a folder replaces a folder, `path` is
-    missing for a moment; the old folder is then at `.<name>.replaced`.
+    If the block fails, `path` is unchanged. If the process is killed, the next call deletes the temporary path. A file
+    always has either its old or its new content, even after a power cut. A folder that replaces a folder takes two
+    renames. If the process is killed between them, `path` is missing, and the old folder is at `.<name>.replaced`.
 
     Raises:
         OSError: If the disk is full, if a file would replace a folder, or if a folder would replace a file.
@@ -64,12 +64,12 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, mode: int) -> None:
-    """Sync a file or a folder to disk, because a power cut after the rename could otherwise leave an empty file."""
+    """Set `mode` on all files and call `fsync`. Without `fsync`, a power cut after the rename may empty files."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
             _flush_folder(entry)
         else:
-            entry.chmod(mode)  # safetensors makes its files readable only by their owner
+            entry.chmod(mode)  # safetensors creates files that only their owner can read
             with entry.open("rb+") as file:
                 os.fsync(file.fileno())
 
@@ -84,7 +84,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 def unfinished_path(path: Path) -> Path:
-    """Return the temporary path of `atomic_write`."""
+    """Return the temporary path that `atomic_write(path)` uses."""
     return path.with_name(f".{path.name}.unfinished")
 
 
@@ -97,26 +97,26 @@ def remove(path: Path) -> None:
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the files that match a pattern with wildcards, sorted. A relative pattern starts at `folder`."""
+    """Return the sorted files and folders that match a pattern. A relative pattern starts at `folder`."""
     path = (folder / pattern).absolute()
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether a write failed because of a full disk, a quota, or a limit on the size of files."""
+    """Return whether `error` comes from a write to a full disk, beyond a quota, or beyond a file size limit."""
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    # Errors of safetensors and torch have no errno.
+    # Write errors of safetensors and torch have no errno.
     texts = [*map(os.strerror, _NO_SPACE), *_TORCH_WRITE_ERRORS]
     return any(text in str(error) for text in texts)
 
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Name the extra of this package that installs an optional package, if its import in the block fails.
+    """Tell the user how to install `extra`, an extra of this package, if an import in the block fails.
 
     Raises:
-        ImportError: If the optional package is not installed.
+        ImportError: If a package that the block imports is not installed.
     """
     try:
         yield

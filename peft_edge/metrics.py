@@ -1,4 +1,4 @@
-"""Accuracy, retention, forgetting and harmonic mean. The `evaluate` modules need neither network nor cache."""
+"""Accuracy, retention, forgetting and harmonic mean. No metric needs a network connection or a cache."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from datasets import Features, Value
 
 
 class InMemoryMetric(evaluate.Metric):
-    """An `evaluate.Metric` over integers, one per image and input, that stays in the memory of this process.
+    """An `evaluate.Metric` that keeps its inputs in memory. Each input has one integer per image.
 
     By contrast, `evaluate.load` fetches the code of a metric from the Hub and writes predictions to a locked file that
-    all runs of a user share. A subclass defines `_compute`. With several processes, call
+    all runs of a user share. A subclass must define `_compute`. With several processes, call
     `accelerator.gather_for_metrics` first, and compute the metric in each process.
     """
 
@@ -38,7 +38,7 @@ class Accuracy(InMemoryMetric):
 
 
 class Retention(InMemoryMetric):
-    """Accuracy after an update divided by accuracy before it, on the same images; None if the accuracy before was 0."""
+    """Accuracy after an update (`predictions`) divided by accuracy before (`previous`); None if the latter is 0."""
 
     inputs = ("predictions", "references", "previous")
 
@@ -50,7 +50,7 @@ class Retention(InMemoryMetric):
 
 
 class Forgetting(InMemoryMetric):
-    """Accuracy before an update minus accuracy after it, on the same images; negative if the update helped."""
+    """Accuracy before an update (`previous`) minus accuracy after it (`predictions`); negative if accuracy rose."""
 
     inputs = ("predictions", "references", "previous")
 
@@ -65,12 +65,12 @@ def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
-    """Return the mean drop of the accuracies on earlier domains from their best values; None after a single step.
+    """Return how far the accuracies on earlier domains dropped from their best values, on average; None for one step.
 
-    Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", equation 3: the mean over domains j < k of
-    (max over l < k of a[l][j]) - a[k][j], where k is the last step and `accuracies[l][j]` = a[l][j] is the accuracy on
-    domain j after step l. Here the maximum is over j <= l < k, so row l only needs the domains up to l. With two steps
-    the result equals `Forgetting` on the first domain.
+    `accuracies[l][j]` is the accuracy on domain j after step l, and k is the last step. The result is the mean over
+    j < k of max(accuracies[l][j] for j <= l < k) - accuracies[k][j]. This is equation 3 of Chaudhry et al. 2018,
+    "Riemannian Walk for Incremental Learning", except that their maximum also includes l < j. Row l only needs the
+    domains up to l. With two steps the result equals `Forgetting` on the first domain.
     """
     *earlier, last = accuracies
     best = [max(row[domain] for row in earlier[domain:]) for domain in range(len(earlier))]

@@ -1,4 +1,4 @@
-"""Find the methods, layers and LoRA ranks that fit a budget, each with as little lean training as possible.
+"""Find the methods, layers and LoRA ranks whose training step fits a budget, with as few lean options as possible.
 
 Importing this module does not import torch, so that the command line starts quickly.
 """
@@ -26,7 +26,7 @@ LORA_RANKS = (4, 16)
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 """Units of bytes."""
 FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-"""Units of operations."""
+"""Units of FLOPs."""
 
 
 class Setting(NamedTuple):
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """`off`, or the masks and whether norms work in place."""
+        """The lean options as text: `off`, or the size of the masks and whether norms work in place."""
         if self.lean is None:
             return "off"
         return f"{self.lean['masks']} masks{', in-place norms' if self.lean.get('inplace_norm') else ''}"
@@ -54,23 +54,23 @@ _SETTINGS = (
     Setting("stats", {"masks": "bit"}),
     Setting("frozen", {"inplace_norm": True, "masks": "bit"}),
 )
-# Methods that train the norms, so that the third setting does not apply.
+# These methods train the norms, so the third setting does not apply to them.
 _TRAIN_NORMS = ("norm-affine", "galore", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Upper limits for a training step and the saved update; None for no limit."""
+    """Upper limits for a training step and for the saved update. A limit of None is no limit."""
 
     memory_bytes: int | None = None
     """Peak bytes of all tensors in a step: weights, activations, gradients, optimizer state."""
     flops: int | None = None
-    """Operations of a step, including the optimizer's; a multiply-add is two."""
+    """FLOPs of a step, including the optimizer step; a multiply-add is two."""
     adapter_bytes: int | None = None
     """Bytes of the saved update."""
 
     def excess(self, profile: StepProfile) -> list[str]:
-        """Return one line for each limit that a step exceeds; an empty list if the step fits."""
+        """Return one line for each limit that a step exceeds. A value of None in `profile` counts as 0."""
         found = (profile.memory_peak_bytes or 0, step_flops(profile), profile.adapter_bytes or 0)
         return [
             f"{name} {amount / size:,.1f} {unit}, {(amount - most) / size:,.1f} over"
@@ -91,25 +91,25 @@ class Budget:
 
 
 def step_flops(profile: StepProfile) -> int:
-    """Return all operations of a step: forward and backward pass with elementwise operations, and optimizer."""
+    """Return all FLOPs of a step: forward and backward pass, both with elementwise operations, and optimizer."""
     parts = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
 
 def parse_bytes(text: str) -> int:
-    """Convert a text such as `256MiB` to bytes.
+    """Convert a text such as `256MiB` to bytes. The units are the keys of `BYTES`, in upper or lower case.
 
     Raises:
-        ValueError: If the text is not a number with a unit, or the amount is zero.
+        ValueError: If the text is not a number with a unit, or if the rounded amount is zero.
     """
     return _parse(text, BYTES, "256MiB")
 
 
 def parse_flops(text: str) -> int:
-    """Convert a text such as `3GFLOP` to a number of operations; a multiply-add is two.
+    """Convert a text such as `3GFLOP` to FLOPs. The units are the keys of `FLOPS`, in upper or lower case.
 
     Raises:
-        ValueError: If the text is not a number with a unit, or the amount is zero.
+        ValueError: If the text is not a number with a unit, or if the rounded amount is zero.
     """
     return _parse(text, FLOPS, "3GFLOP")
 
@@ -128,7 +128,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options of a run by which accuracies are grouped; without an adapter, placement and rank are None."""
+    """The options by which runs are grouped. Without an adapter, `target_modules` and `lora_rank` are None."""
 
     method: str
     target_modules: str | None
@@ -144,11 +144,11 @@ class Evidence(NamedTuple):
     runs: int
     """The number of these runs."""
     advantage: float
-    """The accuracy minus the mean accuracy of all runs on the same task, averaged over tasks."""
+    """The mean accuracy on a task minus the mean accuracy of all runs on this task, averaged over the tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
-    """Return a dict from each variant in the records to its accuracy. All runs must have succeeded."""
+    """Return a dict from each variant in the records to its accuracy. All records must be of successful runs."""
     from peft_edge.methods import METHODS
 
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -173,7 +173,7 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """A method with placement, rank and setting, and the cost of a training step with it."""
+    """A method with placement, rank and setting, and the cost of a training step with these choices."""
 
     method: str
     """A key of `METHODS`."""
@@ -186,13 +186,13 @@ class PlanOption:
     profile: StepProfile
     """The cost of the step."""
     excess: list[str]
-    """The limits of the budget that the step exceeds; empty if the step fits."""
+    """One line for each limit of the budget that the step exceeds; empty if the step fits."""
     evidence: Evidence | None = None
-    """The accuracy of this option in the records; None if they have no runs of it."""
+    """The accuracy of this option in the records; None if no record has this option, or if the step does not fit."""
 
     @property
     def name(self) -> str:
-        """Method, placement and rank as text."""
+        """Method, placement and rank as text, without those that are None."""
         rank = "" if self.lora_rank is None else f"rank {self.lora_rank}"
         return ", ".join(filter(None, (self.method, self.target_modules, rank)))
 
@@ -202,13 +202,13 @@ class Plan:
     """The options that fit a budget, and those that do not."""
 
     fitting: list[PlanOption]
-    """Most accurate first, according to the records. Then options without records, most trainable parameters first."""
+    """Options with records, largest `advantage` first; then options without, most trainable parameters first."""
     exceeding: list[PlanOption]
-    """Options that exceed the budget with every setting. Higher ranks are not listed, because they cost more."""
+    """Options that exceed the budget with every setting. Of each placement, only the lowest such rank is listed."""
     records: int
-    """The number of runs on which the order is based."""
+    """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
-    """Whether these runs have the same backbone as the plan."""
+    """Whether these runs are of the planned backbone; False if there are none and other backbones were used."""
 
 
 def find_plan(
@@ -225,14 +225,14 @@ def find_plan(
 ) -> Plan:
     """Find the methods, placements and ranks whose training step fits a budget, computed from tensor shapes alone.
 
-    Each combination is analysed with one setting after the other until it fits: not lean; lean; lean with frozen norms
-    that work in place (except for methods that train norms). If a rank does not fit, higher ranks are skipped.
-    `backbone` is a timm model with the head to be trained; it is not changed. `methods` and `optimizer` are keys of
-    `METHODS` and `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `records` is a folder of
-    records whose accuracies order the options.
+    Each combination is analysed with one setting after the other until the step fits: not lean; lean; lean with frozen
+    norms that work in place (except for methods that train norms). If a rank does not fit, higher ranks are skipped.
+    `backbone` is a timm model with the head to be trained, and is not changed. `methods` and `optimizer` are keys of
+    `METHODS` and `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `records` is a folder whose
+    runs determine the order of the options: runs of this backbone or, if there are none, all runs.
 
     Raises:
-        ValueError: If `analyse` raises it, or the folder has no records.
+        ValueError: If `analyse` rejects a combination, or if the folder has no records.
     """
     from tqdm.auto import tqdm
 
@@ -244,7 +244,7 @@ def find_plan(
     fitting, exceeding = [], []
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # For each placement, the index of the setting that it needs. More layers or a higher rank need at least that.
+        # The index of the setting that each placement needs. More layers or a higher rank need at least this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
@@ -271,13 +271,13 @@ def find_plan(
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the distinct placements with their layers, fewest layers first, or None for a method without adapters."""
+    """Return the distinct placements that have layers, fewest layers first; only None for a method without adapters."""
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
 
     if find_method(method).section != "adapter":
         return [(None, frozenset())]
-    # Regular expressions are not resolved, so they count as distinct from all other placements.
+    # Regular expressions are not resolved to layers, so each expression counts as a distinct placement.
     layers = {
         name: frozenset(modules_with_role(backbone, name) if name in ROLES else [name]) for name in target_modules
     }
@@ -294,7 +294,7 @@ def _mildest(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """Return the option with the first setting that fits, or with the last setting if none fits."""
+    """Return the option with the first setting with which the step fits, or with the last setting."""
     from peft_edge.profiling import analysis
 
     for setting in settings:
@@ -315,7 +315,7 @@ def _order(option: PlanOption) -> tuple[bool, float, int]:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return a table of the options that fit, an explanation of its order, and the excess of all other options."""
+    """Return a table of the options that fit, an explanation of its order, and the `excess` of the other options."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

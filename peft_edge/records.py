@@ -1,7 +1,7 @@
 """Records of runs and analyses: one JSON file per record, in folders that studies fill and reports read.
 
-A record of a run has the blocks and field names of PEFT's `method_comparison`. A value that was not measured is null,
-never 0. Times are in seconds, sizes in bytes.
+A record of a run uses the blocks and field names of PEFT's `method_comparison`, and adds further fields. A value that
+was not measured is null, never 0. Times are in seconds, sizes in bytes.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ M = TypeVar("M", bound="JsonModel")
 
 
 class UnknownFieldError(ValueError):
-    """A JSON file has every field that this version knows, and others: a newer version has written it."""
+    """Raised for JSON with all known and some unknown fields, which a newer version has probably written."""
 
 
 class JsonModel(BaseModel):
-    """A block of a JSON file. Unknown and missing fields are errors."""
+    """A block of a JSON file. Unknown fields and missing required fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -52,8 +52,8 @@ class JsonModel(BaseModel):
         """Read a block from JSON text.
 
         Raises:
-            ValueError: If a field is missing, unknown or of another type; the message names every such field.
-            UnknownFieldError: If fields are unknown, and everything else is right.
+            ValueError: If a required field is missing or a field has the wrong type. The message names each such field.
+            UnknownFieldError: If unknown fields are the only mistake.
         """
         try:
             return cls.model_validate_json(text)
@@ -72,11 +72,11 @@ class RunInfo(JsonModel):
     experiment_name: str
     """`<method>/<name>`, as in PEFT's results."""
     train_config: JsonObject
-    """The resolved configuration, and the backbone as `model_id`."""
+    """The resolved configuration. In addition, `model_id` is the name of the backbone."""
     peft_config: JsonObject | None = None
     """The configuration of the adapter; null for a method without an adapter."""
     total_time: float | None = None
-    """Duration of the run with source stage and evaluation; null if the run was interrupted and resumed."""
+    """Duration of the run including source stage and evaluation; null if the run was interrupted and resumed."""
     peft_branch: str | None = None
     """The git branch of PEFT; null for a released version."""
     error_msg: str = ""
@@ -84,14 +84,14 @@ class RunInfo(JsonModel):
 
 
 class KernelChange(JsonModel):
-    """The change of the kernel of one convolution by the update, read as a matrix of shape (C_out, K)."""
+    """The change of the kernel of one convolution by training. The change is read as a matrix of shape (C_out, K)."""
 
     kind: str
     """`depthwise`, `pointwise`, `dense` (one group, kernel larger than 1 x 1) or `grouped`."""
     relative_norm: float
     """Frobenius norm of the change divided by the norm of the kernel before the update."""
     stable_rank: float
-    """Squared Frobenius norm of the change divided by its squared spectral norm: at least 1, at most the rank
+    """Squared Frobenius norm of the change divided by its squared spectral norm: at least 1, at most its rank
     (Rudelson and Vershynin 2007, arXiv math/0503442)."""
 
 
@@ -101,13 +101,13 @@ class TrainInfo(JsonModel):
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
-    """Time of the training steps, without evaluation, for the selected learning rate of each target."""
+    """Time of the training steps, without evaluation: the sum over targets, each with its selected learning rate."""
     file_size: int | None = None
-    """Size of the saved adapter, or of the saved model for a method without an adapter."""
+    """Bytes of the saved adapter, or of the saved model for a method without an adapter."""
 
     num_trainable_params: int | None = None
     num_total_params: int | None = None
-    """Numbers of trainable parameters and of all parameters of the backbone."""
+    """The number of trainable parameters, and the number of all parameters, of the backbone."""
 
     accelerator_memory_reserved_avg: int | None = None
     accelerator_memory_max: int | None = None
@@ -115,15 +115,15 @@ class TrainInfo(JsonModel):
     """Bytes that the accelerator's allocator reserved: mean, maximum and 99th percentile."""
 
     metrics: list[JsonObject] = []
-    """One entry per epoch and target, followed by one entry with the test results before and after the update."""
+    """One entry per epoch and target, and at the end one entry with the test results before and after the update."""
     sweep: list[JsonObject] = []
     """The learning rates that were tried and their validation accuracies; an accuracy is null if training diverged."""
     replay: JsonObject | None = None
     """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
     checks: dict[str, float] = {}
-    """Largest absolute differences of the logits after the saved adapter was reloaded and after it was merged."""
+    """Largest absolute change of the logits by reloading the saved adapter, and by merging the adapter."""
     changes: dict[str, KernelChange] = {}
-    """The convolutions that the merged update changed, by name; empty if the update cannot be merged."""
+    """A dict from each convolution that the merged update changed to its change; empty if no merge is possible."""
 
 
 class MetaInfo(JsonModel):
@@ -139,8 +139,8 @@ class MetaInfo(JsonModel):
 class StepProfile(JsonModel):
     """The cost of a training step in one process: of the whole step, or of all layers with the same LoRA rank.
 
-    FLOPs and memory come from the sampled step with the highest peak. Times are medians over the sampled steps. Fields
-    that describe the whole step are null in a row for layers.
+    FLOPs and memory come from the sampled step with the highest memory peak. Times are medians over the sampled steps.
+    Fields that only a whole step has are null in a profile with the scope `layers`.
     """
 
     process_index: int
@@ -148,18 +148,18 @@ class StepProfile(JsonModel):
     scope: str
     """`step` for the whole step, `layers` for all layers whose adapter has the rank `lora_rank`."""
     lora_rank: int | None = None
-    """Rank of the adapters; null without adapters and for a whole step with several ranks."""
+    """Rank of the adapters; null without adapters, or for a whole step whose adapters have several ranks."""
     steps: int = 0
     """The number of sampled steps."""
     num_trainable_params: int | None = None
-    """The number of trainable parameters of the model or the layers."""
+    """The number of trainable parameters of the model (scope `step`) or of the layers (scope `layers`)."""
 
     flops_forward: int | None = None
     flops_backward: int | None = None
     """FLOPs of convolutions, matrix products and attention; a multiply-add is 2. The loss is in the forward pass."""
 
     flops_optimizer: int | None = None
-    """All FLOPs of the optimizer step, with gradient clipping; null for layers."""
+    """All FLOPs of the optimizer step, including gradient clipping; null for layers."""
 
     flops_elementwise_forward: int | None = None
     flops_elementwise_backward: int | None = None
@@ -168,12 +168,12 @@ class StepProfile(JsonModel):
     forward_s: float | None = None
     backward_s: float | None = None
     optimizer_s: float | None = None
-    """Times. The forward pass includes the loss, the backward pass includes gradient clipping. Null for layers."""
+    """Seconds per step. `forward_s` includes the loss, `backward_s` includes gradient clipping. Null for layers."""
 
     samples_per_s: float | None = None
-    """Samples of this process divided by the sum of the three times; null for layers."""
+    """Samples of this process per step, divided by the sum of the three times above; null for layers."""
     memory_peak_bytes: int | None = None
-    """Peak bytes of all live tensors; for layers, the bytes of their tensors at this peak."""
+    """Peak bytes of all live tensors. For layers: the bytes of the tensors of these layers at the peak of the step."""
     memory_peak_phase: str | None = None
     """The phase in which the peak occurs: `forward`, `backward` or `optimizer`; null for layers."""
 
@@ -183,16 +183,16 @@ class StepProfile(JsonModel):
     memory_activations_bytes: int | None = None
     memory_temporaries_bytes: int | None = None
     memory_optimizer_bytes: int | None = None
-    """The peak by kind of tensor. Activations are saved for the backward pass, temporaries are all other tensors."""
+    """Bytes at the peak by kind of tensor. Activations are saved for the backward pass; temporaries are the rest."""
 
     memory_forward_end_bytes: int | None = None
     """Bytes of all live tensors at the end of the forward pass."""
     cuda_peak_bytes: int | None = None
-    """Peak bytes of CUDA's allocator in the step; null for layers and on other devices."""
+    """Peak bytes of CUDA's allocator in the step; null for layers, and without CUDA."""
     peak_rss_bytes: int | None = None
-    """Peak physical memory of the process in the step, or since its start if the system cannot reset the peak."""
+    """Peak physical memory of the process in the step; since the process start if the system cannot reset the peak."""
     adapter_bytes: int | None = None
-    """Bytes of the tensors in the saved adapter; without an adapter, of the trainable parameters."""
+    """Bytes of the tensors in the saved adapter, or of the trainable parameters for a method without an adapter."""
 
 
 class Record(JsonModel):
@@ -203,11 +203,11 @@ class Record(JsonModel):
     meta_info: MetaInfo
 
     profile: list[StepProfile] = []
-    """The cost of a step for each process and LoRA rank. For a failed run, rows may be missing."""
+    """For each process, the whole step and the layers of each LoRA rank. For a failed run, profiles may be missing."""
 
     @property
     def step(self) -> StepProfile | None:
-        """The cost of the whole step in the first process; None if no step was sampled."""
+        """The first profile of a whole step, which is normally that of process 0; None if no step was sampled."""
         return next((row for row in self.profile if row.scope == "step"), None)
 
 
@@ -224,7 +224,7 @@ class CostRecord(JsonModel):
     """`full`, `lora`, `dora` or another key of `METHODS`."""
     setting: JsonObject
     """LoRA rank, batch size, image size or sequence length, optimizer, FLOP accounting, norm, target modules and lean
-    options; a value is null if the option does not apply."""
+    options; an option that does not apply is null."""
     num_total_params: int
     """The number of parameters of the network with its adapters."""
 
@@ -236,7 +236,7 @@ def read_record(file: Path, kind: type[M]) -> M | None:
     """Read the record in a file, or return None if there is no file.
 
     Raises:
-        ValueError: If the file is damaged, or of a newer version; the message names it. The file is kept.
+        ValueError: If the file is damaged, or a newer version has written it. The message names the file.
     """
     try:
         return kind.from_json(file.read_bytes()) if file.exists() else None
@@ -252,7 +252,7 @@ def read_record(file: Path, kind: type[M]) -> M | None:
 
 
 def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
-    """Write a record to `<folder>/<name>.json` on one line, replace an existing file, and return the path."""
+    """Write a record on one line to `<folder>/<name>.json`, replacing an existing file, and return the path."""
     file = folder / f"{name}.json"
     with atomic_write(file) as unfinished:
         text = json.dumps(record.model_dump(), separators=(",", ":"), allow_nan=False)
@@ -276,10 +276,10 @@ class Archive:
 
 
 def read_archive(folder: Path) -> Archive:
-    """Read every record in a folder and its subfolders, and skip copies and other JSON files, such as configurations.
+    """Read all records in a folder and its subfolders. Skips copies, and other JSON files such as configurations.
 
     Raises:
-        ValueError: If there is no record, or a record is damaged. The message names the file.
+        ValueError: If there is no record, or if a record is damaged or was written by a newer version.
     """
     archive = Archive()
     seen: set[str] = set()
@@ -310,10 +310,10 @@ def _identity(record: Record | CostRecord) -> str:
 
 
 def _find_record(file: Path) -> Record | CostRecord | None:
-    """Return the record in a JSON file; None if the file holds something else.
+    """Return the record in a JSON file; None if the file contains something else or, with a warning, invalid JSON.
 
     Raises:
-        ValueError: If the file is a record that is damaged, cut short or of a newer version.
+        ValueError: If the file is a record that is damaged or cut short, or that a newer version has written.
     """
     # Records of PEFT's own benchmark have the same blocks, but not these keys of the configuration.
     keys = {"method", "norm", "backbone", "data", "adapter"}
@@ -336,7 +336,7 @@ def _find_record(file: Path) -> Record | CostRecord | None:
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Return the versions of the packages on which results depend and of `more`; None for a missing package."""
+    """Return the versions of packages that affect results, and of `more`: `<name>-version` to a version or None."""
     names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
     return {f"{name}-version": _version(name) for name in names}
 
@@ -349,7 +349,7 @@ def _version(name: str) -> str | None:
 
 
 def system_info(**more: str) -> dict[str, str]:
-    """Return the names and versions of the system and the processor, and `more`."""
+    """Return a dict with the names of the operating system, its version, the processor, and the entries of `more`."""
     return {
         "system": platform.system(),
         "release": platform.release(),

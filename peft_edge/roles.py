@@ -1,7 +1,7 @@
-"""Layer roles, by which convolutions are selected in any network.
+"""Layer roles: names such as `depthwise` that select convolutions in any network.
 
-timm names the same layer differently in every family (`conv_pw`, `conv_exp`, `conv1`). Roles other than `last-stage`
-therefore depend only on groups, kernel size and channels. Importing this module does not import torch.
+timm names the same layer differently in every family (`conv_pw`, `conv_exp`, `conv1`). All roles except `last-stage`
+therefore depend on groups, kernel size and channels instead of names. Importing this module does not import torch.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def is_pointwise(conv: Convolution) -> bool:
 def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution, frozenset[str]]]:
     """Yield the name, module and roles of every convolution in model order. `prefix` is prepended to each name.
 
-    In an adapted model, names and modules are those of the model without adapters.
+    In an adapted model, names and modules are those of the model without adapters. Layers in `modules_to_save` are left
+    out. No convolution has the role `last-stage` in a network without timm's `feature_info`.
     """
     convolutions = list(_walk(model))
     last_stage, is_reached = _last_stage(model, [name for name, _, _ in convolutions]), False
@@ -88,7 +89,7 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a module without its adapters and without copies in `modules_to_save`."""
+    """Yield the children of a module: base layers in place of adapted layers, and no layers of `modules_to_save`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
@@ -101,9 +102,10 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _squeeze_excite(module: nn.Module) -> list[Convolution]:
-    """Return the convolutions of a squeeze-excite block: exactly two, pointwise, with mirrored channels.
+    """Return the two convolutions of a module if it is a squeeze-excite block, and otherwise an empty list.
 
-    A bottleneck block also has mirrored channels, but always a third, spatial convolution.
+    The block has exactly two convolutions, both pointwise; the second restores the channels that the first reduces. A
+    bottleneck block does the same, but always has a third, spatial convolution.
     """
     convs = [child for _, child in _children(module) if is_convolution(child)]
     if len(convs) != 2 or not all(is_pointwise(conv) for conv in convs):
@@ -114,16 +116,16 @@ def _squeeze_excite(module: nn.Module) -> list[Convolution]:
 
 
 def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
-    """Return the name of the last stage, or None for a network without timm's `feature_info`.
+    """Return the name of the last stage, or None if timm's `feature_info` is missing or lists no stages.
 
-    timm lists the stages after which the resolution changes. More stages may follow (in GhostNet, `blocks.9` follows
-    `blocks.7`). The last stage is therefore the last child of the module that contains the last listed stage.
+    timm lists only stages after which the resolution changes. Other stages may follow (in GhostNet, `blocks.9` follows
+    `blocks.7`). The last stage is therefore the last child with convolutions in the module of the last listed stage.
     """
     found = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
-    # timm's blocks have a method `feature_info`.
+    # timm's blocks have a method `feature_info`, whereas networks have an attribute of this name.
     path, features = next(((path, info) for path, info in found if info and not callable(info)), ("", ()))
     listed = [f"{path}.{entry['module']}".lstrip(".") for entry in getattr(features, "info", features)]
-    # Some entries are norms or empty modules after the stage (DenseNet, RepVGG).
+    # Some entries of `feature_info` are norms or empty modules after the stage (DenseNet, RepVGG).
     stages = [stage for stage in listed if any(name.startswith(f"{stage}.") for name in convolutions)]
     if not stages:
         return None

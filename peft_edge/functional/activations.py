@@ -1,9 +1,10 @@
-"""Activations and gates that save less for the backward pass than those of torch.
+"""Activations and gates that save fewer bytes for the backward pass than those of torch.
 
-- Clipped activations min(max(x, 0), c), such as ReLU and ReLU6, have the slope 0 or 1. They save a mask of one byte or
-  one bit per element instead of the output (four bytes), unless the next layer saves the output anyway.
-- A smooth activation, such as SiLU, saves its input. Other functions recompute its output from this input.
-- The product of a map and a gate per channel, as in squeeze-excite, saves the inputs from which to recompute the map.
+- A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. It saves a mask of one byte
+  or one bit per element. If the next layer saves the output anyway, the activation saves the same output instead.
+- A smooth activation, such as SiLU, saves its input. Later functions recompute its output from this input.
+- The product of a map `x` and a `gate` per channel, as in squeeze-excite, saves the gate, and the map or the inputs to
+  recompute the map.
 """
 
 from __future__ import annotations
@@ -25,15 +26,15 @@ Derivative = Callable[[Tensor, Tensor], Tensor]
 Kept = Literal["output", "byte", "bit"]
 """What a clipped activation saves: its output, or a mask of one byte or one bit per element."""
 
-# The number of elements of a mask that are computed at once on a CPU, so that temporaries stay in the cache.
+# On a CPU, a mask is computed for at most this many elements at once, so that temporaries stay in the cache.
 _CACHED_ELEMENTS = 1 << 19
 
 
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
-    """Apply an activation y = min(max(x, 0), upper) and save `keep` for the backward pass.
+    """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    `forward` is the activation, and `upper` is infinity for ReLU. With `inplace`, `forward` must overwrite and return
-    its input, and is also applied to parts of x.
+    A tensor without standard layout has no mask: its output is saved. `forward` must compute the activation; `upper` is
+    infinity for ReLU. With `inplace`, `forward` must overwrite and return its argument, which is x or a flat part of x.
     """
     recompute = get_recompute(x)
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
@@ -45,7 +46,7 @@ class _ClippedActivation(torch.autograd.Function):
     def forward(
         ctx: AutogradContext, x: Tensor, forward: Activation, upper: float, keep: Kept, inplace: bool
     ) -> Tensor:
-        # If in place, activate and mask each part while it is in the cache.
+        # In place, activate a part of x and compute the mask of this part while the part is in the cache.
         activates_parts = inplace and keep != "output" and has_standard_layout(x)
         y = x if activates_parts else forward(x)
         if inplace:
@@ -53,7 +54,7 @@ class _ClippedActivation(torch.autograd.Function):
 
         def has_slope_one(part: Tensor) -> Tensor:
             y = forward(part) if activates_parts else part
-            # With y as its own gradient, the result is 0 at both bounds. Comparisons are far slower on a CPU.
+            # `_clip_gradient(y, y, ...)` is nonzero only between the bounds. Comparisons are far slower on a CPU.
             return (y if upper == float("inf") else _clip_gradient(y, y, upper, out=None)).bool()
 
         ctx.keep = keep if has_standard_layout(y) else "output"
@@ -72,7 +73,7 @@ class _ClippedActivation(torch.autograd.Function):
                 copied = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
                 gradient, overwrites = copied.copy_(gradient), True
             if torch.is_grad_enabled():
-                # For second derivatives: `mask_gradient` has no derivative.
+                # `mask_gradient` has no derivative, which a second derivative would need.
                 is_set = mask_gradient(torch.ones_like(gradient), saved, out=torch.empty_like(gradient)).bool()
                 gradient = torch.where(is_set, gradient, torch.zeros_like(gradient))
             else:
@@ -82,7 +83,7 @@ class _ClippedActivation(torch.autograd.Function):
 
 
 def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None) -> Tensor:
-    """Return the gradient where 0 < y < upper, and 0 elsewhere."""
+    """Return `gradient` where 0 < y < upper and 0 elsewhere, in the tensor `out` unless it is None."""
     is_unbounded = upper == float("inf")
     operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward
     bounds = (0,) if is_unbounded else (0, upper)
@@ -90,7 +91,7 @@ def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None
 
 
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
-    """Apply an activation that saves x, or the inputs from which to recompute x, and never overwrites x."""
+    """Return `forward(x)`, and save x or the inputs from which to recompute x. `forward` must not overwrite x."""
     return set_recompute(_SmoothActivation.apply(x, forward, backward), get_recompute(x).then(forward))
 
 
@@ -106,13 +107,13 @@ class _SmoothActivation(torch.autograd.Function):
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.recompute_x(*ctx.saved_tensors)
         if torch.is_grad_enabled():
-            # For second derivatives: most of torch's backward operators have no derivative.
+            # Most of torch's backward operators have no derivative, which a second derivative would need.
             return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
         return ctx.backward_of_x(gradient, x), None, None
 
 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
-    """Return x * gate, of shapes (B, C, *size) and (B, C, 1, ...). Saves the inputs from which to recompute x."""
+    """Return x * gate, (B, C, *size) * (B, C, 1, ...). Saves the gate, and x or the inputs to recompute x."""
     recompute_x, inputs, num_convolutions = get_recompute(x)
 
     def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:
@@ -142,10 +143,10 @@ def has_standard_layout(x: Tensor) -> bool:
 
 
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
-    """Return a uint8 mask of the elements that satisfy a condition: one bit (`packed`) or one byte per element.
+    """Return a uint8 mask of the elements of x that satisfy `condition`: one bit (`packed`) or one byte per element.
 
-    The mask follows the memory order of x, which must have a standard layout. `condition` maps one-dimensional parts of
-    x to booleans.
+    x must have a standard layout, and the mask follows the memory order of x. `condition` must map a one-dimensional
+    part of x to booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)
     for part, block, bit in _iter_parts(x, mask):
@@ -154,22 +155,22 @@ def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool)
 
 
 def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
-    """Write the gradient to `out`, with zeros where the mask of `make_mask` is not set, and return `out`.
+    """Write `gradient` to `out`, with zeros for elements that are not set in `mask`, and return `out`.
 
-    The gradient and `out` must have the strides of the masked tensor. They may be the same tensor.
+    `mask` is a result of `make_mask(x, ...)`. `gradient` and `out` must have the strides of x, and may be one tensor.
     """
     is_packed = len(mask) < gradient.numel()
     for (part, block, bit), (result, _, _) in zip(_iter_parts(gradient, mask), _iter_parts(out, mask), strict=True):
         bits = block & bit if is_packed else block
-        # A product would be NaN where an infinite gradient meets a 0 of the mask.
+        # A product with the mask would be NaN where the gradient is infinite and the mask is 0.
         torch.ops.aten.threshold_backward.grad_input(part, bits.to(gradient.dtype), 0, grad_input=result)
     return out
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield each part of x, its bytes in the mask, and the value of its bit in these bytes.
+    """Yield each flat part of x, the bytes of `mask` for this part, and the value of the bit (1 if not packed).
 
-    Adjacent elements use the same bit of adjacent bytes, so one operation reads or sets all bits of a part.
+    Adjacent elements of a part use the same bit of adjacent bytes, so one operation reads or sets all bits of the part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

@@ -1,4 +1,4 @@
-"""Two forms of BatchNorm that torch lacks: frozen with a small backward pass, and synchronised on CPUs."""
+"""Two BatchNorms that torch lacks: frozen with one saved number per channel, and synchronised on CPUs."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ def frozen_batch_norm(
 ) -> Tensor:
     """Normalise by constant statistics: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    Only x, of shape (B, C, *size), gets a gradient. All other tensors have the shape (C,). The forward pass saves one
-    number per channel for the backward pass. With `inplace` the result overwrites x.
+    x has the shape (B, C, *size) and is the only tensor that gets a gradient. All other tensors have the shape (C,). A
+    `weight` of None is 1, a `bias` of None is 0. The forward pass saves one number per channel for the backward pass.
+    With `inplace` the result overwrites x.
     """
     norm = _ConstantNorm(mean, var, weight, bias, eps)
     if not needs_backward():
         return norm.normalise(x, inplace=inplace)
     recompute = get_recompute(x)
     y = _FrozenBatchNorm.apply(x, norm, inplace)
-    # A snapshot, because the statistics may change before the backward pass.
+    # A copy of the norm, because the statistics may change before the backward pass recomputes y.
     return y if recompute.is_identity else set_recompute(y, recompute.then(norm.snapshot().normalise))
 
 
@@ -41,7 +42,7 @@ class _ConstantNorm(NamedTuple):
     def normalise(self, x: Tensor, *, inplace: bool = False) -> Tensor:
         if not inplace:
             return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-        # The operator also writes the statistics of the batch, which are empty tensors in eval mode.
+        # The operator has two more outputs, the statistics of the batch, which are empty in eval mode.
         out = x, self.mean.new_empty(0), self.mean.new_empty(0)
         torch.native_batch_norm(x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, out=out)
         return x
@@ -78,13 +79,13 @@ def synchronised_batch_norm(
     momentum: float,
     eps: float,
 ) -> Tensor:
-    """Normalise by the batch statistics over all processes; `torch.nn.SyncBatchNorm` does not run on CPUs.
+    """Normalise x by the mean and variance over the batches of all processes, and update the running statistics.
 
-    The arguments are those of `F.batch_norm` in training mode. The running statistics are updated in place. The number
-    of samples may differ between processes.
+    Unlike `torch.nn.SyncBatchNorm`, this function runs on CPUs. The arguments are those of `F.batch_norm` in training
+    mode. Processes may have different numbers of samples. The result has the dtype of x.
 
     Raises:
-        ValueError: If all processes together have only one value per channel, which has no variance.
+        ValueError: If all processes together have at most one value per channel, which has no variance.
     """
     dims = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
@@ -95,7 +96,7 @@ def synchronised_batch_norm(
     count = total[-1]
     mean = (total[:-1] / count).to(values.dtype)
     centred = values - mean.view(shape)
-    # A second all-reduce, because E[x²] - E[x]² loses all digits if the mean is large.
+    # A second all-reduce, because E[x²] - E[x]² loses all digits if the mean is much larger than the deviation.
     square_sum = _SumOverProcesses.apply(centred.square().sum(dims, dtype=torch.float64))
     var = (square_sum / count).to(values.dtype)
     with torch.no_grad():
@@ -112,7 +113,7 @@ def synchronised_batch_norm(
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """The sum of a tensor over all processes. Its gradient is the sum of the gradients of all processes."""
+    """Sums a tensor over all processes. The backward pass sums the gradients of all processes."""
 
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor) -> Tensor:

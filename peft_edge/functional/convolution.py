@@ -1,10 +1,9 @@
 """Convolutions in one to three dimensions, separate functions for their gradients, and a frozen convolution.
 
-Autograd's convolution saves its input even if the kernel is frozen. A layer that needs only the gradient of its input
-saves only the kernel here.
+Autograd's convolution saves its input even if the kernel is frozen. `frozen_convolution` saves only the kernel.
 
-Shapes: x is (B, C_in, *size), y and its gradient are (B, C_out, *output size), the kernel is (C_out, C_in/g, *kernel)
-with g groups, the bias is (C_out,) or None.
+Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, C_out, *output size). `weight` is
+(C_out, C_in/g, *kernel) with g groups. `bias` is (C_out,) or None. In formulas, * is the convolution.
 """
 
 from __future__ import annotations
@@ -22,26 +21,26 @@ _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
 
 class Geometry(NamedTuple):
-    """Stride, zero padding and dilation of a convolution, each one number per spatial dimension, and its groups."""
+    """Stride, zero padding and dilation of a convolution (one number per spatial dimension), and number of groups."""
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    """The number of zeros on each side."""
+    """The number of zeros on each of the two sides of a dimension."""
     dilation: tuple[int, ...]
     groups: int = 1
 
 
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return the padded input and the geometry with which to call `convolution`.
+    """Return the input and the geometry with which to call `convolution` for the layer `conv`.
 
-    Only padding that `Geometry` cannot express is applied to the input: modes other than zeros, unequal sides and
-    timm's same-padding.
+    x is padded here only if `Geometry` cannot express the padding: modes other than zeros, unequal sides and timm's
+    same-padding. Otherwise x is returned without padding, and the geometry contains the padding.
     """
     padding = conv.padding
     if isinstance(conv, Conv2dSame):
         x, padding = pad_same(x, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
     elif conv.padding_mode != "zeros" or isinstance(padding, str):
-        # (before, after) for each dimension, the last dimension first.
+        # `sides` holds (before, after) for each dimension, the last dimension first.
         sides = f_pad_sides(conv)
         if conv.padding_mode == "zeros" and sides[::2] == sides[1::2]:
             padding = tuple(sides[::-2])
@@ -52,14 +51,14 @@ def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Run `F.conv1d`, `F.conv2d` or `F.conv3d`, with autograd's backward pass."""
+    """Run `F.conv1d`, `F.conv2d` or `F.conv3d`, depending on the number of dimensions of `geometry`."""
     return _CONVOLUTIONS[len(geometry.stride)](x, weight, bias, *geometry)
 
 
 def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry: Geometry) -> Tensor:
-    """Return dX, of shape `x_size`, of the convolution y = x * weight."""
+    """Return the gradient of x, of shape `x_size`, for the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # `aten.convolution_backward` returns the same gradient, but copies the input tensor that it requires.
+    # `aten.convolution_backward` returns the same gradient, but requires an input tensor, which it copies.
     output_padding = tuple(
         size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for size, out, k, s, p, d in zip(
@@ -70,9 +69,9 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 
 
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
-    """Return dW, of shape `weight_size`, of the convolution y = x * W."""
+    """Return the gradient of the kernel, of shape `weight_size`, for the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # The operator reads only the shape and memory format of the kernel. It would copy an expanded tensor.
+    # The operator reads only the shape and memory format of `weight`. It would copy an expanded tensor.
     weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
@@ -102,7 +101,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns contiguous gradients. Without this line, all earlier layers would get such gradients, too.
+        # Pooling returns contiguous gradients. Without this line, all earlier layers would get contiguous gradients.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         (weight,) = ctx.saved_tensors
         # Under autocast the gradient and the weight have different dtypes.
@@ -110,7 +109,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of a (B, C, *size) tensor; contiguous if several formats apply or none does."""
+    """Return channels-last if x, of shape (B, C, *size), has only this memory format, and otherwise contiguous."""
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return torch.contiguous_format
@@ -118,9 +117,9 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def needs_backward() -> bool:
-    """Return whether a backward pass may follow that our functions can run.
+    """Return whether gradients are enabled and our autograd functions can run here.
 
-    `torch.jit.trace` cannot save our functions. The transforms of `torch.func` and forward-mode differentiation need
+    `torch.jit.trace` cannot save our autograd functions. The transforms of `torch.func` and forward-mode differentiation need
     rules for them, which torch has for its own operators.
     """
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_transforming()

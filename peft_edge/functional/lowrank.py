@@ -1,25 +1,25 @@
 """Convolution with a low-rank update of its kernel (LoRA and DoRA), and its backward pass.
 
-A kernel W of shape (C_out, C_in/g, *kernel) is read as a matrix (C_out, K) with K = C_in/g * prod(kernel). LoRA (Hu et
-al. 2021, arXiv 2106.09685) adds s B A to W, with A of shape (r, K) and B of shape (C_out, r). For one group the update
-is a convolution with the kernel A followed by a 1x1 convolution with B. For a depthwise convolution A holds r spatial
-kernels that all channels share. DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) rescales each row by a factor
-f = m / ||W + s B A||, with the trainable magnitude m. Without a magnitude, f = 1.
+In formulas, W is `weight`, A is `lora_a`, B is `lora_b`, s is `scaling`, m is `magnitude` and f is `factor`. W has the
+shape (C_out, C_in/g, *kernel) and is read as a matrix (C_out, K) with K = C_in/g * prod(kernel). LoRA (Hu et al. 2021,
+arXiv 2106.09685) adds s B A to W, with A of shape (r, K) and B of shape (C_out, r). For one group the update is a
+convolution with the kernel A followed by a 1x1 convolution with B. For a depthwise convolution A holds r spatial
+kernels that all channels share. DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) multiplies each row of W + s B A by
+f = m / ||W + s B A||, where the norm is taken over the row and m is trainable. Without a magnitude, f = 1.
 
-The forward pass composes the kernel first and runs one convolution (* is the convolution):
+The forward pass computes the kernel W' and runs one convolution, written as *:
 
     W' = f (W + s B A),    y = x * W' + bias
 
-The backward pass recomputes W' instead of saving it. dX needs only W'. dA and dB have two exact forms. With the
-gradient dW' of W', z = x * A (r channels) and u = (s f B)^T dY (r channels), these are:
+The backward pass recomputes W' instead of saving W'. The gradient dX needs only W'. The gradients dA and dB have two
+exact forms, the routes. With the gradient dW' of W', and the maps z = x * A and u = (s f B)^T dY of r channels:
 
     full_kernel:   dA = (s f B)^T dW'                               dB = s f dW' A^T
     low_rank:      dA = kernel gradient of a convolution x -> u     dB = s f dY z^T
 
-`full_kernel` computes dW': few passes over the maps, many multiplications. `low_rank` does not: it runs four
-convolutions with r channels, which take few multiplications and twice the memory traffic. The input is saved if A is
-trainable, or if dW' is needed: for a DoRA magnitude, for B of a grouped kernel, and for `full_kernel`. If only B is
-trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), z is saved instead.
+`full_kernel` computes dW', with few passes over the maps and many multiplications. `low_rank` avoids dW'. It runs four
+convolutions with r channels, with few multiplications and twice the memory traffic. `lowrank_keeps_input` states when x
+is saved. If only B is trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), `low_rank` saves z instead of x.
 """
 
 from __future__ import annotations
@@ -57,10 +57,10 @@ def lowrank_conv2d(
     route: GradientRoute | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """Convolve x with f (W + s B A), in one to three dimensions.
+    """Return x * (f (W + s B A)) + bias, where * is a convolution in one to three dimensions.
 
-    x, A, B, the magnitude and the bias get gradients; W and s do not. The function runs only standard operators, which
-    FLOP counters, fake tensors, compilers and exporters support.
+    `x`, `lora_a`, `lora_b`, `magnitude` and `bias` get gradients; `weight` and `scaling` do not. The function runs only
+    standard operators, which FLOP counters, fake tensors, compilers and exporters support.
 
     >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(8, 3, 3, 3)
     >>> lora_a, lora_b = torch.randn(4, 3, 3, 3), torch.zeros(8, 4, 1, 1)
@@ -70,21 +70,22 @@ def lowrank_conv2d(
 
     Args:
         x: (B, C_in, *size).
-        weight: W, (C_out, C_in/g, *kernel), a constant.
+        weight: The frozen kernel W, (C_out, C_in/g, *kernel).
         lora_a: A, (r, C_in/g, *kernel).
         lora_b: B, (C_out, r, 1, ...).
         scaling: s.
         geometry: Stride, padding, dilation and groups.
         bias: (C_out,) or None.
         magnitude: DoRA's m, C_out elements in any shape, or None.
-        route: The form of dA and dB. By default the faster form, or with A frozen the form that needs less memory.
-        recompute: Whether other functions recompute y from x in their backward pass instead of saving y. This is only
-            useful if x is saved anyway.
+        route: The form of dA and dB. None chooses `full_kernel` for a grouped kernel or a trainable magnitude,
+            `low_rank` if A is frozen, and otherwise the faster form.
+        recompute: Whether later functions recompute the output from x in their backward pass instead of saving the
+            output. This saves memory only if x is saved anyway.
 
     Raises:
         ValueError: If `route` is "low_rank" for a grouped kernel or a trainable magnitude.
-        RuntimeError: In a backward pass that recomputes y, if a parameter was changed in place. In a second derivative,
-            if the input was not saved.
+        RuntimeError: If a backward pass recomputes the output after a parameter was changed in place, or if a second
+            derivative needs x and x was not saved.
     """
     if not needs_backward():
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
@@ -113,7 +114,10 @@ def lowrank_conv2d(
 def lowrank_keeps_input(
     groups: int, *, trains_a: bool, trains_b: bool, trains_magnitude: bool = False, route: GradientRoute | None = None
 ) -> bool:
-    """Return whether `lowrank_conv2d` saves its input for the backward pass."""
+    """Return whether `lowrank_conv2d` saves x, or the inputs from which to recompute x, for the backward pass.
+
+    A trainable A or magnitude needs x. A trainable B needs x only for a grouped kernel or the route `full_kernel`.
+    """
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "full_kernel"))
 
 
@@ -159,13 +163,13 @@ class _LowRankConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns contiguous gradients. Without this line, all earlier layers would get such gradients, too.
+        # Pooling returns contiguous gradients. Without this line, all earlier layers would get contiguous gradients.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         z, weight, lora_a, lora_b, magnitude, *saved_x = ctx.saved_tensors
         x = None if ctx.recompute_x is None else ctx.recompute_x(*saved_x)
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
-        dtype = grad_y.dtype  # differs from the dtype of the parameters under autocast
+        dtype = grad_y.dtype  # under autocast, this is not the dtype of the parameters
         kernel = factor = None
         if magnitude is not None:
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling)
@@ -179,7 +183,7 @@ class _LowRankConvolution(torch.autograd.Function):
 
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
         if x is not None and route == "full_kernel":
-            # Scaling the rows of the small matrices instead of dW' avoids a second tensor of the size of dW'.
+            # Scaling B and the rows of grad_b instead of dW' avoids a second tensor of the size of dW'.
             grad_kernel = kernel_gradient(grad_y, x.to(dtype), weight.shape, geometry).to(lora_a.dtype)
             layout = memory_format_of(grad_kernel)
             rows = as_matrix(grad_kernel, layout)
@@ -221,9 +225,9 @@ class _LowRankConvolution(torch.autograd.Function):
 
 
 def _down_projection(x: Tensor, lora_a: Tensor, geometry: Geometry) -> Tensor:
-    """Return z = x * A, which has r channels."""
+    """Return the map z = x * A, which has r channels."""
     if geometry == _pointwise(x) and lora_a[0, 0].numel() == 1 and memory_format_of(x) != torch.contiguous_format:
-        # For r channels, a matrix product takes about half the time of a convolution on a CPU.
+        # On a CPU, this matrix product takes about half the time of a convolution with r channels.
         return F.linear(x.movedim(1, -1), lora_a.flatten(1)).movedim(-1, 1)
     return convolution(x, lora_a, None, geometry)
 
@@ -235,7 +239,7 @@ def _pointwise(x: Tensor) -> Geometry:
 
 
 def _cheap_recompute(x: Tensor) -> Recompute:
-    """Return the recomputation of x if it runs at most one convolution, and otherwise the identity."""
+    """Return `get_recompute(x)` if its function runs at most one convolution, and otherwise the identity."""
     recompute = get_recompute(x)
     return recompute if recompute.num_convolutions <= 1 else identity_recompute(x)
 
@@ -243,12 +247,12 @@ def _cheap_recompute(x: Tensor) -> Recompute:
 def _updated_kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:
     """Return W + s B A."""
     update = lowrank_kernel(lora_a, lora_b, scaling, weight.shape, memory_format_of(weight))
-    # In place if the dtypes agree, which allocates one kernel instead of two.
+    # If the dtypes agree, an addition in place allocates one kernel instead of two.
     return update.add_(weight) if update.dtype == weight.dtype else update + weight
 
 
 def _scaled(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype, *, inplace: bool = False) -> Tensor:
-    """Return tensor * factor in `dtype`. With `inplace`, the product may overwrite the tensor outside of autograd."""
+    """Return `tensor * factor` in `dtype`. With `inplace` and without gradients, the product may overwrite `tensor`."""
     if factor is None:
         return tensor.to(dtype)
     if inplace and factor.dtype == tensor.dtype and not torch.is_grad_enabled():
@@ -263,24 +267,24 @@ def lowrank_kernel(
     shape: torch.Size,
     memory_format: torch.memory_format = torch.contiguous_format,
 ) -> Tensor:
-    """Return the kernel update s B A in the shape (C_out, C_in/g, *kernel).
+    """Return the kernel update `scaling * lora_b @ lora_a` in `shape`, (C_out, C_in/g, *kernel).
 
-    A has the shape (r, C_in/g, *kernel), and B has the shape (C_out, r) with any number of trailing ones. A
-    `memory_format` equal to that of the kernel to be updated avoids a copy.
+    `lora_a` has the shape (r, C_in/g, *kernel). `lora_b` has the shape (C_out, r) or (C_out, r, 1, ...). The result has
+    the given `memory_format`. Pass the memory format of the kernel to be updated to avoid a copy.
 
     >>> lora_a, lora_b = torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1)
     >>> lowrank_kernel(lora_a, lora_b, 0.5, torch.Size([4, 3, 1, 1])).flatten(1)[0]
     tensor([1., 1., 1.])
     """
-    # Scaling B, the smaller factor, avoids a second kernel.
+    # Scaling `lora_b` instead of the product avoids a second tensor of the size of the kernel.
     return as_kernel((lora_b.flatten(1) * scaling) @ as_matrix(lora_a, memory_format), shape, memory_format)
 
 
 def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
-    """Return DoRA's factor f = m / ||V|| for each output channel of a kernel V, shaped to broadcast over V.
+    """Return DoRA's factor `magnitude / ||kernel||` for each output channel, in the shape (C_out, 1, ...).
 
-    V has the shape (C_out, C_in/g, *kernel), and the magnitude m has C_out elements in any shape. Autograd treats
-    the norm as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3).
+    `kernel` has the shape (C_out, C_in/g, *size), and `magnitude` has C_out elements in any shape. Autograd treats the
+    norm of each output channel as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3).
 
     >>> kernel = torch.randn(4, 3, 3, 3)
     >>> scaled = kernel * dora_scale(kernel, torch.ones(4))
@@ -294,20 +298,21 @@ def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def as_matrix(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
-    """Return a kernel as a matrix (C_out, K) with columns in the order of a memory format, as a view if possible."""
+    """Return `kernel` as a matrix (C_out, K) with columns in the order of `memory_format`, as a view if possible."""
     return (kernel if memory_format == torch.contiguous_format else kernel.movedim(1, -1)).flatten(1)
 
 
 def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """Return a view of a matrix (C_out, K) as a kernel of a given shape; the inverse of `as_matrix`."""
+    """Return a view of `matrix`, (C_out, K), as a kernel of the given shape; the inverse of `as_matrix`."""
     if memory_format == torch.contiguous_format:
         return matrix.view(shape)
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-# Speeds of the backward pass of convolutions: FLOPs per second (a multiply-add is two), bytes of maps read per second,
-# seconds of an empty convolution. CPU: measured on one core of an AMD EPYC (AVX2) with torch 2.15. CUDA: a guess for a
-# large GPU. The speeds are constants, because the routes round differently: a resumed run must get the same weights.
+# Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of maps read per second,
+# and seconds for the call of an empty convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2) with
+# torch 2.15. The CUDA speeds are a guess for a large GPU. All speeds are constants, because the two routes round
+# differently, and a resumed run must compute the same weights.
 _SPEEDS = {
     "cpu": {"channels_last": (60e9, 8e9, 20e-6), "contiguous": (60e9, 5e9, 20e-6)},
     "cuda": {"channels_last": (20e12, 1e12, 30e-6), "contiguous": (20e12, 1e12, 30e-6)},
@@ -315,14 +320,14 @@ _SPEEDS = {
 
 
 def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, rank: int) -> GradientRoute:
-    """Return the faster form of dA and dB if both are needed.
+    """Return the route that is estimated to be faster if both dA and dB are needed; `full_kernel` if grouped.
 
-    Compares the estimated time of the multiplications that `low_rank` saves with that of the memory traffic that it
-    adds. The choice depends only on shapes, dtype, memory format and device.
+    `low_rank` is faster if the multiplications that it saves take longer than the memory traffic that it adds. The
+    result depends only on shapes, dtype, memory format and device.
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()
     if weight_size[1] != x.shape[1]:
-        # For a grouped kernel, z and u are not convolutions of x and dY.
+        # For a grouped kernel, z and u are not convolutions of x and dY, so `low_rank` does not apply.
         return "full_kernel"
     positions = grad_y.numel() // c_out
     saved_flops = 2 * positions * (columns * c_out - 2 * rank * (columns + c_out))

@@ -1,11 +1,11 @@
 """Save memory in backward passes: recompute tensors, and overwrite gradients.
 
 - **Recompute.** A smooth activation saves its input. Another function that needs the output of the activation saves the
-  same input and recomputes the output: this costs one elementwise operation and no memory. `set_recompute` notes on a
-  tensor how to recompute it, and `get_recompute` reads the note.
+  same input and recomputes the output: this costs one elementwise operation and no memory. `set_recompute` stores a
+  `Recompute` on a tensor, and `get_recompute` reads it.
 - **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must not change a gradient in
-  place. If no other function holds the gradient (`can_overwrite`), overwriting it saves a buffer. On a CPU this also
-  saves most of the time of an elementwise operation, because new memory causes page faults.
+  place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer. On a CPU,
+  an elementwise operation in place also takes far less time, because new memory causes page faults.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class Recompute(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether the tensor itself is the input, so that recomputing it saves nothing."""
+        """Whether `inputs` contains only the tensor itself, so that recomputing the tensor saves nothing."""
         return self.function is _identity
 
     def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recompute:
-        """Return the recomputation that applies `function`, which runs `num_convolutions`, to the recomputed tensor."""
+        """Return the recomputation of `function(tensor)`, where `function` runs `num_convolutions` convolutions."""
         # Backward passes run without autocast, so restore the autocast settings of the forward pass.
         dtypes = {
             device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
@@ -54,14 +54,14 @@ class Recompute(NamedTuple):
 
 
 def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
-    """Note on a tensor how to recompute it, and return the tensor."""
+    """Store `recompute` on a tensor, unless a compiler is tracing, and return the tensor."""
     if not torch.compiler.is_compiling():
         tensor._recompute = recompute, version_of(tensor)  # type: ignore[attr-defined]
     return tensor
 
 
 def get_recompute(tensor: Tensor) -> Recompute:
-    """Return the note of `set_recompute`, or the identity if there is none or the tensor was changed in place."""
+    """Return what `set_recompute` stored, or the identity if nothing is stored or the tensor was changed in place."""
     if not torch.compiler.is_compiling():
         recompute, version = getattr(tensor, "_recompute", (None, None))
         if recompute is not None and version == version_of(tensor):
@@ -79,10 +79,11 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def can_overwrite(gradient: Tensor) -> bool:
-    """Return whether only the caller holds the gradient. The caller must be the `backward` of an autograd function.
+    """Return whether only the caller holds the gradient; False if compiling, or if gradients are enabled.
 
-    Any other holder increases one of three counts: references to the Python object, to the C++ tensor, or to the
-    storage. The counts are compared with those of a backward pass in which there is no other holder.
+    The caller must be the `backward` of an autograd function. Any other holder of the gradient increases one of three
+    counts: references to the Python object, to the C++ tensor, or to the storage. The function compares these counts
+    with the counts in a backward pass without another holder.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
@@ -95,7 +96,7 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 @functools.cache
 def _counts_of_sole_holder() -> tuple[int, int, int]:
-    # Not at import, because a backward pass starts threads. `no_dispatch` hides it from FLOP and memory counters.
+    # Not at import, because a backward pass starts threads. `no_dispatch` hides the pass from FLOP and memory counters.
     with no_dispatch(), torch.enable_grad():
         x = torch.zeros(2, requires_grad=True)
         _Probe.apply(x).square().sum().backward()
@@ -103,7 +104,7 @@ def _counts_of_sole_holder() -> tuple[int, int, int]:
 
 
 class _Probe(torch.autograd.Function):
-    """The identity; its backward pass records the reference counts of a gradient without another holder."""
+    """Copies its input. The backward pass records the reference counts of a gradient without another holder."""
 
     counts: tuple[int, int, int]
 
@@ -118,5 +119,5 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # Each call holds a reference, so `_reference_counts` must be called as many calls deep as in `can_overwrite`.
+    # Each call holds a reference to its argument. This call takes the place of the call of `can_overwrite`.
     return _reference_counts(gradient)

@@ -1,8 +1,8 @@
 """Latent replay: compute the features of a frozen prefix once, store them, and train the rest of the model on them.
 
-Backpropagation stops at the first trainable layer. The layers before it are frozen, so their outputs for a training
-image are the same in every epoch (Pellegrini et al. 2019, arXiv 1912.01100, section III). `FrozenPrefix` splits a model
-at this layer, and `FeatureCache` stores the features as a memory-mapped Hugging Face dataset.
+Backpropagation stops at the first trainable layer. All earlier layers are frozen, so their outputs for a training image
+are the same in every epoch (Pellegrini et al. 2019, arXiv 1912.01100, section III). `FrozenPrefix` splits a model at or
+before the first trainable layer. `FeatureCache` stores the features as a memory-mapped Hugging Face dataset.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class FrozenPrefix:
-    """The frozen layers of a model before its first trainable layer.
+    """The frozen layers of a model before `start`, the first trainable layer or the block that contains this layer.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[0].requires_grad_(False)
@@ -44,17 +44,18 @@ class FrozenPrefix:
     True
 
     Attributes:
-        tail: The model without the prefix. It maps `features(images)` to the output of the model for the images. The
-            tail and the model share modules, parameters and names, so training the tail trains the model.
-        start: The name of the module at which the tail starts.
+        tail: The model without the prefix. It maps `features(images)` to `model(images)`. The tail and the model share
+            parameters and names, so training the tail trains the model.
+        start: The name of the module that receives the output of the prefix.
 
     Args:
-        model: Takes one tensor. The layers of the prefix must form a chain of modules, as in timm's CNNs.
+        model: A model that takes one tensor. Its prefix must be a chain of modules, as in timm's CNNs.
         images: A batch with which to check the split, (B, 3, H, W) with B > 1, on the model's device.
 
     Raises:
-        ValueError: If the model has no trainable parameters, or no layer before the first trainable layer. If training
-            mode changes the buffers or outputs of the prefix. If the tail needs more than the output of the prefix.
+        ValueError: If the model has no trainable parameters, or no layer with weights before the first trainable layer.
+            If training mode changes the buffers or outputs of the prefix. If no split exists at which a single tensor
+            suffices to run the rest of the model.
     """
 
     def __init__(self, model: nn.Module, images: Tensor) -> None:
@@ -80,7 +81,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the layers of the prefix, their weights and buffers, and the name of the tail's first module."""
+        """A hash of `start` and of the layers of the prefix with their weights and buffers."""
         digest = hashlib.sha256(self.start.encode())
         for name, module in self._modules.items():
             digest.update(f"{name} {module}\n".encode())
@@ -90,7 +91,7 @@ class FrozenPrefix:
         return digest.hexdigest()
 
     def _check_constant(self, images: Tensor) -> None:
-        """Check on a copy of the model that the prefix computes the same outputs in training mode and in eval mode."""
+        """Check on a copy of the model that training mode changes no buffer and no output of the prefix."""
         model = copy.deepcopy(self._model)
         start, before = model.get_submodule(self.start), dict(self._model.named_buffers())
         with torch.no_grad(), torch.random.fork_rng():
@@ -110,15 +111,15 @@ class FrozenPrefix:
 
 
 def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Module]:
-    """Find the last module that only frozen modules precede and whose input suffices to run the rest of the model.
+    """Find the last module that runs after frozen modules only and whose input suffices to run the rest of the model.
 
     Returns:
-        The name of this module, the modules before it, and the tail.
+        The name of this module, the modules that run before this module, and the tail.
     """
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
         expected, call = _trace(model, images)
-    # Descend from the model to its first trainable layer, and collect the modules that ran before it at each level.
+    # Descend from the model to its first trainable layer, and collect at each level the modules that ran earlier.
     before: set[nn.Module] = set()
     splits: list[tuple[nn.Module, set[nn.Module]]] = []
     while (position := next((i for i, inner in enumerate(call.inner) if _trains(inner.module)), None)) is not None:
@@ -210,22 +211,23 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Return a copy of the module with identities in place of `skipped`. Modules without skipped parts are shared."""
+    """Return a copy of the module with identities in place of `skipped`. The copy shares all unaffected modules."""
     return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
 StoredType = Literal["float32", "float16", "int8"]
-"""The dtype of stored features; int8 has one scale per image."""
+"""The dtype of stored features. For int8, one scale per image is stored, too."""
 
 Views = Callable[[int], Iterable[Mapping[str, Tensor]]]
-"""Maps the number of a view to its batches of `pixel_values` and `labels`, with the same image order in every view."""
+"""Maps the number of a view to batches of `pixel_values` and `labels`. Every view must have the same image order."""
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
     """The stored features of one or several augmented views of every training image. `open` creates a cache.
 
-    `__getitems__` returns a whole batch for pairs (epoch, image): `labels`, and `pixel_values`, the input of
-    `FrozenPrefix.tail` in the original dtype and memory format. Epoch e returns view e % views.
+    `__getitems__` takes pairs (epoch, image) and returns a batch of `labels` and `pixel_values`. The `pixel_values` are
+    inputs for `FrozenPrefix.tail`, in the dtype and memory format of the original features. Epoch e reads the view
+    e % views.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -238,10 +240,10 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     (torch.Size([2, 8, 6, 6]), tensor([4, 2]))
 
     Attributes:
-        info: A dict of `start` (name of the tail's first module), `images`, `views`, `dtype`, `shape`, `computed_dtype`
-            and `channels_last` (of the original features), `relative_error` (norm of the rounding error divided by the
-            norm of the features), `size_bytes`, `fill_flops` (convolutions and matrix products; a multiply-add is two)
-            and `fill_s`.
+        info: A dict of `start` (as in `FrozenPrefix`), `images` and `views` (their numbers), `dtype` (as stored),
+            `shape`, `computed_dtype` and `channels_last` (of the original features), `relative_error` (norm of the
+            rounding error divided by the norm of the features), `size_bytes`, `fill_flops` (convolutions and matrix
+            products; a multiply-add is two) and `fill_s`.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -255,22 +257,22 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def open(
         cls, root: Path, prefix: FrozenPrefix, images: Views, *, key: str, views: int = 1, dtype: StoredType = "float32"
     ) -> FeatureCache:
-        """Open the cache of a prefix and its images in `root`, and first fill it if it is missing or damaged.
+        """Open the cache of a prefix and its images inside `root`. A missing or incomplete cache is first filled.
 
-        `images` yields the training images, augmented as in training. `key` must identify everything on which they
-        depend: data, transforms, seeds. Writing is atomic. If several processes open the same cache, one of them fills
-        it.
+        `images` must return the training images, augmented as in training. `key` must identify everything on which the
+        images depend: data, transforms, seeds. Writing is atomic. If several processes open the same cache, one process
+        fills the cache and the others wait.
 
         Raises:
-            ValueError: If `dtype` is unknown, there are no images, views have different numbers of images, or a feature
-                is not finite or too large for float16.
+            ValueError: If `dtype` is unknown, there are no images, or views have different numbers of images. If a
+                feature is infinite, NaN, or too large for the dtype float16.
             OSError: If the disk is full.
         """
         if dtype not in get_args(StoredType):
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(get_args(StoredType))}")
         parts = (prefix.fingerprint, key, str(views), dtype)
         folder = root / hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
-        # A complete cache is read without a lock, because another user's may be read-only.
+        # A complete cache is read without a lock, because the cache of another user may be read-only.
         if _is_whole(folder):
             return cls(folder)
         root.mkdir(parents=True, exist_ok=True)
@@ -288,7 +290,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
         return self.info["images"]
 
     def __getitems__(self, keys: list[tuple[int, int]]) -> dict[str, Tensor]:
-        """Return the features and labels for pairs (epoch, image), both counted from 0.
+        """Return the features and labels for pairs (epoch, image). Epochs and images are counted from 0.
 
         Raises:
             IndexError: If an image number is out of range.
@@ -317,13 +319,13 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _as_tensor(column: pa.ChunkedArray) -> Tensor:
-    """Return a writable copy of a column; the memory map of the file is read-only."""
+    """Return a column as a writable tensor: a copy, because the memory map of the file is read-only."""
     values = column.combine_chunks()
     return torch.from_numpy(np.array(values.flatten() if hasattr(values, "flatten") else values))
 
 
 def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype: StoredType) -> dict[str, object]:
-    """Write a row per view and image, one view after the other, and return `FeatureCache.info`."""
+    """Write one row per view and image to `path`, one view after the other, and return `FeatureCache.info`."""
     import pyarrow as pa
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
@@ -369,7 +371,7 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
 
 
 def _quantize(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
-    """Return the values to store, (B, N), and the factors that restore the features of each image, (B,)."""
+    """Return the values to store, (B, N), and for each image the factor that restores its features (1 except int8)."""
     if not features.isfinite().all():
         raise ValueError("the prefix returns values that are not finite: check the weights and the images")
     features, scales = features.float(), torch.ones(len(features), dtype=torch.float32)

@@ -4,11 +4,11 @@
    only, and stores the pair on the convolution as an `InplaceNorm`.
 2. In a forward pass the convolution marks its output as overwritable by this norm (`mark_overwritable`), unless a hook,
    a compiler or a function transform may see the output.
-3. The norm overwrites an input that carries its mark (`is_overwritable`). Otherwise it allocates a new tensor.
+3. The norm overwrites an input with this mark (`is_overwritable`). For any other input it allocates a new tensor.
 
 Both layers keep their parameters. The mark is set in each forward pass, so adapters, training modes and statistics may
-change at any time. Folding the norm into the kernel would save a little more time, but rounds differently. Elements
-then cross the kinks of activations, and gradients differ by some percent.
+change at any time. Folding the norm into the kernel would save a little more time, but round differently. Some elements
+would then cross the kink of an activation, and gradients would differ by some percent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def base_layer(layer: nn.Module) -> nn.Module:
 
 
 class ModuleRef:
-    """A reference to the module with a given name in a model, which stays valid when PEFT replaces the module.
+    """A reference to the module with the name `path` in the model `root`; valid even after PEFT replaces the module.
 
     In a `copy.deepcopy` of the model, the reference points into the copy. In a copy of a single layer and in a pickle,
-    the reference is empty.
+    the reference is empty: `module` is None.
     """
 
     def __init__(self, root: nn.Module | None, path: str) -> None:
@@ -41,11 +41,11 @@ class ModuleRef:
 
     @property
     def module(self) -> Any:
-        """The current module of this name, or None."""
+        """The module that currently has this name; None if there is no such module or the reference is empty."""
         return self._get(self._path)
 
     def path_below(self, other: ModuleRef) -> list[nn.Module | None]:
-        """Return the module and its parents, except those that also contain the module of `other`, outermost first."""
+        """Return the module and those of its parents that do not contain the module of `other`, outermost first."""
         paths = itertools.accumulate(self._path.split("."), "{}.{}".format)
         return [self._get(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
 
@@ -63,13 +63,13 @@ class ModuleRef:
 
 
 class InplaceNorm(NamedTuple):
-    """A convolution and the only module that receives its output, a norm."""
+    """A convolution, and a norm that is the only module that receives the output of the convolution."""
 
     conv: ModuleRef
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return both layers, or None if a layer is missing or a hook may see the tensor between them."""
+        """Return both layers with adapters, or None if a layer is missing or other code may see the tensor between."""
         convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
         found = [module for module in (*convs, *norms) if module is not None]
         if len(found) < len(convs) + len(norms) or any(_is_observed(m) or _is_observed(base_layer(m)) for m in found):
@@ -78,19 +78,20 @@ class InplaceNorm(NamedTuple):
 
 
 def inplace_norms(model: nn.Module) -> list[InplaceNorm]:
-    """Return the pairs of a convolution and a norm in a prepared model."""
+    """Return all pairs of a convolution and a norm that `prepare_model_for_lean_training` stored in a model."""
     return [pair for module in model.modules() if (pair := getattr(module, "inplace_norm", None)) is not None]
 
 
 def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
-    """Mark the output of a convolution as overwritable by its `InplaceNorm`, if it has one, and return the output.
+    """Return the output y of a convolution, marked as overwritable if the convolution has an `inplace_norm`.
 
-    The output y must be a new tensor that the layer, a convolution or its adapter, does not save.
+    `layer` is the convolution or its adapter. y must be a new tensor that `layer` does not save. There is no mark if a
+    hook, a compiler or a function transform may see y, or if y has only one pixel.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference() or is_view(y) or is_transformed(y):
         return y
     pair = getattr(base_layer(layer), "inplace_norm", None)
-    # A map of one pixel has several memory formats. Working in place may change the format and the order of sums.
+    # A map of one pixel has several memory formats. A norm in place may choose another format, and sum differently.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     layers = pair.layers()
@@ -100,17 +101,17 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
 
 
 def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
-    """Return whether a norm or its adapter may overwrite the input x, and remove the mark from x."""
+    """Return whether the mark of x names `norm`, a norm or its adapter, and is still valid. Removes the mark."""
     mark = vars(x).pop("_overwritable_by", None)
     return mark is not None and mark == _mark(x, norm)
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
-    # Gradient checkpointing that starts between the layers saves y. It changes the hooks or the grad mode, so the marks
-    # differ. The mark holds the id of the norm instead of the norm, which would be pickled with the tensor.
+    # Gradient checkpointing that starts between the layers saves y. It also changes the hooks or the grad mode, so the
+    # mark is invalid. The mark contains the id of the norm, because the norm itself would be pickled with the tensor.
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
 
 
 def _is_observed(layer: nn.Module) -> bool:
-    # A wrapper of PEFT forwards the attributes of one layer, and may run another layer.
+    # PEFT's `AuxiliaryTrainingWrapper` shows the attributes of one layer, but may run another layer.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -1,8 +1,8 @@
 """Layers that save only what their backward pass needs.
 
 Each lean class extends one class of torch or timm. `prepare_model_for_lean_training` changes the class of a module, and
-`undo_lean_training` restores it. Trainable convolutions and norms run the original forward pass, as do norms,
-activations and gates in compiled models.
+`undo_lean_training` restores the class. Trainable layers run the original forward pass, and so do norms with statistics
+of the batch. In compiled models, norms, activations and gates run the original forward pass.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable,
 Function = Callable[..., object]
 
 Masks = Literal["byte", "bit", "off"]
-"""The size of a mask per element. With "off", activations save their output."""
+"""The size of a mask per element. With "off", clipped activations save their output."""
 
-# The most products per output element for which a convolution may be recomputed.
+# A convolution is recomputed only if it takes at most this many products per output element.
 _MAX_RECOMPUTED_PRODUCTS = 96
 
 # torch's pooling layers save their input, even if they need only its shape.
@@ -36,7 +36,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def layer_keeps_input(module: nn.Module) -> bool:
-    """Return whether a layer saves its input: its attribute `keeps_input`, or an estimate if there is none."""
+    """Return the attribute `keeps_input` of a layer, or an estimate if the attribute is missing or None."""
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
@@ -44,12 +44,12 @@ def layer_keeps_input(module: nn.Module) -> bool:
 
 
 def _trains(layer: ConvolutionBase | BatchNorm) -> bool:
-    # Not `parameters()`, because a parametrisation computes the weight.
+    # Not `parameters()`: a weight that a parametrisation computes is no parameter.
     return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
 
 
 def _runs_plain(x: Tensor) -> bool:
-    """Return whether no backward pass follows, or a compiler decides what to save."""
+    """Return whether to run the original forward pass: no backward pass reaches x, or a compiler is tracing."""
     return torch.compiler.is_compiling() or not (needs_backward() and x.requires_grad)
 
 
@@ -57,18 +57,18 @@ class LeanConvolution(ConvolutionBase):
     """A convolution that saves only its kernel while it is frozen."""
 
     inplace_norm: InplaceNorm | None = None
-    """The pair of this convolution and the norm that may overwrite its output."""
+    """The pair of this convolution and the norm that may overwrite its output; None without such a norm."""
     recompute: bool = False
-    """Whether other layers may recompute the output of an adapter of this layer, if that is cheap."""
+    """The argument `recompute` of `prepare_model_for_lean_training`."""
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the layer is trainable, so that its backward pass needs the input."""
+        """Whether the weight or bias is trainable, so that the original forward pass runs and saves the input."""
         return _trains(self)
 
     @property
     def lets_recompute(self) -> bool:
-        """Whether other layers recompute the output of an adapter of this layer, if the adapter saves its input."""
+        """Whether `recompute` is set and recomputing is cheap. Adapters of this layer read this property."""
         return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
     def forward(self, x: Tensor) -> Tensor:
@@ -84,7 +84,7 @@ class LeanBatchNorm(BatchNorm):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the backward pass needs the input: if the layer is trainable or uses the statistics of the batch."""
+        """Whether the norm saves its input: it is trainable, or normalises by the statistics of the batch."""
         return self.training or self.running_mean is None or _trains(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,7 +97,7 @@ class LeanBatchNorm(BatchNorm):
 
 
 class LeanClippedActivation(nn.Module):
-    """An activation min(max(x, 0), upper) that saves a mask, or its output if the next layer saves it anyway."""
+    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if a consumer also saves the output."""
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
@@ -108,7 +108,7 @@ class LeanClippedActivation(nn.Module):
     upper = float("inf")
 
     def kept(self) -> Kept:
-        """Return what a forward pass saves in the present state of the consumers."""
+        """Return what `forward` saves with the present `consumers`, unless the input x can be recomputed."""
         consumers = [ref.module for ref in self.consumers]
         is_kept_anyway = any(module is not None and layer_keeps_input(module) for module in consumers)
         return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks
@@ -118,14 +118,14 @@ class LeanClippedActivation(nn.Module):
         plain_forward = super().forward
         if _runs_plain(x):
             return plain_forward(x)
-        # If x can be recomputed, then the next layer saves the inputs of the recomputation instead of the output.
+        # If x can be recomputed, the consumers save the inputs of the recomputation instead of this output.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, plain_forward, upper=self.upper, keep=keep, inplace=self.inplace)
 
 
 class LeanSmoothActivation(nn.Module):
-    """An activation that saves only its input. If a backward pass follows, `inplace` is ignored."""
+    """An activation that saves x or the inputs to recompute x. If a backward pass follows, `inplace` is ignored."""
 
     keeps_input = True
     function: Callable[[Tensor], Tensor]
@@ -139,7 +139,7 @@ class LeanSmoothActivation(nn.Module):
 
 
 class LeanGate(nn.Module):
-    """Squeeze-excite that saves the inputs from which to recompute its own input."""
+    """A squeeze-excite layer that saves its gate, and its input x or the inputs from which to recompute x."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""
@@ -150,7 +150,7 @@ class LeanGate(nn.Module):
 
 
 class _GatedProducts(TorchFunctionMode):
-    """Computes the product of x and its gate by `gated_product`."""
+    """Replaces the product of x and another tensor, the gate, by `gated_product`."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()
@@ -169,7 +169,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _lean_class(lean: type[nn.Module], plain: type[nn.Module], **attributes: object) -> type[nn.Module]:
-    """Return a new subclass of a lean and an original class, and add it to `LEAN`."""
+    """Return a new subclass of the classes `lean` and `plain`, and add the subclass to `LEAN`."""
     # Pickle finds a class by its module and name, so the class must be assigned to its name in this module.
     LEAN[plain] = type(f"Lean{plain.__name__}", (lean, plain), {"__module__": __name__, **attributes})
     return LEAN[plain]

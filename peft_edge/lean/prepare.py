@@ -21,7 +21,7 @@ from peft_edge.lean.layers import LEAN, PLAIN, Function, LeanBatchNorm, LeanClip
 
 Model = TypeVar("Model", bound=nn.Module)
 
-# Attributes that preparing sets on lean layers.
+# Attributes that `prepare_model_for_lean_training` sets on lean layers.
 _LEAN_ATTRIBUTES = ("inplace_norm", "recompute", "masks", "consumers", "feeds_product")
 
 
@@ -32,9 +32,9 @@ def prepare_model_for_lean_training(
 
     Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. A frozen convolution saves
     only its kernel. A frozen BatchNorm in eval mode saves one number per channel. ReLU saves a mask, or its output if
-    the next layer saves the output anyway. Other and trainable layers save the same tensors as before. `get_peft_model`
-    may run before or after this function. Weights, statistics, adapters and training modes may change at any time.
-    Checkpoints are unchanged.
+    the next layer saves the output anyway. Trainable layers, and layers of all other classes, save the same tensors as
+    before. `get_peft_model` may run before or after this function. Weights, statistics, adapters and training modes may
+    change at any time. Checkpoints are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -46,13 +46,13 @@ def prepare_model_for_lean_training(
         1  ReLU         its output
 
     Args:
-        model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. It is changed in place.
+        model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. The model is changed in place.
         inplace_norm: Whether a frozen BatchNorm overwrites the output of the convolution before it, if no other layer
-            receives this output. Both layers keep their weights, so adapters also work without lean training. If the
-            model stores the output as an attribute, the attribute becomes the normalised tensor.
+            receives this output. Both layers keep their weights, so trained adapters also fit the original model. If
+            the model stores the output as an attribute, the attribute becomes the normalised tensor.
         masks: One "byte" or one "bit" per element. Bits take a little longer. "off" saves outputs instead of masks.
-        recompute: Whether the layer after an adapted convolution recomputes its input from the saved input of this
-            convolution, if this takes at most 96 products per element (depthwise, first and narrow convolutions).
+        recompute: Whether later layers recompute the output of an adapted convolution, if its adapter saves the input.
+            This applies to convolutions with at most 96 products per output element: depthwise, first and narrow ones.
 
     Returns:
         The model. `undo_lean_training` restores it.
@@ -70,7 +70,7 @@ def prepare_model_for_lean_training(
                 f"inplace_norm=True needs to see which layer receives which output, but {type(model).__name__} does "
                 f"not run on the meta device ({type(error).__name__}: {error}): leave inplace_norm out"
             ) from error
-        # Activations then save a mask even if the next layer saves their output.
+        # Without known consumers, activations save a mask even if the next layer saves their output.
         consumers = {}
     undo_lean_training(model)
     for module in model.modules():
@@ -111,9 +111,9 @@ def undo_lean_training(model: Model) -> Model:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield each convolution whose output goes to one norm only and is the only input of this norm, with the pair."""
+    """Yield a convolution and its pair, if one norm alone receives its output and the norm has no other input."""
     num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
-    # In training mode and in timm's `forward_intermediates`, other layers may receive the output.
+    # In training mode and in timm's `forward_intermediates`, the output may go to other layers than in eval mode.
     other_runs = [find_consumers(model, training=True)]
     if hasattr(model, "forward_intermediates"):
         with suppress(Exception):  # a method of the same name may differ from timm's
@@ -133,9 +133,9 @@ def _find_inplace_norms(
 
 
 def lean_summary(model: nn.Module) -> str:
-    """Return a table of the layers of a model by class, with what each layer saves in the present state of the model.
+    """Return a table of what the layers of a model save: a count, a class, and what these layers save at present.
 
-    Layers that are not lean save "what torch keeps"; the row names the first such layer.
+    Rows of layers without known behaviour say "what torch keeps", and name the first such layer.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -163,7 +163,7 @@ _UNKNOWN = "what torch keeps"
 
 
 def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and layers of a model: adapted layers, norms and modules without children."""
+    """Yield the names and layers of a model: adapted layers, norms, and other modules without children."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         base = base_layer(child)
@@ -188,10 +188,10 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
 
 
 PRODUCT = "*"
-"""Names a product outside of any layer as the consumer of an output."""
+"""The consumer of an output that a product outside of all layers receives."""
 FUNCTION = ""
-"""Names any other function, or the caller of the model, as the consumer of an output."""
-# "" is also the name of the model in `named_modules`, so such an output counts as saved if any parameter is trainable.
+"""The consumer of an output that another function outside of all layers, or the caller of the model, receives."""
+# `named_modules` also names the model "". An output with this consumer counts as saved if any parameter is trainable.
 
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 
@@ -199,14 +199,15 @@ _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 def find_consumers(model: nn.Module, *, training: bool = False, intermediates: bool = False) -> Mapping[str, list[str]]:
     """Run a copy of the model on the meta device, and return the consumers of each layer's output.
 
-    A layer is a module without children, a norm, or an adapted layer. Each use of an output is one entry: the name of a
-    layer, `PRODUCT` or `FUNCTION`. If a norm contains an activation, its output counts as output of the activation.
-    With `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
+    The result maps the name of a layer to its consumers: for each use of the output, the name of a layer, `PRODUCT` or
+    `FUNCTION`. A layer is a module without children, a norm, or an adapted layer. If a norm contains an activation, the
+    output of the norm is listed under the activation. With `intermediates`, timm's `forward_intermediates` runs instead
+    of `forward`.
     """
     traced = copy.deepcopy(model).to("meta").train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
-        # An identity returns its input, which keeps the mark of the layer before.
+        # An identity returns its input, and this tensor must keep the mark of the layer that computed it.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
         # An adapted layer calls its base layer if that has hooks. It counts once, as the adapted layer.
         is_inner = isinstance(traced.get_submodule(name.rpartition(".")[0]), BaseTunerLayer)
@@ -225,7 +226,7 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
 
 
 class _Trace(TorchFunctionMode):
-    """Marks each layer's output with the layer's name, and notes which layer or function receives a marked tensor."""
+    """Marks each output with the name of its layer, and records which layer or function receives a marked tensor."""
 
     def __init__(self) -> None:
         super().__init__()
