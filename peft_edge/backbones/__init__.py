@@ -1,4 +1,4 @@
-"""Load and save timm's edge CNNs, replace and grow their classifiers, and name their classes."""
+"""Load and save timm's edge CNNs, replace and grow their classifiers, and set their class names."""
 
 from peft_edge.backbones.heads import class_names, grow_head, head_names, replace_head, set_class_names
 from peft_edge.backbones.loading import EDGE_FAMILIES, fingerprint, load_backbone, save_backbone

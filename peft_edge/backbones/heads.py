@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class TimmModel(nn.Module):
-    """Attributes of all timm models, for type checkers. timm has no common base class."""
+    """Attributes of timm models, for type checkers. Only `load_backbone` sets `name_or_path` and `small_images`."""
 
     num_classes: int
     pretrained_cfg: dict[str, Any]
@@ -23,14 +23,14 @@ class TimmModel(nn.Module):
 
 
 def as_timm_model(model: nn.Module) -> TimmModel:
-    """Return the model, typed as a timm model, or raise a `TypeError` if it was not built by timm."""
+    """Return `model` itself, typed as a timm model. Raise a `TypeError` if timm did not build it."""
     if not hasattr(model, "get_classifier") or not hasattr(model, "pretrained_cfg"):
         raise TypeError(f"Expected a model made by timm, found {type(model).__name__}. Build it with load_backbone.")
     return cast(TimmModel, model)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Return the names of the classifier modules. The list is empty if the model has no classifier (``num_classes=0``).
+    """Return the names of the classifier modules; an empty list if the model has no classifier (``num_classes=0``).
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -46,7 +46,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Return names and modules of the linear and convolutional layers in the classifier."""
+    """Return (name, layer) for each linear or convolutional layer in the classifier."""
     return [
         (name, module)
         for head in head_names(model)
@@ -56,11 +56,11 @@ def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
 
 
 def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Replace the classifier of a timm model in place; weights are drawn from N(0, 0.01²), and biases are zero.
+    """Replace the classifier of a timm model in place. Weights are drawn from N(0, 0.01²), and biases are zero.
 
     The cross-entropy then starts near log(num_classes), the loss of a uniform prediction. With timm's initialisation of
-    mobile networks, it starts at 6 to 8 for ten classes. Class names are removed. The `generator` must be on the device
-    of the model.
+    mobile networks, the cross-entropy starts at 6 to 8 for ten classes. The class names are removed from the model. The
+    `generator` must be on the device of the model.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -84,15 +84,16 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
 
 
 def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Add rows for new classes to the classifier in place; :func:`replace_head` describes their initial values.
+    """Add rows for new classes to the classifier in place, with the initial values of :func:`replace_head`.
 
-    The old rows are unchanged. Class names are removed: call :func:`set_class_names` with the names of all classes. The
-    parameters are new objects: create the optimizer afterwards. `model` may also be a PEFT model. If its head is one of
-    PEFT's `modules_to_save`, the original head and the copy of each adapter grow.
+    The old rows are unchanged. The class names are removed: call :func:`set_class_names` with the names of all classes.
+    The parameters of the head are new objects: create the optimizer afterwards. If the model already has `num_classes`
+    classes, nothing changes. `model` may also be a PEFT model. If the head of a PEFT model is one of its
+    `modules_to_save`, the original head and the copy in each adapter grow.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If the model has more than `num_classes` classes, no head, or an adapter inside its head.
+        ValueError: If the model has more than `num_classes` classes, has no head, or has an adapter inside its head.
 
     Example:
         >>> from timm import create_model
@@ -134,13 +135,13 @@ def _append_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 
 
 def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
-    """Set the class names of a timm model, in the order of its outputs; None removes the names.
+    """Set the class names of a timm model, in the order of its outputs. None removes the names.
 
     The names are stored in `pretrained_cfg`, as timm does. `save_backbone` and `save_adapter` save them.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If the numbers of names and classes differ.
+        ValueError: If the number of names is not the number of classes.
 
     Example:
         >>> from timm import create_model
@@ -156,10 +157,10 @@ def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Return the class names in the order of the outputs, or None if the model has no class names.
+    """Return the class names in the order of the outputs, or None if the model has no class names or is no timm model.
 
     Raises:
-        ValueError: If the numbers of names and classes differ, because the classifier was replaced.
+        ValueError: If the number of names is not the number of classes, because timm replaced the classifier.
 
     Example:
         >>> from timm import create_model

@@ -1,7 +1,8 @@
 """Load timm's edge CNNs with random, pretrained or local weights, and save them in timm's folder format.
 
 PEFT saves ``model.name_or_path`` with every adapter, as ``base_model_name_or_path``. timm does not set this attribute.
-:func:`load_backbone` sets it to the name or path to pass to :func:`load_backbone` to load the same weights again.
+:func:`load_backbone` sets ``name_or_path`` to the Hub id, folder or file of the weights. For random weights, the value
+is the timm model name, from which the same weights cannot be loaded again.
 """
 
 from __future__ import annotations
@@ -45,9 +46,9 @@ EDGE_FAMILIES = {
     "resnet": "resnet10t",
     "repvgg": "repvgg_a0",
 }
-"""A dict from each supported family of edge networks to a small timm model of this family, which the tests use."""
+"""A dict from each supported family of edge networks to the name of a small timm model, on which the tests run."""
 
-# timm's epsilon of this model depends on `pretrained`, and timm does not save it. So we always pass the same value.
+# timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save it. We always pass this value.
 _FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
@@ -62,24 +63,26 @@ def load_backbone(
 ) -> nn.Module:
     """Create a timm CNN in train mode, and set ``model.name_or_path``.
 
-    Weights are random unless `name` is a folder, or `pretrained` or `checkpoint` is given. Weights are read from
-    safetensors files only.
+    The weights are random unless `name` is a folder, or `pretrained` or `checkpoint` is given. Only safetensors files
+    are read. If a folder has the name of a timm model, pass the folder as `checkpoint`.
 
     Args:
         name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
             model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
-        num_classes: The number of outputs. None keeps the head of the loaded weights. With random weights, None means
-            timm's default. :func:`replace_head` initialises a head that is not loaded.
-        pretrained: Load the weights from the Hub or its local cache.
+        num_classes: The number of classes. None keeps the number of the loaded weights, or timm's default for random
+            weights. A loaded head with another number of classes is replaced by :func:`replace_head`.
+        pretrained: Load the weights from the Hub or its local cache. Required for Hub ids outside ``timm/``.
         checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a ``.safetensors`` file.
-        small_images: Set the stride of the first convolution to 1. This doubles the resolution inside the network, for
-            images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
+            `name` must then be a timm model name, with or without ``timm/``.
+        small_images: Set the stride of the first convolution from 2 to 1. This doubles the resolution inside the
+            network, for images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
-        ValueError: If an argument is invalid, the model is not a CNN, its stem cannot have stride 1, or the checkpoint
-            is damaged or belongs to another model.
-        FileNotFoundError: If the checkpoint, or a file of the checkpoint or of the Hub repository, is missing.
+        ValueError: If an argument is invalid, the model is not a CNN, `small_images` does not support its stem, or the
+            checkpoint is damaged or belongs to another model.
+        FileNotFoundError: If `checkpoint` does not exist or is a file of another format, or if the folder or the Hub
+            repository has no ``config.json`` or ``model.safetensors``.
         OSError: If the pretrained weights are not in the local cache and cannot be downloaded.
 
     Example:
@@ -149,7 +152,7 @@ def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
             f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all pretrained weights."
         )
     hub_id = get_pretrained_cfg(registry_name).hf_hub_id
-    # Pass a file: with a Hub id, timm would unpickle the weights of a repository that has no safetensors file.
+    # Pass a file, because with a Hub id, timm would unpickle the weights if the repository has no safetensors file.
     weights = {"file": str(_download(hub_id, WEIGHTS_NAME))}
     model = _create(registry_name, timm_kwargs, pretrained=True, pretrained_cfg_overlay=weights)
     model.name_or_path = hub_id
@@ -175,7 +178,7 @@ def _download(repo_id: str, file_name: str) -> Path:
 
 
 def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
-    # If `name` is None, `path` is a folder whose configuration contains the architecture.
+    # If `name` is None, `path` must be a folder. Its configuration contains the architecture.
     path = path.absolute()
     if path.is_dir():
         config = _read_config(path / CONFIG_NAME)
@@ -221,7 +224,7 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file that must contain exactly the tensors of the model, except for the number of classes."""
+    """Load a safetensors file, which must have the tensors of `model`. The head is resized to the file's classes."""
     try:
         weights = safetensors.torch.load_file(path)
     except FileNotFoundError as error:
@@ -253,7 +256,7 @@ def _load_weights(model: TimmModel, path: Path) -> None:
 
 
 def stem_names(model: TimmModel) -> tuple[str, ...]:
-    """Return the names of the convolutions that take the image. A RepVGG stem has two parallel convolutions."""
+    """Return the names of the convolutions that take the image, such as the two parallel convolutions of RepVGG."""
     names = model.pretrained_cfg["first_conv"]
     return (names,) if isinstance(names, str) else tuple(names or ())
 
@@ -273,14 +276,15 @@ def _unstride_stem(model: TimmModel) -> None:
 
 
 def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save a timm model in timm's folder format: ``config.json``, with the class names, and ``model.safetensors``.
+    """Save a timm model in timm's folder format, as ``config.json`` and ``model.safetensors``.
 
-    ``load_backbone(folder)`` and ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` load the model. Only
-    ``load_backbone`` restores `small_images`. Existing files are replaced after both new files are complete.
+    ``config.json`` contains the class names, if the model has class names. ``load_backbone(folder)`` and
+    ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` load the model, but only ``load_backbone`` restores
+    `small_images`. Existing files in `folder` are replaced only after both new files are complete.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If the numbers of class names and classes differ.
+        ValueError: If the number of class names is not the number of classes.
         OSError: If a file cannot be written.
 
     Example:
@@ -311,9 +315,9 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def fingerprint(model: nn.Module) -> str:
-    """Return the SHA-256 of the names, shapes, dtypes and bytes of the state dict, sorted by name.
+    """Return a hexadecimal SHA-256 hash of the names, shapes, dtypes and values of all tensors in the state dict.
 
-    Device and memory format have no influence, so a saved and reloaded model has the same fingerprint.
+    Device and memory format do not change the hash, so a saved and reloaded model has the same fingerprint.
 
     Example:
         >>> layer = nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Tasks: labelled images of a source domain, and of targets with shifted images or new classes."""
+"""Load tasks: labelled images of a source domain, and of target domains with shifted images or new classes."""
 
 from peft_edge.data.corruptions import FAMILIES, SHIFTS
 from peft_edge.data.domain import Domain, Task

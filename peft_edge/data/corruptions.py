@@ -1,7 +1,7 @@
-"""Corruptions of images in five families, and shifts, which apply them to datasets.
+"""Image corruptions in five families. A `Shift` applies a corruption to images and datasets.
 
 Most corruptions are modelled on ImageNet-C (Hendrycks and Dietterich 2019). Lengths, such as the radius of a blur, are
-for images of 224 pixels and scale with the image, so that small images remain recognisable.
+in pixels of an image whose shorter side is 224. They scale with this side, so that small images remain recognisable.
 """
 
 from __future__ import annotations
@@ -31,14 +31,15 @@ from peft_edge.files import requires_extra
 class Shift:
     """A corruption at one severity, applied to one image at a time.
 
-    The pixels of the image seed the random numbers. Every access and process therefore sees the same image.
+    The pixels of an image seed the random numbers. The corrupted image is therefore the same at every access and in
+    every process.
 
     Args:
         name: One of `SHIFTS`.
-        severity: 1 (mild) to 5 (strong), for corruptions with severities; by default 5.
+        severity: 1 (mild) to 5 (strong); None means 5. Must be None for a corruption without severities.
 
     Raises:
-        ValueError: If the name is unknown, or the corruption does not have this severity.
+        ValueError: If `name` is unknown, or the corruption does not have this severity.
     """
 
     name: str
@@ -55,7 +56,7 @@ class Shift:
             raise ValueError(f"severity of the shift {self.name!r} must be 1 to {len(levels)}, found {self.severity}")
 
     def __call__(self, image: Image.Image) -> Image.Image:
-        """Return the corrupted image, in RGB and of the same size."""
+        """Return the corrupted image as an RGB image of the same size."""
         corruption = _BY_NAME[self.name]
         pixels = F.pil_to_tensor(to_rgb(image))
         level = [corruption.levels[(self.severity or len(corruption.levels)) - 1]] if corruption.levels else []
@@ -64,16 +65,16 @@ class Shift:
             return F.to_pil_image(corruption.apply(pixels, *level))
 
     def shift_batch(self, batch: ImageBatch) -> ImageBatch:
-        """Return the batch with corrupted images."""
+        """Return a copy of the batch with corrupted images."""
         return {**batch, "image": [self(image) for image in batch["image"]]}
 
     def shift_dataset(self, dataset: Dataset) -> Dataset:
-        """Return a view of the dataset that corrupts each image when it is read."""
+        """Return a view of the dataset that corrupts an image whenever the image is read."""
         return dataset.with_transform(self.shift_batch)
 
 
 class Corruption(NamedTuple):
-    """A function of a (3, H, W) uint8 image and a level, and one level for each severity, or no levels."""
+    """A function of a (3, H, W) uint8 image and a level. If `levels` is empty, `apply` takes the image only."""
 
     apply: Callable[..., Tensor]
     levels: tuple[float, ...] = ()
@@ -96,12 +97,12 @@ def _gaussian_noise(image: Tensor, deviation: float) -> Tensor:
 
 
 def _shot_noise(image: Tensor, photons: float) -> Tensor:
-    """Replace each value by a Poisson count; the mean count of a white pixel is `photons`."""
+    """Replace each value by a Poisson count divided by `photons`, the mean count of a white pixel."""
     return _as_uint8(torch.poisson(_as_float(image) * photons) / photons)
 
 
 def _impulse_noise(image: Tensor, fraction: float) -> Tensor:
-    """Set this fraction of the values to black or white ("salt and pepper")."""
+    """Set a random `fraction` of the channel values to 0 or 255 ("salt and pepper")."""
     chance = torch.rand(image.shape)
     return image.masked_fill(chance < fraction / 2, 0).masked_fill(chance > 1 - fraction / 2, 255)
 
@@ -123,7 +124,7 @@ def _motion_blur(image: Tensor, length: float) -> Tensor:
 
 
 def _line_kernel(length: float) -> Tensor:
-    """Draw a line that is one pixel wide, in a random direction: the trace of a point when the camera moves."""
+    """Return a kernel with a line in a random direction, one pixel wide: the trace of a point when the camera moves."""
     angle = torch.rand(()) * math.pi
     x, y = _kernel_coordinates(length / 2)
     along, across = x * angle.cos() + y * angle.sin(), x * angle.sin() - y * angle.cos()
@@ -143,44 +144,44 @@ def _blur(image: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _fog(image: Tensor, density: float) -> Tensor:
-    """Fade into white by Koschmieder's law, 1 - (1 - image) exp(-density * depth), with a smooth random depth."""
+    """Fade to white by Koschmieder's law, `1 - (1 - image) * exp(-density * depth)`, with a smooth random `depth`."""
     height, width = image.shape[-2:]
     depth = torch.stack([_smooth_noise(height, width, 2**octave) / 2**octave for octave in range(1, 5)]).sum(0)
     return _as_uint8(1 - (1 - _as_float(image)) * torch.exp(-density * depth.clamp(min=0)))
 
 
 def _snow(image: Tensor, fraction: float) -> Tensor:
-    """Brighten the image, and add white flakes at this fraction of the pixels, blurred in their direction of fall."""
+    """Brighten the image, and add white flakes at `fraction` of the pixels, blurred in their direction of fall."""
     flakes = (torch.rand(1, *image.shape[-2:]) < fraction) * torch.tensor(255, dtype=torch.uint8)
     falling = _as_float(_blur(flakes, _line_kernel(12 * _scale(image)))) * 2
     return _as_uint8(torch.lerp(_as_float(image), torch.tensor(0.8), 5 * fraction) + falling)
 
 
 def _smooth_noise(height: int, width: int, knots: int) -> Tensor:
-    """Interpolate (knots + 1) x (knots + 1) random numbers from 0 to 1 to the size of the image."""
+    """Interpolate (knots + 1) x (knots + 1) random numbers between 0 and 1 to the shape (height, width)."""
     noise = torch.rand(1, knots + 1, knots + 1)
     return F.resize(noise, [height, width], v2.InterpolationMode.BICUBIC, antialias=False)[0]
 
 
 def _jpeg(image: Tensor, quality: float) -> Tensor:
-    # This uses Pillow, because torchvision is removing its codecs.
+    # Pillow encodes the image, because torchvision is removing its codecs.
     file = io.BytesIO()
     F.to_pil_image(image).save(file, "JPEG", quality=int(quality))
     return F.pil_to_tensor(Image.open(file))
 
 
 def _pixelate(image: Tensor, factor: float) -> Tensor:
-    """Resize the sides by this factor, and enlarge the image again without interpolation."""
+    """Multiply height and width by `factor`, and enlarge the image again without interpolation."""
     height, width = image.shape[-2:]
     small = F.resize(image, [math.ceil(height * factor), math.ceil(width * factor)])
     return F.resize(small, [height, width], v2.InterpolationMode.NEAREST)
 
 
 def _elastic(image: Tensor, distance: float) -> Tensor:
-    """Stretch the image like a rubber sheet: points move by about `distance` pixels, smoothly over the image."""
+    """Stretch the image like a rubber sheet. Points move by about `distance` pixels, smoothly over the image."""
 
     def stretch(padded: Tensor) -> Tensor:
-        # v2.ElasticTransform would need two seconds to smooth the noise for an image of 224 pixels.
+        # v2.ElasticTransform would take two seconds to smooth the noise for an image of 224 x 224 pixels.
         height, width = padded.shape[-2:]
         moves = torch.stack([_smooth_noise(height, width, 12) for _ in range(2)], dim=-1)
         pixels = (moves - moves.mean()) / moves.std() * distance * _scale(image)
@@ -194,14 +195,14 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Move the pixels of an image padded by reflection, because black corners would be a second, larger shift."""
+    """Apply `move` to the image padded by reflection, because black corners would be a second, larger shift."""
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
     return F.center_crop(move(padded), [height, width])
 
 
 def _blend(image: Tensor) -> Tensor:
-    """Return the absolute difference from a random crop of a photograph, as in MNIST-M (Ganin and Lempitsky 2015)."""
+    """Return |image - random crop of a photograph|, as in MNIST-M (Ganin and Lempitsky 2015)."""
     photographs = _photographs()
     photograph = photographs[int(torch.randint(len(photographs), ()))]
     crop = v2.RandomCrop(image.shape[-2:], pad_if_needed=True, padding_mode="reflect")(photograph)
@@ -250,7 +251,7 @@ CORRUPTIONS: dict[str, dict[str, Corruption]] = {
 _BY_NAME = {name: corruption for members in CORRUPTIONS.values() for name, corruption in members.items()}
 
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(members) for family, members in CORRUPTIONS.items()}
-"""The names of the corruptions, by family."""
+"""A dict from family to the names of its corruptions."""
 
 SHIFTS = tuple(sorted(_BY_NAME))
 """The names of all corruptions."""

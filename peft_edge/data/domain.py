@@ -1,4 +1,4 @@
-"""Domains and tasks, stratified splits, and datasets held in memory."""
+"""Domains and tasks, stratified splits, and datasets in memory."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from peft_edge._compat import dataset_fingerprint
 
 
 class ImageBatch(TypedDict):
-    """Rows of a dataset."""
+    """Several rows of a dataset, as a dict of columns."""
 
     image: list[PillowImage.Image]
     label: list[int]
@@ -42,29 +42,29 @@ class Domain:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the labels 0, 1, ...; a split may have no images of some classes."""
+        """The names of the labels 0, 1, ... A split need not have images of every class."""
         return self.train.features["label"].names
 
     @property
     def num_classes(self) -> int:
-        """The number of outputs of a classifier for this domain."""
+        """The number of class names."""
         return len(self.class_names)
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the images, labels, splits and shift; it is part of the key of a cached source model."""
+        """A hash of the rows and transforms of all splits. The cache key of a source model contains this hash."""
         return _hash(*(dataset_fingerprint(split) for split in (self.train, self.validation, self.test)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A classification problem that changes after training: its images shift, or new classes arrive.
+    """A classification problem that changes after training: the images shift, or new classes arrive.
 
     Attributes:
         name: The `name` that was passed to `load_task`.
         change: A description of the change between the source and the targets.
         source: The images that the source model is trained on.
-        targets: The images to adapt to: one domain for a shift, or one domain for each increment of new classes.
+        targets: The domains to adapt to: one domain for a shift, or one domain for each increment of new classes.
     """
 
     name: str
@@ -74,12 +74,12 @@ class Task:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of all labels after the last target: first the classes of the source, then the new classes."""
+        """The class names of the last target: first the classes of the source, then any new classes."""
         return self.targets[-1].class_names
 
     @property
     def num_classes(self) -> int:
-        """The number of classes once all target domains have been added."""
+        """The number of classes of the last target."""
         return len(self.class_names)
 
     @property
@@ -93,10 +93,10 @@ def _hash(*parts: str) -> str:
 
 
 def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Split off `size` images with the class proportions of the dataset; return the other images and these images.
+    """Draw `size` images with the class proportions of the dataset; return the remaining images and the drawn images.
 
     Raises:
-        ValueError: If there are too few images for both parts to contain every class.
+        ValueError: If a class has a single image, or `size` is too small or too large for all classes in both parts.
     """
     names = dataset.features["label"].names
     counts = Counter(dataset["label"][:])
@@ -116,7 +116,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
 
 
 def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) -> Dataset:
-    """Build an in-memory dataset from pixels of shape (N, H, W, 3), uint8, and class indices of shape (N,).
+    """Build an in-memory dataset from uint8 images of shape (N, H, W, 3) and class indices of shape (N,).
 
     The images are encoded as uncompressed PPM files, which Pillow decodes several times faster than PNG files.
     """
@@ -129,7 +129,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Apply the transform of a dataset once, and return an in-memory dataset; RGB images of one size are required."""
+    """Apply the transform of a dataset once, and return a dataset in memory. All images must be RGB and of one size."""
     rows = dataset[:]
     images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
     return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

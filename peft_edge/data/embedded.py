@@ -1,10 +1,10 @@
 """The embedded benchmarks `digits` (real) and `shapes` (synthetic), which need no download.
 
-`digits`, the default, are the 1,797 handwritten digits of scikit-learn: the test set of UCI's "Optical Recognition of
-Handwritten Digits" (Alpaydin and Kaynak 1998). Images of 8 x 8 pixels with 17 grey levels are enlarged.
+`digits` contains the 1,797 handwritten digits of scikit-learn, the test set of UCI's "Optical Recognition of
+Handwritten Digits" (Alpaydin and Kaynak 1998). The images of 8 x 8 pixels with 17 grey levels are enlarged.
 
-`shapes` are rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and sensor
-noise. The signed distance field of each shape is tabulated once. The renderer samples this table under a random pose.
+`shapes` contains rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and
+sensor noise. The signed distances of each shape are tabulated once. The renderer samples this table in random poses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_edge.data.domain import Domain, dataset_from_arrays, stratified_split
 from peft_edge.files import requires_extra
 
 DIGITS_SPLIT_SIZES = {"adaptation": 400, "validation": 150, "test": 547}
-"""The sizes of the splits of `digits`. The other 700 images train the source model."""
+"""The sizes of three splits of `digits`. The source model is trained on the remaining 700 images."""
 
 SHAPES_SPLIT_SIZES = {"source": 20_000, "adaptation": 512, "validation": 500, "test": 2_000}
 
@@ -32,7 +32,7 @@ UNSEEN_CLASSES = ("pentagon", "bar", "chevron", "ell", "aitch", "frame", "half-d
 
 EXTENT = 1.5
 RESOLUTION = 129
-"""A table of distances has RESOLUTION rows and columns, from -EXTENT to EXTENT times the radius of the circumcircle."""
+"""A distance field has RESOLUTION rows and columns, which span -EXTENT to EXTENT. The radius of a shape is about 1."""
 
 _Points = list[tuple[float, float]]
 _NUM_CLUTTER = 3
@@ -40,7 +40,7 @@ _RENDER_BATCH = 100
 
 
 def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Load `digits`, enlarged to `image_size` pixels; all splits have the same class proportions.
+    """Load `digits`, enlarged to `image_size` x `image_size` pixels. All splits have the same class proportions.
 
     Returns:
         The source domain (700 training, 150 validation, 547 test images), and 400 unshifted adaptation images.
@@ -61,7 +61,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`; `seed` determines every pixel, and the classes are balanced.
+    """Render `shapes`. `seed` determines every pixel, and class sizes in a split differ by at most one.
 
     Returns:
         The source domain (20,000 training, 500 validation, 2,000 test images), and 512 unshifted adaptation images.
@@ -71,24 +71,24 @@ def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     return source, splits["adaptation"]
 
 
-@lru_cache(maxsize=1)  # rendering takes ten seconds, and one process of a study does many runs
+@lru_cache(maxsize=1)  # rendering takes ten seconds, and many runs of a study use the same images
 def _render_splits(sizes: tuple[tuple[str, int], ...], image_size: int, seed: int) -> dict[str, Dataset]:
     generator = torch.Generator().manual_seed(seed)
     return {name: render_shapes(size, image_size, generator) for name, size in sizes}
 
 
 def render_shapes(count: int, image_size: int, generator: torch.Generator) -> Dataset:
-    """Render `count` images of `image_size` pixels as an in-memory dataset; the classes alternate."""
+    """Render `count` images as an in-memory dataset. The labels are 0, 1, ..., 19, 0, 1, ..."""
     fields = distance_fields()
     tables = torch.stack(list(fields.values())).unsqueeze(1)
     labels = torch.arange(count) % len(fields)
-    # In batches, because the tensors then fit into the processor's cache.
+    # Render in batches, because the tensors then fit into the processor's cache.
     images = torch.cat([_render(part, tables, image_size, generator) for part in labels.split(_RENDER_BATCH)])
     return dataset_from_arrays(images, labels, list(fields))
 
 
 def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Render one image for each label: (N, size, size, 3), uint8."""
+    """Render one image for each label, as uint8 of shape (N, size, size, 3)."""
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -122,19 +122,20 @@ def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generato
 
 
 def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear: Tensor, size: int) -> Tensor:
-    """Compute the fraction of each pixel that a shape covers, from 0 to 1: (N, 1, size, size).
+    """Return the fraction of each pixel that a shape covers, from 0 to 1, of shape (N, 1, size, size).
 
-    The pose maps a point q of the shape to scale * rotation * shear * q + offset in the image.
+    A point q of the shape is drawn at `scale` * rotation * shear * q + `offset`. Lengths are in units of `size / 2`.
+    The origin is the centre of the image.
 
     Args:
-        fields: (N, 1, RESOLUTION, RESOLUTION), tables of distances.
-        scale: (N,), the radius, in units of half the image's side.
-        offset: (N, 2), the shift to the right and down from the centre, in the same units.
+        fields: (N, 1, RESOLUTION, RESOLUTION), signed distances, which are negative inside the shape.
+        scale: (N,), the factor by which the shape is scaled.
+        offset: (N, 2), the shift to the right and down from the centre.
         angle: (N,), the clockwise rotation in radians.
-        shear: (N,), the shift of x per unit of y.
+        shear: (N,), the shift of x per unit of y, before the rotation.
         size: Height and width of the image in pixels.
     """
-    # The field is sampled at pixel centres, so that a pose means the same at any image size.
+    # `fields` is sampled at pixel centres, so that a pose means the same at any image size.
     side = (torch.arange(size) + 0.5) * (2 / size) - 1
     x = side - offset[:, 0, None, None]
     y = side[:, None] - offset[:, 1, None, None]
@@ -148,9 +149,9 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
 
 @cache
 def distance_fields() -> dict[str, Tensor]:
-    """Return a dict from class name to signed distance field: (RESOLUTION, RESOLUTION), negative inside the shape.
+    """Return a dict from class name to signed distances of shape (RESOLUTION, RESOLUTION), negative inside the shape.
 
-    The base classes come first. No shape equals another shape that is rotated by 90 degrees.
+    BASE_CLASSES come before UNSEEN_CLASSES. No shape equals another shape that is rotated by 90 degrees.
     """
     side = torch.linspace(-EXTENT, EXTENT, RESOLUTION)
     y, x = torch.meshgrid(side, side, indexing="ij")
@@ -175,7 +176,7 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.85) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
-    """Compute the distance to the nearest edge; it is negative if a ray to the right crosses an odd number of edges."""
+    """Compute signed distances to a polygon. A point is inside if a ray to the right crosses an odd number of edges."""
     nearest = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):
@@ -188,7 +189,7 @@ def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
 
 
 def _regular(corners: int, inner: float = 1.0) -> _Points:
-    """Place corners on the unit circle, starting at the top; every second corner has the radius `inner`."""
+    """Return corners at equal angles, from the top clockwise. Their radii alternate between 1 and `inner`."""
     radii = [1.0 if corner % 2 == 0 else inner for corner in range(corners)]
     angles = [2 * math.pi * corner / corners for corner in range(corners)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in zip(radii, angles, strict=True)]

@@ -1,4 +1,4 @@
-"""Find the images, classes and splits in a folder, and say what was left out."""
+"""Find the images, classes and splits in a folder, and warn about files that were left out."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ _SPLIT_WORDS = {
     "validation": "validation|valid|val|dev",
     "test": "test|testing",
 }
-# Folders of systems and tools.
+# Folders that operating systems and tools create; they contain no images of a class.
 _SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
 def split_of(name: str) -> str | None:
-    """Return the split that a folder's name means: `train`, `validation`, `test` or None.
+    """Return the split that a folder name stands for (`train`, `validation` or `test`), or None if it names no split.
 
     >>> [split_of(name) for name in ("Train", "training_set", "val", "TEST", "train station")]
     ['train', 'train', 'validation', 'test', None]
@@ -39,7 +39,7 @@ def split_of(name: str) -> str | None:
 
 @dataclass
 class _Found:
-    """What a folder holds: for each split the image files with their classes, and what was left out."""
+    """Images by split, as (path, class), and for each reason the number of paths left out and the first such path."""
 
     folder: Path
     images: dict[str, list[tuple[Path, str]]] = field(default_factory=dict)
@@ -58,14 +58,15 @@ class _Found:
 
 
 def read_image_folder(folder: Path) -> DatasetDict:
-    """Read a folder with one subfolder for each class, or with such folders below `train`, `validation` and `test`.
+    """Read a folder with one subfolder for each class, or with such subfolders inside `train`, `validation` and `test`.
 
-    Every file is read once: its structure is checked, and the hash of its content is kept in the column `content`.
-    Images below a class's subfolders belong to the class. What is left out is counted in one warning.
+    `check_image` checks every image file, and the column `content` contains its `content_hash`. Images in deeper
+    subfolders of a class folder belong to this class. A folder without splits becomes the split `train`. One warning
+    states how many files and folders were left out and why.
 
     Raises:
-        ValueError: If there are no images, an image is outside of the class folders, an image file is damaged, or it is
-            unclear which folders are splits. The message names the file or folder.
+        ValueError: If there are no training images, an image is outside of the class folders, an image file is damaged,
+            or it is unclear which folders are splits. The message names the file or folder.
     """
     found = _Found(folder)
     roots = _split_folders(folder, found)
@@ -93,7 +94,7 @@ def read_image_folder(folder: Path) -> DatasetDict:
 
 
 def content_hash(content: bytes) -> str:
-    """Return a hash of the bytes of a file: the same for copies, whatever their names and times."""
+    """Return a hash of the bytes of a file. Copies of a file with other names or times have the same hash."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -126,13 +127,13 @@ def _warn_untrained(folder: Path, names: list[str], found: _Found) -> None:
 
 
 def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
-    """Return the folder of each split; the whole folder as `train` if it has no splits."""
+    """Return a dict from split to its folder. If `folder` has no split folders, return `{"train": folder}`."""
     children = [child for child in _entries(folder) if child.is_dir() and not _is_hidden(child)]
     splits: dict[str, list[Path]] = {}
     for child in children:
         if split := split_of(child.name):
             splits.setdefault(split, []).append(child)
-    # A class may be called "train": its folder has images and no class folders.
+    # A class may be called "train". Its folder contains images, whereas a split folder contains class folders.
     nested = {split: [path for path in paths if _has_class_folders(path)] for split, paths in splits.items()}
     nested = {split: paths for split, paths in nested.items() if paths}
     if not nested:
@@ -171,7 +172,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
-    """Yield the image files below a folder with the names of their classes, in the order of their paths."""
+    """Yield (path, class name) for each image in the class folders of `root`, in alphabetical order in each folder."""
     for child in _visible(root, found):
         if child.is_dir():
             inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}
@@ -223,7 +224,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _is_image(path: Path, found: _Found) -> bool:
-    """Return whether a file is an image; its content decides if the ending is not that of an image."""
+    """Return whether `path` is a file with an image's ending or content. Otherwise, count it in `found.left_out`."""
     if not path.is_file():
         found.leave_out("entry that is no file", path)
         return False

@@ -1,4 +1,4 @@
-"""Preprocess images with torchvision v2, and load them in batches that only the seed and the epoch determine."""
+"""Preprocess images with torchvision v2, and load batches that depend only on the dataset, the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Batch = dict[str, Tensor]  # `pixel_values` of shape (B, 3, H, W), and `labels` 
 
 
 class BatchDataset(Protocol):
-    """A dataset that returns whole batches."""
+    """A dataset whose `__getitems__` returns a whole batch."""
 
     def __len__(self) -> int: ...
 
@@ -35,15 +35,16 @@ class BatchDataset(Protocol):
 
 
 def build_transform(data_config: Mapping[str, Any], *, train: bool) -> Transform:
-    """Return a function that preprocesses images for a backbone.
+    """Return a function that converts an image to the normalised input of a backbone.
 
-    Images that are higher and wider than the input are resized and cropped as in timm's evaluation. Other images are
-    resized without a crop, because `crop_pct` is meant for photographs with a margin. For training, images are also
-    shifted by up to an eighth of their side. This augmentation is suitable for digits and for photographs.
+    Images that are higher and wider than `input_size` are resized and cropped as in timm's evaluation. Other images are
+    resized to `input_size` without a crop, because `crop_pct` is meant for photographs with a margin. Their aspect
+    ratio can change. With `train`, images are also shifted in both directions by up to an eighth of their side, and
+    edge pixels fill the gap. This augmentation is suitable for digits and for photographs.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
-        train: Whether to augment.
+        train: Whether to augment the images.
     """
     mean, std = (torch.tensor(data_config[key])[:, None, None] for key in ("mean", "std"))
     return partial(_preprocess, data_config, 1 / (255 * std), -mean / std, train)
@@ -65,7 +66,7 @@ def _preprocess(
         image = F.resize(image, [height, width], interpolation)
     pixels = F.pil_to_tensor(image)
     if train:
-        # Shift the image and repeat its edge: four times faster than v2.RandomCrop with padding.
+        # Shift the image and repeat its edge pixels. This is four times faster than v2.RandomCrop with padding.
         down, right = ((torch.rand(2) - 0.5) / 4).tolist()
         rows = (torch.arange(height) + round(down * height)).clamp(0, height - 1)
         columns = (torch.arange(width) + round(right * width)).clamp(0, width - 1)
@@ -79,14 +80,15 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """Build a loader whose batches are the same in every run with the same seed.
 
-    With Accelerate, pass the loader to `prepare` and set `split_batches=True`; batches are then the same for any number
-    of processes. Call `loader.set_epoch(epoch)` before each epoch, and before `skip_first_batches`.
+    With Accelerate, set `split_batches=True`, so that batches are the same for any number of processes. Call
+    `set_epoch(epoch)` of the loader that `prepare` returns before each epoch, and before `skip_first_batches`. Without
+    Accelerate, call `loader.sampler.set_epoch(epoch)`.
 
     Args:
         dataset: A dataset with the columns `image` and `label`.
         transform: A function from a Pillow image to a (3, H, W) tensor, such as the result of `build_transform`.
-        batch_size: The number of images in a batch, over all processes.
-        shuffle: Whether to use another order in each epoch and drop an incomplete last batch, as for training.
+        batch_size: The number of images in a batch, summed over all processes.
+        shuffle: Whether to use a new order in each epoch and drop an incomplete last batch, as in training.
         seed: The seed of the order and of the random numbers in `transform`.
         num_workers: The number of worker processes that read images. It does not change the batches.
 
@@ -100,7 +102,7 @@ def build_loader(
 def load_batches(
     dataset: BatchDataset, *, batch_size: int, shuffle: bool, seed: int, num_workers: int = 0
 ) -> DataLoader[Batch]:
-    """Build a loader as `build_loader` does, for a dataset that returns whole batches."""
+    """Build a loader from a `BatchDataset`; `build_loader` describes the other arguments and errors."""
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
@@ -111,7 +113,7 @@ def load_batches(
         persistent_workers=num_workers > 0,
         collate_fn=_as_is,
         drop_last=shuffle,
-        # Every iterator draws a seed for its workers. With torch's global generator, this would change the random
+        # Every iterator draws a seed for its workers. A draw from torch's global generator would change the random
         # numbers of a training run that resumes in the middle of an epoch.
         generator=torch.Generator(),
     )
@@ -124,8 +126,8 @@ def _as_is(batch: object) -> object:
 class EpochSampler(Sampler[Key]):
     """Yield each index once per epoch, in an order that only the seed and the epoch determine.
 
-    Each key contains the epoch, because worker processes need it to augment an image. Accelerate's loaders call
-    `set_epoch`. Without Accelerate, call `loader.sampler.set_epoch(epoch)` before each epoch.
+    Each key is (epoch, index), because worker processes seed the augmentation with the epoch. If `shuffle` is False,
+    the indices are in ascending order. Accelerate's loaders pass the epoch on to `set_epoch`.
     """
 
     def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
@@ -135,7 +137,7 @@ class EpochSampler(Sampler[Key]):
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Set the epoch of the next iteration."""
+        """Set the epoch of the next iterator."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -149,7 +151,7 @@ class EpochSampler(Sampler[Key]):
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """Batches of transformed images. The seed, the epoch and the index determine the random numbers of a transform."""
+    """Batches of transformed images. The seed, the epoch and the index of an image seed the calls of `transform`."""
 
     dataset: Dataset
     transform: Transform
@@ -163,7 +165,7 @@ class TransformedImages:
         try:
             rows: ImageBatch = self.dataset[indices]
             images = [to_rgb(image) for image in rows["image"]]
-        except Exception as error:  # Pillow's readers raise many types for damaged files
+        except Exception as error:  # Pillow raises many types of exceptions for damaged files
             raise ValueError(self._describe_unreadable(indices)) from error
         pixel_values = []
         with torch.random.fork_rng(devices=[]):
@@ -174,7 +176,7 @@ class TransformedImages:
         return {"pixel_values": torch.stack(pixel_values), "labels": torch.tensor(rows["label"])}
 
     def _describe_unreadable(self, indices: list[int]) -> str:
-        """Describe the unreadable image of a batch, because Pillow's error does not name the file."""
+        """Return a message that names the first unreadable image, because Pillow's error does not name the file."""
         for index in indices:
             try:
                 to_rgb(self.dataset[index]["image"])

@@ -1,4 +1,4 @@
-"""Decode image files of any mode to 8-bit RGB, and check files before they are used."""
+"""Convert images of any mode to 8-bit RGB, and check image files before they are used."""
 
 from __future__ import annotations
 
@@ -11,18 +11,19 @@ from PIL import Image, ImageFile
 
 # Pillow's modes with more than 8 bits in a channel.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-# The largest values of 8, 10, 12, 14 and 16 bits. Cameras store 10 to 14 bits in 16.
+# The largest values of 8, 10, 12, 14 and 16 bits. Cameras store values of 10 to 14 bits in 16 bits.
 _DEEP_RANGES = (255, 1023, 4095, 16383, 65535)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    Values of more than 8 bits are scaled by the range of the file: the smallest of 8, 10, 12, 14 and 16 bits, and for
-    floating-point numbers also of 0 to 1, that contains its largest value. Transparent pixels are composed on white.
+    If the mode has more than 8 bits in a channel, values are multiplied by 255 / m. Here, m is the smallest of 255,
+    1023, 4095, 16383 and 65535 (8 to 16 bits) that no value exceeds; in mode F, m can also be 1. Transparent pixels are
+    composed on white. An RGB image without transparency is not copied.
 
     Raises:
-        ValueError: If values are negative, not finite or larger than 16 bits, or the mode has no form in RGB.
+        ValueError: If a value is negative, not finite or above 65535, or if Pillow cannot convert the mode to RGB.
 
     >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
     (255, 255, 255)
@@ -45,7 +46,7 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
     values = np.asarray(image)
     smallest, largest = (float(value) for value in (values.min(), values.max()))
     ranges = (1, *_DEEP_RANGES) if image.mode == "F" else _DEEP_RANGES
-    # NaN fails every comparison.
+    # This form of the condition also rejects NaN, for which every comparison is false.
     if not (smallest >= 0 and largest <= ranges[-1]):
         raise ValueError(
             f"its values are from {smallest:g} to {largest:g}, expected 0 to 65535, or 0 to 1 for floating-point "
@@ -60,10 +61,11 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 
 
 def check_image(content: bytes) -> None:
-    """Check the content of an image file; its pixels are decoded only if they are not of 8 bits.
+    """Check the content of an image file. The pixels are decoded only if a channel has more than 8 bits.
 
     Raises:
-        ValueError: If the content is not an image, is damaged, is too large, or cannot be converted by `to_rgb`.
+        ValueError: If the content is not an image, is damaged (according to Pillow's `verify`), has too many pixels, or
+            has more than 8 bits in a channel and would be converted to RGB wrongly or not at all.
     """
     try:
         image = Image.open(io.BytesIO(content))
@@ -75,13 +77,13 @@ def check_image(content: bytes) -> None:
         raise ValueError(
             f"{error}: a decoded image of this size takes too much memory; save it with fewer pixels"
         ) from error
-    except Exception as error:  # Pillow's readers raise many types for damaged files
+    except Exception as error:  # Pillow raises many types of exceptions for damaged files
         raise ValueError(str(error) or type(error).__name__) from error
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether the file of an opened image has more than 8 bits in a channel."""
-    # Pillow reads 16-bit colours as 8 bits; only the description of the pixels in the file, such as RGB;16B, tells.
+    """Return whether the file of an opened image, not yet loaded, has more than 8 bits in a channel."""
+    # Pillow converts 16-bit colours to 8-bit RGB. Only `tile` names the mode in the file, such as RGB;16B.
     return image.mode in _DEEP_MODES or ";16" in str(getattr(image, "tile", ""))
 
 
@@ -94,7 +96,7 @@ def _check_deep(image: Image.Image) -> None:
         raise ValueError("it has 16-bit colours and a transparent colour: save it with 8 bits in a channel")
     colours = image.getextrema()[:3]
     largest = max(top for _, top in colours if isinstance(top, int))  # type: ignore[misc]
-    # Pillow has kept the upper 8 of 16 bits.
+    # Of each 16-bit value, Pillow keeps the upper 8 bits.
     if 0 < largest < 64:
         raise ValueError(
             f"it has 16-bit colours of which at most {8 + largest.bit_length()} bits are used, and would be almost "
@@ -103,14 +105,14 @@ def _check_deep(image: Image.Image) -> None:
 
 
 def identify(file: IO[bytes]) -> str | None:
-    """Return Pillow's name of the format of a file; None if it is no image that Pillow decodes."""
-    # These readers identify a file and decode nothing, or call another program.
-    with suppress(Exception), Image.open(file) as image:  # Pillow's readers raise many types
+    """Return Pillow's name of the format of a file, or None if Pillow cannot decode the file as an image."""
+    # Pillow identifies stub formats and MPEG but cannot decode them, and runs Ghostscript to decode EPS.
+    with suppress(Exception), Image.open(file) as image:  # Pillow raises many types of exceptions
         if not isinstance(image, ImageFile.StubImageFile) and image.format not in ("MPEG", "EPS"):
             return image.format
     return None
 
 
 def is_image_suffix(suffix: str) -> bool:
-    """Return whether Pillow reads files with this ending, such as `.jpg`."""
+    """Return whether Pillow opens files with this ending, such as `.jpg`. MPEG and EPS are excluded."""
     return Image.registered_extensions().get(suffix.lower()) in Image.OPEN.keys() - {"MPEG", "EPS"}

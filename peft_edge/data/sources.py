@@ -1,4 +1,4 @@
-"""Read image folders and Hugging Face datasets as splits, and keep every image in one split only."""
+"""Read the splits of image folders and Hugging Face datasets, and build domains whose splits share no images."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from peft_edge.data.folders import content_hash, read_image_folder
 logger = logging.getLogger(__name__)
 
 Filter = Sequence[str | int | float]
-"""A column, an operator (== != < <= > >= in), and a value."""
+"""A column name, an operator (== != < <= > >= in) and a value."""
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _LABEL_NAMES = ("label", "labels")
@@ -33,20 +33,22 @@ def read_splits(
 ) -> DatasetDict:
     """Read the labelled splits of a dataset, with the same classes in every split.
 
-    The columns are `image`, `label` and `content`, a hash of the bytes of the image's file. The fingerprints of the
-    splits follow from these hashes and the labels alone, so that they change with the images and not with their names.
+    The columns are `image`, `label` and `content`, the `content_hash` of the image file. The fingerprint of a split
+    depends only on `content`, `label` and the class names. Renaming an image file does not change the fingerprint. A
+    split with a label of -1 is left out with a warning.
 
     Args:
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
         filters: Conditions that all rows must meet. They apply to Hugging Face datasets in Parquet files only.
-        image_column: The image column; by default the only column with the feature `datasets.Image`.
-        label_column: The label column; by default the only `datasets.ClassLabel` column, or `label` or `labels`.
+        image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
+        label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`, or
+            without such a column, `label` or `labels`.
 
     Raises:
-        ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file is damaged, or there
-            is a single class.
+        ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file of a folder is
+            damaged, or there is only one class.
     """
     folder = Path(name).expanduser()
     splits = read_image_folder(folder) if folder.is_dir() else _read_from_hub(name, subset, filters)
@@ -69,7 +71,7 @@ def read_splits(
             "A folder needs one subfolder for each class, with that class's images inside"
             + (f"; if the classes are below {inner}, name {inner} instead" if is_wrapper else "")
         )
-    # Published test splits often hide their labels as -1.
+    # Many published test splits have the label -1 for every image.
     labelled = {key: split for key, split in splits.items() if min(split["label"][:]) >= 0}
     if left_out := sorted(splits.keys() - labelled.keys()):
         logger.warning("%s: left out the splits without labels: %s", name, ", ".join(left_out))
@@ -77,7 +79,7 @@ def read_splits(
 
 
 def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
-    """Add the column `content`, and derive the fingerprint of the split from it."""
+    """Add the column `content`; the new fingerprint depends only on `content`, `label` and the class names."""
     contents = file_hashes(split) if contents is None else contents
     parts = json.dumps([split.features["label"].names, split["label"][:], contents])
     fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -85,7 +87,7 @@ def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
 
 
 def file_hashes(split: Dataset) -> list[str]:
-    """Return `content_hash` of the file of every image of a split."""
+    """Return the `content_hash` of each image file in a split, in the order of the rows."""
     raw = split.with_format(None).select_columns("image").cast_column("image", Image(decode=False))
     hashes = []
     for batch in raw.iter(256):
@@ -98,15 +100,16 @@ def file_hashes(split: Dataset) -> list[str]:
 def domain_from_splits(
     name: str, splits: DatasetDict, *, train_split: str, seed: int, exclude: Collection[str] = ()
 ) -> Domain:
-    """Build a domain; split validation and test images off the training images where the dataset has none.
+    """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
-    Missing splits get a tenth of the images for validation and a fifth for tests, drawn with `seed`. `name` is the
-    dataset's name in messages. Every image, by the bytes of its file, is in one split only: copies of test images are
-    removed from the other splits, copies of validation images from the training images, and repeated images from a
-    split that is divided. Images whose hashes are in `exclude` are removed from all splits. A warning says how many.
+    A fifth of the images of `train_split` is drawn for a missing test split, and a tenth for a missing validation
+    split. No two splits contain the same `content`: copies of test images are removed from validation and training, and
+    copies of validation images from training. If `train_split` is divided, its repeated images are removed too. Images
+    with a `content` in `exclude` are removed from all splits. A warning states how many images are removed. Messages
+    call the dataset `name`.
 
     Raises:
-        ValueError: If there is no such split, or there are too few images to split.
+        ValueError: If `splits` has no `train_split`, removal leaves a split empty, or there are too few images to draw.
     """
     if train_split not in splits:
         raise ValueError(f"{name!r} has no labelled split {train_split!r}: name one of {', '.join(splits)}")
@@ -129,7 +132,7 @@ def domain_from_splits(
 def _without_copies(
     name: str, splits: dict[str, Dataset | None], exclude: set[str], *, is_divided: bool
 ) -> dict[str, Dataset]:
-    """Remove the images that an earlier split has, too; of images that the last split repeats keep the first."""
+    """Remove images that `exclude` or an earlier split contains. If `is_divided`, also remove repeats in `train`."""
     kept, removed = {}, []
     for key, split in splits.items():
         if split is None:
@@ -162,7 +165,7 @@ def _without_copies(
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # The number of rows is not verified, because the dataset card states the number before filtering.
+    # Do not verify the number of rows, because the dataset card states the number before filtering.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)

@@ -1,4 +1,4 @@
-"""Load a task, a source domain and its targets, by the names of the data and of the change."""
+"""Load a task (a source domain and its targets) from the name of a dataset and a shift or new classes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
     "digits": load_digits_domain,
     "shapes": load_shapes_domain,
 }
-"""The embedded benchmarks: functions that return the source domain, and adaptation images without a shift."""
+"""A dict from embedded benchmark to a function that returns the source domain and unshifted adaptation images."""
 
 
 def load_task(
@@ -44,41 +44,42 @@ def load_task(
 ) -> Task:
     """Load a source domain, and either one target with shifted images or targets with new classes.
 
-    If the shift is a corruption, the target has the same validation and test images as the source, with the corruption.
-    The adaptation images are split off the source's training images (`digits` and `shapes` provide them separately). If
-    there are new classes, the source contains the other classes; see `class_increments` for the targets.
+    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. At most a
+    quarter of the source's training images is split off for adaptation (`digits` and `shapes` have separate images).
+    With `new_classes`, the source contains only the other classes; see `class_increments` for the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
         shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
             Hugging Face dataset with the same classes.
-        severity: 1 to 5, for a corruption with severities; by default 5.
-        shift_filters: Conditions (column, operator, value) on the rows of the Hugging Face dataset `shift`, such as
-            `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`.
-        new_classes: Instead of a shift, the names of the classes that the source model does not know.
-        increments: The number of targets among which the new classes are divided.
-        rehearsal_size: The maximum number of images of earlier classes in each increment.
+        severity: 1 to 5, for a corruption with severities. None means 5.
+        shift_filters: Conditions (column, operator, value) that rows of the target must meet, such as
+            `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`. With conditions, `shift` must be a
+            Hugging Face dataset, and is never read as a split of `name`.
+        new_classes: The names of the classes that the source model does not know. Excludes `shift`.
+        increments: The number of targets among which `new_classes` are divided.
+        rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
         seed: The seed of all splits, and of the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
-        adaptation_size: The maximum number of adaptation images; for new classes, in each increment.
-        subset: The name of a configuration of a Hugging Face dataset.
-        train_split: The split to train on.
-        image_column: The image column, if there are several.
-        label_column: The label column, if there are several.
+        adaptation_size: The maximum number of adaptation images in each target, without rehearsal images.
+        subset: The configuration of a Hugging Face dataset. `name` and `shift` share this and the next three arguments.
+        train_split: The split to train on, or to adapt to if `shift` is another dataset.
+        image_column: The name of the image column. Required if `read_splits` finds several.
+        label_column: The name of the label column. Required if `read_splits` finds several.
 
     Raises:
-        ValueError: If a name, shift, severity, class, split or column does not exist; if there are both a shift and new
-            classes, or neither; if the target of a shift has other classes; or if an image file is damaged or there are
-            too few images.
+        ValueError: If a name, shift, severity, class, split or column does not exist. If both or neither of `shift` and
+            `new_classes` are given, or an argument does not apply to them. If the target of a shift has other classes.
+            If an image file is damaged, or there are too few images.
 
     Example:
         >>> task = load_task("digits", shift="invert", image_size=16)
         >>> len(task.source.train), len(task.targets[0].train), task.num_classes
         (700, 400, 10)
     """
-    # Arguments are checked before any data is read, because a large dataset takes minutes.
+    # Check the arguments before any data is read, because reading a large dataset takes minutes.
     if Path(name).expanduser().is_dir():
-        # A folder's splits may have other names, such as val/.
+        # In a folder, `read_splits` gives splits their usual names: val/ becomes `validation`.
         train_split, shift = split_of(train_split) or train_split, split_of(shift or "") or shift
     if shift == train_split and not shift_filters:
         raise ValueError(f"shift: {shift!r} is the split that the source is trained on: name another one")
@@ -91,7 +92,7 @@ def load_task(
         source, adaptation = EMBEDDED[name](image_size=image_size, seed=seed)
     else:
         splits = read_splits(name, subset=subset, image_column=image_column, label_column=label_column)
-        # A split that is the target has no images of the source.
+        # Leave out the split `shift`, because this split becomes the target.
         own = DatasetDict({key: split for key, split in splits.items() if key != shift})
         source = domain_from_splits(name, own, train_split=train_split, seed=seed)
     contents = {content for split in vars(source).values() for content in _contents(split)}
@@ -141,7 +142,7 @@ def load_task(
     if shift in SHIFTS:
         shifted = {key: Shift(shift, severity).shift_dataset(split) for key, split in vars(target).items()}
         if name in EMBEDDED:
-            # Corrupting these small images on every access would add a fifth to the training time.
+            # If these small images were corrupted at every access, training would take a fifth longer.
             shifted = {key: read_into_memory(split) for key, split in shifted.items()}
         target = Domain(**shifted)
     change = shift if severity is None else f"{shift} at severity {severity}"
@@ -153,7 +154,7 @@ def _contents(split: Dataset) -> list[str]:
 
 
 def _without_contents(domain: Domain) -> Domain:
-    """Return a domain with the columns `image` and `label` only."""
+    """Return a copy of the domain whose splits have only the columns `image` and `label`."""
     return Domain(**{key: split.select_columns(["image", "label"]) for key, split in vars(domain).items()})
 
 
@@ -169,18 +170,20 @@ def class_increments(
 ) -> tuple[Domain, tuple[Domain, ...]]:
     """Divide the classes of a domain among a source and one target for each increment.
 
-    Without rehearsal, a classifier forgets earlier classes. A target can therefore contain a fixed number of images of
-    earlier classes, the same number for each class, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: base
-    classes in their old order, then new classes in the given order. A label means the same class in all domains.
-    `adaptation` contains the training images of the new classes; for the other arguments, see `load_task`.
+    Without rehearsal, a classifier forgets earlier classes. A target with n earlier classes can therefore also train on
+    `rehearsal_size // n` images of each earlier class, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: first
+    the base classes (all classes that are not new) in their old order, then `new_classes` in the given order. A label
+    means the same class in all domains. Training images of new classes come from `adaptation`, and all other images
+    come from `domain`. For the other arguments, see `load_task`.
 
     Returns:
-        The source, and one target for each increment. The target's `train` contains the increment's classes and the
-        rehearsal images, `validation` contains all classes until then, and `test` contains the increment's classes.
+        The source, and one target for each increment. In a target, `train` contains the classes of the increment and
+        the rehearsal images, `validation` contains all classes so far, and `test` only the classes of the increment.
 
     Raises:
-        ValueError: If class names are unknown or repeated; if there are fewer than two base classes, more increments
-            than new classes, or fewer rehearsal images than earlier classes; or if a class has no images.
+        ValueError: If a class name is unknown or repeated, or a class has no images. If there are fewer than two base
+            classes, or more increments than new classes. If `rehearsal_size` is not 0 and less than the number of
+            classes before the last increment.
     """
     base = [name for name in domain.class_names if name not in new_classes]
     _check_classes(domain.class_names, new_classes, base, increments)
@@ -224,7 +227,7 @@ def _select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
 
 
 def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
-    """Select at most `count` random images of each class; only the seed determines the choice."""
+    """Select at most `count` images of each class, at random but always the same for a dataset and a seed."""
     order = np.random.default_rng(seed).permutation(len(dataset))
     labels = np.array(dataset["label"][:])[order]
     return dataset.select(np.concatenate([order[labels == label][:count] for label in np.unique(labels)]))
@@ -233,7 +236,7 @@ def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
 def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
     """Replace each label by the index of its class in `names`."""
     labels = [names.index(name) for name in dataset.features["label"].int2str(dataset["label"][:])]
-    # `add_column` copies the images, and would show a progress bar for every split.
+    # `add_column` copies the images, and would show a progress bar for each split.
     show_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -244,11 +247,11 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 
 
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
-    """Renumber the labels of another dataset, because its classes can have another order."""
+    """Renumber the labels of `splits` in the class order of `source`. Raise a ValueError if the classes differ."""
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)
     if not has_names and found == [str(index) for index in range(len(expected))]:
-        # Numbers without names are taken as indices of the source's classes.
+        # The class names are only numbers, and are read as indices of the source's classes.
         return splits.cast_column("label", ClassLabel(names=expected))
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
@@ -308,7 +311,7 @@ def _check_change(
 
 
 def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
-    """Reject misspelt names and missing folders without a request to the Hub, which takes half a minute to time out."""
+    """Reject misspelt names and missing folders early, because a request to the Hub takes half a minute to time out."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     if Path(name).expanduser().is_dir() or not (nearest or name.startswith((".", "~", os.sep))):
         return

@@ -1,4 +1,4 @@
-"""GaLore (Zhao et al. 2024, arXiv 2403.03507) for matrices and convolution kernels: optimizers with a low-rank state.
+"""GaLore optimizers (Zhao et al. 2024, arXiv 2403.03507) for matrices and convolution kernels, with low-rank states.
 
 GaLore projects the gradient G of a weight W to r rows. An optimizer computes the update rho(R) of the projected
 gradient R, and GaLore projects this update back (algorithm 2 of the paper):
@@ -11,9 +11,9 @@ with K = C_in/g * kh * kw. With r rows, Adam stores P and two averages of shape 
 
 Parameter groups have the keys of galore-torch, with the defaults of Transformers:
 
-- `rank`: r. The ordinary optimizer updates the groups without this key.
+- `rank`: r. Groups without this key are not projected: AdamW, SGD or Adafactor updates them as usual.
 - `update_proj_gap`: Number of steps between two computations of P (default: 200).
-- `scale`: Factor of the update (default: 0.25).
+- `scale`: Factor by which the update is multiplied (default: 0.25).
 - `proj_type`: A key of `PROJ_TYPES` (default: `"std"`).
 """
 
@@ -48,13 +48,13 @@ _DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
 
 class Basis(NamedTuple):
-    """P of shape (rows, r) and Q^T of shape (r, columns), or None for a side that is not projected."""
+    """`left` is P of shape (rows, r), `right` is Q^T of shape (r, columns). A side that is not projected is None."""
 
     left: Tensor | None = None
     right: Tensor | None = None
 
     def project(self, matrix: Tensor) -> Tensor:
-        """Return P^T matrix Q; a factor that is None is left out."""
+        """Return `left.T @ matrix @ right.T`. A factor that is None is left out."""
         if self.left is not None:
             matrix = self.left.t() @ matrix
         return matrix if self.right is None else matrix @ self.right.t()
@@ -69,9 +69,9 @@ class Basis(NamedTuple):
 def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     """Compute the first `rank` singular vectors of a gradient of shape (rows, columns), in the dtype of the gradient.
 
-    The SVD is exact if the shorter side is at most 256 or at most four times the rank. Otherwise a faster randomised
-    SVD is used. Its random generator has a fixed seed, and the global generator is not used. In distributed training,
-    all processes use the vectors of process 0. If the gradient contains NaN or infinity, the result is None.
+    The SVD is exact if the shorter side of `gradient` is at most 256 or at most four times `rank`. Otherwise the SVD is
+    randomised, with its own generator and a fixed seed. In distributed training, all processes use the vectors of
+    process 0. The result is None if the SVD fails or its vectors are not finite, as for a gradient that contains NaN.
     """
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
@@ -82,8 +82,8 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
-    # A copy, because a slice would keep the whole decomposition in memory. Each vector is contiguous, as LAPACK returns
-    # it, so that matrix products round as in galore-torch.
+    # `copy=True`, because a slice would keep the whole decomposition in memory. Each singular vector is contiguous, as
+    # in the result of LAPACK, so that matrix products round as in galore-torch.
     vectors = {
         name: matrix.t().to(gradient.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, matrix in (("left", left), ("right", right))
@@ -114,10 +114,10 @@ def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class _GaLore(Optimizer):
-    """Update the groups with `rank`; the next class in the method resolution order updates the other groups."""
+    """Update the groups with `rank` by `_update`, and the groups without `rank` by `step` of the second base class."""
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group; raise a `ValueError` if a GaLore key is invalid, or a group with `rank` contains a vector."""
+        """Add a group. Raise a `ValueError` if a GaLore key is invalid, or if a group with `rank` contains a vector."""
         if "rank" not in param_group:
             super().add_param_group(param_group)
             return
@@ -140,9 +140,9 @@ class _GaLore(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        The basis of a projected weight is computed in the first step and then every `update_proj_gap` steps. If the
-        gradient of a weight is not finite in such a step, the optimizer issues a warning, leaves this weight and its
-        state unchanged, and computes the basis in the next step. `closure` computes the gradients and returns the loss.
+        The basis of a projected weight is computed in the first step and then every `update_proj_gap` steps. If
+        `new_basis` returns None in such a step, the optimizer issues a warning, leaves this weight and its state
+        unchanged, and tries again in the next step. `closure` computes the gradients and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -173,14 +173,14 @@ class _GaLore(Optimizer):
             if basis is None:
                 return False
             state.update({f"basis_{side}": vectors for side, vectors in basis._asdict().items() if vectors is not None})
-        # A tensor, because torch converts the steps of AdamW to tensors when it loads a state.
+        # `step` is a tensor, because `load_state_dict` of AdamW converts `step` to a tensor.
         state["step"] = torch.tensor(step + 1.0)
         basis = Basis(state.get("basis_left"), state.get("basis_right"))
         self._update(weight, gradient, basis, state, group, step + 1)
         return True
 
     def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
-        """Update a weight (C_out, C_in/g, *kernel) in place. `grad` has shape (C_out, K), and `step` starts at 1."""
+        """Update `weight` (C_out, C_in/g, *kernel) in place. `grad` has shape (C_out, K), and `step` starts at 1."""
         raise NotImplementedError
 
 
@@ -189,10 +189,10 @@ class GaLoreAdamW(_GaLore, AdamW):
 
     In groups with `rank`, the averages of R and of R^2 have the shape of the projected gradient R. As in galore-torch,
     `eps` is added before bias correction, and weight decay acts on the whole weight. The arguments are the first five
-    of `torch.optim.AdamW`, with the defaults of galore-torch.
+    of `torch.optim.AdamW`; their defaults are those of galore-torch.
 
     Raises:
-        ValueError: If an argument is out of range, or a group is invalid.
+        ValueError: If an argument is out of range, or `add_param_group` rejects a group.
 
     Example:
         >>> from peft_edge.optim import GaLoreAdamW, galore_param_groups
@@ -234,11 +234,11 @@ class GaLoreSGD(_GaLore, SGD):
 
         R = P^T (G + weight_decay W),    V <- momentum V + R,    W <- W - lr * scale * P V,
 
-    and the momentum buffer V has the shape of R. The arguments are those of `torch.optim.SGD` without `dampening`,
-    `nesterov` and the keyword-only ones. The default of `momentum` is 0.9.
+    and the momentum buffer V has the shape of R. Unlike `torch.optim.SGD`, this class has no `dampening`, no `nesterov`
+    and no keyword-only arguments, and the default of `momentum` is 0.9.
 
     Raises:
-        ValueError: If an argument is out of range, or a group is invalid.
+        ValueError: If an argument is out of range, or `add_param_group` rejects a group.
 
     Example:
         >>> from peft_edge.optim import GaLoreSGD, galore_param_groups
@@ -265,11 +265,11 @@ class GaLoreAdafactor(_GaLore, Adafactor):
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with the projected gradients of GaLore.
 
     In groups with `rank`, the row and column averages are those of R^2, for the projected gradient R. Weight decay acts
-    on the whole weight. The arguments are those of `transformers.Adafactor`. As in Transformers' GaLore,
-    `scale_parameter` and `relative_step` are False, so the step size is `lr`.
+    on the whole weight. The arguments are the first seven of `transformers.Adafactor`. As in Transformers' GaLore,
+    `scale_parameter` and `relative_step` are always False, so `lr` is the step size and `eps[1]` has no effect.
 
     Raises:
-        ValueError: If a group is invalid.
+        ValueError: If `add_param_group` rejects a group.
 
     Example:
         >>> from peft_edge.optim import GaLoreAdafactor, galore_param_groups

@@ -1,4 +1,4 @@
-"""Parameter groups for the optimizers of torch and GaLore, and optimizer updates in the backward pass."""
+"""Parameter groups for weight decay and for GaLore, and optimizer steps in the backward pass."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from peft_edge.roles import ROLES, named_convolutions
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[ParamGroup]:
-    """Return two groups of trainable parameters: kernels and matrices with weight decay, the others without it.
+    """Return the trainable parameters in two groups: first with `weight_decay`, then with a weight decay of 0.
 
-    The others are the parameters with fewer than two dimensions (biases, weights of norms) and the magnitudes of DoRA.
-    Empty groups are left out.
+    The second group contains the parameters with fewer than two dimensions (biases, weights of norms) and the magnitude
+    vectors of DoRA. The first group contains all other parameters. An empty group is left out of the list.
 
     Example:
         >>> from peft_edge.optim import decay_groups
@@ -39,18 +39,20 @@ def galore_param_groups(
     weight_decay: float = 0.0,
     target_modules: str | Sequence[str] = "dense",
 ) -> list[ParamGroup]:
-    """Return three groups of trainable parameters: projected kernels, and the two groups of `decay_groups`.
+    """Return the trainable parameters in three groups: kernels to project, then the two groups of `decay_groups`.
 
     The first group has the keys `rank`, `update_proj_gap`, `scale` and `proj_type`, which `peft_edge.optim.galore`
-    explains. A kernel (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, K). C_out and K must exceed the rank:
-    otherwise the projection saves no memory. Linear layers are never projected. Empty groups are left out.
+    explains. A kernel (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, C_in/g * kh * kw). A kernel with at most
+    `rank` rows or columns is in the second group, because its projection would save no memory. The weights of linear
+    layers are never projected. An empty group is left out of the list.
 
     `target_modules` selects the convolutions to project: a role (see `peft_edge.roles`), a module name, or a list of
-    both. The default, `"dense"`, leaves out grouped and depthwise convolutions. `weight_decay` applies to all kernels
-    and matrices, projected or not.
+    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The first two groups have
+    this `weight_decay`.
 
     Raises:
-        ValueError: If a target is neither a role nor a convolution, or no trainable kernel can be projected.
+        ValueError: If an entry of `target_modules` is neither a role nor the name of a convolution, or if there is no
+            kernel to project.
 
     Example:
         >>> import timm
@@ -97,23 +99,23 @@ def _groups(
     ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # The magnitudes of DoRA form a vector, but PEFT stores this vector in four dimensions.
+            # For a convolution, PEFT stores the magnitude vector of DoRA as a tensor with four dimensions.
             is_vector = parameter.ndim < 2 or "lora_magnitude_vector" in name
             groups[0 if parameter in projected else 2 if is_vector else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
 
 
 def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
-    """Update each parameter in the backward pass, as soon as its gradient is complete, and free the gradient.
+    """Register hooks that update each parameter in the backward pass and then free its gradient.
 
-    The result equals an ordinary step, and only one gradient is in memory at a time. The training loop may still call
-    `step` and `zero_grad`, which then find no gradients. Two things do not work, and raise no error: clipping by the
-    norm of all gradients, and gradient accumulation, because every backward pass is a step. The optimizer may be an
-    `AcceleratedOptimizer`. Calling `remove()` on each of the returned handles restores ordinary training.
+    The updates equal those of `optimizer.step()`, and only one gradient is in memory at a time. The training loop may
+    still call `step` and `zero_grad`, which then find no gradients. Two techniques no longer work, without an error:
+    clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step. `optimizer`
+    may be an `AcceleratedOptimizer`. To remove the hooks, call `remove()` on each returned handle.
 
     Raises:
-        ValueError: If training runs in several processes, which average their gradients after this update, or if
-            Accelerate scales the gradients (fp16).
+        ValueError: If training runs in several processes, because each process would update its parameters before the
+            gradients are averaged. If `optimizer` is an `AcceleratedOptimizer` that scales gradients (fp16).
 
     Example:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Studies: grids of runs and cost analyses that several processes share, with one table of results."""
+"""Run studies: grids of training runs and cost analyses that several processes share, with a table of results."""
 
 from peft_edge.study.grid import read_grid
 from peft_edge.study.jobs import Job

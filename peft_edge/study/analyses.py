@@ -1,4 +1,4 @@
-"""Cost analyses as jobs of a study. They compute the cost of one training step from shapes, without training."""
+"""Cost analyses as jobs of a study. A cost analysis computes the cost of one training step from shapes alone."""
 
 from __future__ import annotations
 
@@ -31,28 +31,31 @@ from peft_edge.study.jobs import Job
 from peft_edge.tuners.norm import Norm
 
 NUM_CLASSES = 10
-"""The number of classes of the timm networks."""
+"""The number of classes of every timm model that is analysed."""
 
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
 """Full fine-tuning, PEFT's LoRA and DoRA on all linear layers but the last, and GaLore.
 
-GaLore projects the matrices with more rows and columns than its rank, except those with one row per vocabulary entry.
+GaLore projects the matrices with more rows and columns than its rank, unless one side has the size of the vocabulary.
 """
 
 
 class CostSetting(Section):
-    """The options of an analysis. An option that is null gets the default of the method.
+    """The options of a cost analysis.
 
     Attributes:
-        method: A key of `METHODS`; for a language model one of `TRANSFORMER_METHODS`.
-        lora_rank: The rank of the adapters, or of GaLore's projection.
+        method: A key of `METHODS`, or for a language model one of `TRANSFORMER_METHODS`.
+        lora_rank: The rank of the adapters or of GaLore's projection. For adapters of timm models, null means the
+            default of the method.
         batch_size: The number of images or sequences.
-        image_size: Height and width in pixels.
+        image_size: Height and width of the images in pixels.
         sequence_length: The number of tokens in a sequence.
-        target_modules: A layer role, or a regular expression.
-        lean: How lean activations store their masks; null for training without lean layers.
-        inplace_norm: Whether lean convolutions apply the frozen BatchNorm after them in place.
-        replay: Whether the step reads the features of the frozen layers from a cache.
+        target_modules: A layer role or a regular expression; null means the default of the method.
+        norm: How adapters treat BatchNorm layers; null means the default of the method.
+        lean: How lean activations store their masks. Null means no lean layers.
+        inplace_norm: Whether lean convolutions apply the frozen BatchNorm that follows them in place.
+        replay: Whether the step reads the features of the frozen layers from a cache. Then `lean` has no effect.
+        accounting: See `FlopCounter`.
     """
 
     method: str
@@ -68,7 +71,7 @@ class CostSetting(Section):
     accounting: Accounting = "exact"
 
     def applicable_to(self, network: str) -> CostSetting:
-        """Return a copy in which options that do not apply to the network or the method are null."""
+        """Return a copy in which options that do not apply to `network` or `method` are null."""
         if is_transformer(network):
             unused = {"image_size", "target_modules", "norm"} | ({"lora_rank"} if self.method == "full" else set())
         else:
@@ -79,40 +82,42 @@ class CostSetting(Section):
 
 @dataclass(frozen=True)
 class CostJob(Job):
-    """The cost analysis of a network, which is an argument of `load_network`."""
+    """A job that analyses the cost of a network. `network` is an argument of `load_network`."""
 
     network: str
     options: CostSetting
 
     @property
     def result_name(self) -> str:
-        """The name of the job, prefixed with `cost`."""
+        """`cost--` followed by the name of the job."""
         return f"cost--{self.name}"
 
     @property
     def record(self) -> CostRecord | None:
-        """The record of the last analysis; None if there is none, or it has other options."""
+        """The record of the last analysis. None if there is no record, or if the record has other options."""
         record = read_record(self.folder / "record.json", CostRecord)
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def run(self) -> None:
-        """Analyse the step and write the record."""
+        """Analyse the training step, and write the record."""
         add_record(self.folder, "record", analyse_cost(self.network, self.options))
 
     def record_failure(self, reason: str) -> None:
-        """Do nothing: a failed analysis has no record. The log contains the reason."""
+        """Do nothing, because a failed analysis has no record. The log contains the reason."""
 
 
 def is_transformer(network: str) -> bool:
-    """Return whether the network is given as a file with a Transformers configuration."""
+    """Return whether `network` ends with `.json`, as a file with a Transformers configuration does."""
     return network.endswith(".json")
 
 
 def load_network(network: str) -> nn.Module:
-    """Build a timm model by name, or on the meta device a Transformers model from a JSON file with its configuration.
+    """Build a timm model from its name, or a Transformers model from a JSON file with its configuration.
+
+    A timm model is on the default device, and a Transformers model on the meta device.
 
     Raises:
-        ValueError: If timm has no such model, or the file is not such a configuration.
+        ValueError: If timm has no model of this name, or the file is not the configuration of a Transformers model.
         OSError: If the file cannot be read.
     """
     if not is_transformer(network):
@@ -131,13 +136,13 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return `depthwise` or `standard` for a network with such convolutions, and `transformer` for one without any."""
+    """Return `depthwise` if a convolution is depthwise, `standard` if none is, `transformer` without convolutions."""
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
 
 
 def analyse_cost(network: str, setting: CostSetting) -> CostRecord:
-    """Analyse one training step of a network, which is an argument of `load_network`."""
+    """Compute the cost of one training step. `network` is an argument of `load_network`."""
     model, setting = load_network(network), setting.applicable_to(network)
     kind = kind_of(model)
     step = setting.model_dump(include={"batch_size", "image_size", "sequence_length", "accounting"}, exclude_none=True)
@@ -179,7 +184,7 @@ def analyse_replay(
     image_size: int,
     accounting: Accounting,
 ) -> Analysis:
-    """Analyse a step of the layers after the `FrozenPrefix`, on cached features. The backbone is changed in place."""
+    """Analyse a step that trains only the tail of a `FrozenPrefix`, on cached features. Change `backbone` in place."""
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
     prefix = FrozenPrefix(model, images)
@@ -192,12 +197,12 @@ def analyse_replay(
 def analyse_transformer(
     model: transformers.PreTrainedModel, method: str, lora_rank: int | None, **step: Any
 ) -> Analysis:
-    """Analyse a step of a language model that is trained with one of `TRANSFORMER_METHODS` and AdamW.
+    """Analyse a step of a language model that is trained with one of `TRANSFORMER_METHODS` and AdamW or GaLoreAdamW.
 
-    `lora_rank` is the rank of the adapters or of GaLore's projection. `step` has the other arguments of `analyse`.
+    `lora_rank` is the rank of the adapters or of GaLore's projection. `step` is passed on to `analyse`.
 
     Raises:
-        ValueError: If the method is unknown, or needs a rank.
+        ValueError: If `method` is unknown, or if `lora_rank` is None and `method` is not `full`.
     """
     if method not in TRANSFORMER_METHODS:
         raise ValueError(f"method is {method!r}, expected one of {', '.join(TRANSFORMER_METHODS)} for a language model")
@@ -207,7 +212,7 @@ def analyse_transformer(
         raise ValueError(f"{method} needs a lora_rank")
     if method == "galore":
         return analyse(model, None, optimizer=partial(_galore, lora_rank, model.config.vocab_size), **step)
-    # PEFT uses the task type to find the last layer, which it does not adapt, and to train a new classifier.
+    # By the task type, PEFT finds the last layer, which gets no adapter. For SEQ_CLS, PEFT trains this layer.
     task_type = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     lora: dict[str, Any] = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "use_dora": method == "dora"}
     return analyse(model, LoraConfig(target_modules="all-linear", task_type=task_type, **lora), **step)

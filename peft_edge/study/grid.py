@@ -1,4 +1,4 @@
-"""Read the grid file of a study: every combination of recipes or networks with values is a job."""
+"""Read the grid file of a study. Each combination of recipes (or a network) and values of keys is a job."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ Values = Annotated[list[object], Field(min_length=1)]
 
 
 class RunGrid(Section):
-    """A block of a grid file that describes runs.
+    """A block of a grid file that describes training runs.
 
     Attributes:
-        recipes: Lists of configuration files; wildcards are supported. A run combines one file of each list, and later
-            files take precedence.
-        grid: Values to try, by configuration key.
+        recipes: Lists of configuration files; wildcards are supported. A run combines one file from each list. If files
+            set the same key, the file from the later list takes precedence.
+        grid: A dict from configuration key to the values to try.
     """
 
     recipes: Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
@@ -39,7 +39,7 @@ class CostGrid(Section):
 
     Attributes:
         networks: Names of timm models, and JSON files with Transformers configurations; wildcards are supported.
-        grid: Values to try, by key of `CostSetting`.
+        grid: A dict from attribute of `CostSetting` to the values to try.
     """
 
     networks: Annotated[list[str], Field(min_length=1)]
@@ -47,14 +47,14 @@ class CostGrid(Section):
 
 
 def read_grid(file: Path, output_dir: Path) -> list[Job]:
-    """Read a grid file, and configure all its jobs.
+    """Read a grid file, and return one configured job for each combination.
 
-    The YAML file has the keys of `RunGrid` or `CostGrid`, or is a list of such blocks. Its paths are relative to the
-    file. Each job gets a folder in `output_dir`.
+    The YAML file is a block with the keys of `RunGrid` or of `CostGrid`, or a list of such blocks. Paths in the file
+    are relative to the folder of the file. The folder of a job is in `output_dir`.
 
     Raises:
         ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
-            be configured; the message names all problems.
+            be configured. The message names the problems of all blocks.
         OSError: If the file cannot be read.
     """
     jobs: list[Job] = []
@@ -107,7 +107,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
         except ConfigError as error:
             errors.append(f"{setting}: {error}")
             continue
-        # The Hub id of a model contains a slash.
+        # A value such as the Hub id of a model can contain a slash.
         folder = output_dir / "--".join([*parts, *varied.values()]).replace("/", "_")
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         jobs.append(RunJob(setting, folder, config.model_copy(update=folders)))
@@ -117,7 +117,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
 
 
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return one job for each network and each combination of values, with a folder in `output_dir`."""
+    """Return one job for each combination of a network and values. The folder of a job is in `output_dir`."""
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))

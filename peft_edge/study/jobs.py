@@ -1,4 +1,4 @@
-"""The jobs of a study, and locks that let one process at a time attempt a job."""
+"""The jobs of a study, and attempts at jobs. A lock ensures that only one process at a time attempts a job."""
 
 from __future__ import annotations
 
@@ -22,11 +22,13 @@ from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, add
 
 @dataclass(frozen=True)
 class Job(ABC):
-    """One run or analysis of a study. It can be pickled, because its state is in its folder and in files next to it.
+    """A training run or cost analysis of a study.
+
+    A job can be pickled, because its state is in files inside `folder` and next to `folder`.
 
     Attributes:
-        setting: The description of the job without its seed. The results of jobs with the same setting are averaged.
-        folder: The folder of the results.
+        setting: A description of the job without its seed. The results of jobs with the same setting are averaged.
+        folder: The folder for the files of the job.
     """
 
     setting: str
@@ -34,32 +36,32 @@ class Job(ABC):
 
     @property
     def name(self) -> str:
-        """The name of the folder, which is unique in the study."""
+        """The name of `folder`, which is unique in the study."""
         return self.folder.name
 
     @property
     def log(self) -> Path:
-        """The file with the output of the job and the reason for a failure."""
+        """The file `<folder>.log` with the output of the job and the reason for a failure."""
         return self.folder.with_name(f"{self.name}.log")
 
     @property
     @abstractmethod
     def result_name(self) -> str:
-        """The name of the record among the results of the study."""
+        """The name, without `.json`, of the copy of the record in the results folder of the study."""
 
     @property
     def source(self) -> str:
-        """A key of the source model. Jobs with the same key wait while one of them trains this model."""
+        """A key of the source model. While one job trains this model, other jobs with this key wait."""
         return self.name
 
     @property
     @abstractmethod
     def record(self) -> Record | CostRecord | None:
-        """The record of the last attempt, or None. A damaged record raises a ValueError."""
+        """The record of the last attempt, or None if there is no record. A damaged record raises a `ValueError`."""
 
     @property
     def status(self) -> str:
-        """The status in the record, or `not run`."""
+        """The status in the record, or `not run` if there is no record."""
         record = self.record
         if record is None:
             return "not run"
@@ -67,16 +69,16 @@ class Job(ABC):
 
     @property
     def is_finished(self) -> bool:
-        """Whether the job succeeded or diverged; a diverged run would diverge again."""
+        """Whether the job succeeded or diverged. A diverged run is not repeated, because it would diverge again."""
         return self.status in (SUCCESS, DIVERGED)
 
     @abstractmethod
     def run(self) -> None:
-        """Run the job, from its last checkpoint if there is one, and write a record; raise an exception if it fails."""
+        """Run the job, from its last checkpoint if there is one, and write a record. Raise an exception on failure."""
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Write a record after a failure that left no record: a killed process, or an error before the run began."""
+        """Write a record of a failure in which `run` wrote none: a killed process, or an error before the run began."""
 
 
 @dataclass(frozen=True)
@@ -87,19 +89,19 @@ class RunJob(Job):
 
     @property
     def result_name(self) -> str:
-        """The method and the name of the job."""
+        """The method and the name of the job, joined by `--`."""
         return f"{self.config.method}--{self.name}"
 
     @property
     def source(self) -> str:
-        """The parts of the configuration that determine the source model."""
+        """The parts of the configuration that determine the source model, as a string."""
         config = self.config
         return repr((config.backbone, config.data, config.source, config.seed))
 
     @property
     def record(self) -> Record | None:
-        """The newest record of this configuration, or None."""
-        # The recipe may have changed since the record was written, and the folder may have moved.
+        """The newest record of this configuration, of a success or a failure. None if there is no such record."""
+        # The recipe may have changed since the record was written. The folders may have moved, and are not compared.
         config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
         found = filter(None, (read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)))
         same = [record for record in found if config.items() <= record.run_info.train_config.items()]
@@ -112,7 +114,7 @@ class RunJob(Job):
         remove(self._failure)
 
     def record_failure(self, reason: str) -> None:
-        """Write a record next to the folder, because the folder may be missing or belong to another run."""
+        """Write a record to `<folder>.failed`, because `folder` may be missing or belong to another run."""
         record = training.new_record(self.config, FAILED, started=time.time(), error_msg=reason)
         add_record(self._failure, "record", record)
 
@@ -123,11 +125,11 @@ class RunJob(Job):
 
 @dataclass(frozen=True)
 class JobAttempt:
-    """One attempt at a job under the lock `<folder>.lock`, which the system frees if the process dies.
+    """One attempt at `job`, under the lock `<folder>.lock`. The system releases the lock if the process dies.
 
     Attributes:
-        before: The record when the study began. A newer record means that another process has tried the job since.
-        results: The folder that gets a copy of the record.
+        before: The record when the study began, or None. A newer record means that a process has tried the job since.
+        results: The folder to which the record is copied.
         patience_s: Seconds to wait for the lock.
     """
 
@@ -137,19 +139,20 @@ class JobAttempt:
     patience_s: float = 0.0
 
     def run(self) -> bool:
-        """Run the job, unless it is finished or another process has tried it since the study began.
+        """Run the job, unless the job is finished or a process has tried the job since the study began.
 
-        Return False if another process holds the lock. Raise the same errors as `run_grid`.
+        Return False if another process holds the lock, and True otherwise, even if the job fails. Exceptions of the job
+        are recorded. Only the errors of `run_grid` (a damaged record, a file that cannot be written) are raised.
         """
         return self._with_lock(self._run)
 
     def fail(self, reason: str) -> bool:
-        """Record that the process of the job died; return and raise the same as `run`."""
+        """Record `reason` in the cases in which `run` would run the job. Return and raise the same as `run`."""
         return self._with_lock(lambda: self._fail(reason))
 
     @property
     def is_kept(self) -> bool:
-        """Whether the job is finished and its record is among the results."""
+        """Whether the job is finished and `results` contains a copy of its record."""
         record = self.job.record
         return record is not None and self.job.is_finished and self._is_among_results(record)
 
@@ -169,7 +172,7 @@ class JobAttempt:
         try:
             with self.job.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
                 self.job.run()
-        except Exception as error:  # every failure is recorded, and the other jobs continue
+        except Exception as error:  # record any failure, so that the other jobs continue
             self._fail("".join(traceback.format_exception(error)))
 
     def _fail(self, reason: str) -> None:

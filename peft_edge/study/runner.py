@@ -21,29 +21,29 @@ from peft_edge.records import SUCCESS, CostRecord, Record
 from peft_edge.study.jobs import Job, JobAttempt, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET
 
-# How long to wait for the lock of a job that another study is running.
+# Seconds to wait for the lock of a job that another process is running.
 _PATIENCE_S = 1.0
-# The data loading processes of a killed run end within this time, and then release its lock.
+# The data loading processes of a killed run also hold its lock. They end within this number of seconds.
 _KILLED_PATIENCE_S = 10.0
 
 
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
     """Run the jobs that are not finished, and copy all records into one folder.
 
-    If a job fails or its process is killed, a record of the failure is written, and the other jobs continue. The next
-    call tries the failed job again. Several calls, on one or many machines, can share the jobs, because a process locks
-    `<folder>.lock` while it runs a job. The system frees the lock when the process dies. When a call returns, all jobs
-    have been tried. The file system must support locks: a local disk or, for many machines, NFSv4, Lustre (mounted with
-    `flock`) or GPFS, but not an object store.
+    If a job fails or its process is killed, the failure is recorded, and the other jobs continue. The next call tries
+    the failed job again. Several calls, on one or many machines, can share the jobs, because a process locks
+    `<folder>.lock` while it runs a job. The system releases the lock if the process dies. When a call returns, this or
+    another call has tried every job. The file system must support locks: a local disk or, for many machines, NFSv4,
+    Lustre (mounted with `flock`) or GPFS, but not an object store.
 
     Args:
         jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
-        processes: The number of worker processes.
-        results: The folder that gets the records of all jobs, whatever their status.
+        processes: The maximum number of worker processes.
+        results: The folder to which all records are copied, without local paths and whatever their status.
 
     Raises:
-        ValueError: If a record is damaged; the message names the file.
-        OSError: If a file cannot be written.
+        ValueError: If a record is damaged. The message names the file.
+        OSError: If a file cannot be read or written.
     """
     attempts = deque(JobAttempt(job, job.record, results) for job in _sources_first(jobs))
     attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
@@ -64,7 +64,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
                         num_failed += not attempt.job.is_finished
                     else:
                         attempts.append(replace(attempt, patience_s=_PATIENCE_S))
-            # Other studies may have finished some jobs by now.
+            # Other calls of `run_grid` may have finished some jobs by now.
             attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
             num_open = len(attempts) + sum(worker.attempt is not None for worker in workers)
             bar.set_postfix(failed=num_failed, refresh=False)
@@ -76,7 +76,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Move the first job of each source model to the front, because the others would wait for the model."""
+    """Move the first job of each `source` to the front, because other jobs with this source wait for its model."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source, []).append(job)
@@ -84,7 +84,7 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Worker:
-    """A process for many attempts, because its imports take seconds. A process that has died is replaced."""
+    """A process that runs many attempts, because its imports take seconds. `begin` replaces a process that has died."""
 
     def __init__(self) -> None:
         self.attempt: JobAttempt | None = None
@@ -94,8 +94,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
         self.connection, child_connection = context.Pipe()
         self._process = context.Process(target=_serve, args=(child_connection,))
-        # A terminal sends Ctrl-C to all processes. Workers ignore it, and the study ends them.
-        is_main = threading.current_thread() is threading.main_thread()  # only this thread may set signal handlers
+        # A terminal sends Ctrl-C to all processes. Workers ignore this signal, and `run_grid` ends the workers.
+        is_main = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
         previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
         try:
             self._process.start()
@@ -105,7 +105,7 @@ class _Worker:
         child_connection.close()
 
     def begin(self, attempt: JobAttempt) -> None:
-        """Begin an attempt; `connection` is ready when the attempt has ended."""
+        """Begin an attempt. `connection` is ready when the attempt has ended or the process has died."""
         if not self._process.is_alive():
             self._start()
         self.attempt = attempt
@@ -115,7 +115,7 @@ class _Worker:
     def end(self) -> tuple[JobAttempt, bool]:
         """Return the attempt and the result of its `run`, or raise the exception of `run`.
 
-        If the process died, record the failure and return the result of `fail`.
+        If the process died, return the attempt and the result of its `fail`, which records the failure.
         """
         assert self.attempt is not None
         attempt, self.attempt = self.attempt, None
@@ -134,7 +134,7 @@ class _Worker:
         return attempt, reply
 
     def close(self) -> None:
-        """End the process. A killed job continues from its last checkpoint in the next call."""
+        """End the process, and kill a running job. The next `run_grid` continues the job from its last checkpoint."""
         if self.attempt is not None:
             self._process.kill()
         self.connection.close()
@@ -162,7 +162,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-# The columns of each table, and the formats of their numbers.
+# A dict from column title to the format of its numbers, for each table.
 _RUN_COLUMNS = {
     "accuracy": ".3f",
     "source accuracy": ".3f",
@@ -175,9 +175,10 @@ _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": 
 
 
 def study_table(jobs: Sequence[Job]) -> str:
-    """Return the results as a text table with one row per setting: the mean over seeds ± the standard deviation.
+    """Return a text table of runs and one of cost analyses, each with one row per `setting`. Empty tables are left out.
 
-    The column `runs` or `analyses` contains the number of successful jobs and the statuses of the others.
+    A cell contains the mean over the successful jobs ± the standard deviation, or the value if all jobs agree. The
+    column `runs` or `analyses` contains the number of successful jobs and any other statuses.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
