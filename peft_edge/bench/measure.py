@@ -125,12 +125,9 @@ CONTENDERS: dict[str, Contender] = {
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
     "galore": Contender("our GaLore, dense", lambda model, rank: prepare_step(model, "galore", adapter={"rank": rank})),
 }
-"""A dict from names to contenders.
+"""Ours, except GaLore, are lean and have frozen in-place BatchNorm, unless the label says otherwise."""
 
-Unless the label says otherwise, our LoRA, LoRA-FA and DoRA are lean with frozen in-place BatchNorm. GaLore is not lean.
-"""
-
-# Relative to the largest logit. Contenders order operations differently, and rounding errors add up over fifty layers.
+# Relative to the largest logit. Contenders order operations differently, so rounding errors add up over the layers.
 _TOLERANCE = 1e-3
 
 

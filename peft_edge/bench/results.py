@@ -73,10 +73,7 @@ class BenchRecord(JsonModel):
     total_time: float
     """Seconds of the whole comparison."""
     load_average: list[float | None]
-    """Load average of the last minute, at the start and at the end; None if the system has none.
-
-    Times are less reliable if other processes ran.
-    """
+    """Load average of the last minute, at the start and at the end. If other processes ran, times are less reliable."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str

@@ -49,8 +49,7 @@ class ProfilingCallback(TrainerCallback):
     continues this file. At the end, the main process writes the step profiles of all processes to
     `<output_dir>/profile/<name>.json`. Without a name, the files are `profile/process_<index>.json` and `profile.json`.
 
-    If the model is compiled, its uncompiled operators are counted. `torch.compile(fullgraph=True)` needs
-    `every_n_steps=0`.
+    A compiled step is counted in its uncompiled form. `torch.compile(fullgraph=True)` needs `every_n_steps=0`.
 
     In `transformers.Trainer`, `trainer.add_callback(ProfilingCallback(log=trainer.log))` also sends the measurements to
     the trackers. Your own training loop must call the events as `Trainer` does, and `close` if a step fails:
@@ -215,10 +214,7 @@ class ProfilingCallback(TrainerCallback):
 
 
 def read_profile(folder: Path) -> list[StepProfile]:
-    """Read the step profiles that the processes of a finished or unfinished run wrote inside `folder`.
-
-    A damaged file is skipped with a warning. Without files, the list is empty.
-    """
+    """Read the step profiles that the processes of a run wrote inside `folder`. Warn of damaged files and skip them."""
     rows = [row for file in folder.rglob("process_*.json") for row in _read(file)[0]]
     return sorted(rows, key=lambda row: row.process_index)
 
@@ -272,10 +268,7 @@ class CountedStep(ExitStack):
 
 
 class StepTimes(NamedTuple):
-    """Seconds of each phase of a step, and samples per second; see `StepProfile`.
-
-    The seconds of a phase that did not run are None. `samples_per_s` is None unless all phases ran.
-    """
+    """Seconds of each phase, None if the phase did not run; and samples per second, None unless all phases ran."""
 
     forward_s: float | None
     backward_s: float | None

@@ -37,10 +37,7 @@ class StackedBars:
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw the peak memory by kind of tensor and the FLOPs by phase, with a bar for each key of `costs`.
-
-    `save_bars` describes the file and the errors.
-    """
+    """Draw peak memory by kind of tensor and FLOPs by phase, with a bar for each name in `costs`; see `save_bars`."""
     steps = list(costs.values())
     flops = StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(steps, "flops_{}", _FLOPS, 1e9))
     save_bars(list(costs), [memory_panel(steps), flops], path, title=title)
@@ -58,9 +55,7 @@ def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: 
 
 
 def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw `panels` side by side, with the bar of the first name at the top, and save the figure to `path`.
-
-    The same arguments give an identical file.
+    """Draw `panels` side by side, with the bar of the first name at the top. The same arguments give the same file.
 
     Raises:
         ValueError: If the path does not end in .png, .svg or .pdf.

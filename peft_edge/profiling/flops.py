@@ -190,8 +190,7 @@ _PRODUCTS: dict[object, Formula] = {
     ),
 }
 
-# Operations for each element: a number, or a function of the operator's arguments. Unlike the functions in `_PRODUCTS`,
-# these functions receive tensors instead of shapes.
+# Operations for each element: a number, or a function of the operator's arguments with tensors (not shapes, as above).
 
 
 def _batch_norm(*arguments: object, **_: object) -> int:
@@ -280,10 +279,7 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Return a formula that multiplies `operations` by the number of elements in the largest tensor.
-
-    With `is_list`, the formula multiplies by the number of elements in all tensors of the operator's first list.
-    """
+    """Return a formula: `operations` times the elements of the largest tensor or, if `is_list`, of the first list."""
 
     def formula(*arguments: Any, out_val: object = None, **options: Any) -> int:
         per_element = operations(*arguments, **options) if callable(operations) else operations

@@ -86,14 +86,11 @@ class MemoryProfile:
     forward_end_by_module: dict[str, KindBytes] = field(repr=False)
     """The same as `peak_by_module`, at the time of `forward_end_bytes`."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator. None without CUDA.
-
-    For a fake step, and with `MemoryTracker`, this field, `peak_rss_bytes` and `rss_growth_bytes` are None.
-    """
+    """Peak of the CUDA allocator. None without CUDA, for a fake step, and with `MemoryTracker`."""
     peak_rss_bytes: int | None = None
-    """Peak of the physical memory of the process; see the function `peak_rss_bytes`."""
+    """Peak of the physical memory of the process. None on Windows, for a fake step, and with `MemoryTracker`."""
     rss_growth_bytes: int | None = None
-    """`peak_rss_bytes` minus the physical memory before the step. None if the system cannot reset the peak."""
+    """`peak_rss_bytes` minus the physical memory before the step. None if one of the two values was not measured."""
 
 
 def track_memory(
@@ -349,10 +346,7 @@ class StorageLog:
 
 
 def innermost_around(module: str | None, other: str | None) -> str | None:
-    """Return the name of the innermost module that contains `module` and `other`, or None if one of them is None.
-
-    A module contains itself.
-    """
+    """Return the innermost module that contains both modules (a module contains itself). None if either is None."""
     if module == other:
         return module
     around = set(ancestors(other))

@@ -32,9 +32,8 @@ LossFn = Callable[[Any], Tensor]
 def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, loss_fn: LossFn | None) -> None:
     """Take one step: clear the gradients, then run the forward pass, the backward pass and the update.
 
-    There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. If `loss_fn` is
-    None, the loss is `output.loss`. If the output has no `loss`, the loss is the mean of `output.logits` or, without
-    `logits`, of the output.
+    There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. The default loss
+    is `output.loss`. If `output.loss` is missing or None, the default is the mean of `output.logits` or of the output.
 
     Raises:
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
@@ -111,7 +110,7 @@ class StepLocation:
         self._hooks.close()
 
     def locate(self) -> tuple[str, str | None]:
-        """Return the phase and the module name of the current operator. The name is None if no module ran it."""
+        """Return the phase and the module name of the current operator. The name is None outside all modules."""
         phase = self._phase()
         if self._running:
             # Checkpointing also runs modules and creates nodes in the backward pass.
@@ -191,7 +190,7 @@ def fake_copy(
         The mode in which the copies must run, and the copies of the model, the optimizer and the inputs.
 
     Raises:
-        ValueError: If the optimizer updates parameters outside the model, or the model or optimizer cannot be copied.
+        ValueError: See `copy_together`.
     """
     mode = _FakeMode(allow_non_fake_inputs=True)
     state = [] if optimizer is None else _compat.leaves(list(optimizer.state.values()))

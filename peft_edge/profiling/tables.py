@@ -170,10 +170,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
-    """Yield the columns of a group: unit, title and a cell for each step.
-
-    A column of words without values is omitted. A group of numbers is omitted if all its columns have no values.
-    """
+    """Yield the columns of a group: unit, title and a cell for each step. Yield nothing if the group has no values."""
     if not units:
         words = {title: [getattr(cost, name) for cost in costs] for title, (name,) in group.items()}
         yield from (["", title, *(word or "-" for word in column)] for title, column in words.items() if any(column))
@@ -193,10 +190,7 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Format `value` with three digits, or with all digits before the point if there are more.
-
-    A positive value below 0.01 becomes `<0.01`.
-    """
+    """Format `value` with three digits or all digits before the point. Positive values below 0.01 become `<0.01`."""
     if 0 < value < 0.01:
         return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"

@@ -41,10 +41,7 @@ class Subplot:
     x_label: str
     y_label: str
     data: DataFrame
-    """Columns `method`, `lora_rank`, `low`, `middle`, `high` for `draw_over_rank`.
-
-    Columns `method`, `x`, `y` for `draw_scatter`.
-    """
+    """For `draw_scatter`: `method`, `x`, `y`. For `draw_over_rank`: `method`, `lora_rank`, `low`, `middle`, `high`."""
 
 
 DrawSubplot = Callable[["Axes", DataFrame, Mapping[str, Style]], None]
@@ -60,7 +57,7 @@ def draw_over_rank(grid: Grid, path: Path) -> None:
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
     """Draw a point for each row. The markers of a method grow from row to row.
 
-    `with_front` adds the Pareto front: the points for which no other point has a smaller `x` and a larger `y`.
+    `with_front` adds the Pareto front: the points that no other point dominates. Small `x` and large `y` are better.
     """
     draw = partial(_draw_points, with_front=with_front)
     _draw_grid(grid, path, draw, panel_width=4.6 if len(grid[0]) < 3 else 3.6, legend_columns=5)

@@ -1,8 +1,8 @@
 """Compute the findings on analysed and timed steps, and define the classes and formats of all findings.
 
 The template of the page holds the fixed text of each section. The functions in this module compute the parts that
-depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts. If
-records are missing, the functions `..._claim` return `not_measured`.
+depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts.
+Every function `..._claim`, here and in `run_claims`, returns `not_measured` if its records are missing.
 """
 
 from __future__ import annotations
@@ -146,10 +146,7 @@ def memory_claim(costs: DataFrame) -> Claim:
 
 
 def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
-    """Return the mean `saved_memory` for each batch size and value of the column `label`.
-
-    The result has a column for each of `NETWORK_KINDS`, and the column `ratio`: `depthwise` divided by `transformer`.
-    """
+    """Return the mean `saved_memory` for each batch size and `label`, with columns for `NETWORK_KINDS` and `ratio`."""
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)
     means = means.reindex(columns=list(NETWORK_KINDS))
     # The ratio has no meaning if language models save nothing.
@@ -232,10 +229,7 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return a table of time ratios and, in brackets, peaks in MiB, with a row for each contender.
-
-    Each network, batch size and image size has a column. The cell of a contender that did not run is `NO_VALUE`.
-    """
+    """Return time ratios and, in brackets, peaks in MiB: a row for each method, a column for each network and size."""
     cells = [
         NO_VALUE if row.error else f"{fixed(row.ratio, 2)} ({fixed(row.peak_bytes / 2**20, 0)})"
         for row in timings.itertuples()
@@ -261,9 +255,7 @@ def percent(fraction: float) -> str:
 
 
 def short(value: float) -> str:
-    """Format a number with three significant digits, or with all digits before the point if there are more.
-
-    A number between -1 and 1 has two decimals.
+    """Format a number: two decimals below 1, otherwise three significant digits or all digits before the point.
 
     >>> short(1.234), short(12345.6)
     ('1.23', '12,346')

@@ -137,10 +137,8 @@ def variant_frame(runs: DataFrame) -> DataFrame:
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
         is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
-        is_equal: Whether the variant has no clear paired difference from the best variant. True with one
-            common seed or none.
-        is_pareto: Whether no other variant is at least as good in score and all costs, and better in one of them. False
-            if the costs are missing.
+        is_equal: Whether the paired difference from the best variant is not clear. True without two common seeds.
+        is_pareto: Whether no other variant dominates this variant in score and costs. False if the costs are missing.
         to_full_..., to_head_...: `paired_differences` with the references `full` and `head`.
     """
     if runs.empty:
@@ -405,9 +403,7 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
 
 
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return a text for each row of `keys`: the settings that differ among the rows with equal keys.
-
-    The text is empty if no setting differs.
+    """Return a text for each row of `keys`: the settings that differ among rows with equal keys; empty if none differ.
 
     >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
     [', norm=stats', ', norm=frozen']

@@ -22,8 +22,7 @@ from peft_edge.report.run_claims import accuracy_claim, choice_claim, decision_t
 def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
     """Write the page, its figures and its CSV files. The same records give identical files.
 
-    If an error occurs while the page, a figure or a table is created, no file is written. Other files in `out` do not
-    change.
+    If the page, a figure or a table cannot be created, no file is written. Other files in `out` do not change.
 
     Args:
         records: Folder with the records of runs and analyses.
@@ -71,7 +70,7 @@ def make_report(
     """Return the text of the page, a dict from file names to CSV tables, and a dict from file names to figures.
 
     `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
-    `command` is the command, shown on the page, that writes the report.
+
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, variants = frames.timing_frame(measured), frames.variant_frame(runs)

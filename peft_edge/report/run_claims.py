@@ -1,7 +1,4 @@
-"""Compute the findings on training runs: accuracy, changes of kernels, and the choice of a method.
-
-If records are missing, the functions `..._claim` return `not_measured`.
-"""
+"""Compute the findings on training runs: accuracy, changes of kernels, and the choice of a method."""
 
 from __future__ import annotations
 
@@ -90,10 +87,7 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return the scores in %, with a row for each variant and a column for each pair of task and network.
-
-    Scores with `is_equal` are bold. If a variant has fewer than `full_seeds` seeds, their number is in brackets.
-    """
+    """Return the scores in %, in bold if `is_equal`: a row for each variant, a column for each task and network."""
     cells = []
     for row in variants.itertuples():
         seeds = "" if row.seeds == row.full_seeds else f" ({row.seeds})"
