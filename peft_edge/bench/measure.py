@@ -36,20 +36,20 @@ LEAN = {"inplace_norm": True, "masks": "bit"}
 
 @dataclass(frozen=True)
 class Contender:
-    """A method of this package or of another package. All contenders train the head, except `inference`."""
+    """A way to take a step with this or another package. All contenders except `inference` train the head."""
 
     label: str
     """Name in tables."""
     build: Build
-    """Maps a timm model and a LoRA rank to the model in train or eval mode, and its optimizer.
+    """Function that maps a timm model and a LoRA rank to the built model, in train or eval mode, and its optimizer.
 
-    `build` may change the timm model in place. The output of the built model must equal the output of the timm model.
-    If `build` raises any exception, the table shows the message.
+    An optimizer of None means no backward pass and no update. `build` may change the timm model in place. In eval mode,
+    both models must have the same output up to rounding. If `build` raises an exception, the table shows the message.
     """
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Train the parameters that require a gradient or, with `config`, the adapter of PEFT."""
+    """Prepare to train the parameters that require a gradient or, with `config`, the adapter of PEFT."""
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 
@@ -69,7 +69,7 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
     for name, conv in _frozen_dense_convolutions(model):
         adapter = LoConModule(name, conv, lora_dim=lora_rank, alpha=2 * lora_rank)
-        # This replaces the forward of the convolution. The model must contain the adapter to train it.
+        # `apply_to` replaces `conv.forward`. The model must contain `adapter`, because only its submodules are trained.
         adapter.apply_to()
         model.add_module(f"lycoris_{name.replace('.', '_')}", adapter)
     return _train(model, lora_rank)
@@ -125,9 +125,9 @@ CONTENDERS: dict[str, Contender] = {
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
     "galore": Contender("our GaLore, dense", lambda model, rank: prepare_step(model, "galore", adapter={"rank": rank})),
 }
-"""From names to contenders. Unless the label says otherwise, ours are lean, with frozen in-place BatchNorm."""
+"""Ours, except GaLore, are lean and have frozen in-place BatchNorm, unless the label says otherwise."""
 
-# Relative to the largest logit. Rounding errors of another order of operations add up over about fifty layers.
+# Relative to the largest logit. Contenders order operations differently, so rounding errors add up over the layers.
 _TOLERANCE = 1e-3
 
 
@@ -144,12 +144,13 @@ def run_bench(
 ) -> BenchRecord:
     """Measure training steps of several contenders on one network, with random images, on the CPU.
 
-    `backbone` is the name of a timm model with random weights, or the folder of a saved model. `contenders` are keys of
-    `CONTENDERS`. Full fine-tuning is always measured.
+    `backbone` is the name of a timm model, which then has random weights, or the folder of a saved model. `contenders`
+    are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
     Memory and FLOPs come from a step that is not timed. Then each contender takes one step in each round, and the order
     of the contenders is reversed after each round. All models exist at the same time, but memory is measured for each
-    model alone. If a contender fails or its output differs from the network's, the error is in its row.
+    model alone. If a contender cannot be built or counted, or its output differs from the network's, its row holds the
+    error. Errors of full fine-tuning, and errors in the timed rounds, are raised.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -232,14 +233,14 @@ class _Steps:
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def count(self) -> StepProfile:
-        """Return the cost of the second step, because the first one creates the optimizer's state."""
+        """Take two steps and return the cost of the second. The first step creates the optimizer's state."""
         self.time()
         with CountedStep(self._model, self._optimizer) as counted:
             self.time()
         return counted.rows(0)[0]
 
     def time(self) -> PhaseTimes:
-        """Take a step and return its times."""
+        """Take a step and return the time of each phase."""
         start = time.perf_counter()
         loss = classification_loss(self._model(self._images))
         forward = backward = update = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Define the record of a comparison, and show it as a table and a picture."""
+"""Define the record of `peft-edge bench`, and show the record as a text table and as a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_edge.records import JsonModel, StepProfile
 
 
 class PhaseTimes(JsonModel):
-    """Seconds of one step."""
+    """Seconds of each phase of one step."""
 
     forward_s: float
     """Forward pass, including the loss."""
@@ -25,7 +25,7 @@ class PhaseTimes(JsonModel):
 
     @property
     def step_s(self) -> float:
-        """Seconds of all phases."""
+        """Seconds of the whole step: the sum of all phases."""
         return self.forward_s + self.backward_s + self.optimizer_s
 
 
@@ -39,10 +39,10 @@ class BenchRow(JsonModel):
     error: str = ""
     """Message of the error if the contender did not run; otherwise empty."""
     profile: StepProfile | None = None
-    """FLOPs and memory of a step, and the median times of its phases."""
+    """FLOPs and memory of a step, and the median times of its phases. None if the contender did not run."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
     ratio_best: float | None = None
-    """The fastest step, divided by the fastest step of the reference."""
+    """Time of the fastest step divided by the time of the reference's fastest step."""
     ratio_median: float | None = None
     """The median over the rounds of the step time divided by the reference's step time in the same round."""
     ratio_lowest: float | None = None
@@ -50,7 +50,7 @@ class BenchRow(JsonModel):
     """The lowest and the highest of the ratios whose median is `ratio_median`."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
-        """Compute the ratios to the reference, and the median times in the profile."""
+        """Set the four ratios from `rounds` and the rounds of the reference, and the median times in `profile`."""
         ratios = [own.step_s / other.step_s for own, other in zip(self.rounds, reference, strict=True)]
         self.ratio_best = min(times.step_s for times in self.rounds) / min(times.step_s for times in reference)
         self.ratio_median = statistics.median(ratios)
@@ -73,7 +73,7 @@ class BenchRecord(JsonModel):
     total_time: float
     """Seconds of the whole comparison."""
     load_average: list[float | None]
-    """Load average of the last minute, at the start and at the end. Times are less reliable if other processes ran."""
+    """Load average of the last minute, at the start and at the end. If other processes ran, times are less reliable."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
@@ -93,7 +93,7 @@ class BenchRecord(JsonModel):
 
 
 def bench_table(record: BenchRecord) -> str:
-    """Return the record as text: memory and time relative to full fine-tuning, all costs, and errors."""
+    """Return the record as text: memory and time relative to full fine-tuning, all costs, errors and load average."""
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
@@ -119,9 +119,9 @@ def _comparison(record: BenchRecord) -> str:
 
 
 def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
-    """Draw the peak memory by kind, and the time ratio by phase with its range over the rounds; see `save_bars`.
+    """Draw the peak memory by kind of tensor, and `ratio_median` by phase with the range of the ratios.
 
-    At least one contender must have run.
+    At least one contender must have run. `save_bars` describes the file and the errors.
     """
     rows, profiles = zip(*record.measured, strict=True)
     save_bars([row.label for row in rows], [memory_panel(profiles), _time_panel(rows)], path, title=record.title)
@@ -129,7 +129,7 @@ def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None
 
 def _time_panel(rows: Sequence[BenchRow]) -> StackedBars:
     def length(row: BenchRow, phase: str) -> float:
-        # The mean fractions of the phases add up to 1. Medians do not.
+        # The mean fractions of the phases add up to 1. The median fractions do not.
         fraction = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
         return (row.ratio_median or 0) * fraction
 

@@ -1,4 +1,4 @@
-"""Compute the cost of a training step from tensor shapes alone, in seconds and with almost no memory."""
+"""Compute the cost of a training step from tensor shapes alone. This takes seconds and almost no memory."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class Analysis:
 
     flops: FlopCount
     memory: MemoryProfile
-    """Bytes at the peak and at the end of the forward pass. Measurements of a real process are None."""
+    """Bytes at the peak and at the end of the forward pass. The fields that a real process measures are None."""
     profile: list[StepProfile]
-    """FLOPs and memory as rows of a record: one for the step, and one for the layers of each LoRA rank."""
+    """FLOPs and memory in the form of a record: a row for the whole step, then a row for each LoRA rank."""
     num_trainable_params: int
     num_total_params: int
 
@@ -65,7 +65,7 @@ def analyse(
 ) -> Analysis:
     """Compute the cost of one training step from shapes alone.
 
-    The step runs on fake tensors. With an optimizer, a first step that is not counted creates the optimizer's state.
+    The step runs on fake tensors. If there is an optimizer, an uncounted first step creates the optimizer's state.
 
     >>> full, lora = (analyse("mobilenetv2_035", name, batch_size=2, image_size=32) for name in ("full", "lora"))
     >>> lora.num_trainable_params < full.num_trainable_params
@@ -75,24 +75,26 @@ def analyse(
 
     Args:
         backbone: The name of a timm model, or a model. The model is not changed and may be on the meta device.
-        method: A key of `METHODS`, for timm models; or a PEFT configuration, such as `peft.LoraConfig`; or None, to
-            train the parameters that require a gradient.
-        lora_rank: Rank of the adapters. The default is the rank in `train.py` or in the PEFT configuration.
+        method: A key of `METHODS` (timm models only), or a PEFT configuration, such as `peft.LoraConfig`. None trains
+            the parameters that require a gradient.
+        lora_rank: Rank of the adapter. None uses the default of `train.py`, or `r` of the PEFT configuration. With a
+            method name, `lora_alpha` becomes `2 * lora_rank`. Method names without an adapter ignore this argument.
         batch_size: Images or sequences in the step.
         image_size: Height and width of the images in pixels.
         sequence_length: Tokens in a sequence, for text models of transformers.
-        optimizer: A key of `OPTIMIZERS`, or a function that maps the trained parameters to an optimizer, or None for
-            no update.
-        adapter: Options that replace the defaults of `train.py`, such as `norm`. Requires a method name.
-        lean: Arguments of `prepare_model_for_lean_training`; None leaves the model as it is.
+        optimizer: A key of `OPTIMIZERS`, or a function that maps the list of trainable parameters to an optimizer. None
+            omits the update.
+        adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. Requires a method name.
+        lean: Arguments of `prepare_model_for_lean_training`. None does not call this function.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments. Tensors may be on the
-            meta device. The default is images of shape (B, 3, H, W), or tokens for text models of transformers.
+            meta device. The default is images of shape (batch_size, 3, image_size, image_size). For text models of
+            transformers, the default is token ids of shape (batch_size, sequence_length).
         accounting: See `FlopCounter`.
 
     Raises:
         ValueError: If an argument is invalid, the adapter does not fit the network, the network does not run on the
             inputs, or the step reads the value of a tensor.
-        TypeError: If a method name needs the classifier of a model that timm did not create.
+        TypeError: If `method` is a name that needs the classifier, and timm did not create the model.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -130,10 +132,10 @@ def analyse(
 def compare_methods(
     backbone: str | nn.Module, methods: Sequence[str], *, lora_ranks: Sequence[int], **options: Any
 ) -> dict[str, StepProfile]:
-    """Analyse a step of several methods; methods with adapters are analysed at each rank in `lora_ranks`.
+    """Analyse one step of each method, and methods with adapters at each rank in `lora_ranks`.
 
-    `options` are further arguments of `analyse`. The keys of the returned dict are `<method>`, or
-    `<method>, rank <r>` for methods with adapters.
+    `options` are further arguments of `analyse`. The returned dict has the row of the whole step for each key. The keys
+    are `<method>, rank <r>` for methods with adapters, and `<method>` for other methods.
 
     >>> costs = compare_methods("mobilenetv2_035", ["head", "lora"], lora_ranks=[2, 4], batch_size=2, image_size=32)
     >>> {name: cost.num_trainable_params for name, cost in costs.items()}
@@ -161,9 +163,10 @@ def prepare_step(
     adapter: Mapping[str, object] | None = None,
     lean: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Optimizer | None]:
-    """Apply a method to a model in place, and return the model in train mode and its optimizer.
+    """Apply `method` to `model`, which may change in place, and return the new model in train mode and its optimizer.
 
-    The optimizer is None if no parameter is trainable. See `analyse` for the arguments and errors.
+    The returned optimizer is None if no parameter is trainable, the argument `optimizer` is None, or the method uses no
+    gradients. See `analyse` for the arguments and errors.
     """
     options = _options(method, lora_rank, adapter or {})
     model = _apply_method(model, method, options).train()
@@ -186,13 +189,13 @@ def prepare_step(
 
 
 def classification_loss(output: object) -> Tensor:
-    """Return the mean cross-entropy of the logits of all images or tokens, with class 0 as every label."""
+    """Return the cross-entropy of the logits, averaged over all images or tokens. Every label is class 0."""
     logits = logits_of(output, advice="take a model with a head").float().flatten(0, -2)
     return F.cross_entropy(logits, logits.new_zeros(len(logits), dtype=torch.long))
 
 
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
-    """Return all options of a method name, or the fields to replace in a PEFT configuration."""
+    """Return the options for a method name, or the fields that `lora_rank` replaces in a PEFT configuration."""
     if isinstance(method, str):
         section = find_method(method).section
         rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}

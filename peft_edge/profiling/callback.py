@@ -33,25 +33,26 @@ from peft_edge.records import StepProfile
 
 _LOGGED_OF_LAYERS = ["flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes"]
 _NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phase"}
-# A dispatch mode stays active until it is closed, and Trainer has no event for a run that fails inside a step. The next
-# training run in this process closes the open measurements.
+# The callbacks with an open measurement. A dispatch mode stays active until it is closed, and Trainer has no event for
+# a run that fails inside a step. Therefore the next training run in this process closes the open measurements.
 _measuring: set[ProfilingCallback] = set()
 
 
 class ProfilingCallback(TrainerCallback):
     """Measure two of every `every_n_steps` training steps, on every process.
 
-    FLOPs and memory come from one step, times from the next step. The first sample is steps 2 and 3, because step 1
-    creates the optimizer's state. Other steps have no hooks. The callback does not change the trained weights.
+    A sample is two consecutive steps: the first gives FLOPs and memory, the second gives times. The first sample is
+    steps 2 and 3 after the start or the resumption, because step 1 creates the optimizer's state. Other steps have no
+    hooks. The callback does not change the trained weights.
 
-    After each sample, a process writes its step profiles to `<output_dir>/profile/<name>/process_<index>.json`; a
-    resumed run continues that file. At the end, the main process writes the step profiles of all processes to
-    `<output_dir>/profile/<name>.json`. Without a name the files are `profile/process_<index>.json` and `profile.json`.
+    After each measured step, every process writes `<output_dir>/profile/<name>/process_<index>.json`. A resumed run
+    continues this file. At the end, the main process writes the step profiles of all processes to
+    `<output_dir>/profile/<name>.json`. Without a name, the files are `profile/process_<index>.json` and `profile.json`.
 
-    A compiled step is counted in its uncompiled form; `torch.compile(fullgraph=True)` needs `every_n_steps=0`.
+    A compiled step is counted in its uncompiled form. `torch.compile(fullgraph=True)` needs `every_n_steps=0`.
 
     In `transformers.Trainer`, `trainer.add_callback(ProfilingCallback(log=trainer.log))` also sends the measurements to
-    the trackers. Your own training loop must call the events as `Trainer` does, and `close` when it ends or fails:
+    the trackers. Your own training loop must call the events as `Trainer` does, and `close` if a step fails:
 
     >>> import tempfile
     >>> model, state, control = nn.Linear(4, 2), TrainerState(), TrainerControl()
@@ -64,17 +65,17 @@ class ProfilingCallback(TrainerCallback):
     >>> callback.rows[0].flops_forward
     48
 
-    `rows` holds the step profiles of this process and, after the run, the step profiles of all processes.
+    During the run, `rows` holds the step profiles of this process. After the run, `rows` holds those of all processes.
 
     Args:
         every_n_steps: Optimizer steps from one sample to the next; 0 for no samples. A sample takes about as long as
-            five steps of a small network, so with 1000 training takes about half a percent longer.
+            five steps of a small network, so training takes about half a percent longer with the default.
         output_dir: Folder of the files. The default is `output_dir` of the training arguments.
         name: Distinguishes training runs that share `output_dir`.
-        log: Function that the main process calls with the measurements of each sample.
-        trace: Write a trace of the step after the first sample, for chrome://tracing and Perfetto, to
-            `<output_dir>/traces/<name>/process_<index>.json`.
-        show_table: Print a table on the main process at the end.
+        log: Function that the main process calls after each sample with a dict from names to measurements.
+        trace: Trace the step after the first sample, and write `<output_dir>/traces/<name>/process_<index>.json`, which
+            chrome://tracing and Perfetto can show.
+        show_table: Print the step profiles of all processes on the main process at the end.
 
     Raises:
         ValueError: If `every_n_steps` is negative.
@@ -104,14 +105,14 @@ class ProfilingCallback(TrainerCallback):
         self._planned: deque[AbstractContextManager[object]] = deque()
 
     def close(self) -> None:
-        """End the measurement of the running step, if there is one."""
+        """End the measurement of the running step, if this step is measured."""
         _measuring.discard(self)
         self._entered.close()
 
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
-        """Delete the files of an earlier run, or read the file of the run that is resumed."""
+        """Delete the files of an earlier run if `state.global_step` is 0, otherwise read this process's file."""
         for callback in list(_measuring):
             callback.close()
         self._begin([], [])
@@ -146,12 +147,12 @@ class ProfilingCallback(TrainerCallback):
             self._step = self._entered.enter_context(self._planned.popleft())
 
     def on_pre_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
-        """Stop timing the backward pass and start timing the update."""
+        """In a timed step, stop timing the backward pass and start timing the update."""
         if isinstance(self._step, TimedStep):
             self._step.enter(OPTIMIZER)
 
     def on_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
-        """Stop timing the update."""
+        """In a timed step, stop timing the update."""
         if isinstance(self._step, TimedStep):
             self._step.enter(None)
 
@@ -159,7 +160,7 @@ class ProfilingCallback(TrainerCallback):
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
-        """End the measurement of the step and update the file of step profiles."""
+        """If the step was measured, end the measurement and write this process's file of step profiles."""
         self.close()
         step, self._step = self._step, None
         if isinstance(step, CountedStep):
@@ -172,7 +173,7 @@ class ProfilingCallback(TrainerCallback):
             self._send([step_row, *self._counted[1:]], control)
 
     def on_train_end(self, *arguments: object, **kwargs: object) -> None:
-        """Gather the step profiles of all processes; the main process writes and prints them."""
+        """Gather the step profiles of all processes. The main process writes them and, if `show_table`, prints them."""
         self.close()
         if not self._every_n_steps:
             return
@@ -184,7 +185,7 @@ class ProfilingCallback(TrainerCallback):
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the running step is measured. A measured step takes longer than others."""
+        """Whether the running step is measured. A measured step is slower than an unmeasured step."""
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
@@ -206,14 +207,14 @@ class ProfilingCallback(TrainerCallback):
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
             names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in vars(row) if n not in _NOT_LOGGED]
             values |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
-        # Trainer.log resets should_log, and Trainer would then not log the loss of this step.
+        # Trainer.log sets should_log to False. Without the old value, Trainer would not log the loss of this step.
         should_log = control.should_log
         self._log(values)
         control.should_log = should_log
 
 
 def read_profile(folder: Path) -> list[StepProfile]:
-    """Read the step profiles that all processes of a run wrote inside `folder`; the run may be unfinished."""
+    """Read the step profiles that the processes of a run wrote inside `folder`. Warn of damaged files and skip them."""
     rows = [row for file in folder.rglob("process_*.json") for row in _read(file)[0]]
     return sorted(rows, key=lambda row: row.process_index)
 
@@ -244,7 +245,7 @@ def _traced(path: Path) -> Iterator[None]:
 
 
 class CountedStep(ExitStack):
-    """Count the FLOPs and track the memory of the step in a `with` block, which makes the step several times slower."""
+    """Count the FLOPs and track the memory of the step in a `with` block. The step becomes several times slower."""
 
     def __init__(self, model: nn.Module, optimizer: Optimizer | None) -> None:
         super().__init__()
@@ -258,7 +259,7 @@ class CountedStep(ExitStack):
         return self
 
     def rows(self, process_index: int) -> list[StepProfile]:
-        """Return one row for the step and one for the layers of each LoRA rank, without times."""
+        """Return a row for the whole step and a row for each LoRA rank, without times; see `step_rows`."""
         process = self._process
         memory = replace(
             self._memory.result(), cuda_peak_bytes=process.cuda_peak_bytes, peak_rss_bytes=process.peak_rss_bytes
@@ -267,7 +268,7 @@ class CountedStep(ExitStack):
 
 
 class StepTimes(NamedTuple):
-    """Seconds of each phase of a step (None if the phase did not run), and samples per second; see `StepProfile`."""
+    """Seconds of each phase, None if the phase did not run; and samples per second, None unless all phases ran."""
 
     forward_s: float | None
     backward_s: float | None
@@ -278,10 +279,10 @@ class StepTimes(NamedTuple):
 class TimedStep(ExitStack):
     """Measure the time of each phase of the step in a `with` block, with two hooks on the model.
 
-    The forward pass lasts from the call of the model until the first gradient reaches its output. It includes the loss,
-    wherever the loss is computed. The hooks start
-    the forward and backward phases; the caller starts the optimizer phase with `enter`. With gradient accumulation,
-    times add up.
+    The forward phase lasts from the call of the model until the first gradient reaches the model's output. Therefore
+    the forward phase includes the loss, even if the loss is computed outside the model. The hooks start the forward and
+    backward phases. The caller starts the optimizer phase with `enter`. With gradient accumulation, the times of all
+    micro-batches are added.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -24,27 +24,27 @@ _FLOPS = ("forward", "backward", "elementwise_forward", "elementwise_backward", 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedBars:
-    """The data of one panel of a figure, which has one stacked bar for each name."""
+    """The data of one panel of a figure. The panel has one stacked bar for each name in `names` of `save_bars`."""
 
     label: str
-    """Label of the axis: the quantity with its unit."""
+    """Label of the horizontal axis: the quantity with its unit."""
     parts: Mapping[str, Sequence[float]]
-    """From each part of the bars to its lengths, one for each name."""
+    """A dict from the label of each part to its length in each bar. Only the first six parts are drawn."""
     spread: Sequence[tuple[float, float]] = ()
-    """The lowest and the highest measured length of each bar; empty for a single measurement."""
+    """The lowest and the highest measured length of each bar. Empty draws no ranges."""
     line: float | None = None
-    """Position of a dashed reference line."""
+    """Position of a dashed reference line. None draws no line."""
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw the peak memory by kind and the FLOPs by phase, with one stacked bar for each name; see `save_bars`."""
+    """Draw peak memory by kind of tensor and FLOPs by phase, with a bar for each name in `costs`; see `save_bars`."""
     steps = list(costs.values())
     flops = StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(steps, "flops_{}", _FLOPS, 1e9))
     save_bars(list(costs), [memory_panel(steps), flops], path, title=title)
 
 
 def memory_panel(costs: Sequence[StepProfile]) -> StackedBars:
-    """Return the bars of the peak memory of steps, by kind of tensor."""
+    """Return a panel of the peak memory in MiB by kind of tensor, with a bar for each element of `costs`."""
     parts = _parts(costs, "memory_{}_bytes", _MEMORY, 2**20)
     return StackedBars(label="memory at the peak of a step [MiB]", parts=parts)
 
@@ -55,7 +55,7 @@ def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: 
 
 
 def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw panels side by side, with the bar of the first name at the top. The same input gives the same file.
+    """Draw `panels` side by side, with the bar of the first name at the top. The same arguments give the same file.
 
     Raises:
         ValueError: If the path does not end in .png, .svg or .pdf.

@@ -3,8 +3,8 @@
 A multiply-add is two operations. Convolutions, matrix products and attention use the formulas of
 `torch.utils.flop_counter`, except for the backward pass of a convolution: torch overcounts the gradient of a grouped
 kernel by the number of groups. Operators that torch tags as pointwise or reduction, and those in `_PER_ELEMENT`, are
-elementwise: they cost a number of operations for each element of their largest tensor. All other operators cost
-nothing: copies, views, indexing, selection, and untagged operators, such as the fused recurrent layers of the CPU.
+elementwise: each costs a number of operations for each element of its largest tensor. All other operators cost nothing:
+copies, views, indexing, selection, and untagged operators, such as the fused recurrent layers of the CPU.
 
 Before torch 2.15, the derivatives of SiLU and Mish count as several operators.
 """
@@ -33,7 +33,7 @@ ACCOUNTINGS = get_args(Accounting)
 
 @dataclass(kw_only=True)
 class Flops:
-    """Floating-point operations of a step; a multiply-add is two.
+    """Floating-point operations of a step. A multiply-add is two operations.
 
     >>> layer = nn.Conv2d(3, 8, 3, bias=False)  # 6 x 6 output positions, 8 * 27 multiply-adds each
     >>> count_flops(layer, torch.empty(1, 3, 8, 8)).by_module[""]
@@ -43,13 +43,13 @@ class Flops:
     forward: int = 0
     """Convolutions, matrix products and attention in the forward pass and the loss."""
     backward: int = 0
-    """The same operators in the backward pass, including the operators that checkpointing runs again."""
+    """Convolutions, matrix products and attention in the backward pass, including recomputation by checkpointing."""
     optimizer: int = 0
     """All operators of the update: the optimizer, and the clipping and scaling of gradients."""
     elementwise_forward: int = 0
-    """All other operators in the forward pass and the loss: activations, normalisation, pooling, sums."""
+    """Elementwise operators in the forward pass and the loss: activations, normalisation, pooling, sums."""
     elementwise_backward: int = 0
-    """All other operators in the backward pass."""
+    """Elementwise operators in the backward pass."""
 
 
 @dataclass(kw_only=True)
@@ -65,9 +65,12 @@ class FlopCount(Flops):
     """
 
     by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """From each name in `named_modules` to its FLOPs, with submodules. `""` excludes the loss and the optimizer."""
+    """A dict from module names to FLOPs, with submodules. Modules without counted operators are missing.
+
+    `""` is the model, without the loss and the optimizer.
+    """
     by_operator: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """From each operator, such as `aten.convolution_backward`, to its FLOPs."""
+    """A dict from operators, such as `aten.convolution_backward`, to FLOPs."""
 
 
 def count_flops(
@@ -80,8 +83,9 @@ def count_flops(
 ) -> FlopCount:
     """Count the floating-point operations of one training step from shapes alone.
 
-    The step runs on a copy with fake tensors, so the model, its statistics and the optimizer are unchanged. No gradient
-    is counted for a frozen kernel, nor for the inputs of layers before the first trainable layer.
+    The step runs on a copy with fake tensors, so the model, its statistics and the optimizer are unchanged. Gradients
+    that autograd does not compute are not counted, such as the gradient of a frozen kernel. If the optimizer has no
+    state, an uncounted first step creates the state.
 
     >>> model = nn.Sequential(nn.Linear(4, 8).requires_grad_(False), nn.ReLU(), nn.Linear(8, 2))
     >>> optimizer = torch.optim.SGD(model[2].parameters(), lr=0.1)
@@ -91,13 +95,13 @@ def count_flops(
     Args:
         model: The model, in train or eval mode. Without trainable parameters there is no backward pass.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments.
-        optimizer: The optimizer of the model's parameters; None for no update.
-        loss_fn: Maps the model's output to a scalar; see `take_step` for the default.
+        optimizer: The optimizer of the model's parameters. None omits the update.
+        loss_fn: Function that maps the model's output to a scalar. None uses the default loss of `take_step`.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: If the accounting is unknown, the loss is not a scalar, the step reads the value of a tensor, or the
-            model or the optimizer cannot be copied.
+        ValueError: If the accounting is unknown, the loss is not a scalar, the default loss finds no tensor in the
+            output, the step reads the value of a tensor, or the model or the optimizer cannot be copied.
     """
     mode, model, optimizer, inputs = fake_copy(model, optimizer, inputs)
     counter = FlopCounter(model, accounting)
@@ -120,9 +124,9 @@ class FlopCounter(FlopCounterMode):
     FlopCount(forward=48, backward=48, optimizer=0, elementwise_forward=6, elementwise_backward=6)
 
     Args:
-        model: The model whose modules are counted.
-        accounting: `exact` or `source-study`. The latter counts as the profiler of arXiv 2507.23536 does: it uses
-            torch's formula for the backward pass of convolutions, and adds normalisation to `forward` and `backward`.
+        model: The model. `by_module` contains its modules. Operators outside the model count only in the other fields.
+        accounting: `exact` or `source-study`. `source-study` counts as the profiler of arXiv 2507.23536 does: with
+            torch's formula for the backward pass of convolutions, and with normalisation in `forward` and `backward`.
 
     Raises:
         ValueError: If the accounting is unknown.
@@ -134,7 +138,7 @@ class FlopCounter(FlopCounterMode):
         self._is_exact = accounting == "exact"
         corrected = {aten.convolution_backward: convolution_backward} if self._is_exact else {}
         super().__init__(display=False, custom_mapping={**elementwise_formulas(), **_PRODUCTS, **corrected})
-        # The ModuleTracker of torch does not distinguish the phases.
+        # torch's ModuleTracker does not distinguish the forward pass from the update.
         self.mod_tracker = StepLocation(model)  # type: ignore[assignment]
 
     def result(self) -> FlopCount:
@@ -165,7 +169,8 @@ def convolution_backward(gradient: list[int], x: list[int], kernel: list[int], *
     """Return the FLOPs of the backward pass of a convolution.
 
     The gradient of the input and the gradient of the kernel each cost as much as the forward pass, for any groups,
-    stride, dilation and padding: each multiply-add of the forward pass occurs once in either gradient.
+    stride, dilation and padding: each multiply-add of the forward pass occurs once in each gradient. Only the gradients
+    in `output_mask` count. The gradient of the bias is not counted.
     """
     _bias_sizes, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = options
     return conv_flop_count(x, kernel, gradient, transposed) * (output_mask[0] + output_mask[1])
@@ -178,18 +183,18 @@ _PRODUCTS: dict[object, Formula] = {
     aten.vdot: lambda x, *_, **__: 2 * prod(x),
     aten.addmv: lambda total, matrix, *_, **__: 2 * prod(matrix),
     aten.addbmm: lambda total, x, y, *_, **__: 2 * prod(x) * y[-1],
-    # Before torch 2.15, only attention on other devices has a formula.
+    # Before torch 2.15, torch has no formula for attention on the CPU.
     aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
     aten._scaled_dot_product_flash_attention_for_cpu_backward: (
         lambda grad, q, k, v, *_, **__: sdpa_backward_flop_count(grad, q, k, v)
     ),
 }
 
-# Operations for each element: a number, or a function of the arguments of the operator, which are tensors here.
+# Operations for each element: a number, or a function of the operator's arguments with tensors (not shapes, as above).
 
 
 def _batch_norm(*arguments: object, **_: object) -> int:
-    return 5 if arguments[5] else 2  # training or not
+    return 5 if arguments[5] else 2  # arguments[5] is `training`
 
 
 def _batch_norm_backward(*arguments: Any, **_: object) -> int:
@@ -207,7 +212,7 @@ def _sgd(*_: object, weight_decay: float, momentum: float, nesterov: bool, **__:
 
 
 _NORMALISATIONS: dict[str, int | Formula] = {
-    # As in fvcore: mean, variance, shift and scale cost five operations in training.
+    # As in fvcore, mean, variance, shift and scale cost five operations in training.
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": 2,
@@ -251,7 +256,7 @@ _MOVES = {"clone", "masked_fill", "where"}
 
 @functools.cache
 def elementwise_formulas() -> dict[object, Formula]:
-    """Return a dict from each elementwise operator in `torch.ops.aten`, in place or not, to its formula."""
+    """Return a dict from all elementwise operators in `torch.ops.aten`, including in-place operators, to formulas."""
     formulas: dict[object, Formula] = {}
     for name in sorted({name.split(".")[0] for name in operator_names() if name.startswith("aten::")}):
         packet = getattr(aten, name.removeprefix("aten::"), None)
@@ -263,7 +268,7 @@ def elementwise_formulas() -> dict[object, Formula]:
 
 
 def _operations(kind: str) -> int | Formula | None:
-    """Return the operations for each element; None if the operator is not elementwise."""
+    """Return the number of operations for each element, or its formula. None if the operator is not elementwise."""
     if kind in _PER_ELEMENT:
         return _PER_ELEMENT[kind]
     packet = getattr(aten, kind, None)
@@ -274,7 +279,7 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Multiply by the size of the largest tensor or, for an operator on lists, by the total size of its first list."""
+    """Return a formula: `operations` times the elements of the largest tensor or, if `is_list`, of the first list."""
 
     def formula(*arguments: Any, out_val: object = None, **options: Any) -> int:
         per_element = operations(*arguments, **options) if callable(operations) else operations

@@ -54,8 +54,8 @@ class MemoryProfile:
     - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
     - `optimizer`: the state of the optimizer.
 
-    Only bytes of tensors count. Memory inside operators, and memory that an allocator rounds up or keeps, appears only
-    in `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes`.
+    Only bytes of tensors count. The workspace of operators, and memory that an allocator rounds up or keeps, appear
+    only in `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes`.
 
     >>> profile = track_memory(nn.Linear(4, 2), torch.ones(3, 4), fake=True)
     >>> profile.peak["parameters"], profile.peak["gradients"]
@@ -65,15 +65,15 @@ class MemoryProfile:
     """
 
     peak_bytes: int
-    """The highest number of live bytes."""
+    """The highest number of live bytes at any time in the step."""
     peak: KindBytes
     """The live bytes of each kind at the peak."""
     peak_phase: str
-    """The phase of the peak: `forward`, `backward` or `optimizer`."""
+    """The phase in which the peak occurs: `forward`, `backward` or `optimizer`."""
     forward_end_bytes: int
-    """Live bytes at the end of the forward pass; the maximum of several forward passes."""
+    """Live bytes at the end of the forward pass. With several forward passes, the highest of these values."""
     forward_end: KindBytes
-    """The live bytes of each kind at the end of that forward pass."""
+    """The live bytes of each kind, at the time of `forward_end_bytes`."""
     start_bytes: int
     """Live bytes at the start: the model, its gradients, the optimizer's state and the inputs."""
     peak_by_module: dict[str, KindBytes] = field(repr=False)
@@ -84,13 +84,13 @@ class MemoryProfile:
     Inputs, the loss and temporaries of the optimizer are only in the totals.
     """
     forward_end_by_module: dict[str, KindBytes] = field(repr=False)
-    """Bytes of each module at the end of the forward pass, including its submodules."""
+    """The same as `peak_by_module`, at the time of `forward_end_bytes`."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator; None without CUDA. `MemoryTracker` does not set this field and the next two."""
+    """Peak of the CUDA allocator. None without CUDA, for a fake step, and with `MemoryTracker`."""
     peak_rss_bytes: int | None = None
-    """Peak of the physical memory of the process; None for a fake step."""
+    """Peak of the physical memory of the process. None on Windows, for a fake step, and with `MemoryTracker`."""
     rss_growth_bytes: int | None = None
-    """`peak_rss_bytes` minus the memory before the step; None if the system cannot reset the peak."""
+    """`peak_rss_bytes` minus the physical memory before the step. None if one of the two values was not measured."""
 
 
 def track_memory(
@@ -111,8 +111,8 @@ def track_memory(
     >>> profile.forward_end["parameters"], profile.forward_end["optimizer"]  # two averages and four step counters
     (2176, 4368)
 
-    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. The other arguments
-    are those of `count_flops`.
+    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. See `count_flops` for
+    the other arguments.
 
     Raises:
         ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, the model or the
@@ -157,7 +157,8 @@ class MemoryTracker(DispatchMode):
     Args:
         model: The model, whose parameters, buffers and existing gradients count from the start.
         optimizer: The optimizer whose state is measured. If it is None, optimizer state counts as temporaries.
-        inputs: The inputs of the model, which also count from the start. Other tensors count from their first use.
+        inputs: The inputs of the model, which also count from the start. Other tensors count from the first operator
+            that uses or creates them.
     """
 
     supports_higher_order_operators = True
@@ -198,7 +199,7 @@ class MemoryTracker(DispatchMode):
         if phase == BACKWARD and self._log.phase == FORWARD:
             self._end_forward()
         self._log.phase = phase
-        # The model did not create the new storages among the arguments.
+        # The model did not create a storage that first appears as an argument, so the storage belongs to no module.
         self._log.observe(args)
         result = func(*args, **(kwargs or {}))
         self._log.observe(result, module)
@@ -257,7 +258,7 @@ class MemoryTracker(DispatchMode):
 
 
 class LoggedStorage(weakref.ref[UntypedStorage]):
-    """The entry of a storage in the log: a weak reference, whose callback runs when Python or C++ frees the storage."""
+    """A weak reference to a storage in the log. Its callback runs when Python or C++ frees the storage."""
 
     bytes: int
     key: int
@@ -267,7 +268,7 @@ class LoggedStorage(weakref.ref[UntypedStorage]):
 
 
 class Event(NamedTuple):
-    """The creation, resizing or release of a storage, which changes the live bytes by `change`."""
+    """The creation, resizing or release of a storage in `phase`. The event adds `change` to the live bytes."""
 
     storage: LoggedStorage
     change: int
@@ -277,12 +278,12 @@ class Event(NamedTuple):
 class StorageLog:
     """Log the storages of tensors as events that add or remove bytes. Views share one storage.
 
-    The kind of a storage may change after its creation: a storage becomes an activation if it is alive when the forward
-    pass ends. Storages on devices outside `devices` are ignored, unless `devices` is empty.
+    The kind of a storage may change after its creation. For example, `end_forward` turns live temporaries of the
+    forward pass into activations. Storages on devices outside `devices` are ignored, unless `devices` is empty.
     """
 
     def __init__(self, devices: set[torch.device]) -> None:
-        self.phase = FORWARD  # the phase of new storages, which the caller updates
+        self.phase = FORWARD  # the phase of new storages and events; the caller sets it
         self._devices = devices
         self._live: dict[int, LoggedStorage] = {}
         self.events: list[Event] = []
@@ -292,7 +293,7 @@ class StorageLog:
         return [0, *accumulate(event.change for event in self.events)]
 
     def observe(self, value: object, module: str | None = None) -> None:
-        """Log new and resized storages of a tensor or of nested lists and tuples; new storages belong to `module`."""
+        """Log new and resized storages of a tensor or of nested lists and tuples. New storages belong to `module`."""
         if isinstance(value, Tensor):
             self._observe_tensor(value, module)
         elif isinstance(value, (list, tuple)):
@@ -300,9 +301,10 @@ class StorageLog:
                 self.observe(item, module)
 
     def assign(self, tensor: Tensor, kind: str, owner: str | None) -> None:
-        """Set the kind and the module of a tensor's storage.
+        """Set the kind of a tensor's storage to `kind`, and its module to `owner`.
 
-        Later calls do not change the kind. A storage of several modules belongs to the innermost module around them.
+        Only the first call for a storage sets the kind. After a later call with the same kind, the storage belongs to
+        the innermost module that contains all owners. A later call with another kind changes nothing.
         """
         storage = self._observe_tensor(tensor, None)
         if storage is None:
@@ -344,7 +346,7 @@ class StorageLog:
 
 
 def innermost_around(module: str | None, other: str | None) -> str | None:
-    """Return the innermost module that contains both modules, or equals them; None if none does."""
+    """Return the innermost module that contains both modules (a module contains itself). None if either is None."""
     if module == other:
         return module
     around = set(ancestors(other))
@@ -352,24 +354,24 @@ def innermost_around(module: str | None, other: str | None) -> str | None:
 
 
 def cuda_device(model: nn.Module) -> torch.device | None:
-    """Return the first CUDA device with a parameter of the model, or None."""
+    """Return the device of the model's first CUDA parameter, or None if no parameter is on a CUDA device."""
     return next((parameter.device for parameter in model.parameters() if parameter.is_cuda), None)
 
 
 class ProcessPeak:
     """Measure the peak memory of this process inside a `with` block. Blocks must not overlap.
 
-    The block resets the peak counters of the system and of CUDA. The process grows by more than the bytes of its
-    tensors, because malloc cannot reuse all memory. With glibc we measured up to 75 % more in a training step, and up
-    to 5 % more with the environment variable `MALLOC_MMAP_THRESHOLD_=65536`.
+    At its start, the block resets the peak counters of CUDA and, on Linux, of the process. The process grows by more
+    than the bytes of its tensors, because malloc cannot reuse all memory. With glibc we measured up to 75 % more in a
+    training step, and up to 5 % more with the environment variable `MALLOC_MMAP_THRESHOLD_=65536`.
     """
 
     peak_rss_bytes: int | None = None
     """The result of the function `peak_rss_bytes` at the end of the block."""
     rss_growth_bytes: int | None = None
-    """`peak_rss_bytes` minus the memory before the block; None if the system cannot reset the peak."""
+    """`peak_rss_bytes` minus the physical memory before the block. None if the system cannot reset the peak."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator on `device`; None if `device` is None."""
+    """Peak of the CUDA allocator on `device`. None if `device` is None."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
@@ -379,7 +381,7 @@ class ProcessPeak:
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            # glibc keeps freed memory, and its reuse would not count as growth.
+            # glibc keeps freed memory. If the block reused this memory, the process would not grow.
             libc.malloc_trim(0)
         self._rss_before = psutil.Process().memory_info().rss if reset_peak_rss() else None
         return self
@@ -397,9 +399,10 @@ _CLEAR_REFS = Path("/proc/self/clear_refs")
 
 
 def peak_rss_bytes() -> int | None:
-    """Return the peak of this process's physical memory since `reset_peak_rss` on Linux, otherwise since its start.
+    """Return the peak of this process's physical memory in bytes, or None on Windows.
 
-    None on Windows. psutil does not read this value on Linux.
+    The peak counts from the start of the process or, on Linux, from the last successful `reset_peak_rss`. psutil cannot
+    read this value on Linux.
     """
     if _STATUS.exists() and (peak := re.search(r"^VmHWM:\s*(\d+) kB$", _STATUS.read_text(), re.MULTILINE)):
         return int(peak[1]) * 1024
@@ -412,7 +415,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def reset_peak_rss() -> bool:
-    """Set the peak to the current memory, and return whether that succeeded. Only Linux supports it."""
+    """Reset the peak to the current physical memory. Return whether this succeeded, which is possible only on Linux."""
     try:
         # According to proc(5), the value 5 resets only the peak.
         _CLEAR_REFS.write_text("5")

@@ -1,7 +1,7 @@
-"""Take one training step, on real or on fake tensors, and locate each of its operators.
+"""Take one training step, on real or on fake tensors, and find the phase and the module of each operator.
 
 `take_step` runs a step. `fake_copy` copies a model so that a step runs from shapes alone. `StepLocation` returns the
-phase and the module of the current operator. The FLOP counter and the memory tracker use all three.
+phase and the module of the current operator. `count_flops` and `track_memory` use all three.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, los
     """Take one step: clear the gradients, then run the forward pass, the backward pass and the update.
 
     There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. The default loss
-    is `output.loss` if it is set, otherwise the mean of `output.logits` or of the output.
+    is `output.loss`. If `output.loss` is missing or None, the default is the mean of `output.logits` or of the output.
 
     Raises:
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
     """
     model.zero_grad()
-    # Without a variable for the output, its memory is freed once the loss does not need it.
+    # No variable refers to the output, so its memory is freed as soon as the loss no longer needs the output.
     loss = (loss_fn or _default_loss)(_call(model, inputs))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -78,8 +78,8 @@ class StepLocation:
 
     In the forward pass, the module is the innermost running module. In the backward pass, the module is the one whose
     forward pass created the current autograd node. Autograd numbers the nodes in the order of creation, so this class
-    records which module was running at which number. (`torch.utils.module_tracker.ModuleTracker` uses tensor hooks. It
-    never leaves a module whose input requires no gradient, as is common for frozen layers.)
+    records which module was running at which number. (`torch.utils.module_tracker.ModuleTracker` uses tensor hooks. In
+    the backward pass, it never leaves a module whose input requires no gradient. This is common for frozen layers.)
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -110,7 +110,7 @@ class StepLocation:
         self._hooks.close()
 
     def locate(self) -> tuple[str, str | None]:
-        """Return the phase and the module name of the current operator; the name is None outside the model."""
+        """Return the phase and the module name of the current operator. The name is None outside all modules."""
         phase = self._phase()
         if self._running:
             # Checkpointing also runs modules and creates nodes in the backward pass.
@@ -137,7 +137,7 @@ class StepLocation:
         elif self._running:
             self._last_phase = FORWARD
         elif self._last_phase == BACKWARD:
-            # Clipping, scaling and zeroing of gradients.
+            # After the backward pass, operators outside the model clip, scale or zero gradients.
             self._last_phase = OPTIMIZER
         return self._last_phase
 
@@ -152,7 +152,7 @@ class StepLocation:
         # Each thread numbers its own nodes. On CUDA, the backward pass and its recomputation run in another thread.
         if threading.get_ident() != self._thread:
             return
-        # Autograd creates a node before it dispatches the operator. If it creates no node, the number is unchanged.
+        # Autograd creates a node before it dispatches the operator. Without a new node, the number is unchanged.
         number = _compat.last_node_number()
         if not self._numbers or number > self._numbers[-1]:
             self._numbers.append(number)
@@ -172,7 +172,7 @@ class StepLocation:
 
 
 def ancestors(module: str | None) -> Iterator[str]:
-    """Yield the name of a module and the names of all modules that contain it, up to `""`; nothing for None."""
+    """Yield `module` and then the names of all modules that contain this module, up to `""`. Nothing for None."""
     while module is not None:
         yield module
         module = module.rpartition(".")[0] if module else None
@@ -184,10 +184,13 @@ def fake_copy(
     """Copy the model, the optimizer and the inputs with fake tensors, which have a shape but no memory.
 
     Tied parameters stay tied, and views stay views of one storage. Tensors on the meta device become fake CPU tensors,
-    so that they use the same operators as a real model. `copy_together` may raise a ValueError.
+    so that they use the same operators as a real model.
 
     Returns:
-        The mode in which the copies must run, and the copies.
+        The mode in which the copies must run, and the copies of the model, the optimizer and the inputs.
+
+    Raises:
+        ValueError: See `copy_together`.
     """
     mode = _FakeMode(allow_non_fake_inputs=True)
     state = [] if optimizer is None else _compat.leaves(list(optimizer.state.values()))
@@ -205,7 +208,7 @@ def copy_together(
 ) -> tuple[nn.Module, Optimizer | None]:
     """Copy a model and its optimizer, so that the new optimizer updates the new model.
 
-    `memo` is an argument of `copy.deepcopy`.
+    `memo` is the second argument of `copy.deepcopy`.
 
     Raises:
         ValueError: If the optimizer updates parameters outside the model, or the model or optimizer cannot be copied.
@@ -220,7 +223,8 @@ def copy_together(
     try:
         model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
         if optimizer_copy is not None:
-            # torch copies only its own attributes. The `step` that a schedule sets would update the original.
+            # deepcopy copies only torch's attributes of an optimizer. A learning-rate scheduler replaces `step`. The
+            # replacement is not copied, because it would update the original optimizer.
             missing = vars(optimizer).keys() - vars(optimizer_copy).keys() - {"step"}
             vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
     except Exception as error:
@@ -242,7 +246,7 @@ def meta_copy(model: nn.Module) -> nn.Module:
 class _FakeMode(_compat.FakeMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         if func is torch.ops.aten.rand.default and list(args[0]) == [1]:
-            # PEFT's LoHa and LoKr draw a number and compare it with `module_dropout`. With 1.0 they drop nothing.
+            # PEFT's LoHa and LoKr drop a module if a random number is below `module_dropout`. 1.0 drops no module.
             with self:
                 return torch.tensor([1.0])
         return super().__torch_dispatch__(func, types, args, kwargs)

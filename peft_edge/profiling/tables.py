@@ -18,9 +18,10 @@ from peft_edge.records import StepProfile
 
 
 def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, process_index: int) -> list[StepProfile]:
-    """Return one row for the step and one for the layers of each LoRA rank, without times.
+    """Return a row for the whole step and a row for each LoRA rank, without times.
 
-    `model` is the measured model without the wrapper of distributed training.
+    The row for a rank sums over all layers with an active adapter of this rank. `model` is the measured model without
+    the wrapper of distributed training.
     """
     layers_of, saved = _lora_layers(model), _saved_bytes(model)
     rows = [
@@ -79,7 +80,7 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
                 # PEFT wraps a module once for each of its adapted parameters. Only the outermost wrapper counts.
                 if not any(name.startswith(f"{layer}.") for layer in found[lora_rank]):
                     found[lora_rank].append(name)
-    # An adapter that adapts only norms has a rank in its configuration, but no matrix of that rank.
+    # An adapter that adapts only normalisation layers has a rank in its configuration, but no matrix of that rank.
     return {
         lora_rank: layers
         for lora_rank, layers in found.items()
@@ -88,11 +89,11 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
-    """Return name and bytes of each saved adapter tensor, and of each trainable parameter outside adapters."""
+    """Return the name and bytes of each saved tensor of active adapters and of other trainable parameters."""
     tensors: list[tuple[str, Tensor]] = []
     adapters: list[str] = []
     if getattr(model, "peft_config", None):
-        # This is a property of PEFT models, but a method of transformers models.
+        # `active_adapters` is a property of PEFT models, but a method of transformers models.
         active = model.active_adapters
         adapters = active() if callable(active) else active  # type: ignore[assignment]
         for adapter in adapters:
@@ -110,7 +111,7 @@ _FLOP_UNITS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
 # There are two tables because the lines of one table would be too long. The columns of a group have the same unit: the
-# largest unit in which the largest value is at least 10. A group without units holds words.
+# largest unit in which the largest value is at least 10, otherwise the smallest unit. Groups without units hold words.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
         (
@@ -144,7 +145,7 @@ _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[
 def cost_table(costs: Mapping[str, StepProfile]) -> str:
     """Return two text tables: FLOPs and times of steps, then peak memory and saved bytes.
 
-    Columns without values are omitted. A dash marks a missing value.
+    A dash marks a missing value. Groups of columns (see `_TABLES`) and tables without any value are omitted.
     """
     tables = []
     for caption, groups in _TABLES.items():
@@ -155,7 +156,7 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
 
 
 def profile_table(rows: Sequence[StepProfile]) -> str:
-    """Return `cost_table` for the rows of a record: the step and the layers of each LoRA rank, on each process."""
+    """Return the tables of `cost_table` for the rows of a record, labelled by process and LoRA rank."""
     layers = [f", layers of rank {row.lora_rank}" if row.scope == "layers" else "" for row in rows]
     return cost_table({f"process {row.process_index}{name}": row for row, name in zip(rows, layers, strict=True)})
 
@@ -169,7 +170,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
-    """Yield the columns of a group: unit, title and a cell for each step. Columns without values are omitted."""
+    """Yield the columns of a group: unit, title and a cell for each step. Yield nothing if the group has no values."""
     if not units:
         words = {title: [getattr(cost, name) for cost in costs] for title, (name,) in group.items()}
         yield from (["", title, *(word or "-" for word in column)] for title, column in words.items() if any(column))
@@ -189,7 +190,7 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Format a number with three digits, or with all digits before the point."""
+    """Format `value` with three digits or all digits before the point. Positive values below 0.01 become `<0.01`."""
     if 0 < value < 0.01:
         return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"

@@ -1,4 +1,4 @@
-"""Draw the figures of the report. They are readable without colours, and the same data give identical files.
+"""Draw the figures of the report. The figures are readable without colours, and the same data give identical files.
 
 Every `draw_...` function adds `.png` and `.svg` to its path and writes both files.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # The colour-blind safe palette of Okabe and Ito, without yellow, which is too faint for lines.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#56B4E9", "#000000")
-# Markers and hatches distinguish methods with the same colour, and all methods in black and white.
+# Markers and lines distinguish methods with the same colour. In black and white, hatches distinguish bars.
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "p", "h", "d", "H", "8")
 _LINES = ("-", "--", "-.", ":", (0, (6, 1, 1, 1, 1, 1)))
 _HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
@@ -41,33 +41,33 @@ class Subplot:
     x_label: str
     y_label: str
     data: DataFrame
-    """Columns `method`, `lora_rank`, `low`, `middle`, `high` for `draw_over_rank`; `method`, `x`, `y` for scatter."""
+    """For `draw_scatter`: `method`, `x`, `y`. For `draw_over_rank`: `method`, `lora_rank`, `low`, `middle`, `high`."""
 
 
 DrawSubplot = Callable[["Axes", DataFrame, Mapping[str, Style]], None]
 Grid = Sequence[Sequence[Subplot | None]]
-"""Rows of subplots, which must have equal lengths. None leaves a place empty."""
+"""Rows of subplots, which must have equal lengths. None leaves the place of a subplot empty."""
 
 
 def draw_over_rank(grid: Grid, path: Path) -> None:
-    """Draw ranges over the rank. Methods without a rank are on the left."""
+    """Draw `middle` with error bars from `low` to `high` over `lora_rank`. Methods without a rank are on the left."""
     _draw_grid(grid, path, _draw_ranks, panel_width=3.6, legend_columns=min(6, 2 * len(grid[0])))
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
     """Draw a point for each row. The markers of a method grow from row to row.
 
-    `with_front` adds the Pareto front for small `x` and large `y`.
+    `with_front` adds the Pareto front: the points that no other point dominates. Small `x` and large `y` are better.
     """
     draw = partial(_draw_points, with_front=with_front)
     _draw_grid(grid, path, draw, panel_width=4.6 if len(grid[0]) < 3 else 3.6, legend_columns=5)
 
 
 def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title: str, label: str) -> None:
-    """Draw stacked bars from the top, with a dashed line at 100. `label` is the quantity with its unit.
+    """Draw a stacked bar for each row of `parts`, from the top, and a dashed line at 100.
 
     `parts` holds the length of each part (column) of each bar (row). The columns `min` and `max` of `ranges` are the
-    range of the total length of each bar.
+    range of the total length of each bar. `label` is the quantity with its unit.
     """
     with figure_file(path, size=(8, 1.5 + 0.27 * len(parts))) as figure:
         axes = figure.subplots()
@@ -86,10 +86,11 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
 
 
 def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str) -> None:
-    """Draw groups of bars in one panel for each title. `label` is the quantity with its unit.
+    """Draw a panel of bars for each title in `panels`. `label` is the quantity with its unit.
 
     Each frame in `panels` holds the lengths of the bars: a row for each name, from the top, and a column for each
-    group. A group has the same style in every panel. A missing length is shown as "no record".
+    group. All frames must have the same rows. A group has the same style in every panel. A missing length is shown as
+    "no record".
     """
     groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
     names = next(iter(panels.values())).index.tolist()
@@ -105,9 +106,10 @@ def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str
 
 @contextmanager
 def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
-    """Yield an empty figure, and save it as PNG and SVG at the end of the block.
+    """Yield an empty figure, and save the figure to `<path>.png` and `<path>.svg` at the end of the block.
 
-    `size` is the width and height in inches. The files do not depend on the user's matplotlib settings or the date.
+    `size` is the width and height in inches. If the block raises an error, no file is written. The files do not depend
+    on the user's matplotlib settings or the date.
 
     Raises:
         ImportError: If matplotlib is not installed.
@@ -121,13 +123,13 @@ def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
         rcParams.update({"svg.hashsalt": "peft-edge", "font.size": 9})
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        # `with_suffix` would replace the part of the name after a point.
+        # `with_suffix` would replace the part of the name after a dot.
         figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
         figure.savefig(path.with_name(f"{path.name}.svg"), dpi=150, metadata={"Date": None})
 
 
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
-    """Return a dict from each method to its colour, marker and line. A method of `METHODS` has a fixed style."""
+    """Return a dict from each method to its colour, marker and line. Keys of `METHODS` always have the same style."""
     order = [*METHODS, *(name for name in names if name not in METHODS)]
     return {
         name: {

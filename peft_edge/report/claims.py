@@ -2,6 +2,7 @@
 
 The template of the page holds the fixed text of each section. The functions in this module compute the parts that
 depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts.
+Every function `..._claim`, here and in `run_claims`, returns `not_measured` if its records are missing.
 """
 
 from __future__ import annotations
@@ -23,13 +24,13 @@ STUDY_FAMILIES = ("lora", "dora", "galore")
 """The methods of the source study."""
 
 ABOUT_HALF = (0.25, 0.75)
-"""Ratios in this range are nearer to 0.5 than to 0 or 1."""
+"""A method saves about half as much if the ratio of its savings is in this range: nearer to 0.5 than to 0 or 1."""
 
 AGREEING_REDUCTION = 0.9
-"""The source study reports a reduction of FLOPs by 0.95. Reductions of at least this value agree with it."""
+"""The source study reports that FLOPs fall by 95 %. A reduction of at least this fraction agrees with the study."""
 
 NO_VALUE = "-"
-"""Text of a table cell without a record."""
+"""Text of a table cell without a value."""
 
 CSV_NAMES = {
     "backbone": "network",
@@ -44,7 +45,7 @@ CSV_NAMES = {
     "file": "record",
     "full_file": "full_record",
 }
-"""From names of columns in frames to their names in CSV files, where the names differ."""
+"""A dict from column names in frames to column names in CSV files. Other columns keep their names."""
 
 _GRID = "configs/study/costs.yaml"
 _LARGEST_REDUCTIONS = {
@@ -57,7 +58,7 @@ _COUNTS = [_STUDY_COUNT, _EXACT, f"{LEAN}, exact", _STORED_EXACT]
 
 
 class Chart(NamedTuple):
-    """The caption of a figure, and the function that draws it to a path without a suffix."""
+    """The caption of a figure, and the function that draws the figure. Its argument is a path without a suffix."""
 
     caption: str
     draw: Callable[[Path], None]
@@ -69,11 +70,12 @@ class Claim:
 
     Attributes:
         verdict: `AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`.
-        finding, details: The main result as text, and further results.
+        finding: The main result as text.
+        details: Further results as text.
         setting: Ranks and input sizes of the measured steps.
         table: The table on the page; see `markdown_table`.
         data: The full table, which names the records of each row.
-        charts: A dict from file names to figures.
+        charts: A dict from file names without a suffix to figures.
     """
 
     verdict: str
@@ -86,14 +88,14 @@ class Claim:
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result. Its finding has the command that creates the missing records."""
+    """Return a claim without a result. Its `finding` contains the command that creates the `lacking` records."""
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
     return Claim(verdict=NOT_MEASURED, finding=finding)
 
 
 def verdict_of(agreeing: int, total: int) -> str:
-    """Return "Agreed" if all cases agree, "Not agreed" if none does, and "In part" otherwise."""
+    """Return "Agreed" if all cases agree, "Not agreed" if no case agrees, and "In part" otherwise."""
     return AGREED if agreeing == total else IN_PART if agreeing else NOT_AGREED
 
 
@@ -144,7 +146,7 @@ def memory_claim(costs: DataFrame) -> Claim:
 
 
 def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
-    """Return the mean saved memory for each batch size and label, with a column for each kind and for their ratio."""
+    """Return the mean `saved_memory` for each batch size and `label`, with columns for `NETWORK_KINDS` and `ratio`."""
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)
     means = means.reindex(columns=list(NETWORK_KINDS))
     # The ratio has no meaning if language models save nothing.
@@ -216,7 +218,7 @@ def _draw_arithmetic(adapters: DataFrame, path: Path) -> None:
 
 
 def comparable_steps(costs: DataFrame) -> DataFrame:
-    """Return the analysed steps for which full fine-tuning was analysed with the same network and inputs."""
+    """Return the rows of `costs` that have a reference (`full_file`). The references themselves are excluded."""
     return costs[~costs["is_reference"] & costs["full_file"].notna()]
 
 
@@ -227,7 +229,7 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return a table of the time ratio and, in brackets, the peak in MiB, for each contender and network."""
+    """Return time ratios and, in brackets, peaks in MiB: a row for each method, a column for each network and size."""
     cells = [
         NO_VALUE if row.error else f"{fixed(row.ratio, 2)} ({fixed(row.peak_bytes / 2**20, 0)})"
         for row in timings.itertuples()
@@ -239,7 +241,7 @@ def timing_table(timings: DataFrame) -> DataFrame:
 
 
 def fixed(value: float, digits: int) -> str:
-    """Format a number with `digits` decimals, without the sign of zero. A missing value becomes `NO_VALUE`.
+    """Format a number with `digits` decimals. Zero has no sign, and a missing value becomes `NO_VALUE`.
 
     >>> fixed(1234.56, 1), fixed(-0.04, 1)
     ('1,234.6', '0.0')
@@ -253,7 +255,7 @@ def percent(fraction: float) -> str:
 
 
 def short(value: float) -> str:
-    """Format a number with three significant digits, or with all digits before the point if there are more.
+    """Format a number: two decimals below 1, otherwise three significant digits or all digits before the point.
 
     >>> short(1.234), short(12345.6)
     ('1.23', '12,346')
@@ -267,7 +269,7 @@ def mean_and_deviation(mean: float, deviation: float) -> str:
 
 
 def interval(numbers: Iterable[int]) -> str:
-    """Format the smallest and the largest of some numbers.
+    """Format the smallest and the largest element of `numbers`, or a single number if both are equal.
 
     >>> interval([3, 1, 2]), interval([4, 4])
     ('1 to 3', '4')

@@ -4,7 +4,7 @@
 and timed step. Every row names the file of its record. `variant_frame` summarises the runs over their seeds.
 `archive_frame` holds every field of every record.
 
-Paths of files are relative to the page; `folder` is the path of the records. Without records, a frame is empty.
+Paths of files and `folder`, the folder of the records, are relative to the page. Without records, a frame is empty.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 """The kinds of networks, in the order of tables."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
-"""Forms of a step: PEFT's layers, our layers, after `prepare_model_for_lean_training`, and on stored features."""
+"""Forms of a step: without our layers, with our layers, after `prepare_model_for_lean_training`, on stored features."""
 
 MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
@@ -37,10 +37,10 @@ CHANGE_MEASURES = ["relative_norm", "stable_rank"]
 """The measures of a changed kernel; see `KernelChange`."""
 
 COST_COLUMNS = ["memory", "flops", "shipped"]
-"""The costs of a run: peak bytes and FLOPs of a training step, and bytes of the saved weights."""
+"""The costs of a run: peak bytes and FLOPs of a training step, and bytes of the saved adapter or model."""
 
 CONTEST = ["task", "backbone"]
-"""Columns that agree for the variants that the report compares."""
+"""The report compares variants that have the same values in these columns."""
 
 STANDARD_ERRORS = 2
 """A paired difference is clear if its mean is more than this many standard errors from zero."""
@@ -48,7 +48,7 @@ STANDARD_ERRORS = 2
 _TASK_SETTINGS = ("backbone.", "data.", "source.")
 # Settings that do not change the result, and the seed, because the report averages over seeds.
 _NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling.", "seed")
-# Columns that agree for analysed steps that the report compares.
+# The report compares analysed steps that have the same values in these columns.
 _STEP = ["network", "batch_size", "image_size", "sequence_length", "accounting"]
 
 
@@ -59,12 +59,14 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         name, file: Path of the record in the archive, and relative to the page.
         task: Data set, and the name of the shift or `new classes`.
         backbone, kind: Network, and `depthwise`, `standard` or `unknown`.
-        method, family: Name with the settings that distinguish it from others, and name without settings and `peft-`.
+        method: Key of `METHODS`, followed by the settings that distinguish runs with the same key, task and network.
+        family: Key of `METHODS` without `peft-`.
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
         variant: Method and rank. The report compares variants.
+        order, seed, trains: Position in `METHODS`, seed, and whether the run has trainable parameters.
         target, target_before, source, forgetting: Test results.
         score, score_label: Accuracy on the target or, with new classes, the harmonic mean of new and old accuracy.
-        memory, flops, shipped: See `COST_COLUMNS`. All are missing if one of them was not measured.
+        memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
 
     Raises:
         ValueError: If two records describe the same run.
@@ -76,7 +78,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # Runs that train only the head change no convolution, so the kind of the network comes from other runs.
+    # Runs that train only the head change no convolution. The kind of the network comes from all runs of this network.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -125,18 +127,19 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
 
 
 def variant_frame(runs: DataFrame) -> DataFrame:
-    """Return one row for each task, network and variant, which summarises the seeds, in the order of `run_frame`.
+    """Return one row for each task, network and variant, in the order of `run_frame`. A row summarises all seeds.
 
     Columns, in addition to the columns of `run_frame` with one value for each variant:
-        seeds, records: Number of runs and the files of their records.
-        score, target, source, and each with `_std`: Means and sample standard deviations.
+        seeds, records: Number of runs, and the files of their records.
+        score, target, source: Means over the seeds.
+        score_std, target_std, source_std: Sample standard deviations; missing for one seed.
         gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in points.
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
         is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
-        is_equal: Whether the variant has no clear paired difference from the best variant.
-        is_pareto: Whether no other variant is at least as good in score and all costs, and better in one of them.
-        to_full_..., to_head_...: `paired_differences` from full fine-tuning and from training only the head.
+        is_equal: Whether the paired difference from the best variant is not clear. True without two common seeds.
+        is_pareto: Whether no other variant dominates this variant in score and costs. False if the costs are missing.
+        to_full_..., to_head_...: `paired_differences` with the references `full` and `head`.
     """
     if runs.empty:
         return runs
@@ -166,7 +169,7 @@ def variant_frame(runs: DataFrame) -> DataFrame:
 
 
 def pooled_frame(runs: DataFrame) -> DataFrame:
-    """Return the paired differences over all networks and seeds, one row for each task, kind of network and variant.
+    """Return one row for each task, kind of network and variant, with paired differences over all networks and seeds.
 
     The frame has the columns of `variant_frame` that apply to several networks. Networks of unknown kind are omitted.
     """
@@ -183,7 +186,7 @@ def _compare_with_references(scores: DataFrame) -> DataFrame:
 
 
 def score_table(runs: DataFrame) -> DataFrame:
-    """Return the scores with one row for each variant and one column for each network and seed."""
+    """Return the scores: one row for each variant, and one column for each pair of network and seed."""
     table = runs.pivot(index="variant", columns=["backbone", "seed"], values="score")
     return table.loc[runs["variant"].unique()]
 
@@ -195,8 +198,8 @@ def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
 
     Returns:
         For each row the `mean` difference, its standard `error`, the number of `pairs`, and whether the difference is
-        `clear`. The error is the sample standard deviation divided by sqrt(pairs); it is missing for one pair. The
-        reference has no pairs, and no row has pairs if the reference is missing.
+        `clear`. `error` is the sample standard deviation divided by sqrt(pairs). With fewer than two pairs, `error` is
+        missing and `clear` is False. The row `reference` has 0 pairs. Without this row, all rows have 0 pairs.
     """
     differences = scores - scores.loc[reference] if reference in scores.index else scores * np.nan
     differences.loc[differences.index == reference] = np.nan
@@ -220,7 +223,7 @@ def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
 
     Columns:
         file, order, method, lora_rank, variant: See `run_frame`.
-        layers: `dense`, `depthwise` or `grouped` layers, and the kind of the network.
+        layers: `dense` (including pointwise), `depthwise` or `grouped` layers, and the kind of the network.
         relative_norm, stable_rank: See `KernelChange`.
     """
     rows = []
@@ -243,11 +246,13 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
         file, kind, network, batch_size, image_size, sequence_length, accounting, lora_rank: From the record.
         family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
-        variant, method: Family with the settings that distinguish it, and variant with the form, as in `lora (lean)`.
+        variant: Family, followed by the settings that distinguish steps with the same family and form.
+        method: Family and form, such as `lora (lean)`, followed by the same settings.
         peak, flops: Bytes at the peak, and FLOPs of convolutions and products in the forward and backward pass.
         activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
-        is_reference: Whether the step is full fine-tuning as it is. Other steps are compared with the reference.
-        full_file, full_peak, full_flops: Record, peak and FLOPs of the reference; missing if it was not analysed.
+        is_reference: Whether the step is full fine-tuning in the form `AS_IS`.
+        full_file, full_peak, full_flops: Record, peak and FLOPs of the reference with the same network, inputs and
+            accounting; missing if this reference was not analysed.
         saved_memory, saved_flops: 1 - peak / full_peak and 1 - flops / full_flops.
 
     Raises:
@@ -304,13 +309,13 @@ def _cost_row(file: str, record: CostRecord) -> dict[str, object]:
 
 
 def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
-    """Return one row for each contender of each record of `peft-edge bench`; `records` is a dict from paths to records.
+    """Return one row for each contender in each record of `peft-edge bench`. The keys of `records` are paths.
 
-    Columns, in addition to the setting:
+    Columns, in addition to the network, the setting, the processor, the method (the contender's label) and the record:
         ratio: Median over the rounds of the step time divided by the time of full fine-tuning in the same round.
         lowest, highest: Range of these ratios.
         peak_bytes: Memory at the peak of a step.
-        error: First line of the error if the contender did not run.
+        error: First line of the error; empty if the contender ran.
     """
     rows = [
         {
@@ -334,7 +339,7 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
 
 
 def read_bench(folder: Path) -> dict[str, BenchRecord]:
-    """Read the records of `peft-edge bench` in a folder, and return a dict from file names to records.
+    """Read the records of `peft-edge bench` in `folder`, without subfolders. Return a dict from file names to records.
 
     Raises:
         ValueError: If the folder has no JSON files, or a JSON file is not a record of `peft-edge bench`.
@@ -351,7 +356,7 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 
 
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
-    """Return one row with all settings and results for each record, also for runs that failed.
+    """Return one row with all settings and results for each record, including failed runs.
 
     The row of a run has its last metrics (the test results), the step profile of the first process, and the median
     kernel changes for each kind of layer. `output_dir` and `cache_dir` are omitted.
@@ -398,7 +403,7 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
 
 
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return for each row the text of the settings in which the row differs from rows with equal keys.
+    """Return a text for each row of `keys`: the settings that differ among rows with equal keys; empty if none differ.
 
     >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
     [', norm=stats', ', norm=frozen']

@@ -22,13 +22,13 @@ from peft_edge.report.run_claims import accuracy_claim, choice_claim, decision_t
 def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
     """Write the page, its figures and its CSV files. The same records give identical files.
 
-    If an error occurs while the report is created, no file is written. Other files in the folder do not change.
+    If the page, a figure or a table cannot be created, no file is written. Other files in `out` do not change.
 
     Args:
         records: Folder with the records of runs and analyses.
         out: Folder of the report: `README.md`, `data.csv` with every record, `claims` with the full table of each
             section, and `figures` as PNG and SVG.
-        bench: Folder with records of `peft-edge bench`.
+        bench: Folder with records of `peft-edge bench`. None omits the measured times.
 
     Returns:
         The paths of the written files.
@@ -53,7 +53,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
         (made / "README.md").write_text(page, encoding="utf-8")
         frames.archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
         for name, table in tables.items():
-            # With six digits, the order in which numbers are summed does not matter.
+            # Sums in a different order differ by rounding errors, which six digits do not show.
             table.to_csv(made / "claims" / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
         for name, chart in charts.items():
             chart.draw(made / "figures" / name)
@@ -69,7 +69,8 @@ def make_report(
 ) -> tuple[str, dict[str, DataFrame], dict[str, claims.Chart]]:
     """Return the text of the page, a dict from file names to CSV tables, and a dict from file names to figures.
 
-    `measured` holds records of `peft-edge bench`. Its keys and `folder` are paths relative to the page.
+    `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
+
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, variants = frames.timing_frame(measured), frames.variant_frame(runs)

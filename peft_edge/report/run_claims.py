@@ -61,7 +61,7 @@ def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
 
 
 def _compare_with_full(variants: DataFrame) -> Claim:
-    """Compare the best method of the source study on each task and network with full fine-tuning."""
+    """Compare full fine-tuning with the best variant in `STUDY_FAMILIES`, on each task and network."""
     study = variants[variants["family"].isin(STUDY_FAMILIES)]
     best = study.loc[study.groupby(CONTEST)["score"].idxmax()].dropna(subset="to_full_error")
     if best.empty:
@@ -87,7 +87,7 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return the scores in %, with a row for each variant and a column for each task and network."""
+    """Return the scores in %, in bold if `is_equal`: a row for each variant, a column for each task and network."""
     cells = []
     for row in variants.itertuples():
         seeds = "" if row.seeds == row.full_seeds else f" ({row.seeds})"
@@ -124,13 +124,13 @@ def _subplot(rows: DataFrame, x_label: str, y_label: str) -> Subplot:
 
 
 def updates_claim(changes: DataFrame) -> Claim:
-    """Compare the relative norm and the stable rank of the kernel changes over the rank."""
+    """Compare the relative norm and the stable rank of the kernel changes between LoRA ranks."""
     if changes.empty:
         return not_measured("the change of a kernel", _GRID)
     groups = changes.groupby(["variant", "layers"], sort=False)
     # Depthwise layers, which only some networks have, come last.
     layers = sorted(changes["layers"].unique(), key=lambda name: (name.startswith("depthwise"), name))
-    # Rounding removes the error of the interpolation.
+    # Rounding removes the rounding error of the quantiles' interpolation.
     quartiles = groups[CHANGE_MEASURES].quantile([0.25, 0.5, 0.75]).round(12).unstack()
     columns, data = {}, groups.size().rename("changed_layers").to_frame()
     for measure in CHANGE_MEASURES:
@@ -151,7 +151,7 @@ def updates_claim(changes: DataFrame) -> Claim:
 
 
 def _compare_ranks(changes: DataFrame) -> Claim:
-    """Compare the changes of dense layers at the lowest and at the highest rank of each method."""
+    """Compare the changes of dense layers at the lowest and the highest rank of each method with several ranks."""
     dense = changes[changes["layers"].str.startswith("dense")]
     rises, parts = [], []
     for method, rows in dense.groupby("method", sort=False):
@@ -193,7 +193,7 @@ def _draw_updates(changes: DataFrame, layers: list[str], path: Path) -> None:
 
 
 def choice_claim(variants: DataFrame) -> Claim:
-    """Find the Pareto-optimal methods and ranks in score, peak memory, FLOPs and saved bytes."""
+    """Find the methods and ranks that are Pareto-optimal in score, peak memory, FLOPs and saved bytes."""
     profiled = variants if variants.empty else variants.dropna(subset=COST_COLUMNS)
     if profiled.empty:
         return not_measured("a run whose steps were profiled", _GRID)
@@ -238,10 +238,10 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 
 
 def decision_table(variants: DataFrame) -> DataFrame | None:
-    """Return a recommended method for each task and network, with a column for accuracy and for each cost.
+    """Return a row of recommended methods for each task and network, with a column for accuracy and for each cost.
 
-    The column of a cost holds the cheapest method among the best and those that cannot be distinguished from the best.
-    None if no run was profiled.
+    The column of a cost holds the cheapest variant with `is_equal`. Pairs of task and network without a profiled
+    variant with `is_equal` are omitted. Return None if no pair remains.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():
