@@ -54,7 +54,7 @@ class Command(TyperCommand):
     """A command that accepts several values after one option, and prints expected errors without a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the type of ctx is private
-        """Expand `--method full lora` to `--method full --method lora`, and complete unambiguous abbreviations of options."""
+        """Expand `--method full lora` to `--method full --method lora`, and complete abbreviated options."""
         lists = {name: getattr(option, "multiple", False) for option in self.params for name in option.opts}
         expanded: list[str] = []
         repeated = None
@@ -198,8 +198,8 @@ def profile(
 ) -> None:
     """Print the FLOPs and memory of a training step, without training.
 
-    Prints a row for each method and LoRA rank. The training steps run on tensors without values, which takes seconds and
-    needs no memory besides the weights.
+    Prints a row for each method and LoRA rank. The steps run on tensors without values. This takes seconds, and no
+    memory except for the weights.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.profiling.analysis import compare_methods
@@ -234,7 +234,7 @@ def plan(
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     optimizer: Optimizer = "adamw",
-    records: Annotated[Path | None, _path("FOLDER", "Records of runs, to list the most accurate results first.")] = None,
+    records: Annotated[Path | None, _path("FOLDER", "Records of runs; methods with high accuracy come first.")] = None,
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 

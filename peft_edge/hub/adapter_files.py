@@ -83,7 +83,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     if (fingerprint := base_fingerprint(model)) is not None:
         (folder / BASE_NAME).write_text(json.dumps(fingerprint), encoding="utf-8")
 
-    # `load_pretrained` rejects a pattern that RE2 does not support, so write the names that the pattern matches instead.
+    # `load_pretrained` rejects patterns that RE2 does not support. Write the names that such a pattern matches instead.
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
     modules = [target.name for target in iter_target_modules(model.get_base_model())]
@@ -129,7 +129,7 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
     # Imported here to keep the import of the package fast.
     from pydantic import TypeAdapter, ValidationError
 
-    # PEFT would import the module that `megatron_core` names.
+    # With `megatron_config`, PEFT would import the module that the key `megatron_core` names.
     if found.get("megatron_config") is not None:
         raise ValueError(f"{path}: megatron_config: expected null, as for every convolutional network")
     initial = found.get("init_lora_weights", True)
@@ -239,7 +239,7 @@ def check_finite(path: Path) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Read JSON. Raise a ValueError if it is invalid, exceeds `JSON_LIMIT`, repeats a key or has a non-finite number."""
+    """Read JSON. Raise a ValueError if it is invalid, exceeds `JSON_LIMIT`, repeats a key or has a NaN or infinity."""
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:
