@@ -190,7 +190,7 @@ def profile(
     target_modules: Annotated[
         str | None, Option(parser=_target_modules, metavar="ROLE|REGEX", help=f"{_TARGETS}; by default the method's.")
     ] = None,
-    norm: Annotated[str, _choice(NORMS, "BatchNorm in training.")] = "stats",
+    norm: Annotated[str, _choice(NORMS, "BatchNorm mode, as in the key norm of train.py.")] = "stats",
     optimizer: Optimizer = "adamw",
     accounting: Annotated[Accounting, _choice(get_args(Accounting), "How to count FLOPs.")] = "exact",
     json: Json = None,
@@ -234,7 +234,7 @@ def plan(
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     optimizer: Optimizer = "adamw",
-    records: Annotated[Path | None, _path("FOLDER", "Records of runs; methods with high accuracy come first.")] = None,
+    records: Annotated[Path | None, _path("FOLDER", "Records of runs; the most accurate results come first.")] = None,
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 

@@ -191,14 +191,14 @@ class TrainingConfig(Section):
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
     ] = [1e-2]
-    """Peak learning rate. From a list, the accuracy on the target's validation split chooses one. Usual values: 3e-3 to
-    1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
+    """Peak learning rate, or a list from which the accuracy on the target's validation split chooses. Usual values: 3e-3
+    to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
     """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of the named optimizer."""
     weight_decay: NonNegative = 0.0
     """Weight decay of all trainable weights except norms and biases. 0 is usual for adapters."""
     warmup_steps: Count = 10
-    """Optimizer steps of linear warm-up, fewer than all steps."""
+    """Optimizer steps of linear warm-up. There must be more steps in total."""
     max_grad_norm: Positive | None = None
     """Maximum norm of all gradients together; by default gradients are not clipped. Try 1 if training diverges."""
     gradient_accumulation_steps: PositiveCount = 1

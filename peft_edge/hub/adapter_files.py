@@ -54,8 +54,8 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save the active adapter, the class names and a model card, and replace `folder` when all files are complete.
 
-    A fingerprint of the base weights is saved, too, unless the adapter is merged or its initialisation changed the base
-    weights (PiSSA, OLoRA). With it, `load_pretrained` rejects a base with other weights.
+    A fingerprint of the base weights is also saved, and `load_pretrained` then rejects a base with other weights. The
+    fingerprint is left out if the adapter is merged, or has an initialisation such as PiSSA that changes base weights.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -66,10 +66,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter`, with `card` as the model card.
-
-    If `base_name` is given, it replaces `base_model_name_or_path` in the adapter's configuration.
-    """
+    """Write the files of `save_adapter` with this card. A `base_name` replaces PEFT's `base_model_name_or_path`."""
     names = class_names(model)
     folder.mkdir(exist_ok=True)
     # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
@@ -98,12 +95,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Read `adapter_config.json`.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If the file is damaged, or has a type of adapter, key or value that is unknown or unsafe.
-    """
+    """Read `adapter_config.json`. Raise a ValueError if it is damaged, or has an unknown or unsafe key or value."""
     try:
         found = read_json(path)
         if not isinstance(found, dict) or not {"peft_type", "base_model_name_or_path"} <= found.keys():
@@ -151,7 +143,7 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
 
 
 def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """In `config`, replace each regular expression in place by an exact pattern of the names in `modules` it matches.
+    """Replace each regular expression in `config`, in place, by an exact pattern of the matching names in `modules`.
 
     PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
     This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
@@ -202,12 +194,7 @@ def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the header of a safetensors file: the name, shape and dtype of each tensor.
-
-    Raises:
-        FileNotFoundError: If the file is missing.
-        ValueError: If the file is damaged, its header exceeds `HEADER_LIMIT`, or a dtype is not in `_DTYPES`.
-    """
+    """Read the header of a safetensors file. Raise a ValueError if it is damaged, too large or has an unknown dtype."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:

@@ -36,7 +36,7 @@ class CardSubject:
 
     Attributes:
         base: The base model, as in PEFT's `base_model_name_or_path`: a Hub id, a timm model name, or a local folder.
-        architecture: The name of the timm architecture, or of the Python class if the base is no timm model.
+        architecture: The name of the timm architecture, or of the Python class if the base is not from timm.
         peft_type: The adapter's `peft_type`, such as `CONV_LORA`; None for a whole model.
         source: The Hub id from which the code examples of the card load the adapter or model.
         license: The Hub's identifier of a license. None: the license of timm's pretrained weights, if they were used.
@@ -146,7 +146,7 @@ def _shift(data: Mapping[str, Any]) -> str:
 
 
 def shareable(record: Record) -> Record:
-    """Return a copy of a record in which only the last component of every local path is left."""
+    """Return a copy of a record that keeps only the last component of every local path."""
     return type(record).from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
 
 

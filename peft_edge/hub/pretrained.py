@@ -164,7 +164,7 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
 
 
 def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
-    """Load a backbone. First build it on the meta device, so that a hostile configuration cannot exhaust the memory."""
+    """Load a backbone, but build it on the meta device first: a hostile configuration must not exhaust the memory."""
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:
         found = read_json(config)

@@ -83,12 +83,9 @@ def push_update(
     license: str | None = None,
     **options: Any,
 ) -> str:
-    """Push the update of a run: an adapter, or a whole model if the method saves the whole model.
+    """Push the update of a run, an adapter or a whole model, and return the URL of the commit.
 
     `update` is the folder of this adapter or model. All other arguments are those of `push_adapter`.
-
-    Returns:
-        The URL of the commit.
 
     Raises:
         ValueError: If the record or a file in `update` is damaged.

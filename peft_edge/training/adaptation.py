@@ -122,7 +122,7 @@ def sweep(
         The candidates that did not diverge, and for every candidate a dict for the `sweep` entries of the record.
 
     Raises:
-        DivergedError: If every candidate diverges. Its attribute `tried` contains the dicts.
+        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts.
         OSError: If a checkpoint or a result cannot be written.
     """
     method = find_method(run.config.method)
@@ -269,10 +269,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write the adapter to `folder/adapter`, or with `saves_full_model` the merged model to `folder/model`.
-
-    With `saves_full_model`, a PEFT model is merged in place, so `model` is not usable afterwards.
-    """
+    """Write the adapter to `folder/adapter`; with `saves_full_model`, merge `model` in place into `folder/model`."""
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
     else:

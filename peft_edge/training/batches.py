@@ -21,21 +21,12 @@ from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
-    """Return shuffled batches of augmented images. All processes together receive `batch_size` images per step.
-
-    An incomplete last batch is dropped.
-
-    Raises:
-        ValueError: If there are fewer images than `batch_size`.
-    """
+    """Return shuffled batches of `batch_size` augmented images over all processes, without an incomplete last batch."""
     return _batches(config, backbone, images, train=True, shuffle=True, batch_size=batch_size)
 
 
 def evaluation_batches(config: RunConfig, backbone: nn.Module, images: Dataset) -> DataLoader:
-    """Return batches of `training.eval_batch_size` images, in order and without augmentation.
-
-    All images are included: the last batch may be smaller.
-    """
+    """Return all images in order and without augmentation, in batches of `training.eval_batch_size`."""
     return _batches(config, backbone, images, train=False, shuffle=False, batch_size=config.training.eval_batch_size)
 
 
@@ -120,7 +111,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
     """Return `profile`, measured on `Replay.tail`, with the adapter bytes of the whole model in its `step` rows.
 
-    The saved adapter includes BatchNorm statistics of the prefix. If `model` is no PEFT model, `profile` is unchanged.
+    The saved adapter includes BatchNorm statistics of the prefix. Without a PEFT model, `profile` is unchanged.
     """
     if not isinstance(model, PeftModel):
         return profile

@@ -178,7 +178,7 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Set `handler` for SIGTERM inside the block. Outside the main thread, Python forbids this, and nothing changes."""
+    """Set `handler` for SIGTERM inside the block. Do nothing outside the main thread, where Python forbids it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return

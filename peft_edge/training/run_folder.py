@@ -35,11 +35,7 @@ class ActiveRun:
 
     @property
     def record(self) -> Record | None:
-        """The record in `record.json` if it says that the run has succeeded, otherwise None.
-
-        Raises:
-            ValueError: If `record.json` is damaged, or was written by a newer version.
-        """
+        """The record if the run has succeeded, otherwise None. Raises a ValueError if `record.json` is damaged."""
         record = read_record(self.path / "record.json", Record)
         return record if record is not None and record.train_info.status == SUCCESS else None
 
@@ -174,9 +170,7 @@ class Progress:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> None:
-    """Write a checkpoint to `folder/step_<n>` atomically, then delete all but the newest `keep` checkpoints.
-
-    All processes must call this function.
+    """Write `folder/step_<n>` atomically, then keep only the newest `keep` checkpoints. All processes must call this.
 
     Raises:
         OSError: If the checkpoint cannot be written. Earlier checkpoints are kept.
