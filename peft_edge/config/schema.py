@@ -191,8 +191,8 @@ class TrainingConfig(Section):
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
     ] = [1e-2]
-    """Peak learning rate, or a list from which the accuracy on the target's validation split chooses. Usual values: 3e-3
-    to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
+    """Peak learning rate, or a list from which the accuracy on the target's validation split chooses. Usual values:
+    3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
     """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of the named optimizer."""
     weight_decay: NonNegative = 0.0
