@@ -134,7 +134,7 @@ def fuse_batch_norms(model: nn.Module) -> None:
     Outputs are unchanged up to rounding. A BatchNorm remains if it follows a sum or a concatenation, or a convolution
     whose output another layer uses. `model` must be in eval mode, without adapters and without trainable parameters.
     """
-    # `inplace_norms` returns the pairs of a convolution and a BatchNorm that alone uses its output.
+    # `inplace_norms` returns the pairs in which only the BatchNorm uses the convolution's output.
     prepare_model_for_lean_training(model, inplace_norm=True)
     pairs = inplace_norms(model)
     undo_lean_training(model)
