@@ -1,7 +1,7 @@
 """The `peft-edge` command.
 
-Arguments are checked before torch is imported, so each command imports its modules itself. The constants here repeat
-names from those modules, and a test compares them.
+Arguments are checked before torch is imported, so each command imports its modules inside its function. The constants
+in this file repeat names from these modules, and a test compares the names.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
 
 
 class Command(TyperCommand):
-    """A command that accepts several values after one option, and prints an error without a traceback."""
+    """A command that accepts several values after one option, and prints expected errors without a traceback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the type of ctx is private
         """Expand `--method full lora` to `--method full --method lora`, and complete abbreviated options."""
@@ -73,7 +73,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, expanded)
 
     def invoke(self, ctx: Any) -> object:
-        """Run the command. Exit with code 2 after an error, and with 130 after Ctrl-C."""
+        """Run the command. Exit with code 2 after a ValueError, OSError or ImportError, and with 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
@@ -133,7 +133,7 @@ def _path(metavar: str, meaning: str) -> OptionInfo:
 
 
 _MODEL = "The folder of an adapter or of a saved model, or the id of an adapter on the Hub."
-_METHODS = f"One or several of {', '.join(METHOD_NAMES)}."
+_METHODS = f"One or several methods: {', '.join(METHOD_NAMES)}."
 _TARGETS = f"The layers to adapt: {', '.join(ROLE_NAMES)}, or a regular expression"
 
 Base = Annotated[str, Option(help="The base model: the folder of a saved model, or the id of a timm model on the Hub.")]
@@ -143,9 +143,9 @@ BatchSize = Annotated[int, _count("Images per step.")]
 ImageSize = Annotated[int, _count("Height and width in pixels.")]
 Methods = Annotated[list[str], Option(parser=_one_of(METHOD_NAMES), metavar="METHOD ...", help=_METHODS)]
 LoraRanks = Annotated[list[int], Option(min=1, metavar="RANK ...", help="One or several ranks of the adapters.")]
-Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "The optimizer, or its GaLore form, with default settings.")]
+Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "The optimizer; method galore uses its GaLore variant.")]
 Json = Annotated[
-    Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints the JSON.")
+    Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints only the JSON.")
 ]
 Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help="Save a figure (.png, .svg or .pdf).")]
 
@@ -158,7 +158,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `peft-edge` with `arguments`, by default those of the process."""
+    """Run `peft-edge` with `arguments`, by default those of the process. Raise SystemExit only after a failure."""
     try:
         app(arguments, prog_name="peft-edge")
     except SystemExit as stop:
@@ -174,7 +174,7 @@ def _print_version(is_given: bool) -> None:
 
 @app.callback()
 def _options(
-    version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True, help="The version.")] = False,
+    version: Annotated[bool, Option("--version", callback=_print_version, is_eager=True, help="Show version.")] = False,
 ) -> None:
     pass
 
@@ -190,7 +190,7 @@ def profile(
     target_modules: Annotated[
         str | None, Option(parser=_target_modules, metavar="ROLE|REGEX", help=f"{_TARGETS}; by default the method's.")
     ] = None,
-    norm: Annotated[str, _choice(NORMS, "How the method treats BatchNorm.")] = "stats",
+    norm: Annotated[str, _choice(NORMS, "BatchNorm mode, as in the key norm of train.py.")] = "stats",
     optimizer: Optimizer = "adamw",
     accounting: Annotated[Accounting, _choice(get_args(Accounting), "How to count FLOPs.")] = "exact",
     json: Json = None,
@@ -198,8 +198,8 @@ def profile(
 ) -> None:
     """Print the FLOPs and memory of a training step, without training.
 
-    Prints a row for each method and LoRA rank. The steps run on tensors without values. They take seconds, and no more
-    memory than the weights.
+    Prints a row for each method and LoRA rank. The steps run on tensors without values. This takes seconds, and no
+    memory except for the weights.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.profiling.analysis import compare_methods
@@ -234,12 +234,13 @@ def plan(
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     optimizer: Optimizer = "adamw",
-    records: Annotated[Path | None, _path("FOLDER", "Records of runs, to list the most accurate first.")] = None,
+    records: Annotated[Path | None, _path("FOLDER", "Records of runs; the most accurate results come first.")] = None,
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 
-    Lists the methods, target modules and LoRA ranks whose training step fits, each with the mildest lean setting that
-    it needs. For the others, it prints which limit they exceed. The steps run on tensors without values.
+    Lists the combinations of method, target modules and LoRA rank whose training step fits. For each, it shows the
+    mildest lean setting that is needed. For all other combinations, it shows the limit that the step exceeds. The steps
+    run on tensors without values.
     """
     from peft_edge.backbones import load_backbone
 
@@ -268,11 +269,10 @@ def bench(
     json: Json = None,
     picture: Picture = None,
 ) -> None:
-    """Measure training steps of our methods and of others on this machine.
+    """Measure training steps of peft-edge, PEFT, LyCORIS and loralib on this machine.
 
-    Measures full fine-tuning, our methods, and PEFT, LyCORIS and loralib if they are installed. Prints memory, FLOPs,
-    and time as a multiple of full fine-tuning; the timed steps of all methods alternate. This takes minutes, during
-    which the machine should do nothing else.
+    Libraries that are not installed are left out. Prints memory, FLOPs, and time as a multiple of full fine-tuning. The
+    timed steps of all methods alternate. The command takes minutes, and no other program should run in this time.
     """
     from peft_edge.bench import bench_table, run_bench, save_bench_figure
 
@@ -292,13 +292,13 @@ def bench(
 
 
 def _show(json_text: str, table: str, file: Path | None) -> None:
-    """Print the table, and write the JSON text to `file` if there is one. If `file` is `-`, print only the JSON."""
+    """Print `table`, and write `json_text` to `file` unless it is None. If `file` is `-`, print only `json_text`."""
     if file == Path("-"):
         sys.stdout.write(json_text)
         return
     print(table)
     if file is not None and file.exists() and not file.is_file():
-        # A device or a pipe cannot be replaced.
+        # `atomic_write` would replace a device or a pipe, such as /dev/stdout, by a file.
         file.write_text(json_text, encoding="utf-8")
     elif file is not None:
         with atomic_write(file.resolve()) as unfinished:
@@ -314,8 +314,8 @@ def study(
 ) -> None:
     """Run a grid of training runs or cost analyses, and print a table.
 
-    Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the others.
-    Several processes of this command, on one or more machines, can share a grid through its output folder.
+    Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the other runs.
+    To share a grid among machines, start this command on each machine with the same output folder.
     """
     from peft_edge.study import read_grid, run_grid, study_table
 
@@ -337,8 +337,8 @@ def report(
 ) -> None:
     """Write a page, figures and a data file from records.
 
-    Writes README.md, figures (PNG and SVG) and data.csv. The same records give the same bytes. Other files in the
-    folder stay unchanged.
+    Writes README.md, figures (PNG and SVG) and data.csv. The same records give byte-identical files. Other files in the
+    output folder are unchanged.
     """
     from peft_edge.report import write_report
 
@@ -365,8 +365,8 @@ def export(
 ) -> None:
     """Export an adapted model for ONNX Runtime, torch.export or ExecuTorch.
 
-    Merges the adapter, folds BatchNorm into the convolutions and compares the outputs of the file with those of the
-    PyTorch model. A floating-point file is not kept if its outputs differ.
+    Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
+    the PyTorch model. If the outputs of the floating-point network differ, no file is written.
     """
     from peft_edge.export.exporter import export_model
     from peft_edge.export.verification import comparison_table, read_images
@@ -382,7 +382,7 @@ def export(
         out,
         format=format,
         images=images.comparison,
-        # Without the record of the run, nobody knows which images the model was trained on.
+        # Without the record of the run, the test images may include images that the model was trained on.
         labels=images.labels if run else None,
         batch_size=batch_size,
         calibration=images.calibration if quantize else None,
@@ -394,7 +394,10 @@ def export(
 
 
 def _run_config(folder: Path) -> JsonObject | None:
-    """Return the configuration in the record of the run: in the folder if it was pushed to the Hub, else above it."""
+    """Return the configuration of the run that wrote `folder`, or None if there is no record.
+
+    `record.json` is in `folder` if it was pushed to the Hub and downloaded, and otherwise in the parent of `folder`.
+    """
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:
             return record.run_info.train_config
@@ -407,13 +410,13 @@ def diff(
     adapter: Annotated[str, Option(help=_MODEL)],
     out: Annotated[Path, _path("FILE", "The output file (.safetensors).")],
     allow_other_base: Annotated[
-        bool, Option("--allow-other-base", help="Accept other weights than those that the adapter was trained on.")
+        bool, Option("--allow-other-base", help="Accept a base with other weights than the adapter was trained on.")
     ] = False,
 ) -> None:
     """Write only the weights that an adapter changes.
 
-    Writes the weights of the merged model that differ from its base. A device that has the base rebuilds the merged
-    model from this file with `peft-edge apply`.
+    Writes the tensors of the merged model that differ from the base. A device with the base rebuilds the merged model
+    from this file with `peft-edge apply`.
     """
     from peft_edge.export.differences import write_diff
 
@@ -430,7 +433,7 @@ def apply(
 ) -> None:
     """Rebuild the merged model from its base and a diff.
 
-    The result is bit-identical to the merged model. If `peft-edge diff` compared with another base, nothing is written.
+    The result is bit-identical to the merged model. If the diff was written for another base, nothing is written.
     """
     from peft_edge.export.differences import apply_diff, save_result
 

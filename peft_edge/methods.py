@@ -1,4 +1,4 @@
-"""The registry of methods: how each method prepares a source model, and which optimizer trains the result."""
+"""Register the methods: how a method prepares a source model, and which optimizer trains the prepared model."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "sgd-momentum": partial(SGD, momentum=0.9),
     "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
 }
-"""Constructors of the optimizers. Adafactor is that of Transformers, without its own learning-rate schedule."""
+"""Constructors of the optimizers, by name. Adafactor is from Transformers, with a given learning rate."""
 
 _GALORE: dict[str, OptimizerFactory] = {
     "adamw": optim.GaLoreAdamW,
@@ -48,7 +48,7 @@ def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
-    # The names in `target_modules` are those of the backbone, without PEFT's prefix.
+    # `target_modules` contains names of the backbone's modules, without PEFT's prefix.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     groups = optim.galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
@@ -59,7 +59,7 @@ def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: floa
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A way to adapt a model. train.py runs any method that is an entry of `METHODS`.
+    """A way to adapt a model. To add a method to train.py, add an entry to `METHODS`.
 
     >>> def last_block(model, options):
     ...     model.requires_grad_(False)
@@ -72,17 +72,17 @@ class Method:
     """
 
     prepare: Prepare
-    """Function of a timm model and the method's options. It may change the model, and returns the model to train."""
+    """Function of a timm model and the options. It may change this model, and must return the model to train."""
 
     section: str | None = "adapter"
-    """Section of the configuration whose keys, together with `norm`, are the options. None: `norm` is the only one."""
+    """Section of the configuration. Its keys and `norm` are the options. None: `norm` is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
-    """Function of the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`.
-    None: the method uses no gradients."""
+    """Function of the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`. It
+    returns an optimizer. None: the method uses no gradients."""
 
     saves_full_model: bool = False
-    """Save the whole model instead of a PEFT adapter. Necessary if base weights are trained."""
+    """Save the whole model instead of a PEFT adapter. Necessary if `prepare` makes base weights trainable."""
 
 
 def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
@@ -93,7 +93,7 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 
 
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
-    """Adapt no convolution. Our tuner still adapts BatchNorm, so `norm` has the same effect in all methods."""
+    """Return a `prepare` function that adapts no convolution. ConvLoRA still treats BatchNorm as `norm` says."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         settings = {"norm": options["norm"], "modules_to_save": head_names(model) if saves_head else None, **fixed}
@@ -103,13 +103,16 @@ def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
 
 
 def _everything(model: nn.Module, options: Options) -> nn.Module:
-    # The base model's BatchNorm weights are trainable here, so the adapter needs no copies of them.
+    # `requires_grad_(True)` makes the base BatchNorm weights trainable, so the adapter needs no copies (affine).
     norm = "stats" if options["norm"] == "affine" else options["norm"]
     return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 
 
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
-    """Use PEFT's own adapter. `names` maps our option names to PEFT's. BatchNorm layers are saved as whole modules."""
+    """Return a `prepare` function for an adapter of PEFT itself, which saves BatchNorm layers as whole modules.
+
+    `names` maps keys of the configuration section `adapter` to arguments of `config`.
+    """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         norm, targets = options["norm"], options["target_modules"]
@@ -159,14 +162,14 @@ METHODS: dict[str, Method] = {
     "peft-loha": Method(prepare=_peft(LoHaConfig, _PEFT_LYCORIS)),
     "peft-lokr": Method(prepare=_peft(LoKrConfig, _PEFT_LYCORIS)),
 }
-"""All methods except `none` and `norm-stats` train the head."""
+"""The methods by name. The head is trainable in all methods except `none` and `norm-stats`."""
 
 
 def find_method(name: str) -> Method:
     """Return the method with this name.
 
     Raises:
-        ValueError: If there is no such method. The message names the most similar one.
+        ValueError: If `METHODS` has no such name. The message contains the most similar name.
     """
     if name not in METHODS:
         nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
@@ -175,7 +178,7 @@ def find_method(name: str) -> Method:
 
 
 def training_memory_format(model: nn.Module) -> torch.memory_format:
-    """Return channels_last, or contiguous for PEFT's own DoRA: its forward pass fails in channels_last."""
+    """Return channels_last, or contiguous_format for PEFT's own DoRA, whose forward pass fails in channels_last."""
     configs = getattr(model, "peft_config", {}).values()
     is_peft_dora = any(config.peft_type == PeftType.LORA and config.use_dora for config in configs)
     return torch.contiguous_format if is_peft_dora else torch.channels_last

@@ -17,7 +17,7 @@ from peft_edge.config.schema import RunConfig, Section, conflicts
 
 
 class ConfigError(ValueError):
-    """All errors of a configuration, one per line. Each names its key, and the file or argument that contains it."""
+    """Errors in a configuration, one per line. Each line names the key or the argument, and the file if any."""
 
 
 class _Loader(yaml.SafeLoader):
@@ -33,7 +33,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile("[-+]?[0-9]+
 
 
 def load_config(arguments: Sequence[str]) -> RunConfig:
-    """Read the configuration of a run, without importing torch or PEFT.
+    """Read the configuration of a run from command-line arguments, without importing torch or PEFT.
 
     >>> arguments = ["output_dir=runs/a", "data.shift=blend", "--training.learning_rate", "1e-3"]
     >>> load_config([*arguments, "adapter.r=8"]).adapter
@@ -45,8 +45,8 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
     Args:
         arguments: `--config FILE`, any number of times, and overrides: `key=value`, `--key value` or `--key=value`.
-            Keys of a section are dotted (`training.epochs=3`), values are YAML, and a `--key` without a value means
-            true. The command line overrides all files, and a later file overrides an earlier file.
+            Keys of a section are dotted (`training.epochs=3`). Values are YAML. A `--key` without a value sets the key
+            to true. Overrides take precedence over all files, and a later file over an earlier file.
 
     Raises:
         ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
@@ -55,7 +55,7 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     values, origins, errors = _collect(arguments)
     config, invalid = _validate(values)
     for key, message in [*invalid, *conflicts(config)]:
-        # An error of a whole section gets the origin of the section's first key.
+        # If `key` is a section, its origin is that of the first key given in the section.
         origin = next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
         errors.append(f"{key}: {message} ({origin})")
     if errors:
@@ -65,12 +65,12 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return the configuration with all keys as YAML, which `load_config` reads."""
+    """Return a YAML text with all keys, including defaults. `load_config` can read this text from a file."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
 def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Return a nested dict as a flat one with dotted keys.
+    """Return a dict with dotted keys and without nested dicts.
 
     >>> flatten({"seed": 1, "adapter": {"r": 4}})
     {'seed': 1, 'adapter.r': 4}
@@ -82,7 +82,7 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def describe_keys() -> str:
-    """Return the help text: every key with its default and its description."""
+    """Return the help text of all keys. Each key has its default (or "required") and its description."""
     return "\n\n".join(
         f"{key}: {'required' if field.is_required() else field.get_default()}\n"
         + textwrap.indent(field.description or "", "    ")
@@ -99,11 +99,11 @@ def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
-    """Return two dicts from dotted keys to values and to their origins, and errors of unreadable arguments."""
+    """Return a dict of values and a dict of origins, both by dotted key, and the messages for unreadable arguments."""
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
-    # Files first, wherever they appear, so that the command line overrides them.
+    # Files come first, whatever their position, so that overrides replace their values.
     for key, text, argument in sorted(_split(arguments), key=lambda item: item[0] != "config"):
         try:
             if text is None:
@@ -118,7 +118,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
 
 
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
-    """Yield the key, the text of the value (None if missing) and the argument that contains them."""
+    """Yield for each argument its key, the text of its value (None if there is no value), and the argument itself."""
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -144,18 +144,18 @@ def _read_file(path: Path) -> dict[str, object]:
 
 
 def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """Return the configuration with defaults in place of invalid values, and the (key, error) pairs."""
+    """Return the configuration and the (key, message) pairs of invalid values, which it replaces by defaults."""
     try:
         return RunConfig.model_validate(_nest(values)), []
     except ValidationError as error:
         keys = dict(_fields(RunConfig))
         found: dict[str, str] = {}
         for detail in error.errors():
-            # After the key, the location of an error may name a type or an index in the value.
+            # pydantic's `loc` may continue after the key with a type or an index.
             location = ".".join(map(str, detail["loc"]))
             key = next((key for key in keys if f"{location}.".startswith(f"{key}.")), location)
             message = _explain(detail, key, keys)
-            # For a key that allows several types, pydantic reports one error per type.
+            # If a key accepts several types, pydantic reports one error for each type.
             found[key] = f"{found[key]}, or {message}" if key in found else message
     valid = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{bad}.") for bad in found)}
     return RunConfig.model_validate(_nest({"output_dir": "", **valid})), list(found.items())

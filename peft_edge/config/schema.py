@@ -1,7 +1,8 @@
-"""The keys of a run with their types, ranges, defaults and descriptions, and the combinations that cannot work.
+"""Define the configuration keys of a run (types, ranges, defaults, descriptions), and check their combinations.
 
 This module does not import torch, so that errors in a configuration are reported in a fraction of a second. Therefore
-it repeats the names of methods, optimizers and layer roles. Tests compare them with `METHODS`, `OPTIMIZERS`, `ROLES`.
+it repeats the names of methods, optimizers and layer roles. Tests compare these names with `METHODS`, `OPTIMIZERS` and
+`ROLES`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project"
 
 def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
     def check(name: str) -> str:
-        # Importing peft_edge.methods here would import torch. A program with its own methods has imported it already.
+        # Importing peft_edge.methods here would import torch. A program that adds methods has already imported it.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -69,7 +70,7 @@ Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are errors, and no value is converted to another type."""
+    """A group of keys. Unknown keys are errors. Values must have the declared type; an int is also a valid float."""
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -80,53 +81,53 @@ class BackboneConfig(Section):
     name: str = "mobilenetv3_small_050"
     """A timm model name, or the id of a timm model on the Hub."""
     pretrained: bool = False
-    """Start from timm's pretrained weights, from the Hub or its local cache. Recommended for photographs."""
+    """Start from timm's pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
     checkpoint: str | None = None
-    """Start from the weights in this folder, written by `save_backbone`, or in this .safetensors file."""
+    """Start from the weights in this folder, which `save_backbone` wrote, or in this .safetensors file."""
     small_images: bool = False
-    """Remove the stride of the stem. Recommended for images of about 32 to 64 pixels."""
+    """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
 
 
 class DataConfig(Section):
-    """The task: source images, target images, and the difference between them."""
+    """The task: source images, and target images with a shift or with new classes."""
 
     name: str = "digits"
     """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
     shift: str | None = None
-    """The target images: a corruption of the source, another split of the dataset, or another dataset or folder."""
+    """The target images: the name of a corruption, of another split of the dataset, or of another dataset or folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """Severity of a corruption that has levels, 1 to 5; 5 by default."""
+    """Severity of the corruption, 1 to 5. Only for corruptions with severities, whose default is 5."""
     shift_filters: list[list[str | int | float]] = []
-    """Conditions `[column, operator, value]` on the rows to read. Only for a shift that is a Hugging Face dataset."""
+    """Read only rows that meet all conditions `[column, operator, value]`. `shift` must be a Hugging Face dataset."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
-    """Classes that the source model does not know, in order of arrival. Set this or `shift`."""
+    """Classes that the source model does not know, in the order in which they are added. Set either this or `shift`."""
     increments: PositiveCount = 1
-    """Number of groups of new classes to add one after another."""
+    """Number of groups into which `new_classes` is divided. Each group is one target, and targets are added in turn."""
     rehearsal_size: Count = 0
-    """Total number of images of earlier classes to train on again, e.g. 10 per class. 0: freeze their head rows."""
+    """Maximum number of images of all earlier classes in an increment. 0: freeze the head rows of earlier classes."""
     image_size: PositiveCount = 48
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount = 512
-    """Maximum number of images to adapt with; for new classes, in each increment."""
+    """Maximum number of target training images. With new classes, this is the maximum for each increment."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
-    """Split to train on."""
+    """Split of the training images, for a dataset with splits."""
     image_column: str | None = None
-    """Image column, for a dataset with several."""
+    """Column with the images. Required if a dataset has several image columns."""
     label_column: str | None = None
-    """Class column, for a dataset with several."""
+    """Column with the classes. Required if a dataset has several class columns."""
 
 
 class AdapterConfig(Section):
     """Options of the low-rank methods, named as in `ConvLoraConfig`."""
 
     r: PositiveCount = 4
-    """Rank, usually 4 to 16. A higher rank adapts better to a strong shift, and the saved adapter is larger."""
+    """Rank, usually 4 to 16. A higher rank adapts better to a strong shift, but makes the saved adapter larger."""
     lora_alpha: Positive = 8
-    """The update is scaled by lora_alpha / r. Twice the rank is a good start."""
+    """The low-rank update is multiplied by lora_alpha / r. A good first value is 2 r."""
     lora_dropout: Fraction = 0.0
-    """Dropout on the adapter's input, or on the rank for peft-loha and peft-lokr. Above 0, training takes longer."""
+    """Dropout on the adapter's input, or for peft-loha and peft-lokr on the rank. Above 0, training takes longer."""
     target_modules: Targets = "all-conv"
     """Layers to adapt: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
 
@@ -135,30 +136,30 @@ class ConvAdapterOptions(Section):
     """Options of method conv-adapter, named as in `ConvAdapterConfig`."""
 
     reduction: PositiveCount = 4
-    """Number of input channels of the adapted layer per channel of the bottleneck."""
+    """With C input channels of the adapter, the bottleneck has max(1, C // reduction) channels."""
     kernel_size: PositiveCount | None = None
-    """Kernel size of the depthwise convolution; by default that of the adapted layer. 1: no depthwise convolution."""
+    """Kernel size of the depthwise convolution; by default that of the adapted layer, or 3 for a block. 1: none."""
     placement: Literal["parallel", "sequential"] = "parallel"
-    """Where the bottleneck runs: parallel to the adapted layer, or after it."""
+    """Input of the bottleneck: the input (parallel) or the output (sequential) of the adapted layer."""
     activation: str | None = None
-    """timm's name of the bottleneck's activation, such as relu. Parallel adapters without activation can be merged."""
+    """timm's name of the bottleneck's activation, such as relu; by default none. An activation prevents merging."""
     target_modules: Targets = "dense"
     """Layers or blocks to adapt: a role, a list of names, or a regular expression."""
 
 
 class GaloreOptions(Section):
-    """Options of method galore, named as in galore-torch. The defaults of gap and scale suit short training."""
+    """Options of method galore, named as in galore-torch. The defaults suit short training."""
 
     rank: PositiveCount = 8
     """Rank of the projected gradients."""
     update_proj_gap: PositiveCount = 50
     """Optimizer steps between updates of the projection. galore-torch's default of 200 suits long training."""
     scale: Positive = 1.0
-    """Factor of the projected update. galore-torch's default is 0.25."""
+    """Factor by which the update of projected convolutions is multiplied. galore-torch's default is 0.25."""
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
-    """Sides of the gradient to project: left, right, both (full), the shorter (std) or the longer (reverse_std)."""
+    """Side of the gradient to project: left, right, both (full), the shorter (std) or the longer (reverse_std)."""
     target_modules: str | list[str] = "dense"
-    """Convolutions with projected gradients: a role or a list of names."""
+    """Convolutions whose gradients are projected: a role, a module name, or a list of roles and names."""
     layerwise: bool = False
     """Update each layer during the backward pass, so that only one gradient is in memory at a time."""
 
@@ -167,15 +168,15 @@ class SourceConfig(Section):
     """Training of the source model, by SGD with Nesterov momentum and a one-cycle schedule."""
 
     epochs: Count = 12
-    """Passes over the source images. 0: use the backbone's weights unchanged."""
+    """Passes over the source's training images. 0: use the backbone's initial weights without training."""
     batch_size: PositiveCount = 32
     """Images per step."""
     learning_rate: Positive = 0.1
-    """Peak of the one-cycle schedule: 0.1 for random weights, 0.01 for pretrained weights."""
+    """Peak learning rate of the one-cycle schedule: 0.1 suits random weights, 0.01 suits pretrained weights."""
     momentum: Fraction = 0.9
-    """Nesterov momentum."""
+    """Nesterov momentum of SGD. 0: SGD without momentum."""
     weight_decay: NonNegative = 5e-4
-    """Weight decay of convolution and linear weights. Norms and biases have none."""
+    """Weight decay of convolution and linear weights. It does not apply to norms and biases."""
 
 
 class TrainingConfig(Section):
@@ -190,18 +191,18 @@ class TrainingConfig(Section):
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
     ] = [1e-2]
-    """A number, or a list from which the target's validation split chooses. 3e-3 to 1e-2 for adapters, 1e-3 to 3e-3
-    for full fine-tuning."""
+    """Peak learning rate, or a list from which the accuracy on the target's validation split chooses. Usual values:
+    3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
-    """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of it."""
+    """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of the named optimizer."""
     weight_decay: NonNegative = 0.0
-    """Weight decay of all weights except norms and biases. 0 is usual for adapters."""
+    """Weight decay of all trainable weights except norms and biases. 0 is usual for adapters."""
     warmup_steps: Count = 10
-    """Optimizer steps of linear warm-up."""
+    """Optimizer steps of linear warm-up. There must be more steps in total."""
     max_grad_norm: Positive | None = None
-    """Clip gradients to this norm. Try 1 when training diverges."""
+    """Maximum norm of all gradients together; by default gradients are not clipped. Try 1 if training diverges."""
     gradient_accumulation_steps: PositiveCount = 1
-    """Split each batch into this many parts, to save memory."""
+    """Number of parts into which each batch is split to save memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
     """Autocast dtype of training and evaluation: no (float32), fp16 (GPU only) or bf16."""
     eval_batch_size: PositiveCount = 128
@@ -213,34 +214,34 @@ class TrainingConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep. At least 2, because training may diverge right after a checkpoint."""
     replay: bool = False
-    """Latent replay: run the frozen layers before the first trainable one only once, and train on their stored outputs.
+    """Latent replay: store the outputs of the frozen layers before the first trainable layer, and train on the outputs.
     `norm` must be frozen or recalibrate."""
     replay_views: PositiveCount = 1
-    """Number of augmented views to store per image. The epochs use the views in turn."""
+    """Number of augmented views to store of each image. Epochs use the views in turn."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Dtype of the stored outputs: float32, float16, or int8 with one scale per image."""
 
 
 class LeanConfig(Section):
-    """Lean training: frozen layers save only what the backward pass needs. Results do not change."""
+    """Lean training: frozen layers save only what the backward pass needs. Gradients are equal up to rounding."""
 
     enabled: bool = False
-    """Replace layers by lean ones during training. The saved update does not depend on it."""
+    """Use lean layers during training. The saved update has the same format with and without lean training."""
     inplace_norm: bool = False
-    """Let frozen BatchNorm layers overwrite the output of the convolution before them."""
+    """Let a frozen BatchNorm overwrite the output of the convolution before it, if no other layer uses this output."""
     masks: Literal["byte", "bit", "off"] = "byte"
-    """What ReLU and similar activations save for the backward pass: a byte or a bit per value, or the values (off)."""
+    """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool = False
-    """Recompute the outputs of cheap adapted convolutions in the backward pass instead of saving them."""
+    """In the backward pass, recompute the outputs of cheap adapted convolutions instead of saving these outputs."""
 
 
 class ProfilingConfig(Section):
-    """Measurement of FLOPs, memory and times of some steps, for the record and the trackers."""
+    """Measurement of FLOPs, memory and times in some training steps, for the record and the trackers."""
 
     every_n_steps: Count = 1000
-    """Optimizer steps between two measurements; the first measures steps 2 and 3. 0 turns profiling off."""
+    """Optimizer steps between two measurements. The first measures steps 2 and 3. 0 turns measurements off."""
     trace: bool = False
-    """Write torch.profiler's trace of one step per process to output_dir/traces."""
+    """Write a torch.profiler trace of one step to output_dir/traces, for each process."""
 
 
 class HubConfig(Section):
@@ -249,15 +250,15 @@ class HubConfig(Section):
     repo_id: Annotated[str, AfterValidator(_check_repo_id)] | None = None
     """Repository to upload to, `owner/name`. By default nothing is uploaded."""
     private: bool = False
-    """Create a new repository as private."""
+    """Make the repository private if the upload creates it."""
     revision: str | None = None
-    """Branch to push to; main by default."""
+    """Branch to upload to; main by default."""
     license: str | None = None
-    """License identifier of the Hub for the model card; by default that of timm's pretrained weights."""
+    """The Hub's identifier of a license, for the model card; by default the license of timm's pretrained weights."""
 
 
 class RunConfig(Section):
-    """One run: adapt a source model to a target with one method."""
+    """All keys of a run, which adapts a source model to a target with one method."""
 
     output_dir: str
     """Folder of the adapter, the record, checkpoints and logs."""
@@ -266,18 +267,19 @@ class RunConfig(Section):
     galore; or PEFT's peft-lora, peft-dora, peft-loha or peft-lokr."""
     norm: Literal["frozen", "recalibrate", "stats", "affine"] = "stats"
     """BatchNorm in training: frozen (source statistics), recalibrate (statistics estimated once on target images),
-    stats (batch statistics) or affine (batch statistics; weight and bias are trained). norm-stats and norm-affine
-    ignore this key. PEFT's methods accept only stats and affine. full and galore always train weight and bias."""
+    stats (batch statistics) or affine (batch statistics, and trainable weight and bias). Methods none, norm-stats and
+    norm-affine ignore this key. PEFT's methods accept only stats and affine. In full and galore, BatchNorm's weight and
+    bias are always trainable."""
     seed: Count = 0
-    """Seed of the splits, the weights and the order of the images."""
+    """Seed of the splits, the initial weights, the augmentations and the order of the images."""
     cache_dir: str | None = None
-    """Folder of source models and stored features, which runs share; by default `cache` next to output_dir."""
+    """Folder in which runs share source models and stored features; by default `cache` next to output_dir."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     num_threads: PositiveCount = 1
-    """CPU threads per process. Their number changes rounding, so each number has its own source model."""
+    """CPU threads per process. The number changes rounding, so runs with different numbers share no source model."""
     num_workers: Count = 0
-    """Image-loading processes per training process."""
+    """Worker processes that load images, per training process. 0: the training process loads them."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Tools that receive the training curves: any of tensorboard, wandb and trackio."""
 
@@ -293,7 +295,7 @@ class RunConfig(Section):
     hub: HubConfig = HubConfig()
 
     def options(self, section: str | None) -> dict[str, object]:
-        """Return `norm` and the keys of a method's section, the options of `Method.prepare`.
+        """Return the options for `Method.prepare`: `norm` and the keys of `section`. If `section` is None, only `norm`.
 
         >>> RunConfig(output_dir="runs/a").options("adapter")
         {'norm': 'stats', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}

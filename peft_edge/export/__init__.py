@@ -1,4 +1,4 @@
-"""Export an adapted model for a device, as a file of the whole network or of the changed weights."""
+"""Export an adapted model for a device: the whole merged network, or only the tensors that differ from the base."""
 
 from peft_edge.export.device import StepReport, export_train_step, import_state
 from peft_edge.export.differences import apply_diff, save_result, write_diff

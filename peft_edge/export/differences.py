@@ -1,4 +1,4 @@
-"""Write the tensors that an adaptation changed, and apply them on a device that has the base model."""
+"""Write the tensors that an adaptation changed to a file, and apply this file to the base model on a device."""
 
 from __future__ import annotations
 
@@ -29,35 +29,35 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff: fingerprints of the base and of the merged model, and the class names of the latter."""
+    """The metadata of a diff: fingerprints of the base and of the merged model (`result`), and its class names."""
 
     base: str
     result: str
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of this metadata; the fingerprint `result` covers the tensors."""
+        """Return the SHA-256 of this metadata. The tensors are checked by the fingerprint `result`."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Merge the adapters of a model, and write every tensor that is not bit-identical to the base model's.
+    """Merge the adapters of `model`, and write every tensor of the result that is not bit-identical in `base`.
 
     Args:
-        base: The timm model on the devices.
-        model: The adapted or fully trained network; its head may have another number of classes. It is not changed.
+        base: The timm model that is on the devices. It is not changed.
+        model: The adapted or fully trained network. Its head may have another number of classes. It is not changed.
         file: The safetensors file to write or replace. Its metadata contains the fingerprints of both models.
-        allow_other_base: Accept an adapted model whose own base has other weights than `base`; the diff contains these
-            weights, too.
+        allow_other_base: Accept a PEFT model whose base weights differ from those of `base`. The diff then contains
+            the differing base weights, too.
 
     Returns:
-        The written tensors by name.
+        A dict from names to the written tensors.
 
     Raises:
-        ValueError: If the architectures differ, the adapted model has another base, an adapter cannot be merged, or a
-            tensor is not finite.
+        ValueError: If the architectures differ, the base weights of `model` differ from `base` without
+            `allow_other_base`, an adapter cannot be merged, or a tensor to write is not finite.
         OSError: If the file cannot be written.
     """
     if isinstance(model, PeftModel) and not allow_other_base:
@@ -72,7 +72,7 @@ def write_diff(
     before, after = base.state_dict(), result.state_dict()
     changed = {name: tensor for name, tensor in after.items() if name not in before or _differ(before[name], tensor)}
     what, advice = "the adapted model", "write the diff against its own base"
-    applied = _apply_tensors(base, changed, what, advice)  # as on the device
+    applied = _apply_tensors(base, changed, what, advice)  # as `apply_diff` does on the device
     same_stem = getattr(base, "small_images", False) == getattr(result, "small_images", False)
     if fingerprint(applied) != fingerprint(result) or not same_stem:
         raise ValueError(f"{what} is another network than the base: {advice}")
@@ -84,15 +84,15 @@ def write_diff(
 
 
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Return a copy of the base with the tensors of a diff; it is bit-identical to the merged model.
+    """Return a copy of `base` with the tensors of a diff. The copy is bit-identical to the merged model.
 
     Args:
-        base: The timm model that the diff was written against; it is not changed.
-        file: A file written by `write_diff`. Its content is checked before it is used.
+        base: The timm model that was the `base` of `write_diff`. It is not changed.
+        file: A file that `write_diff` wrote. It may be damaged: checksum and fingerprints are checked.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If the file is damaged, or was written against another model.
+        ValueError: If the file is damaged, or was written for a base with another fingerprint.
     """
     header, tensors = _read(Path(file))
     if (found := fingerprint(base)) != header.base:
@@ -111,10 +111,10 @@ def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
 
 
 def save_result(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save a model with `save_backbone`, and replace the folder only when all files are complete.
+    """Save a model with `save_backbone`, and replace `folder` when all files are complete.
 
     Raises:
-        ValueError: If the folder contains anything but a saved model.
+        ValueError: If `folder` contains other files than those of a saved model.
         OSError: If the folder cannot be written.
     """
     folder = Path(folder)
@@ -148,7 +148,7 @@ def _damaged(file: Path, reason: object) -> ValueError:
 
 
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
-    """Return a copy of the base with the given tensors, and with as many classes as the head among them."""
+    """Return a copy of `base` with `tensors`, whose head may have another number of classes."""
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):
         weight = tensors.get(f"{name}.weight", layer.weight)
@@ -169,7 +169,7 @@ def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, ad
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Compare the bytes, because 0 and -0 are equal as numbers."""
+    """Return whether shape, dtype or bytes differ. A comparison of numbers would treat 0 and -0 as equal."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return True
     first, second = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))

@@ -1,4 +1,4 @@
-"""Export an adapted model as one file for a device, and check the file against the model."""
+"""Export an adapted model as one file for a device, and compare the outputs of the file and of the model."""
 
 from __future__ import annotations
 
@@ -38,27 +38,30 @@ def export_model(
     batch_size: int | None = None,
     calibration: Tensor | None = None,
 ) -> list[Comparison]:
-    """Merge the adapters, fuse BatchNorm into the convolutions, write one file, and compare it with the model.
+    """Merge the adapters, fuse BatchNorm into the convolutions, write one file, and compare its logits with `model`.
 
-    The file contains a JSON text, `peft_edge`, with the preprocessing of the input and the class names. ONNX stores it
-    as metadata, torch.export as an extra file, and ExecuTorch as a method.
+    The file also contains a JSON text under the name `peft_edge`: the preprocessing of the input and the class names.
+    ONNX stores this text as metadata, torch.export as an extra file, and ExecuTorch as a method.
 
     Args:
-        model: A timm model, or a PEFT model with a timm base; it is not changed.
-        file: The file to write, with the suffix `.onnx`, `.pt2` or `.pte`. It is written only if the check succeeds.
+        model: A timm model, or a PEFT model with a timm base. It is not changed.
+        file: The file to write, with the suffix `.onnx`, `.pt2` or `.pte`. It is written only if the logits of the
+            floating-point network agree with those of `model`.
         format: `onnx`, `torch-export` or `executorch`.
         images: Preprocessed images (N, C, H, W) for the comparison. The exported network expects this height and width.
-        labels: Class indices (N,) of the images, to measure accuracy.
+        labels: Class indices (N,) of `images`, to measure accuracy. None: accuracy is not measured.
         batch_size: Images per call; by default any number, or 1 for ExecuTorch, which plans its memory in advance.
-        calibration: Preprocessed images (M, C, H, W). With them, an ONNX file is quantised to 8 bits.
+        calibration: Preprocessed images (M, C, H, W). If given, the file is quantised to 8 bits (only ONNX).
 
     Returns:
-        The comparison of the floating-point file with the model and, if quantised, the comparison of the 8-bit file.
+        The comparison of the floating-point network with `model`. If the file is quantised, the comparison of the 8-bit
+        network follows, which has no tolerance.
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix or cannot be quantised; if the batch size is
-            less than 1; if an adapter cannot be merged; if the model does not run on the images; or if a logit of the
-            floating-point file has an error above `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
+            less than 1; if an adapter cannot be merged; if the model does not run on the images; if a logit is not
+            finite; or if a logit of the floating-point network differs from that of `model` by more than
+            `LOGIT_TOLERANCE * max(1, largest_logit)`.
         ImportError: If the format needs a package that is not installed. The message names the extra.
         OSError: If the file cannot be written.
     """
@@ -82,8 +85,8 @@ def export_model(
     except RuntimeError as error:
         raise ValueError(f"the model does not run on images of {tuple(images.shape[1:])}: {error}") from error
 
-    # A torch.export file contains its example, so the example is not a real image. From a batch of one, torch.export
-    # would infer that the batch size is always one.
+    # A torch.export file contains `example`, so `example` must not be a real image. From a batch of one image,
+    # torch.export would infer that the batch size is always one.
     example = torch.zeros(batch_size or 2, *images.shape[1:])
     program = torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
     with tempfile.TemporaryDirectory() as scratch:
@@ -92,7 +95,7 @@ def export_model(
         found = predict_logits(load(exported), images, batch_size)
         comparisons = [compare_logits(format, exported.stat().st_size, found, expected, labels)]
         tolerance = LOGIT_TOLERANCE * max(1.0, comparisons[0].largest_logit)
-        # Written with "not", because a comparison with NaN is false.
+        # Unlike `>`, `not <=` also holds for NaN.
         if not comparisons[0].largest_difference <= tolerance or not math.isfinite(comparisons[0].largest_logit):
             raise ValueError(
                 f"{format}: expected the logits of the PyTorch model within {tolerance:.1e}, found a difference of "
@@ -110,10 +113,10 @@ def export_model(
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a copy of a model with its active adapters merged, on the CPU, in eval mode and without lean layers.
+    """Return a copy of `model` with its active adapters merged: on the CPU, in eval mode, frozen, without lean layers.
 
     Raises:
-        ValueError: If an adapter cannot be merged, or its weights are not finite.
+        ValueError: If an adapter cannot be merged, or a merged weight is not finite.
     """
     network = copy.deepcopy(model)
     if isinstance(network, PeftModel):
@@ -126,12 +129,12 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
-    """Fuse every BatchNorm that is the only consumer of a convolution's output into that convolution, in place.
+    """In place, fuse each BatchNorm into the convolution before it, if no other layer uses the convolution's output.
 
     Outputs are unchanged up to rounding. A BatchNorm remains if it follows a sum or a concatenation, or a convolution
-    whose output is also used elsewhere. The model must be in eval mode, without adapters and trainable parameters.
+    whose output another layer uses. `model` must be in eval mode, without adapters and without trainable parameters.
     """
-    # Lean training finds the same pairs of convolution and BatchNorm.
+    # `inplace_norms` returns the pairs in which only the BatchNorm uses the convolution's output.
     prepare_model_for_lean_training(model, inplace_norm=True)
     pairs = inplace_norms(model)
     undo_lean_training(model)
@@ -141,6 +144,6 @@ def fuse_batch_norms(model: nn.Module) -> None:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )
-        # timm's BatchNormAct2d also contains dropout and an activation.
+        # timm's BatchNormAct2d also contains dropout and an activation, which must remain.
         remainder = nn.Sequential(norm.drop, norm.act) if isinstance(norm, BatchNormAct2d) else nn.Identity()
         model.set_submodule(names[norm], remainder)

@@ -1,4 +1,4 @@
-"""File formats for devices: functions that write, load and quantise an exported network."""
+"""Write, load and quantise an exported network in the file formats for devices."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class Format(NamedTuple):
 
     Attributes:
         suffix: The suffix that a file name must have.
-        write: A function that writes an exported network, and a dict from names to texts, to a file.
-        load: A function that loads the network of a file, ready to run.
-        any_batch_size: Whether one file can accept batches of any size. Otherwise its memory is planned for one size.
+        write: A function that writes an exported network to a file, together with a dict from names to texts.
+        load: A function that loads the network in a file as a function from images to logits.
+        any_batch_size: Whether a file can accept batches of any size. Otherwise, the batch size is fixed at export.
     """
 
     suffix: str
@@ -41,7 +41,7 @@ def _write_onnx(program: ExportedProgram, texts: Mapping[str, str], file: Path) 
     written = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},)
     )
-    assert written is not None  # only the exporter without dynamo returns None
+    assert written is not None  # `torch.onnx.export` returns None only with dynamo=False
     written.model.metadata_props.update(texts)
     written.save(file)
 
@@ -69,7 +69,7 @@ def _load_executorch(file: Path) -> Network:
     with requires_extra("executorch"):
         from executorch.runtime import Runtime
     method = Runtime.get().load_program(file).load_method("forward")
-    # The next call reuses the memory of the output.
+    # Clone the output, because the next call of `execute` overwrites its memory.
     return lambda images: method.execute([images])[0].clone()
 
 
@@ -81,10 +81,10 @@ FORMATS: dict[str, Format] = {
 
 
 def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> None:
-    """Write an 8-bit copy of an ONNX file (ONNX Runtime's static quantisation).
+    """Write an 8-bit copy of the ONNX file `file` to `quantized`, with ONNX Runtime's static quantisation.
 
-    Each output channel of a weight has its own scale (Krishnamoorthi 2018, arXiv 1806.08342), and uses 7 of the 8 bits.
-    Each activation has one scale, which covers its values on `batches` of preprocessed images (B, C, H, W).
+    Weights use 7 of the 8 bits, and have a scale for each output channel (Krishnamoorthi 2018, arXiv 1806.08342). Each
+    activation has one scale, computed from its values for `batches` of preprocessed images (B, C, H, W).
     """
     with requires_extra("onnx"):
         from onnxruntime import quantization
@@ -99,6 +99,6 @@ def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> Non
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
         # x86 processors without VNNI add two products in 16 bits. With 8-bit weights this sum can overflow, and a logit
-        # can be wrong by a fifth. With 7-bit weights the sum is correct on every processor.
+        # can have an error of 20 %. With 7-bit weights, the sum does not overflow.
         reduce_range=True,
     )

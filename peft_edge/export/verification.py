@@ -1,4 +1,4 @@
-"""Compare an exported file with its model on real images."""
+"""Read test images, and compare the logits of an exported file and of its model on these images."""
 
 from __future__ import annotations
 
@@ -27,9 +27,10 @@ class Images(NamedTuple):
     """Preprocessed images for calibration and for comparison.
 
     Attributes:
-        calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), which determine the quantisation scales.
+        calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), to compute the quantisation scales.
         comparison: At most `COMPARISON_SIZE` test images (M, C, H, W).
-        labels: Output indices (M,) of the classes of `comparison`; None if the network does not name all classes.
+        labels: Class indices (M,) of `comparison`, in the order of the model's outputs. None if the model has no class
+            names, or does not know all classes of the images.
     """
 
     calibration: Tensor
@@ -40,20 +41,20 @@ class Images(NamedTuple):
 def read_images(
     name: str, model: nn.Module, *, image_size: int | None = None, run: Mapping[str, Any] | None = None
 ) -> Images:
-    """Read images and preprocess them for the evaluation of a model.
+    """Read images, and preprocess the images for the evaluation of a model.
 
-    With `run`, no image for the comparison is one that the run trained on: the data of the run is split as the run
-    split it, and images of other data whose files are copies of the run's training images are left out.
+    If `run` is given, `comparison` contains no image that the run trained on. If `name` is data of the run, the images
+    are split as in the run. From other data, images are left out whose files are copies of the run's training images.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.
-        model: A timm model, or a PEFT model of one.
+        model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels; by default timm's size for the evaluation of the model.
         run: The configuration of the run that trained the model: `record.run_info.train_config`.
 
     Raises:
-        ValueError: If the data or the size is invalid, an image is unreadable, there are too few images, or the run
-            trained on all of them.
+        ValueError: If `name` or `image_size` is invalid, an image is unreadable, there are too few images, or the run
+            trained on all test images.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
@@ -74,7 +75,7 @@ def read_images(
 
 
 def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return timm's data configuration of a model (`mean`, `std`, ...), with the given image size if it is not None."""
+    """Return timm's data configuration of a model (`mean`, `std`, ...), with `image_size` if it is not None."""
     config = resolve_model_data_config(model)
     return config if image_size is None else {**config, "input_size": (3, image_size, image_size)}
 
@@ -88,7 +89,7 @@ def _read_domain(name: str, image_size: int) -> Domain:
 
 
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Domain:
-    """Return a domain none of whose test images the run trained on."""
+    """Return the domain `name`. Its test split contains no image that the run trained on."""
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
     role = next((role for role, other in known.items() if other and _is_same(name, other)), None)
@@ -96,7 +97,7 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed)
     if role == "source" and data.get("new_classes"):
-        # Each test split has some of the classes; the labels of all are those of the last target.
+        # Each test split contains some of the classes. The features of the last target name all classes.
         features = task.targets[-1].test.features
         domains = (task.source, *task.targets)
         train, test = (
@@ -136,13 +137,16 @@ def _sample(images: Dataset, size: int) -> Dataset:
 
 
 def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> Tensor:
-    """Return the logits (N, num_classes) of images (N, C, H, W), computed in batches as in `iter_batches`."""
+    """Return the logits (N, num_classes) for images (N, C, H, W), computed in the batches of `iter_batches`."""
     with torch.no_grad():
         return torch.cat([network(batch) for batch in iter_batches(images, batch_size)])[: len(images)]
 
 
 def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
-    """Yield batches of `batch_size` images; the last repeats its last image. By default, yield batches of up to 32."""
+    """Yield batches of `batch_size` images. The last batch is padded with copies of its last image.
+
+    If `batch_size` is None, yield batches of at most 32 images without padding.
+    """
     for batch in images.split(batch_size or 32):
         missing = (batch_size or len(batch)) - len(batch)
         yield torch.cat([batch, batch[-1:].expand(missing, -1, -1, -1)])
@@ -153,8 +157,8 @@ class Comparison:
     """The differences between an exported file and its model on the same images.
 
     Attributes:
-        name: The format, followed by `int8` for a quantised file.
-        size_bytes: Size of the file.
+        name: The format, followed by `int8` if the file is quantised.
+        size_bytes: The size of the file in bytes.
         largest_logit: Largest absolute logit of the model.
         largest_difference: Largest absolute difference between the logits of the file and of the model.
         same_top1: Fraction of images for which the file and the model predict the same class.
@@ -172,7 +176,7 @@ class Comparison:
 
 
 def compare_logits(name: str, size_bytes: int, found: Tensor, expected: Tensor, labels: Tensor | None) -> Comparison:
-    """Compare the logits of a file with the expected logits of its model, both (N, num_classes)."""
+    """Compare `found`, the logits (N, num_classes) of a file, with `expected`, the logits of its model."""
 
     def accuracy(logits: Tensor, classes: Tensor) -> float:
         return (logits.argmax(1) == classes).float().mean().item()
@@ -189,7 +193,7 @@ def compare_logits(name: str, size_bytes: int, found: Tensor, expected: Tensor, 
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with one row for each file and, if its accuracy is known, a row for the model."""
+    """Return a text table with a row for each file, after a row for the model if its accuracy is known."""
     rows = [("", "bytes", "largest difference of a logit", "same top-1", "accuracy")]
     if comparisons[0].model_accuracy is not None:
         rows.append(("PyTorch", "", "", "", f"{comparisons[0].model_accuracy:.3f}"))

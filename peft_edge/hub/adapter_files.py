@@ -1,7 +1,7 @@
 """Write the files of an adapter, and read files that may be damaged or hostile.
 
-The readers check sizes before they allocate memory, reject keys and values that PEFT does not define, and match regular
-expressions in linear time.
+The functions that read files check sizes before they allocate memory, reject keys and values that PEFT does not define,
+and match regular expressions in linear time.
 """
 
 from __future__ import annotations
@@ -32,29 +32,30 @@ from peft_edge.roles import ROLES
 from peft_edge.tuners.injection import base_fingerprint, iter_target_modules
 
 LABELS_NAME = "label_names.json"
-BASE_NAME = "base_fingerprint.json"  # the fingerprint of the weights that the adapter was trained on
-SOURCE_NAME = "source_model"  # subfolder with the backbone, if no other repository on the Hub has it
+BASE_NAME = "base_fingerprint.json"  # contains the fingerprint of the base weights that the adapter was trained on
+SOURCE_NAME = "source_model"  # subfolder with the backbone, unless the backbone is a timm model on the Hub
 BACKBONE_FILES = ("config.json", "model.safetensors")
-JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand
-HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred per tensor
+JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand bytes
+HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred bytes per tensor
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""Shape and dtype of every tensor in a file, by name."""
+"""A dict from the name of each tensor in a file to its shape and dtype."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
-# Not supported: PEFT's other tuners, which may read further files or compile code.
+# PEFT's other tuners are not supported, because they may read further files or compile code.
 _PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-# Random values, or an exact decomposition of the backbone's weight. Any other method needs data, or has parameters with
-# which a hostile file could set the run time.
+# Random values, or an exact decomposition of the backbone's weight. Other initialisations need data, or have parameters
+# with which a hostile file could make the initialisation arbitrarily slow.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
-# Values of target_modules that are keywords, not regular expressions.
+# Values of `target_modules` that are keywords, not regular expressions.
 _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Save the active adapter of a model, its class names and a model card; replace the folder when all are complete.
+    """Save the active adapter, the class names and a model card, and replace `folder` when all files are complete.
 
-    `load_pretrained` refuses to combine the adapter with other weights of the base than those of this model.
+    A fingerprint of the base weights is also saved, and `load_pretrained` then rejects a base with other weights. The
+    fingerprint is left out if the adapter is merged, or has an initialisation such as PiSSA that changes base weights.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -65,10 +66,10 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` with this card; `base_name` replaces PEFT's `base_model_name_or_path`."""
+    """Write the files of `save_adapter` with this card. A `base_name` replaces PEFT's `base_model_name_or_path`."""
     names = class_names(model)
     folder.mkdir(exist_ok=True)
-    # Without save_embedding_layers=False, PEFT requests the base model's vocabulary size from the Hub.
+    # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
     model.save_pretrained(str(folder), selected_adapters=[model.active_adapter], save_embedding_layers=False)
     # PEFT writes an adapter that is not named "default" into a subfolder.
     for file in list(folder.glob(f"{model.active_adapter}/*")):
@@ -79,7 +80,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     if (fingerprint := base_fingerprint(model)) is not None:
         (folder / BASE_NAME).write_text(json.dumps(fingerprint), encoding="utf-8")
 
-    # load_pretrained rejects patterns that RE2 does not support: write the names of the matching modules instead.
+    # `load_pretrained` rejects patterns that RE2 does not support. Write the names that such a pattern matches instead.
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
     modules = [target.name for target in iter_target_modules(model.get_base_model())]
@@ -94,7 +95,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Read `adapter_config.json`; raise a ValueError if it has a key or value that PEFT does not define."""
+    """Read `adapter_config.json`. Raise a ValueError if it is damaged, or has an unknown or unsafe key or value."""
     try:
         found = read_json(path)
         if not isinstance(found, dict) or not {"peft_type", "base_model_name_or_path"} <= found.keys():
@@ -112,7 +113,7 @@ def read_configuration(path: Path) -> PeftConfig:
     _check_values(path, config_class, found)
     try:
         return config_class.from_peft_type(**found)
-    except Exception as error:  # PEFT raises errors of many classes for values that its type hints allow
+    except Exception as error:  # PEFT raises many kinds of errors for values that its type hints allow
         raise ValueError(f"{path}: {type(error).__name__}: {error!s:.500}") from error
 
 
@@ -120,7 +121,7 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
     # Imported here to keep the import of the package fast.
     from pydantic import TypeAdapter, ValidationError
 
-    # PEFT would import the module that this key names.
+    # With `megatron_config`, PEFT would import the module that the key `megatron_core` names.
     if found.get("megatron_config") is not None:
         raise ValueError(f"{path}: megatron_config: expected null, as for every convolutional network")
     initial = found.get("init_lora_weights", True)
@@ -142,14 +143,14 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
 
 
 def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """Replace each regular expression of a configuration, in place, by the names of the modules that it matches.
+    """Replace each regular expression in `config`, in place, by an exact pattern of the matching names in `modules`.
 
     PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
     This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
 
     Raises:
-        ValueError: If a pattern is invalid or uses lookaround or backreferences, which RE2 does not support, or if
-            there are more targets than modules.
+        ValueError: If a pattern is invalid or uses lookaround or backreferences, which RE2 does not support; if a field
+            has more entries than there are modules; or if `layers_pattern` is not a module name.
     """
     for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         value = getattr(config, field, None)
@@ -158,7 +159,7 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
         elif isinstance(value, list | set | dict) and len(value) > len(modules):
             raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
-            # PEFT uses the first pattern that matches the end of a name. With "^", a pattern must match the whole name.
+            # PEFT uses the first pattern that matches the end of a name. A pattern with "^" must match the whole name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
@@ -172,12 +173,12 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
 
 
 def exact_pattern(names: Iterable[str]) -> str:
-    """Return a regular expression that matches these names and no others."""
+    """Return a regular expression that matches exactly the given names."""
     return "|".join(map(re.escape, sorted(names)))
 
 
 def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """Return the names that a pattern matches completely; raise a ValueError if RE2 does not support the pattern."""
+    """Return each name that `pattern` matches as a whole. Raise a ValueError if RE2 does not support `pattern`."""
     # Imported here to keep the import of the package fast.
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -193,7 +194,7 @@ def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the names, shapes and dtypes of the tensors in a safetensors file from its header."""
+    """Read the header of a safetensors file. Raise a ValueError if it is damaged, too large or has an unknown dtype."""
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -218,14 +219,14 @@ def read_layout(path: Path) -> Layout:
 
 
 def check_finite(path: Path) -> None:
-    """Raise a ValueError that names the tensor if a safetensors file contains NaN or infinity."""
+    """Raise a ValueError if a tensor in a safetensors file contains NaN or infinity. The message names this tensor."""
     for name, tensor in safetensors.torch.load_file(path).items():
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{path}: {name} holds values that are not finite. Copy the file again from its source")
 
 
 def read_json(path: Path) -> object:
-    """Read JSON; raise a ValueError if it exceeds `JSON_LIMIT`, repeats a key or contains a non-finite number."""
+    """Read JSON. Raise a ValueError if it is invalid, exceeds `JSON_LIMIT`, repeats a key or has a NaN or infinity."""
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:

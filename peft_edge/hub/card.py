@@ -1,4 +1,4 @@
-"""Model cards of adapters and models, with the base model, the accuracy, the cost, and the code that loads them."""
+"""Build model cards of adapters and whole models: the base model, accuracy, cost, and example code for loading."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class CardSubject:
     """The adapter or model that a card describes.
 
     Attributes:
-        base: PEFT's `base_model_name_or_path`: a Hub id, the name of a timm model, or a local folder.
-        architecture: Name of the timm model.
-        peft_type: PEFT's type of the adapter; None for a whole model.
-        source: The Hub id in the code examples of the card, or a placeholder for it.
-        license: The Hub's identifier of a license; by default the license of timm's pretrained weights.
+        base: The base model, as in PEFT's `base_model_name_or_path`: a Hub id, a timm model name, or a local folder.
+        architecture: The name of the timm architecture, or of the Python class if the base is not from timm.
+        peft_type: The adapter's `peft_type`, such as `CONV_LORA`; None for a whole model.
+        source: The Hub id from which the code examples of the card load the adapter or model.
+        license: The Hub's identifier of a license. None: the license of timm's pretrained weights, if they were used.
     """
 
     base: str
@@ -50,7 +50,7 @@ class CardSubject:
 
     @classmethod
     def from_model(cls, model: PeftModel, **more: str | None) -> CardSubject:
-        """Describe the active adapter of a model; `more` sets or replaces fields."""
+        """Return the subject for the active adapter of `model`. `more` sets or replaces fields."""
         config, base = model.peft_config[model.active_adapter], model.get_base_model()
         name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or "unknown"
         architecture = getattr(base, "pretrained_cfg", {}).get("architecture", type(base).__name__)
@@ -60,8 +60,8 @@ class CardSubject:
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
     """Build the model card of an adapter or of a whole model.
 
-    A `record` of the run adds accuracy and cost; it must be `shareable`. If the record has a step profile and
-    matplotlib is installed, a plot of the cost is saved in `folder`, the folder of the card.
+    A `record`, which must come from `shareable`, adds accuracy and cost. If the record has a step profile, `folder` is
+    given and matplotlib is installed, a plot of the cost is saved as `PICTURE_NAME` in `folder`.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
@@ -111,7 +111,7 @@ def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
     return ModelCardData(
         library_name="peft" if subject.peft_type is not None else "timm",
         license=subject.license or getattr(origin, "license", None),
-        # The Hub accepts only its own ids here, not paths.
+        # The Hub accepts only Hub ids as `base_model`, not local paths.
         base_model=subject.base if subject.base.startswith("timm/") else getattr(origin, "hf_hub_id", None),
         pipeline_tag="image-classification",
         tags=sorted(tags | ({run["method"]} if run else set())),
@@ -146,7 +146,7 @@ def _shift(data: Mapping[str, Any]) -> str:
 
 
 def shareable(record: Record) -> Record:
-    """Return a copy of a record in which every local path is shortened to its last component."""
+    """Return a copy of a record that keeps only the last component of every local path."""
     return type(record).from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
 
 

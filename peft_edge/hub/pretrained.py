@@ -32,7 +32,7 @@ from peft_edge.hub.adapter_files import (
 )
 from peft_edge.tuners.injection import base_fingerprint
 
-# timm's other arguments can name files to read, or set the number of layers.
+# Other arguments of `timm.create_model` can name files to read, or set the number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
 
 
@@ -46,24 +46,25 @@ def load_pretrained(
     """Load an adapter together with the backbone that it was trained on.
 
     The files may come from an untrusted source. Only JSON and safetensors files are read. The adapter is first built on
-    torch's meta device, which takes no memory, to check that it fits the backbone.
+    torch's meta device, which takes no memory, to compare its tensors with those in the file.
 
     Args:
         adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
-        base: The backbone; by default it is loaded by the name in the adapter's configuration. The adapter is added
-            to a copy, whose head gets as many classes as the adapter's head.
-        revision: A branch, tag or commit on the Hub.
-        allow_other_base: Accept a backbone with other weights than those that the adapter was trained on. Adapters that
-            `save_adapter` has not written carry no fingerprint of these weights, and are accepted on any that fit.
+        base: The backbone. The adapter is added to a copy of `base`, whose head gets as many classes as the adapter's
+            head. By default, the backbone is loaded from the adapter's subfolder `source_model` if it exists, or by the
+            name in the adapter's configuration.
+        revision: A branch, tag or commit of the adapter's repository on the Hub.
+        allow_other_base: Accept a backbone with other weights than the adapter was trained on. An adapter without a
+            fingerprint of its base weights, such as one that PEFT saved, is always accepted if its tensors fit.
 
     Returns:
-        The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes);
-        `peft_edge.backbones.class_names` returns the names of the classes.
+        The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
+        saved with the adapter, `peft_edge.backbones.class_names` returns them.
 
     Raises:
         FileNotFoundError: If the folder, the repository, one of its files or the backbone is missing.
-        ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone or on other weights
-            of it. The message names the file, the key or the first tensor that does not fit.
+        ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone or with other base
+            weights. The message names the file, the key or the first tensor that does not fit.
 
     Example:
         >>> import copy, tempfile
@@ -94,7 +95,7 @@ def load_pretrained(
         adapted = PeftModel.from_pretrained(model, folder, config=config).eval()
     except (OSError, MemoryError):
         raise
-    except Exception as error:  # PEFT and timm raise errors of many classes for values that do not fit together
+    except Exception as error:  # PEFT and timm raise many kinds of errors for a configuration that does not fit
         problem = f"{type(error).__name__}: {' '.join(f'{error!s:.500}'.split())}"
         raise ValueError(
             f"{folder}: the adapter does not fit this backbone: {problem}. It was made for "
@@ -147,7 +148,7 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
         return _load_untrusted(folder / SOURCE_NAME)
     if not name:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: pass the backbone as base=")
-    # Only a local adapter may name a path: a file from the Hub must not choose the local files that are read.
+    # Only a local adapter may name a path: a file from the Hub must not determine which local files are read.
     if is_local and Path(name).is_dir():
         return load_backbone(name)
     if is_local and Path(name).is_absolute():
@@ -163,7 +164,7 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
 
 
 def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
-    """Load a backbone after building it on the meta device, so that a hostile file cannot exhaust the memory."""
+    """Load a backbone, but build it on the meta device first: a hostile configuration must not exhaust the memory."""
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:
         found = read_json(config)
@@ -175,12 +176,12 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
             )
         read_layout(weights)
         with torch.device("meta"), warnings.catch_warnings():
-            # torch warns that copying values to the meta device has no effect.
+            # torch warns that a copy of values to the meta device has no effect.
             warnings.simplefilter("ignore", UserWarning)
             load_backbone(str(folder))
     except OSError:
         raise
-    except Exception as error:  # timm raises errors of many classes for an invalid configuration
+    except Exception as error:  # timm raises many kinds of errors for an invalid configuration
         raise ValueError(f"{folder}: expected a backbone: {type(error).__name__}: {error!s:.500}") from error
     check_finite(weights)
     model = load_backbone(str(folder))
@@ -190,13 +191,13 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Add the adapter to a copy of the model on the meta device, and compare its tensors with those of the file."""
+    """Add the adapter to a copy of `model` on the meta device, and raise a ValueError if `layout` has other tensors."""
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # other initialisations decompose weights, which have no values here
+        config.init_lora_weights = True  # other initialisations decompose weights, which have no values in `trial`
     with torch.device("meta"):
         _resize_head(trial, layout)
-        # Without save_embedding_layers=False, PEFT requests the base model's vocabulary size from the Hub.
+        # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
         state = get_peft_model_state_dict(PeftModel(trial, config), save_embedding_layers=False)
     if differing := sorted(state.keys() ^ layout.keys()):
         name = differing[0]
@@ -211,7 +212,7 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device, without copying its weights first."""
+    """Return a copy of a model on the meta device. The weights are never copied, which saves their memory."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         values = tensor.detach().to("meta")
@@ -221,7 +222,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:
-    """Give the backbone as many classes as the adapter's head has; a head that grows keeps the rows of its weight."""
+    """Give `base` as many classes as the head in `layout`, if there is one. A head that grows keeps its old rows."""
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
         num_classes = as_timm_model(base).num_classes

@@ -1,4 +1,4 @@
-"""Push an adapter or a whole model to the Hub, with its card and its record."""
+"""Push an adapter or a whole model to the Hub, with a model card and the record of the run."""
 
 from __future__ import annotations
 
@@ -37,17 +37,19 @@ def push_adapter(
 ) -> str:
     """Push the active adapter of a model to the Hub; `load_pretrained(repo_id)` then loads it on any machine.
 
-    A backbone that is not on the Hub is pushed to a subfolder. Pushed files contain no path of this machine. One commit
-    contains all files; an interrupted push therefore changes no files on the Hub.
+    The backbone is pushed to the subfolder `source_model`, unless its name starts with `timm/`. Pushed files contain no
+    local paths. One commit contains all files, so an interrupted push changes no files on the Hub.
 
     Args:
-        model: The adapted model.
+        model: The adapted model. It is not changed.
         repo_id: `"owner/name"`; the repository is created if missing.
-        record: The `record.json` of the run that trained the adapter. It is pushed, and fills the card.
-        license: The Hub's identifier of a license, for the card; by default the license of timm's pretrained weights.
-        private: Whether a new repository is private.
+        record: The file `record.json` of the run that trained the adapter. It is pushed, and its results are added to
+            the card.
+        license: The Hub's identifier of a license, for the card. By default, the card has the license of timm's
+            pretrained weights if `record` says that the run used them.
+        private: Whether the repository is private if this function creates it; by default as set on the Hub.
         revision: The branch to push to; it is created if missing.
-        token: By default the token of `hf auth login` or of the environment.
+        token: A Hub token; by default the token of `hf auth login` or of the environment variable `HF_TOKEN`.
         commit_message: The title of the commit.
 
     Returns:
@@ -65,7 +67,7 @@ def push_adapter(
         write_adapter(model, folder, adapter_card(subject, run, folder), base_name=None if is_on_hub else repo_id)
         if not is_on_hub:
             copied = copy.deepcopy(model)
-            # PEFT's `unload` would keep the head that was trained with the adapter.
+            # PEFT's `unload` keeps the trained head, so restore the original head first.
             for name, module in list(copied.get_base_model().named_modules()):
                 if isinstance(module, ModulesToSaveWrapper):
                     copied.get_base_model().set_submodule(name, module.original_module)
@@ -81,13 +83,13 @@ def push_update(
     license: str | None = None,
     **options: Any,
 ) -> str:
-    """Push the result of a run: its adapter, or its model if the method has no adapter.
+    """Push the update of a run, an adapter or a whole model, and return the URL of the commit.
 
-    `update` is the folder of the adapter or model. The other arguments are those of `push_adapter`.
+    `update` is the folder of this adapter or model. All other arguments are those of `push_adapter`.
 
     Raises:
-        ValueError: If a file of the update is damaged.
-        OSError: If the push fails, or a file of the update is missing.
+        ValueError: If the record or a file in `update` is damaged.
+        OSError: If the push fails, or a file in `update` is missing.
     """
     if (update / CONFIG_NAME).exists():
         return push_adapter(load_pretrained(update), repo_id, record=record, license=license, **options)
@@ -129,10 +131,10 @@ def _upload(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            # The adapter must not be loaded with the backbone of an earlier push.
+            # `load_pretrained` must not use the backbone of an earlier push.
             delete_patterns=[f"{SOURCE_NAME}/*"],
         )
-    except Exception as error:  # the class of the error depends on the HTTP library of the client's version
+    except Exception as error:  # the class of the error depends on the HTTP library that huggingface_hub uses
         reason = next(iter(str(error).strip().splitlines()), "")
         raise OSError(
             f"{repo_id}: expected to push to {api.endpoint}, found {type(error).__name__}: {reason:.500}. No file was "
@@ -150,5 +152,5 @@ def _push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> object:
     return (push_adapter if is_ours else _peft_push_to_hub)(self, repo_id, **options)
 
 
-# PEFT inherits transformers' method, which replaces our card and omits the backbone and the class names.
+# PEFT's own `push_to_hub`, inherited from transformers, replaces our card and omits the backbone and class names.
 PeftModel.push_to_hub = _push_to_hub

@@ -1,4 +1,4 @@
-"""Run a configuration: train or load the source model, adapt it, test the saved update, and write the record."""
+"""Run a configuration: train or load the source model, adapt this model, test the saved update, write the record."""
 
 from peft_edge.training.pipeline import run
 from peft_edge.training.summary import new_record, summary_table

@@ -1,7 +1,7 @@
 """Adapt the source model to one target: train a candidate for each learning rate, all with the same budget.
 
-A candidate is a copy of the source model that the method has prepared. Its update, the part that is saved, is an
-adapter, or the whole model if the method trains base weights.
+A candidate is a copy of the source model that `Method.prepare` has changed, trained with one learning rate. The part
+of a candidate that is saved is its update: an adapter, or the whole model if the method has `saves_full_model`.
 """
 
 from __future__ import annotations
@@ -53,8 +53,8 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """Check the configuration on an untrained backbone, before the source model is trained.
 
     Raises:
-        ValueError: If the method or replay does not fit the backbone, the method returns nothing to save, there are
-            fewer images than one batch, or the warm-up takes all steps.
+        ValueError: If the method or replay does not fit the backbone; if the method returns no PEFT model and has no
+            `saves_full_model`; if a target has fewer training images than one batch; or if the warm-up takes all steps.
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -71,7 +71,7 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
             "there would be nothing to save: do one of the two"
         )
     if settings.replay:
-        frozen_prefix(config, model)  # raises if there is none
+        frozen_prefix(config, model)  # raises a ValueError if there is no prefix
     if method.optimizer is None:
         return
     _optimizer(config, model, settings.learning_rate[0])
@@ -85,27 +85,27 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
 
 
 class TrainedCandidate(BaseModel):
-    """A trained and saved model, read from its folder."""
+    """The results of a candidate, read from `candidate.json` in its folder."""
 
     model_config = ConfigDict(frozen=True)
 
-    folder: Path = Field(exclude=True)  # with the update, the logits, and the other fields as `candidate.json`
-    learning_rate: float | None  # None for a method without gradients
-    validation_accuracy: float  # after the last step
+    folder: Path = Field(exclude=True)  # contains the update, `logits.safetensors` and `candidate.json`
+    learning_rate: float | None  # None if `Method.optimizer` is None
+    validation_accuracy: float  # after the last optimizer step
     num_trainable_params: int
-    train_time: float  # seconds of optimizer steps, or of estimating statistics; without evaluation
+    train_time: float  # seconds of optimizer steps; if `learning_rate` is None, of `recalibrate`
     metrics: list[dict[str, int | float | None]]  # measurements of each epoch
-    profile: list[StepProfile]  # costs of a step, for each process and each LoRA rank
-    replay: dict[str, object] | None  # `FeatureCache.info`; None for training on images
+    profile: list[StepProfile]  # of each process: a row for the whole step and a row for each LoRA rank
+    replay: dict[str, object] | None  # `FeatureCache.info`; None without replay
 
     @property
     def update(self) -> Path:
-        """Folder of the saved adapter or model."""
+        """The folder of the saved update: `adapter` or `model` in `folder`."""
         return next(path for path in (self.folder / "adapter", self.folder / "model") if path.exists())
 
     @property
     def logits(self) -> Tensor:
-        """Logits of the trained model for `first_images`."""
+        """Logits (B, num_classes) of the trained model for the images that `first_images` returns."""
         return load_file(self.folder / "logits.safetensors")["logits"]
 
 
@@ -114,14 +114,15 @@ def sweep(
 ) -> tuple[list[TrainedCandidate], list[dict[str, object]]]:
     """Train a candidate for every learning rate of the configuration. `source` does not change.
 
-    If there are several targets, `increment` is the number of this target, starting at 1, and `previous` is the folder
-    of the update for the previous target.
+    A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
+    `increment` is the number of `target`, starting at 1. From the second target on, `previous` is the folder of the
+    update for the target before. Each finished candidate is saved, and a resumed run only reads the saved result.
 
     Returns:
-        The candidates that did not diverge, and the sweep entries of all candidates for the record.
+        The candidates that did not diverge, and for every candidate a dict for the `sweep` entries of the record.
 
     Raises:
-        DivergedError: If every candidate diverges.
+        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts.
         OSError: If a checkpoint or a result cannot be written.
     """
     method = find_method(run.config.method)
@@ -138,7 +139,7 @@ def sweep(
             candidate = _adapt(run, target, source, rate, name, previous)
         except DivergedError as diverged:
             error = diverged
-            # Otherwise the next candidate's checkpoints would contain the objects of this candidate.
+            # Otherwise Accelerate would save this candidate's objects in the checkpoints of the next candidate.
             run.accelerator.free_memory()
             if run.accelerator.is_main_process and (candidates or rate != rates[-1]):
                 logger.warning("\n%s", diverged)
@@ -155,7 +156,7 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train and save a candidate, starting from its newest checkpoint, or only read a finished candidate."""
+    """Train and save the candidate `name`, from its newest checkpoint if it has one. Only read a finished candidate."""
     config, settings, accelerator = run.config, run.config.training, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name
     if not folder.exists():
@@ -191,7 +192,7 @@ def _adapt(
             profile = profile if replay is None else with_whole_update(profile, model)
 
         final_accuracy = progress.metrics[-1]["valid accuracy"]
-        assert final_accuracy is not None  # the last epoch is always evaluated
+        assert final_accuracy is not None  # `train` always evaluates the last epoch
         if accelerator.is_main_process:
             undo_lean_training(model)
             candidate = TrainedCandidate(
@@ -226,9 +227,10 @@ def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Opt
 def new_learner(
     config: RunConfig, method: Method, source: nn.Module, target: Domain, previous: Path | None
 ) -> nn.Module:
-    """Return the model to train on a target, starting from `source`, or from its update in the folder `previous`.
+    """Return the model to train on `target`: `source`, prepared by `method`, with the update in `previous` if not None.
 
-    If the target has more classes than the model, the head grows, unless the method uses no gradients.
+    If the method uses gradients and `target` has more classes than the model, the head grows. Unless the configuration
+    sets `data.rehearsal_size`, the head rows of earlier classes are then frozen. `source` does not change.
 
     Raises:
         ValueError: If the method does not fit the model.
@@ -252,7 +254,10 @@ def new_learner(
 
 
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:
-    """Return a trainable model that starts from the update saved in `folder`. `source` does not change."""
+    """Return a trainable model that starts from the update in `folder`. `source` does not change.
+
+    An adapter is loaded into a prepared copy of `source`. A saved model replaces `source`, and is prepared itself.
+    """
     updated = load_update(folder, next(source.parameters()).device)
     if not isinstance(updated, PeftModel):
         return method.prepare(updated, options)
@@ -265,7 +270,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write the adapter to `folder/adapter`, or the merged model to `folder/model`. Merging changes `model`."""
+    """Write the adapter to `folder/adapter`; with `saves_full_model`, merge `model` in place into `folder/model`."""
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
     else:
@@ -273,15 +278,16 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load a model with the update in `folder`, an `adapter` or `model` folder that `save_update` wrote."""
+    """Load the adapter with its backbone, or the whole model, from a folder that `save_update` wrote."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 
 
 def merged_copy(model: nn.Module) -> nn.Module | None:
-    """Return a copy of the model with its adapter merged, or `model` itself if it has no adapter.
+    """Return a copy of the model with its adapter merged, or `model` itself if it is not a PEFT model.
 
-    Return None if the adapter cannot be merged, such as a non-linear adapter or PEFT's LoRA of a grouped convolution.
+    Return None if the adapter cannot be merged. Examples are a non-linear adapter, and PEFT's LoRA of a grouped
+    convolution.
     """
     if not isinstance(model, PeftModel):
         return model

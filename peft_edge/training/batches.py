@@ -1,4 +1,4 @@
-"""Batches of images with the preprocessing of a backbone, and batches of stored features (latent replay)."""
+"""Load batches of images, preprocessed for a backbone, and batches of stored features (latent replay)."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
-    """Return shuffled, augmented batches of `batch_size` images over all processes. A smaller rest is dropped."""
+    """Return shuffled batches of `batch_size` augmented images over all processes, without an incomplete last batch."""
     return _batches(config, backbone, images, train=True, shuffle=True, batch_size=batch_size)
 
 
 def evaluation_batches(config: RunConfig, backbone: nn.Module, images: Dataset) -> DataLoader:
-    """Return batches of all images, in order and without augmentation."""
+    """Return all images in order and without augmentation, in batches of `training.eval_batch_size`."""
     return _batches(config, backbone, images, train=False, shuffle=False, batch_size=config.training.eval_batch_size)
 
 
@@ -40,30 +40,31 @@ def _batches(
 
 
 def _timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
-    """Return timm's data configuration of the backbone, with the image size of the run."""
+    """Return timm's data configuration of the backbone, with `data.image_size` as the height and width."""
     size = config.data.image_size
     return {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:
-    """Set the epoch, which determines order and augmentations, of a loader that Accelerate has not prepared."""
+    """Set the epoch, which determines order and augmentations. Accelerate must not have prepared `batches`."""
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The trainable part of a model, and the stored outputs of the frozen layers before it."""
+    """The trainable part of a model, and batches of the stored outputs of its frozen prefix."""
 
-    tail: nn.Module  # takes features instead of images; shares its modules with the model
-    batches: DataLoader  # of features, under the key `pixel_values`, and `labels`
-    info: dict[str, object]  # `FeatureCache.info`: the stored features, and the cost of computing them
+    tail: nn.Module  # maps stored features to logits; shares its modules with the model
+    batches: DataLoader  # stored features under the key `pixel_values`, and `labels`
+    info: dict[str, object]  # `FeatureCache.info`: number, size and dtype of the features, and FLOPs to compute them
 
 
 def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
-    """Return the frozen layers before the first trainable layer.
+    """Return the frozen layers of `model` before its first trainable layer.
 
     Raises:
-        ValueError: If there are no such layers, or their outputs change in training.
+        ValueError: If there are no such layers, if their outputs or buffers change in training mode, or if later layers
+            need more than the output of the last of them.
     """
     size, generator = config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
@@ -74,13 +75,14 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Store the outputs of the model's frozen prefix for the target's training images, or open stored outputs.
+    """Store the frozen prefix's outputs for the training images of `target`, or open outputs from an earlier run.
 
-    `model` must be ready for training, with estimated BatchNorm statistics. `source` determines the preprocessing.
+    `model` must be ready for training. If its BatchNorm statistics are recalibrated, `recalibrate` must run before.
+    `source` determines the preprocessing.
 
     Raises:
-        ValueError: If the prefix changes in training, or its outputs cannot be stored.
-        OSError: If the disk is full.
+        ValueError: If `frozen_prefix` raises it, or an output is not finite or too large for `training.replay_dtype`.
+        OSError: If the outputs cannot be written, for example because the disk is full.
     """
     config, settings, accelerator = run.config, run.config.training, run.accelerator
     loader = _batches(config, source, target.train, train=True, shuffle=False, batch_size=settings.eval_batch_size)
@@ -107,7 +109,10 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return the profile of a tail with the adapter bytes of the whole model, which include the prefix's statistics."""
+    """Return `profile`, measured on `Replay.tail`, with the adapter bytes of the whole model in its `step` rows.
+
+    The saved adapter includes BatchNorm statistics of the prefix. Without a PEFT model, `profile` is unchanged.
+    """
     if not isinstance(model, PeftModel):
         return profile
     # Without `save_embedding_layers=False`, PEFT asks the Hub for the size of the base model's vocabulary.

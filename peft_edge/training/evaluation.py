@@ -32,15 +32,15 @@ class Predictions:
 
     @property
     def accuracy(self) -> float:
-        """The fraction of correct predictions."""
+        """The fraction of images whose predicted class is the true class."""
         return Accuracy().compute(**vars(self))["accuracy"]
 
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Predictions:
-    """Predict the class of every image in eval mode. The model stays in eval mode.
+    """Predict the class of every image in eval mode, and gather the predictions of all processes.
 
-    The accelerator must have prepared `batches`. The model must be on the accelerator's device.
+    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`. It stays in eval mode.
     """
     model.eval()
     found = Predictions([], [])
@@ -55,20 +55,22 @@ def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
 
 
 def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
-    """Return the predictions for the test splits of the source and of each target, in this order."""
+    """Return the predictions for the test split of the source, followed by that of each target."""
     loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
     return [predict(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
 
 
 def results(predictions: list[list[Predictions]]) -> dict[str, object]:
-    """Return a dict from names in the record to accuracies, retention and forgetting.
+    """Return the test results of a run, by their names in the record: accuracies, retention, forgetting, harmonic mean.
 
-    `predictions` has a row from `predict_tests` for the source model, and a row for the model after each target.
+    `predictions[0]` are the `predict_tests` results of the source model, and `predictions[i]` those of the model after
+    target i. For method none, there is only `predictions[0]`. With several targets, `TARGET` is the accuracy on the
+    test images of all targets together, and the matrix `accuracies` is added.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
-    # Without an update, the source model is also the final model.
+    # For method none, the source model is also the final model.
     rows = predictions if len(predictions) > 1 else predictions * 2
-    # Row i: the accuracies of model i on the domains 0 to i, which it has been trained on.
+    # Row i: the accuracies of the model after target i on the source (column 0) and on the targets 1 to i.
     accuracies = [[split.accuracy for split in row[: step + 1]] for step, row in enumerate(rows)]
     values: dict[str, object] = {
         TARGET: _pooled(targets_after).accuracy,
@@ -90,25 +92,29 @@ def _pooled(splits: list[Predictions]) -> Predictions:
 
 
 def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tensor:
-    """Return the first batch of the target's test split, (B, 3, H, W)."""
+    """Return the images (B, 3, H, W) of the first evaluation batch of the target's test split."""
     return next(iter(evaluation_batches(config, backbone, target.test)))["pixel_values"]
 
 
 @torch.no_grad()
 def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return the model's logits in eval mode, (B, num_classes) on the CPU, for images (B, 3, H, W)."""
+    """Return float32 logits (B, num_classes) on the CPU for images (B, 3, H, W). The model stays in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     return model(images.to(device)).float().cpu()
 
 
 def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
-    """Return the largest logit differences of the reloaded and of the merged model from the trained model.
+    """Compare the logits of `reloaded` and `merged` for `images` with the logits of the trained model.
 
-    `trained` are the trained model's logits for `images`, (B, num_classes).
+    These logits are `trained`, (B, num_classes). `merged` is skipped if it is None or the same object as `reloaded`.
+
+    Returns:
+        The largest absolute differences, `reloaded_max_logit_difference` and `merged_max_logit_difference`.
 
     Raises:
-        RuntimeError: If a difference is larger than rounding.
+        RuntimeError: If a difference is NaN, or exceeds `max(1, largest absolute logit)` times `RELOAD_TOLERANCE` or
+            `MERGE_TOLERANCE`.
     """
     found = {"reloaded": (eval_logits(reloaded, images), RELOAD_TOLERANCE)}
     if merged is not None and merged is not reloaded:
@@ -128,10 +134,11 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Return a dict from layer names to the size and the stable rank of the change of each kernel.
+    """Return the size and the stable rank of the change of each convolution kernel, by layer name.
 
-    `updated` is `source` with the update merged. W is a kernel as a matrix (C_out, K), and D is its change:
-    relative_norm = |D|_F / |W|_F and stable_rank = |D|_F² / |D|_2². Layers with D = 0 are left out.
+    `updated` is `source` with the update merged. Let `old` be a kernel of `source` as a matrix (C_out, -1), and
+    `change` the difference of the updated kernel: relative_norm = |change|_F / |old|_F and
+    stable_rank = |change|_F² / |change|_2². Layers with an unchanged kernel are left out.
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
     >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))
@@ -146,11 +153,11 @@ def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelCha
         change = conv.weight.to(old).flatten(1) - old
         if change.any():
             kind = next((role for role in ("depthwise", "pointwise", "dense") if role in roles), "grouped")
-            # The squared singular values of D are the eigenvalues of the smaller of D D^T and D^T D.
+            # The squared singular values of `change` are the eigenvalues of `wide @ wide.T`, the smaller Gram matrix.
             wide = change if change.shape[0] <= change.shape[1] else change.T
             squares = torch.linalg.eigvalsh(wide @ wide.T)
             norm, rank = change.norm() / old.norm(), squares.sum() / squares[-1]
-            # Four digits, because every record contains these values for every layer.
+            # Four digits keep the record small, which contains two values for every layer.
             changes[name] = KernelChange(
                 kind=kind, relative_norm=float(f"{norm:.4g}"), stable_rank=float(f"{rank:.4g}")
             )

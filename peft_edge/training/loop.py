@@ -29,13 +29,13 @@ from peft_edge.training.run_folder import ActiveRun, Progress, last_good_checkpo
 logger = logging.getLogger(__name__)
 
 DIVERGED_LOSS = 100.0
-"""A mean cross-entropy above this value counts as diverged. Guessing among a million classes gives 14."""
+"""Training with a mean cross-entropy above this value has diverged. A uniform guess among a million classes has 14."""
 
 
 class DivergedError(ValueError):
-    """Training has a loss above `DIVERGED_LOSS`, or a loss or logit that is not finite."""
+    """Training has a loss above `DIVERGED_LOSS`, or a loss or validation logit that is not finite."""
 
-    tried: Sequence[dict[str, object]] = ()  # the sweep entries so far, for the record
+    tried: Sequence[dict[str, object]] = ()  # the record's `sweep` entries for this target; set by `sweep`
 
 
 def train(
@@ -49,20 +49,23 @@ def train(
     run: ActiveRun,
     name: str,
 ) -> tuple[Progress, list[StepProfile]]:
-    """Train for `training.epochs`, starting from the newest checkpoint. Resuming gives bit-identical results.
+    """Train until `training.epochs` are done, starting from the newest checkpoint if there is one.
 
-    The accelerator must have prepared the first five arguments. `evaluated` is `model`, or the whole model if `model`
-    is a part of it. `name` identifies the training run in folders, trackers and the progress bar.
+    A resumed training run gives bit-identical weights. The accelerator must have prepared the first five arguments.
+    `evaluated` is `model`, or the whole model if `model` is `Replay.tail`. `name` identifies this training run in
+    folders, trackers and the progress bar.
 
     Returns:
-        The progress with the measurements of each epoch, and the step profiles of all processes.
+        The progress with the measurements of each epoch, and the step profiles of all processes (empty if
+        `profiling.every_n_steps` is 0).
 
     Raises:
-        OSError: If a checkpoint cannot be written.
+        OSError: If a checkpoint or a step profile cannot be written.
         ValueError: If the checkpoint is damaged or was written by another number of processes.
-        DivergedError: If a loss is above `DIVERGED_LOSS`, or a loss or a validation logit is not finite. Earlier
-            checkpoints are kept.
-        SystemExit: If a single process receives SIGTERM, after it has written a checkpoint of the current step.
+        DivergedError: If a loss is above `DIVERGED_LOSS`, or a loss or a validation logit is not finite. Checkpoints
+            whose weights may have diverged are deleted; earlier checkpoints are kept.
+        SystemExit: If the run has a single process and this process receives SIGTERM. A checkpoint of the current step
+            is written first. With several processes, SIGTERM is not deferred.
     """
     settings, accelerator, checkpoints = run.config.training, run.accelerator, run.path / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
@@ -81,7 +84,7 @@ def train(
 
     options = run.config.profiling.model_dump()
     profiling = ProfilingCallback(**options, output_dir=run.path, name=name, log=log, show_table=False)
-    # The callback receives the same events as in Trainer of Transformers.
+    # The callback receives the same events as from `transformers.Trainer`.
     state, control = TrainerState(global_step=progress.step), TrainerControl()
     unwrapped = accelerator.unwrap_model(model)
 
@@ -104,7 +107,7 @@ def train(
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, send)
                 seconds = time.perf_counter() - started
                 if profiling.is_measuring and progress.step:
-                    # A measured step takes longer. Count the mean of the earlier steps instead.
+                    # A measured step takes longer than others, so the mean time of all earlier steps replaces its time.
                     seconds = progress.train_time / progress.step
                 progress.step = state.global_step = progress.step + 1
                 send("on_step_end")
@@ -154,7 +157,7 @@ def _step(
     max_grad_norm: float | None,
     send: Callable[[str], None],
 ) -> Tensor:
-    """Take one optimizer step, and return the mean loss over the images of this process."""
+    """Take one optimizer step on `batch`, and return the mean loss over this process's images, as a scalar tensor."""
     parts = accelerator.gradient_accumulation_steps
     batch_loss = torch.zeros((), device=accelerator.device)
     for images, labels in zip(batch["pixel_values"].chunk(parts), batch["labels"].chunk(parts), strict=True):
@@ -175,7 +178,7 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Set `handler` for SIGTERM inside the block. Do nothing in other threads than the main one, as Python requires."""
+    """Set `handler` for SIGTERM inside the block. Do nothing outside the main thread, where Python forbids it."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -188,10 +191,10 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 
 @contextmanager
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
-    """Ignore the first SIGTERM inside the block, and yield a function that returns whether the process received it.
+    """Defer the first SIGTERM inside the block, and yield a function that returns whether SIGTERM has arrived.
 
-    A second SIGTERM has its previous effect. With several processes (`is_alone` is false), the first SIGTERM has its
-    previous effect, too: a checkpoint needs all processes, and one of them may have died.
+    A second SIGTERM calls the previous handler. If `is_alone` is false, SIGTERM is not deferred, and the function
+    returns False. With several processes, a checkpoint needs all processes, and one of them may have died.
     """
     if not is_alone:
         yield lambda: False

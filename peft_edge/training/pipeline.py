@@ -1,4 +1,4 @@
-"""The stages of a run: data, source model, adaptation, tests, record, upload."""
+"""Run all stages of a configuration: data, source model, adaptation, tests, record, upload."""
 
 from __future__ import annotations
 
@@ -24,14 +24,16 @@ from peft_edge.training.summary import build_record, failure_recorded
 
 
 def run(config: RunConfig) -> Record:
-    """Train or load the source model, adapt it, save the update, and test the saved update.
+    """Train or load the source model, adapt a copy to each target, save the update, and test the saved update.
 
-    Afterwards `config.output_dir` contains the update and the record. If `hub.repo_id` is set, both are uploaded, too.
-    An interrupted run continues from its newest checkpoint. A finished run is only read.
+    Afterwards `config.output_dir` contains the update and the record. Method none has no update. If `hub.repo_id` is
+    set, the update and the record are also uploaded. An interrupted run continues from its newest checkpoint. For a
+    finished run, this function reads the record without training, and repeats the upload.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
-        DivergedError: If training diverges at every learning rate.
+        DivergedError: If training on a target diverges at every learning rate.
+        RuntimeError: If the logits of the saved or merged model differ from those of the trained model.
         OSError: If a file cannot be read or written, or the push fails after the run has succeeded.
     """
     accelerator = start_accelerator(config)
@@ -59,7 +61,7 @@ def _run_stages(run: ActiveRun) -> Record:
             sizes = ", ".join(f"{len(split):,} {key}" for key, split in vars(domain).items())
             accelerator.print(f"{name} images: {sizes}; {domain.num_classes} classes")
 
-        # The source model, which is trained once and shared by runs.
+        # The source model: trained once, and shared by all runs with the same source configuration.
         source = source_model(config, task, accelerator.device)
         predictions = [predict_tests(source, config, task, accelerator)]
 
@@ -73,7 +75,7 @@ def _run_stages(run: ActiveRun) -> Record:
             chosen.append(best)
             tried += entries
 
-            # Tests use the saved update in a newly loaded model, as users do.
+            # Test a newly loaded model with the saved update, because users load this update.
             update = best.update
             reloaded = load_update(update, accelerator.device)
             merged = merged_copy(reloaded)
@@ -99,11 +101,11 @@ def _run_stages(run: ActiveRun) -> Record:
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """Create the run's `Accelerator`, and set the number of threads.
+    """Create the run's `Accelerator`, and set torch's number of threads and deterministic cuDNN for this process.
 
     Raises:
-        ValueError: If a tracker is not installed, the processes do not form one group, or a batch cannot be divided
-            among the processes.
+        ValueError: If a tracker is not installed, the processes do not form one group, a training batch cannot be
+            divided among processes and accumulation steps, or an evaluation batch cannot be divided among processes.
     """
     if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
         names = " ".join(sorted(missing))
@@ -123,7 +125,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
     )
 
-    # Accelerate silently runs fewer processes than requested in two cases.
+    # In two cases, Accelerate silently uses fewer processes than the user requested.
     num_processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != num_processes:
         # Each process would run alone, and all would write to the same folder.
@@ -149,19 +151,19 @@ def start_accelerator(config: RunConfig) -> Accelerator:
 
 
 def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
-    """Start the trackers with the configuration of the run."""
+    """Start the trackers of `config.trackers`, and send the configuration to each tracker."""
     values = flatten(config.model_dump()).items()
-    # Trackers do not accept lists.
+    # Trackers accept only numbers, strings and booleans.
     scalars = {key: value if isinstance(value, (bool, int, float, str)) else str(value) for key, value in values}
     accelerator.init_trackers("peft-edge", config=scalars)
 
 
 def _push(run: ActiveRun, record: Record, repo_id: str) -> None:
-    """Push the update of a finished run. If this fails, the run is complete on the disk, and its record says why."""
+    """Push the update of a finished run. If the push fails, write the reason to the local record and raise OSError."""
     options = run.config.hub.model_dump(exclude={"repo_id"})
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
     if record.run_info.error_msg:
-        # An earlier push has failed. The record on the Hub should not say so.
+        # `error_msg` reports that an earlier push failed. The record on the Hub should not contain this message.
         record.run_info.error_msg = ""
         run.write_record(record)
     try:

@@ -1,4 +1,4 @@
-"""The folder of a run (lock, configuration, record, update, checkpoints), and the cache that runs share."""
+"""Read and write the folder of a run (configuration, record, update, checkpoints), and locate the shared cache."""
 
 from __future__ import annotations
 
@@ -22,33 +22,33 @@ from peft_edge.records import SUCCESS, Record, read_record
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """A run and its folder `config.output_dir`. Only the main process writes record and update."""
+    """A run that owns the folder `config.output_dir`. Only the main process writes the record and the update."""
 
     config: RunConfig
     accelerator: Accelerator
-    is_resumed: bool  # whether an earlier process has started this run
+    is_resumed: bool  # whether an earlier command started this run; always False outside the main process
 
     @property
     def path(self) -> Path:
-        """Folder of the run."""
+        """The folder `config.output_dir`."""
         return Path(self.config.output_dir)
 
     @property
     def record(self) -> Record | None:
-        """Record of the run if it has succeeded, otherwise None."""
+        """The record if the run has succeeded, otherwise None. Raises a ValueError if `record.json` is damaged."""
         record = read_record(self.path / "record.json", Record)
         return record if record is not None and record.train_info.status == SUCCESS else None
 
     @property
     def is_finished(self) -> bool:
-        """Whether the record says that the run has succeeded; False if it cannot be read."""
+        """Whether the record says that the run has succeeded. False if the record cannot be read."""
         try:
             return self.record is not None
         except (ValueError, OSError):
             return False
 
     def write_record(self, record: Record) -> None:
-        """Write `record.json`. If the run has succeeded, delete candidates, checkpoints and step profiles."""
+        """Write `record.json` on the main process. If its status is success, delete all intermediate results."""
         if self.accelerator.is_main_process:
             with atomic_write(self.path / "record.json") as unfinished:
                 unfinished.write_text(record.to_json(), encoding="utf-8")
@@ -57,7 +57,7 @@ class ActiveRun:
                     remove(self.path / name)
 
     def publish(self, update: Path) -> Path:
-        """Copy the chosen `adapter` or `model` folder into the run's folder, and return the copy."""
+        """Copy the folder `update`, named `adapter` or `model`, into the run's folder. Return the path of the copy."""
         published = self.path / update.name
         if self.accelerator.is_main_process:
             with atomic_write(published) as unfinished:
@@ -68,7 +68,9 @@ class ActiveRun:
 
 @contextmanager
 def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Lock `output_dir` against other runs. The system releases the lock when the process ends.
+    """Lock `output_dir` against other runs; only the main process holds the lock.
+
+    The lock is released at the end of the block, or by the operating system if the process dies.
 
     Raises:
         ConfigError: If another run holds the lock.
@@ -90,10 +92,12 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
 
 
 def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
-    """Create the folder of a run, or open the folder of a run that was started before.
+    """Create the folder of a run, or open the folder if an earlier command started the same run there.
+
+    A different run in the folder is replaced if it has failed before its first checkpoint or result.
 
     Raises:
-        ConfigError: If the folder contains another run or unrelated files.
+        ConfigError: If the folder contains results of a different run, unrelated files, or a damaged `config.yaml`.
         OSError: If the folder cannot be written.
     """
     path = Path(config.output_dir)
@@ -107,7 +111,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 
 def _is_started(config: RunConfig, path: Path) -> bool:
     file = path / "config.yaml"
-    # A process that is killed while it writes its first file leaves only the unfinished file.
+    # A process that is killed while it writes `config.yaml` leaves only the temporary file of `atomic_write`.
     if not path.exists() or not {entry.name for entry in path.iterdir()} - {unfinished_path(file).name}:
         return False
     try:
@@ -117,7 +121,7 @@ def _is_started(config: RunConfig, path: Path) -> bool:
     except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
         raise ConfigError(f"output_dir: {file} is damaged: choose another folder, or delete it ({error})") from error
     given = flatten(yaml.safe_load(to_yaml(config)))
-    # Runs that differ only in the name of the folder or in the upload are the same.
+    # `output_dir` and the keys of section `hub` may differ between two starts of the same run.
     keys = sorted(key for key in found.keys() | given.keys() if key != "output_dir" and not key.startswith("hub."))
     differences = [
         f"{key} is {found.get(key)!r} there and {given.get(key)!r} here"
@@ -125,7 +129,7 @@ def _is_started(config: RunConfig, path: Path) -> bool:
         if found.get(key) != given.get(key)
     ]
     if differences and not any((path / name).exists() for name in ("checkpoints", "candidates", "adapter", "model")):
-        # The other run failed before it had results, for example because of an error in its configuration.
+        # The different run failed before it had results, for example because of an error in its configuration.
         return False
     if differences:
         raise ConfigError(
@@ -135,13 +139,13 @@ def _is_started(config: RunConfig, path: Path) -> bool:
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Return the absolute path of the folder in which runs share source models and stored features."""
+    """Return the absolute path of the folder with source models and stored features, which runs share."""
     # A saved adapter contains the path of its source model, and may be loaded from another working directory.
     return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 fingerprint of `parts`, seed, device, number of threads and versions."""
+    """Return a SHA-256 of `parts`, `device_type`, the run's seed and threads, and the versions of torch and timm."""
     parts |= {
         "seed": config.seed,
         "device": device_type,
@@ -159,9 +163,9 @@ class Progress:
     """The state of the training loop in a checkpoint."""
 
     num_processes: int
-    step: int = 0  # optimizer steps done
-    train_time: float = 0.0  # seconds spent in these steps
-    loss_sum: float = 0.0  # sum of the losses of the current epoch
+    step: int = 0  # number of finished optimizer steps
+    train_time: float = 0.0  # seconds spent in the finished steps
+    loss_sum: float = 0.0  # sum of the losses of the finished steps in the current epoch
     metrics: list[dict[str, int | float | None]] = field(default_factory=list)  # measurements of each finished epoch
 
 
@@ -174,7 +178,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     path = folder / f"step_{progress.step:08d}"
     is_writer = accelerator.is_main_process
     with atomic_write(path) if is_writer else nullcontext(unfinished_path(path)) as unfinished:
-        # The main process clears the folder before the others write there, and renames it after all have finished.
+        # The main process clears the folder `unfinished` before others write there, and renames it at the end.
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
@@ -189,10 +193,12 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Restore all objects of the accelerator from the newest checkpoint. Without a checkpoint, change nothing.
+    """Restore the objects that `accelerator` prepared from the newest checkpoint, and return its progress.
+
+    Without a checkpoint, restore nothing and return the progress of step 0.
 
     Raises:
-        ValueError: If the checkpoint is damaged or was written by another number of processes.
+        ValueError: If the newest checkpoint is damaged or was written by another number of processes.
     """
     checkpoints = _checkpoints(folder)
     if not checkpoints:
@@ -214,9 +220,10 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
 
 
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
-    """Delete the checkpoints of `step` and later, and return the newest remaining one. All processes must call this.
+    """Delete the checkpoints of `step` and later steps. Return the newest remaining checkpoint, or None.
 
-    `step` is the first step whose weights may be bad, because a step's weights are tested by the loss of the next step.
+    `step` is the first step after which the weights may be bad. If the loss of step n is bad, this is step n - 1: the
+    loss of step n is computed with the weights after step n - 1. All processes must call this function.
     """
     good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:
@@ -231,7 +238,7 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_intact(checkpoint: Path) -> bool:
-    # Accelerate silently skips unreadable random states, and does not detect a flipped bit in the weights.
+    # `accelerator.load_state` silently skips unreadable random states, and detects no flipped bit in the weights.
     try:
         written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
         return all(_digest(checkpoint / name) == digest for name, digest in written.items())

@@ -1,4 +1,4 @@
-"""The source model, which is trained once and shared by all runs with the same source configuration."""
+"""Train the source model once, and share it among all runs with the same source configuration."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ from peft_edge.training.run_folder import cache_folder, cache_key
 
 
 def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
-    """Return the backbone with the initial weights of the source model."""
+    """Set the random seed, and return the backbone with the weights from which training of the source model starts."""
     set_seed(config.seed)
     return load_backbone(num_classes=num_classes, **config.backbone.model_dump())
 
 
 def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Module:
-    """Train the source model, or load it from the cache, and return it in channels_last.
+    """Train the source model, or load it from the cache, and return it on `device` in channels_last.
 
     One process trains the model while all other processes wait, including those of other runs. Therefore the model does
-    not depend on the number of processes.
+    not depend on the number of processes. If `source.epochs` is 0, the model is the backbone with its initial weights.
 
     Raises:
-        ValueError: If training diverges or has fewer than two steps, or there are fewer images than one batch.
+        ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
         OSError: If the cache cannot be written.
     """
     model = new_backbone(config, task.source.num_classes)
     set_class_names(model, task.source.class_names)
-    # Unchanged weights from the Hub need no copy: an adapter finds them by their name on any machine.
+    # Unmodified weights from the Hub need no copy in the cache: an adapter can load them by name on any machine.
     if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
         key = cache_key(
             config,
@@ -52,10 +52,10 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
-        # A folder that exists is complete. It is read without a lock, because another user's cache may be read-only.
+        # A folder that exists is complete. Reading needs no lock, and another user's cache may be read-only.
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
-            # The system releases this lock when the process ends, however it ends.
+            # The operating system releases this lock even if the process is killed.
             with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not folder.exists():
                     if config.source.epochs > 0:
@@ -78,7 +78,7 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
             f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
             f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
         )
-    # OneCycleLR divides by the warm-up steps minus one. With five steps, pct_start=0.2 would mean one warm-up step.
+    # OneCycleLR divides by the warm-up steps minus one, and five steps with pct_start=0.2 have one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     with tqdm(total=total_steps, desc="source model", unit="step") as bar:

@@ -1,4 +1,4 @@
-"""The record of a run, and the summary table of a record."""
+"""Build the record of a run, and format a record as a text table."""
 
 from __future__ import annotations
 
@@ -56,9 +56,10 @@ def build_record(
 ) -> Record:
     """Return the record of a run that has succeeded.
 
-    `started` is in seconds since 1970, and `total_time` is None for a resumed run. `predictions` is the argument of
-    `results`, `chosen` has the best candidate for each target, and `tried` the entries from `sweep`. `update` is the
-    folder of the saved adapter or model, or None for method none.
+    `started` is in seconds since 1970. `total_time` is in seconds, and None for a resumed run. `predictions` is the
+    argument of `results`. `chosen` contains the best candidate for each target, and `tried` the dicts that `sweep`
+    returned for all targets. `update` is the folder of the saved adapter or model, or None for method none. `checks`
+    and `changes` are the results of `check_saved` and `kernel_changes` for the last target.
     """
     config = run.config
     steps = sum(int(best.metrics[-1]["step"] or 0) for best in chosen)
@@ -88,7 +89,7 @@ def build_record(
     record.profile = last.profile if last else []
     if update is not None and (update / CONFIG_NAME).exists():
         saved = json.loads((update / CONFIG_NAME).read_text(encoding="utf-8"))
-        # PEFT writes sets of names in an order that differs between processes.
+        # PEFT writes a set of names in an order that differs from process to process.
         record.run_info.peft_config = {
             key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
             for key, value in saved.items()
@@ -97,7 +98,7 @@ def build_record(
 
 
 def new_record(config: RunConfig, status: str, *, started: float, error_msg: str = "") -> Record:
-    """Return a record without results, for a run that started at `started`, in seconds since 1970."""
+    """Return a record with `status` and without results. `started`, the start of the run, is in seconds since 1970."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.cpu else "cpu"
     return Record(
         run_info=RunInfo(
@@ -119,19 +120,20 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 
 @contextmanager
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
-    """Write a record if the block raises or the process receives SIGTERM.
+    """Write a record with the error if the block raises, and re-raise the error.
 
-    A launcher sends SIGTERM to the other processes when one has died.
+    SIGTERM raises SystemExit in the block: if one process dies, a launcher sends SIGTERM to all other processes. Only
+    the main process writes the record. An existing record of success is kept.
     """
     with on_termination(lambda number, frame: sys.exit(128 + number)):
         try:
             yield
         except BaseException as error:
             if run.is_finished:
-                # Success is on the disk: what failed came after it.
+                # The record of success is already written, so the error occurred after the run.
                 raise
             message = "".join(traceback.format_exception(error))
-            # A full disk must not hide the error, and a second SIGTERM must not interrupt the writing.
+            # A full disk must not hide the original error, and a second SIGTERM must not interrupt `write_record`.
             with on_termination(signal.SIG_IGN), suppress(OSError):
                 status = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}.get(type(error), FAILED)
                 record = new_record(run.config, status, started=started, error_msg=message)
@@ -142,7 +144,7 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
 
 
 def summary_table(record: Record) -> str:
-    """Return the accuracies, sizes and times of a run as a table, followed by its sweep, checks and step profile."""
+    """Return a text table of a successful run: accuracies, sizes and times, then its sweep, checks and step profile."""
     config, train = record.run_info.train_config, record.train_info
     names = (TARGET, SOURCE, TARGET_BEFORE, SOURCE_BEFORE, "retention")
     tests = {name: "-" if (value := train.metrics[-1][name]) is None else f"{value:.3f}" for name in names}
