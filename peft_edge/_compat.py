@@ -145,7 +145,7 @@ def call_without_hooks(step: Callable[[], object]) -> None:
     """Call the `step` of an optimizer's base class without its step hooks.
 
     Torch wraps the `step` of each optimizer class in a function that runs the hooks, and marks this function as
-    `hooked`. Without this function, a subclass that calls the `step` of its base class would run the hooks twice.
+    `hooked`. A subclass that called the wrapped `step` directly would run the hooks twice.
     """
     if getattr(step, "hooked", False):
         step.__wrapped__(step.__self__)  # type: ignore[attr-defined]

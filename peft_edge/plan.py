@@ -144,7 +144,7 @@ class Evidence(NamedTuple):
     runs: int
     """The number of these runs."""
     advantage: float
-    """The mean accuracy on a task minus the mean accuracy of all runs on this task, averaged over the tasks."""
+    """The variant's mean accuracy on a task minus the mean of all runs on that task, averaged over tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:

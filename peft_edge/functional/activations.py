@@ -113,7 +113,7 @@ class _SmoothActivation(torch.autograd.Function):
 
 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
-    """Return x * gate, (B, C, *size) * (B, C, 1, ...). Saves the gate, and x or the inputs to recompute x."""
+    """Return x * gate, (B, C, *size) * (B, C, 1, ...). Saves the gate, and x or, if x can be recomputed, the inputs that x is recomputed from."""
     recompute_x, inputs, num_convolutions = get_recompute(x)
 
     def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def has_standard_layout(x: Tensor) -> bool:
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
     """Return a uint8 mask of the elements of x that satisfy `condition`: one bit (`packed`) or one byte per element.
 
-    x must have a standard layout, and the mask follows the memory order of x. `condition` must map a one-dimensional
+    x must be contiguous or channels_last. The mask follows the memory order of x. `condition` must map a one-dimensional
     part of x to booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)

@@ -119,7 +119,7 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 def needs_backward() -> bool:
     """Return whether gradients are enabled and our autograd functions can run here.
 
-    `torch.jit.trace` cannot save our autograd functions. The transforms of `torch.func` and forward-mode differentiation
-    need rules that only torch's own operators have.
+    `torch.jit.trace` cannot save our autograd functions. `torch.func` and forward-mode differentiation need rules that
+    only torch's own operators have.
     """
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_transforming()

@@ -78,7 +78,7 @@ class Job(ABC):
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Write a record of a failure in which `run` wrote none: a killed process, or an error before the run began."""
+        """Write a failure record if `run` wrote no record: its process was killed, or an error came before the run began."""
 
 
 @dataclass(frozen=True)
