@@ -81,7 +81,7 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def is_transforming() -> bool:
-    """Return whether a transform of `torch.func` or forward-mode AD is running; torch has no public function for this."""
+    """Return whether a `torch.func` transform or forward-mode AD is running; torch has no public function for this."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 

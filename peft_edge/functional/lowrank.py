@@ -12,8 +12,8 @@ The forward pass computes the kernel W' and runs one convolution, written as *:
     W' = f (W + s B A),    y = x * W' + bias
 
 The backward pass recomputes W' instead of saving W'. The gradient dX needs only W'. The gradients dA and dB have two
-exact forms, the routes `full_kernel` and `low_rank`. dW' is the gradient of W'. The map z = x * A and its gradient u =
-(s f B)^T dY have r channels:
+exact forms, the routes `full_kernel` and `low_rank`. dW' is the gradient of W'. The map z = x * A and its gradient
+u = (s f B)^T dY have r channels:
 
     full_kernel:   dA = (s f B)^T dW'                            dB = s f dW' A^T
     low_rank:      dA = kernel gradient of z = x * A, given u    dB = s f dY z^T

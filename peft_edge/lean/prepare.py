@@ -112,7 +112,7 @@ def undo_lean_training(model: Model) -> Model:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield each convolution whose output only one norm receives, and the `InplaceNorm`. The norm has no other input."""
+    """Yield each convolution whose output only one norm receives, and the pair of both. The norm has no other input."""
     num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
     # In training mode and in timm's `forward_intermediates`, the output may go to other layers than in eval mode.
     other_runs = [find_consumers(model, training=True)]
