@@ -54,7 +54,7 @@ class AutogradContext(FunctionCtx):
     saved_tensors: tuple[Tensor, ...]
 
     if TYPE_CHECKING:
-        # An autograd function may save None and set any attribute of `ctx`.
+        # An autograd function may pass None to `save_for_backward`, and may set any attribute of `ctx`.
         def save_for_backward(self, *tensors: Tensor | None) -> None: ...
         def __getattr__(self, name: str) -> Any: ...
         def __setattr__(self, name: str, value: object) -> None: ...
@@ -81,7 +81,7 @@ def is_transformed(tensor: Tensor) -> bool:
 
 
 def is_transforming() -> bool:
-    """Whether a transform of `torch.func` or forward-mode differentiation is running. Seen in torch 2.14.1."""
+    """Return whether a `torch.func` transform or forward-mode AD is running; torch has no public function for this."""
     return torch._C._functorch.maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
@@ -127,7 +127,7 @@ def is_excluded(config: PeftConfig, name: str) -> bool:
 
 
 def has_plain_conv_forward(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
-    """Return whether a convolution inherits torch's `_conv_forward`; subclasses override it to change the weight."""
+    """Return whether a convolution inherits torch's `_conv_forward`; some subclasses override this method."""
     return any(type(conv)._conv_forward is cls._conv_forward for cls in (nn.Conv1d, nn.Conv2d, nn.Conv3d))
 
 
@@ -154,7 +154,7 @@ def call_without_hooks(step: Callable[[], object]) -> None:
 
 
 def add_peft_type(name: str) -> PeftType:
-    """Return the member `name` of the enumeration `peft.PeftType`, and add it first if it is missing.
+    """Return the member `name` of the enumeration `peft.PeftType`. If the member is missing, add it first.
 
     PEFT has no plugin mechanism: `register_peft_method` rejects names that are not members of the enumeration, and
     `get_model_status` fails if the type of an adapter is a string.
@@ -164,7 +164,7 @@ def add_peft_type(name: str) -> PeftType:
     member = str.__new__(PeftType, name)
     member._name_ = name
     member._value_ = name
-    # Set the attribute before the maps contain the name, because the enumeration then refuses to set it.
+    # Set the attribute before the maps contain the name, because the enumeration refuses to set existing members.
     setattr(PeftType, name, member)
     PeftType._member_names_.append(name)
     PeftType._member_map_[name] = member
@@ -189,7 +189,7 @@ def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
 def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn.Module, int], bool]) -> None:
     """Let `hotswap_adapter` and `prepare_model_for_compiled_hotswap` handle adapters of `peft_type`.
 
-    `register_peft_method` does not reach the hotswap module. `config_keys` are configuration keys that must agree
+    `register_peft_method` does not change the hotswap module. `config_keys` are configuration keys that must agree
     between the two adapters, in addition to the keys of LoRA. `pad(model, rank)` must pad the layers of the tuner in a
     model to a rank, and return whether the model has such layers. A second call for the same type has no effect.
     """
@@ -245,13 +245,14 @@ FakeValueError = DataDependentOutputException
 map_only = tree_map_only
 """Apply a function to all leaves of a given type in nested containers."""
 
-# FlopCounterMode passes shapes to a formula. With this attribute it passes tensors, which is several times faster.
+# FlopCounterMode passes shapes to a FLOP formula. To a formula with this attribute, it passes tensors instead, which is
+# several times faster.
 # torch's decorator `register_flop_formula(get_raw=True)` also sets the attribute, but registers the formula globally.
 RAW_FORMULA = "_get_raw"
 
 
 def backward_pass_id() -> int:
-    """Return the number of the backward pass that this thread runs, or -1 if there is none; torch has no public way."""
+    """Return the number of the backward pass of this thread, or -1 outside a pass; torch has no public function."""
     return torch._C._current_graph_task_id()
 
 
@@ -280,11 +281,11 @@ def sparse_parts(tensor: Tensor) -> tuple[Tensor, Tensor]:
     return tensor._indices(), tensor._values()
 
 
-# --- the rest: data, training, hub, export, study ---------------------------------------------------------------------
+# --- other modules: data, training, hub, export, study ----------------------------------------------------------------
 
 
 def dataset_fingerprint(dataset: Dataset) -> str:
-    """Return the hash of a dataset's rows and transforms, which `datasets` documents without a public attribute."""
+    """Return the hash of a dataset's rows and transforms; `datasets` has no public attribute for the hash."""
     return dataset._fingerprint
 
 

@@ -11,17 +11,18 @@ from contextlib import contextmanager
 from pathlib import Path
 
 _NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-# Parts of the messages of torch.save for any failed write.
+# Parts of the error messages of torch.save for failed writes. The messages do not state why a write failed.
 _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, and rename it to `path` at the end of the block.
+    """Yield a temporary path in the folder of `path`, and rename the temporary file to `path` after the block.
 
     If the block fails, `path` is unchanged. If the process is killed, the next call deletes the temporary path. A file
-    always has either its old or its new content, even after a power cut. A folder that replaces a folder takes two
-    renames. If the process is killed between them, `path` is missing, and the old folder is at `.<name>.replaced`.
+    always has either its old or its new content, even after a power cut. Replacing a folder by a folder takes two
+    renames. If the process is killed between the two renames, `path` is missing, and the old folder is at
+    `.<name>.replaced`.
 
     Raises:
         OSError: If the disk is full, if a file would replace a folder, or if a folder would replace a file.
@@ -64,7 +65,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, mode: int) -> None:
-    """Set `mode` on all files and call `fsync`. Without `fsync`, a power cut after the rename may empty files."""
+    """Set `mode` on all files and call `fsync`. Without `fsync`, a power cut after the rename may leave empty files."""
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
             _flush_folder(entry)
@@ -103,10 +104,13 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
 
 
 def is_disk_full(error: BaseException) -> bool:
-    """Return whether `error` comes from a write to a full disk, beyond a quota, or beyond a file size limit."""
+    """Return whether `error` comes from a write to a full disk, beyond a quota, or beyond a file size limit.
+
+    Every failed write of torch.save counts, because the messages of torch.save do not state the cause.
+    """
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True
-    # Write errors of safetensors and torch have no errno.
+    # Write errors of safetensors and torch have no `errno`, so compare their messages.
     texts = [*map(os.strerror, _NO_SPACE), *_TORCH_WRITE_ERRORS]
     return any(text in str(error) for text in texts)
 

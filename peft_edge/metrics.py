@@ -1,4 +1,4 @@
-"""Accuracy, retention, forgetting and harmonic mean. No metric needs a network connection or a cache."""
+"""The metrics accuracy, retention, forgetting and harmonic mean. They need no network connection and no cache."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ class Accuracy(InMemoryMetric):
 
 
 class Retention(InMemoryMetric):
-    """Accuracy after an update (`predictions`) divided by accuracy before (`previous`); None if the latter is 0."""
+    """Accuracy after an update (`predictions`) divided by accuracy before (`previous`); None if the divisor is 0."""
 
     inputs = ("predictions", "references", "previous")
 
@@ -65,12 +65,12 @@ def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
-    """Return how far the accuracies on earlier domains dropped from their best values, on average; None for one step.
+    """Return the mean drop of the accuracies on earlier domains from their best values; None if there is only one step.
 
     `accuracies[l][j]` is the accuracy on domain j after step l, and k is the last step. The result is the mean over
     j < k of max(accuracies[l][j] for j <= l < k) - accuracies[k][j]. This is equation 3 of Chaudhry et al. 2018,
-    "Riemannian Walk for Incremental Learning", except that their maximum also includes l < j. Row l only needs the
-    domains up to l. With two steps the result equals `Forgetting` on the first domain.
+    "Riemannian Walk for Incremental Learning", except that their maximum also includes l < j. Row l needs only the
+    domains 0 to l. With two steps the result equals `Forgetting` on the first domain.
     """
     *earlier, last = accuracies
     best = [max(row[domain] for row in earlier[domain:]) for domain in range(len(earlier))]
@@ -78,5 +78,5 @@ def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
 
 
 def harmonic_mean(new: float, old: float) -> float:
-    """Return the harmonic mean of the accuracies on new and on old classes, which is 0 if either is 0."""
+    """Return the harmonic mean of the accuracies on new and on old classes; 0 if one of these accuracies is 0."""
     return statistics.harmonic_mean([new, old])

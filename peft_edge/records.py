@@ -31,7 +31,7 @@ M = TypeVar("M", bound="JsonModel")
 
 
 class UnknownFieldError(ValueError):
-    """Raised for JSON with all known and some unknown fields, which a newer version has probably written."""
+    """Raised for JSON whose only mistakes are unknown fields; a newer version has probably written this JSON."""
 
 
 class JsonModel(BaseModel):
@@ -72,7 +72,7 @@ class RunInfo(JsonModel):
     experiment_name: str
     """`<method>/<name>`, as in PEFT's results."""
     train_config: JsonObject
-    """The resolved configuration. In addition, `model_id` is the name of the backbone."""
+    """The resolved configuration. The additional key `model_id` is the name of the backbone."""
     peft_config: JsonObject | None = None
     """The configuration of the adapter; null for a method without an adapter."""
     total_time: float | None = None
@@ -84,14 +84,17 @@ class RunInfo(JsonModel):
 
 
 class KernelChange(JsonModel):
-    """The change of the kernel of one convolution by training. The change is read as a matrix of shape (C_out, K)."""
+    """How much an update changed the kernel of one convolution.
+
+    The change is the kernel after the update minus the kernel before the update, as a matrix with C_out rows.
+    """
 
     kind: str
     """`depthwise`, `pointwise`, `dense` (one group, kernel larger than 1 x 1) or `grouped`."""
     relative_norm: float
-    """Frobenius norm of the change divided by the norm of the kernel before the update."""
+    """Frobenius norm of the change divided by the Frobenius norm of the kernel before the update."""
     stable_rank: float
-    """Squared Frobenius norm of the change divided by its squared spectral norm: at least 1, at most its rank
+    """Squared Frobenius norm of the change divided by its squared spectral norm; between 1 and the rank of the change
     (Rudelson and Vershynin 2007, arXiv math/0503442)."""
 
 
@@ -101,7 +104,7 @@ class TrainInfo(JsonModel):
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
-    """Time of the training steps, without evaluation: the sum over targets, each with its selected learning rate."""
+    """Time of the training steps without evaluation, summed over targets. Only the selected learning rates count."""
     file_size: int | None = None
     """Bytes of the saved adapter, or of the saved model for a method without an adapter."""
 
@@ -117,13 +120,13 @@ class TrainInfo(JsonModel):
     metrics: list[JsonObject] = []
     """One entry per epoch and target, and at the end one entry with the test results before and after the update."""
     sweep: list[JsonObject] = []
-    """The learning rates that were tried and their validation accuracies; an accuracy is null if training diverged."""
+    """One entry per tried learning rate, with its validation accuracy; the accuracy is null if training diverged."""
     replay: JsonObject | None = None
     """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
     checks: dict[str, float] = {}
-    """Largest absolute change of the logits by reloading the saved adapter, and by merging the adapter."""
+    """The largest absolute differences of the logits of the reloaded and the merged model from the trained model's."""
     changes: dict[str, KernelChange] = {}
-    """A dict from each convolution that the merged update changed to its change; empty if no merge is possible."""
+    """A dict from the name of each changed convolution to its change; empty if the update cannot be merged."""
 
 
 class MetaInfo(JsonModel):
@@ -171,7 +174,7 @@ class StepProfile(JsonModel):
     """Seconds per step. `forward_s` includes the loss, `backward_s` includes gradient clipping. Null for layers."""
 
     samples_per_s: float | None = None
-    """Samples of this process per step, divided by the sum of the three times above; null for layers."""
+    """Samples of this process per step, divided by `forward_s + backward_s + optimizer_s`; null for layers."""
     memory_peak_bytes: int | None = None
     """Peak bytes of all live tensors. For layers: the bytes of the tensors of these layers at the peak of the step."""
     memory_peak_phase: str | None = None
@@ -183,7 +186,7 @@ class StepProfile(JsonModel):
     memory_activations_bytes: int | None = None
     memory_temporaries_bytes: int | None = None
     memory_optimizer_bytes: int | None = None
-    """Bytes at the peak by kind of tensor. Activations are saved for the backward pass; temporaries are the rest."""
+    """Bytes at the peak by kind of tensor. Activations are saved for the backward pass. Temporaries are the rest."""
 
     memory_forward_end_bytes: int | None = None
     """Bytes of all live tensors at the end of the forward pass."""
@@ -203,7 +206,7 @@ class Record(JsonModel):
     meta_info: MetaInfo
 
     profile: list[StepProfile] = []
-    """For each process, the whole step and the layers of each LoRA rank. For a failed run, profiles may be missing."""
+    """For each process, one profile of the step and one per LoRA rank. For a failed run, profiles may be missing."""
 
     @property
     def step(self) -> StepProfile | None:
@@ -276,7 +279,9 @@ class Archive:
 
 
 def read_archive(folder: Path) -> Archive:
-    """Read all records in a folder and its subfolders. Skips copies, and other JSON files such as configurations.
+    """Read all records in a folder and its subfolders, except copies of a record.
+
+    The function ignores other JSON files, such as configurations.
 
     Raises:
         ValueError: If there is no record, or if a record is damaged or was written by a newer version.
@@ -310,12 +315,12 @@ def _identity(record: Record | CostRecord) -> str:
 
 
 def _find_record(file: Path) -> Record | CostRecord | None:
-    """Return the record in a JSON file; None if the file contains something else or, with a warning, invalid JSON.
+    """Return the record in a JSON file. Return None for other JSON and, after a warning, for text that is not JSON.
 
     Raises:
-        ValueError: If the file is a record that is damaged or cut short, or that a newer version has written.
+        ValueError: If the file is a damaged or incomplete record, or a newer version has written the record.
     """
-    # Records of PEFT's own benchmark have the same blocks, but not these keys of the configuration.
+    # Records of PEFT's own benchmark have the same blocks, but their `train_config` lacks these keys.
     keys = {"method", "norm", "backbone", "data", "adapter"}
     content = file.read_bytes()
     try:
@@ -336,7 +341,7 @@ def _find_record(file: Path) -> Record | CostRecord | None:
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Return the versions of packages that affect results, and of `more`: `<name>-version` to a version or None."""
+    """Return a dict from `<name>-version` to a version or None, for packages that affect results and for `more`."""
     names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
     return {f"{name}-version": _version(name) for name in names}
 

@@ -89,12 +89,12 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a module: base layers in place of adapted layers, and no layers of `modules_to_save`."""
+    """Yield the children of a module, with base layers for adapted layers. Layers of `modules_to_save` are left out."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 
     for name, child in module.named_children():
-        # By type: timm's DLA has a child of its own that is named `base_layer`.
+        # Check the type instead of the name, because timm's DLA has a child that is named `base_layer`.
         while isinstance(child, BaseTunerLayer):
             child = child.base_layer
         if not isinstance(child, AuxiliaryTrainingWrapper):
@@ -105,7 +105,7 @@ def _squeeze_excite(module: nn.Module) -> list[Convolution]:
     """Return the two convolutions of a module if it is a squeeze-excite block, and otherwise an empty list.
 
     The block has exactly two convolutions, both pointwise; the second restores the channels that the first reduces. A
-    bottleneck block does the same, but always has a third, spatial convolution.
+    bottleneck block also reduces and restores the channels, but has a third, spatial convolution.
     """
     convs = [child for _, child in _children(module) if is_convolution(child)]
     if len(convs) != 2 or not all(is_pointwise(conv) for conv in convs):

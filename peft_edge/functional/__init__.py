@@ -1,4 +1,4 @@
-"""Convolutions, norms and activations, as functions that save few bytes for the backward pass."""
+"""Functions for convolutions, norms and activations that save few bytes for the backward pass."""
 
 from peft_edge.functional.convolution import Geometry, frozen_convolution
 from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_kernel

@@ -1,10 +1,11 @@
-"""Activations and gates that save fewer bytes for the backward pass than those of torch.
+"""Activations and gates that save fewer bytes for the backward pass than torch's functions.
 
-- A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. It saves a mask of one byte
-  or one bit per element. If the next layer saves the output anyway, the activation saves the same output instead.
-- A smooth activation, such as SiLU, saves its input. Later functions recompute its output from this input.
-- The product of a map `x` and a `gate` per channel, as in squeeze-excite, saves the gate, and the map or the inputs to
-  recompute the map.
+- A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
+  `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
+  anyway, `clipped_activation` saves the same tensor instead of a mask.
+- `smooth_activation`, for example for SiLU, saves its input. Later functions recompute the output from this input.
+- `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
+  `gate` and `x`. If `x` can be recomputed, the function saves the inputs of the recomputation instead of `x`.
 """
 
 from __future__ import annotations
@@ -33,8 +34,9 @@ _CACHED_ELEMENTS = 1 << 19
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    A tensor without standard layout has no mask: its output is saved. `forward` must compute the activation; `upper` is
-    infinity for ReLU. With `inplace`, `forward` must overwrite and return its argument, which is x or a flat part of x.
+    If the output is neither contiguous nor channels-last, `keep` is ignored and the output is saved. `forward` must
+    compute the activation; `upper` is infinity for ReLU. With `inplace`, `forward` must overwrite and return its
+    argument. This argument is x or a one-dimensional part of x.
     """
     recompute = get_recompute(x)
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
@@ -46,7 +48,7 @@ class _ClippedActivation(torch.autograd.Function):
     def forward(
         ctx: AutogradContext, x: Tensor, forward: Activation, upper: float, keep: Kept, inplace: bool
     ) -> Tensor:
-        # In place, activate a part of x and compute the mask of this part while the part is in the cache.
+        # With `inplace`, `make_mask` activates x part by part, and computes each mask while the part is in the cache.
         activates_parts = inplace and keep != "output" and has_standard_layout(x)
         y = x if activates_parts else forward(x)
         if inplace:
@@ -54,7 +56,7 @@ class _ClippedActivation(torch.autograd.Function):
 
         def has_slope_one(part: Tensor) -> Tensor:
             y = forward(part) if activates_parts else part
-            # `_clip_gradient(y, y, ...)` is nonzero only between the bounds. Comparisons are far slower on a CPU.
+            # `_clip_gradient(y, y, ...)` is nonzero where 0 < y < upper. Comparison operators are far slower on a CPU.
             return (y if upper == float("inf") else _clip_gradient(y, y, upper, out=None)).bool()
 
         ctx.keep = keep if has_standard_layout(y) else "output"
@@ -73,7 +75,7 @@ class _ClippedActivation(torch.autograd.Function):
                 copied = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
                 gradient, overwrites = copied.copy_(gradient), True
             if torch.is_grad_enabled():
-                # `mask_gradient` has no derivative, which a second derivative would need.
+                # Autograd will differentiate this backward pass, but `mask_gradient` has no derivative.
                 is_set = mask_gradient(torch.ones_like(gradient), saved, out=torch.empty_like(gradient)).bool()
                 gradient = torch.where(is_set, gradient, torch.zeros_like(gradient))
             else:
@@ -91,7 +93,10 @@ def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None
 
 
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
-    """Return `forward(x)`, and save x or the inputs from which to recompute x. `forward` must not overwrite x."""
+    """Return `forward(x)`. Save x or, if x can be recomputed, the inputs of its recomputation.
+
+    `forward` must not overwrite x. `backward` must map the gradient of the output and x to the gradient of x.
+    """
     return set_recompute(_SmoothActivation.apply(x, forward, backward), get_recompute(x).then(forward))
 
 
@@ -107,13 +112,17 @@ class _SmoothActivation(torch.autograd.Function):
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x = ctx.recompute_x(*ctx.saved_tensors)
         if torch.is_grad_enabled():
-            # Most of torch's backward operators have no derivative, which a second derivative would need.
+            # Autograd will differentiate this backward pass, but most of torch's backward operators have no derivative.
             return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
         return ctx.backward_of_x(gradient, x), None, None
 
 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
-    """Return x * gate, (B, C, *size) * (B, C, 1, ...). Saves the gate, and x or, if x can be recomputed, the inputs that x is recomputed from."""
+    """Return x * gate, for x of shape (B, C, *size) and `gate` of shape (B, C, 1, ...).
+
+    The function saves `gate` and x. If x can be recomputed, the function saves the inputs of the recomputation
+    instead of x.
+    """
     recompute_x, inputs, num_convolutions = get_recompute(x)
 
     def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:
@@ -145,8 +154,8 @@ def has_standard_layout(x: Tensor) -> bool:
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
     """Return a uint8 mask of the elements of x that satisfy `condition`: one bit (`packed`) or one byte per element.
 
-    x must be contiguous or channels_last. The mask follows the memory order of x. `condition` must map a one-dimensional
-    part of x to booleans.
+    x must be contiguous or channels-last. The mask follows the memory order of x. `condition` must map a
+    one-dimensional part of x to booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)
     for part, block, bit in _iter_parts(x, mask):
@@ -155,9 +164,10 @@ def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool)
 
 
 def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
-    """Write `gradient` to `out`, with zeros for elements that are not set in `mask`, and return `out`.
+    """Write `gradient` to `out`, with zeros at the elements that are not set in `mask`, and return `out`.
 
-    `mask` is a result of `make_mask(x, ...)`. `gradient` and `out` must have the strides of x, and may be one tensor.
+    `mask` is a result of `make_mask(x, ...)`. `gradient` and `out` must have the strides of x, and may be the same
+    tensor.
     """
     is_packed = len(mask) < gradient.numel()
     for (part, block, bit), (result, _, _) in zip(_iter_parts(gradient, mask), _iter_parts(out, mask), strict=True):
@@ -168,9 +178,9 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield each flat part of x, the bytes of `mask` for this part, and the value of the bit (1 if not packed).
+    """Yield each flat part of x, the bytes of `mask` for this part, and the value of the part's bit (1 if not packed).
 
-    Adjacent elements of a part use the same bit of adjacent bytes, so one operation reads or sets all bits of the part.
+    Adjacent elements of a part use the same bit of adjacent bytes, so one operation reads or sets the bits of a part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

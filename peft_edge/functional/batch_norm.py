@@ -1,4 +1,4 @@
-"""Two BatchNorms that torch lacks: frozen with one saved number per channel, and synchronised on CPUs."""
+"""A frozen BatchNorm that saves one number per channel, and a synchronised BatchNorm that also runs on CPUs."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from peft_edge.functional.recompute import can_overwrite, get_recompute, set_rec
 def frozen_batch_norm(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, inplace: bool = False
 ) -> Tensor:
-    """Normalise by constant statistics: y = (x - mean) / sqrt(var + eps) * weight + bias.
+    """Normalise x by constant statistics: y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-    x has the shape (B, C, *size) and is the only tensor that gets a gradient. All other tensors have the shape (C,). A
-    `weight` of None is 1, a `bias` of None is 0. The forward pass saves one number per channel for the backward pass.
-    With `inplace` the result overwrites x.
+    x has the shape (B, C, *size) and is the only tensor that gets a gradient. All other tensors have the shape (C,). If
+    `weight` is None, the factor is 1. If `bias` is None, 0 is added. The forward pass saves one number per channel for
+    the backward pass. With `inplace`, y overwrites x.
     """
     norm = _ConstantNorm(mean, var, weight, bias, eps)
     if not needs_backward():
         return norm.normalise(x, inplace=inplace)
     recompute = get_recompute(x)
     y = _FrozenBatchNorm.apply(x, norm, inplace)
-    # A copy of the norm, because the statistics may change before the backward pass recomputes y.
+    # Store a copy of the norm, because the statistics may change before the backward pass recomputes y.
     return y if recompute.is_identity else set_recompute(y, recompute.then(norm.snapshot().normalise))
 
 
@@ -42,7 +42,7 @@ class _ConstantNorm(NamedTuple):
     def normalise(self, x: Tensor, *, inplace: bool = False) -> Tensor:
         if not inplace:
             return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-        # The operator has two more outputs, the statistics of the batch, which are empty in eval mode.
+        # The second and the third output are the statistics of the batch, which are empty in eval mode.
         out = x, self.mean.new_empty(0), self.mean.new_empty(0)
         torch.native_batch_norm(x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, out=out)
         return x
@@ -81,22 +81,23 @@ def synchronised_batch_norm(
 ) -> Tensor:
     """Normalise x by the mean and variance over the batches of all processes, and update the running statistics.
 
-    Unlike `torch.nn.SyncBatchNorm`, this function runs on CPUs. The arguments are those of `F.batch_norm` in training
-    mode. Processes may have different numbers of samples. The result has the dtype of x.
+    Unlike `torch.nn.SyncBatchNorm`, this function runs on CPUs. `torch.distributed` must be initialised. The arguments
+    have the meaning of those of `F.batch_norm` in training mode. Processes may have different numbers of samples. The
+    result has the dtype of x.
 
     Raises:
-        ValueError: If all processes together have at most one value per channel, which has no variance.
+        ValueError: If all processes together have at most one value per channel, because one value has no variance.
     """
     dims = [0, *range(2, x.dim())]
     shape = [1, -1, *[1] * (x.dim() - 2)]
     values = x.to(running_mean.dtype)
     size = torch.tensor([values.numel() / values.shape[1]], dtype=torch.float64, device=x.device)
-    # Double precision, so that the result does not depend on how the batch is split over the processes.
+    # Sum in double precision, so that the result does not depend on how the batch is split over the processes.
     total = _SumOverProcesses.apply(torch.cat([values.sum(dims, dtype=torch.float64), size]))
     count = total[-1]
     mean = (total[:-1] / count).to(values.dtype)
     centred = values - mean.view(shape)
-    # A second all-reduce, because E[x²] - E[x]² loses all digits if the mean is much larger than the deviation.
+    # Sum again over all processes: E[x²] - E[x]² would lose all digits if the mean is much larger than the deviation.
     square_sum = _SumOverProcesses.apply(centred.square().sum(dims, dtype=torch.float64))
     var = (square_sum / count).to(values.dtype)
     with torch.no_grad():

@@ -3,7 +3,7 @@
 Autograd's convolution saves its input even if the kernel is frozen. `frozen_convolution` saves only the kernel.
 
 Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, C_out, *output size). `weight` is
-(C_out, C_in/g, *kernel) with g groups. `bias` is (C_out,) or None. In formulas, * is the convolution.
+(C_out, C_in/g, *kernel) with g groups. `bias` is (C_out,) or None. In formulas, * denotes the convolution.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ class Geometry(NamedTuple):
 
     stride: tuple[int, ...]
     padding: tuple[int, ...]
-    """The number of zeros on each of the two sides of a dimension."""
+    """The number of zeros that are added at each end of a dimension."""
     dilation: tuple[int, ...]
     groups: int = 1
 
 
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return the input and the geometry with which to call `convolution` for the layer `conv`.
+    """Return the input tensor and the geometry with which to call `convolution` for the layer `conv`.
 
-    x is padded here only if `Geometry` cannot express the padding: modes other than zeros, unequal sides and timm's
-    same-padding. Otherwise x is returned without padding, and the geometry contains the padding.
+    The function pads x only if `Geometry` cannot express the padding: modes other than zeros, unequal sides and timm's
+    same-padding. Otherwise the function returns x itself, and the geometry contains the padding.
     """
     padding = conv.padding
     if isinstance(conv, Conv2dSame):
@@ -58,7 +58,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return the gradient of x, of shape `x_size`, for the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # `aten.convolution_backward` returns the same gradient, but requires an input tensor, which it copies.
+    # `aten.convolution_backward` returns the same gradient, but requires an input tensor and copies this tensor.
     output_padding = tuple(
         size - ((out - 1) * s - 2 * p + d * (k - 1) + 1)
         for size, out, k, s, p, d in zip(
@@ -71,7 +71,7 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return the gradient of the kernel, of shape `weight_size`, for the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # The operator reads only the shape and memory format of `weight`. It would copy an expanded tensor.
+    # The operator reads only the shape and memory format of `weight`, but it would copy an expanded tensor.
     weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
@@ -79,7 +79,7 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
 
 
 def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Convolve with a constant kernel and bias, and save only the kernel for the backward pass.
+    """Convolve x with a constant kernel and bias, and save only the kernel. Only x gets a gradient.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     >>> y = frozen_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
@@ -101,7 +101,7 @@ class _FrozenConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns contiguous gradients. Without this line, all earlier layers would get contiguous gradients.
+        # Pooling returns contiguous gradients even for channels-last maps. This line restores the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         (weight,) = ctx.saved_tensors
         # Under autocast the gradient and the weight have different dtypes.
@@ -109,7 +109,10 @@ class _FrozenConvolution(torch.autograd.Function):
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return channels-last if x, of shape (B, C, *size), has only this memory format, and otherwise contiguous."""
+    """Return the channels-last or the contiguous memory format, depending on the strides of x, (B, C, *size).
+
+    If x has both formats or neither, the result is the contiguous format.
+    """
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
         return torch.contiguous_format
@@ -117,9 +120,9 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def needs_backward() -> bool:
-    """Return whether gradients are enabled and our autograd functions can run here.
+    """Return whether gradients are enabled and the autograd functions of this package can run.
 
-    `torch.jit.trace` cannot save our autograd functions. `torch.func` and forward-mode differentiation need rules that
-    only torch's own operators have.
+    `torch.jit.trace` cannot save these functions. `torch.func` and forward-mode differentiation need rules that these
+    functions do not define.
     """
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_transforming()

@@ -12,14 +12,16 @@ The forward pass computes the kernel W' and runs one convolution, written as *:
     W' = f (W + s B A),    y = x * W' + bias
 
 The backward pass recomputes W' instead of saving W'. The gradient dX needs only W'. The gradients dA and dB have two
-exact forms, the routes. With the gradient dW' of W', and the maps z = x * A and u = (s f B)^T dY of r channels:
+exact forms, the routes `full_kernel` and `low_rank`. dW' is the gradient of W'. The map z = x * A and its gradient
+u = (s f B)^T dY have r channels:
 
-    full_kernel:   dA = (s f B)^T dW'                               dB = s f dW' A^T
-    low_rank:      dA = kernel gradient of a convolution x -> u     dB = s f dY z^T
+    full_kernel:   dA = (s f B)^T dW'                            dB = s f dW' A^T
+    low_rank:      dA = kernel gradient of z = x * A, given u    dB = s f dY z^T
 
-`full_kernel` computes dW', with few passes over the maps and many multiplications. `low_rank` avoids dW'. It runs four
-convolutions with r channels, with few multiplications and twice the memory traffic. `lowrank_keeps_input` states when x
-is saved. If only B is trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), `low_rank` saves z instead of x.
+`full_kernel` computes dW'. This takes many multiplications, but reads the maps only a few times. `low_rank` avoids dW'.
+Its four convolutions with r channels take few multiplications, but twice the memory traffic. `lowrank_keeps_input`
+returns whether x is saved. If only B is trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), `low_rank` saves z
+instead of x.
 """
 
 from __future__ import annotations
@@ -73,12 +75,12 @@ def lowrank_conv2d(
         weight: The frozen kernel W, (C_out, C_in/g, *kernel).
         lora_a: A, (r, C_in/g, *kernel).
         lora_b: B, (C_out, r, 1, ...).
-        scaling: s.
+        scaling: The factor s of the update.
         geometry: Stride, padding, dilation and groups.
         bias: (C_out,) or None.
         magnitude: DoRA's m, C_out elements in any shape, or None.
-        route: The form of dA and dB. None chooses `full_kernel` for a grouped kernel or a trainable magnitude,
-            `low_rank` if A is frozen, and otherwise the faster form.
+        route: The route that computes dA and dB. None chooses `full_kernel` for a grouped kernel or a trainable
+            magnitude, `low_rank` if A is frozen, and otherwise the result of `choose_gradient_route`.
         recompute: Whether later functions recompute the output from x in their backward pass instead of saving the
             output. This saves memory only if x is saved anyway.
 
@@ -116,7 +118,8 @@ def lowrank_keeps_input(
 ) -> bool:
     """Return whether `lowrank_conv2d` saves x, or the inputs from which to recompute x, for the backward pass.
 
-    A trainable A or magnitude needs x. A trainable B needs x only for a grouped kernel or the route `full_kernel`.
+    The gradients of A and of the magnitude need x. The gradient of B needs x only for a grouped kernel or the route
+    `full_kernel`.
     """
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "full_kernel"))
 
@@ -163,7 +166,7 @@ class _LowRankConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns contiguous gradients. Without this line, all earlier layers would get contiguous gradients.
+        # Pooling returns contiguous gradients even for channels-last maps. This line restores the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         z, weight, lora_a, lora_b, magnitude, *saved_x = ctx.saved_tensors
         x = None if ctx.recompute_x is None else ctx.recompute_x(*saved_x)
@@ -193,7 +196,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_a = as_kernel(scaled_b.mT @ rows, lora_a.shape, layout)
             if wants_b:  # dB = s f dW' A^T
                 grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(lora_b.shape)
-            if wants_magnitude and kernel is not None:  # dm = sum of dW' V over each row / ||V||, V = W + s B A
+            if wants_magnitude and kernel is not None:  # dm = (sum of dW' V over each row) / ||V||, V = W + s B A
                 inverse_norm = dora_scale(kernel, torch.ones_like(magnitude)).flatten()
                 products = torch.linalg.vecdot(rows, as_matrix(kernel, layout)) * inverse_norm
                 grad_magnitude = products.to(magnitude.dtype).view_as(magnitude)
@@ -218,7 +221,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_a = kernel_gradient(u, x, lora_a.shape, geometry)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
-        if wants_x:  # last, after the temporaries of the other gradients are freed
+        if wants_x:  # dX is last, because the temporaries of the other gradients are freed by now
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling) if kernel is None else kernel
             grad_x = input_gradient(grad_y, _scaled(kernel, factor, dtype, inplace=True), ctx.x_size, geometry)
         return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None
@@ -227,19 +230,19 @@ class _LowRankConvolution(torch.autograd.Function):
 def _down_projection(x: Tensor, lora_a: Tensor, geometry: Geometry) -> Tensor:
     """Return the map z = x * A, which has r channels."""
     if geometry == _pointwise(x) and lora_a[0, 0].numel() == 1 and memory_format_of(x) != torch.contiguous_format:
-        # On a CPU, this matrix product takes about half the time of a convolution with r channels.
+        # On a CPU, `F.linear` takes about half the time of a convolution with r channels.
         return F.linear(x.movedim(1, -1), lora_a.flatten(1)).movedim(-1, 1)
     return convolution(x, lora_a, None, geometry)
 
 
 def _pointwise(x: Tensor) -> Geometry:
-    """Return the geometry of a convolution with a kernel of one element."""
+    """Return the geometry of a 1x1 convolution of x: stride 1, no padding, dilation 1, one group."""
     dims = x.dim() - 2
     return Geometry((1,) * dims, (0,) * dims, (1,) * dims)
 
 
 def _cheap_recompute(x: Tensor) -> Recompute:
-    """Return `get_recompute(x)` if its function runs at most one convolution, and otherwise the identity."""
+    """Return `get_recompute(x)` if this recomputation runs at most one convolution, and otherwise the identity."""
     recompute = get_recompute(x)
     return recompute if recompute.num_convolutions <= 1 else identity_recompute(x)
 
@@ -270,7 +273,7 @@ def lowrank_kernel(
     """Return the kernel update `scaling * lora_b @ lora_a` in `shape`, (C_out, C_in/g, *kernel).
 
     `lora_a` has the shape (r, C_in/g, *kernel). `lora_b` has the shape (C_out, r) or (C_out, r, 1, ...). The result has
-    the given `memory_format`. Pass the memory format of the kernel to be updated to avoid a copy.
+    the given `memory_format`. If this is the memory format of the kernel W, adding the update to W needs no copy.
 
     >>> lora_a, lora_b = torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1)
     >>> lowrank_kernel(lora_a, lora_b, 0.5, torch.Size([4, 3, 1, 1])).flatten(1)[0]
@@ -281,7 +284,7 @@ def lowrank_kernel(
 
 
 def dora_scale(kernel: Tensor, magnitude: Tensor) -> Tensor:
-    """Return DoRA's factor `magnitude / ||kernel||` for each output channel, in the shape (C_out, 1, ...).
+    """Return DoRA's factor `magnitude / ||kernel||` of each output channel, in the shape (C_out, 1, ...).
 
     `kernel` has the shape (C_out, C_in/g, *size), and `magnitude` has C_out elements in any shape. Autograd treats the
     norm of each output channel as a constant (Liu et al. 2024, arXiv 2402.09353, section 4.3).
@@ -310,9 +313,9 @@ def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_for
 
 
 # Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of maps read per second,
-# and seconds for the call of an empty convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2) with
-# torch 2.15. The CUDA speeds are a guess for a large GPU. All speeds are constants, because the two routes round
-# differently, and a resumed run must compute the same weights.
+# and seconds per call of a convolution without work. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
+# with torch 2.15. The CUDA speeds are a guess for a large GPU. The speeds are not measured at run time: the two routes
+# round differently, and a resumed run must choose the same routes.
 _SPEEDS = {
     "cpu": {"channels_last": (60e9, 8e9, 20e-6), "contiguous": (60e9, 5e9, 20e-6)},
     "cuda": {"channels_last": (20e12, 1e12, 30e-6), "contiguous": (20e12, 1e12, 30e-6)},
@@ -320,9 +323,9 @@ _SPEEDS = {
 
 
 def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, rank: int) -> GradientRoute:
-    """Return the route that is estimated to be faster if both dA and dB are needed; `full_kernel` if grouped.
+    """Return the route with the shorter estimated time for dA and dB; `full_kernel` for a grouped kernel.
 
-    `low_rank` is faster if the multiplications that it saves take longer than the memory traffic that it adds. The
+    `low_rank` is faster if the FLOPs that it saves take longer than the memory traffic and the calls that it adds. The
     result depends only on shapes, dtype, memory format and device.
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()

@@ -1,11 +1,11 @@
 """Save memory in backward passes: recompute tensors, and overwrite gradients.
 
 - **Recompute.** A smooth activation saves its input. Another function that needs the output of the activation saves the
-  same input and recomputes the output: this costs one elementwise operation and no memory. `set_recompute` stores a
-  `Recompute` on a tensor, and `get_recompute` reads it.
-- **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must not change a gradient in
-  place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer. On a CPU,
-  an elementwise operation in place also takes far less time, because new memory causes page faults.
+  same input and recomputes the output. This costs one elementwise operation, but no additional memory. `set_recompute`
+  stores a `Recompute` on a tensor, and `get_recompute` reads it.
+- **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must normally not change a
+  gradient in place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer.
+  On a CPU, an elementwise operation in place also takes far less time, because new memory causes page faults.
 """
 
 from __future__ import annotations
@@ -38,7 +38,10 @@ class Recompute(NamedTuple):
         return self.function is _identity
 
     def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recompute:
-        """Return the recomputation of `function(tensor)`, where `function` runs `num_convolutions` convolutions."""
+        """Return a `Recompute` that recomputes the tensor and then applies `function` to the tensor.
+
+        `num_convolutions` is the number of convolutions that `function` runs.
+        """
         # Backward passes run without autocast, so restore the autocast settings of the forward pass.
         dtypes = {
             device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
@@ -61,7 +64,10 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 
 
 def get_recompute(tensor: Tensor) -> Recompute:
-    """Return what `set_recompute` stored, or the identity if nothing is stored or the tensor was changed in place."""
+    """Return the `Recompute` that `set_recompute` stored on a tensor.
+
+    Return the identity if nothing is stored, if the tensor was changed in place, or if a compiler is tracing.
+    """
     if not torch.compiler.is_compiling():
         recompute, version = getattr(tensor, "_recompute", (None, None))
         if recompute is not None and version == version_of(tensor):
@@ -79,7 +85,7 @@ def _identity(tensor: Tensor) -> Tensor:
 
 
 def can_overwrite(gradient: Tensor) -> bool:
-    """Return whether only the caller holds the gradient; False if compiling, or if gradients are enabled.
+    """Return whether only the caller holds the gradient; False if a compiler is tracing or gradients are enabled.
 
     The caller must be the `backward` of an autograd function. Any other holder of the gradient increases one of three
     counts: references to the Python object, to the C++ tensor, or to the storage. The function compares these counts
@@ -96,7 +102,8 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 @functools.cache
 def _counts_of_sole_holder() -> tuple[int, int, int]:
-    # Not at import, because a backward pass starts threads. `no_dispatch` hides the pass from FLOP and memory counters.
+    # Do not run this at import: a backward pass starts threads. `no_dispatch` hides the pass from FLOP and memory
+    # counters.
     with no_dispatch(), torch.enable_grad():
         x = torch.zeros(2, requires_grad=True)
         _Probe.apply(x).square().sum().backward()
@@ -119,5 +126,5 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # Each call holds a reference to its argument. This call takes the place of the call of `can_overwrite`.
+    # Each call holds a reference to its argument. This call adds the same reference as a call of `can_overwrite`.
     return _reference_counts(gradient)

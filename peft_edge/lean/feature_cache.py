@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 
 class FrozenPrefix:
-    """The frozen layers of a model before `start`, the first trainable layer or the block that contains this layer.
+    """The frozen layers of a model that run before the module `start`.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[0].requires_grad_(False)
@@ -46,7 +46,8 @@ class FrozenPrefix:
     Attributes:
         tail: The model without the prefix. It maps `features(images)` to `model(images)`. The tail and the model share
             parameters and names, so training the tail trains the model.
-        start: The name of the module that receives the output of the prefix.
+        start: The name of the first trainable layer, or of a block that contains this layer. The module with this name
+            receives the output of the prefix.
 
     Args:
         model: A model that takes one tensor. Its prefix must be a chain of modules, as in timm's CNNs.
@@ -193,7 +194,7 @@ class _StopForward(Exception):
 
 
 def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
-    """Run the model up to the module `start`, and return a copy of that module's input."""
+    """Run `model` until it calls the module `start`, and return a copy of the input of `start`."""
     found: list[Tensor] = []
 
     def stop(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -211,19 +212,19 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Return a copy of the module with identities in place of `skipped`. The copy shares all unaffected modules."""
+    """Return a copy of `module` with `nn.Identity` in place of `skipped`. All unaffected modules are shared."""
     return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
 StoredType = Literal["float32", "float16", "int8"]
-"""The dtype of stored features. For int8, one scale per image is stored, too."""
+"""The dtype of stored features. For int8, the cache also stores one scale per image."""
 
 Views = Callable[[int], Iterable[Mapping[str, Tensor]]]
-"""Maps the number of a view to batches of `pixel_values` and `labels`. Every view must have the same image order."""
+"""Maps the number of a view to batches of `pixel_values` and `labels`. All views must have the same image order."""
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """The stored features of one or several augmented views of every training image. `open` creates a cache.
+    """The stored features of one or several augmented views of every training image. `open` returns a cache.
 
     `__getitems__` takes pairs (epoch, image) and returns a batch of `labels` and `pixel_values`. The `pixel_values` are
     inputs for `FrozenPrefix.tail`, in the dtype and memory format of the original features. Epoch e reads the view
@@ -240,14 +241,14 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     (torch.Size([2, 8, 6, 6]), tensor([4, 2]))
 
     Attributes:
-        info: A dict of `start` (as in `FrozenPrefix`), `images` and `views` (their numbers), `dtype` (as stored),
+        info: A dict of `start` (as in `FrozenPrefix`), `images` and `views` (the number of each), `dtype` (as stored),
             `shape`, `computed_dtype` and `channels_last` (of the original features), `relative_error` (norm of the
             rounding error divided by the norm of the features), `size_bytes`, `fill_flops` (convolutions and matrix
             products; a multiply-add is two) and `fill_s`.
     """
 
     def __init__(self, folder: Path) -> None:
-        # Not at the top, because importing `datasets` takes longer than importing this package.
+        # Import here, because importing `datasets` takes longer than importing this package.
         from datasets import Dataset as ArrowDataset
 
         self.info: dict[str, Any] = json.loads((folder / "info.json").read_text(encoding="utf-8"))
@@ -257,15 +258,15 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def open(
         cls, root: Path, prefix: FrozenPrefix, images: Views, *, key: str, views: int = 1, dtype: StoredType = "float32"
     ) -> FeatureCache:
-        """Open the cache of a prefix and its images inside `root`. A missing or incomplete cache is first filled.
+        """Open the cache of a prefix and its images inside `root`. `open` fills a missing or incomplete cache.
 
-        `images` must return the training images, augmented as in training. `key` must identify everything on which the
-        images depend: data, transforms, seeds. Writing is atomic. If several processes open the same cache, one process
-        fills the cache and the others wait.
+        `images(view)` must return the training images, augmented as in training. `key` must identify everything on
+        which the images depend: data, transforms, seeds. If several processes open the same cache, one process fills
+        the cache and the others wait.
 
         Raises:
             ValueError: If `dtype` is unknown, there are no images, or views have different numbers of images. If a
-                feature is infinite, NaN, or too large for the dtype float16.
+                feature is infinite or NaN, or `dtype` is float16 and a feature exceeds its range.
             OSError: If the disk is full.
         """
         if dtype not in get_args(StoredType):
@@ -319,7 +320,7 @@ def _is_whole(folder: Path) -> bool:
 
 
 def _as_tensor(column: pa.ChunkedArray) -> Tensor:
-    """Return a column as a writable tensor: a copy, because the memory map of the file is read-only."""
+    """Return a copy of a column as a tensor. Without a copy, the tensor would be read-only."""
     values = column.combine_chunks()
     return torch.from_numpy(np.array(values.flatten() if hasattr(values, "flatten") else values))
 
@@ -371,7 +372,7 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
 
 
 def _quantize(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
-    """Return the values to store, (B, N), and for each image the factor that restores its features (1 except int8)."""
+    """Return the values to store, (B, N), and for each image the factor that restores its features (1 unless int8)."""
     if not features.isfinite().all():
         raise ValueError("the prefix returns values that are not finite: check the weights and the images")
     features, scales = features.float(), torch.ones(len(features), dtype=torch.float32)

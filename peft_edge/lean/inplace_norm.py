@@ -3,12 +3,12 @@
 1. `prepare_model_for_lean_training(model, inplace_norm=True)` finds each convolution whose output goes to one norm
    only, and stores the pair on the convolution as an `InplaceNorm`.
 2. In a forward pass the convolution marks its output as overwritable by this norm (`mark_overwritable`), unless a hook,
-   a compiler or a function transform may see the output.
+   a compiler or a function transform may read the output.
 3. The norm overwrites an input with this mark (`is_overwritable`). For any other input it allocates a new tensor.
 
 Both layers keep their parameters. The mark is set in each forward pass, so adapters, training modes and statistics may
-change at any time. Folding the norm into the kernel would save a little more time, but round differently. Some elements
-would then cross the kink of an activation, and gradients would differ by some percent.
+change at any time. Folding the norm into the kernel would save a little more time, but rounding would differ. Some
+elements would then cross the kink of an activation, and gradients would differ by some percent.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ def base_layer(layer: nn.Module) -> nn.Module:
 
 
 class ModuleRef:
-    """A reference to the module with the name `path` in the model `root`; valid even after PEFT replaces the module.
+    """A reference by name to the module `path` of the model `root`.
 
-    In a `copy.deepcopy` of the model, the reference points into the copy. In a copy of a single layer and in a pickle,
-    the reference is empty: `module` is None.
+    If PEFT replaces the module, the reference leads to the new module. In a `copy.deepcopy` of the model, the reference
+    points into the copy. In a copy of a single layer and in a pickle, the reference is empty, so `module` is None.
     """
 
     def __init__(self, root: nn.Module | None, path: str) -> None:
@@ -45,7 +45,10 @@ class ModuleRef:
         return self._get(self._path)
 
     def path_below(self, other: ModuleRef) -> list[nn.Module | None]:
-        """Return the module and those of its parents that do not contain the module of `other`, outermost first."""
+        """Return the module and its parents, outermost first, but without the parents that contain `other.module`.
+
+        An entry is None if there is no module with this name.
+        """
         paths = itertools.accumulate(self._path.split("."), "{}.{}".format)
         return [self._get(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
 
@@ -69,7 +72,10 @@ class InplaceNorm(NamedTuple):
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return both layers with adapters, or None if a layer is missing or other code may see the tensor between."""
+        """Return the convolution and the norm, each with its adapter.
+
+        Return None if a layer is missing, or if other code may read the tensor that the convolution passes to the norm.
+        """
         convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
         found = [module for module in (*convs, *norms) if module is not None]
         if len(found) < len(convs) + len(norms) or any(_is_observed(m) or _is_observed(base_layer(m)) for m in found):
@@ -85,13 +91,14 @@ def inplace_norms(model: nn.Module) -> list[InplaceNorm]:
 def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
     """Return the output y of a convolution, marked as overwritable if the convolution has an `inplace_norm`.
 
-    `layer` is the convolution or its adapter. y must be a new tensor that `layer` does not save. There is no mark if a
-    hook, a compiler or a function transform may see y, or if y has only one pixel.
+    `layer` is the convolution or its adapter. y must be a new tensor that `layer` does not save. y gets no mark if a
+    hook, a compiler or a function transform may read y, or if y has only one pixel.
     """
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference() or is_view(y) or is_transformed(y):
         return y
     pair = getattr(base_layer(layer), "inplace_norm", None)
-    # A map of one pixel has several memory formats. A norm in place may choose another format, and sum differently.
+    # A map of one pixel is both contiguous and channels-last. In place, the norm may choose the other of these formats,
+    # and round differently.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     layers = pair.layers()
@@ -101,14 +108,15 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
 
 
 def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
-    """Return whether the mark of x names `norm`, a norm or its adapter, and is still valid. Removes the mark."""
+    """Return whether x has a valid mark for `norm`, a norm or its adapter, and remove the mark from x."""
     mark = vars(x).pop("_overwritable_by", None)
     return mark is not None and mark == _mark(x, norm)
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
-    # Gradient checkpointing that starts between the layers saves y. It also changes the hooks or the grad mode, so the
-    # mark is invalid. The mark contains the id of the norm, because the norm itself would be pickled with the tensor.
+    # Gradient checkpointing that starts between the two layers saves y. Checkpointing changes the hooks or the grad
+    # mode, so the norm finds an invalid mark and does not overwrite y. The mark contains the id of the norm, because
+    # the norm itself would be pickled with the tensor.
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
 
 

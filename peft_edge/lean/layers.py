@@ -1,8 +1,8 @@
 """Layers that save only what their backward pass needs.
 
 Each lean class extends one class of torch or timm. `prepare_model_for_lean_training` changes the class of a module, and
-`undo_lean_training` restores the class. Trainable layers run the original forward pass, and so do norms with statistics
-of the batch. In compiled models, norms, activations and gates run the original forward pass.
+`undo_lean_training` restores the class. Trainable layers, and norms that normalise by the statistics of the batch, run
+the original forward pass. In compiled models, norms, activations and gates run the original forward pass.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable,
 Function = Callable[..., object]
 
 Masks = Literal["byte", "bit", "off"]
-"""The size of a mask per element. With "off", clipped activations save their output."""
+"""The size of a mask per element. With "off", clipped activations save their output instead of a mask."""
 
-# A convolution is recomputed only if it takes at most this many products per output element.
+# The output of a convolution is recomputed only if it takes at most this many products per output element.
 _MAX_RECOMPUTED_PRODUCTS = 96
 
 # torch's pooling layers save their input, even if they need only its shape.
@@ -36,7 +36,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def layer_keeps_input(module: nn.Module) -> bool:
-    """Return the attribute `keeps_input` of a layer, or an estimate if the attribute is missing or None."""
+    """Return whether a layer saves its input. The result is an estimate if `keeps_input` is missing or None."""
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
@@ -44,7 +44,7 @@ def layer_keeps_input(module: nn.Module) -> bool:
 
 
 def _trains(layer: ConvolutionBase | BatchNorm) -> bool:
-    # Not `parameters()`: a weight that a parametrisation computes is no parameter.
+    # Do not use `parameters()`, because a weight that a parametrisation computes is not a parameter.
     return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
 
 
@@ -57,7 +57,7 @@ class LeanConvolution(ConvolutionBase):
     """A convolution that saves only its kernel while it is frozen."""
 
     inplace_norm: InplaceNorm | None = None
-    """The pair of this convolution and the norm that may overwrite its output; None without such a norm."""
+    """The pair of this convolution and the norm that may overwrite its output; None if no norm may."""
     recompute: bool = False
     """The argument `recompute` of `prepare_model_for_lean_training`."""
 
@@ -68,7 +68,7 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def lets_recompute(self) -> bool:
-        """Whether `recompute` is set and recomputing is cheap. Adapters of this layer read this property."""
+        """Whether `recompute` is set and recomputing the output is cheap. Adapters of this layer read this property."""
         return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
     def forward(self, x: Tensor) -> Tensor:
@@ -97,18 +97,18 @@ class LeanBatchNorm(BatchNorm):
 
 
 class LeanClippedActivation(nn.Module):
-    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if a consumer also saves the output."""
+    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if a consumer saves this output anyway."""
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
     """The layers that receive the output."""
     feeds_product: bool = False
-    """Whether a product receives the output and therefore saves it."""
+    """Whether a product receives the output and therefore saves the output."""
     inplace: bool
     upper = float("inf")
 
     def kept(self) -> Kept:
-        """Return what `forward` saves with the present `consumers`, unless the input x can be recomputed."""
+        """Return what `forward` saves. If x can be recomputed, `forward` saves a mask unless `masks` is "off"."""
         consumers = [ref.module for ref in self.consumers]
         is_kept_anyway = any(module is not None and layer_keeps_input(module) for module in consumers)
         return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks
@@ -125,7 +125,10 @@ class LeanClippedActivation(nn.Module):
 
 
 class LeanSmoothActivation(nn.Module):
-    """An activation that saves x or the inputs to recompute x. If a backward pass follows, `inplace` is ignored."""
+    """An activation that saves its input x, or the inputs of the recomputation of x.
+
+    If a backward pass follows, `inplace` is ignored.
+    """
 
     keeps_input = True
     function: Callable[[Tensor], Tensor]
@@ -139,7 +142,7 @@ class LeanSmoothActivation(nn.Module):
 
 
 class LeanGate(nn.Module):
-    """A squeeze-excite layer that saves its gate, and its input x or the inputs from which to recompute x."""
+    """A squeeze-excite layer that saves its gate, and either its input x or the inputs of the recomputation of x."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""

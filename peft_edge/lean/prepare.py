@@ -1,4 +1,4 @@
-"""Make the frozen layers of a model lean, restore them, and list what each layer saves for the backward pass."""
+"""Replace frozen layers by lean layers, restore the original layers, and list what each layer saves."""
 
 from __future__ import annotations
 
@@ -50,9 +50,10 @@ def prepare_model_for_lean_training(
         inplace_norm: Whether a frozen BatchNorm overwrites the output of the convolution before it, if no other layer
             receives this output. Both layers keep their weights, so trained adapters also fit the original model. If
             the model stores the output as an attribute, the attribute becomes the normalised tensor.
-        masks: One "byte" or one "bit" per element. Bits take a little longer. "off" saves outputs instead of masks.
+        masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
+            "off", activations save their outputs instead of masks.
         recompute: Whether later layers recompute the output of an adapted convolution, if its adapter saves the input.
-            This applies to convolutions with at most 96 products per output element: depthwise, first and narrow ones.
+            This applies to convolutions with at most 96 products per output element, such as depthwise convolutions.
 
     Returns:
         The model. `undo_lean_training` restores it.
@@ -111,7 +112,7 @@ def undo_lean_training(model: Model) -> Model:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield a convolution and its pair, if one norm alone receives its output and the norm has no other input."""
+    """Yield each convolution whose output only one norm receives, and the pair of both. The norm has no other input."""
     num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
     # In training mode and in timm's `forward_intermediates`, the output may go to other layers than in eval mode.
     other_runs = [find_consumers(model, training=True)]
@@ -133,7 +134,7 @@ def _find_inplace_norms(
 
 
 def lean_summary(model: nn.Module) -> str:
-    """Return a table of what the layers of a model save: a count, a class, and what these layers save at present.
+    """Return a table with a count of layers, the class of these layers, and what they save for the backward pass.
 
     Rows of layers without known behaviour say "what torch keeps", and name the first such layer.
 
@@ -170,7 +171,8 @@ def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
         is_layer = child is not base or isinstance(base, BatchNorm) or not any(True for _ in base.children())
         if is_layer and not isinstance(child, nn.Identity):
             yield path, child
-        # timm's norms contain an activation. All other modules of an adapted layer belong to its adapter.
+        # Search only the base layer: the other modules of an adapted layer belong to its adapter. The base layer may be
+        # a norm of timm, which contains an activation.
         yield from _summary_layers(base, f"{path}.")
 
 
@@ -188,10 +190,11 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
 
 
 PRODUCT = "*"
-"""The consumer of an output that a product outside of all layers receives."""
+"""The entry in the list of consumers for a product outside of all layers."""
 FUNCTION = ""
-"""The consumer of an output that another function outside of all layers, or the caller of the model, receives."""
-# `named_modules` also names the model "". An output with this consumer counts as saved if any parameter is trainable.
+"""The entry in the list of consumers for any other function outside of all layers, and for the caller of the model."""
+# The name of the model itself in `named_modules` is also "". An output with the consumer `FUNCTION` therefore counts as
+# saved if any parameter of the model is trainable.
 
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 
@@ -207,9 +210,9 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
     traced = copy.deepcopy(model).to("meta").train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
-        # An identity returns its input, and this tensor must keep the mark of the layer that computed it.
+        # An identity gets no hooks, because its output must keep the mark of the layer that computed the tensor.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
-        # An adapted layer calls its base layer if that has hooks. It counts once, as the adapted layer.
+        # A base layer gets no hooks, because it counts together with its adapter as one adapted layer.
         is_inner = isinstance(traced.get_submodule(name.rpartition(".")[0]), BaseTunerLayer)
         if (is_leaf or isinstance(module, (BatchNorm, BaseTunerLayer))) and not is_inner:
             module.register_forward_pre_hook(partial(trace.enter, name), with_kwargs=True)
@@ -226,7 +229,7 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
 
 
 class _Trace(TorchFunctionMode):
-    """Marks each output with the name of its layer, and records which layer or function receives a marked tensor."""
+    """Marks each output with the name of its layer, and records which layers and functions receive marked tensors."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -244,7 +247,7 @@ class _Trace(TorchFunctionMode):
 
     def leave(self, name: str, module: nn.Module, args: object, output: object) -> None:
         self._running.pop()
-        # The activation inside a norm has already marked the output.
+        # If a norm contains an activation, the activation has already marked the output.
         is_norm = isinstance(base_layer(module), BatchNorm)
         is_marked = is_norm and (getattr(output, "_made_by", None) or "").startswith(f"{name}.")
         if isinstance(output, Tensor) and not is_marked:

@@ -7,7 +7,8 @@ gradient R, and GaLore projects this update back (algorithm 2 of the paper):
 
 The columns of P are the first r left singular vectors of a recent G. A projection to r columns uses the right singular
 vectors Q: R = G Q, W <- W - lr * scale * rho(R) Q^T. A kernel (C_out, C_in/g, kh, kw) is read as the matrix (C_out, K)
-with K = C_in/g * kh * kw. With r rows, Adam stores P and two averages of shape (r, K), not two of shape (C_out, K).
+with K = C_in/g * kh * kw. With r rows, Adam stores P and two averages of shape (r, K). Without a projection, the two
+averages have the shape (C_out, K).
 
 Parameter groups have the keys of galore-torch, with the defaults of Transformers:
 
@@ -67,11 +68,12 @@ class Basis(NamedTuple):
 
 
 def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
-    """Compute the first `rank` singular vectors of a gradient of shape (rows, columns), in the dtype of the gradient.
+    """Return the first `rank` singular vectors of `gradient`, (rows, columns), for the sides that `proj_type` projects.
 
     The SVD is exact if the shorter side of `gradient` is at most 256 or at most four times `rank`. Otherwise the SVD is
     randomised, with its own generator and a fixed seed. In distributed training, all processes use the vectors of
-    process 0. The result is None if the SVD fails or its vectors are not finite, as for a gradient that contains NaN.
+    process 0. The vectors have the dtype of `gradient`. The function returns None if the SVD fails or a vector is not
+    finite, for example because `gradient` contains NaN.
     """
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
@@ -114,7 +116,7 @@ def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class _GaLore(Optimizer):
-    """Update the groups with `rank` by `_update`, and the groups without `rank` by `step` of the second base class."""
+    """Call `_update` for groups with `rank`, and `step` of the second base class for groups without `rank`."""
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Raise a `ValueError` if a GaLore key is invalid, or if a group with `rank` contains a vector."""
@@ -187,9 +189,9 @@ class _GaLore(Optimizer):
 class GaLoreAdamW(_GaLore, AdamW):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the projected gradients of GaLore.
 
-    In groups with `rank`, the averages of R and of R^2 have the shape of the projected gradient R. As in galore-torch,
-    `eps` is added before bias correction, and weight decay acts on the whole weight. The arguments are the first five
-    of `torch.optim.AdamW`; their defaults are those of galore-torch.
+    In groups with `rank`, `exp_avg` and `exp_avg_sq` are averages of the projected gradient R and of R^2. As in
+    galore-torch, `eps` is added before bias correction, and weight decay acts on the whole weight. The arguments are
+    the first five of `torch.optim.AdamW`; their defaults are those of galore-torch.
 
     Raises:
         ValueError: If an argument is out of range, or `add_param_group` rejects a group.
@@ -234,8 +236,9 @@ class GaLoreSGD(_GaLore, SGD):
 
         R = P^T (G + weight_decay W),    V <- momentum V + R,    W <- W - lr * scale * P V,
 
-    and the momentum buffer V has the shape of R. Unlike `torch.optim.SGD`, this class has no `dampening`, no `nesterov`
-    and no keyword-only arguments, and the default of `momentum` is 0.9.
+    where R is the projected gradient. The state `momentum_buffer` is V and has the shape of R. Unlike
+    `torch.optim.SGD`, this class has no `dampening`, no `nesterov` and no keyword-only arguments, and the default of
+    `momentum` is 0.9.
 
     Raises:
         ValueError: If an argument is out of range, or `add_param_group` rejects a group.
@@ -264,9 +267,9 @@ class GaLoreSGD(_GaLore, SGD):
 class GaLoreAdafactor(_GaLore, Adafactor):
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with the projected gradients of GaLore.
 
-    In groups with `rank`, the row and column averages are those of R^2, for the projected gradient R. Weight decay acts
-    on the whole weight. The arguments are the first seven of `transformers.Adafactor`. As in Transformers' GaLore,
-    `scale_parameter` and `relative_step` are always False, so `lr` is the step size and `eps[1]` has no effect.
+    In groups with `rank`, `exp_avg_sq_row` and `exp_avg_sq_col` average R^2, where R is the projected gradient. Weight
+    decay acts on the whole weight. The arguments are the first seven of `transformers.Adafactor`. As in Transformers'
+    GaLore, `scale_parameter` and `relative_step` are always False, so `lr` is the step size and `eps[1]` has no effect.
 
     Raises:
         ValueError: If `add_param_group` rejects a group.

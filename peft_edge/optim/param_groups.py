@@ -47,8 +47,8 @@ def galore_param_groups(
     layers are never projected. An empty group is left out of the list.
 
     `target_modules` selects the convolutions to project: a role (see `peft_edge.roles`), a module name, or a list of
-    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The first two groups have
-    this `weight_decay`.
+    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The weight decay
+    of the first two groups is `weight_decay`, and that of the third group is 0.
 
     Raises:
         ValueError: If an entry of `target_modules` is neither a role nor the name of a convolution, or if there is no
@@ -99,7 +99,7 @@ def _groups(
     ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # For a convolution, PEFT stores the magnitude vector of DoRA as a tensor with four dimensions.
+            # Check the name too, because PEFT stores DoRA's magnitude of a convolution with four dimensions.
             is_vector = parameter.ndim < 2 or "lora_magnitude_vector" in name
             groups[0 if parameter in projected else 2 if is_vector else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
@@ -109,7 +109,7 @@ def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
     """Register hooks that update each parameter in the backward pass and then free its gradient.
 
     The updates equal those of `optimizer.step()`, and only one gradient is in memory at a time. The training loop may
-    still call `step` and `zero_grad`, which then find no gradients. Two techniques no longer work, without an error:
+    still call `step` and `zero_grad`, which then find no gradients. Two techniques stop working without an error:
     clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step. `optimizer`
     may be an `AcceleratedOptimizer`. To remove the hooks, call `remove()` on each returned handle.
 
