@@ -244,7 +244,7 @@ def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -
     attributes = [(vars(config), dict(vars(config)))]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            # PEFT's layers have dictionaries with an entry for each adapter. Names with "_" belong to nn.Module.
+            # PEFT's layers have dictionaries with an entry for each adapter. Those of nn.Module have names with "_".
             own = {key: copy.copy(value) for key, value in vars(module).items() if key == "_active_adapter"}
             own |= {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and not k.startswith("_")}
             attributes.append((vars(module), own))
@@ -308,7 +308,7 @@ class Injection(BaseTuner):
         check_ties(config, model)
         merged = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged]
         if merged:
-            # DoRA and the BatchNorm states start with values of the base layer. Unmerge it to get its own values.
+            # New adapters (DoRA, BatchNorm) start with values of the base layer, which must not contain other adapters.
             warnings.warn("Unmerging the adapters of this model before another one is added.", stacklevel=2)
             for layer in merged:
                 layer.unmerge()

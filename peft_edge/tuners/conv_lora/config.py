@@ -66,7 +66,7 @@ class ConvLoraConfig(LoraConfig):
 
     @property
     def init_weights(self) -> bool | str:
-        """An alias of `init_lora_weights`. PEFT reads this alias when it saves PiSSA adapters of a type other than LORA."""
+        """An alias of `init_lora_weights`. PEFT reads it when saving PiSSA adapters of a type other than LORA."""
         return self.init_lora_weights
 
     @init_weights.setter
