@@ -30,7 +30,7 @@ def as_timm_model(model: nn.Module) -> TimmModel:
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Return the names of the classifier modules; an empty list if the model has no classifier (``num_classes=0``).
+    """Return the names of the classifier modules. Without a classifier (``num_classes=0``), the list is empty.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -56,10 +56,10 @@ def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
 
 
 def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Replace the classifier of a timm model in place. Weights are drawn from N(0, 0.01²), and biases are zero.
+    """Replace the classifier of a timm model in place. The new weights follow N(0, 0.01²), and the biases are zero.
 
-    The cross-entropy then starts near log(num_classes), the loss of a uniform prediction. With timm's initialisation of
-    mobile networks, the cross-entropy starts at 6 to 8 for ten classes. The class names are removed from the model. The
+    At the start of training, the cross-entropy is near log(num_classes), the loss of a uniform prediction. With timm's
+    initialisation of mobile networks, it would be 6 to 8 for ten classes. The class names of the model are removed.
     `generator` must be on the device of the model.
 
     Raises:
@@ -88,7 +88,7 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
 
     The old rows are unchanged. The class names are removed: call :func:`set_class_names` with the names of all classes.
     The parameters of the head are new objects: create the optimizer afterwards. If the model already has `num_classes`
-    classes, nothing changes. `model` may also be a PEFT model. If the head of a PEFT model is one of its
+    classes, nothing changes, and the class names are kept. `model` may also be a PEFT model. If its head is one of the
     `modules_to_save`, the original head and the copy in each adapter grow.
 
     Raises:
@@ -160,7 +160,7 @@ def class_names(model: nn.Module) -> list[str] | None:
     """Return the class names in the order of the outputs, or None if the model has no class names or is no timm model.
 
     Raises:
-        ValueError: If the number of names is not the number of classes, because timm replaced the classifier.
+        ValueError: If the number of names is not the number of classes, for example after timm's `reset_classifier`.
 
     Example:
         >>> from timm import create_model

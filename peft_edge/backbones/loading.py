@@ -75,7 +75,7 @@ def load_backbone(
         checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a ``.safetensors`` file.
             `name` must then be a timm model name, with or without ``timm/``.
         small_images: Set the stride of the first convolution from 2 to 1. This doubles the resolution inside the
-            network, for images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
+            network. Use it for images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
@@ -178,7 +178,7 @@ def _download(repo_id: str, file_name: str) -> Path:
 
 
 def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
-    # If `name` is None, `path` must be a folder. Its configuration contains the architecture.
+    # If `name` is None, `path` must be a folder, because the folder's configuration contains the architecture.
     path = path.absolute()
     if path.is_dir():
         config = _read_config(path / CONFIG_NAME)
@@ -224,7 +224,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file, which must have the tensors of `model`. The head is resized to the file's classes."""
+    """Load a safetensors file whose tensors have the names and shapes of those of `model`.
+
+    If the file has another number of classes, the head of `model` is first replaced by a head with this number.
+    """
     try:
         weights = safetensors.torch.load_file(path)
     except FileNotFoundError as error:

@@ -1,7 +1,8 @@
-"""Image corruptions in five families. A `Shift` applies a corruption to images and datasets.
+"""Image corruptions in five families. `Shift` applies a corruption to an image, a batch or a dataset.
 
 Most corruptions are modelled on ImageNet-C (Hendrycks and Dietterich 2019). Lengths, such as the radius of a blur, are
-in pixels of an image whose shorter side is 224. They scale with this side, so that small images remain recognisable.
+in pixels of an image whose shorter side is 224. In other images, lengths are scaled with the shorter side, so that
+small images remain recognisable.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ from peft_edge.files import requires_extra
 class Shift:
     """A corruption at one severity, applied to one image at a time.
 
-    The pixels of an image seed the random numbers. The corrupted image is therefore the same at every access and in
-    every process.
+    The random numbers are seeded with the pixels of the image. The corrupted image is therefore the same at every
+    access and in every process.
 
     Args:
         name: One of `SHIFTS`.
@@ -74,7 +75,7 @@ class Shift:
 
 
 class Corruption(NamedTuple):
-    """A function of a (3, H, W) uint8 image and a level. If `levels` is empty, `apply` takes the image only."""
+    """A function `apply` of a (3, H, W) uint8 image and a level. If `levels` is empty, `apply` takes only the image."""
 
     apply: Callable[..., Tensor]
     levels: tuple[float, ...] = ()
@@ -97,7 +98,7 @@ def _gaussian_noise(image: Tensor, deviation: float) -> Tensor:
 
 
 def _shot_noise(image: Tensor, photons: float) -> Tensor:
-    """Replace each value by a Poisson count divided by `photons`, the mean count of a white pixel."""
+    """Replace each value by a random Poisson count divided by `photons`. A white pixel has the mean count `photons`."""
     return _as_uint8(torch.poisson(_as_float(image) * photons) / photons)
 
 
@@ -124,7 +125,7 @@ def _motion_blur(image: Tensor, length: float) -> Tensor:
 
 
 def _line_kernel(length: float) -> Tensor:
-    """Return a kernel with a line in a random direction, one pixel wide: the trace of a point when the camera moves."""
+    """Return a kernel that blurs along a line of random direction. The line is one pixel wide."""
     angle = torch.rand(()) * math.pi
     x, y = _kernel_coordinates(length / 2)
     along, across = x * angle.cos() + y * angle.sin(), x * angle.sin() - y * angle.cos()
@@ -151,7 +152,7 @@ def _fog(image: Tensor, density: float) -> Tensor:
 
 
 def _snow(image: Tensor, fraction: float) -> Tensor:
-    """Brighten the image, and add white flakes at `fraction` of the pixels, blurred in their direction of fall."""
+    """Blend the image with light grey. Then add white flakes at `fraction` of the pixels, with motion blur."""
     flakes = (torch.rand(1, *image.shape[-2:]) < fraction) * torch.tensor(255, dtype=torch.uint8)
     falling = _as_float(_blur(flakes, _line_kernel(12 * _scale(image)))) * 2
     return _as_uint8(torch.lerp(_as_float(image), torch.tensor(0.8), 5 * fraction) + falling)
@@ -178,7 +179,7 @@ def _pixelate(image: Tensor, factor: float) -> Tensor:
 
 
 def _elastic(image: Tensor, distance: float) -> Tensor:
-    """Stretch the image like a rubber sheet. Points move by about `distance` pixels, smoothly over the image."""
+    """Stretch the image like a rubber sheet. Neighbouring points move similarly, by about `distance` pixels."""
 
     def stretch(padded: Tensor) -> Tensor:
         # v2.ElasticTransform would take two seconds to smooth the noise for an image of 224 x 224 pixels.
@@ -195,7 +196,7 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `move` to the image padded by reflection, because black corners would be a second, larger shift."""
+    """Apply `move` to the image padded by reflection. Black corners would be a second, larger change of the image."""
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
     return F.center_crop(move(padded), [height, width])
@@ -251,7 +252,7 @@ CORRUPTIONS: dict[str, dict[str, Corruption]] = {
 _BY_NAME = {name: corruption for members in CORRUPTIONS.values() for name, corruption in members.items()}
 
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(members) for family, members in CORRUPTIONS.items()}
-"""A dict from family to the names of its corruptions."""
+"""A dict from each family to the names of its corruptions."""
 
 SHIFTS = tuple(sorted(_BY_NAME))
 """The names of all corruptions."""

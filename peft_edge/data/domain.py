@@ -1,4 +1,4 @@
-"""Domains and tasks, stratified splits, and datasets in memory."""
+"""Represent domains and tasks, draw stratified splits, and build in-memory datasets."""
 
 from __future__ import annotations
 
@@ -32,8 +32,8 @@ class Domain:
 
     Attributes:
         train: Training images. For a target domain, these are the few images that the model is adapted to.
-        validation: Images that select the learning rate and the epoch. Their accuracy is not reported.
-        test: Images for the reported accuracies. Nothing is selected on them.
+        validation: Images for selecting the learning rate and the epoch. Accuracies on them are not reported.
+        test: Images for the reported accuracies. No setting is selected on the test images.
     """
 
     train: Dataset
@@ -93,10 +93,10 @@ def _hash(*parts: str) -> str:
 
 
 def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Draw `size` images with the class proportions of the dataset; return the remaining images and the drawn images.
+    """Draw `size` images with the class proportions of the dataset. Return (remaining images, drawn images).
 
     Raises:
-        ValueError: If a class has a single image, or `size` is too small or too large for all classes in both parts.
+        ValueError: If a class has a single image, or `size` does not leave room for every class in both parts.
     """
     names = dataset.features["label"].names
     counts = Counter(dataset["label"][:])
@@ -129,7 +129,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Apply the transform of a dataset once, and return a dataset in memory. All images must be RGB and of one size."""
+    """Apply the transform of a dataset once, and return the result. All images must be RGB and of one size."""
     rows = dataset[:]
     images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
     return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

@@ -4,7 +4,7 @@
 Handwritten Digits" (Alpaydin and Kaynak 1998). The images of 8 x 8 pixels with 17 grey levels are enlarged.
 
 `shapes` contains rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and
-sensor noise. The signed distances of each shape are tabulated once. The renderer samples this table in random poses.
+sensor noise. The signed distances of each shape are tabulated once. The renderer reads this table for random poses.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from peft_edge.data.domain import Domain, dataset_from_arrays, stratified_split
 from peft_edge.files import requires_extra
 
 DIGITS_SPLIT_SIZES = {"adaptation": 400, "validation": 150, "test": 547}
-"""The sizes of three splits of `digits`. The source model is trained on the remaining 700 images."""
+"""The numbers of images in these splits of `digits`. The source model is trained on the other 700 images."""
 
 SHAPES_SPLIT_SIZES = {"source": 20_000, "adaptation": 512, "validation": 500, "test": 2_000}
 
@@ -61,7 +61,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`. `seed` determines every pixel, and class sizes in a split differ by at most one.
+    """Render `shapes`. `seed` determines every pixel. In each split, class sizes differ by at most one.
 
     Returns:
         The source domain (20,000 training, 500 validation, 2,000 test images), and 512 unshifted adaptation images.
@@ -82,7 +82,7 @@ def render_shapes(count: int, image_size: int, generator: torch.Generator) -> Da
     fields = distance_fields()
     tables = torch.stack(list(fields.values())).unsqueeze(1)
     labels = torch.arange(count) % len(fields)
-    # Render in batches, because the tensors then fit into the processor's cache.
+    # Render in small batches, whose tensors fit into the processor's cache.
     images = torch.cat([_render(part, tables, image_size, generator) for part in labels.split(_RENDER_BATCH)])
     return dataset_from_arrays(images, labels, list(fields))
 
@@ -124,18 +124,18 @@ def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generato
 def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear: Tensor, size: int) -> Tensor:
     """Return the fraction of each pixel that a shape covers, from 0 to 1, of shape (N, 1, size, size).
 
-    A point q of the shape is drawn at `scale` * rotation * shear * q + `offset`. Lengths are in units of `size / 2`.
-    The origin is the centre of the image.
+    Each point (u, v) of the shape is sheared to (u + shear * v, v), rotated by `angle`, multiplied by `scale` and moved
+    by `offset`. Lengths are in units of `size / 2`. The origin is the centre of the image.
 
     Args:
         fields: (N, 1, RESOLUTION, RESOLUTION), signed distances, which are negative inside the shape.
-        scale: (N,), the factor by which the shape is scaled.
-        offset: (N, 2), the shift to the right and down from the centre.
+        scale: (N,), the factor by which the shape is enlarged.
+        offset: (N, 2), the movement from the centre: to the right, and downwards.
         angle: (N,), the clockwise rotation in radians.
         shear: (N,), the shift of x per unit of y, before the rotation.
         size: Height and width of the image in pixels.
     """
-    # `fields` is sampled at pixel centres, so that a pose means the same at any image size.
+    # Sample `fields` at pixel centres, so that a shape has the same place in images of any size.
     side = (torch.arange(size) + 0.5) * (2 / size) - 1
     x = side - offset[:, 0, None, None]
     y = side[:, None] - offset[:, 1, None, None]
@@ -151,7 +151,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
 def distance_fields() -> dict[str, Tensor]:
     """Return a dict from class name to signed distances of shape (RESOLUTION, RESOLUTION), negative inside the shape.
 
-    BASE_CLASSES come before UNSEEN_CLASSES. No shape equals another shape that is rotated by 90 degrees.
+    BASE_CLASSES come before UNSEEN_CLASSES. No shape becomes another shape by a rotation of 90 degrees.
     """
     side = torch.linspace(-EXTENT, EXTENT, RESOLUTION)
     y, x = torch.meshgrid(side, side, indexing="ij")
@@ -189,13 +189,13 @@ def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
 
 
 def _regular(corners: int, inner: float = 1.0) -> _Points:
-    """Return corners at equal angles, from the top clockwise. Their radii alternate between 1 and `inner`."""
+    """Return corners at equal angles, clockwise from the top. The radii alternate between 1 and `inner`."""
     radii = [1.0 if corner % 2 == 0 else inner for corner in range(corners)]
     angles = [2 * math.pi * corner / corners for corner in range(corners)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in zip(radii, angles, strict=True)]
 
 
-# The corners in order, as (x, y); x increases to the right and y increases downwards.
+# Each polygon lists its corners (x, y) in order. x increases to the right, and y increases downwards.
 _POLYGONS: dict[str, _Points] = {
     "triangle": _regular(3),
     "square": [(-0.75, -0.75), (0.75, -0.75), (0.75, 0.75), (-0.75, 0.75)],

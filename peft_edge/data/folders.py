@@ -21,7 +21,7 @@ _SPLIT_WORDS = {
     "validation": "validation|valid|val|dev",
     "test": "test|testing",
 }
-# Folders that operating systems and tools create; they contain no images of a class.
+# Operating systems and tools create these folders, which contain no images of a class.
 _SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
@@ -39,7 +39,10 @@ def split_of(name: str) -> str | None:
 
 @dataclass
 class _Found:
-    """Images by split, as (path, class), and for each reason the number of paths left out and the first such path."""
+    """The images of each split as (path, class), and the paths that were left out.
+
+    `left_out` counts these paths for each reason, and `first` has the first such path for each reason.
+    """
 
     folder: Path
     images: dict[str, list[tuple[Path, str]]] = field(default_factory=dict)
@@ -60,13 +63,13 @@ class _Found:
 def read_image_folder(folder: Path) -> DatasetDict:
     """Read a folder with one subfolder for each class, or with such subfolders inside `train`, `validation` and `test`.
 
-    `check_image` checks every image file, and the column `content` contains its `content_hash`. Images in deeper
-    subfolders of a class folder belong to this class. A folder without splits becomes the split `train`. One warning
-    states how many files and folders were left out and why.
+    `check_image` checks every image file. The column `content` contains the `content_hash` of each file. Images in
+    deeper subfolders of a class folder belong to this class. Without split folders, all images belong to the split
+    `train`. A warning states how many files and folders were left out, and why.
 
     Raises:
         ValueError: If there are no training images, an image is outside of the class folders, an image file is damaged,
-            or it is unclear which folders are splits. The message names the file or folder.
+            or it is unclear which folders are splits. The message names the file or folder at fault.
     """
     found = _Found(folder)
     roots = _split_folders(folder, found)
@@ -94,7 +97,7 @@ def read_image_folder(folder: Path) -> DatasetDict:
 
 
 def content_hash(content: bytes) -> str:
-    """Return a hash of the bytes of a file. Copies of a file with other names or times have the same hash."""
+    """Return a hash of `content`, the bytes of a file. Names and times of the file do not change the hash."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -172,7 +175,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
-    """Yield (path, class name) for each image in the class folders of `root`, in alphabetical order in each folder."""
+    """Yield (path, class name) for each image in the class folders of `root`. Each folder is read in order of names."""
     for child in _visible(root, found):
         if child.is_dir():
             inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}
@@ -224,7 +227,7 @@ def _is_hidden(path: Path) -> bool:
 
 
 def _is_image(path: Path, found: _Found) -> bool:
-    """Return whether `path` is a file with an image's ending or content. Otherwise, count it in `found.left_out`."""
+    """Return whether `path` is a file with the suffix or content of an image. If not, count it in `found.left_out`."""
     if not path.is_file():
         found.leave_out("entry that is no file", path)
         return False

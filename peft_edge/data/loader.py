@@ -21,7 +21,7 @@ from torchvision.transforms.v2 import functional as F
 from peft_edge.data.domain import ImageBatch
 from peft_edge.data.pixels import to_rgb
 
-Transform = Callable[[Image.Image], Tensor]  # from an image of any size and mode to a (3, H, W) float tensor
+Transform = Callable[[Image.Image], Tensor]  # converts an image of any size and mode to a (3, H, W) float tensor
 Key = tuple[int, int]  # an epoch, and the index of an image
 Batch = dict[str, Tensor]  # `pixel_values` of shape (B, 3, H, W), and `labels` of shape (B,)
 
@@ -38,9 +38,9 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool) -> Transform
     """Return a function that converts an image to the normalised input of a backbone.
 
     Images that are higher and wider than `input_size` are resized and cropped as in timm's evaluation. Other images are
-    resized to `input_size` without a crop, because `crop_pct` is meant for photographs with a margin. Their aspect
-    ratio can change. With `train`, images are also shifted in both directions by up to an eighth of their side, and
-    edge pixels fill the gap. This augmentation is suitable for digits and for photographs.
+    resized to `input_size` without a crop, because `crop_pct` is meant for photographs with a margin. This can
+    change the aspect ratio. With `train`, images are also shifted horizontally and vertically, by up to an eighth of
+    their width and height. Edge pixels fill the gap. This augmentation suits both digits and photographs.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -80,17 +80,17 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """Build a loader whose batches are the same in every run with the same seed.
 
-    With Accelerate, set `split_batches=True`, so that batches are the same for any number of processes. Call
-    `set_epoch(epoch)` of the loader that `prepare` returns before each epoch, and before `skip_first_batches`. Without
+    With Accelerate, set `split_batches=True`, so that batches are the same for any number of processes. Before each
+    epoch, and before `skip_first_batches`, call `set_epoch(epoch)` on the loader that `prepare` returned. Without
     Accelerate, call `loader.sampler.set_epoch(epoch)`.
 
     Args:
         dataset: A dataset with the columns `image` and `label`.
         transform: A function from a Pillow image to a (3, H, W) tensor, such as the result of `build_transform`.
         batch_size: The number of images in a batch, summed over all processes.
-        shuffle: Whether to use a new order in each epoch and drop an incomplete last batch, as in training.
+        shuffle: Whether to use a new order in each epoch and drop an incomplete last batch. Set this for training.
         seed: The seed of the order and of the random numbers in `transform`.
-        num_workers: The number of worker processes that read images. It does not change the batches.
+        num_workers: The number of worker processes that read images. The batches do not depend on this number.
 
     Raises:
         ValueError: If `shuffle` is set and there are fewer images than `batch_size`.
@@ -102,7 +102,7 @@ def build_loader(
 def load_batches(
     dataset: BatchDataset, *, batch_size: int, shuffle: bool, seed: int, num_workers: int = 0
 ) -> DataLoader[Batch]:
-    """Build a loader from a `BatchDataset`; `build_loader` describes the other arguments and errors."""
+    """Build a loader from a `BatchDataset`. See `build_loader` for the other arguments and the errors."""
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
@@ -151,7 +151,7 @@ class EpochSampler(Sampler[Key]):
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """Batches of transformed images. The seed, the epoch and the index of an image seed the calls of `transform`."""
+    """A `BatchDataset` of transformed images. `seed`, the epoch and the image's index seed each call of `transform`."""
 
     dataset: Dataset
     transform: Transform

@@ -18,9 +18,9 @@ _DEEP_RANGES = (255, 1023, 4095, 16383, 65535)
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    If the mode has more than 8 bits in a channel, values are multiplied by 255 / m. Here, m is the smallest of 255,
-    1023, 4095, 16383 and 65535 (8 to 16 bits) that no value exceeds; in mode F, m can also be 1. Transparent pixels are
-    composed on white. An RGB image without transparency is not copied.
+    If the mode has more than 8 bits in a channel, values are scaled so that a maximum becomes 255. This maximum is the
+    smallest of 255, 1023, 4095, 16383 and 65535 (8 to 16 bits) that no value exceeds. In mode F, 1 is also possible.
+    Transparent pixels are blended with white. An RGB image without transparency is returned without a copy.
 
     Raises:
         ValueError: If a value is negative, not finite or above 65535, or if Pillow cannot convert the mode to RGB.
@@ -64,8 +64,8 @@ def check_image(content: bytes) -> None:
     """Check the content of an image file. The pixels are decoded only if a channel has more than 8 bits.
 
     Raises:
-        ValueError: If the content is not an image, is damaged (according to Pillow's `verify`), has too many pixels, or
-            has more than 8 bits in a channel and would be converted to RGB wrongly or not at all.
+        ValueError: If the content is not an image, is damaged (according to Pillow's `verify`), or has too many pixels.
+            If a channel has more than 8 bits, and the image cannot be converted to RGB correctly.
     """
     try:
         image = Image.open(io.BytesIO(content))
@@ -82,7 +82,7 @@ def check_image(content: bytes) -> None:
 
 
 def is_deep(image: Image.Image) -> bool:
-    """Return whether the file of an opened image, not yet loaded, has more than 8 bits in a channel."""
+    """Return whether an image file has more than 8 bits in a channel. `image` must be opened, but not yet loaded."""
     # Pillow converts 16-bit colours to 8-bit RGB. Only `tile` names the mode in the file, such as RGB;16B.
     return image.mode in _DEEP_MODES or ";16" in str(getattr(image, "tile", ""))
 

@@ -33,15 +33,15 @@ def read_splits(
 ) -> DatasetDict:
     """Read the labelled splits of a dataset, with the same classes in every split.
 
-    The columns are `image`, `label` and `content`, the `content_hash` of the image file. The fingerprint of a split
-    depends only on `content`, `label` and the class names. Renaming an image file does not change the fingerprint. A
-    split with a label of -1 is left out with a warning.
+    Each split has the columns `image`, `label` and `content`. `content` is the `content_hash` of the image file. The
+    fingerprint of a split depends only on `content`, `label` and the class names, not on the names of image files. A
+    split that contains the label -1 is left out with a warning.
 
     Args:
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
-        filters: Conditions that all rows must meet. They apply to Hugging Face datasets in Parquet files only.
+        filters: Conditions that all rows must meet. Only Hugging Face datasets in Parquet files support filters.
         image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
         label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`, or
             without such a column, `label` or `labels`.
@@ -79,7 +79,7 @@ def read_splits(
 
 
 def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
-    """Add the column `content`; the new fingerprint depends only on `content`, `label` and the class names."""
+    """Add the column `content`. The new fingerprint depends only on `content`, `label` and the class names."""
     contents = file_hashes(split) if contents is None else contents
     parts = json.dumps([split.features["label"].names, split["label"][:], contents])
     fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -103,10 +103,10 @@ def domain_from_splits(
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
     A fifth of the images of `train_split` is drawn for a missing test split, and a tenth for a missing validation
-    split. No two splits contain the same `content`: copies of test images are removed from validation and training, and
-    copies of validation images from training. If `train_split` is divided, its repeated images are removed too. Images
-    with a `content` in `exclude` are removed from all splits. A warning states how many images are removed. Messages
-    call the dataset `name`.
+    split. No two splits contain the same `content`. Copies of test images are removed from validation and training, and
+    copies of validation images are removed from training. Before images are drawn from `train_split`, its repeated
+    images are removed. Images with a `content` in `exclude` are removed from all splits. A warning states how many
+    images are removed. `name` is the name of the dataset in messages.
 
     Raises:
         ValueError: If `splits` has no `train_split`, removal leaves a split empty, or there are too few images to draw.
@@ -132,7 +132,7 @@ def domain_from_splits(
 def _without_copies(
     name: str, splits: dict[str, Dataset | None], exclude: set[str], *, is_divided: bool
 ) -> dict[str, Dataset]:
-    """Remove images that `exclude` or an earlier split contains. If `is_divided`, also remove repeats in `train`."""
+    """Remove images that are in `exclude` or an earlier split. If `is_divided`, also remove repeats within `train`."""
     kept, removed = {}, []
     for key, split in splits.items():
         if split is None:
@@ -165,7 +165,7 @@ def _without_copies(
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # Do not verify the number of rows, because the dataset card states the number before filtering.
+    # With filters, do not verify the number of rows. The dataset card states the number without filters.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)

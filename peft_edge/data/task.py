@@ -22,7 +22,7 @@ EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
     "digits": load_digits_domain,
     "shapes": load_shapes_domain,
 }
-"""A dict from embedded benchmark to a function that returns the source domain and unshifted adaptation images."""
+"""A dict from each embedded benchmark to its loader, which returns the source domain and the adaptation images."""
 
 
 def load_task(
@@ -44,9 +44,10 @@ def load_task(
 ) -> Task:
     """Load a source domain, and either one target with shifted images or targets with new classes.
 
-    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. At most a
-    quarter of the source's training images is split off for adaptation (`digits` and `shapes` have separate images).
-    With `new_classes`, the source contains only the other classes; see `class_increments` for the targets.
+    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. For
+    adaptation, at most a quarter of the source's training images is split off (`digits` and `shapes` have separate
+    adaptation images). With `new_classes`, the source contains only the other classes. `class_increments` describes the
+    targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
@@ -56,21 +57,22 @@ def load_task(
         shift_filters: Conditions (column, operator, value) that rows of the target must meet, such as
             `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`. With conditions, `shift` must be a
             Hugging Face dataset, and is never read as a split of `name`.
-        new_classes: The names of the classes that the source model does not know. Excludes `shift`.
-        increments: The number of targets among which `new_classes` are divided.
+        new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
+        increments: The number of targets. `new_classes` are divided among the targets.
         rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
         seed: The seed of all splits, and of the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
-        adaptation_size: The maximum number of adaptation images in each target, without rehearsal images.
-        subset: The configuration of a Hugging Face dataset. `name` and `shift` share this and the next three arguments.
+        adaptation_size: The maximum number of adaptation images in each target. Rehearsal images are not counted.
+        subset: The configuration of a Hugging Face dataset. This and the next three arguments apply to both `name` and
+            `shift`.
         train_split: The split to train on, or to adapt to if `shift` is another dataset.
-        image_column: The name of the image column. Required if `read_splits` finds several.
-        label_column: The name of the label column. Required if `read_splits` finds several.
+        image_column: The name of the image column. Required if there are several image columns.
+        label_column: The name of the label column. Required if there are several label columns.
 
     Raises:
         ValueError: If a name, shift, severity, class, split or column does not exist. If both or neither of `shift` and
-            `new_classes` are given, or an argument does not apply to them. If the target of a shift has other classes.
-            If an image file is damaged, or there are too few images.
+            `new_classes` are given, or another argument does not apply to the given one. If source and target of a
+            shift have different classes. If an image file is damaged, or there are too few images.
 
     Example:
         >>> task = load_task("digits", shift="invert", image_size=16)
@@ -79,7 +81,7 @@ def load_task(
     """
     # Check the arguments before any data is read, because reading a large dataset takes minutes.
     if Path(name).expanduser().is_dir():
-        # In a folder, `read_splits` gives splits their usual names: val/ becomes `validation`.
+        # `read_splits` renames the splits of a folder: val/ becomes `validation`.
         train_split, shift = split_of(train_split) or train_split, split_of(shift or "") or shift
     if shift == train_split and not shift_filters:
         raise ValueError(f"shift: {shift!r} is the split that the source is trained on: name another one")
@@ -92,7 +94,7 @@ def load_task(
         source, adaptation = EMBEDDED[name](image_size=image_size, seed=seed)
     else:
         splits = read_splits(name, subset=subset, image_column=image_column, label_column=label_column)
-        # Leave out the split `shift`, because this split becomes the target.
+        # If `shift` is a split of `name`, this split is the target and must not be part of the source.
         own = DatasetDict({key: split for key, split in splits.items() if key != shift})
         source = domain_from_splits(name, own, train_split=train_split, seed=seed)
     contents = {content for split in vars(source).values() for content in _contents(split)}
@@ -142,7 +144,7 @@ def load_task(
     if shift in SHIFTS:
         shifted = {key: Shift(shift, severity).shift_dataset(split) for key, split in vars(target).items()}
         if name in EMBEDDED:
-            # If these small images were corrupted at every access, training would take a fifth longer.
+            # Corrupt the images once. Training would take a fifth longer if each access corrupted an image again.
             shifted = {key: read_into_memory(split) for key, split in shifted.items()}
         target = Domain(**shifted)
     change = shift if severity is None else f"{shift} at severity {severity}"
@@ -170,15 +172,16 @@ def class_increments(
 ) -> tuple[Domain, tuple[Domain, ...]]:
     """Divide the classes of a domain among a source and one target for each increment.
 
-    Without rehearsal, a classifier forgets earlier classes. A target with n earlier classes can therefore also train on
-    `rehearsal_size // n` images of each earlier class, as in iCaRL (Rebuffi et al. 2017). Labels are renumbered: first
-    the base classes (all classes that are not new) in their old order, then `new_classes` in the given order. A label
-    means the same class in all domains. Training images of new classes come from `adaptation`, and all other images
-    come from `domain`. For the other arguments, see `load_task`.
+    Without rehearsal, a classifier forgets earlier classes. The training images of a target with n earlier classes
+    therefore include up to `rehearsal_size // n` images of each earlier class, as in iCaRL (Rebuffi et al. 2017).
+    Labels are renumbered: first the base classes (all classes that are not new) in their old order, then `new_classes`
+    in the given order. A label means the same class in all domains. Training images of new classes come from
+    `adaptation`, and all other images come from `domain`. For the other arguments, see `load_task`.
 
     Returns:
         The source, and one target for each increment. In a target, `train` contains the classes of the increment and
-        the rehearsal images, `validation` contains all classes so far, and `test` only the classes of the increment.
+        the rehearsal images. `validation` contains the classes of the increment and all earlier classes. `test`
+        contains only the classes of the increment.
 
     Raises:
         ValueError: If a class name is unknown or repeated, or a class has no images. If there are fewer than two base
@@ -227,7 +230,7 @@ def _select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
 
 
 def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
-    """Select at most `count` images of each class, at random but always the same for a dataset and a seed."""
+    """Select at most `count` random images of each class. `dataset` and `seed` determine the selection."""
     order = np.random.default_rng(seed).permutation(len(dataset))
     labels = np.array(dataset["label"][:])[order]
     return dataset.select(np.concatenate([order[labels == label][:count] for label in np.unique(labels)]))
@@ -251,7 +254,7 @@ def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, s
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)
     if not has_names and found == [str(index) for index in range(len(expected))]:
-        # The class names are only numbers, and are read as indices of the source's classes.
+        # The classes of `splits` have only the names 0, 1, ... Use these numbers as indices of the source's classes.
         return splits.cast_column("label", ClassLabel(names=expected))
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:

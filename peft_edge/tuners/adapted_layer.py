@@ -1,4 +1,4 @@
-"""Base class of the adapted layers: merge adapters into the base layer, and restore the base layer."""
+"""Base class of the adapted layers. It merges adapters into the base layer, and restores the base layer."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ _READ_BY_FUSING = {
 }
 
 FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-"""What timm's `freeze` and `freeze_batch_norm_2d` put in the place of a BatchNorm layer: constant statistics."""
+"""BatchNorm classes with constant statistics. timm's `freeze` and `freeze_batch_norm_2d` convert layers to them."""
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
-    """Raise a `ValueError` if a convolution or BatchNorm layer called `name` has a forward pass of its own."""
+    """Raise a `ValueError` unless the layer `name` computes an ordinary convolution or batch normalisation."""
     if is_convolution(layer):
         expected = "convolution of its weight"
         is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
-        # torch's parametrisations and weight_norm replace the parameter by a computed tensor.
+        # torch's parametrisations and weight_norm replace the parameter `weight` by a computed tensor.
         is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
     else:
         expected = "batch normalisation"
@@ -50,25 +50,26 @@ def check_plain(layer: nn.Module, name: str) -> None:
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
-    """Return a dict from adapter names to the indices of their samples in a mixed batch."""
+    """Return a dict from each adapter name to the indices of its samples. Sample i uses `adapter_names[i]`."""
     return {adapter: [row for row, name in enumerate(adapter_names) if name == adapter] for adapter in adapter_names}
 
 
 def replaces_forward(layer: nn.Module) -> bool:
-    """Whether someone replaced the forward pass of this one layer, not of its class."""
+    """Return whether `forward` or `_conv_forward` was replaced on the instance `layer` (not on its class)."""
     attributes = layer.__dict__
     return "forward" in attributes or "_conv_forward" in attributes
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Whether hooks or a replaced forward pass expect the layer to be called."""
+    """Return whether `layer` has hooks or a replaced forward pass, which run only if the layer is called."""
     return has_hooks(layer) or replaces_forward(layer)
 
 
 def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call `layer(x)` with `forward` in the place of its own forward pass, so that its hooks run.
+    """Call `layer(x)`, and so the layer's hooks, with `forward` instead of the layer's own forward pass.
 
-    Accelerate's hooks replace `forward` by a function that loads the weights and then calls `_old_forward`.
+    Accelerate's hooks replace `layer.forward` by a function that loads the weights and then calls `_old_forward`. In
+    this case, `forward` takes the place of `_old_forward`.
     """
     name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
     attributes = vars(layer)
@@ -83,7 +84,7 @@ def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: 
 
 @contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
-    """Within the context, the weights of these modules are on their device, also if Accelerate offloads them."""
+    """Within the context, load the weights of `modules` that Accelerate has offloaded."""
     hooks: list[tuple[nn.Module, ModelHook]] = [(m, m._hf_hook) for m in modules if hasattr(m, "_hf_hook")]
     for module, hook in hooks:
         hook.pre_forward(module)
@@ -95,7 +96,7 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
-    """Return the dtype and the sum of the bits of a tensor, which tell whether somebody changed it."""
+    """Return the dtype of a tensor and the sum of its bit patterns, to detect later changes of the tensor."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
     return tensor.dtype, int(real.detach().view(bits).sum(dtype=torch.int64))
@@ -108,12 +109,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     `_merged_tensors`. `base_layer` may be a layer that another PEFT tuner adapted.
     """
 
-    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module; those of PEFT are dictionaries
+    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT adds dictionaries
         try:
             return super().__getattr__(name)
         except AttributeError as error:
             if name in _READ_BY_FUSING and "base_layer" in self._modules:
-                # The base layer's would be the wrong ones: code that fuses or reparametrises layers reads them.
+                # Do not return the base layer's attribute: code that fuses layers would then ignore the adapter.
                 raise AttributeError(
                     f"layer {self.target_name!r} is adapted and has no {name!r}: fusing or reparametrising it would "
                     "lose the adapter. Call merge_and_unload() first, or read it from get_base_layer()."
@@ -128,18 +129,18 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self._unmerged: dict[str, Tensor] = {}
         self._fingerprints: dict[str, tuple[torch.dtype, int]] = {}
         if isinstance(self, LoraLayer):
-            LoraLayer.__init__(self, base_layer)  # sets the attributes that PEFT reads in all LoRA layers
+            LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
-    def get_base_layer(self) -> Any:  # untyped in PEFT: each tuner adapts other layers
-        """Return the adapted layer. PEFT's method would also enter a block with a child named `base_layer`."""
+    def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
+        """Return the original layer. If this is a block with a child `base_layer`, PEFT would return that child."""
         layer: Any = self.base_layer
         while isinstance(layer, BaseTunerLayer):
             layer = layer.base_layer
         return layer
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT calls this for tensors that it has loaded with low_cpu_mem_usage. Its own method also casts them to the
-        # base layer's type, and half precision would lose digits of statistics and weights.
+        # PEFT calls this method for tensors that were loaded with low_cpu_mem_usage. PEFT's version also casts the
+        # tensors to the base layer's dtype. Half precision would round statistics and weights.
         tensors = self.get_base_layer().state_dict().values()
         target = device or next((tensor.device for tensor in tensors if tensor.is_floating_point()), None)
         for name in self.adapter_layer_names if target is not None and target.type != "meta" else ():
@@ -158,13 +159,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return [name for name in self.active_adapters if name in self._adapters]
 
     def _base_tensor(self, name: str) -> Tensor | None:
-        """Return the value of a base layer's parameter or buffer before adapters were merged into it."""
+        """Return the base layer's parameter or buffer `name`, with its value before any merge. It may be None."""
         tensor = getattr(self.get_base_layer(), name)
         # The model may have moved to another device after the merge.
         return self._unmerged[name].to(tensor.device) if name in self._unmerged else tensor
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Return a dict from names of base-layer tensors to their values after merging `adapters` in this order."""
+        """Return a dict from the names of base-layer tensors to their values after merging `adapters` in this order."""
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -182,17 +183,17 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return
         merged = self.check_merge(names, safe_merge=safe_merge)
         base = self.get_base_layer()
-        # A second merge may change a tensor, such as the bias, that the first one left alone.
+        # A second merge may change a tensor, such as the bias, that the first merge did not change.
         self._unmerged = {name: getattr(base, name).data for name in merged} | self._unmerged
         for name, value in merged.items():
             tensor = getattr(base, name)
-            # Copy: `value` may be the base layer's or the adapter's tensor, whose memory the result must not share.
+            # Copy, because `value` may be a tensor of the base layer or the adapter, and must not share its memory.
             tensor.data = value.detach().to(tensor.dtype, copy=True)
             self._fingerprints[name] = sum_of_bits(tensor)
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
-        """Return the tensors that merging more adapters would give, or raise the errors of `merge`."""
+        """Return the base-layer tensors after merging `adapter_names` too, or raise the errors of `merge`."""
         base = self.get_base_layer()
         with torch.no_grad():
             merged = self._merged_tensors([*self.merged_adapters, *adapter_names])
@@ -216,10 +217,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             )
 
     def unmerge(self) -> None:
-        """Restore the base layer's own tensors, bit for bit.
+        """Restore the tensors of the base layer to their exact values before the merge.
 
-        If somebody changed the base layer after the merge (an optimizer step, pruning), subtract the adapters instead,
-        so that the change stays.
+        If a tensor was changed after the merge (by an optimizer step or pruning), the adapters are subtracted from the
+        changed tensor instead. If its dtype was changed, the old values are restored in the new dtype.
 
         Raises:
             ValueError: If the base layer computes its weight in each forward pass (pruning, parametrisation).

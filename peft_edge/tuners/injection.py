@@ -28,9 +28,9 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class TargetModule(NamedTuple):
-    """A module `base` of the unadapted network, its `name` there, and its place in the adapted network.
+    """A module `base` of the unadapted network, its `name` in this network, and its place in the adapted network.
 
-    `module` is `parent.<child_name>`: the tuner layer around `base`, or `base` itself if it is not adapted.
+    `module` is `parent.<child_name>`, which is the tuner layer around `base`, or `base` itself if it is not adapted.
     """
 
     name: str
@@ -41,9 +41,9 @@ class TargetModule(NamedTuple):
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield the modules of the unadapted network, except those in `modules_to_save`; names start with `prefix`.
+    """Yield the modules of the unadapted network, except those in `modules_to_save`. Names start with `prefix`.
 
-    A module that is in several places has the name of the first one, as in `named_modules`.
+    A module that is in several places is yielded once, with the name of the first place, as in `named_modules`.
     """
     yield from _iter_modules(model, prefix, set())
 
@@ -72,7 +72,7 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
     """Replace the layer roles in `config.target_modules` by the names of the modules with these roles.
 
     Raises:
-        NoMatchingPeftModuleError: If all targets are roles, and no module has one of these roles.
+        NoMatchingPeftModuleError: If all targets are roles, and no module has any of these roles.
         ValueError: If a target is a misspelt role.
     """
     keys = [name for name, _ in model.named_modules() if name]
@@ -105,7 +105,7 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _check_spelling(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
-    """Raise a `ValueError` for a misspelt role. PEFT ignores this role if another target matches."""
+    """Raise a `ValueError` for a misspelt role, which PEFT would ignore if another target matches a module."""
     if isinstance(config.target_modules, str):
         unknown = set() if _matches(config, keys) else {config.target_modules}
     else:
@@ -120,7 +120,7 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
 
 
 def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
-    """Return the last part of the error message for targets without a match: the roles, and similar names."""
+    """Return the roles and similar names, as the end of the error message for targets without a match."""
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -131,7 +131,7 @@ def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
 
 
 def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, str]]]:
-    """Return the places of every module in a model, as parent and name; `named_modules` lists the first one only."""
+    """Return a dict from each module to all its places (parent, name). `named_modules` lists only the first place."""
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = defaultdict(set)
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -141,10 +141,11 @@ def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, 
 
 
 def check_ties(config: PeftConfig, model: nn.Module) -> None:
-    """Check that no adapted convolution or norm shares a tensor with another module, which merging would change too.
+    """Check that no adapted convolution or norm shares a tensor with another module. Merging would change both.
 
     Raises:
-        ValueError: If one does, or if a module in `modules_to_save` is in several places.
+        ValueError: If an adapted layer shares a tensor, or a module in `modules_to_save` is in several places. The
+            setting `ensure_weight_tying` allows such modules.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     places = places_of_modules(model)
@@ -175,13 +176,13 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 
 
 def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
-    """Name the parts of a module in `config.modules_to_save` whose name ends the names of some parts too.
+    """Replace a module in `config.modules_to_save` by its parts if PEFT would also match some of the parts.
 
-    PEFT matches the ends of names: `classifier` also is `classifier.low_classifier`, which it would save twice and
-    could not load.
+    PEFT matches the ends of names. The name `classifier` therefore also matches `classifier.low_classifier`. PEFT would
+    save this part twice, and could not load the adapter.
 
     Raises:
-        ValueError: If the parts cannot be named apart.
+        ValueError: If no list of parts avoids such repeated matches.
     """
     ends = tuple(getattr(config, "modules_to_save", None) or ())
     bases = {name: base for name, *_, base in iter_target_modules(model)}
@@ -219,7 +220,7 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
 
 
 def warn_of_unsaved_norms(model: nn.Module) -> None:
-    """Warn of norms with running statistics that no adapter holds: training changes them, and nothing saves them."""
+    """Warn about norms whose running statistics change in training mode, but are saved with no adapter."""
     names = [
         target.name
         for target in iter_target_modules(model)
@@ -237,13 +238,13 @@ def warn_of_unsaved_norms(model: nn.Module) -> None:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -> Iterator[None]:
-    """Within the context, an error leaves the model, the tuner and the configuration as they were."""
+    """If the context raises an error, restore the model, the tuner and the configuration."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     attributes = [(vars(config), dict(vars(config)))]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            # The dictionaries of PEFT's layers, one entry for each adapter. Those of nn.Module begin with "_".
+            # PEFT's layers have dictionaries with an entry for each adapter. Those of nn.Module have names with "_".
             own = {key: copy.copy(value) for key, value in vars(module).items() if key == "_active_adapter"}
             own |= {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and not k.startswith("_")}
             attributes.append((vars(module), own))
@@ -267,13 +268,13 @@ def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -
 
 
 class Injection(BaseTuner):
-    """Base class of our models: resolve layer roles before PEFT's injection, and adapt BatchNorm layers after it."""
+    """Base class of our models. It resolves layer roles before PEFT's injection, and then adapts BatchNorm layers."""
 
     config_class: type[PeftConfig]
     """The class of the tuner's configuration. In a mixed model, PEFT handles all other configurations."""
 
     _shared: Mapping[nn.Module, set[tuple[nn.Module, str]]] = MappingProxyType({})
-    """While layers are replaced: the places, as parent and name, of the modules that are in several places."""
+    """The places (parent, name) of each module that is in several places. Empty except while layers are replaced."""
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Inject an adapter into `model`. An error leaves the model unchanged.
@@ -293,7 +294,7 @@ class Injection(BaseTuner):
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"The name of an adapter must be part of a module's name: {adapter_name!r} has a dot.")
-        # If target_modules is missing, this fills in PEFT's defaults for the model, or raises PEFT's error.
+        # If target_modules is missing, this call sets PEFT's defaults for the model, or raises PEFT's error.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_modules_to_save(config, model)
         resolve_roles(config, model)
@@ -307,7 +308,7 @@ class Injection(BaseTuner):
         check_ties(config, model)
         merged = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged]
         if merged:
-            # A new adapter starts from the base layer's values: DoRA from the norms of its kernel, a norm from its own.
+            # New adapters (DoRA, BatchNorm) start with values of the base layer, which must not contain other adapters.
             warnings.warn("Unmerging the adapters of this model before another one is added.", stacklevel=2)
             for layer in merged:
                 layer.unmerge()
@@ -317,7 +318,7 @@ class Injection(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
         # The norms are not added to target_modules, so the saved configuration contains only the targets of the user.
         for name, parent, child_name, *_ in norms:
-            # PEFT has just replaced the norm by an adapted layer if target_modules matches it.
+            # If target_modules matches the norm, PEFT has already replaced the norm by an adapted layer.
             layer = getattr(parent, child_name)
             self._create_and_replace(config, adapter_name, layer, child_name, parent, current_key=name)
             if not isinstance(layer, BatchNormLayer):
@@ -330,7 +331,7 @@ class Injection(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
-        # One module may be in several places of the network, and PEFT replaces it in the first one only.
+        # A module may be in several places of the network. PEFT replaces it only in the first place.
         places = self._shared.get(child, {(parent, child_name)})
         if is_unwrapped and isinstance(child, BatchNormLayer):
             child.release_base_layer()
@@ -340,14 +341,14 @@ class Injection(BaseTuner):
         # no weight, and our layers create their adapters on the right device.
         for module, name in places:
             setattr(module, name, new_module)
-        # A new layer is in training mode. In a model in eval mode it must not use dropout or batch statistics.
+        # A new layer is in training mode. In eval mode, the model must not use dropout or batch statistics.
         new_module.train(child.training)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # PEFT saves a module that is in several places once, and would report the other places as missing.
+        # If a module is in several places, PEFT saves it once, and would report the other places as missing.
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tensors = model.state_dict(keep_vars=True)
         loaded = {id(tensors[key]): value for key, value in mapped.items() if key in tensors}
@@ -373,7 +374,7 @@ class Injection(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise the errors of all layers before the first one changes."""
+        """Raise the errors that merging would raise in any layer, before a layer changes."""
         for layer in self.model.modules():
             if isinstance(layer, AdaptedLayer):
                 names = layer.active_adapters if adapter_names is None else adapter_names
@@ -395,7 +396,7 @@ class Injection(BaseTuner):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter, also from modules with PEFT's prefix in their path, which PEFT leaves out."""
+        """Delete an adapter from all layers. PEFT would skip layers whose module path contains `prefix`."""
         self.prefix = "\0"
         try:
             super().delete_adapter(adapter_name)
@@ -413,7 +414,7 @@ def _check_has_statistics(target: TargetModule) -> None:
 
 @contextmanager
 def _hidden_base_layers(model: nn.Module) -> Iterator[None]:
-    """Within the context, rename children named `base_layer` (in timm's DLA), which PEFT would take for its own."""
+    """Within the context, rename children `base_layer` in timm's DLA. PEFT would confuse them with adapted layers."""
     parents = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
     _rename_child(parents, "base_layer", "base_layer_")
     try:
@@ -431,10 +432,10 @@ def _rename_child(parents: list[nn.Module], old: str, new: str) -> None:
 
 @contextmanager
 def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
-    """Within the context, pass `adapter_names` to every adapted layer: each sample of a batch uses its own adapter.
+    """Within the context, pass `adapter_names` to every adapted layer. Each sample of a batch has its own adapter.
 
-    The list has one adapter name per sample; `"__base__"` selects the base model. None changes nothing. PEFT's
-    implementation in `peft.LoraModel` does not include BatchNorm layers.
+    The list has one adapter name per sample. The name `"__base__"` selects the base model. If `adapter_names` is None,
+    nothing changes. The implementation in `peft.LoraModel` does not include BatchNorm layers.
 
     Raises:
         ValueError: If the model is in training mode or has merged adapters, if a name is unknown, or if the number of
@@ -472,7 +473,7 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
 
 
 def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of the unadapted network that adapters and `modules_to_save` do not replace, by name."""
+    """Return a dict from names to parameters of the unadapted network, without the modules in `modules_to_save`."""
     base = model.get_base_model()
     replaced: list[str] = []
     for name, module in base.named_modules():
@@ -488,10 +489,10 @@ def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def base_fingerprint(model: PeftModel) -> str | None:
-    """Return a SHA-256 of `base_parameters`: names, shapes, types and bytes.
+    """Return a SHA-256 hash of the names, shapes, dtypes and values of `base_parameters`, or None.
 
-    BatchNorm statistics are not part of it, because training may update those of the base. None if the parameters are
-    not those that the base was loaded with: an adapter is merged, or its initialisation has changed them (PiSSA).
+    BatchNorm statistics are not hashed, because training may update those of the base model. The result is None if the
+    base parameters may have changed since loading: an adapter is merged, or its initialisation changes them (PiSSA).
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}

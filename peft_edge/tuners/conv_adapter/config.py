@@ -31,15 +31,17 @@ class ConvAdapterConfig(PeftConfig):
         kernel_size: Kernel size of the depthwise convolution; 1 leaves out this convolution. None means the kernel size
             of the adapted convolution, or 3 for a block. An adapter whose kernel is larger than that of the adapted
             convolution cannot be merged.
-        placement: `"parallel"`: y = f(x) + adapter(x). `"sequential"`: y = f(x) + adapter(f(x)).
+        placement: The input of the adapter: the input of the adapted layer (`"parallel"`) or its output
+            (`"sequential"`). The adapter's output is added to the output of the layer.
         activation: timm's name of the activation, such as `"relu"`. With None, the adapter is linear. A linear adapter
             parallel to an ungrouped convolution can be merged, and then has no cost at inference.
         norm: How the adapter treats the BatchNorm layers, as in `ConvLoraConfig`.
         init_weights: Initialise the last convolution to zero, so that the untrained adapter does not change the
-            output. With False, the initialisation is random, for tests.
+            output. False initialises it randomly, for tests.
 
     Raises:
-        ValueError: If `placement`, `norm` or `activation` is unknown, or `reduction` or `kernel_size` is not positive.
+        ValueError: If `placement`, `norm` or `activation` is unknown, or if `reduction` or `kernel_size` is not a
+            positive integer.
 
     Example:
         >>> import timm

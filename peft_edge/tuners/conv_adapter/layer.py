@@ -40,9 +40,9 @@ _PROBED_SIZES = (64, 65)
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Options of a convolution that has the input and output shapes of a layer; the layer's adapters use them.
+    """Options of a convolution with the input and output shapes of an adapted layer, for use in its adapters.
 
-    `padding` and `padding_mode` are arguments of `F.pad`. If `padding` is None, timm's same-padding is used.
+    `padding` and `padding_mode` have the format of `F.pad`. If `padding` is None, timm's same-padding is used.
     """
 
     in_channels: int
@@ -63,12 +63,12 @@ class ConvSpec:
 
     @classmethod
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
-        """Return a convolution of kernel size 3 with the channels and the stride of a block of convolutions.
+        """Return the options of a convolution with kernel size 3, and the channels and stride of a block.
 
         The stride is measured on the meta device. The first convolution of the block must take the block's input.
 
         Raises:
-            ValueError: If the block `name` does not map (B, C, *size) to (B, C', *ceil(size / stride)).
+            ValueError: If the block `name` does not map (B, C_in, *size) to (B, C_out, *ceil(size / stride)).
         """
         conv = next((conv for _, conv, _ in named_convolutions(block)), None)
         if conv is None:
@@ -98,13 +98,13 @@ class ConvSpec:
         return cls(conv.in_channels, shapes[0][1], (3,) * dims, stride, (1,) * dims, (1,) * (2 * dims))
 
     def of_output(self) -> ConvSpec:
-        """Return a convolution of the same kernel size that preserves the shape of the layer's output."""
+        """Return the options of a convolution with this kernel size that maps the layer's output to the same shape."""
         ones = (1,) * len(self.kernel_size)
         padding = tuple(side for size in reversed(self.kernel_size) for side in ((size - 1) // 2, size // 2))
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
 
     def margins(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return how many zeros pad a kernel of size `kernel_size` to this convolution's, in the order of `F.pad`."""
+        """Return the padding (for `F.pad`) that enlarges a kernel of size `kernel_size` to `self.kernel_size`."""
         margins: list[int] = []
         for own, other in zip(reversed(self.kernel_size), reversed(kernel_size), strict=True):
             before = (own - other) // 2
@@ -114,7 +114,8 @@ class ConvSpec:
     def pad(self, x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
         """Pad or crop `x`, (B, C, *size), for an unpadded convolution with a kernel of size `kernel_size`.
 
-        The output has the size of this convolution's output, and the two kernels have the same centre.
+        The output of the unpadded convolution then has the size that these options describe. The centre of its kernel
+        is at the centre of a kernel of size `self.kernel_size`.
         """
         sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]
@@ -124,7 +125,7 @@ class ConvSpec:
         if max(sides) > 0:
             x = F.pad(x, [max(side, 0) for side in sides], mode=self.padding_mode)
         if min(sides) < 0:
-            # Crop last: circular padding takes its values from the other end.
+            # Crop after padding, because circular padding copies values from the opposite side.
             x = F.pad(x, [min(side, 0) for side in sides])
         return x
 
@@ -137,20 +138,20 @@ class ConvSpec:
 
 
 class ConvAdapterLayer(AdaptedLayer):
-    """A convolution or a block f with bottleneck adapters: y = f(x) + up(act(depthwise(down(x)))).
+    """A convolution or block with bottleneck adapters: y = base_layer(x) + up(activation(depthwise(down(x)))).
 
-    With `placement="sequential"`, the input of the adapter is f(x), not x. For C_in channels of this input, width
-    w = max(1, C_in // reduction) and kernel size k, an adapter has these weights, and no biases:
+    With `placement="sequential"`, the input of the adapter is `base_layer(x)` instead of x. An adapter has no biases.
+    If its input has C_in channels, and w = max(1, C_in // reduction) and k = kernel_size, its weights are:
 
     - `conv_adapter_down[name].weight`: (w, C_in, 1, 1),
     - `conv_adapter_depthwise[name].weight`: (w, 1, k, k), absent if k = 1,
     - `conv_adapter_up[name].weight`: (C_out, w, 1, 1), initialised to zero.
 
-    A parallel adapter has the stride, dilation and padding of f. `adapter_name` and `config` belong to the first
-    adapter, and error messages contain `target_name`, the name of the layer.
+    A parallel adapter has the stride, dilation and padding of the base layer. `adapter_name` and `config` belong to the
+    first adapter. Error messages contain `target_name`, the name of the layer.
 
     Raises:
-        ValueError: If a block does not have the output size of a strided convolution, see `ConvSpec.of_block`.
+        ValueError: If the output of a block does not have the shape that `ConvSpec.of_block` requires.
 
     Example:
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterLayer
@@ -211,7 +212,7 @@ class ConvAdapterLayer(AdaptedLayer):
         return parameter.device, parameter.dtype
 
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
-        """Compute f(x) for x of shape (B, C_in, *size), and add the output of each active adapter.
+        """Compute `base_layer(x)` for x of shape (B, C_in, *size), and add the output of each active adapter.
 
         `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
@@ -222,17 +223,17 @@ class ConvAdapterLayer(AdaptedLayer):
         if names is None and not adapters:
             return base(x, *args, **kwargs)
         if is_observed(base) and is_convolution(base):
-            # The hooks of a convolution have to see what a merged adapter computes.
+            # Give the hooks of a convolution the adapted output, which is also its output after merging.
             if hasattr(base, "_hf_hook") or not replaces_forward(base):
                 forward = partial(self._add_adapters, adapters=adapters, adapter_names=names)
-                plain_forward = partial(type(base).forward, base)  # type: ignore[arg-type]  # of one and the same class
+                plain_forward = partial(type(base).forward, base)  # type: ignore[arg-type]  # matches the class of base
                 return call_with_forward(base, lambda x: forward(x, plain_forward(x)), x)
             if names is None and not any(self.why_not_mergeable(name) for name in adapters):
                 return functional_call(base, self._merged_tensors(adapters), (x,))
         return self._add_adapters(x, base(x, *args, **kwargs), adapters, names)
 
     def _add_adapters(self, x: Tensor, y: Tensor, adapters: list[str], adapter_names: list[str] | None) -> Tensor:
-        """Add the adapters' outputs to the base layer's output y(x)."""
+        """Add the outputs of the adapters to `y`, the output of the base layer for the input `x`."""
         if adapter_names is None:
             return sum((self._adapter_output(name, x, y).to(y.dtype) for name in adapters), start=y)
         result = y.clone()
@@ -242,7 +243,7 @@ class ConvAdapterLayer(AdaptedLayer):
         return result
 
     def _adapter_output(self, adapter: str, x: Tensor, y: Tensor) -> Tensor:
-        """Return the output of an adapter, in its dtype. `x` and `y` are input and output of the base layer."""
+        """Return the output of an adapter in the adapter's dtype. `x` is the base layer's input, and `y` its output."""
         down, depthwise, activation, up = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         spec = self._adapter_spec(adapter)
         z = self._cast_input_dtype(x if self.placement[adapter] == "parallel" else y, down.weight.dtype)
@@ -274,7 +275,7 @@ class ConvAdapterLayer(AdaptedLayer):
         return (1,) * len(self.spec.kernel_size) if isinstance(depthwise, nn.Identity) else depthwise.kernel_size
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the change of the base kernel, (C_out, C_in, *kernel), that equals a mergeable adapter."""
+        """Return the update of the base kernel, (C_out, C_in, *size), with the same effect as a mergeable adapter."""
         down, depthwise, _, up = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         kernel = down.weight if isinstance(depthwise, nn.Identity) else down.weight * depthwise.weight
         kernel = torch.tensordot(up.weight.flatten(1), kernel, dims=1)

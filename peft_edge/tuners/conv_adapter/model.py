@@ -19,7 +19,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A network with ConvAdapter adapters that `get_peft_model` creates; its arguments are those of `peft.LoraModel`.
+    """A network with ConvAdapter adapters, made by `get_peft_model`. Its arguments are those of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
@@ -36,7 +36,7 @@ class ConvAdapterModel(Injection):
     """
 
     prefix = "conv_adapter_"
-    # ConvAdapterLayer or AdapterBatchNormLayer: the model has no layers of other tuners.
+    # The base class is specific enough, because this model has no layers of other tuners.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     config_class = ConvAdapterConfig
@@ -53,7 +53,7 @@ class ConvAdapterModel(Injection):
             elif target.module is target.base:
                 ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            # Adapting a block changes the names of the parameters inside the block, and the keys of a saved adapter.
+            # Adapting a block renames the parameters inside the block, and therefore the keys of a saved adapter.
             new = {target.name for target in targets if not is_convolution(target.base)}
             adapted = (target for target in iter_target_modules(model) if isinstance(target.module, ConvAdapterLayer))
             old = {target.name for target in adapted if not is_convolution(target.base)}
@@ -95,7 +95,7 @@ class ConvAdapterModel(Injection):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not look for adapted layers within an adapted layer, such as the norms of an adapted block.
+        # PEFT does not look inside an adapted block, so it does not find the block's adapted norms.
         for _, parent, child_name, module, base in list(iter_target_modules(model)):
             if isinstance(module, BatchNormLayer):
                 self._replace_module(parent, child_name, base, module)

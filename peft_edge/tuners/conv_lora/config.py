@@ -32,8 +32,8 @@ class ConvLoraConfig(LoraConfig):
             - `"recalibrate"`: statistics of the adapter, which only `peft_edge.recalibrate` changes.
             - `"stats"`: batch statistics in training mode, running statistics of the adapter in eval mode.
             - `"affine"`: as `"stats"`, with a trainable weight and bias of the adapter.
-        freeze_a: Train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). Without groups, autograd then saves the
-            r channels of the convolution with A for the backward pass, not the input.
+        freeze_a: Train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). In an ungrouped convolution, autograd
+            then saves the output of A (r channels) for the backward pass instead of the layer's input.
 
     Raises:
         ValueError: If `norm` is unknown, or `peft.LoraConfig` rejects an argument.
@@ -59,14 +59,14 @@ class ConvLoraConfig(LoraConfig):
         if self.norm not in get_args(Norm):
             raise ValueError(f"ConvLoraConfig: norm is {self.norm!r}, expected one of: {', '.join(get_args(Norm))}.")
         self.peft_type = PeftType["CONV_LORA"]
-        # PEFT does not save this mapping. It calls `__post_init__` again when it loads the configuration.
+        # PEFT does not save this mapping. PEFT calls `__post_init__` again when it loads the configuration.
         self._register_custom_module(
             dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoraLayer) | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property
     def init_weights(self) -> bool | str:
-        """`init_lora_weights` under the name that PEFT reads for types other than LORA when it saves PiSSA adapters."""
+        """An alias of `init_lora_weights`. PEFT reads it when saving PiSSA adapters of a type other than LORA."""
         return self.init_lora_weights
 
     @init_weights.setter

@@ -45,7 +45,8 @@ def check_rank(r: int, name: str) -> None:
 class ConvLoraLayer(AdaptedLayer, LoraLayer):
     """LoRA for convolutions: y = conv(x; W + (alpha/r) B A) + b. W is frozen, and A and B are trained.
 
-    For g groups, W of shape (C_out, C_in/g, kh, kw) is read as the matrix (C_out, C_in/g * kh * kw). An adapter has
+    For g groups, the matrix B A of shape (C_out, C_in/g * kh * kw) is reshaped to (C_out, C_in/g, kh, kw), the shape of
+    W. An adapter has
 
     - `lora_A[name].weight`: A, shape (r, C_in/g, kh, kw),
     - `lora_B[name].weight`: B, shape (C_out, r, 1, 1),
@@ -55,16 +56,16 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     channels share the r spatial kernels in A.
 
     DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) scales each output channel of W' = W + (alpha/r) B A to the trained
-    length m: y = conv(x; (m / ||W'||) W') + b. The norm is a constant in the backward pass (section 4.3).
+    norm m: y = conv(x; (m / ||W'||) W') + b. The backward pass treats ||W'|| as a constant (section 4.3).
 
-    The layer first composes the kernel and then runs one convolution; `peft_edge.functional.lowrank` has its backward.
-    A kernel in half precision would round a small update away: then kernel and update run one convolution each.
+    By default, the layer adds the update to the kernel and runs one convolution, see `lowrank_conv2d`. In half
+    precision, the sum would lose small updates. The layer then runs separate convolutions with W and with the update.
 
-    Hooks of the base layer run, and see the adapted output. So does a `forward` that somebody replaced.
+    Hooks of the base layer run, and receive the adapted output. A replaced `forward` of the base layer also runs.
 
-    `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or the layer of another PEFT tuner around it.
-    With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha` belong to the
-    first adapter, and error messages contain `target_name`, the name of the layer.
+    `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or another PEFT tuner's layer around such a
+    convolution. With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha`
+    belong to the first adapter. Error messages contain `target_name`, the name of the layer.
 
     Raises:
         ValueError: If the rank is not a positive integer, or the base layer has a forward pass of its own, such as a
@@ -103,7 +104,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: object
     ) -> None:
-        """Add an adapter, or initialise an existing adapter again; raise a `ValueError` unless `r` is positive."""
+        """Add an adapter, or initialise an existing adapter again. Raise a `ValueError` unless `r` is positive."""
         check_rank(r, target_name)
         conv = self.get_base_layer()
         if config.lora_bias and conv.bias is None:
@@ -145,7 +146,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         adapters = self._applied_adapters()
         is_common = adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim()
         if is_common and not self._is_observed(adapters[0]):
-            # One adapter on a frozen convolution.
+            # The common case: one adapter on a frozen convolution without hooks.
             return self._fused_forward(x, adapters[0])
         self._check_forward_args(x, adapter_names=adapter_names)
         if self.disable_adapters and self.merged:
@@ -161,7 +162,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
                 for adapter, rows in rows_by_adapter(adapter_names).items():
                     y[rows] = self._add_branches(x[rows], y[rows], [adapter] if adapter in self.lora_A else [])
                 return y
-            # The base layer's hooks and replaced forward pass have to see the call.
+            # If the base layer has hooks or a replaced forward pass, call the base layer so that they run.
             conv = self.base_layer
             if replaces_forward(conv) and not hasattr(conv, "_hf_hook"):
                 return self._by_rows(self._call_replaced_forward, x, adapters, adapter_names)
@@ -169,7 +170,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return call_with_forward(conv, forward, x) if is_observed(conv) else forward(x)
 
     def _is_observed(self, adapter: str) -> bool:
-        """Whether hooks wait for a call of the base layer, or Accelerate offloads weights of the adapter."""
+        """Return whether the base layer has hooks or a replaced forward, or Accelerate offloads adapter weights."""
         return is_observed(self.base_layer) or any(hasattr(m, "_hf_hook") for m in self._adapter_modules(adapter))
 
     def _adapter_modules(self, adapter: str) -> list[nn.Module]:
@@ -183,7 +184,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         adapters: list[str],
         adapter_names: list[str] | None,
     ) -> Tensor:
-        """Apply `function(x, adapters)`, or in a mixed batch the same to the samples of each adapter."""
+        """Return `function(x, adapters)`. With `adapter_names`, call `function` once per adapter, on its samples."""
         if adapter_names is None:
             return function(x, adapters)
         rows = rows_by_adapter(adapter_names)
@@ -193,14 +194,14 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return y[order.argsort()]
 
     def _adapted_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
-        """Compute what the layer computes with `adapters`, without a call of the base layer."""
+        """Return the output of the layer with `adapters`, without calling the base layer and its hooks."""
         conv = self.get_base_layer()
         is_batch = x.dim() == conv.weight.dim()
         if is_batch and self._is_fused(adapters):
             return self._fused_forward(x, adapters[0])
         if not adapters or self._has_two_branches(adapters) or conv.weight.dtype in _HALF:
             return self._add_branches(x, type(conv).forward(conv, x), adapters)
-        # Several adapters, a base kernel that trains too, or a sample without batch dimension.
+        # For example, there are several adapters, the base kernel is trainable, or `x` has no batch dimension.
         return self._convolve(x, *self._compose(adapters))
 
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
@@ -221,7 +222,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         x, geometry = pad(conv, x)
         weight, is_half = conv.weight, conv.weight.dtype in _HALF
         if is_half:
-            # A composed kernel in half precision would round the update away.
+            # The sum of kernel and update in half precision would round the update away.
             base_y, weight = frozen_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
             bias = None
         y = lowrank_conv2d(
@@ -254,9 +255,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         )
 
     def _has_two_branches(self, adapters: list[str]) -> bool:
-        """Whether base layer and adapters run separate convolutions.
+        """Return whether `_add_branches` must run separate convolutions for base layer and adapters.
 
-        Because of dropout, because of another tuner below, or because half precision would round the update away.
+        This is the case with dropout in training mode, or if another tuner adapts `base_layer`. It is also the case in
+        half precision, except for a single LoRA adapter on a frozen kernel, which `_fused_forward` handles.
         """
         has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters)
         if has_dropout or isinstance(self.base_layer, BaseTunerLayer):
@@ -266,7 +268,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return weight.dtype in _HALF and not is_plain
 
     def _is_fused(self, adapters: list[str]) -> bool:
-        """Whether one adapter changes a frozen kernel, so that `lowrank_conv2d` applies."""
+        """Return whether `_fused_forward` supports `adapters`, for example a single adapter on a frozen kernel."""
         weight = self.get_base_layer().weight
         is_single = len(adapters) == 1 and not weight.requires_grad and not weight.is_complex()
         if not is_single or self._has_two_branches(adapters):
@@ -274,11 +276,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return not (self.use_dora[adapters[0]] and self._caches_dora())
 
     def _caches_dora(self) -> bool:
-        """Whether to use the norms that `peft.helpers.DoraCaching` stores."""
+        """Return whether to use the weight norms that `peft.helpers.DoraCaching` stores."""
         return dora.ENABLE_DORA_CACHING and not self.training
 
     def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:
-        """Add to the base layer's output y(x) a convolution with each adapter's change of the kernel."""
+        """Convolve `x` with the kernel update of each adapter, and add the results to `y`, the base layer's output."""
         kernel, dtype = None, y.dtype
         for end, adapter in enumerate(adapters, start=1):
             if any(self.use_dora[name] for name in adapters[:end]):
@@ -288,12 +290,12 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             else:
                 change = self.get_delta_weight(adapter)
             x_dropped, bias = self.lora_dropout[adapter](x), self._add_bias(None, adapter)
-            # In the type of the adapter: for a base layer in half precision, that is more exact.
+            # Convolve in the adapter's dtype, which is more accurate if the base layer is in half precision.
             y = y + self._convolve(x_dropped, change, bias, change.dtype)
         return y.to(dtype)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """Convolve in a type, by default in that of the base layer."""
+        """Convolve `x` in `dtype`, by default the dtype of the base layer's weight."""
         conv = self.get_base_layer()
         x, geometry = pad(conv, x if dtype is None else x.to(dtype))
         dtype = dtype or conv.weight.dtype
@@ -306,7 +308,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format_of(weight))
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return kernel and bias of the base layer with `adapters` applied in turn, in the adapters' dtype."""
+        """Return kernel and bias after applying `adapters` in order. The kernel's dtype is at least float32."""
         kernel, bias = self._base_tensor("weight"), self._base_tensor("bias")
         assert kernel is not None
         kernel = base_kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
@@ -326,7 +328,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return (layer.weight / norm.clamp_min(torch.finfo(norm.dtype).tiny)).transpose(0, 1)
 
     def _add_bias(self, bias: Tensor | None, adapter: str) -> Tensor | None:
-        """Add the scaled bias of B, which exists with `lora_bias=True`."""
+        """Add the scaled bias of B to `bias` if the adapter has `lora_bias=True`. Otherwise, return `bias`."""
         if not self.lora_bias[adapter]:
             return bias
         change = self.lora_B[adapter].bias * self.scaling[adapter]
@@ -364,7 +366,7 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
 
 
 def pad_rank(model: nn.Module, rank: int) -> bool:
-    """Pad A and B of every adapter with zeros to `rank`; return whether the model has a `ConvLoraLayer`.
+    """Pad A and B of every adapter with zeros to `rank`. Return whether the model has a `ConvLoraLayer`.
 
     Compiled models require this padding before adapters of other ranks can be hotswapped.
 

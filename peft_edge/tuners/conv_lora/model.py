@@ -54,7 +54,7 @@ class _ConvLoraInjection(Injection):
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
-    """A network with ConvLoRA adapters that `get_peft_model` creates; it has the methods of `peft.LoraModel`.
+    """A network with ConvLoRA adapters, made by `get_peft_model`. It has the methods of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
@@ -80,7 +80,10 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> None:
-        """Combine adapters into a new adapter, as `peft.LoraModel` does; task arithmetic combines BatchNorm states."""
+        """Combine adapters into a new adapter as in PEFT, with task arithmetic for BatchNorm states.
+
+        If `adapter_name` already exists, nothing changes.
+        """
         if adapter_name in self.peft_config:
             return
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
