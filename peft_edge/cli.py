@@ -1,7 +1,7 @@
 """The `peft-edge` command.
 
 Arguments are checked before torch is imported, so each command imports its modules inside its function. The constants
-in this file repeat names from these modules, and a test compares the names.
+in this file repeat names from these modules, and a test checks that the names agree.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, expanded)
 
     def invoke(self, ctx: Any) -> object:
-        """Run the command. Exit with code 2 after a ValueError, OSError or ImportError, and with 130 after Ctrl-C."""
+        """Run the command. Exit with code 2 after a ValueError, OSError or ImportError, with code 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
@@ -143,9 +143,9 @@ BatchSize = Annotated[int, _count("Images per step.")]
 ImageSize = Annotated[int, _count("Height and width in pixels.")]
 Methods = Annotated[list[str], Option(parser=_one_of(METHOD_NAMES), metavar="METHOD ...", help=_METHODS)]
 LoraRanks = Annotated[list[int], Option(min=1, metavar="RANK ...", help="One or several ranks of the adapters.")]
-Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "The optimizer; method galore uses its GaLore variant.")]
+Optimizer = Annotated[str, _choice(OPTIMIZER_NAMES, "The optimizer. Method galore uses its GaLore variant.")]
 Json = Annotated[
-    Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON; - prints only the JSON.")
+    Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON. If FILE is -, print only JSON.")
 ]
 Picture = Annotated[Path | None, Option(parser=_picture, metavar="FILE", help="Save a figure (.png, .svg or .pdf).")]
 
@@ -158,7 +158,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run `peft-edge` with `arguments`, by default those of the process. Raise SystemExit only after a failure."""
+    """Run `peft-edge` with `arguments`, by default those of the command line. Raise SystemExit only after a failure."""
     try:
         app(arguments, prog_name="peft-edge")
     except SystemExit as stop:
@@ -198,8 +198,8 @@ def profile(
 ) -> None:
     """Print the FLOPs and memory of a training step, without training.
 
-    Prints a row for each method and LoRA rank. The steps run on tensors without values. This takes seconds, and no
-    memory except for the weights.
+    Prints a row for each method and LoRA rank. The steps run on tensors without values, so the command takes seconds
+    and needs memory only for the weights.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.profiling.analysis import compare_methods
@@ -234,13 +234,15 @@ def plan(
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     optimizer: Optimizer = "adamw",
-    records: Annotated[Path | None, _path("FOLDER", "Records of runs; the most accurate results come first.")] = None,
+    records: Annotated[
+        Path | None, _path("FOLDER", "Records of runs. Combinations with runs come first, most accurate first.")
+    ] = None,
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 
-    Lists the combinations of method, target modules and LoRA rank whose training step fits. For each, it shows the
-    mildest lean setting that is needed. For all other combinations, it shows the limit that the step exceeds. The steps
-    run on tensors without values.
+    Prints the combinations of method, target modules and LoRA rank whose training step fits, each with the mildest lean
+    setting that is needed. Then prints combinations that do not fit, each with the limits that the step exceeds. If a
+    rank does not fit, higher ranks are left out. The steps run on tensors without values.
     """
     from peft_edge.backbones import load_backbone
 
@@ -271,8 +273,8 @@ def bench(
 ) -> None:
     """Measure training steps of peft-edge, PEFT, LyCORIS and loralib on this machine.
 
-    Libraries that are not installed are left out. Prints memory, FLOPs, and time as a multiple of full fine-tuning. The
-    timed steps of all methods alternate. The command takes minutes, and no other program should run in this time.
+    Libraries that are not installed are left out. Prints memory, FLOPs, and the ratio of the step time to the step time
+    of full fine-tuning. The methods take turns step by step. The command takes minutes; run no other program meanwhile.
     """
     from peft_edge.bench import bench_table, run_bench, save_bench_figure
 
@@ -333,7 +335,7 @@ def study(
 def report(
     records: Annotated[Path, _path("FOLDER", "Records of runs, such as reports/results.")],
     out: Annotated[Path, _path("FOLDER", "The output folder, such as reports.")],
-    bench: Annotated[Path | None, _path("FOLDER", "Records of peft-edge bench, for a section about time.")] = None,
+    bench: Annotated[Path | None, _path("FOLDER", "Records of peft-edge bench, for a section on step time.")] = None,
 ) -> None:
     """Write a page, figures and a data file from records.
 
@@ -351,22 +353,24 @@ def export(
     adapter: Annotated[str, Argument(help=_MODEL)],
     out: Annotated[Path, _path("FILE", "The output file, with the ending of the format: .onnx, .pt2 or .pte.")],
     format: Annotated[str, _choice(EXPORT_FORMATS, "The file format.")] = "onnx",
-    image_size: Annotated[int | None, _count("Height and width in pixels; by default the run's, or timm's.")] = None,
+    image_size: Annotated[
+        int | None, _count("Height and width in pixels. By default as in the run, or without a record as in timm.")
+    ] = None,
     batch_size: Annotated[int | None, _count("Images per call; by default any number, or 1 for ExecuTorch.")] = None,
     quantize: Annotated[str | None, _choice(["int8"], "Quantize the ONNX model; needs --calibration.")] = None,
     calibration: Annotated[
         str | None,
         _path(
             "FOLDER",
-            "Images in one subfolder per class, or digits, or shapes. Training images calibrate the quantization, and "
-            "test images compare the file with the model. By default, the comparison uses digits.",
+            "A folder with one subfolder of images per class, or digits, or shapes. Its training images calibrate the "
+            "quantization. The file is compared with the model on its test images, by default on those of digits.",
         ),
     ] = None,
 ) -> None:
     """Export an adapted model for ONNX Runtime, torch.export or ExecuTorch.
 
     Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
-    the PyTorch model. If the outputs of the floating-point network differ, no file is written.
+    the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
     """
     from peft_edge.export.exporter import export_model
     from peft_edge.export.verification import comparison_table, read_images
@@ -410,13 +414,13 @@ def diff(
     adapter: Annotated[str, Option(help=_MODEL)],
     out: Annotated[Path, _path("FILE", "The output file (.safetensors).")],
     allow_other_base: Annotated[
-        bool, Option("--allow-other-base", help="Accept a base with other weights than the adapter was trained on.")
+        bool, Option("--allow-other-base", help="Accept a base whose weights differ from those in training.")
     ] = False,
 ) -> None:
     """Write only the weights that an adapter changes.
 
-    Writes the tensors of the merged model that differ from the base. A device with the base rebuilds the merged model
-    from this file with `peft-edge apply`.
+    Writes the tensors of the merged model that differ from the base. On a device that has the base, `peft-edge apply`
+    rebuilds the merged model from this file.
     """
     from peft_edge.export.differences import write_diff
 

@@ -1,4 +1,4 @@
-"""Register the methods: how a method prepares a source model, and which optimizer trains the prepared model."""
+"""Register the adaptation methods. Each method prepares a source model for training and chooses its optimizer."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "sgd-momentum": partial(SGD, momentum=0.9),
     "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
 }
-"""Constructors of the optimizers, by name. Adafactor is from Transformers, with a given learning rate."""
+"""A dict from name to optimizer constructor. Adafactor is from Transformers, without its own schedule."""
 
 _GALORE: dict[str, OptimizerFactory] = {
     "adamw": optim.GaLoreAdamW,
@@ -48,7 +48,7 @@ def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
-    # `target_modules` contains names of the backbone's modules, without PEFT's prefix.
+    # Names in `target_modules` lack PEFT's prefix, so they are looked up in the backbone itself.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     groups = optim.galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
@@ -72,17 +72,17 @@ class Method:
     """
 
     prepare: Prepare
-    """Function of a timm model and the options. It may change this model, and must return the model to train."""
+    """Takes a timm model and the options, and returns the model to train. May change the timm model in place."""
 
     section: str | None = "adapter"
-    """Section of the configuration. Its keys and `norm` are the options. None: `norm` is the only option."""
+    """Configuration section whose keys are the options, in addition to `norm`. None: `norm` is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
-    """Function of the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`. It
-    returns an optimizer. None: the method uses no gradients."""
+    """Takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`. Returns
+    the optimizer. None: the method uses no gradients."""
 
     saves_full_model: bool = False
-    """Save the whole model instead of a PEFT adapter. Necessary if `prepare` makes base weights trainable."""
+    """Save the whole model instead of a PEFT adapter. Needed if the adapter would not contain all trained weights."""
 
 
 def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
@@ -93,7 +93,7 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 
 
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
-    """Return a `prepare` function that adapts no convolution. ConvLoRA still treats BatchNorm as `norm` says."""
+    """Return a `prepare` function that adds no adapter to convolutions, and treats BatchNorm according to `norm`."""
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         settings = {"norm": options["norm"], "modules_to_save": head_names(model) if saves_head else None, **fixed}
@@ -103,13 +103,13 @@ def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
 
 
 def _everything(model: nn.Module, options: Options) -> nn.Module:
-    # `requires_grad_(True)` makes the base BatchNorm weights trainable, so the adapter needs no copies (affine).
+    # `affine` would train copies of BatchNorm's weights, but `requires_grad_(True)` makes the weights trainable.
     norm = "stats" if options["norm"] == "affine" else options["norm"]
     return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 
 
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
-    """Return a `prepare` function for an adapter of PEFT itself, which saves BatchNorm layers as whole modules.
+    """Return a `prepare` function for one of PEFT's own adapters. The adapter includes all BatchNorm layers.
 
     `names` maps keys of the configuration section `adapter` to arguments of `config`.
     """
@@ -162,7 +162,7 @@ METHODS: dict[str, Method] = {
     "peft-loha": Method(prepare=_peft(LoHaConfig, _PEFT_LYCORIS)),
     "peft-lokr": Method(prepare=_peft(LoKrConfig, _PEFT_LYCORIS)),
 }
-"""The methods by name. The head is trainable in all methods except `none` and `norm-stats`."""
+"""A dict from name to method. The head is trainable in all methods except `none` and `norm-stats`."""
 
 
 def find_method(name: str) -> Method:

@@ -24,16 +24,16 @@ PLACEMENTS = ("all-conv", "dense", "project", "last-stage")
 LORA_RANKS = (4, 16)
 
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-"""Units of bytes."""
+"""A dict from unit to number of bytes."""
 FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-"""Units of FLOPs."""
+"""A dict from unit to number of FLOPs."""
 
 
 class Setting(NamedTuple):
     """The norm mode and the lean options of a training step."""
 
     norm: str
-    """The norm mode: what training changes in BatchNorm layers."""
+    """The norm mode, a value of the configuration key `norm`: what training changes in BatchNorm layers."""
     lean: Mapping[str, Any] | None
     """Arguments of `prepare_model_for_lean_training`; None without lean training."""
 
@@ -42,7 +42,7 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """The lean options as text: `off`, or the size of the masks and whether norms work in place."""
+        """The lean options as text: `off`, or the type of masks and, if norms work in place, `in-place norms`."""
         if self.lean is None:
             return "off"
         return f"{self.lean['masks']} masks{', in-place norms' if self.lean.get('inplace_norm') else ''}"
@@ -54,23 +54,23 @@ _SETTINGS = (
     Setting("stats", {"masks": "bit"}),
     Setting("frozen", {"inplace_norm": True, "masks": "bit"}),
 )
-# These methods train the norms, so the third setting does not apply to them.
+# These methods train the weights of the norms, so the third setting does not apply to them.
 _TRAIN_NORMS = ("norm-affine", "galore", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Upper limits for a training step and for the saved update. A limit of None is no limit."""
+    """Upper limits for a training step and for the saved update. None means no limit."""
 
     memory_bytes: int | None = None
     """Peak bytes of all tensors in a step: weights, activations, gradients, optimizer state."""
     flops: int | None = None
-    """FLOPs of a step, including the optimizer step; a multiply-add is two."""
+    """FLOPs of a step, including the optimizer step. A multiply-add counts as two FLOPs."""
     adapter_bytes: int | None = None
     """Bytes of the saved update."""
 
     def excess(self, profile: StepProfile) -> list[str]:
-        """Return one line for each limit that a step exceeds. A value of None in `profile` counts as 0."""
+        """Return one line of text for each limit that the profiled step exceeds. None in `profile` counts as 0."""
         found = (profile.memory_peak_bytes or 0, step_flops(profile), profile.adapter_bytes or 0)
         return [
             f"{name} {amount / size:,.1f} {unit}, {(amount - most) / size:,.1f} over"
@@ -91,7 +91,7 @@ class Budget:
 
 
 def step_flops(profile: StepProfile) -> int:
-    """Return all FLOPs of a step: forward and backward pass, both with elementwise operations, and optimizer."""
+    """Return the FLOPs of a step: forward pass, backward pass (both with elementwise operations) and optimizer."""
     parts = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
@@ -128,7 +128,10 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options by which runs are grouped. Without an adapter, `target_modules` and `lora_rank` are None."""
+    """The options by which runs are grouped.
+
+    `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
+    """
 
     method: str
     target_modules: str | None
@@ -142,13 +145,13 @@ class Evidence(NamedTuple):
     accuracy: float
     """The mean test accuracy of the runs with this variant."""
     runs: int
-    """The number of these runs."""
+    """The number of runs with this variant."""
     advantage: float
     """The variant's mean accuracy on a task minus the mean of all runs on that task, averaged over tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
-    """Return a dict from each variant in the records to its accuracy. All records must be of successful runs."""
+    """Return the evidence for each variant that occurs in `records`. All records must be of successful runs."""
     from peft_edge.methods import METHODS
 
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -178,11 +181,11 @@ class PlanOption:
     method: str
     """A key of `METHODS`."""
     target_modules: str | None
-    """A layer role or a regular expression; None for a method without adapters."""
+    """A layer role or a regular expression. None if the method does not use the section `adapter`."""
     lora_rank: int | None
-    """The rank of the adapters; None for a method without adapters."""
+    """The rank of the adapters. None if the method does not use the section `adapter`."""
     setting: Setting
-    """The first setting with which the step fits, or the last setting if the step fits with none."""
+    """The first setting with which the step fits. If the step fits with no setting, the last setting."""
     profile: StepProfile
     """The cost of the step."""
     excess: list[str]
@@ -192,23 +195,23 @@ class PlanOption:
 
     @property
     def name(self) -> str:
-        """Method, placement and rank as text, without those that are None."""
+        """Method, placement and rank as text. A placement or rank of None is left out."""
         rank = "" if self.lora_rank is None else f"rank {self.lora_rank}"
         return ", ".join(filter(None, (self.method, self.target_modules, rank)))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The options that fit a budget, and those that do not."""
+    """The options that fit a budget, and the options that exceed the budget."""
 
     fitting: list[PlanOption]
-    """Options with records, largest `advantage` first; then options without, most trainable parameters first."""
+    """Options with evidence, largest `advantage` first; then the others, most trainable parameters first."""
     exceeding: list[PlanOption]
-    """Options that exceed the budget with every setting. Of each placement, only the lowest such rank is listed."""
+    """Options that exceed the budget with every setting. Higher ranks of the same placement are left out."""
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
-    """Whether these runs are of the planned backbone; False if there are none and other backbones were used."""
+    """Whether these runs used the planned backbone. False if they used other backbones, or if there are no runs."""
 
 
 def find_plan(
@@ -223,16 +226,17 @@ def find_plan(
     optimizer: str = "adamw",
     records: Path | None = None,
 ) -> Plan:
-    """Find the methods, placements and ranks whose training step fits a budget, computed from tensor shapes alone.
+    """Find the methods, placements and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
 
-    Each combination is analysed with one setting after the other until the step fits: not lean; lean; lean with frozen
-    norms that work in place (except for methods that train norms). If a rank does not fit, higher ranks are skipped.
-    `backbone` is a timm model with the head to be trained, and is not changed. `methods` and `optimizer` are keys of
-    `METHODS` and `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `records` is a folder whose
-    runs determine the order of the options: runs of this backbone or, if there are none, all runs.
+    Each combination is analysed with up to three settings, until the step fits: without lean training, with lean
+    training, and with lean training and frozen norms that work in place. Methods that train norms have no third
+    setting. If a rank does not fit, higher ranks are skipped. `backbone` is a timm model with the head to be trained.
+    This model is not changed. `methods` are keys of `METHODS`, and `optimizer` is a key of `OPTIMIZERS`.
+    `target_modules` are layer roles or regular expressions. `records` is a folder with records of runs. The runs of
+    this backbone determine the order of the options. If this backbone has no runs, all runs determine the order.
 
     Raises:
-        ValueError: If `analyse` rejects a combination, or if the folder has no records.
+        ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.
     """
     from tqdm.auto import tqdm
 
@@ -244,7 +248,7 @@ def find_plan(
     fitting, exceeding = [], []
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # The index of the setting that each placement needs. More layers or a higher rank need at least this setting.
+        # Method, layers, and index of the setting that the step needs. More layers need at least this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
@@ -271,7 +275,10 @@ def find_plan(
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the distinct placements that have layers, fewest layers first; only None for a method without adapters."""
+    """Return the name and the layers of each distinct placement that has layers, fewest layers first.
+
+    If the method does not use the section `adapter`, return one pair: None and no layers.
+    """
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
 
@@ -294,7 +301,7 @@ def _mildest(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """Return the option with the first setting with which the step fits, or with the last setting."""
+    """Return the option with the first of `settings` with which the step fits, or with the last one if none fits."""
     from peft_edge.profiling import analysis
 
     for setting in settings:
@@ -315,7 +322,7 @@ def _order(option: PlanOption) -> tuple[bool, float, int]:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return a table of the options that fit, an explanation of its order, and the `excess` of the other options."""
+    """Return a table of the options that fit, an explanation of the row order, and each other option's `excess`."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

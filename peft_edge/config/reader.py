@@ -45,8 +45,8 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
     Args:
         arguments: `--config FILE`, any number of times, and overrides: `key=value`, `--key value` or `--key=value`.
-            Keys of a section are dotted (`training.epochs=3`). Values are YAML. A `--key` without a value sets the key
-            to true. Overrides take precedence over all files, and a later file over an earlier file.
+            Keys of a section are dotted (`training.epochs=3`). Values are read as YAML. A `--key` without a value
+            sets the key to true. Overrides take precedence over all files, and a later file over an earlier file.
 
     Raises:
         ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
@@ -55,7 +55,7 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
     values, origins, errors = _collect(arguments)
     config, invalid = _validate(values)
     for key, message in [*invalid, *conflicts(config)]:
-        # If `key` is a section, its origin is that of the first key given in the section.
+        # If `key` is a section, report the origin of the first key that was given in this section.
         origin = next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
         errors.append(f"{key}: {message} ({origin})")
     if errors:
@@ -103,7 +103,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
-    # Files come first, whatever their position, so that overrides replace their values.
+    # Read files before overrides, whatever their position, so that overrides take precedence.
     for key, text, argument in sorted(_split(arguments), key=lambda item: item[0] != "config"):
         try:
             if text is None:
@@ -144,7 +144,7 @@ def _read_file(path: Path) -> dict[str, object]:
 
 
 def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """Return the configuration and the (key, message) pairs of invalid values, which it replaces by defaults."""
+    """Return the configuration, with defaults for invalid values, and a (key, message) pair for each invalid value."""
     try:
         return RunConfig.model_validate(_nest(values)), []
     except ValidationError as error:

@@ -26,7 +26,7 @@ ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project"
 
 def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
     def check(name: str) -> str:
-        # Importing peft_edge.methods here would import torch. A program that adds methods has already imported it.
+        # Importing peft_edge.methods here would import torch. A program that adds methods has already done so.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -83,7 +83,7 @@ class BackboneConfig(Section):
     pretrained: bool = False
     """Start from timm's pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
     checkpoint: str | None = None
-    """Start from the weights in this folder, which `save_backbone` wrote, or in this .safetensors file."""
+    """Start from the weights at this path: a folder that `save_backbone` wrote, or a .safetensors file."""
     small_images: bool = False
     """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
 
@@ -94,13 +94,13 @@ class DataConfig(Section):
     name: str = "digits"
     """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
     shift: str | None = None
-    """The target images: the name of a corruption, of another split of the dataset, or of another dataset or folder."""
+    """What gives the target images: the name of a corruption, another split or another dataset, or a folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 to 5. Only for corruptions with severities, whose default is 5."""
     shift_filters: list[list[str | int | float]] = []
-    """Read only rows that meet all conditions `[column, operator, value]`. `shift` must be a Hugging Face dataset."""
+    """Read only rows of `shift` that meet all conditions `[column, operator, value]`. Needs a Hugging Face dataset."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
-    """Classes that the source model does not know, in the order in which they are added. Set either this or `shift`."""
+    """Classes that the source model does not know, in the order of addition. Set either `new_classes` or `shift`."""
     increments: PositiveCount = 1
     """Number of groups into which `new_classes` is divided. Each group is one target, and targets are added in turn."""
     rehearsal_size: Count = 0
@@ -125,9 +125,9 @@ class AdapterConfig(Section):
     r: PositiveCount = 4
     """Rank, usually 4 to 16. A higher rank adapts better to a strong shift, but makes the saved adapter larger."""
     lora_alpha: Positive = 8
-    """The low-rank update is multiplied by lora_alpha / r. A good first value is 2 r."""
+    """The low-rank update is multiplied by lora_alpha / r. A good first value is 2 * r."""
     lora_dropout: Fraction = 0.0
-    """Dropout on the adapter's input, or for peft-loha and peft-lokr on the rank. Above 0, training takes longer."""
+    """Probability of dropping adapter inputs, or ranks for peft-loha and peft-lokr. Above 0, training takes longer."""
     target_modules: Targets = "all-conv"
     """Layers to adapt: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
 
@@ -138,7 +138,7 @@ class ConvAdapterOptions(Section):
     reduction: PositiveCount = 4
     """With C input channels of the adapter, the bottleneck has max(1, C // reduction) channels."""
     kernel_size: PositiveCount | None = None
-    """Kernel size of the depthwise convolution; by default that of the adapted layer, or 3 for a block. 1: none."""
+    """Kernel size of the depthwise convolution; by default that of the adapted layer, or 3 for a block. 1: omit it."""
     placement: Literal["parallel", "sequential"] = "parallel"
     """Input of the bottleneck: the input (parallel) or the output (sequential) of the adapted layer."""
     activation: str | None = None
@@ -161,7 +161,7 @@ class GaloreOptions(Section):
     target_modules: str | list[str] = "dense"
     """Convolutions whose gradients are projected: a role, a module name, or a list of roles and names."""
     layerwise: bool = False
-    """Update each layer during the backward pass, so that only one gradient is in memory at a time."""
+    """Update each parameter during the backward pass, so that only one gradient is in memory at a time."""
 
 
 class SourceConfig(Section):
@@ -191,16 +191,16 @@ class TrainingConfig(Section):
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
     ] = [1e-2]
-    """Peak learning rate, or a list from which the accuracy on the target's validation split chooses. Usual values:
-    3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
+    """Peak learning rate, or a list to try. The rate with the best accuracy on the target's validation split is chosen.
+    Usual values: 3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
     """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of the named optimizer."""
     weight_decay: NonNegative = 0.0
     """Weight decay of all trainable weights except norms and biases. 0 is usual for adapters."""
     warmup_steps: Count = 10
-    """Optimizer steps of linear warm-up. There must be more steps in total."""
+    """Optimizer steps of linear warm-up. Must be smaller than the total number of optimizer steps."""
     max_grad_norm: Positive | None = None
-    """Maximum norm of all gradients together; by default gradients are not clipped. Try 1 if training diverges."""
+    """Maximum total norm of all gradients. By default, gradients are not clipped. Try 1 if training diverges."""
     gradient_accumulation_steps: PositiveCount = 1
     """Number of parts into which each batch is split to save memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
@@ -214,8 +214,8 @@ class TrainingConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep. At least 2, because training may diverge right after a checkpoint."""
     replay: bool = False
-    """Latent replay: store the outputs of the frozen layers before the first trainable layer, and train on the outputs.
-    `norm` must be frozen or recalibrate."""
+    """Latent replay: store the outputs of the frozen layers before the first trainable layer, and train on these
+    outputs. `norm` must be frozen or recalibrate."""
     replay_views: PositiveCount = 1
     """Number of augmented views to store of each image. Epochs use the views in turn."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
@@ -223,7 +223,7 @@ class TrainingConfig(Section):
 
 
 class LeanConfig(Section):
-    """Lean training: frozen layers save only what the backward pass needs. Gradients are equal up to rounding."""
+    """Lean training: frozen layers save only what the backward pass needs. Gradients change only by rounding."""
 
     enabled: bool = False
     """Use lean layers during training. The saved update has the same format with and without lean training."""
@@ -239,7 +239,7 @@ class ProfilingConfig(Section):
     """Measurement of FLOPs, memory and times in some training steps, for the record and the trackers."""
 
     every_n_steps: Count = 1000
-    """Optimizer steps between two measurements. The first measures steps 2 and 3. 0 turns measurements off."""
+    """Optimizer steps between two measurements. The first measurement covers steps 2 and 3. 0: no measurements."""
     trace: bool = False
     """Write a torch.profiler trace of one step to output_dir/traces, for each process."""
 
@@ -258,7 +258,7 @@ class HubConfig(Section):
 
 
 class RunConfig(Section):
-    """All keys of a run, which adapts a source model to a target with one method."""
+    """The configuration of a run. A run adapts a source model to one or several targets with one method."""
 
     output_dir: str
     """Folder of the adapter, the record, checkpoints and logs."""
@@ -295,7 +295,7 @@ class RunConfig(Section):
     hub: HubConfig = HubConfig()
 
     def options(self, section: str | None) -> dict[str, object]:
-        """Return the options for `Method.prepare`: `norm` and the keys of `section`. If `section` is None, only `norm`.
+        """Return the options for `Method.prepare`: `norm` and, unless `section` is None, the keys of `section`.
 
         >>> RunConfig(output_dir="runs/a").options("adapter")
         {'norm': 'stats', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}

@@ -36,7 +36,7 @@ NUM_CLASSES = 10
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
 """Full fine-tuning, PEFT's LoRA and DoRA on all linear layers but the last, and GaLore.
 
-GaLore projects the matrices with more rows and columns than its rank, unless one side has the size of the vocabulary.
+GaLore projects the gradient of a matrix if both sides exceed the rank and no side has the size of the vocabulary.
 """
 
 
@@ -54,7 +54,8 @@ class CostSetting(Section):
         norm: How adapters treat BatchNorm layers; null means the default of the method.
         lean: How lean activations store their masks. Null means no lean layers.
         inplace_norm: Whether lean convolutions apply the frozen BatchNorm that follows them in place.
-        replay: Whether the step reads the features of the frozen layers from a cache. Then `lean` has no effect.
+        replay: Whether the step reads the features of the frozen layers from a cache. If true, `lean` and
+            `inplace_norm` have no effect.
         accounting: See `FlopCounter`.
     """
 
@@ -71,7 +72,7 @@ class CostSetting(Section):
     accounting: Accounting = "exact"
 
     def applicable_to(self, network: str) -> CostSetting:
-        """Return a copy in which options that do not apply to `network` or `method` are null."""
+        """Return a copy in which options that do not apply to `network` or `method` are None."""
         if is_transformer(network):
             unused = {"image_size", "target_modules", "norm"} | ({"lora_rank"} if self.method == "full" else set())
         else:
@@ -136,7 +137,7 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return `depthwise` if a convolution is depthwise, `standard` if none is, `transformer` without convolutions."""
+    """Return `transformer` if `model` has no convolution, `depthwise` if any is depthwise, otherwise `standard`."""
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
 
@@ -184,7 +185,7 @@ def analyse_replay(
     image_size: int,
     accounting: Accounting,
 ) -> Analysis:
-    """Analyse a step that trains only the tail of a `FrozenPrefix`, on cached features. Change `backbone` in place."""
+    """Analyse a step that trains only `FrozenPrefix.tail` on cached features. `backbone` is changed in place."""
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
     prefix = FrozenPrefix(model, images)
@@ -212,7 +213,7 @@ def analyse_transformer(
         raise ValueError(f"{method} needs a lora_rank")
     if method == "galore":
         return analyse(model, None, optimizer=partial(_galore, lora_rank, model.config.vocab_size), **step)
-    # By the task type, PEFT finds the last layer, which gets no adapter. For SEQ_CLS, PEFT trains this layer.
+    # PEFT uses the task type to find the last layer, and adds no adapter there. For SEQ_CLS, PEFT trains this layer.
     task_type = "CAUSAL_LM" if model.can_generate() else "SEQ_CLS"
     lora: dict[str, Any] = {"r": lora_rank, "lora_alpha": 2 * lora_rank, "use_dora": method == "dora"}
     return analyse(model, LoraConfig(target_modules="all-linear", task_type=task_type, **lora), **step)

@@ -1,4 +1,4 @@
-"""Read the grid file of a study. Each combination of recipes (or a network) and values of keys is a job."""
+"""Read the grid file of a study. Each job combines recipes, or a network, with one value of each key."""
 
 from __future__ import annotations
 
@@ -53,8 +53,8 @@ def read_grid(file: Path, output_dir: Path) -> list[Job]:
     are relative to the folder of the file. The folder of a job is in `output_dir`.
 
     Raises:
-        ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
-            be configured. The message names the problems of all blocks.
+        ValueError: If the file is not a grid. If a pattern matches no file, two jobs have the same name, or a job
+            cannot be configured; the message then names the problems of all blocks.
         OSError: If the file cannot be read.
     """
     jobs: list[Job] = []
@@ -117,7 +117,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
 
 
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return one job for each combination of a network and values. The folder of a job is in `output_dir`."""
+    """Return a job for each combination of a network and key values. The folder of a job is in `output_dir`."""
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))

@@ -1,4 +1,4 @@
-"""The jobs of a study, and attempts at jobs. A lock ensures that only one process at a time attempts a job."""
+"""Define the jobs of a study, and attempts at jobs. A lock ensures that only one process at a time attempts a job."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class Job(ABC):
 
     @property
     def source(self) -> str:
-        """A key of the source model. While one job trains this model, other jobs with this key wait."""
+        """A string that identifies the source model. While one job trains this model, other jobs with this key wait."""
         return self.name
 
     @property
@@ -78,12 +78,12 @@ class Job(ABC):
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Write a failure record if `run` wrote no record: its process was killed, or an error came before the run began."""
+        """Write a failure record. Called if `run` wrote no record, for example because its process was killed."""
 
 
 @dataclass(frozen=True)
 class RunJob(Job):
-    """A run of `train.py`. The `output_dir` of its configuration is the folder of the job."""
+    """A job that runs a configuration of `train.py`. The `output_dir` of the configuration is the folder of the job."""
 
     config: RunConfig
 
@@ -128,7 +128,7 @@ class JobAttempt:
     """One attempt at `job`, under the lock `<folder>.lock`. The system releases the lock if the process dies.
 
     Attributes:
-        before: The record when the study began, or None. A newer record means that a process has tried the job since.
+        before: The record when the study began, or None. If the record differs now, a process has tried the job since.
         results: The folder to which the record is copied.
         patience_s: Seconds to wait for the lock.
     """
@@ -142,12 +142,12 @@ class JobAttempt:
         """Run the job, unless the job is finished or a process has tried the job since the study began.
 
         Return False if another process holds the lock, and True otherwise, even if the job fails. Exceptions of the job
-        are recorded. Only the errors of `run_grid` (a damaged record, a file that cannot be written) are raised.
+        are recorded. Only a damaged record (ValueError) or a failed write (OSError) raises an exception.
         """
         return self._with_lock(self._run)
 
     def fail(self, reason: str) -> bool:
-        """Record `reason` in the cases in which `run` would run the job. Return and raise the same as `run`."""
+        """Record `reason` as a failure, unless `run` would skip the job. Return and raise the same as `run`."""
         return self._with_lock(lambda: self._fail(reason))
 
     @property

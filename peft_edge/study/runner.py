@@ -39,7 +39,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
     Args:
         jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
         processes: The maximum number of worker processes.
-        results: The folder to which all records are copied, without local paths and whatever their status.
+        results: The folder to which all records are copied, including records of failures. The copies lack local paths.
 
     Raises:
         ValueError: If a record is damaged. The message names the file.
@@ -84,7 +84,7 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 class _Worker:
-    """A process that runs many attempts, because its imports take seconds. `begin` replaces a process that has died."""
+    """A process that runs many attempts in turn, so that its slow imports run once. `begin` replaces a dead process."""
 
     def __init__(self) -> None:
         self.attempt: JobAttempt | None = None
@@ -113,9 +113,9 @@ class _Worker:
             self.connection.send(attempt)
 
     def end(self) -> tuple[JobAttempt, bool]:
-        """Return the attempt and the result of its `run`, or raise the exception of `run`.
+        """Return the attempt and the result of `JobAttempt.run`, or raise the exception of that method.
 
-        If the process died, return the attempt and the result of its `fail`, which records the failure.
+        If the process died, record the failure, and return the attempt and the result of `JobAttempt.fail`.
         """
         assert self.attempt is not None
         attempt, self.attempt = self.attempt, None
@@ -162,7 +162,7 @@ def _exit_with_parent() -> None:
     os._exit(1)
 
 
-# A dict from column title to the format of its numbers, for each table.
+# Each dict maps the column titles of a table to the number formats of the columns.
 _RUN_COLUMNS = {
     "accuracy": ".3f",
     "source accuracy": ".3f",
@@ -177,8 +177,8 @@ _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": 
 def study_table(jobs: Sequence[Job]) -> str:
     """Return a text table of runs and one of cost analyses, each with one row per `setting`. Empty tables are left out.
 
-    A cell contains the mean over the successful jobs ± the standard deviation, or the value if all jobs agree. The
-    column `runs` or `analyses` contains the number of successful jobs and any other statuses.
+    A cell contains the mean over the successful jobs ± the standard deviation, or only the mean if all values are
+    equal. The column `runs` or `analyses` contains the number of successful jobs and the statuses of other jobs.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]

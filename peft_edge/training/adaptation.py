@@ -1,4 +1,4 @@
-"""Adapt the source model to one target: train a candidate for each learning rate, all with the same budget.
+"""Adapt the source model to one target. Train one candidate per learning rate, all for the same number of epochs.
 
 A candidate is a copy of the source model that `Method.prepare` has changed, trained with one learning rate. The part
 of a candidate that is saved is its update: an adapter, or the whole model if the method has `saves_full_model`.
@@ -53,8 +53,9 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """Check the configuration on an untrained backbone, before the source model is trained.
 
     Raises:
-        ValueError: If the method or replay does not fit the backbone; if the method returns no PEFT model and has no
-            `saves_full_model`; if a target has fewer training images than one batch; or if the warm-up takes all steps.
+        ValueError: If the method or replay does not fit the backbone; if the method returns no PEFT model and its
+            `saves_full_model` is False; if a target has fewer training images than one batch; or if the warm-up takes
+            all steps.
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -91,11 +92,11 @@ class TrainedCandidate(BaseModel):
 
     folder: Path = Field(exclude=True)  # contains the update, `logits.safetensors` and `candidate.json`
     learning_rate: float | None  # None if `Method.optimizer` is None
-    validation_accuracy: float  # after the last optimizer step
+    validation_accuracy: float  # measured after the last optimizer step
     num_trainable_params: int
-    train_time: float  # seconds of optimizer steps; if `learning_rate` is None, of `recalibrate`
+    train_time: float  # seconds in optimizer steps, or in `recalibrate` if `learning_rate` is None
     metrics: list[dict[str, int | float | None]]  # measurements of each epoch
-    profile: list[StepProfile]  # of each process: a row for the whole step and a row for each LoRA rank
+    profile: list[StepProfile]  # for each process, a row for the whole step and a row for each LoRA rank
     replay: dict[str, object] | None  # `FeatureCache.info`; None without replay
 
     @property
@@ -116,13 +117,13 @@ def sweep(
 
     A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
     `increment` is the number of `target`, starting at 1. From the second target on, `previous` is the folder of the
-    update for the target before. Each finished candidate is saved, and a resumed run only reads the saved result.
+    update for the target before. A resumed run only reads the candidates that are already finished.
 
     Returns:
-        The candidates that did not diverge, and for every candidate a dict for the `sweep` entries of the record.
+        The candidates that did not diverge, and the entries of all candidates for `TrainInfo.sweep`.
 
     Raises:
-        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts.
+        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the entries.
         OSError: If a checkpoint or a result cannot be written.
     """
     method = find_method(run.config.method)
@@ -139,7 +140,7 @@ def sweep(
             candidate = _adapt(run, target, source, rate, name, previous)
         except DivergedError as diverged:
             error = diverged
-            # Otherwise Accelerate would save this candidate's objects in the checkpoints of the next candidate.
+            # Without this call, Accelerate would save this candidate's objects in checkpoints of the next candidate.
             run.accelerator.free_memory()
             if run.accelerator.is_main_process and (candidates or rate != rates[-1]):
                 logger.warning("\n%s", diverged)
@@ -156,7 +157,7 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train and save the candidate `name`, from its newest checkpoint if it has one. Only read a finished candidate."""
+    """Train the candidate `name`, from its newest checkpoint if there is one. If it is finished, only read it."""
     config, settings, accelerator = run.config, run.config.training, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name
     if not folder.exists():
@@ -168,7 +169,7 @@ def _adapt(
 
         started = time.perf_counter()
         if isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "recalibrate":
-            loader = accelerator.prepare_data_loader(batches)  # a part of the images for each process
+            loader = accelerator.prepare_data_loader(batches)  # gives each process a part of the images
             recalibrate(model, (batch["pixel_values"] for batch in loader), synchronise=True)
         seconds = time.perf_counter() - started
         if config.lean.enabled:
@@ -227,7 +228,7 @@ def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Opt
 def new_learner(
     config: RunConfig, method: Method, source: nn.Module, target: Domain, previous: Path | None
 ) -> nn.Module:
-    """Return the model to train on `target`: `source`, prepared by `method`, with the update in `previous` if not None.
+    """Return the model to train on `target`: a prepared copy of `source`, or the update in `previous` to continue.
 
     If the method uses gradients and `target` has more classes than the model, the head grows. Unless the configuration
     sets `data.rehearsal_size`, the head rows of earlier classes are then frozen. `source` does not change.
@@ -256,7 +257,7 @@ def new_learner(
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:
     """Return a trainable model that starts from the update in `folder`. `source` does not change.
 
-    An adapter is loaded into a prepared copy of `source`. A saved model replaces `source`, and is prepared itself.
+    An adapter is loaded into a prepared copy of `source`. A saved whole model is prepared instead of `source`.
     """
     updated = load_update(folder, next(source.parameters()).device)
     if not isinstance(updated, PeftModel):
@@ -270,7 +271,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write the adapter to `folder/adapter`; with `saves_full_model`, merge `model` in place into `folder/model`."""
+    """Write `folder/adapter`. With `saves_full_model`, merge `model` in place and write `folder/model` instead."""
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
     else:
@@ -278,7 +279,7 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load the adapter with its backbone, or the whole model, from a folder that `save_update` wrote."""
+    """Load `folder`, an `adapter` or `model` folder that `save_update` wrote, and move the model to `device`."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 

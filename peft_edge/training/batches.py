@@ -21,7 +21,10 @@ from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
-    """Return shuffled batches of `batch_size` augmented images over all processes, without an incomplete last batch."""
+    """Return shuffled batches of augmented images, without an incomplete last batch.
+
+    `batch_size` counts the images of all processes.
+    """
     return _batches(config, backbone, images, train=True, shuffle=True, batch_size=batch_size)
 
 
@@ -63,8 +66,8 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
     """Return the frozen layers of `model` before its first trainable layer.
 
     Raises:
-        ValueError: If there are no such layers, if their outputs or buffers change in training mode, or if later layers
-            need more than the output of the last of them.
+        ValueError: If the model has no trainable layer, or no frozen layer before it. If the outputs or buffers of the
+            frozen layers change in training mode. If later layers need more than the output of the last frozen layer.
     """
     size, generator = config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
@@ -77,11 +80,11 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
     """Store the frozen prefix's outputs for the training images of `target`, or open outputs from an earlier run.
 
-    `model` must be ready for training. If its BatchNorm statistics are recalibrated, `recalibrate` must run before.
-    `source` determines the preprocessing.
+    `model` must be ready for training: if `norm` is recalibrate, the caller must have called `recalibrate`. `source`
+    determines the preprocessing of the images.
 
     Raises:
-        ValueError: If `frozen_prefix` raises it, or an output is not finite or too large for `training.replay_dtype`.
+        ValueError: If `frozen_prefix` does, or if an output is not finite or is too large for `training.replay_dtype`.
         OSError: If the outputs cannot be written, for example because the disk is full.
     """
     config, settings, accelerator = run.config, run.config.training, run.accelerator
@@ -109,9 +112,10 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return `profile`, measured on `Replay.tail`, with the adapter bytes of the whole model in its `step` rows.
+    """Return a copy of `profile` in which `adapter_bytes` of the `step` rows is the size of the adapter of `model`.
 
-    The saved adapter includes BatchNorm statistics of the prefix. Without a PEFT model, `profile` is unchanged.
+    `profile` was measured on `Replay.tail`, without the BatchNorm statistics of the prefix that the saved adapter
+    includes. If `model` is not a PEFT model, return `profile`.
     """
     if not isinstance(model, PeftModel):
         return profile

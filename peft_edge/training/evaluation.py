@@ -40,7 +40,7 @@ class Predictions:
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Predictions:
     """Predict the class of every image in eval mode, and gather the predictions of all processes.
 
-    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`. It stays in eval mode.
+    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`, and stays in eval mode.
     """
     model.eval()
     found = Predictions([], [])
@@ -55,17 +55,18 @@ def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
 
 
 def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
-    """Return the predictions for the test split of the source, followed by that of each target."""
+    """Return the predictions for the test split of the source, then for the test split of each target."""
     loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
     return [predict(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
 
 
 def results(predictions: list[list[Predictions]]) -> dict[str, object]:
-    """Return the test results of a run, by their names in the record: accuracies, retention, forgetting, harmonic mean.
+    """Return the test results of a run as a dict: accuracies, retention, forgetting and a harmonic mean.
 
-    `predictions[0]` are the `predict_tests` results of the source model, and `predictions[i]` those of the model after
-    target i. For method none, there is only `predictions[0]`. With several targets, `TARGET` is the accuracy on the
-    test images of all targets together, and the matrix `accuracies` is added.
+    `predictions[0]` is the result of `predict_tests` for the source model, and `predictions[i]` for the model after
+    target i. For method none, there is only `predictions[0]`. The harmonic mean is that of the final accuracies on the
+    target and on the source. With several targets, `TARGET` is the accuracy on the test images of all targets together,
+    and the dict also contains the matrix `accuracies`.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
     # For method none, the source model is also the final model.
@@ -105,16 +106,18 @@ def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
 
 
 def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
-    """Compare the logits of `reloaded` and `merged` for `images` with the logits of the trained model.
+    """Check that `reloaded` and `merged` compute the same logits for `images` as the trained model.
 
-    These logits are `trained`, (B, num_classes). `merged` is skipped if it is None or the same object as `reloaded`.
+    `trained` contains the logits (B, num_classes) of the trained model. `merged` is skipped if `merged` is None or the
+    same object as `reloaded`.
 
     Returns:
-        The largest absolute differences, `reloaded_max_logit_difference` and `merged_max_logit_difference`.
+        A dict with the largest absolute difference from `trained` for each model: `reloaded_max_logit_difference` and,
+        unless `merged` is skipped, `merged_max_logit_difference`.
 
     Raises:
-        RuntimeError: If a difference is NaN, or exceeds `max(1, largest absolute logit)` times `RELOAD_TOLERANCE` or
-            `MERGE_TOLERANCE`.
+        RuntimeError: If a difference is NaN, or exceeds the tolerance times `max(1, trained.abs().max())`. The
+            tolerance is `RELOAD_TOLERANCE` for `reloaded` and `MERGE_TOLERANCE` for `merged`.
     """
     found = {"reloaded": (eval_logits(reloaded, images), RELOAD_TOLERANCE)}
     if merged is not None and merged is not reloaded:
@@ -123,7 +126,7 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
     differences = {}
     for name, (logits, tolerance) in found.items():
         difference = differences[f"{name}_max_logit_difference"] = (logits - trained).abs().max().item()
-        # Unlike `>`, `not <=` also holds for NaN.
+        # Unlike `>`, `not <=` is also true for NaN.
         if not difference <= tolerance * scale:
             raise RuntimeError(
                 f"the {name} model is not the one that was trained: a logit differs by {difference}, and the largest "
@@ -134,10 +137,10 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Return the size and the stable rank of the change of each convolution kernel, by layer name.
+    """Return a dict from layer name to the relative norm and the stable rank of the change of the layer's kernel.
 
-    `updated` is `source` with the update merged. Let `old` be a kernel of `source` as a matrix (C_out, -1), and
-    `change` the difference of the updated kernel: relative_norm = |change|_F / |old|_F and
+    `updated` is `source` with the update merged. Let `old` be a kernel of `source`, reshaped to (C_out, -1), and
+    `change` the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm = |change|_F / |old|_F and
     stable_rank = |change|_F² / |change|_2². Layers with an unchanged kernel are left out.
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
@@ -157,7 +160,7 @@ def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelCha
             wide = change if change.shape[0] <= change.shape[1] else change.T
             squares = torch.linalg.eigvalsh(wide @ wide.T)
             norm, rank = change.norm() / old.norm(), squares.sum() / squares[-1]
-            # Four digits keep the record small, which contains two values for every layer.
+            # The record contains two values for every layer, so four digits keep the record small.
             changes[name] = KernelChange(
                 kind=kind, relative_norm=float(f"{norm:.4g}"), stable_rank=float(f"{rank:.4g}")
             )

@@ -29,11 +29,11 @@ from peft_edge.training.run_folder import ActiveRun, Progress, last_good_checkpo
 logger = logging.getLogger(__name__)
 
 DIVERGED_LOSS = 100.0
-"""Training with a mean cross-entropy above this value has diverged. A uniform guess among a million classes has 14."""
+"""A mean cross-entropy above this value means divergence. Guessing uniformly among a million classes gives 14."""
 
 
 class DivergedError(ValueError):
-    """Training has a loss above `DIVERGED_LOSS`, or a loss or validation logit that is not finite."""
+    """Raised if a loss is above `DIVERGED_LOSS`, or if a loss or a validation logit is not finite."""
 
     tried: Sequence[dict[str, object]] = ()  # the record's `sweep` entries for this target; set by `sweep`
 
@@ -51,9 +51,9 @@ def train(
 ) -> tuple[Progress, list[StepProfile]]:
     """Train until `training.epochs` are done, starting from the newest checkpoint if there is one.
 
-    A resumed training run gives bit-identical weights. The accelerator must have prepared the first five arguments.
-    `evaluated` is `model`, or the whole model if `model` is `Replay.tail`. `name` identifies this training run in
-    folders, trackers and the progress bar.
+    An interrupted and resumed run gives bit-identical weights to an uninterrupted run. The accelerator must have
+    prepared the first five arguments. `evaluated` is the model to evaluate: the whole model if `model` is
+    `Replay.tail`, otherwise `model`. `name` identifies this training run in folders, trackers and the progress bar.
 
     Returns:
         The progress with the measurements of each epoch, and the step profiles of all processes (empty if
@@ -61,11 +61,11 @@ def train(
 
     Raises:
         OSError: If a checkpoint or a step profile cannot be written.
-        ValueError: If the checkpoint is damaged or was written by another number of processes.
+        ValueError: If the newest checkpoint is damaged or was written by another number of processes.
         DivergedError: If a loss is above `DIVERGED_LOSS`, or a loss or a validation logit is not finite. Checkpoints
             whose weights may have diverged are deleted; earlier checkpoints are kept.
         SystemExit: If the run has a single process and this process receives SIGTERM. A checkpoint of the current step
-            is written first. With several processes, SIGTERM is not deferred.
+            is written first. With several processes, the previous SIGTERM handler stays active.
     """
     settings, accelerator, checkpoints = run.config.training, run.accelerator, run.path / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
@@ -107,15 +107,15 @@ def train(
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, send)
                 seconds = time.perf_counter() - started
                 if profiling.is_measuring and progress.step:
-                    # A measured step takes longer than others, so the mean time of all earlier steps replaces its time.
+                    # Measuring slows this step down, so the mean time of all earlier steps replaces its time.
                     seconds = progress.train_time / progress.step
                 progress.step = state.global_step = progress.step + 1
                 send("on_step_end")
-                # Reading the loss waits for the device, so it counts as training. Writing step profiles does not count.
+                # Reading the loss waits for the device, so its time counts. The time of writing step profiles does not.
                 started = time.perf_counter()
                 mean_loss = accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += seconds + time.perf_counter() - started
-                # Unlike `>`, `not <=` also holds for NaN.
+                # Unlike `>`, `not <=` is also true for NaN.
                 if not mean_loss <= DIVERGED_LOSS:
                     raise diverged(mean_loss, progress.step - 1)
                 progress.loss_sum += mean_loss
@@ -178,7 +178,7 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Set `handler` for SIGTERM inside the block. Do nothing outside the main thread, where Python forbids it."""
+    """Set `handler` for SIGTERM inside the block. Do nothing outside the main thread, where Python forbids handlers."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -193,8 +193,9 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
     """Defer the first SIGTERM inside the block, and yield a function that returns whether SIGTERM has arrived.
 
-    A second SIGTERM calls the previous handler. If `is_alone` is false, SIGTERM is not deferred, and the function
-    returns False. With several processes, a checkpoint needs all processes, and one of them may have died.
+    A second SIGTERM calls the previous handler. `is_alone` must be False if the run has several processes, because a
+    checkpoint needs all processes and one of them may have died. If `is_alone` is False, SIGTERM is not deferred, and
+    the function always returns False.
     """
     if not is_alone:
         yield lambda: False

@@ -24,11 +24,11 @@ from peft_edge.training.summary import build_record, failure_recorded
 
 
 def run(config: RunConfig) -> Record:
-    """Train or load the source model, adapt a copy to each target, save the update, and test the saved update.
+    """Train or load the source model, adapt it to each target in turn, save the update, and test the saved update.
 
     Afterwards `config.output_dir` contains the update and the record. Method none has no update. If `hub.repo_id` is
-    set, the update and the record are also uploaded. An interrupted run continues from its newest checkpoint. For a
-    finished run, this function reads the record without training, and repeats the upload.
+    set, the update and the record are also uploaded. An interrupted run continues from its newest checkpoint. If the
+    run is already finished, only the record is read and the upload is repeated.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
@@ -111,7 +111,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         names = " ".join(sorted(missing))
         raise ValueError(f"trackers: {names} is not installed: pip install {names}, or leave it out")
     torch.set_num_threads(config.num_threads)
-    # Resumed runs are bit-identical only if every operation is deterministic.
+    # A resumed run equals an uninterrupted run bit for bit only if every operation is deterministic.
     torch.backends.cudnn.deterministic = True
     training, num_steps = config.training, config.training.gradient_accumulation_steps
     accelerator = Accelerator(

@@ -94,7 +94,7 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
 def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
     """Create the folder of a run, or open the folder if an earlier command started the same run there.
 
-    A different run in the folder is replaced if it has failed before its first checkpoint or result.
+    If the folder contains a different run without checkpoints and results, the new run replaces the old run.
 
     Raises:
         ConfigError: If the folder contains results of a different run, unrelated files, or a damaged `config.yaml`.
@@ -145,7 +145,7 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 of `parts`, `device_type`, the run's seed and threads, and the versions of torch and timm."""
+    """Return a SHA-256 of `parts`, `device_type`, seed, threads, and the versions of torch, torchvision and timm."""
     parts |= {
         "seed": config.seed,
         "device": device_type,
@@ -178,7 +178,7 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     path = folder / f"step_{progress.step:08d}"
     is_writer = accelerator.is_main_process
     with atomic_write(path) if is_writer else nullcontext(unfinished_path(path)) as unfinished:
-        # The main process clears the folder `unfinished` before others write there, and renames it at the end.
+        # The main process clears the folder `unfinished` before other processes write there, and renames it at the end.
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
@@ -193,9 +193,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Restore the objects that `accelerator` prepared from the newest checkpoint, and return its progress.
+    """Load the newest checkpoint into the objects that `accelerator` prepared, and return the checkpoint's progress.
 
-    Without a checkpoint, restore nothing and return the progress of step 0.
+    Without a checkpoint, load nothing and return the progress of step 0.
 
     Raises:
         ValueError: If the newest checkpoint is damaged or was written by another number of processes.
@@ -222,8 +222,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
     """Delete the checkpoints of `step` and later steps. Return the newest remaining checkpoint, or None.
 
-    `step` is the first step after which the weights may be bad. If the loss of step n is bad, this is step n - 1: the
-    loss of step n is computed with the weights after step n - 1. All processes must call this function.
+    `step` is the first step after which the weights may be bad. If the loss of step n is bad, pass n - 1, because this
+    loss is computed with the weights after step n - 1. All processes must call this function.
     """
     good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:

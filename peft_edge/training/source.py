@@ -31,8 +31,9 @@ def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
 def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Module:
     """Train the source model, or load it from the cache, and return it on `device` in channels_last.
 
-    One process trains the model while all other processes wait, including those of other runs. Therefore the model does
-    not depend on the number of processes. If `source.epochs` is 0, the model is the backbone with its initial weights.
+    One process trains the model while all other processes that need this model wait, including those of other runs.
+    Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone
+    with its initial weights.
 
     Raises:
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
@@ -78,7 +79,7 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
             f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
             f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
         )
-    # OneCycleLR divides by the warm-up steps minus one, and five steps with pct_start=0.2 have one warm-up step.
+    # OneCycleLR divides by the warm-up steps minus one, and with pct_start=0.2 five steps have one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     with tqdm(total=total_steps, desc="source model", unit="step") as bar:

@@ -122,8 +122,8 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
     """Write a record with the error if the block raises, and re-raise the error.
 
-    SIGTERM raises SystemExit in the block: if one process dies, a launcher sends SIGTERM to all other processes. Only
-    the main process writes the record. An existing record of success is kept.
+    SIGTERM raises SystemExit in the block, because a launcher sends SIGTERM to all other processes if one process dies.
+    Only the main process writes the record. An existing record of success is kept.
     """
     with on_termination(lambda number, frame: sys.exit(128 + number)):
         try:
@@ -144,7 +144,7 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
 
 
 def summary_table(record: Record) -> str:
-    """Return a text table of a successful run: accuracies, sizes and times, then its sweep, checks and step profile."""
+    """Return a text table of a successful run: accuracies, sizes, times, sweep, replay, checks, step profile."""
     config, train = record.run_info.train_config, record.train_info
     names = (TARGET, SOURCE, TARGET_BEFORE, SOURCE_BEFORE, "retention")
     tests = {name: "-" if (value := train.metrics[-1][name]) is None else f"{value:.3f}" for name in names}
