@@ -2,7 +2,8 @@
 
 The template of the page holds the fixed text of each section. The functions in this module compute the parts that
 depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts.
-Every function `..._claim`, here and in `run_claims`, returns `not_measured` if its records are missing.
+If the required records are missing, each `..._claim` function here and in `run_claims` returns a claim from
+`not_measured`.
 """
 
 from __future__ import annotations
