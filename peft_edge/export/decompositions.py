@@ -1,7 +1,8 @@
 """Replace the backward operators of a training step by forward operators, which inference runtimes support.
 
 PyTorch's core decompositions do not decompose `convolution_backward` and `avg_pool2d_backward`. This module replaces
-both operators by convolutions and matrix products. It also replaces a frozen BatchNorm by a scale and a shift.
+both operators by convolutions and matrix products. It also replaces a frozen BatchNorm by a scale and a shift, and the
+gradients of some activations by products with masks.
 """
 
 from __future__ import annotations

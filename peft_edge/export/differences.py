@@ -29,7 +29,7 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff: fingerprints of `base` and of the merged model (`result`), and class names of `result`."""
+    """The metadata of a diff: fingerprints of `base` and of the merged model (`result`), and the class names."""
 
     base: str
     result: str
@@ -148,7 +148,7 @@ def _damaged(file: Path, reason: object) -> ValueError:
 
 
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
-    """Return a copy of `base` with `tensors`. If they contain a head with other classes, the copy has this head."""
+    """Return a copy of `base` with `tensors`. The number of classes changes if `tensors` contain a head of other size."""
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):
         weight = tensors.get(f"{name}.weight", layer.weight)

@@ -1,4 +1,4 @@
-"""Export an adapted model as one file for a device, and compare the outputs of the file and of the model."""
+"""Export an adapted model as one file for a device, and compare the logits of the exported file and of the model."""
 
 from __future__ import annotations
 

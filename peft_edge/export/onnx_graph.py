@@ -168,7 +168,7 @@ class _Writer:
     def _rename_outputs(self) -> None:
         """Rename computed values to the names of their outputs, and remove the `Identity` nodes of these outputs.
 
-        An `Identity` remains if its value is an input, an initializer, or already has the name of another output.
+        An `Identity` remains if its value is an input or an initializer, or already has the name of another output.
         """
         made = {name: (node, index) for node in self.nodes for index, name in enumerate(node.output)}
         copies = [node for node in self.nodes if node.op_type == "Identity" and node.output[0] in self.graph.outputs]

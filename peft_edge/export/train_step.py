@@ -49,7 +49,8 @@ class StepOptimizer:
     Attributes:
         name: `sgd` or `adamw`.
         momentum: Momentum of SGD. With 0, SGD has no state. AdamW ignores this field.
-        weight_decay: SGD adds `weight_decay * value` to the gradient. AdamW multiplies `value` by `1 - lr * weight_decay`.
+        weight_decay: SGD adds `weight_decay * value` to the gradient. AdamW subtracts `lr * weight_decay * value` from
+            the parameter `value`.
         betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
         eps: A small number that AdamW adds to the denominator.
         max_grad_norm: The gradients are clipped so that their total norm is at most this value. None does not clip.

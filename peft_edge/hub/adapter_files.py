@@ -236,7 +236,12 @@ def check_finite(path: Path) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Read a JSON file. Raise a ValueError if it is invalid, exceeds `JSON_LIMIT`, repeats a key or contains NaN."""
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file is not valid JSON, exceeds `JSON_LIMIT`, repeats a key, or contains NaN or infinity.
+    """
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:

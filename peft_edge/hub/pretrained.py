@@ -55,7 +55,8 @@ def load_pretrained(
             name in the adapter's configuration.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
         allow_other_base: Accept a backbone whose weights differ from those that the adapter was trained on. An adapter
-            without a fingerprint of its base weights is always accepted if its tensors fit. PEFT saves such adapters.
+            without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's `save_pretrained`
+            writes no fingerprint.
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
