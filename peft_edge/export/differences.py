@@ -148,7 +148,7 @@ def _damaged(file: Path, reason: object) -> ValueError:
 
 
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
-    """Return a copy of `base` with `tensors`. The number of classes changes if `tensors` contain a head of other size."""
+    """Return a copy of `base` with `tensors`. If they contain a head of another size, the copy gets such a head."""
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):
         weight = tensors.get(f"{name}.weight", layer.weight)

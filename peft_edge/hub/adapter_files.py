@@ -66,7 +66,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` with this card. A `base_name` replaces PEFT's `base_model_name_or_path`."""
+    """Write the files of `save_adapter` with `card`. `base_name`, if given, replaces `base_model_name_or_path`."""
     names = class_names(model)
     folder.mkdir(exist_ok=True)
     # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.

@@ -191,7 +191,7 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Format `value` with three digits. Longer integer parts are kept, and `<0.01` replaces smaller positive values."""
+    """Format `value` with three digits. Longer integer parts are kept, and values between 0 and 0.01 become `<0.01`."""
     if 0 < value < 0.01:
         return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"
