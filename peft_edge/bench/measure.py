@@ -36,7 +36,7 @@ LEAN = {"inplace_norm": True, "masks": "bit"}
 
 @dataclass(frozen=True)
 class Contender:
-    """A way to take a step with this or another package. All contenders except `inference` train the head."""
+    """A method of this or another package whose step is measured. All contenders except `inference` train the head."""
 
     label: str
     """Name in tables."""
@@ -44,7 +44,8 @@ class Contender:
     """Function that maps a timm model and a LoRA rank to the built model, in train or eval mode, and its optimizer.
 
     An optimizer of None means no backward pass and no update. `build` may change the timm model in place. In eval mode,
-    both models must have the same output up to rounding. If `build` raises an exception, the table shows the message.
+    the built model must have the same output as the timm model, up to rounding. If `build` raises an exception, the
+    table shows the message.
     """
 
 
@@ -125,9 +126,10 @@ CONTENDERS: dict[str, Contender] = {
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
     "galore": Contender("our GaLore, dense", lambda model, rank: prepare_step(model, "galore", adapter={"rank": rank})),
 }
-"""Ours, except GaLore, are lean and have frozen in-place BatchNorm, unless the label says otherwise."""
+"""Our methods, except GaLore, use lean training with frozen in-place BatchNorm, unless the label says otherwise."""
 
-# Relative to the largest logit. Contenders order operations differently, so rounding errors add up over the layers.
+# Allowed difference of a logit, relative to the largest logit. Contenders execute operations in different orders, so
+# rounding errors add up over the layers.
 _TOLERANCE = 1e-3
 
 

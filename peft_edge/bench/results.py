@@ -119,9 +119,10 @@ def _comparison(record: BenchRecord) -> str:
 
 
 def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
-    """Draw the peak memory by kind of tensor, and `ratio_median` by phase with the range of the ratios.
+    """Draw two panels of stacked bars: peak memory by kind of tensor, and `ratio_median` by phase.
 
-    At least one contender must have run. `save_bars` describes the file and the errors.
+    Error bars show `ratio_lowest` and `ratio_highest`. At least one contender must have run. `save_bars` describes the
+    file and the errors.
     """
     rows, profiles = zip(*record.measured, strict=True)
     save_bars([row.label for row in rows], [memory_panel(profiles), _time_panel(rows)], path, title=record.title)

@@ -1,7 +1,8 @@
-"""Operators of a training step in terms of forward operators, which every inference runtime has.
+"""Replace the backward operators of a training step by forward operators, which inference runtimes support.
 
-PyTorch's core decompositions leave the gradient of a convolution and of a pool as one operator. Here they become
-convolutions and products of matrices. A frozen BatchNorm becomes a scale and a shift.
+PyTorch's core decompositions do not decompose `convolution_backward` and `avg_pool2d_backward`. This module replaces
+both operators by convolutions and matrix products. It also replaces a frozen BatchNorm by a scale and a shift, and the
+gradients of some activations by products with masks.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ aten = torch.ops.aten
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return a function for each operator that is replaced while a step is captured."""
+    """Return a dict from each operator that the capture of a step replaces to its replacement function."""
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     for operator in (aten.native_batch_norm.default, aten.cudnn_batch_norm.default):
         table[operator] = _frozen_batch_norm
     for operator in (aten.hardswish.default, aten.hardsigmoid.default, aten.silu.default):
-        table.pop(operator, None)  # ONNX has them
+        table.pop(operator, None)  # ONNX has these operators
     table[aten.convolution_backward.default] = _convolution_backward
     table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
     table[aten.threshold_backward.default] = _threshold_backward
@@ -35,7 +36,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-# The gradients of activations are products with a mask, since ONNX Runtime's `Where` allocates two further maps.
+# The gradients of activations multiply with a mask, because `Where` in ONNX Runtime allocates two more tensors.
 
 
 def _threshold_backward(grad: Tensor, y: Tensor, threshold: float) -> Tensor:
@@ -52,7 +53,7 @@ def _hardswish_backward(grad: Tensor, x: Tensor) -> Tensor:
 
 
 def _hardsigmoid_backward(grad: Tensor, x: Tensor) -> Tensor:
-    # PyTorch's kernel multiplies by a sixth in single precision, in double precision too.
+    # PyTorch's kernel rounds the factor 1/6 to single precision, even for tensors in double precision.
     return grad * (((x > -3) & (x < 3)).to(grad.dtype) * float(np.float32(1 / 6)))
 
 
@@ -86,12 +87,12 @@ def _convolution_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """The gradients of a convolution as convolutions and products of matrices."""
+    """Return the gradients of input, kernel and bias. `wanted` selects the gradients; the others are None."""
     if transposed:
         raise NotImplementedError("the gradient of a transposed convolution")
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_x = _input_gradient(grad, weight, x.shape, geometry) if wanted[0] else None
-    # Contiguous as PyTorch's own, since what follows may be recorded as a view of it.
+    # PyTorch's gradient is contiguous, and the captured graph may contain views that need this memory layout.
     grad_weight = _kernel_gradient(grad, x, weight.shape, geometry).contiguous() if wanted[1] else None
     return grad_x, grad_weight, grad.sum([0, *range(2, grad.dim())]) if wanted[2] else None
 
@@ -101,7 +102,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
     kernel = weight.shape[2:]
     border = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
     if all(s == 1 for s in stride) and min(border) >= 0:
-        # The convolution by the kernel turned round, its input and output channels exchanged within each group.
+        # Convolve `grad` with the flipped kernel, whose input and output channels are swapped within each group.
         turned = weight.flip(list(range(2, weight.dim()))) if max(kernel) > 1 else weight
         split = turned.reshape(groups, -1, *weight.shape[1:]).transpose(1, 2)
         turned = split.reshape(size[1], -1, *kernel)
@@ -120,11 +121,12 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
         for dim, step in enumerate(stride, start=2):
             x = x.movedim(dim, 0)[::step].movedim(0, dim) if step > 1 else x
         left, right = grad.reshape(batch, rows, -1), x.reshape(batch, columns, -1)
-        # The narrower map is transposed.
+        # Transpose the tensor that has fewer channels.
         if rows > columns:
             return (left @ right.transpose(1, 2)).sum(0).reshape(size)
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
-    # A convolution over the batch: channels are its batch, images its channels, and the stride dilates the gradient.
+    # A convolution that sums over the batch. Its batch dimension holds the input channels of `x`, and its channels
+    # hold the images. Its kernel is `grad`. Its stride is `dilation`, and its dilation is `stride`.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups

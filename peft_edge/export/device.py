@@ -1,4 +1,4 @@
-"""Write a folder with which a device trains an adapter by an inference runtime, and bring the result back to PEFT."""
+"""Export a training step for devices that have only an inference runtime, and import the trained adapter to PEFT."""
 
 from __future__ import annotations
 
@@ -56,25 +56,26 @@ ADAPTER_FOLDER, ORIGIN_NAME = "adapter", "device_training.json"
 FORMAT_VERSION = 1
 
 DOUBLE_TOLERANCE = 1e-10
-INPUT_CHANGE = 1e-6  # relative change of the images that shows how exact training in single precision can be
-ALLOWED_RATIO = 10  # rounding inside the network is more than rounding of its input
+INPUT_CHANGE = 1e-6  # relative change of the images; its effect on the trained adapter measures the rounding errors
+ALLOWED_RATIO = 10  # allowed difference over this effect; layers add more rounding errors than the input alone
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
-# Huge pages halve the time of a step that returns its memory to the system at once.
+# With this `mmap_threshold`, freed memory returns to the system at once. Huge pages then halve the time of a step.
 _MALLOC = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
 
 
 @dataclass(frozen=True, kw_only=True)
 class StepReport:
-    """What the checks of `export_train_step` found.
+    """The results of the checks of `export_train_step`.
 
     Attributes:
-        double_difference: Largest difference of a loss or a tensor from eager training, in double precision.
-        single_difference: Relative difference of the trained adapter from eager training, in single precision: the norm
-            of the difference over the norm of what training changed.
-        allowed_difference: The largest `single_difference` that is accepted.
+        double_difference: Largest difference between the exported step and eager training, both in double precision.
+            The losses and the elements of the trained adapter are compared.
+        single_difference: Relative difference between the adapters that ONNX Runtime and eager training have trained in
+            single precision: the norm of the difference, divided by the norm of the change by eager training.
+        allowed_difference: The largest accepted `single_difference`.
         step_s: Seconds of the fastest step in ONNX Runtime on one thread of this machine.
-        peak_rss_bytes: Peak memory of the whole process that trained in ONNX Runtime.
-        parameters: Number of trained values.
+        peak_rss_bytes: Peak physical memory of the process that trained in ONNX Runtime.
+        parameters: Number of elements of the adapter.
     """
 
     double_difference: float
@@ -96,30 +97,34 @@ def export_train_step(
     weight_decay: float = 0.0,
     max_grad_norm: float | None = None,
 ) -> StepReport:
-    """Write a training step of an adapter for devices without PyTorch, after it was compared with eager training.
+    """Export a training step of an adapter for devices without PyTorch, and compare the step with eager training.
 
     The folder contains:
 
-    - `train_step.onnx`: images, labels, mask, learning rate, adapter and state of the optimizer to loss, number of
-      correct predictions, and the new adapter and state. The output `new:<name>` replaces the input `<name>`.
-    - `predict.onnx`: images (any number) and adapter to logits.
-    - `state.safetensors`: the initial adapter and state.
-    - `step.json`: names, shapes, preprocessing, class names, optimizer, fingerprint of the base, versions, figures.
-    - `adapter`: the adapter in PEFT's format, which `import_state` needs. The device does not.
+    - `train_step.onnx`: the training step. The inputs are images, labels, mask, learning rate, adapter and optimizer
+      state. The outputs are the loss, the number of correct predictions, and the new adapter and optimizer state. In
+      the next step, the output `new:<name>` must replace the input `<name>`.
+    - `predict.onnx`: the network. The inputs are any number of images and the adapter. The output is the logits.
+    - `state.safetensors`: the initial adapter and optimizer state.
+    - `step.json`: names and shapes of the inputs, preprocessing, class names, optimizer, fingerprint of the base model,
+      the fields of `StepReport`, and package versions.
+    - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
 
     Args:
         model: A PEFT model with one active adapter, or a folder or Hub id for `load_pretrained`. It is not changed.
-        out: The folder. It appears, or is replaced, only after the checks.
+        out: The folder to write. It is created or replaced only if all checks succeed.
         image_size: Height and width of the images in pixels.
-        batch_size: Samples in a step. Smaller batches are padded and masked.
+        batch_size: Samples in a step. The device must pad smaller batches, and set `mask` to 0 for the padding.
         optimizer: `sgd` or `adamw`, as in `torch.optim`.
-        momentum: Of SGD.
-        weight_decay: Of either optimizer.
-        max_grad_norm: Clip the norm of all gradients together.
+        momentum: Momentum of SGD. AdamW ignores this argument.
+        weight_decay: Weight decay of SGD or AdamW.
+        max_grad_norm: Clip the gradients so that their total norm is at most this value. None does not clip.
 
     Raises:
-        ValueError: If a layer or operator cannot be exported (before anything is written), or the exported step
-            differs from eager training; the message says by how much.
+        ValueError: If an argument is invalid, a layer or operator cannot be exported, or the exported step differs
+            from eager training by more than rounding errors. The folder `out` is then unchanged.
+        NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
+            padding, or of an average pool with `ceil_mode` at an odd size.
         ImportError: If onnx or onnxruntime is not installed.
         OSError: If the folder cannot be written.
     """
@@ -127,12 +132,12 @@ def export_train_step(
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
     with requires_extra("onnx"):
-        import onnx  # noqa: F401 - fails before the work begins
-        import onnxruntime  # noqa: F401 - in a process of its own
+        import onnx  # noqa: F401 - raises an error early if onnx is missing
+        import onnxruntime  # noqa: F401 - a separate process uses it
     options = StepOptimizer(name=optimizer, momentum=momentum, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     if not isinstance(model, PeftModel):
         model = load_pretrained(model)
-        model.set_adapter(model.active_adapter)  # which makes it trainable
+        model.set_adapter(model.active_adapter)  # makes the adapter trainable
     config = input_config(model.get_base_model(), image_size)
     step = capture_train_step(model, torch.zeros(batch_size, *config["input_size"]), options)
     if missing := sorted({*missing_operators(step.step), *missing_operators(step.predict)}):
@@ -180,7 +185,7 @@ def _describe_step(
 
 
 def _without_adapter(model: PeftModel) -> nn.Module:
-    """Return a copy of the base model as it was before the adapter."""
+    """Return a copy of the base model without the adapter and with the original head."""
     model = copy.deepcopy(undo_lean_training(copy.deepcopy(model)))
     for wrapper in model.modules():
         if isinstance(wrapper, AuxiliaryTrainingWrapper):
@@ -188,13 +193,13 @@ def _without_adapter(model: PeftModel) -> nn.Module:
     return model.unload()
 
 
-# --- proof ----------------------------------------------------------------------------------------------------------
+# --- checks ---------------------------------------------------------------------------------------------------------
 
 Batch = dict[str, Tensor]
 
 
 def _random_batches(step: TrainStep, batch_size: int, size: Sequence[int]) -> list[Batch]:
-    """Return random images (B, C, H, W), labels and masks; the last batch is half full, if it can be."""
+    """Return batches of random images (B, C, H, W), labels and masks. If B > 1, half of the last batch is masked."""
     generator = torch.Generator().manual_seed(0)
     values = {IMAGES: torch.zeros(batch_size, *size, dtype=torch.float64), **step.adapter}
     num_classes = step.predict.run(values)[LOGITS].shape[1]
@@ -212,7 +217,10 @@ def _random_batches(step: TrainStep, batch_size: int, size: Sequence[int]) -> li
 def train_eagerly(
     model: PeftModel, optimizer: StepOptimizer, batches: Sequence[Batch], learning_rate: float, dtype: torch.dtype
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Train a copy of a model in eval mode by `torch.optim`; return the losses and the adapter by PEFT's names."""
+    """Train a copy of `model` in eval mode with `torch.optim`, one step for each batch.
+
+    Return the losses, and a dict from the names in the saved adapter to the trained tensors.
+    """
     model = undo_lean_training(copy.deepcopy(model)).cpu().to(dtype).eval()
     parameters = dict(model.get_base_model().named_parameters())
     adapter = {name: parameters[inner] for name, inner in trained_names(model).items()}
@@ -237,9 +245,10 @@ def train_eagerly(
 
 
 def _proof_rate(step: TrainStep, batch: Batch) -> float:
-    """Return a learning rate with which the first step changes the adapter by at most `PROOF_CHANGE` of its norm.
+    """Return a learning rate of at most `PROOF_RATE`.
 
-    A larger one would amplify rounding from step to step in a network that is badly conditioned.
+    The first step changes the adapter by at most `PROOF_CHANGE` of the adapter's norm. With a larger learning rate,
+    some networks would amplify rounding errors from step to step.
     """
     found = step.step.run(
         {**step.adapter, **step.state, **_double(batch), LEARNING_RATE: torch.tensor(1.0, dtype=torch.float64)}
@@ -259,7 +268,7 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
 def _check_double(
     model: PeftModel, step: TrainStep, optimizer: StepOptimizer, batches: Sequence[Batch], rate: float
 ) -> float:
-    """Return the largest difference between the graph and eager training, both in double precision."""
+    """Return `double_difference` of the report. Raise a ValueError if it exceeds `DOUBLE_TOLERANCE`."""
     expected_losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float64)
     values, losses = {**step.adapter, **step.state}, []
     for batch in batches:
@@ -289,7 +298,7 @@ def _check_single(
     folder: Path,
     double_difference: float,
 ) -> StepReport:
-    """Run the written files in a process of its own, and compare them with eager training in single precision."""
+    """Run the files in `folder` in a new process, and compare the results with eager training in single precision."""
     losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float32)
     found = _run_steps(folder, batches, rate)
 
@@ -358,7 +367,7 @@ def _run_steps(folder: Path, batches: Sequence[Batch], learning_rate: float) -> 
 
 
 def _with_adapter(model: PeftModel, values: Mapping[str, Tensor]) -> PeftModel:
-    """Return a copy of a model in eval mode with other values of its trained parameters."""
+    """Return a copy of `model` in eval mode whose trained parameters have the given values."""
     model = undo_lean_training(copy.deepcopy(model)).cpu().eval()
     parameters = dict(model.get_base_model().named_parameters())
     with torch.no_grad():
@@ -367,7 +376,7 @@ def _with_adapter(model: PeftModel, values: Mapping[str, Tensor]) -> PeftModel:
     return model
 
 
-# --- back to PEFT ---------------------------------------------------------------------------------------------------
+# --- import to PEFT -------------------------------------------------------------------------------------------------
 
 
 def import_state(
@@ -377,21 +386,22 @@ def import_state(
     *,
     weights: Sequence[float] | None = None,
 ) -> None:
-    """Write the state that a device has trained as an adapter of PEFT, which loads with `load_pretrained`.
+    """Convert the state files of one or more devices to a PEFT adapter, which `load_pretrained` can load.
 
-    The states of several devices are averaged (FedAvg, McMahan et al. 2017, arXiv 1602.05629). A and B of LoRA are
-    averaged each by itself, so the average of the kernels is not exactly the kernel of the average.
+    The states of several devices are averaged (FedAvg, McMahan et al. 2017, arXiv 1602.05629). The LoRA matrices A and
+    B are averaged separately. Therefore the product of the averages is not exactly the average of the products.
 
     Args:
-        folder: What `export_train_step` wrote.
-        states: The safetensors file of a device, or several.
-        out: The folder of the adapter. It appears, or is replaced, in one step.
-        weights: Of the states in their average, for instance the number of images on each device; by default equal.
+        folder: The folder that `export_train_step` wrote.
+        states: The safetensors file that a device saved, or a list of such files.
+        out: The folder of the adapter. It is created or replaced when all files are complete.
+        weights: The weight of each state in the average, such as the number of images on each device. By default, all
+            weights are equal.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If a state is damaged, is not of this folder or holds values that are not finite, or the weights
-            do not fit.
+        ValueError: If `step.json` or a state is damaged, a state does not belong to `folder`, an adapter value is not
+            finite, or `weights` is invalid.
         OSError: If the adapter cannot be written.
     """
     folder = Path(folder)
@@ -434,11 +444,11 @@ def _shares(files: Sequence[Path], weights: Sequence[float] | None) -> list[floa
 
 
 def read_step_description(folder: Path) -> dict[str, Any]:
-    """Read `step.json`.
+    """Read `step.json` in a folder that `export_train_step` wrote.
 
     Raises:
-        FileNotFoundError: If it is missing.
-        ValueError: If it is damaged, or of another version of the format.
+        FileNotFoundError: If `step.json` is missing.
+        ValueError: If `step.json` is damaged, or has another `format_version`.
     """
     path = folder / DESCRIPTION_NAME
     try:
@@ -454,11 +464,12 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 
 
 def read_state(file: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read the adapter in the state of a device; the state of the optimizer may be missing.
+    """Read the adapter from the state file of a device. The optimizer state may be missing from the file.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If it is damaged, a tensor is missing, unknown or of another shape, or a value is not finite.
+        ValueError: If the file is damaged, an adapter tensor is missing, a tensor is unknown or has another shape or
+            dtype, or an adapter value is not finite.
     """
     layout = read_layout(file)
     adapter = {name: tuple(shape) for name, shape in description["adapter"].items()}

@@ -29,7 +29,7 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff: fingerprints of the base and of the merged model (`result`), and its class names."""
+    """The metadata of a diff: fingerprints of `base` and of the merged model (`result`), and the class names."""
 
     base: str
     result: str
@@ -84,7 +84,7 @@ def write_diff(
 
 
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Return a copy of `base` with the tensors of a diff. The copy is bit-identical to the merged model.
+    """Apply a diff to a copy of `base`, and return the copy, which is bit-identical to the merged model.
 
     Args:
         base: The timm model that was the `base` of `write_diff`. It is not changed.
@@ -148,7 +148,7 @@ def _damaged(file: Path, reason: object) -> ValueError:
 
 
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
-    """Return a copy of `base` with `tensors`, whose head may have another number of classes."""
+    """Return a copy of `base` with `tensors`. If they contain a head of another size, the copy gets such a head."""
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):
         weight = tensors.get(f"{name}.weight", layer.weight)

@@ -1,4 +1,4 @@
-"""Export an adapted model as one file for a device, and compare the outputs of the file and of the model."""
+"""Export an adapted model as one file for a device, and compare the logits of the exported file and of the model."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ def export_model(
         calibration: Preprocessed images (M, C, H, W). If given, the file is quantised to 8 bits (only ONNX).
 
     Returns:
-        The comparison of the floating-point network with `model`. If the file is quantised, the comparison of the 8-bit
-        network follows, which has no tolerance.
+        A list with the comparison of the floating-point network with `model`. If the file is quantised, the list also
+        contains the comparison of the 8-bit network, whose differences are not limited.
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix or cannot be quantised; if the batch size is

@@ -1,7 +1,8 @@
-"""Write a captured graph as ONNX: standard operators of opset 20, in the order of the graph, in single precision.
+"""Convert a captured graph to ONNX, with the standard operators of opset 20 and floating-point values in float32.
 
-`_OPERATORS` is the table of PyTorch's operators. Each entry appends the ONNX nodes of one fx node and returns the name
-of its result. A graph with an operator outside the table is refused by that operator's name.
+The ONNX nodes have the order of the fx nodes. `_OPERATORS` maps PyTorch operators to functions. Each function appends
+the ONNX nodes for one fx node, and returns the name of the result. Operators that are missing in `_OPERATORS` cause an
+error.
 """
 
 from __future__ import annotations
@@ -25,37 +26,37 @@ OPSET, IR_VERSION = 20, 9
 aten = torch.ops.aten
 
 _Node = Any
-"""An fx node. Its class types the arguments as a union of everything that an argument can be."""
+"""An fx node. `fx.Node` itself would be too strict: it types every argument as a union of all argument types."""
 
 
 def write_onnx_graph(
     graph: CapturedGraph, *, any_batch_size: bool = False, metadata: Mapping[str, str] | None = None
 ) -> ModelProto:
-    """Return a captured graph as an ONNX model whose floating-point values are single precision.
+    """Return a captured graph as an ONNX model. Floating-point values are in single precision.
 
     Args:
         graph: The graph.
-        any_batch_size: Declare the first dimension of the first input and output as free. The graph must not depend
-            on it but in reshapes; run the model at another batch size to check.
-        metadata: Texts to store in the model.
+        any_batch_size: Declare the first dimension of the first input and of the first output as dynamic. Only reshapes
+            in the graph may contain the batch size. To check this, run the model with another batch size.
+        metadata: A dict from names to texts, which are stored in the model.
 
     Raises:
-        ValueError: If ONNX has no counterpart of an operator. All such operators are named.
+        ValueError: If `_OPERATORS` lacks an operator of the graph, or an average pool has `divisor_override`.
         ImportError: If onnx is not installed.
     """
     return _Writer(graph).write(any_batch_size, metadata or {})
 
 
 def missing_operators(graph: CapturedGraph) -> list[str]:
-    """Return the names of the operators of a graph that cannot be written as ONNX."""
+    """Return the names of the operators in `graph` that `_OPERATORS` lacks."""
     targets = {node.target for node in graph.module.graph.nodes if node.op == "call_function"}
     return sorted(str(target) for target in targets if target not in _OPERATORS)
 
 
 class _Writer:
-    """Builds the nodes of one ONNX graph.
+    """Build the nodes of one ONNX graph.
 
-    `names` maps each fx node to the name of its ONNX value.
+    `names` maps each fx node to the name of its value in the ONNX graph.
     """
 
     def __init__(self, graph: CapturedGraph) -> None:
@@ -87,7 +88,7 @@ class _Writer:
                 self.names[node] = _OPERATORS[node.target](self, node)
             else:
                 for name, result in zip(self.graph.outputs, node.args[0], strict=True):
-                    # A name of its own, since one value can be several outputs, or an input.
+                    # `Identity` gives each output its own name, because one value can be an input or several outputs.
                     self.nodes.append(self.onnx.helper.make_node("Identity", [self.names[result]], [name]))
                     outputs.append(self._value_info(name, result, any_batch_size and not outputs))
         self._rename_outputs()
@@ -101,7 +102,7 @@ class _Writer:
         return model
 
     def emit(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
-        """Append a node, and return the name of its first output; the others end in `.1`, `.2`, ..."""
+        """Append an ONNX node, and return the name of the first output. Further outputs end in `.1`, `.2`, ..."""
         name = f"v{len(self.nodes)}"
         results = [name, *(f"{name}.{index}" for index in range(1, outputs))]
         self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), results, **attributes))
@@ -115,12 +116,12 @@ class _Writer:
         return name
 
     def constant(self, value: Any, dtype: torch.dtype) -> str:
-        """Return a constant of a few elements; equal ones are stored once."""
+        """Return the name of an initializer that holds `value`. Equal constants share one initializer."""
         key = (str(value), dtype)
         if key not in self._constants:
             array = exact = torch.tensor(value, dtype=dtype).numpy()
             if dtype == torch.float64:
-                # A smallest or largest number of double precision has to remain one.
+                # Otherwise, the smallest double would become 0 in single precision, and the largest double infinity.
                 limits = np.finfo(np.float32)
                 tiny = (array != 0) & (np.abs(array) < limits.tiny)
                 array = np.where(tiny, np.copysign(limits.tiny, array), array).clip(limits.min, limits.max)
@@ -132,11 +133,11 @@ class _Writer:
         return self.constant(list(values), torch.int64)
 
     def operand(self, value: Any, like: _Node) -> str:
-        """Return the name of a node, or of a constant of the type of another node."""
+        """Return the name of `value` if `value` is a node, otherwise of a constant with the dtype of `like`."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
     def cast(self, node: _Node, dtype: torch.dtype) -> str:
-        """Return the name of a node's value in another type."""
+        """Return the name of the value of `node`, cast to `dtype`."""
         code = self.type_code(dtype)
         same = code == self.type_code(_type(node))
         return self.names[node] if same else self.emit("Cast", self.names[node], to=code)
@@ -144,7 +145,7 @@ class _Writer:
     def reshape(self, name: str, old: Sequence[int], new: Sequence[int]) -> str:
         if list(old) == list(new):
             return name
-        # A zero copies the dimension, so the batch size stays free where nothing else depends on it.
+        # In ONNX, the size 0 copies a dimension of the input. The reshape then works for every batch size.
         keeps_first = len(old) > 0 and len(new) > 0 and old[0] == new[0] and 0 not in new
         return self.emit("Reshape", name, self.integers([0, *new[1:]] if keeps_first else new))
 
@@ -165,7 +166,10 @@ class _Writer:
         }[dtype]
 
     def _rename_outputs(self) -> None:
-        """Give each result its output's name, if that is its only one, instead of a copy of it."""
+        """Rename computed values to the names of their outputs, and remove the `Identity` nodes of these outputs.
+
+        An `Identity` remains if its value is an input or an initializer, or already has the name of another output.
+        """
         made = {name: (node, index) for node in self.nodes for index, name in enumerate(node.output)}
         copies = [node for node in self.nodes if node.op_type == "Identity" and node.output[0] in self.graph.outputs]
         renamed = {}
@@ -207,7 +211,7 @@ Entry = Callable[[_Writer, _Node], str]
 
 
 def _unary(*kinds: str, **attributes: Any) -> Entry:
-    """One or more ONNX operators, one after the other, on the first argument."""
+    """Return an entry that applies the ONNX operators `kinds`, in this order, to the first argument."""
 
     def write(writer: _Writer, node: _Node) -> str:
         name = writer.names[node.args[0]]
@@ -219,7 +223,7 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 
 
 def _binary(kind: str, *after: str) -> Entry:
-    """An ONNX operator on two tensors, or a tensor and a number, that broadcast and have one type."""
+    """Return an entry that casts two operands to one dtype, and applies `kind` and then the operators `after`."""
 
     def write(writer: _Writer, node: _Node) -> str:
         dtype = torch.result_type(*(_value(each) if isinstance(each, fx.Node) else each for each in node.args[:2]))
@@ -301,7 +305,7 @@ def _pad(writer: _Writer, node: _Node) -> str:
         grown = [max(0, p) for p in before], [max(0, p) for p in after]
         value = writer.constant(_argument(node, 2, "value", 0), _type(node))
         name = writer.emit("Pad", name, writer.integers([*grown[0], *grown[1]]), value)
-    if min(pads) < 0:  # the gradient of padding
+    if min(pads) < 0:  # negative pads crop; they occur in the gradient of padding
         starts = [max(0, -p) for p in before]
         ends = [start + size for start, size in zip(starts, _shape(node), strict=True)]
         dims = [dim for dim, (p, q) in enumerate(zip(before, after, strict=True)) if min(p, q) < 0]
@@ -408,7 +412,7 @@ def _item(writer: _Writer, node: _Node) -> str:
 
 
 def _max_pool_backward(writer: _Writer, node: _Node) -> str:
-    # PyTorch's indices count within a channel of an image, and ONNX's within the whole tensor.
+    # In PyTorch, the indices count within a channel. In ONNX, MaxPool returns indices within the whole tensor.
     grad, x, indices = node.args[0], node.args[1], node.args[-1]
     flat = [int(np.prod(_shape(grad)))]
     size = int(np.prod(_shape(x)))

@@ -1,8 +1,9 @@
-"""Run training steps of an exported folder in a process of its own, which imports no PyTorch.
+"""Run training steps of an exported folder. `export_train_step` starts this script in a process without PyTorch.
 
-`python onnx_steps.py FOLDER BATCHES OUT` takes one step for each batch of the safetensors file BATCHES (`images.0`,
-`labels.0`, `mask.0`, `learning_rate`, `images.1`, ...), predicts the images of the first, and writes the losses, the
-logits, the new state, the time of a step and the memory of the process to OUT.
+`python onnx_steps.py FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES, which contains
+the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`. Then the script computes the logits
+of the first batch with the trained adapter. It writes the losses, the numbers of correct predictions, the logits, the
+new state, the time of the fastest step and the peak memory of the process to the safetensors file OUT.
 """
 
 from __future__ import annotations
@@ -18,10 +19,10 @@ from safetensors.numpy import load_file, save_file
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
-    """Open a file with the options that take the least memory.
+    """Open an ONNX file with options that save memory.
 
-    ONNX Runtime then runs the nodes in the order of the file, fuses none of them (which changes the order), and frees
-    each map after its last use instead of keeping it for a later one of the same shape.
+    ONNX Runtime then runs the nodes in the order of the file. It does not use the fusions that would change this order.
+    It frees each tensor after the last use, and does not keep the memory for a later tensor of the same shape.
     """
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
@@ -33,16 +34,16 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
 
 
 def process_peak_bytes() -> int:
-    """Return the largest resident memory that this process has had."""
+    """Return the peak physical memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux, ru_maxrss begins with the memory of the parent process
+    if status.exists():  # on Linux, ru_maxrss includes the memory of the parent process at the start
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def run_steps(folder: Path, batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return what the training steps compute from the initial state in the folder: see the module's text."""
+    """Take the steps from the initial state in `folder`, and return the contents of OUT (see the module docstring)."""
     session = open_session(folder / "train_step.onnx")
     names = [output.name for output in session.get_outputs()]
     values = load_file(folder / "state.safetensors")

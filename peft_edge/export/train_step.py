@@ -1,11 +1,12 @@
 """Capture one training step of an adapter as a functional graph of standard operators.
 
-The graph maps images, labels, a mask, the learning rate, the adapter and the state of the optimizer to the loss, the
-number of correct predictions, the new adapter and the new state. It contains the forward pass, the gradients and the
-update, so any runtime that runs the operators can train (`peft_edge.export.onnx_graph` writes it as ONNX).
+The inputs of the graph are images, labels, a mask, the learning rate, the adapter and the optimizer state. The outputs
+are the loss, the number of correct predictions, the new adapter and the new optimizer state. The graph contains the
+forward pass, the backward pass and the update. `peft_edge.export.onnx_graph` converts the graph to ONNX, so that an
+inference runtime can train the adapter.
 
-Everything is captured and folded in double precision. So the graph can be compared with eager training to 1e-10, and
-constants such as kernels scaled by a frozen BatchNorm are rounded once.
+The graph is captured in double precision. Therefore its results can be compared with eager training to 1e-10.
+Constants, such as kernels that are scaled by a frozen BatchNorm, are rounded to single precision only once.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ aten = torch.ops.aten
 
 IMAGES, LABELS, MASK, LEARNING_RATE = "images", "labels", "mask", "learning_rate"
 LOSS, CORRECT, LOGITS, STEP = "loss", "correct", "logits", "step"
-NEW = "new:"  # prefix of the outputs that replace an input of the same name
-PREFIX = "base_model.model."  # of the names in an adapter of PEFT
+NEW = "new:"  # prefix of outputs; the output `new:<name>` replaces the input `<name>` in the next step
+PREFIX = "base_model.model."  # prefix of the names in a saved PEFT adapter
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
 
@@ -47,11 +48,12 @@ class StepOptimizer:
 
     Attributes:
         name: `sgd` or `adamw`.
-        momentum: Of SGD; 0 keeps no state.
-        weight_decay: Added to the gradient (SGD), or decoupled from it (AdamW).
-        betas: Decay of AdamW's averages of the gradient and of its square.
-        eps: Added to AdamW's denominator.
-        max_grad_norm: The gradients of all tensors together are scaled down to this norm; None does not clip.
+        momentum: Momentum of SGD. With 0, SGD has no state. AdamW ignores this field.
+        weight_decay: SGD adds `weight_decay * value` to the gradient. AdamW subtracts `lr * weight_decay * value` from
+            the parameter `value`.
+        betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
+        eps: A small number that AdamW adds to the denominator.
+        max_grad_norm: The gradients are clipped so that their total norm is at most this value. None does not clip.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -80,13 +82,13 @@ class StepOptimizer:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of the tensors that are kept for each tensor of the adapter."""
+        """The names of the optimizer's state tensors for each tensor of the adapter."""
         if self.name == "adamw":
             return ("exp_avg", "exp_avg_sq")
         return ("momentum",) if self.momentum else ()
 
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state before the first step: zeros, named `<slot>:<tensor>`, and AdamW's `step`."""
+        """Return the state before the first step: zeros with the names `<slot>:<tensor>` and, for AdamW, `step`."""
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
             state[STEP] = next(iter(adapter.values())).new_zeros(())
@@ -95,9 +97,9 @@ class StepOptimizer:
     def update(
         self, adapter: Mapping[str, Tensor], gradients: Sequence[Tensor], state: Mapping[str, Tensor], lr: Tensor
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Return the adapter and the state after one step."""
+        """Return the new adapter and the new state after one step. `gradients` must have the order of `adapter`."""
         if self.max_grad_norm is not None:
-            # torch.nn.utils.clip_grad_norm_
+            # This is the formula of `torch.nn.utils.clip_grad_norm_`.
             norm = torch.sqrt(torch.stack([gradient.square().sum() for gradient in gradients]).sum())
             factor = torch.clamp(self.max_grad_norm / (norm + 1e-6), max=1.0)
             gradients = [gradient * factor for gradient in gradients]
@@ -134,12 +136,12 @@ class StepOptimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedGraph:
-    """A functional graph in double precision, with the names of its inputs and outputs in order.
+    """A functional graph in double precision.
 
     Attributes:
-        module: The graph. Frozen weights are its buffers; `module(*inputs)` returns the outputs as a tuple.
-        inputs: Names of the inputs.
-        outputs: Names of the outputs.
+        module: The graph. It maps the input tensors to a tuple of output tensors. Frozen weights are buffers.
+        inputs: Names of the inputs, in the order of the arguments.
+        outputs: Names of the outputs, in the order of the tuple.
     """
 
     module: fx.GraphModule
@@ -147,20 +149,20 @@ class CapturedGraph:
     outputs: list[str]
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the outputs by name."""
+        """Run the graph on `values`, a dict with a tensor for each name in `inputs`. Return a dict of the outputs."""
         with torch.no_grad():
             return dict(zip(self.outputs, self.module(*[values[name] for name in self.inputs]), strict=True))
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """What `capture_train_step` returns.
+    """The result of `capture_train_step`.
 
     Attributes:
-        step: Images, labels, mask, learning rate, adapter and state to loss, correct predictions and their new values.
-        predict: Images and adapter to logits.
-        adapter: The initial adapter by PEFT's names.
-        state: The initial state of the optimizer, see `StepOptimizer.initial_state`.
+        step: The graph of a training step; the module docstring lists its inputs and outputs.
+        predict: The graph that maps images and the adapter to logits.
+        adapter: A dict from the names in the saved adapter to the initial tensors.
+        state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
     """
 
     step: CapturedGraph
@@ -170,20 +172,22 @@ class TrainStep:
 
 
 def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimizer) -> TrainStep:
-    """Capture one training step of a model's active adapter, and its prediction.
+    """Capture a training step of the active adapter of `model`, and the computation of the logits.
 
     The loss is the cross-entropy, averaged over the samples whose mask is 1. All norms use their stored statistics.
-    Padding samples (mask 0) do not influence the result; a batch of padding alone has loss 0 and changes nothing but
-    what momentum and weight decay change.
+    Padding (samples with mask 0) has no effect on the result. If all samples are padding, the loss and all gradients
+    are 0. Momentum and weight decay can then still change the adapter.
 
     Args:
-        model: A PEFT model with one active adapter; it is not changed.
-        images: An example (B, C, H, W). Only its shape counts.
-        optimizer: The optimizer, which is part of the step.
+        model: A PEFT model with one active adapter. It is not changed.
+        images: Example images (B, C, H, W). Only their shape matters.
+        optimizer: The optimizer, whose update is a part of the step.
 
     Raises:
-        ValueError: If a layer uses batch statistics or dropout, the model has several active adapters or nothing to
-            train, or an operator of it has no gradient in standard operators. The message names the layer.
+        ValueError: If `check_exportable` or `trained_names` rejects the model, or a trained parameter has no effect on
+            the loss.
+        NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
+            padding, or of an average pool with `ceil_mode` at an odd size.
     """
     names = trained_names(model)
     check_exportable(model)
@@ -200,7 +204,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         trained = {name: values[name].requires_grad_() for name in adapter}
         logits = forward(values[IMAGES], trained, frozen)
         mask = values[MASK].to(logits.dtype)
-        # One-hot labels, since a product has a simpler gradient than a gather.
+        # Select the losses by a product with one-hot labels, because a product has a simpler gradient than `gather`.
         chosen = values[LABELS].unsqueeze(1) == torch.arange(logits.shape[1])
         losses = -(F.log_softmax(logits, 1) * chosen.to(logits.dtype)).sum(1)
         loss = (losses * mask).sum() / mask.sum().clamp(min=1.0)
@@ -234,10 +238,10 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
-    """Return the trained parameters of a PEFT model: name in the saved adapter to name in the base model.
+    """Return a dict from the names of trained parameters in the saved adapter to their names in the base model.
 
     Raises:
-        ValueError: If nothing is trained, or a trained parameter is not saved with the adapter.
+        ValueError: If no parameter is trainable, or a trainable parameter is not saved, or is saved under two names.
     """
     inner = {id(parameter): name for name, parameter in model.get_base_model().named_parameters()}
     trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -258,10 +262,11 @@ def trained_names(model: PeftModel) -> dict[str, str]:
 
 
 def check_exportable(model: PeftModel) -> None:
-    """Check that a step of the model is a function of its inputs alone.
+    """Check that a training step of `model` depends only on its inputs, not on batch statistics or random numbers.
 
     Raises:
-        ValueError: If a layer uses batch statistics or dropout, or several adapters are active. All are named.
+        ValueError: If a layer uses batch statistics or dropout, the adapter of a convolution is merged, or the number
+            of active adapters is not 1. The message names the first three problems.
     """
     problems = []
     if len(model.active_adapters) != 1:
@@ -288,21 +293,21 @@ def check_exportable(model: PeftModel) -> None:
         raise ValueError(f"the training step cannot be exported: {shown}")
 
 
-# --- the network in the form in which it is captured --------------------------------------------------------------
+# --- the network with forward functions for the capture -----------------------------------------------------------
 
 
 def _step_network(model: PeftModel) -> nn.Module:
-    """Return a copy of the base model, in double precision and eval mode, with other forward functions.
+    """Return a copy of the base model, in double precision and eval mode, with replaced forward functions.
 
-    - LoRA is a branch beside the frozen convolution, W x + s B (A x), so W is a constant and no kernel is composed. A
-      grouped convolution, or DoRA, composes its kernel as in training.
-    - A frozen BatchNorm behind a convolution scales the kernel (and B) and gives the bias.
+    - LoRA runs as a branch parallel to the frozen convolution: y = conv(x; weight) + scaling * lora_B(lora_A(x)). The
+      kernel `weight` is then a constant. Grouped convolutions and DoRA instead compute the adapted kernel in each step.
+    - A frozen BatchNorm after a convolution is fused: it scales the kernel and `lora_B`, and changes the bias.
     """
     network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
     network.to(memory_format=torch.contiguous_format)
     try:
         prepare_model_for_lean_training(network, inplace_norm=True)
-    except ValueError:  # it cannot see which layers follow each other: every norm stays a map of its own
+    except ValueError:  # the order of the layers cannot be determined, so no BatchNorm is fused
         pairs = []
     else:
         pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
@@ -328,12 +333,12 @@ def _base_layer(layer: Any) -> Any:
 
 
 def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Return what a norm does after its normalisation: timm's BatchNormAct2d also has dropout and an activation."""
+    """Apply `norm` without its normalisation. timm's BatchNormAct2d also contains dropout and an activation."""
     return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x
 
 
 def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """Return scale and shift (C,) of a frozen BatchNorm, y = scale x + shift."""
+    """Return scale and shift, of shape (C,), of a frozen BatchNorm: y = scale * x + shift. None if `norm` is None."""
     if norm is None:
         return None
     base = _base_layer(norm)
@@ -348,7 +353,7 @@ def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    """Return the kernel and bias of a convolution followed by an affine map of its channels."""
+    """Return the kernel and bias of a convolution into which `affine`, a pair (scale, shift), is fused."""
     if affine is None:
         return kernel, bias
     scale, shift = affine
@@ -386,12 +391,12 @@ def capture_graph(
     values: Mapping[str, Tensor],
     frozen: Mapping[str, Tensor],
 ) -> CapturedGraph:
-    """Trace a function, and fold what depends on frozen tensors alone.
+    """Trace `function`, and replace all values that depend only on frozen tensors by constants.
 
     Args:
-        function: From the inputs and the frozen tensors, both by name, to the outputs by name.
-        values: Examples of the inputs, in double precision.
-        frozen: Tensors that become buffers of the graph.
+        function: A function that maps a dict of inputs and a dict of frozen tensors to a dict of outputs.
+        values: A dict from the names of the inputs to example tensors in double precision.
+        frozen: A dict from names to tensors. The tensors, or values computed from them, become buffers of the graph.
     """
     outputs: list[str] = []
 
@@ -404,7 +409,7 @@ def capture_graph(
 
     tensors = [*values.values(), *frozen.values()]
     traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
-    # The second pass removes what is written in place, and sees the gradients' operators, which it decomposes.
+    # The second trace removes in-place operators, and decomposes the operators of the backward pass.
     functional = functionalize(traced)
     module = make_fx(functional, tracing_mode="fake", decomposition_table=decompositions())(*tensors)
     _remove_copies(module.graph)
@@ -431,12 +436,12 @@ def _remove_copies(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in _RESHAPES:
-            node.target = aten.reshape.default  # a view of a copy that is gone
+            node.target = aten.reshape.default  # `view` may fail without the removed copy
     graph.eliminate_dead_code()
 
 
 def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -> None:
-    """Replace what depends on constants alone by buffers; `constants` are placeholders, which are removed."""
+    """Replace nodes that depend only on `constants`, a dict from placeholders to tensors, by buffers."""
     graph, folded = module.graph, dict(constants)
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -448,7 +453,7 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
     for node, value in folded.items():
         if not isinstance(value, Tensor) or all(user in folded for user in node.users):
             continue
-        # A kernel is used in the forward and in the backward pass.
+        # Nodes with the same data share a buffer. For example, the forward and the backward pass use the same kernel.
         key = (value.data_ptr(), value.shape, value.stride())
         if key not in names:
             names[key] = f"constant_{len(names)}"
@@ -462,9 +467,11 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
 
 
 def _compare_early(graph: fx.Graph) -> None:
-    """Move comparisons of a map to where it is last used otherwise, so the backward pass keeps a byte, not the map.
+    """Move each comparison, such as `x > 0`, directly after the last other use of the compared tensor.
 
-    A hardtanh (ReLU6) is compared by its output, which may be kept as the input of an adapted layer anyway.
+    Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor. If
+    the limits of a hardtanh (ReLU6) are compared with its input, the output replaces the input in the comparison. An
+    adapted layer may keep this output anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

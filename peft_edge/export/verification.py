@@ -44,7 +44,7 @@ def read_images(
     """Read images, and preprocess the images for the evaluation of a model.
 
     If `run` is given, `comparison` contains no image that the run trained on. If `name` is data of the run, the images
-    are split as in the run. From other data, images are left out whose files are copies of the run's training images.
+    are split as in the run. Otherwise, test images are left out if their file is a copy of a training image.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.

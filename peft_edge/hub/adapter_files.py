@@ -44,8 +44,8 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 # PEFT's other tuners are not supported, because they may read further files or compile code.
 _PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-# Random values, or an exact decomposition of the backbone's weight. Other initialisations need data, or have parameters
-# with which a hostile file could make the initialisation arbitrarily slow.
+# These initialisations use random values or an exact decomposition of the backbone's weight. Other initialisations need
+# data, or have parameters with which a hostile file could make the initialisation arbitrarily slow.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 # Values of `target_modules` that are keywords, not regular expressions.
 _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
@@ -66,7 +66,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` with this card. A `base_name` replaces PEFT's `base_model_name_or_path`."""
+    """Write the files of `save_adapter` with `card`. `base_name`, if given, replaces `base_model_name_or_path`."""
     names = class_names(model)
     folder.mkdir(exist_ok=True)
     # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
@@ -95,7 +95,12 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Read `adapter_config.json`. Raise a ValueError if it is damaged, or has an unknown or unsafe key or value."""
+    """Read `adapter_config.json`.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file is damaged, or contains an unknown or unsafe key or value.
+    """
     try:
         found = read_json(path)
         if not isinstance(found, dict) or not {"peft_type", "base_model_name_or_path"} <= found.keys():
@@ -143,7 +148,7 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
 
 
 def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """Replace each regular expression in `config`, in place, by an exact pattern of the matching names in `modules`.
+    """Replace each regular expression in `config`, in place, by an exact pattern for the names in `modules` that match.
 
     PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
     This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
@@ -194,7 +199,12 @@ def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the header of a safetensors file. Raise a ValueError if it is damaged, too large or has an unknown dtype."""
+    """Read the names, shapes and dtypes in the header of a safetensors file.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file is damaged, its header is too large, or a tensor has an unsupported dtype.
+    """
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -226,7 +236,12 @@ def check_finite(path: Path) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Read JSON. Raise a ValueError if it is invalid, exceeds `JSON_LIMIT`, repeats a key or has a NaN or infinity."""
+    """Read a JSON file.
+
+    Raises:
+        FileNotFoundError: If the file is missing.
+        ValueError: If the file is not valid JSON, exceeds `JSON_LIMIT`, repeats a key, or contains NaN or infinity.
+    """
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
     if len(content) > JSON_LIMIT:

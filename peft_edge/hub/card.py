@@ -39,7 +39,8 @@ class CardSubject:
         architecture: The name of the timm architecture, or of the Python class if the base is not from timm.
         peft_type: The adapter's `peft_type`, such as `CONV_LORA`; None for a whole model.
         source: The Hub id from which the code examples of the card load the adapter or model.
-        license: The Hub's identifier of a license. None: the license of timm's pretrained weights, if they were used.
+        license: The Hub's identifier of a license. None uses the license of timm's pretrained weights if the run used
+            these weights.
     """
 
     base: str

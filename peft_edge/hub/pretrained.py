@@ -54,8 +54,9 @@ def load_pretrained(
             head. By default, the backbone is loaded from the adapter's subfolder `source_model` if it exists, or by the
             name in the adapter's configuration.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
-        allow_other_base: Accept a backbone with other weights than the adapter was trained on. An adapter without a
-            fingerprint of its base weights, such as one that PEFT saved, is always accepted if its tensors fit.
+        allow_other_base: Accept a backbone whose weights differ from those that the adapter was trained on. An adapter
+            without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's `save_pretrained`
+            writes no fingerprint.
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
@@ -222,7 +223,7 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:
-    """Give `base` as many classes as the head in `layout`, if there is one. A head that grows keeps its old rows."""
+    """Give `base` as many classes as the head in `layout`, if it has a head. A growing head keeps its old rows."""
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
         num_classes = as_timm_model(base).num_classes

@@ -47,7 +47,7 @@ def push_adapter(
             the card.
         license: The Hub's identifier of a license, for the card. By default, the card has the license of timm's
             pretrained weights if `record` says that the run used them.
-        private: Whether the repository is private if this function creates it; by default as set on the Hub.
+        private: Whether a repository that this function creates is private. None uses the default of the Hub.
         revision: The branch to push to; it is created if missing.
         token: A Hub token; by default the token of `hf auth login` or of the environment variable `HF_TOKEN`.
         commit_message: The title of the commit.
@@ -83,9 +83,9 @@ def push_update(
     license: str | None = None,
     **options: Any,
 ) -> str:
-    """Push the update of a run, an adapter or a whole model, and return the URL of the commit.
+    """Push the adapter or the whole model that a run has trained, and return the URL of the commit.
 
-    `update` is the folder of this adapter or model. All other arguments are those of `push_adapter`.
+    `update` is the folder of the adapter or model. See `push_adapter` for the other arguments.
 
     Raises:
         ValueError: If the record or a file in `update` is damaged.

@@ -42,9 +42,9 @@ class Analysis:
 
     flops: FlopCount
     memory: MemoryProfile
-    """Bytes at the peak and at the end of the forward pass. The fields that a real process measures are None."""
+    """Bytes at the peak and at the end of the forward pass. The fields of CUDA and of the process are None."""
     profile: list[StepProfile]
-    """FLOPs and memory in the form of a record: a row for the whole step, then a row for each LoRA rank."""
+    """FLOPs and memory as rows of a record: first a row for the whole step, then a row for each LoRA rank."""
     num_trainable_params: int
     num_total_params: int
 
@@ -132,7 +132,7 @@ def analyse(
 def compare_methods(
     backbone: str | nn.Module, methods: Sequence[str], *, lora_ranks: Sequence[int], **options: Any
 ) -> dict[str, StepProfile]:
-    """Analyse one step of each method, and methods with adapters at each rank in `lora_ranks`.
+    """Analyse a step of each method. Methods with adapters are analysed once for each rank in `lora_ranks`.
 
     `options` are further arguments of `analyse`. The returned dict has the row of the whole step for each key. The keys
     are `<method>, rank <r>` for methods with adapters, and `<method>` for other methods.
@@ -163,10 +163,10 @@ def prepare_step(
     adapter: Mapping[str, object] | None = None,
     lean: Mapping[str, Any] | None = None,
 ) -> tuple[nn.Module, Optimizer | None]:
-    """Apply `method` to `model`, which may change in place, and return the new model in train mode and its optimizer.
+    """Apply `method` to `model`, and return the resulting model in train mode and its optimizer.
 
-    The returned optimizer is None if no parameter is trainable, the argument `optimizer` is None, or the method uses no
-    gradients. See `analyse` for the arguments and errors.
+    `model` may be changed in place. The returned optimizer is None if no parameter is trainable, the argument
+    `optimizer` is None, or the method uses no gradients. See `analyse` for the arguments and errors.
     """
     options = _options(method, lora_rank, adapter or {})
     model = _apply_method(model, method, options).train()
@@ -195,7 +195,7 @@ def classification_loss(output: object) -> Tensor:
 
 
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
-    """Return the options for a method name, or the fields that `lora_rank` replaces in a PEFT configuration."""
+    """Return the options of a method name. For a PEFT configuration, return the fields that `lora_rank` replaces."""
     if isinstance(method, str):
         section = find_method(method).section
         rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}

@@ -268,7 +268,7 @@ class CountedStep(ExitStack):
 
 
 class StepTimes(NamedTuple):
-    """Seconds of each phase, None if the phase did not run; and samples per second, None unless all phases ran."""
+    """Seconds of each phase, and samples per second. If a phase did not run, its time and `samples_per_s` are None."""
 
     forward_s: float | None
     backward_s: float | None

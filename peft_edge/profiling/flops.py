@@ -65,7 +65,7 @@ class FlopCount(Flops):
     """
 
     by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """A dict from module names to FLOPs, with submodules. Modules without counted operators are missing.
+    """A dict from module names to FLOPs, which include the submodules. Modules without counted operators are missing.
 
     `""` is the model, without the loss and the optimizer.
     """
@@ -107,7 +107,7 @@ def count_flops(
     counter = FlopCounter(model, accounting)
     with mode:
         if optimizer is not None and not optimizer.state:
-            # Many optimizers have no state before their first step, which therefore costs less.
+            # In the first step, many optimizers have no state yet, so this step needs fewer operations.
             take_step(model, inputs, optimizer, loss_fn)
         with counter:
             take_step(model, inputs, optimizer, loss_fn)
@@ -190,7 +190,8 @@ _PRODUCTS: dict[object, Formula] = {
     ),
 }
 
-# Operations for each element: a number, or a function of the operator's arguments with tensors (not shapes, as above).
+# The values of the next tables are operations for each element: a number, or a function of the operator's arguments.
+# These functions get tensors, but the formulas above get shapes.
 
 
 def _batch_norm(*arguments: object, **_: object) -> int:

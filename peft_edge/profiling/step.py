@@ -33,7 +33,8 @@ def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, los
     """Take one step: clear the gradients, then run the forward pass, the backward pass and the update.
 
     There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. The default loss
-    is `output.loss`. If `output.loss` is missing or None, the default is the mean of `output.logits` or of the output.
+    is `output.loss`. If `output.loss` is missing or None, the default is the mean of `output.logits`. Without logits,
+    the default is the mean of `output`.
 
     Raises:
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
@@ -124,7 +125,7 @@ class StepLocation:
 
     @property
     def parents(self) -> set[tuple[str, str | None]]:
-        """The result of `locate` in the form that `FlopCounterMode` reads from its `mod_tracker`."""
+        """A set with the result of `locate`. `FlopCounterMode` reads this attribute of its `mod_tracker`."""
         return {self.locate()}
 
     def _phase(self) -> str:

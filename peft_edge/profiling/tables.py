@@ -110,8 +110,9 @@ def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
 _FLOP_UNITS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
-# There are two tables because the lines of one table would be too long. The columns of a group have the same unit: the
-# largest unit in which the largest value is at least 10, otherwise the smallest unit. Groups without units hold words.
+# There are two tables because the lines of one table would be too long. All columns of a group have the same unit. This
+# is the largest unit in which the largest value of the group is at least 10, or the smallest unit if there is no such
+# unit. Groups without units contain text.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
         (
@@ -190,7 +191,7 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Format `value` with three digits or all digits before the point. Positive values below 0.01 become `<0.01`."""
+    """Format `value` with three digits. Longer integer parts are kept, and values between 0 and 0.01 become `<0.01`."""
     if 0 < value < 0.01:
         return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"

@@ -41,7 +41,10 @@ class Subplot:
     x_label: str
     y_label: str
     data: DataFrame
-    """For `draw_scatter`: `method`, `x`, `y`. For `draw_over_rank`: `method`, `lora_rank`, `low`, `middle`, `high`."""
+    """`draw_scatter` needs the columns `method`, `x` and `y`.
+
+    `draw_over_rank` needs the columns `method`, `lora_rank`, `low`, `middle` and `high`.
+    """
 
 
 DrawSubplot = Callable[["Axes", DataFrame, Mapping[str, Style]], None]

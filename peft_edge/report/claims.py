@@ -2,7 +2,8 @@
 
 The template of the page holds the fixed text of each section. The functions in this module compute the parts that
 depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts.
-Every function `..._claim`, here and in `run_claims`, returns `not_measured` if its records are missing.
+If the required records are missing, each `..._claim` function here and in `run_claims` returns a claim from
+`not_measured`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ STUDY_FAMILIES = ("lora", "dora", "galore")
 """The methods of the source study."""
 
 ABOUT_HALF = (0.25, 0.75)
-"""A method saves about half as much if the ratio of its savings is in this range: nearer to 0.5 than to 0 or 1."""
+"""Range of "about half": nearer to 0.5 than to 0 or 1.
+
+The ratio is the saving of a method on depthwise-separable networks divided by its saving on language models.
+"""
 
 AGREEING_REDUCTION = 0.9
 """The source study reports that FLOPs fall by 95 %. A reduction of at least this fraction agrees with the study."""

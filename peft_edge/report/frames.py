@@ -65,7 +65,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         variant: Method and rank. The report compares variants.
         order, seed, trains: Position in `METHODS`, seed, and whether the run has trainable parameters.
         target, target_before, source, forgetting: Test results.
-        score, score_label: Accuracy on the target or, with new classes, the harmonic mean of new and old accuracy.
+        score: Accuracy on the target or, with new classes, the harmonic mean of new and old accuracy.
+        score_label: Label of the score in figures, with its unit.
         memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
 
     Raises:

@@ -70,7 +70,6 @@ def make_report(
     """Return the text of the page, a dict from file names to CSV tables, and a dict from file names to figures.
 
     `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
-
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, variants = frames.timing_frame(measured), frames.variant_frame(runs)

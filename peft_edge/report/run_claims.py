@@ -151,7 +151,7 @@ def updates_claim(changes: DataFrame) -> Claim:
 
 
 def _compare_ranks(changes: DataFrame) -> Claim:
-    """Compare the changes of dense layers at the lowest and the highest rank of each method with several ranks."""
+    """Compare the kernel changes of dense layers at the lowest and highest rank, for each method with several ranks."""
     dense = changes[changes["layers"].str.startswith("dense")]
     rises, parts = [], []
     for method, rows in dense.groupby("method", sort=False):
@@ -240,8 +240,8 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 def decision_table(variants: DataFrame) -> DataFrame | None:
     """Return a row of recommended methods for each task and network, with a column for accuracy and for each cost.
 
-    The column of a cost holds the cheapest variant with `is_equal`. Pairs of task and network without a profiled
-    variant with `is_equal` are omitted. Return None if no pair remains.
+    The candidates are the profiled variants for which `is_equal` is True. The column of a cost holds the candidate with
+    the lowest cost. Pairs of task and network without candidates are omitted. Return None if no pair remains.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():

@@ -2,8 +2,8 @@
 
 python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.01] [--seed 0]
 
-EXPORTED is the folder of `export_train_step`, IMAGES has one subfolder for each class, and STATE is the file that keeps
-what is learned. Run it again to go on from there.
+EXPORTED is the folder that `export_train_step` wrote. IMAGES is a folder with one subfolder for each class. STATE is
+the file for the trained adapter and the optimizer state. If STATE exists, training continues from this file.
 """
 
 import argparse
@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 
 def open_file(file: Path) -> onnxruntime.InferenceSession:
-    """Open a file with the options that take the least memory: its own order, and no map kept after its last use."""
+    """Open an ONNX file with options that save memory: run nodes in the order of the file, and free tensors early."""
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
@@ -28,7 +28,7 @@ def open_file(file: Path) -> onnxruntime.InferenceSession:
 
 
 def read_image(file: Path, preprocessing: dict) -> np.ndarray:
-    """Return the image as peft_edge evaluates it, (C, H, W): resized, cropped at the centre and normalised."""
+    """Return an image (C, H, W), preprocessed as peft_edge does for evaluation: resized, cropped and normalised."""
     _, height, width = preprocessing["input_size"]
     image = Image.open(file).convert("RGB")
     method = Image.Resampling[preprocessing["interpolation"].upper()]
@@ -47,7 +47,7 @@ def read_image(file: Path, preprocessing: dict) -> np.ndarray:
 
 
 def train_from_images() -> None:
-    """Train, and save the state."""
+    """Train the adapter on the images, and save the trained state."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name in ("exported", "images", "state"):
         parser.add_argument(name, type=Path)
@@ -78,7 +78,7 @@ def train_from_images() -> None:
     save_file(state, unfinished)
     with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
-    unfinished.replace(options.state)  # the old or the new state, never half of one
+    unfinished.replace(options.state)  # an interruption leaves either the old or the new state
 
 
 if __name__ == "__main__":
