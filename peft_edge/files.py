@@ -39,7 +39,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
             raise FileExistsError(f"{path} is a file, but a folder is to be written there: choose another name")
         _flush(unfinished, mode)
         if path.is_dir() and unfinished.is_dir():
-            # A folder can only be renamed to an empty folder, so the old folder is renamed first.
+            # A rename cannot replace a folder that is not empty, so the old folder is moved away first.
             replaced = path.with_name(f".{path.name}.replaced")
             remove(replaced)
             path.rename(replaced)

@@ -88,7 +88,7 @@ def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         base: The timm model that was the `base` of `write_diff`. It is not changed.
-        file: A file that `write_diff` wrote. It may be damaged: checksum and fingerprints are checked.
+        file: A file that `write_diff` wrote. Checksum and fingerprints detect a damaged file.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -21,8 +21,9 @@ from safetensors.numpy import load_file, save_file
 def open_session(file: Path) -> onnxruntime.InferenceSession:
     """Open an ONNX file with options that save memory.
 
-    ONNX Runtime then runs the nodes in the order of the file. It does not use the fusions that would change this order.
-    It frees each tensor after the last use, and does not keep the memory for a later tensor of the same shape.
+    ONNX Runtime then runs the nodes in the order of the file. Only basic optimizations are enabled, because extended
+    fusions would change this order. ONNX Runtime frees each tensor after its last use, and does not keep the memory for
+    a later tensor of the same shape.
     """
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED

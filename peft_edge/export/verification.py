@@ -43,8 +43,9 @@ def read_images(
 ) -> Images:
     """Read images, and preprocess the images for the evaluation of a model.
 
-    If `run` is given, `comparison` contains no image that the run trained on. If `name` is data of the run, the images
-    are split as in the run. Otherwise, test images are left out if their file is a copy of a training image.
+    If `run` is given, `comparison` contains no image that the run trained on. If `name` is a data
+    set that the run used, the data set is split as in the run. From other data sets, images that are copies of training
+    images of the run are left out.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.

@@ -178,7 +178,7 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield each flat part of x, the bytes of `mask` for this part, and the value of the part's bit (1 if not packed).
+    """Yield 1-D parts of x in memory order, each with its bytes of `mask` and the value that selects its bit.
 
     Adjacent elements of a part use the same bit of adjacent bytes, so one operation reads or sets the bits of a part.
     """

@@ -189,7 +189,7 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Keep the rows of the counted step with the highest peak, set the median times, and write the file."""
+        """Keep `self.rows` or `counted`, whichever has the higher peak, set median times, and write the file."""
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]

@@ -153,7 +153,7 @@ def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
     """Return the mean `saved_memory` for each batch size and `label`, with columns for `NETWORK_KINDS` and `ratio`."""
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)
     means = means.reindex(columns=list(NETWORK_KINDS))
-    # The ratio has no meaning if language models save nothing.
+    # The ratio has no meaning unless transformers save memory.
     means["ratio"] = (means["depthwise"] / means["transformer"]).where(means["transformer"] > 0)
     return means
 
