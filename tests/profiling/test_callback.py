@@ -207,9 +207,9 @@ def test_resumed_training_continues_its_figures_and_a_new_one_starts_over(tmp_pa
     assert [row.steps for row in resumed.rows] == [2]
     assert len(json.loads((tmp_path / "profile" / "process_0.json").read_text())["times"]) == 2
 
-    anew = ProfilingCallback(output_dir=tmp_path)
-    train(anew, 3)
-    assert [row.steps for row in anew.rows] == [1]
+    fresh = ProfilingCallback(output_dir=tmp_path)
+    train(fresh, 3)
+    assert [row.steps for row in fresh.rows] == [1]
     assert [row.process_index for row in read_profile(tmp_path)] == [0]
 
 
