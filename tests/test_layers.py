@@ -41,7 +41,7 @@ LAYERS = {
     "peft_edge/training/": 6,
     "peft_edge/report/": 7,
     "peft_edge/study/": 7,
-    "peft_edge/cli.py": 8,
+    "peft_edge/cli/": 8,
     "train.py": 8,
 }
 

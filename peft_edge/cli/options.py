@@ -1,0 +1,173 @@
+"""What the commands share: parsing of arguments, types of options, and loading of models.
+
+Arguments are checked before torch is imported, so each command imports its modules inside its function. The constants
+in this folder repeat names from these modules, and a test checks that the names agree.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import sys
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer import BadParameter, Option
+from typer.core import TyperCommand
+from typer.models import OptionInfo
+
+from peft_edge.config.schema import METHOD_NAMES, OPTIMIZER_NAMES, ROLE_NAMES
+from peft_edge.files import atomic_write
+
+if TYPE_CHECKING:
+    from torch import nn
+
+PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+
+
+class Command(TyperCommand):
+    """A command that accepts several values after one option, and prints expected errors without a traceback."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:  # the type of ctx is private
+        """Expand `--method full lora` to `--method full --method lora`, and complete abbreviated options."""
+        lists = {name: getattr(option, "multiple", False) for option in self.params for name in option.opts}
+        expanded: list[str] = []
+        repeated = None
+        for position, argument in enumerate(args):
+            name, *value = argument.split("=", 1)
+            matches = [option for option in lists if name.startswith("--") and option.startswith(name)]
+            if name not in lists and len(matches) == 1:
+                (name,) = matches
+            if argument.startswith("--"):
+                repeated = name if lists.get(name) else None
+                expanded.append("=".join([name, *value]))
+            elif repeated and not args[position - 1].startswith("--"):
+                expanded += [repeated, argument]
+            else:
+                expanded.append(argument)
+        return super().parse_args(ctx, expanded)
+
+    def invoke(self, ctx: Any) -> object:
+        """Run the command. Exit with code 2 after a ValueError, OSError or ImportError, with code 130 after Ctrl-C."""
+        try:
+            return super().invoke(ctx)
+        except (ValueError, OSError, ImportError) as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("stopped: finished results are kept", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+
+def one_of(names: Collection[str]) -> Callable[[str], str]:
+    """Return a parser that accepts only `names`, and suggests the nearest name otherwise."""
+
+    def parse(text: str) -> str:
+        if text not in names:
+            nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.0)[0]
+            raise BadParameter(f"expected one of {', '.join(names)}, found {text!r}; did you mean {nearest}?")
+        return text
+
+    return parse
+
+
+def role_or_regex(text: str) -> str:
+    """Accept a role or a regular expression."""
+    if re.fullmatch("[a-z]+(-[a-z]+)+", text):
+        return one_of(ROLE_NAMES)(text)
+    try:
+        re.compile(text)
+    except re.error as error:
+        raise BadParameter(f"{text!r} is neither a role nor a regular expression: {error}") from error
+    return text
+
+
+def picture_file(text: str) -> Path:
+    """Accept a file name whose ending Matplotlib can save."""
+    if Path(text).suffix not in PICTURE_SUFFIXES:
+        raise BadParameter(f"expected a file that ends in one of {', '.join(PICTURE_SUFFIXES)}, found {text!r}")
+    return Path(text)
+
+
+def choice(names: Collection[str], meaning: str) -> OptionInfo:
+    """Declare an option that accepts one of `names`."""
+    return Option(parser=one_of(names), metavar="|".join(names), help=meaning)
+
+
+def limit(parse: Callable[[str], int], units: Collection[str], example: str, meaning: str) -> OptionInfo:
+    """Declare an option that `parse` converts to a number."""
+
+    def read(text: str) -> int:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise BadParameter(str(error)) from error
+
+    return Option(parser=read, metavar=example, help=f"Limit on {meaning}, in {', '.join(units)}.")
+
+
+def count(meaning: str) -> OptionInfo:
+    """Declare an option that accepts whole numbers from 1."""
+    return Option(min=1, help=meaning)
+
+
+def path(metavar: str, meaning: str) -> OptionInfo:
+    """Declare an option that accepts a path."""
+    return Option(metavar=metavar, help=meaning)
+
+
+MODEL_HELP = "The folder of an adapter or of a saved model, or the id of an adapter on the Hub."
+METHODS_HELP = f"One or several methods: {', '.join(METHOD_NAMES)}."
+TARGETS_HELP = f"The layers to adapt: {', '.join(ROLE_NAMES)}, or a regular expression"
+
+Base = Annotated[str, Option(help="The base model: the folder of a saved model, or the id of a timm model on the Hub.")]
+Backbone = Annotated[str, Option(help="A timm model name, or the folder of a saved model.")]
+NumClasses = Annotated[int | None, count("Number of classes; by default that of the backbone.")]
+BatchSize = Annotated[int, count("Images per step.")]
+ImageSize = Annotated[int, count("Height and width in pixels.")]
+Methods = Annotated[list[str], Option(parser=one_of(METHOD_NAMES), metavar="METHOD ...", help=METHODS_HELP)]
+LoraRanks = Annotated[list[int], Option(min=1, metavar="RANK ...", help="One or several ranks of the adapters.")]
+Optimizer = Annotated[str, choice(OPTIMIZER_NAMES, "The optimizer. Method galore uses its GaLore variant.")]
+Json = Annotated[
+    Path | None, Option(dir_okay=False, metavar="FILE", help="Write the result as JSON. If FILE is -, print only JSON.")
+]
+Picture = Annotated[
+    Path | None, Option(parser=picture_file, metavar="FILE", help="Save a figure (.png, .svg or .pdf).")
+]
+
+
+def show(json_text: str, table: str, file: Path | None) -> None:
+    """Print `table`, and write `json_text` to `file` unless it is None. If `file` is `-`, print only `json_text`."""
+    if file == Path("-"):
+        sys.stdout.write(json_text)
+        return
+    print(table)
+    if file is not None and file.exists() and not file.is_file():
+        # `atomic_write` would replace a device or a pipe, such as /dev/stdout, by a file.
+        file.write_text(json_text, encoding="utf-8")
+    elif file is not None:
+        with atomic_write(file.resolve()) as unfinished:
+            unfinished.write_text(json_text, encoding="utf-8")
+
+
+def load_any_model(name: str, base: nn.Module | None = None, *, allow_other_base: bool = False) -> nn.Module:
+    """Load an adapter, or a saved model, from a folder or from the Hub."""
+    from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
+
+    from peft_edge.backbones import load_backbone
+    from peft_edge.backbones.loading import CONFIG_NAME
+    from peft_edge.hub import load_pretrained
+
+    folder = Path(name)
+    if (folder / CONFIG_NAME).exists() and not (folder / ADAPTER_CONFIG_NAME).exists():
+        return load_backbone(name)
+    return load_pretrained(name, base=base, allow_other_base=allow_other_base)
+
+
+def load_base_model(name: str) -> nn.Module:
+    """Load the folder of a saved model, or a pretrained timm model."""
+    from peft_edge.backbones import load_backbone
+
+    return load_backbone(name, pretrained=not Path(name).is_dir())

@@ -1,0 +1,3 @@
+from tests.export.conftest import saved
+
+__all__ = ["saved"]

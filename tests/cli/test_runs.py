@@ -1,0 +1,36 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from peft_edge import study
+from peft_edge.cli import main
+
+
+def test_study_prints_a_table_and_names_the_log_of_a_failed_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "grid.yaml").write_text("networks: [resnet18]\ngrid: {method: [full, lora]}\n")
+    asked = {}
+    monkeypatch.setattr(study, "run_grid", lambda jobs, **options: asked.update(options))
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--grid", str(tmp_path / "grid.yaml"), "--output-dir", str(tmp_path / "runs"), "--jobs", "2"])
+    assert stop.value.code == 2
+    assert asked == {"processes": 2, "results": tmp_path / "runs" / "results"}
+    printed = capsys.readouterr()
+    assert "0, not run" in printed.out
+    assert f"error: 2 of 2 failed: {tmp_path}/runs/resnet18--full" in printed.err
+
+
+def test_interrupted_study_ends_with_exit_code_130(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(*arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(study, "read_grid", interrupt)
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--grid", "grid.yaml", "--output-dir", str(tmp_path)])
+    assert stop.value.code == 130
+    assert capsys.readouterr().err == "stopped: finished results are kept\n"
