@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from peft_edge import bench, cli, export, methods, plan, roles
+from peft_edge import bench, export, methods, plan, roles
 from peft_edge.cli import costs, main, models, options
 from peft_edge.profiling import figures, flops
 from peft_edge.tuners.norm import Norm
@@ -33,7 +33,7 @@ def test_options_take_several_values_and_can_be_abbreviated(
         given.update(options, budget=budget)
         raise ValueError
 
-    monkeypatch.setattr(cli, "find_plan", find)
+    monkeypatch.setattr(costs, "find_plan", find)
     with pytest.raises(SystemExit):
         main([*PLAN, *arguments, "--target-modules", "project", "conv.*", "--memory", "1.5 mib"])
     assert given["methods"] == ["head", "lora"]
