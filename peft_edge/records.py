@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from peft_edge.files import atomic_write
 
@@ -98,13 +98,42 @@ class KernelChange(JsonModel):
     (Rudelson and Vershynin 2007, arXiv math/0503442)."""
 
 
+class TrainingCosts(JsonModel):
+    """The costs of whole trainings, summed over the targets. Only the selected learning rates count.
+
+    `total_s` is the sum of `step_s`, `loading_s`, `storing_s` and `statistics_s`.
+    """
+
+    total_s: float
+    """Time from the first image to the last optimizer step, without validation."""
+    step_s: float
+    """Time of the optimizer steps."""
+    loading_s: float
+    """Time in which training waited for batches of images or of stored features."""
+    storing_s: float
+    """Time to load the images and store their features for replay, even if an earlier run has stored these features."""
+    statistics_s: float
+    """Time to load the images and estimate BatchNorm statistics."""
+    validation_s: float
+    """Time of validation after epochs, which `total_s` does not include."""
+    flops: int | None
+    """FLOPs of all optimizer steps, of storing features and of estimating statistics, summed over all processes; null
+    if no step was profiled. The FLOPs of storing and estimating count convolutions and matrix products."""
+    process_peak_bytes: int | None
+    """Peak physical memory of a training process since the start or the resumption of training, including validation
+    and storing. It includes Python and its libraries, but not worker processes that load images. Null on Windows."""
+
+
 class TrainInfo(JsonModel):
     """Costs and results of training."""
 
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
-    """Time of the training steps without evaluation, summed over targets. Only the selected learning rates count."""
+    """Time of the optimizer steps, summed over targets: `step_s` of `costs`, or the time in which a method without
+    gradients estimates statistics. Only the selected learning rates count."""
+    costs: TrainingCosts | None = Field(default=None, exclude_if=lambda value: value is None)
+    """The costs of whole trainings; absent from records of earlier versions, and if nothing was trained."""
     file_size: int | None = None
     """Bytes of the saved adapter, or of the saved model for a method without an adapter."""
 
@@ -127,6 +156,11 @@ class TrainInfo(JsonModel):
     """The largest absolute differences of the logits of the reloaded and the merged model from the trained model's."""
     changes: dict[str, KernelChange] = {}
     """A dict from the name of each changed convolution to its change; empty if the update cannot be merged."""
+
+    @property
+    def seconds(self) -> float | None:
+        """Time of the whole training; in records of earlier versions only the time of the optimizer steps."""
+        return self.train_time if self.costs is None else self.costs.total_s
 
 
 class MetaInfo(JsonModel):
@@ -196,6 +230,13 @@ class StepProfile(JsonModel):
     """Peak physical memory of the process in the step; since the process start if the system cannot reset the peak."""
     adapter_bytes: int | None = None
     """Bytes of the tensors in the saved adapter, or of the trainable parameters for a method without an adapter."""
+
+    @property
+    def flops(self) -> int | None:
+        """All FLOPs of the step; None if a part was not measured."""
+        parts = [value for name, value in vars(self).items() if name.startswith("flops_")]
+        known = [value for value in parts if value is not None]
+        return sum(known) if len(known) == len(parts) else None
 
 
 class Record(JsonModel):

@@ -17,6 +17,7 @@ from peft_edge.records import (
     RunInfo,
     StepProfile,
     TrainInfo,
+    TrainingCosts,
     add_record,
     load_average,
     package_info,
@@ -101,6 +102,18 @@ def test_profile_names_process_and_rank(run: Record) -> None:
     assert (row["process_index"], row["lora_rank"], row["flops_forward"]) == (1, 4, 10)
     assert row["memory_peak_bytes"] is None
     assert "rank" not in row
+
+
+def test_costs_of_training_are_absent_unless_they_were_measured(run: Record) -> None:
+    assert "costs" not in json.loads(run.to_json())["train_info"]
+    run.train_info.train_time = 3.0
+    assert run.train_info.seconds == 3.0
+    parts = {"step_s": 3.0, "loading_s": 1.0, "storing_s": 2.0, "statistics_s": 0.5}
+    run.train_info.costs = TrainingCosts(
+        total_s=sum(parts.values()), **parts, validation_s=9.0, flops=None, process_peak_bytes=10
+    )
+    assert run.train_info.seconds == 6.5
+    assert Record.from_json(run.to_json()) == run
 
 
 def test_record_without_a_profile_is_read(run: Record) -> None:

@@ -107,8 +107,9 @@ class DataConfig(Section):
     """Maximum number of images of all earlier classes in an increment. 0: freeze the head rows of earlier classes."""
     image_size: PositiveCount = 48
     """Height and width of the network's input, in pixels."""
-    adaptation_size: PositiveCount = 512
-    """Maximum number of target training images. With new classes, this is the maximum for each increment."""
+    adaptation_size: PositiveCount | None = None
+    """Maximum number of target training images; by default all of them. With new classes, the maximum for each
+    increment. For a corruption of your own images, at most a quarter of the training images."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import logging
 import os
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
@@ -17,6 +18,8 @@ from peft_edge.data.domain import Domain, Task, read_into_memory, stratified_spl
 from peft_edge.data.embedded import load_digits_domain, load_shapes_domain
 from peft_edge.data.folders import split_of
 from peft_edge.data.sources import Filter, domain_from_splits, read_splits
+
+logger = logging.getLogger(__name__)
 
 EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
     "digits": load_digits_domain,
@@ -36,7 +39,7 @@ def load_task(
     rehearsal_size: int = 0,
     seed: int = 0,
     image_size: int = 48,
-    adaptation_size: int = 512,
+    adaptation_size: int | None = None,
     subset: str | None = None,
     train_split: str = "train",
     image_column: str | None = None,
@@ -62,7 +65,8 @@ def load_task(
         rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
         seed: The seed of all splits, and of the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
-        adaptation_size: The maximum number of adaptation images in each target. Rehearsal images are not counted.
+        adaptation_size: The maximum number of adaptation images in each target, without rehearsal images. None means
+            all images. A warning states how many images are left out.
         subset: The configuration of a Hugging Face dataset. This and the next three arguments apply to both `name` and
             `shift`.
         train_split: The split to train on, or to adapt to if `shift` is another dataset.
@@ -115,7 +119,9 @@ def load_task(
 
     if shift in SHIFTS:
         if adaptation is None:
-            rest, adaptation = stratified_split(source.train, min(adaptation_size, len(source.train) // 4), seed=seed)
+            quarter = len(source.train) // 4
+            size = quarter if adaptation_size is None else min(adaptation_size, quarter)
+            rest, adaptation = stratified_split(source.train, size, seed=seed)
             source = replace(source, train=rest)
         target = replace(source, train=adaptation)
     elif shift in splits and not shift_filters:
@@ -139,8 +145,7 @@ def load_task(
         other = _with_classes_of(source, other, names=(name, shift))
         target = domain_from_splits(shift, other, train_split=train_split, seed=seed, exclude=contents)
     target = _without_contents(target)
-    if len(target.train) > adaptation_size:
-        target = replace(target, train=stratified_split(target.train, adaptation_size, seed=seed)[1])
+    target = replace(target, train=_limited(target.train, adaptation_size, seed=seed))
     if shift in SHIFTS:
         shifted = {key: Shift(shift, severity).shift_dataset(split) for key, split in vars(target).items()}
         if name in EMBEDDED:
@@ -149,6 +154,14 @@ def load_task(
         target = Domain(**shifted)
     change = shift if severity is None else f"{shift} at severity {severity}"
     return Task(name=name, change=change, source=source, targets=(target,))
+
+
+def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:
+    """Draw `size` images if there are more, and log how many are left out."""
+    if size is None or len(images) <= size:
+        return images
+    logger.warning(f"adapting with {size:,} of {len(images):,} images, because of data.adaptation_size")
+    return stratified_split(images, size, seed=seed)[1]
 
 
 def _contents(split: Dataset) -> list[str]:
@@ -167,7 +180,7 @@ def class_increments(
     *,
     increments: int,
     rehearsal_size: int,
-    adaptation_size: int,
+    adaptation_size: int | None,
     seed: int,
 ) -> tuple[Domain, tuple[Domain, ...]]:
     """Divide the classes of a domain among a source and one target for each increment.
@@ -202,9 +215,7 @@ def class_increments(
     known, targets = base, []
     earlier = [_select_classes(domain.train, base)]
     for group in groups:
-        images = _select_classes(adaptation, group)
-        if len(images) > adaptation_size:
-            images = stratified_split(images, adaptation_size, seed=seed)[1]
+        images = _limited(_select_classes(adaptation, group), adaptation_size, seed=seed)
         share = rehearsal_size // len(known)
         rehearsal = [_select_per_class(part, share, seed=seed) for part in earlier] if share else []
         earlier.append(images)

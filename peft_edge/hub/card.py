@@ -86,7 +86,7 @@ def _results(record: Record, folder: Path | None) -> dict[str, object]:
         ("trained parameters", f"{train.num_trainable_params or 0:,}"),
         ("parameters of the model", f"{train.num_total_params or 0:,}"),
         ("saved bytes", f"{train.file_size or 0:,}"),
-        ("training seconds", f"{train.train_time or 0:.1f}"),
+        ("training seconds", f"{train.seconds or 0:.1f}"),
     ]
     picture = None
     steps = {f"process {row.process_index}": row for row in record.profile if row.scope == "step"}

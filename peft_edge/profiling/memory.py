@@ -359,7 +359,7 @@ def cuda_device(model: nn.Module) -> torch.device | None:
 
 
 class ProcessPeak:
-    """Measure the peak memory of this process inside a `with` block. Blocks must not overlap.
+    """Measure the peak memory of this process inside a `with` block. A block may be inside another block.
 
     At its start, the block resets the peak counters of CUDA and, on Linux, of the process. The process grows by more
     than the bytes of its tensors, because malloc cannot reuse all memory. With glibc we measured up to 75 % more in a
@@ -378,6 +378,10 @@ class ProcessPeak:
         self._rss_before: int | None = None
 
     def __enter__(self) -> ProcessPeak:
+        # The reset below would hide the peak so far from the blocks around this block.
+        for block in _open_peaks:
+            block._read()
+        _open_peaks.append(self)
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
         if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
@@ -387,12 +391,20 @@ class ProcessPeak:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.peak_rss_bytes = peak_rss_bytes()
+        _open_peaks.remove(self)
+        self._read()
+
+    def _read(self) -> None:
+        """Raise the peaks of this block to the peaks since the last reset."""
+        peak = peak_rss_bytes()
+        self.peak_rss_bytes = None if peak is None else max(peak, self.peak_rss_bytes or 0)
         if self._rss_before is not None and self.peak_rss_bytes is not None:
             self.rss_growth_bytes = self.peak_rss_bytes - self._rss_before
         if self._device is not None:
-            self.cuda_peak_bytes = torch.cuda.max_memory_allocated(self._device)
+            self.cuda_peak_bytes = max(torch.cuda.max_memory_allocated(self._device), self.cuda_peak_bytes or 0)
 
+
+_open_peaks: list[ProcessPeak] = []
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")

@@ -105,8 +105,7 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
     new_classes = bool(config["data.new_classes"])
     costs: list[int | None] = [None, None, None]
     if step is not None:
-        flops = [value for name, value in vars(step).items() if name.startswith("flops_")]
-        costs = [step.memory_peak_bytes, None if None in flops else sum(flops), record.train_info.file_size]
+        costs = [step.memory_peak_bytes, step.flops, record.train_info.file_size]
     return {
         "task": f"{config['data.name']}, {'new classes' if new_classes else config['data.shift']}",
         "backbone": config["backbone.name"],
@@ -375,7 +374,7 @@ def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
 def _all_of_run(record: Record) -> dict[str, object]:
     info, train = record.run_info, record.train_info
     config = {key: value for key, value in info.train_config.items() if key not in ("output_dir", "cache_dir")}
-    single = {key: value for key, value in vars(train).items() if key not in ("metrics", "sweep", "changes")}
+    single = train.model_dump(exclude={"metrics", "sweep", "changes"})
     row: dict[str, object] = {
         "record": "run",
         "total_time": info.total_time,

@@ -170,6 +170,9 @@ _RUN_COLUMNS = {
     "trained parameters": ",.0f",
     "saved bytes": ",.0f",
     "training seconds": ".1f",
+    "training TFLOP": ".3g",
+    "tensors MiB": ",.1f",
+    "process MiB": ",.0f",
 }
 _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": ",.2f"}
 
@@ -177,8 +180,10 @@ _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": 
 def study_table(jobs: Sequence[Job]) -> str:
     """Return a text table of runs and one of cost analyses, each with one row per `setting`. Empty tables are left out.
 
-    A cell contains the mean over the successful jobs ± the standard deviation, or only the mean if all values are
-    equal. The column `runs` or `analyses` contains the number of successful jobs and the statuses of other jobs.
+    A cell contains the mean over the successful jobs ± its standard error, or only the mean if all values are equal.
+    The standard error is the sample standard deviation divided by the square root of the number of values. The column
+    `runs` or `analyses` contains the number of successful jobs and the statuses of other jobs. Training seconds include
+    loading and storing; see `TrainingCosts`. The MiB are the peaks of the tensors in a step and of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
@@ -203,7 +208,14 @@ def _measurements(record: Record | CostRecord) -> list[float | None]:
         scaled = (cost.memory_peak_bytes, 2**20), (cost.flops_forward, 1e9), (cost.flops_backward, 1e9)
         return [None if value is None else value / unit for value, unit in scaled]
     info, last = record.train_info, record.train_info.metrics[-1]
-    return [last[TARGET], last[SOURCE], last["retention"], info.num_trainable_params, info.file_size, info.train_time]
+    tensors = None if record.step is None else record.step.memory_peak_bytes
+    flops, process = (None, None) if info.costs is None else (info.costs.flops, info.costs.process_peak_bytes)
+    parts = (flops, 10**12), (tensors, 2**20), (process, 2**20)
+    return [
+        *(last[name] for name in (TARGET, SOURCE, "retention")),
+        *(info.num_trainable_params, info.file_size, info.seconds),
+        *(None if value is None else value / unit for value, unit in parts),
+    ]
 
 
 def _mean(values: Sequence[float | None], style: str) -> str:
@@ -211,4 +223,6 @@ def _mean(values: Sequence[float | None], style: str) -> str:
     if not known:
         return "-"
     mean = format(statistics.fmean(known), style)
-    return mean if len(set(known)) == 1 else f"{mean} ± {format(statistics.stdev(known), style)}"
+    if len(set(known)) == 1:
+        return mean
+    return f"{mean} ± {format(statistics.stdev(known) / len(known) ** 0.5, style)}"

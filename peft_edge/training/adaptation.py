@@ -12,16 +12,19 @@ import logging
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
-from accelerate.utils import set_seed
+from accelerate.utils import gather_object, set_seed
 from peft import PeftModel
 from peft.utils import CONFIG_NAME
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import get_cosine_schedule_with_warmup
 
 from peft_edge.backbones import grow_head, load_backbone, save_backbone, set_class_names
@@ -32,7 +35,8 @@ from peft_edge.files import atomic_write, remove
 from peft_edge.hub import load_pretrained, save_adapter
 from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
 from peft_edge.methods import Method, Options, find_method, training_memory_format
-from peft_edge.records import StepProfile
+from peft_edge.profiling.memory import ProcessPeak
+from peft_edge.records import StepProfile, TrainingCosts
 from peft_edge.training.batches import (
     evaluation_batches,
     frozen_prefix,
@@ -95,6 +99,7 @@ class TrainedCandidate(BaseModel):
     validation_accuracy: float  # measured after the last optimizer step
     num_trainable_params: int
     train_time: float  # seconds in optimizer steps, or in `recalibrate` if `learning_rate` is None
+    costs: TrainingCosts
     metrics: list[dict[str, int | float | None]]  # measurements of each epoch
     profile: list[StepProfile]  # for each process, a row for the whole step and a row for each LoRA rank
     replay: dict[str, object] | None  # `FeatureCache.info`; None without replay
@@ -158,64 +163,122 @@ def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
     """Train the candidate `name`, from its newest checkpoint if there is one. If it is finished, only read it."""
-    config, settings, accelerator = run.config, run.config.training, run.accelerator
+    config, accelerator = run.config, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name
     if not folder.exists():
-        set_seed(config.seed)
-        model = new_learner(config, method, source, target, previous)
-        num_trainable_params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        batches = training_batches(config, source, target.train, batch_size=settings.batch_size)
-        validation = evaluation_batches(config, source, target.validation)
-
-        started = time.perf_counter()
-        if isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "recalibrate":
-            loader = accelerator.prepare_data_loader(batches)  # gives each process a part of the images
-            recalibrate(model, (batch["pixel_values"] for batch in loader), synchronise=True)
-        seconds = time.perf_counter() - started
-        if config.lean.enabled:
-            prepare_model_for_lean_training(model, **config.lean.model_dump(exclude={"enabled"}))
-        replay = open_replay(run, model, source, target) if settings.replay else None
-
-        profile: list[StepProfile] = []
-        if learning_rate is None:
-            accuracy = predict(model, accelerator.prepare_data_loader(validation), accelerator).accuracy
-            epoch = {"step": 0, "train loss": None, "valid accuracy": accuracy, "train time": seconds}
-            progress = Progress(accelerator.num_processes, train_time=seconds, metrics=[epoch])
-        else:
-            optimizer = _optimizer(config, model, learning_rate)
-            trained, batches = (model, batches) if replay is None else (replay.tail, replay.batches)
-            total_steps = settings.epochs * len(batches)
-            schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
-            prepared = accelerator.prepare(trained, optimizer, schedule, batches, validation)
-            evaluated = prepared[0] if replay is None else model
-            progress, profile = train(*prepared, evaluated=evaluated, run=run, name=name)
-            model = accelerator.unwrap_model(evaluated, keep_fp32_wrapper=False)
-            profile = profile if replay is None else with_whole_update(profile, model)
-
-        final_accuracy = progress.metrics[-1]["valid accuracy"]
+        with ProcessPeak() as process:
+            trained = _train_candidate(run, target, source, learning_rate, name, previous)
+        costs = trained.costs(process.peak_rss_bytes)
+        final_accuracy = trained.progress.metrics[-1]["valid accuracy"]
         assert final_accuracy is not None  # `train` always evaluates the last epoch
         if accelerator.is_main_process:
-            undo_lean_training(model)
+            undo_lean_training(trained.model)
             candidate = TrainedCandidate(
                 folder=folder,
                 learning_rate=learning_rate,
                 validation_accuracy=final_accuracy,
-                num_trainable_params=num_trainable_params,
-                train_time=progress.train_time,
-                metrics=progress.metrics,
-                profile=profile,
-                replay=None if replay is None else replay.info,
+                num_trainable_params=trained.num_trainable_params,
+                train_time=trained.progress.train_time,
+                costs=costs,
+                metrics=trained.progress.metrics,
+                profile=trained.profile,
+                replay=trained.replay,
             )
             with atomic_write(folder) as unfinished:
                 unfinished.mkdir()
-                logits = eval_logits(model, first_images(config, source, target))
+                logits = eval_logits(trained.model, first_images(config, source, target))
                 save_file({"logits": logits}, unfinished / "logits.safetensors")
-                save_update(model, unfinished, saves_full_model=method.saves_full_model)
+                save_update(trained.model, unfinished, saves_full_model=method.saves_full_model)
                 (unfinished / "candidate.json").write_text(candidate.model_dump_json(), encoding="utf-8")
             remove(run.path / "checkpoints" / name)
         accelerator.free_memory()
     accelerator.wait_for_everyone()
     return TrainedCandidate(folder=folder, **json.loads((folder / "candidate.json").read_text(encoding="utf-8")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Trained:
+    """The result of `_train_candidate`, in one process."""
+
+    model: nn.Module
+    num_trainable_params: int
+    progress: Progress
+    profile: list[StepProfile]  # of all processes; empty if no step was profiled
+    replay: dict[str, Any] | None  # `FeatureCache.info`
+    statistics_s: float  # seconds in `recalibrate`
+    statistics_flops: int  # FLOPs of `recalibrate` in this process
+
+    def costs(self, process_peak_bytes: int | None) -> TrainingCosts:
+        """Return the costs of the training. All processes must call this."""
+        progress, step_flops = self.progress, [row.flops for row in self.profile if row.scope == "step"]
+        measured = gather_object([(process_peak_bytes, self.statistics_flops)])
+        storing_s, flops = 0.0, sum(flops for _, flops in measured)
+        if self.replay is not None:
+            storing_s, flops = self.replay["fill_s"], flops + self.replay["fill_flops"]
+        flops += progress.step * sum(filter(None, step_flops))
+        step_s = progress.train_time if progress.step else 0.0
+        return TrainingCosts(
+            total_s=step_s + progress.loading_time + storing_s + self.statistics_s,
+            step_s=step_s,
+            loading_s=progress.loading_time,
+            storing_s=storing_s,
+            statistics_s=self.statistics_s,
+            validation_s=progress.validation_time,
+            flops=flops if not progress.step or (step_flops and None not in step_flops) else None,
+            process_peak_bytes=max((peak for peak, _ in measured if peak is not None), default=None),
+        )
+
+
+def _train_candidate(
+    run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
+) -> _Trained:
+    config, settings, accelerator = run.config, run.config.training, run.accelerator
+    set_seed(config.seed)
+    model = new_learner(config, find_method(config.method), source, target, previous)
+    num_trainable_params = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    batches = training_batches(config, source, target.train, batch_size=settings.batch_size)
+    validation = evaluation_batches(config, source, target.validation)
+
+    statistics_s, counter = 0.0, FlopCounterMode(display=False)
+    if isinstance(model, PeftModel) and getattr(model.active_peft_config, "norm", None) == "recalibrate":
+        started = time.perf_counter()
+        loader = accelerator.prepare_data_loader(batches)  # gives each process a part of the images
+        with counter:
+            recalibrate(model, (batch["pixel_values"] for batch in loader), synchronise=True)
+        statistics_s = time.perf_counter() - started
+    if config.lean.enabled:
+        prepare_model_for_lean_training(model, **config.lean.model_dump(exclude={"enabled"}))
+    replay = open_replay(run, model, source, target) if settings.replay else None
+
+    profile: list[StepProfile] = []
+    if learning_rate is None:
+        started = time.perf_counter()
+        loader = accelerator.prepare_data_loader(validation)
+        accuracy = predict(model, loader, accelerator, stage="validating").accuracy
+        validation_s = time.perf_counter() - started
+        epoch = {"step": 0, "train loss": None, "valid accuracy": accuracy, "train time": statistics_s}
+        progress = Progress(
+            accelerator.num_processes, train_time=statistics_s, validation_time=validation_s, metrics=[epoch]
+        )
+    else:
+        optimizer = _optimizer(config, model, learning_rate)
+        trained, batches = (model, batches) if replay is None else (replay.tail, replay.batches)
+        total_steps = settings.epochs * len(batches)
+        schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
+        prepared = accelerator.prepare(trained, optimizer, schedule, batches, validation)
+        evaluated = prepared[0] if replay is None else model
+        progress, profile = train(*prepared, evaluated=evaluated, run=run, name=name)
+        model = accelerator.unwrap_model(evaluated, keep_fp32_wrapper=False)
+        profile = profile if replay is None else with_whole_update(profile, model)
+    return _Trained(
+        model=model,
+        num_trainable_params=num_trainable_params,
+        progress=progress,
+        profile=profile,
+        replay=None if replay is None else replay.info,
+        statistics_s=statistics_s,
+        statistics_flops=counter.get_total_flops(),
+    )
 
 
 def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Optimizer:

@@ -36,13 +36,13 @@ def evaluation_batches(config: RunConfig, backbone: nn.Module, images: Dataset) 
 def _batches(
     config: RunConfig, backbone: nn.Module, images: Dataset, *, train: bool, shuffle: bool, batch_size: int
 ) -> DataLoader:
-    transform = build_transform(_timm_config(config, backbone), train=train)
+    transform = build_transform(timm_config(config, backbone), train=train)
     return build_loader(
         images, transform, batch_size=batch_size, shuffle=shuffle, seed=config.seed, num_workers=config.num_workers
     )
 
 
-def _timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
+def timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
     """Return timm's data configuration of the backbone, with `data.image_size` as the height and width."""
     size = config.data.image_size
     return {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
@@ -98,7 +98,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
         config,
         accelerator.device.type,
         images=target.fingerprint,
-        transform=_timm_config(config, source),
+        transform=timm_config(config, source),
         mixed_precision=settings.mixed_precision,
     )
     with accelerator.autocast():

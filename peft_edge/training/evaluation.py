@@ -2,19 +2,33 @@
 
 from __future__ import annotations
 
+import json
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list
+from filelock import FileLock
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
 
+from peft_edge._compat import dataset_fingerprint
+from peft_edge.backbones import fingerprint
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, Task
+from peft_edge.files import atomic_write
 from peft_edge.metrics import Accuracy, Retention, average_forgetting, harmonic_mean
 from peft_edge.records import KernelChange
 from peft_edge.roles import named_convolutions
-from peft_edge.training.batches import evaluation_batches
+from peft_edge.training.batches import evaluation_batches, timm_config
+from peft_edge.training.run_folder import cache_folder, cache_key
+
+logger = logging.getLogger(__name__)
 
 RELOAD_TOLERANCE = 1e-5
 MERGE_TOLERANCE = 1e-3
@@ -37,14 +51,16 @@ class Predictions:
 
 
 @torch.no_grad()
-def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> Predictions:
+def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator, *, stage: str) -> Predictions:
     """Predict the class of every image in eval mode, and gather the predictions of all processes.
 
     `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`, and stays in eval mode.
+    `stage` is the text of the progress bar.
     """
     model.eval()
     found = Predictions([], [])
-    for batch in batches:
+    is_quiet = not accelerator.is_main_process
+    for batch in tqdm(batches, desc=stage, unit="batch", leave=False, disable=is_quiet):
         with accelerator.autocast():
             logits = model(batch["pixel_values"])
         predictions = logits.argmax(dim=-1).masked_fill(~logits.isfinite().all(dim=-1), -1)
@@ -56,8 +72,67 @@ def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator) -> 
 
 def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
     """Return the predictions for the test split of the source, then for the test split of each target."""
-    loaders = [evaluation_batches(config, model, domain.test) for domain in (task.source, *task.targets)]
-    return [predict(model, accelerator.prepare_data_loader(loader), accelerator) for loader in loaders]
+    return [_predict_test(model, config, domain, accelerator) for domain in (task.source, *task.targets)]
+
+
+def _predict_test(model: nn.Module, config: RunConfig, domain: Domain, accelerator: Accelerator) -> Predictions:
+    loader = accelerator.prepare_data_loader(evaluation_batches(config, model, domain.test))
+    return predict(model, loader, accelerator, stage="testing")
+
+
+def predict_source_tests(
+    source: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator
+) -> list[Predictions]:
+    """Return the result of `predict_tests` for the source model, from the shared cache if it is there.
+
+    The source model is the same in many runs, so each of its tests runs once. If the cache folder cannot be written,
+    the predictions are not stored.
+    """
+    found = []
+    for domain in (task.source, *task.targets):
+        key = cache_key(
+            config,
+            accelerator.device.type,
+            model=fingerprint(source),
+            images=dataset_fingerprint(domain.test),
+            transform=timm_config(config, source),
+            batch_size=config.training.eval_batch_size,
+            mixed_precision=config.training.mixed_precision,
+            num_processes=accelerator.num_processes,
+        )
+        file = cache_folder(config) / "tests" / f"{key[:16]}.json"
+        with _locked(file) if accelerator.is_main_process else nullcontext(False) as may_write:
+            # All processes must take the same branch, because `predict` needs all of them.
+            (known,) = broadcast_object_list([_read_predictions(file)])
+            if known is None:
+                known = _predict_test(source, config, domain, accelerator)
+                if may_write:
+                    with atomic_write(file) as unfinished:
+                        unfinished.write_text(json.dumps(vars(known)), encoding="utf-8")
+        found.append(known)
+    return found
+
+
+@contextmanager
+def _locked(file: Path) -> Iterator[bool]:
+    """Lock `file` against other runs if `file` cannot be read, and yield whether `file` may be written."""
+    with ExitStack() as stack:
+        may_write = False
+        if _read_predictions(file) is None:
+            try:
+                file.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(FileLock(file.with_name(f"{file.name}.lock")))
+                may_write = True
+            except PermissionError:
+                logger.warning("%s cannot be written, so the next run tests the source model again", file)
+        yield may_write
+
+
+def _read_predictions(file: Path) -> Predictions | None:
+    try:
+        return Predictions(**json.loads(file.read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
 
 
 def results(predictions: list[list[Predictions]]) -> dict[str, object]:

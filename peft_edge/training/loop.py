@@ -101,7 +101,9 @@ def train(
             epoch, done = divmod(progress.step, len(batches))
             model.train()
             batches.set_epoch(epoch)
+            waiting_since = time.perf_counter()
             for batch in skip_first_batches(batches, done):
+                progress.loading_time += time.perf_counter() - waiting_since
                 send("on_step_begin")
                 started = time.perf_counter()
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, send)
@@ -124,7 +126,9 @@ def train(
                 if progress.step % len(batches) == 0:
                     accuracy = None
                     if (epoch + 1) % settings.eval_every_epochs == 0 or progress.step == total_steps:
-                        found = predict(evaluated, validation, accelerator)
+                        started = time.perf_counter()
+                        found = predict(evaluated, validation, accelerator, stage="validating")
+                        progress.validation_time += time.perf_counter() - started
                         if -1 in found.predictions:
                             raise diverged(float("nan"), progress.step)
                         accuracy = found.accuracy
@@ -144,6 +148,7 @@ def train(
                         f"\nterminated: step {progress.step} of {total_steps} is saved; the same command resumes there"
                     )
                     sys.exit(128 + signal.SIGTERM)
+                waiting_since = time.perf_counter()
         send("on_train_end")
     return progress, profiling.rows
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 import warnings
@@ -17,10 +18,12 @@ from peft_edge.data import load_task
 from peft_edge.hub import push_update
 from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, load_update, merged_copy, sweep
-from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_tests
+from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_source_tests, predict_tests
 from peft_edge.training.run_folder import ActiveRun, lock_output_dir, open_run
 from peft_edge.training.source import source_model
-from peft_edge.training.summary import build_record, failure_recorded
+from peft_edge.training.summary import build_record, failure_recorded, retention_warning
+
+logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> Record:
@@ -62,8 +65,8 @@ def _run_stages(run: ActiveRun) -> Record:
             accelerator.print(f"{name} images: {sizes}; {domain.num_classes} classes")
 
         # The source model: trained once, and shared by all runs with the same source configuration.
-        source = source_model(config, task, accelerator.device)
-        predictions = [predict_tests(source, config, task, accelerator)]
+        source = source_model(config, task, accelerator.device, say=accelerator.print)
+        predictions = [predict_source_tests(source, config, task, accelerator)]
 
         # Adaptation: the target's validation split chooses the learning rate.
         start_trackers(config, accelerator)
@@ -97,6 +100,8 @@ def _run_stages(run: ActiveRun) -> Record:
             changes=changes,
         )
         run.write_record(record)
+    if accelerator.is_main_process and (warning := retention_warning(record)):
+        logger.warning(warning)
     return record
 
 

@@ -165,6 +165,8 @@ class Progress:
     num_processes: int
     step: int = 0  # number of finished optimizer steps
     train_time: float = 0.0  # seconds spent in the finished steps
+    loading_time: float = 0.0  # seconds in which the finished steps waited for their batches
+    validation_time: float = 0.0  # seconds of the validation after finished epochs
     loss_sum: float = 0.0  # sum of the losses of the finished steps in the current epoch
     metrics: list[dict[str, int | float | None]] = field(default_factory=list)  # measurements of each finished epoch
 

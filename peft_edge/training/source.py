@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from accelerate.utils import set_seed
@@ -14,6 +15,7 @@ from torch.optim.lr_scheduler import OneCycleLR
 from tqdm.auto import tqdm
 
 from peft_edge.backbones import fingerprint, load_backbone, save_backbone, set_class_names
+from peft_edge.backbones.heads import as_timm_model, replace_head
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
 from peft_edge.files import atomic_write
@@ -21,14 +23,27 @@ from peft_edge.optim import decay_groups
 from peft_edge.training.batches import set_epoch, training_batches
 from peft_edge.training.run_folder import cache_folder, cache_key
 
+Say = Callable[[str], object]
+"""Prints a message for the user."""
 
-def new_backbone(config: RunConfig, num_classes: int) -> nn.Module:
-    """Set the random seed, and return the backbone with the weights from which training of the source model starts."""
+
+def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
+    """Set the random seed, and return the backbone with the weights from which training of the source model starts.
+
+    If loaded weights have another number of classes, `say` is called with a message about the new head.
+    """
     set_seed(config.seed)
-    return load_backbone(num_classes=num_classes, **config.backbone.model_dump())
+    options = config.backbone
+    if not (options.pretrained or options.checkpoint):
+        return load_backbone(num_classes=num_classes, **options.model_dump())
+    model = as_timm_model(load_backbone(**options.model_dump()))
+    if model.num_classes != num_classes:
+        say(f"new head for {num_classes} classes: the loaded weights have {model.num_classes:,} classes")
+        replace_head(model, num_classes)
+    return model
 
 
-def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Module:
+def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Say = lambda message: None) -> nn.Module:
     """Train the source model, or load it from the cache, and return it on `device` in channels_last.
 
     One process trains the model while all other processes that need this model wait, including those of other runs.
@@ -39,7 +54,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device) -> nn.Modu
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
         OSError: If the cache cannot be written.
     """
-    model = new_backbone(config, task.source.num_classes)
+    model = new_backbone(config, task.source.num_classes, say=say)
     set_class_names(model, task.source.class_names)
     # Unmodified weights from the Hub need no copy in the cache: an adapter can load them by name on any machine.
     if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:

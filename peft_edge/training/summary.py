@@ -26,11 +26,13 @@ from peft_edge.records import (
     DIVERGED,
     FAILED,
     SUCCESS,
+    JsonObject,
     KernelChange,
     MetaInfo,
     Record,
     RunInfo,
     TrainInfo,
+    TrainingCosts,
     package_info,
     system_info,
 )
@@ -75,6 +77,7 @@ def build_record(
     record.train_info = TrainInfo(
         status=SUCCESS,
         train_time=sum(best.train_time for best in chosen) if last else None,
+        costs=_sum_of([best.costs for best in chosen]),
         file_size=sum(file.stat().st_size for file in update.glob("*.safetensors")) if update else 0,
         num_trainable_params=last.num_trainable_params if last else 0,
         num_total_params=sum(parameter.numel() for parameter in source.parameters()),
@@ -118,6 +121,18 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
     )
 
 
+def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
+    """Return the sum of costs, with the highest of their peaks. A field that is None in one of them is None."""
+    if not costs:
+        return None
+    columns = {name: [getattr(each, name) for each in costs] for name in TrainingCosts.model_fields}
+    merged: JsonObject = {
+        name: None if None in values else max(values) if name == "process_peak_bytes" else sum(values)
+        for name, values in columns.items()
+    }
+    return TrainingCosts(**merged)
+
+
 @contextmanager
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
     """Write a record with the error if the block raises, and re-raise the error.
@@ -143,6 +158,25 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
             raise
 
 
+def retention_warning(record: Record) -> str | None:
+    """Return a warning if the update lost more than half of the accuracy on the source, otherwise None."""
+    config, results = record.run_info.train_config, record.train_info.metrics[-1]
+    if results["retention"] is None or results["retention"] >= 0.5:
+        return None
+    if config["method"].startswith(("norm-", "peft-")):
+        remedy = f"use another method with norm=frozen: {config['method']} replaces the source's BatchNorm statistics"
+    elif config["norm"] != "frozen":
+        remedy = f"set norm=frozen, which keeps the source's BatchNorm statistics (norm is {config['norm']})"
+    elif config["data"]["new_classes"]:
+        remedy = "raise data.rehearsal_size, or lower training.learning_rate"
+    else:
+        remedy = "lower training.learning_rate or training.epochs, or adapt fewer layers"
+    return (
+        f"the update keeps only {results['retention']:.0%} of the accuracy on the source ({results[SOURCE_BEFORE]:.3f} "
+        f"before, {results[SOURCE]:.3f} after). If the model must still work on the source: {remedy}"
+    )
+
+
 def summary_table(record: Record) -> str:
     """Return a text table of a successful run: accuracies, sizes, times, sweep, replay, checks, step profile."""
     config, train = record.run_info.train_config, record.train_info
@@ -156,7 +190,7 @@ def summary_table(record: Record) -> str:
         ("trained parameters", "0", f"{train.num_trainable_params:,}"),
         ("of the model", "0 %", f"{100 * (train.num_trainable_params or 0) / (train.num_total_params or 1):.1f} %"),
         ("saved bytes", "0", f"{train.file_size:,}"),
-        ("training seconds", "0.0", f"{train.train_time or 0:.1f}"),
+        ("training seconds", "0.0", f"{train.seconds or 0:.1f}"),
     ]
     rows = list(zip(*columns, strict=True))
     lines = [text_table(rows if config["method"] != "none" else rows[:-1])]
@@ -171,6 +205,20 @@ def summary_table(record: Record) -> str:
             f"images, {replay['size_bytes'] / 2**20:.1f} MiB in {replay['dtype']} (relative error "
             f"{replay['relative_error']:.1e}), stored once with {replay['fill_flops'] / 1e9:.3g} GFLOP"
         )
+    if costs := train.costs:
+        parts = {
+            "optimizer steps": costs.step_s,
+            "loading images" if train.replay is None else "reading features": costs.loading_s,
+            "storing features": costs.storing_s,
+            "estimating statistics": costs.statistics_s,
+        }
+        spent = ", ".join(f"{seconds:.1f} s {name}" for name, seconds in parts.items() if seconds)
+        lines.append(f"training: {spent}; in addition, {costs.validation_s:.1f} s validation")
+        tensors = None if record.step is None else record.step.memory_peak_bytes
+        peaks = {"tensors in a step": tensors, "whole process": costs.process_peak_bytes}
+        found = [f"{peak / 2**20:,.1f} MiB {name}" for name, peak in peaks.items() if peak is not None]
+        lines += [f"peak memory: {', '.join(found)}"] if found else []
+        lines += [] if costs.flops is None else [f"arithmetic of the whole training: {costs.flops / 1e12:.3g} TFLOP"]
     for name, difference in train.checks.items():
         form = name.removesuffix("_max_logit_difference")
         lines.append(f"saved update, {form}: largest difference of a logit {difference:.1e}")

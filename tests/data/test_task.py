@@ -112,6 +112,13 @@ def test_increment_has_at_most_adaptation_size_new_images(increments: Increments
     assert [Counter(named(target.train).values()) for target in targets] == [{"e": 4, "b": 4}, {"d": 8}]
 
 
+def test_left_out_adaptation_images_are_counted(increments: Increments, caplog: pytest.LogCaptureFixture) -> None:
+    _, (whole,) = increments("e", adaptation_size=None)
+    assert not caplog.messages
+    increments("e", adaptation_size=8)
+    assert caplog.messages == [f"adapting with 8 of {len(whole.train)} images, because of data.adaptation_size"]
+
+
 def test_renumbering_shows_no_progress_bar(increments: Increments, capfd: pytest.CaptureFixture[str]) -> None:
     increments("e", rehearsal_size=10)
     assert not capfd.readouterr().err

@@ -184,6 +184,18 @@ def test_growth_counts_allocations_inside_the_block() -> None:
     del after
 
 
+@resettable
+def test_peak_of_an_outer_block_survives_the_reset_by_an_inner_block() -> None:
+    with ProcessPeak() as outer:
+        before = touch(SIZE)
+        del before
+        with ProcessPeak() as inner:
+            pass
+        after = inner.peak_rss_bytes
+    assert outer.rss_growth_bytes == pytest.approx(SIZE, rel=0.1)
+    assert outer.peak_rss_bytes > after + SIZE / 2
+
+
 def test_growth_is_none_if_the_peak_cannot_be_reset(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(memory, "_CLEAR_REFS", tmp_path / "no folder" / "clear_refs")
     with ProcessPeak() as peak:

@@ -20,7 +20,16 @@ import pytest
 
 from peft_edge.config import RunConfig
 from peft_edge.hub.card import shareable
-from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, StepProfile, read_archive
+from peft_edge.records import (
+    DIVERGED,
+    FAILED,
+    SUCCESS,
+    CostRecord,
+    Record,
+    StepProfile,
+    TrainingCosts,
+    read_archive,
+)
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.study.runner import run_grid, study_table
 from tests.study.support import done_in, fake_job, record_of
@@ -214,8 +223,8 @@ def reproducible(value: Any) -> Any:
 
 
 def is_volatile(key: str) -> bool:
-    folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path", "peak_rss_bytes")
-    return key.endswith(("_s", "_time", " time")) or key in folders_and_figures
+    folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path")
+    return key.endswith(("_s", "_time", " time", "peak_rss_bytes", "process_peak_bytes")) or key in folders_and_figures
 
 
 @dataclass(frozen=True)
@@ -288,10 +297,25 @@ def test_runs_are_averaged_over_seeds() -> None:
     accuracies = [0.7, 0.75, 0.83]
     title, row = map(cells_of, lines_of([run("task, lora", SUCCESS, accuracy) for accuracy in accuracies]))
     assert title == [
-        "runs", "accuracy", "source accuracy", "retained", "trained parameters", "saved bytes", "training seconds"
+        "runs", "accuracy", "source accuracy", "retained", "trained parameters", "saved bytes", "training seconds",
+        "training TFLOP", "tensors MiB", "process MiB",
     ]  # fmt: skip
-    spread = f"{statistics.mean(accuracies):.3f} ± {statistics.stdev(accuracies):.3f}"
-    assert row == ["task, lora", "3", spread, "0.500", "0.250", "-", "12,345", "-"]
+    error = statistics.stdev(accuracies) / 3**0.5
+    spread = f"{statistics.mean(accuracies):.3f} ± {error:.3f}"
+    assert row == ["task, lora", "3", spread, "0.500", "0.250", "-", "12,345", "-", "-", "-", "-"]
+
+
+def test_costs_of_a_run_are_those_of_the_whole_training() -> None:
+    job = run("a", SUCCESS, 0.9, train_time=1.1)
+    assert cells_of(lines_of([job])[1])[-4:] == ["1.1", "-", "-", "-"]
+    costs = TrainingCosts(
+        total_s=19.9, step_s=1.1, loading_s=0.0, storing_s=18.8, statistics_s=0.0, validation_s=5.0,
+        flops=1_230_000_000_000, process_peak_bytes=1000 * 2**20,
+    )  # fmt: skip
+    assert job.known is not None
+    job.known.train_info.costs = costs
+    job.known.profile = [StepProfile(process_index=0, scope="step", memory_peak_bytes=3 * 2**18)]
+    assert cells_of(lines_of([job])[1])[-4:] == ["19.9", "1.23", "0.8", "1,000"]
 
 
 def test_other_statuses_are_listed_and_not_averaged() -> None:

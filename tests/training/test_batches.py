@@ -64,6 +64,12 @@ def test_replay_with_one_view_per_epoch_equals_training_on_images(
     # Padded to 32 pixels after five strides: one position of 48 channels, and a label and a scale for each.
     assert 2 * 64 * 48 * 4 < info["size_bytes"] < 2 * 64 * (48 * 4 + 12) + 4000
     assert info["fill_flops"] > 0
+    costs = stored.train_info.costs
+    assert costs is not None
+    assert costs.storing_s == info["fill_s"]
+    assert costs.total_s == pytest.approx(costs.step_s + costs.loading_s + costs.storing_s + costs.statistics_s)
+    assert min(costs.step_s, costs.loading_s, costs.statistics_s, costs.validation_s) > 0
+    assert costs.flops is None  # no step was profiled
     assert "2 stored views of 64 images" in capsys.readouterr().out
 
 

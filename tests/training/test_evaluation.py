@@ -23,7 +23,7 @@ def test_every_image_is_predicted_once() -> None:
     rows = [{"pixel_values": score, "labels": label} for score, label in zip(scores, labels, strict=True)]
     accelerator = Accelerator(cpu=True)
     batches = accelerator.prepare_data_loader(DataLoader(rows, batch_size=4))
-    found = predict(nn.Identity(), batches, accelerator)
+    found = predict(nn.Identity(), batches, accelerator, stage="testing")
     assert (found.predictions, found.references) == (list(range(10)), labels.tolist())
     assert found.accuracy == pytest.approx(0.7)
 

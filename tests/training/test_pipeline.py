@@ -13,6 +13,7 @@ from peft_edge.backbones import class_names, load_backbone
 from peft_edge.config import load_config
 from peft_edge.methods import METHODS
 from peft_edge.records import SUCCESS
+from peft_edge.training import evaluation
 from peft_edge.training.adaptation import load_update
 from peft_edge.training.pipeline import start_accelerator, start_trackers
 from tests.hub import stand_in
@@ -143,12 +144,47 @@ def test_a_run_saves_an_adapter_and_a_record_and_prints_a_table(
     assert train.checks["reloaded_max_logit_difference"] == 0
     assert train.checks["merged_max_logit_difference"] < 1e-4
     assert [(row.scope, row.lora_rank, row.steps) for row in record.profile] == [("step", 4, 1), ("layers", 4, 1)]
+    costs, step = train.costs, record.profile[0]
+    assert costs is not None
+    assert (costs.step_s, costs.storing_s, costs.statistics_s) == (train.train_time, 0, 0)
+    assert costs.total_s == pytest.approx(costs.step_s + costs.loading_s)
+    assert costs.flops == 4 * sum(getattr(step, name) for name in vars(step) if name.startswith("flops_"))
+    assert costs.process_peak_bytes > 2**28  # Python with torch
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert record.profile[0].adapter_bytes == sum(tensor.nbytes for tensor in saved.values())
     printed = capsys.readouterr().out
     assert f"{train.num_trainable_params:,}" in printed
     assert f"{train.file_size:,}" in printed
     assert f"{train.metrics[-1]['test accuracy']:.3f}" in printed
+
+
+def test_the_source_model_is_tested_once(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tested, predict = [], evaluation.predict
+    monkeypatch.setattr(
+        evaluation, "predict", lambda *arguments, **names: tested.append(1) or predict(*arguments, **names)
+    )
+    options = ["method=none", f"cache_dir={tmp_path / 'cache'}"]
+    first = run(tmp_path / "first", *options)
+    assert len(tested) == 2  # source and target
+    again = run(tmp_path / "again", *options, "training.epochs=3")
+    assert len(tested) == 2
+    assert again.train_info == first.train_info
+    run(tmp_path / "other", *options, "data.shift=invert")
+    assert len(tested) == 3  # the other target
+    for file in (tmp_path / "cache" / "tests").glob("*.json"):
+        file.write_text("{")
+    run(tmp_path / "damaged", *options)
+    assert len(tested) == 5
+
+    def denied(path: Path) -> None:
+        raise PermissionError(f"{path}: a file in a read-only folder")
+
+    monkeypatch.setattr(evaluation, "FileLock", denied)
+    run(tmp_path / "read-only", *options, "data.shift=grayscale")
+    assert len(tested) == 6
+    assert "cannot be written, so the next run tests the source model again" in caplog.text
 
 
 def test_evaluation_can_be_limited_to_the_last_epoch(run: RunTraining, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from peft_edge.backbones import fingerprint
+from peft_edge.backbones import fingerprint, load_backbone, save_backbone
 from peft_edge.config import RunConfig, load_config
 from peft_edge.data import Task, load_task
 from peft_edge.training import source
@@ -55,6 +55,18 @@ def test_a_cache_is_read_without_a_lock(tmp_path: Path, task: Task, monkeypatch:
     assert fingerprint(source.source_model(config_for(tmp_path), task, CPU)) == fingerprint(first)
     with pytest.raises(PermissionError):
         source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
+
+
+def test_a_new_head_of_loaded_weights_is_said(tmp_path: Path, task: Task) -> None:
+    said: list[str] = []
+    save_backbone(load_backbone("mobilenetv3_small_050", num_classes=3), tmp_path / "weights")
+    options = [f"backbone.checkpoint={tmp_path / 'weights'}", "source.epochs=0"]
+    model = source.source_model(config_for(tmp_path, *options), task, CPU, say=said.append)
+    assert said == ["new head for 10 classes: the loaded weights have 3 classes"]
+    assert model.classifier.out_features == 10
+    source.new_backbone(config_for(tmp_path, *options), 3, say=said.append)
+    source.new_backbone(config_for(tmp_path), 3, say=said.append)
+    assert len(said) == 1
 
 
 def test_failed_source_training_leaves_nothing_in_the_cache(tmp_path: Path, task: Task) -> None:

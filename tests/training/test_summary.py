@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from pathlib import Path
 
@@ -9,9 +10,19 @@ import pytest
 from accelerate import Accelerator
 
 from peft_edge.config import load_config
-from peft_edge.records import CANCELED, FAILED, SUCCESS, MetaInfo, Record, RunInfo, StepProfile, TrainInfo
+from peft_edge.records import (
+    CANCELED,
+    FAILED,
+    SUCCESS,
+    MetaInfo,
+    Record,
+    RunInfo,
+    StepProfile,
+    TrainInfo,
+    TrainingCosts,
+)
 from peft_edge.training.run_folder import open_run
-from peft_edge.training.summary import failure_recorded, new_record, summary_table
+from peft_edge.training.summary import failure_recorded, new_record, retention_warning, summary_table
 from tests.training.support import record_of
 
 
@@ -103,3 +114,34 @@ def test_the_summary_table_shows_gain_loss_and_cost() -> None:
         "arithmetic and time of a training step",
     ]
     assert "12.3" in lines[11]
+
+    seconds = {"total_s": 20.0, "step_s": 1.2, "loading_s": 0.0, "storing_s": 18.8, "statistics_s": 0.0}
+    costs = TrainingCosts(**seconds, validation_s=2.0, flops=12 * 10**11, process_peak_bytes=1500 * 2**20)
+    record.train_info.costs = costs
+    record.profile[0].memory_peak_bytes = 14 * 2**20
+    text = summary_table(record)
+    assert text.splitlines()[2].endswith(" 20.0")
+    assert "training: 1.2 s optimizer steps, 18.8 s storing features; in addition, 2.0 s validation" in text
+    assert "peak memory: 14.0 MiB tensors in a step, 1,500.0 MiB whole process" in text
+    assert "arithmetic of the whole training: 1.2 TFLOP" in text
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({}, r"keeps only 13% of .*\(0.925 before, 0.119 after\)\. .*: set norm=frozen.*\(norm is stats\)"),
+        ({"method": "norm-stats"}, "use another method with norm=frozen: norm-stats replaces"),
+        ({"norm": "frozen"}, "lower training.learning_rate or"),
+        ({"norm": "frozen", "data": {"new_classes": ["a"]}}, "raise data.rehearsal_size"),
+    ],
+)
+def test_a_lost_source_is_warned_about(changes: dict[str, object], message: str) -> None:
+    config = load_config(["output_dir=a", "data.shift=blend", "norm=stats"])
+    record = new_record(config, SUCCESS, started=0.0)
+    record.run_info.train_config |= changes
+    lost = {"source test accuracy without update": 0.925, "source test accuracy": 0.119, "retention": 0.119 / 0.925}
+    record.train_info.metrics = [lost]
+    assert re.search(message, retention_warning(record) or "")
+    for kept in (0.5, None):
+        record.train_info.metrics = [{**lost, "retention": kept}]
+        assert retention_warning(record) is None
