@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import copy
 import difflib
+import functools
 import hashlib
 import json
+import logging
 import os
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +29,13 @@ from timm.models import get_pretrained_cfg, save_for_hf
 from torch import nn
 
 from peft_edge.backbones.heads import TimmModel, as_timm_model, class_names, head_layers, replace_head
+from peft_edge.backbones.weights import WEIGHTS_SUFFIXES, import_weights
+
+logger = logging.getLogger(__name__)
 
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
+INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
 
 EDGE_FAMILIES = {
     "mobilenetv1": "mobilenetv1_100",
@@ -59,12 +66,16 @@ def load_backbone(
     pretrained: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     small_images: bool = False,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
     """Create a timm CNN in train mode, and set ``model.name_or_path``.
 
-    The weights are random unless `name` is a folder, or `pretrained` or `checkpoint` is given. Only safetensors files
-    are read. If a folder has the name of a timm model, pass the folder as `checkpoint`.
+    The weights are random unless `name` is a folder, or `pretrained` or `checkpoint` is given. If a folder has the name
+    of a timm model, pass the folder as `checkpoint`. Only safetensors files are read from folders and from the Hub.
 
     Args:
         name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
@@ -72,10 +83,15 @@ def load_backbone(
         num_classes: The number of classes. None keeps the number of the loaded weights, or timm's default for random
             weights. A loaded head with another number of classes is replaced by :func:`replace_head`.
         pretrained: Load the weights from the Hub or its local cache. Required for Hub ids outside ``timm/``.
-        checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a ``.safetensors`` file.
-            `name` must then be a timm model name, with or without ``timm/``.
+        checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a file of another program
+            (``.safetensors``, ``.pth``, ...), as described in :func:`import_weights`. `name` must then be a timm model
+            name, with or without ``timm/``.
         small_images: Set the stride of the first convolution from 2 to 1. This doubles the resolution inside the
             network. Use it for images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
+        mean: Replaces the mean in the preprocessing of the weights, as in :func:`set_preprocessing`.
+        std: Replaces the standard deviation.
+        interpolation: Replaces the filter for resizing.
+        crop_pct: Replaces the size of the centre crop.
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
@@ -95,7 +111,9 @@ def load_backbone(
     if pretrained and checkpoint is not None:
         raise ValueError(f"pretrained=True and checkpoint={str(checkpoint)!r} exclude each other: pass one of them.")
 
-    if checkpoint is not None:
+    if checkpoint is not None and Path(checkpoint).suffix in WEIGHTS_SUFFIXES and not Path(checkpoint).is_dir():
+        model = _from_file(Path(checkpoint), _registry_name(name), num_classes, timm_kwargs)
+    elif checkpoint is not None:
         model = _from_checkpoint(Path(checkpoint), _registry_name(name), timm_kwargs)
     elif Path(name).is_dir() and not timm.is_model(name):
         model = _from_checkpoint(Path(name), None, timm_kwargs)
@@ -110,7 +128,62 @@ def load_backbone(
         replace_head(model, num_classes)
     if small_images:
         _unstride_stem(model)
+    set_preprocessing(model, mean=mean, std=std, interpolation=interpolation, crop_pct=crop_pct)
     return model
+
+
+def set_preprocessing(
+    model: nn.Module,
+    *,
+    mean: float | Sequence[float] | None = None,
+    std: float | Sequence[float] | None = None,
+    interpolation: str | None = None,
+    crop_pct: float | None = None,
+    image_size: int | None = None,
+) -> None:
+    """Set how images are preprocessed for a timm model, where an argument is given. :func:`save_backbone` saves it.
+
+    Args:
+        model: A timm model.
+        mean: The mean of the input pixels between 0 and 1, which is subtracted: three numbers, or one for all channels.
+        std: The standard deviation by which pixels are then divided: three numbers, or one for all channels.
+        interpolation: The filter for resizing: nearest, bilinear, bicubic, lanczos, box or hamming.
+        crop_pct: The fraction of a resized photograph's side that the centre crop keeps.
+        image_size: The height and width of the input in pixels. A run uses `data.image_size` instead.
+
+    Raises:
+        TypeError: If the model was not built by timm.
+        ValueError: If an argument is out of range.
+
+    Example:
+        >>> model = load_backbone("mobilenetv2_035")
+        >>> set_preprocessing(model, mean=0.5, std=0.5)
+        >>> model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+        ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
+    """
+    changes: dict[str, object] = {}
+    for key, value, lowest in (("mean", mean, 0.0), ("std", std, 1e-6)):
+        if value is not None:
+            values = (value,) * 3 if isinstance(value, int | float) else tuple(value)
+            if len(values) != 3 or not all(lowest <= number <= 1 for number in values):
+                raise ValueError(
+                    f"{key}: expected one or three numbers between 0 and 1, for pixels between 0 and 1, found {value}. "
+                    "Divide numbers for pixels up to 255 by 255."
+                )
+            changes[key] = values
+    if interpolation is not None:
+        if interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation: expected one of {', '.join(INTERPOLATIONS)}, found {interpolation!r}.")
+        changes["interpolation"] = interpolation
+    if crop_pct is not None:
+        if not 0 < crop_pct <= 1:
+            raise ValueError(f"crop_pct: expected a number above 0 and up to 1, found {crop_pct}.")
+        changes["crop_pct"] = crop_pct
+    if image_size is not None:
+        if image_size < 1:
+            raise ValueError(f"image_size: expected at least 1, found {image_size}.")
+        changes["input_size"] = (3, image_size, image_size)
+    as_timm_model(model).pretrained_cfg.update(changes)
 
 
 def _create(model_name: str, timm_kwargs: dict[str, object], **loading: object) -> TimmModel:
@@ -166,15 +239,34 @@ def _download(repo_id: str, file_name: str) -> Path:
         raise ValueError(f"{repo_id!r} is neither a timm model, nor an existing folder, nor a Hub id.") from error
     except RemoteEntryNotFoundError as error:
         raise FileNotFoundError(
-            f"The Hub repository {repo_id!r} has no {file_name}. Pickled weights (.bin, .pth) are not read: "
-            "convert them to safetensors and pass the new file as checkpoint."
+            f"The Hub repository {repo_id!r} has no {file_name}. Pickled weights (.bin, .pth) are not read from the "
+            "Hub: download them, and pass the file as checkpoint."
         ) from error
     except (LocalEntryNotFoundError, HfHubHTTPError) as error:
         raise OSError(
             f"{file_name} of {repo_id!r} is not in the local cache and could not be fetched from the Hub: {error}\n"
-            "Without network, pass checkpoint=<folder written by save_backbone, or .safetensors file>, or "
+            "Without network, pass checkpoint=<folder written by save_backbone, or file with weights>, or "
             "pretrained=False for random weights (backbone.checkpoint and backbone.pretrained in a configuration)."
         ) from error
+
+
+def _from_file(path: Path, name: str, num_classes: int | None, timm_kwargs: dict[str, object]) -> TimmModel:
+    model = _create(name, timm_kwargs)
+    match = import_weights(model, path)
+    if match.num_classes is None:
+        if num_classes is None:
+            raise ValueError(f"{path} has no head: pass num_classes, the number of classes of a new head.")
+        replace_head(model, num_classes)
+    if not match.is_by_name:
+        _warn_once(str(match))
+    model.name_or_path = str(path.absolute())
+    return model
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    # A run loads its backbone several times.
+    logger.warning(message)
 
 
 def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
@@ -197,14 +289,11 @@ def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object
             raise ValueError(f"{path / CONFIG_NAME}: label_names do not fit the weights. {error}") from error
         if config.get("small_images"):
             _unstride_stem(model)
-    elif name is not None and path.suffix == ".safetensors":
-        model = _create(name, timm_kwargs)
-        _load_weights(model, path)
     else:
         found = "a file of another kind" if path.exists() else "nothing"
         raise FileNotFoundError(
-            f"{path}: expected a folder written by save_backbone, or a .safetensors file, found {found}. "
-            "Pickled weights (.bin, .pth) are not read: convert them to safetensors first."
+            f"{path}: expected a folder written by save_backbone, or a file that ends in "
+            f"{', '.join(WEIGHTS_SUFFIXES)}, found {found}."
         )
     model.name_or_path = str(path)
     return model

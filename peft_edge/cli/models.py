@@ -1,9 +1,9 @@
-"""Commands on one adapted model: export, diff, apply."""
+"""Commands on one model: import, export, diff, apply."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, get_args
 
 from typer import Argument, Option
 
@@ -16,9 +16,61 @@ from peft_edge.cli.options import (
     load_base_model,
     path,
 )
+from peft_edge.config.schema import Interpolation
 from peft_edge.records import JsonObject, Record, read_record
 
 EXPORT_FORMATS = ("onnx", "torch-export", "executorch")
+CHANNELS_HELP = "of the input pixels between 0 and 1, for all channels or for each; by default timm's."
+
+
+def import_(
+    weights: Annotated[Path, Argument(help="The file with weights: .safetensors, .pth, .pt, .bin, .ckpt or .tar.")],
+    model: Annotated[str, Option(help="The timm model that the weights belong to, or the folder of a saved model.")],
+    out: Annotated[Path, path("FOLDER", "The output folder, for the key backbone.name and the other commands.")],
+    num_classes: Annotated[
+        int | None, count("Replace the head by a new one for this number of classes; by default the head is kept.")
+    ] = None,
+    mean: Annotated[list[float] | None, Option(metavar="NUMBER ...", help=f"Mean {CHANNELS_HELP}")] = None,
+    std: Annotated[list[float] | None, Option(metavar="NUMBER ...", help=f"Standard deviation {CHANNELS_HELP}")] = None,
+    interpolation: Annotated[
+        str | None, choice(get_args(Interpolation), "The filter for resizing images; by default timm's.")
+    ] = None,
+    crop_pct: Annotated[
+        float | None, Option(help="The fraction of an image's side that the centre crop keeps; by default timm's.")
+    ] = None,
+    image_size: Annotated[int | None, count("Height and width in pixels; by default timm's.")] = None,
+) -> None:
+    """Import weights of another program, and save them as a timm model with its preprocessing.
+
+    Tensors are matched by name, or else by order and shape. If one tensor does not fit, nothing is written. No code in
+    the file runs. Preprocess images as in the training of the weights; the keys backbone.mean, std, interpolation and
+    crop_pct of train.py replace the saved values.
+    """
+    import torch
+    from timm.data import resolve_model_data_config
+
+    from peft_edge.backbones import import_weights, load_backbone, replace_head, save_backbone, set_preprocessing
+
+    backbone = load_backbone(model)
+    set_preprocessing(
+        backbone,
+        mean=mean[0] if mean and len(mean) == 1 else mean,
+        std=std[0] if std and len(std) == 1 else std,
+        interpolation=interpolation,
+        crop_pct=crop_pct,
+        image_size=image_size,
+    )
+    match = import_weights(backbone, weights)
+    if num_classes is None and match.num_classes is None:
+        raise ValueError(f"{weights} has no head: pass --num-classes, the number of classes of a new head")
+    if num_classes is not None:
+        replace_head(backbone, num_classes, generator=torch.Generator().manual_seed(0))
+    save_backbone(backbone, out)
+    config = resolve_model_data_config(backbone)
+    keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
+    head = "the file's head" if num_classes is None else "a new head"
+    print(match)
+    print(f"{out}: {head} for {backbone.num_classes:,} classes; {', '.join(f'{key} {config[key]}' for key in keys)}")
 
 
 def export(

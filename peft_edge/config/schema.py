@@ -11,6 +11,7 @@ import difflib
 import re
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
@@ -66,6 +67,12 @@ PositiveCount = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Channels = Annotated[
+    list[Annotated[float, Field(ge=0, le=1)]],
+    BeforeValidator(lambda value: [value] * 3 if isinstance(value, int | float) else value),
+    Field(min_length=3, max_length=3),
+]
+Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 
 
@@ -79,13 +86,23 @@ class BackboneConfig(Section):
     """The network and its initial weights."""
 
     name: str = "mobilenetv3_small_050"
-    """A timm model name, or the id of a timm model on the Hub."""
+    """A timm model name, the id of a timm model on the Hub, or the folder of a saved or imported model."""
     pretrained: bool = False
     """Start from timm's pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
     checkpoint: str | None = None
-    """Start from the weights at this path: a folder that `save_backbone` wrote, or a .safetensors file."""
+    """Start from the weights at this path: a folder that `save_backbone` wrote, or a .safetensors, .pth, .pt, .bin,
+    .ckpt or .tar file of another program, whose tensors are matched by name, or else by order and shape."""
     small_images: bool = False
     """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
+    mean: Channels | None = None
+    """Mean of the input pixels between 0 and 1, for all channels or as a list of three; by default as in the weights'
+    configuration. Weights need the values that they were trained with."""
+    std: Channels | None = None
+    """Standard deviation by which pixels are divided, in the form of `mean`; by default as in the configuration."""
+    interpolation: Interpolation | None = None
+    """Filter for resizing images; by default as in the weights' configuration."""
+    crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
+    """Fraction of a resized photograph's side that the centre crop keeps; by default as in the configuration."""
 
 
 class DataConfig(Section):
@@ -93,12 +110,15 @@ class DataConfig(Section):
 
     name: str = "digits"
     """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
+    source_filters: list[list[str | int | float | list[str]]] = []
+    """Read only rows of `name` that meet all conditions `[column, operator, value]`, for a Hugging Face dataset. In a
+    folder of domains, the only column is `domain`, the name of the subfolder: `[[domain, "==", photo]]`."""
     shift: str | None = None
     """What gives the target images: the name of a corruption, another split or another dataset, or a folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 to 5. Only for corruptions with severities, whose default is 5."""
-    shift_filters: list[list[str | int | float]] = []
-    """Read only rows of `shift` that meet all conditions `[column, operator, value]`. Needs a Hugging Face dataset."""
+    shift_filters: list[list[str | int | float | list[str]]] = []
+    """Read only rows of `shift` (by default of `name`) that meet all conditions, in the form of `source_filters`."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
     """Classes that the source model does not know, in the order of addition. Set either `new_classes` or `shift`."""
     increments: PositiveCount = 1
@@ -309,10 +329,12 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     backbone, data, training, lean = config.backbone, config.data, config.training, config.lean
     if backbone.pretrained and backbone.checkpoint is not None:
         yield "backbone.checkpoint", "cannot be used together with backbone.pretrained: choose one"
-    if config.source.epochs == 0 and not backbone.pretrained and backbone.checkpoint is None:
+    has_weights = backbone.pretrained or backbone.checkpoint is not None or Path(backbone.name).is_dir()
+    if config.source.epochs == 0 and not has_weights:
         yield "source.epochs", "is 0 and the weights are random: raise it, or set backbone.pretrained or .checkpoint"
-    if (data.shift is None) == (not data.new_classes):
-        found = "neither" if data.shift is None else "both"
+    has_shift = data.shift is not None or bool(data.shift_filters)
+    if has_shift == bool(data.new_classes):
+        found = "both" if has_shift else "neither"
         yield "data.shift", f"expected a shift or data.new_classes, found {found}: set exactly one of them"
     if data.new_classes and not data.rehearsal_size and training.weight_decay:
         yield (

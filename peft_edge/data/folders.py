@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import operator
 import re
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 
 from peft_edge.data.pixels import check_image, identify, is_image_suffix
 
 logger = logging.getLogger(__name__)
 
+Filter = Sequence[str | int | float | list[str]]
+"""A column name, an operator (== != < <= > >= in) and a value; with `in`, a list of values."""
+
 _SPLIT_WORDS = {
     "train": "train|training",
     "validation": "validation|valid|val|dev",
     "test": "test|testing",
+}
+_OPERATORS: dict[str, Callable[[str, Any], bool]] = {
+    "==": operator.eq,
+    "!=": operator.ne,
+    "in": lambda name, names: name in names,
+    "not in": lambda name, names: name not in names,
 }
 # Operating systems and tools create these folders, which contain no images of a class.
 _SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
@@ -94,6 +105,45 @@ def read_image_folder(folder: Path) -> DatasetDict:
             splits[split] = Dataset.from_dict(table, features)
     _warn_untrained(folder, names, found)
     return splits
+
+
+def choose_domains(folder: Path, filters: Sequence[Filter]) -> list[str]:
+    """Return the names of the subfolders of `folder` that meet all conditions, such as `("domain", "==", "sketch")`.
+
+    Raises:
+        ValueError: If a condition is invalid, or no subfolder meets all conditions.
+    """
+    names = [path.name for path in _entries(folder) if path.is_dir() and not _is_hidden(path)]
+    chosen = names
+    for condition in filters:
+        if len(condition) != 3 or condition[0] != "domain" or condition[1] not in _OPERATORS:
+            raise ValueError(
+                f"{folder}: expected conditions [domain, OPERATOR, NAME] with an operator of {', '.join(_OPERATORS)}, "
+                f"because the only column of a folder is domain, the name of the subfolder; found {condition}"
+            )
+        chosen = [name for name in chosen if _OPERATORS[str(condition[1])](name, condition[2])]
+    if not chosen:
+        raise ValueError(f"{folder}: none of the subfolders {', '.join(names) or '(none)'} meets {list(filters)}")
+    return chosen
+
+
+def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
+    """Read each subfolder that `choose_domains` chooses as `read_image_folder` does, and concatenate their images.
+
+    Raises:
+        ValueError: If `choose_domains` or `read_image_folder` raises this error, or if two subfolders have different
+            classes.
+    """
+    parts = {name: read_image_folder(folder / name) for name in choose_domains(folder, filters)}
+    (first, classes), *others = ((name, part["train"].features["label"].names) for name, part in parts.items())
+    for name, found in others:
+        if found != classes:
+            raise ValueError(
+                f"{folder}: expected the same classes in all domains, found {', '.join(sorted({*found} ^ {*classes}))} "
+                f"in only one of {first}/ and {name}/"
+            )
+    splits = {split: [part[split] for part in parts.values() if split in part] for split in _SPLIT_WORDS}
+    return DatasetDict({split: concatenate_datasets(found) for split, found in splits.items() if found})
 
 
 def content_hash(content: bytes) -> str:

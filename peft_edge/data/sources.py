@@ -12,12 +12,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, l
 from datasets.exceptions import DatasetGenerationError
 
 from peft_edge.data.domain import Domain, stratified_split
-from peft_edge.data.folders import content_hash, read_image_folder
+from peft_edge.data.folders import Filter, content_hash, read_domain_folders, read_image_folder
 
 logger = logging.getLogger(__name__)
-
-Filter = Sequence[str | int | float]
-"""A column name, an operator (== != < <= > >= in) and a value."""
 
 _VALIDATION_NAMES = ("validation", "valid", "val", "dev")
 _LABEL_NAMES = ("label", "labels")
@@ -41,7 +38,8 @@ def read_splits(
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
-        filters: Conditions that all rows must meet. Only Hugging Face datasets in Parquet files support filters.
+        filters: Conditions that all rows must meet, for a Hugging Face dataset in Parquet files. For a folder of
+            domains, conditions on the column `domain`, as described in `read_domain_folders`.
         image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
         label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`, or
             without such a column, `label` or `labels`.
@@ -51,7 +49,10 @@ def read_splits(
             damaged, or there is only one class.
     """
     folder = Path(name).expanduser()
-    splits = read_image_folder(folder) if folder.is_dir() else _read_from_hub(name, subset, filters)
+    if folder.is_dir():
+        splits = read_domain_folders(folder, filters) if filters else read_image_folder(folder)
+    else:
+        splits = _read_from_hub(name, subset, filters)
     features = next(iter(splits.values())).features
     images = [column for column, feature in features.items() if isinstance(feature, Image)]
     labels = [column for column, feature in features.items() if isinstance(feature, ClassLabel)]

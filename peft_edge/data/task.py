@@ -16,8 +16,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from peft_edge.data.corruptions import SHIFTS, Shift
 from peft_edge.data.domain import Domain, Task, read_into_memory, stratified_split
 from peft_edge.data.embedded import load_digits_domain, load_shapes_domain
-from peft_edge.data.folders import split_of
-from peft_edge.data.sources import Filter, domain_from_splits, read_splits
+from peft_edge.data.folders import Filter, choose_domains, split_of
+from peft_edge.data.sources import domain_from_splits, read_splits
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +33,7 @@ def load_task(
     *,
     shift: str | None = None,
     severity: int | None = None,
+    source_filters: Sequence[Filter] = (),
     shift_filters: Sequence[Filter] = (),
     new_classes: Sequence[str] = (),
     increments: int = 1,
@@ -57,9 +58,12 @@ def load_task(
         shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
             Hugging Face dataset with the same classes.
         severity: 1 to 5, for a corruption with severities. None means 5.
-        shift_filters: Conditions (column, operator, value) that rows of the target must meet, such as
-            `[("corruption_name", "==", "fog"), ("corruption_level", "==", 3)]`. With conditions, `shift` must be a
-            Hugging Face dataset, and is never read as a split of `name`.
+        source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
+            `[("domain", "==", "photo")]`. `name` must be a Hugging Face dataset with this column, or a folder with one
+            subfolder per domain, whose only column is `domain`.
+        shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
+            ("corruption_level", "==", 3)]`. With conditions, `shift` must be a dataset or folder as for
+            `source_filters`, by default `name`. It is never read as a split of `name`.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
         increments: The number of targets. `new_classes` are divided among the targets.
         rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
@@ -84,20 +88,27 @@ def load_task(
         (700, 400, 10)
     """
     # Check the arguments before any data is read, because reading a large dataset takes minutes.
+    if shift is None and shift_filters:
+        shift = name
     if Path(name).expanduser().is_dir():
         # `read_splits` renames the splits of a folder: val/ becomes `validation`.
         train_split, shift = split_of(train_split) or train_split, split_of(shift or "") or shift
     if shift == train_split and not shift_filters:
         raise ValueError(f"shift: {shift!r} is the split that the source is trained on: name another one")
-    _check_change(shift, severity, shift_filters, new_classes, increments, rehearsal_size)
+    _check_change(name, shift, severity, source_filters, shift_filters, new_classes, increments, rehearsal_size)
     if name not in EMBEDDED:
         _check_spelling("data", name, EMBEDDED)
+    for place, filters in ((name, source_filters), (shift, shift_filters)):
+        if filters and place is not None and Path(place).expanduser().is_dir():
+            choose_domains(Path(place).expanduser(), filters)
 
     splits, adaptation = DatasetDict(), None
     if name in EMBEDDED:
         source, adaptation = EMBEDDED[name](image_size=image_size, seed=seed)
     else:
-        splits = read_splits(name, subset=subset, image_column=image_column, label_column=label_column)
+        splits = read_splits(
+            name, subset=subset, filters=source_filters, image_column=image_column, label_column=label_column
+        )
         # If `shift` is a split of `name`, this split is the target and must not be part of the source.
         own = DatasetDict({key: split for key, split in splits.items() if key != shift})
         source = domain_from_splits(name, own, train_split=train_split, seed=seed)
@@ -296,8 +307,10 @@ def _check_classes(names: list[str], new_classes: Sequence[str], base: list[str]
 
 
 def _check_change(
+    name: str,
     shift: str | None,
     severity: int | None,
+    source_filters: Sequence[Filter],
     shift_filters: Sequence[Filter],
     new_classes: Sequence[str],
     increments: int,
@@ -309,10 +322,15 @@ def _check_change(
             "new_classes"
         )
     change = "new classes" if shift is None else f"the shift {shift!r}"
-    may_filter = shift is not None and shift not in SHIFTS and not Path(shift).expanduser().is_dir()
+    may_filter = shift is not None and shift not in {*SHIFTS, *EMBEDDED}
+    filtered = "a Hugging Face dataset, or a folder of domains,"
+    if source_filters and name in EMBEDDED:
+        raise ValueError(
+            f"source_filters applies to {filtered} only: leave it out with {name!r}; found {source_filters}"
+        )
     for is_misplaced, key, value, owner in (
         (severity is not None and shift not in SHIFTS, "severity", severity, "a corruption"),
-        (shift_filters and not may_filter, "shift_filters", shift_filters, "a Hugging Face dataset"),
+        (shift_filters and not may_filter, "shift_filters", shift_filters, filtered),
         (shift is not None and increments != 1, "increments", increments, "new classes"),
         (shift is not None and rehearsal_size, "rehearsal_size", rehearsal_size, "new classes"),
     ):

@@ -20,7 +20,7 @@ from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, load_update, merged_copy, sweep
 from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_source_tests, predict_tests
 from peft_edge.training.run_folder import ActiveRun, lock_output_dir, open_run
-from peft_edge.training.source import source_model
+from peft_edge.training.source import new_backbone, source_model
 from peft_edge.training.summary import build_record, failure_recorded, retention_warning
 
 logger = logging.getLogger(__name__)
@@ -57,6 +57,9 @@ def _run_stages(run: ActiveRun) -> Record:
     config, accelerator = run.config, run.accelerator
     started, clock = time.time(), time.perf_counter()
     with failure_recorded(run, started):
+        # The backbone: errors in its weights show before any data are read.
+        new_backbone(config, num_classes=2)
+
         # Data: the source and the targets.
         task = load_task(**config.data.model_dump(), seed=config.seed)
         check_adaptation(config, task)

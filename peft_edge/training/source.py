@@ -17,6 +17,7 @@ from tqdm.auto import tqdm
 from peft_edge.backbones import fingerprint, load_backbone, save_backbone, set_class_names
 from peft_edge.backbones.heads import as_timm_model, replace_head
 from peft_edge.config import RunConfig
+from peft_edge.config.schema import BackboneConfig
 from peft_edge.data import Task
 from peft_edge.files import atomic_write
 from peft_edge.optim import decay_groups
@@ -57,7 +58,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
     model = new_backbone(config, task.source.num_classes, say=say)
     set_class_names(model, task.source.class_names)
     # Unmodified weights from the Hub need no copy in the cache: an adapter can load them by name on any machine.
-    if config.source.epochs > 0 or not config.backbone.pretrained or config.backbone.small_images:
+    is_unmodified = config.backbone == BackboneConfig(name=config.backbone.name, pretrained=True)
+    if config.source.epochs > 0 or not is_unmodified:
         key = cache_key(
             config,
             device.type,

@@ -14,10 +14,19 @@ import torch
 from huggingface_hub.constants import HF_HUB_CACHE
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
 from timm.models import save_for_hf
 from torch import nn
 
-from peft_edge.backbones import EDGE_FAMILIES, class_names, fingerprint, load_backbone, save_backbone, set_class_names
+from peft_edge.backbones import (
+    EDGE_FAMILIES,
+    class_names,
+    fingerprint,
+    load_backbone,
+    save_backbone,
+    set_class_names,
+    set_preprocessing,
+)
 from peft_edge.backbones.loading import stem_names
 
 
@@ -348,6 +357,45 @@ def test_contradicting_arguments_are_refused(tmp_path: Path) -> None:
 def test_path_that_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"absent: expected a folder written by save_backbone.* found nothing"):
         load_backbone("resnet10t", checkpoint=tmp_path / "absent")
-    (tmp_path / "weights.pth").write_bytes(b"")
-    with pytest.raises(FileNotFoundError, match=r"found a file of another kind\. Pickled weights .* are not read"):
-        load_backbone("resnet10t", checkpoint=tmp_path / "weights.pth")
+    (tmp_path / "weights.onnx").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"ends in \.safetensors, .*found a file of another kind"):
+        load_backbone("resnet10t", checkpoint=tmp_path / "weights.onnx")
+    with pytest.raises(FileNotFoundError, match=r"w\.pth: .*found nothing"):
+        load_backbone("resnet10t", checkpoint=tmp_path / "w.pth")
+
+
+def test_preprocessing_is_saved_and_can_be_replaced(tmp_path: Path) -> None:
+    model = load_backbone("mobilenetv2_035", 10, mean=0.5, std=[0.1, 0.2, 0.3])
+    set_preprocessing(model, interpolation="bilinear", crop_pct=0.9, image_size=96)
+    save_backbone(model, tmp_path)
+    expected = {
+        "input_size": (3, 96, 96),
+        "mean": [0.5, 0.5, 0.5],
+        "std": [0.1, 0.2, 0.3],
+        "interpolation": "bilinear",
+        "crop_pct": 0.9,
+    }
+    read_by_timm = resolve_model_data_config(timm.create_model(f"local-dir:{tmp_path}", pretrained=True))
+    assert {key: read_by_timm[key] for key in expected} == expected
+    found = resolve_model_data_config(load_backbone(str(tmp_path), std=0.4, crop_pct=1.0))
+    assert {key: found[key] for key in expected} == expected | {"std": (0.4, 0.4, 0.4), "crop_pct": 1.0}
+    # Another model of the same architecture keeps timm's values.
+    assert load_backbone("mobilenetv2_035").pretrained_cfg["mean"] == (0.485, 0.456, 0.406)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"mean": 127.5}, "mean: expected one or three numbers .* found 127.5. Divide"),
+        ({"mean": [0.5, 0.5]}, r"mean: expected one or three numbers .* found \[0.5, 0.5\]"),
+        ({"std": 0}, "std: expected"),
+        ({"interpolation": "cubic"}, "interpolation: expected one of nearest, .* found 'cubic'"),
+        ({"crop_pct": 0.0}, "crop_pct: expected a number above 0"),
+        ({"image_size": 0}, "image_size: expected at least 1"),
+    ],
+)
+def test_preprocessing_out_of_range_is_named(values: dict, message: str, tiny_backbone: nn.Module) -> None:
+    before = dict(tiny_backbone.pretrained_cfg)
+    with pytest.raises(ValueError, match=message):
+        set_preprocessing(tiny_backbone, **{"mean": 0.1} | values)
+    assert tiny_backbone.pretrained_cfg == before

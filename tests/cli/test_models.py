@@ -5,14 +5,63 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
 from safetensors.torch import load_file
 
-from peft_edge.backbones import load_backbone
+from peft_edge.backbones import fingerprint, load_backbone
 from peft_edge.cli import main
 from peft_edge.export.exporter import merge_adapters
 from peft_edge.records import Record
 from tests.export.support import Saved
+
+
+def test_imported_weights_are_the_ones_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    trained = timm.create_model("test_efficientnet", num_classes=4)
+    weights = {f"net.{name.replace('blocks', 'stages')}": tensor for name, tensor in trained.state_dict().items()}
+    torch.save({"state_dict": weights}, tmp_path / "w.pth")
+    options = ["--model", "test_efficientnet", "--mean", ".5", "--std", ".5", ".4", ".3"]
+    main(["import", str(tmp_path / "w.pth"), *options, "--out", str(tmp_path / "kept")])
+    matched, saved = capsys.readouterr().out.splitlines()
+    assert matched.startswith(f"{tmp_path / 'w.pth'}: matched all {len(weights)} tensors by order and shape")
+    assert saved.startswith(f"{tmp_path / 'kept'}: the file's head for 4 classes; input_size (3, 160, 160), mean (0.5,")
+    kept = load_backbone(str(tmp_path / "kept"))
+    assert fingerprint(kept) == fingerprint(trained)
+    assert kept.pretrained_cfg["std"] == [0.5, 0.4, 0.3]
+
+    # A folder is a model as well, and a new head is the same in every call.
+    file = str(tmp_path / "kept" / "model.safetensors")
+    for name in ("first", "second"):
+        main(["import", file, "--model", str(tmp_path / "kept"), "--num-classes", "7", "--out", str(tmp_path / name)])
+    first, second = (load_backbone(str(tmp_path / name)) for name in ("first", "second"))
+    assert fingerprint(first) == fingerprint(second) != fingerprint(kept)
+    assert first.num_classes == 7
+    assert torch.equal(first.conv_stem.weight, kept.conv_stem.weight)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--model", "test_resnet"], "does not fit test_resnet"),
+        (["--model", "test_efficientnt"], "The nearest are test_efficientnet"),
+        (["--model", "test_efficientnet"], "has no head: pass --num-classes"),
+        (
+            ["--model", "test_efficientnet", "--num-classes", "3", "--mean", "127"],
+            "Divide numbers for pixels up to 255",
+        ),
+    ],
+)
+def test_failed_import_writes_nothing(
+    options: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.save(timm.create_model("test_efficientnet", num_classes=0).state_dict(), tmp_path / "w.pth")
+    with pytest.raises(SystemExit) as stop:
+        main(["import", str(tmp_path / "w.pth"), *options, "--out", str(tmp_path / "out")])
+    assert stop.value.code == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.out == ""
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_compares_the_file_on_real_images(

@@ -2,11 +2,14 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args
 
 import pytest
 
 from peft_edge import bench, export, methods, plan, roles
+from peft_edge.backbones.loading import INTERPOLATIONS
 from peft_edge.cli import costs, main, models, options
+from peft_edge.config.schema import Interpolation
 from peft_edge.profiling import figures, flops
 from peft_edge.tuners.norm import Norm
 
@@ -50,6 +53,7 @@ def test_choices_are_those_of_the_package() -> None:
     assert [*bench.CONTENDERS] == costs.CONTENDERS
     assert (*export.FORMATS,) == models.EXPORT_FORMATS
     assert Norm.__args__ == costs.NORMS
+    assert get_args(Interpolation) == INTERPOLATIONS
     assert options.PICTURE_SUFFIXES == figures.FORMATS
 
 

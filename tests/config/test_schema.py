@@ -12,7 +12,8 @@ from peft_edge.roles import ROLES
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = ROOT / "configs"
-REPLAY = CONFIGS / "lean" / "replay.yaml"
+REPLAY, FROZEN = CONFIGS / "lean" / "replay.yaml", CONFIGS / "lean" / "frozen.yaml"
+VARIANTS = {"lora-frozen": "lora", "lora-last-stage": "lora", "head-replay": "head"}  # recipes for photographs
 TASKS, METHOD_RECIPES = (sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("tasks", "methods"))
 NEW = "data.new_classes=[a, b]"
 ErrorsOf = Callable[..., str]
@@ -117,7 +118,7 @@ def test_the_quickstart_is_valid() -> None:
 def test_every_task_combines_with_every_method(task: Path) -> None:
     for recipe in METHOD_RECIPES:
         config = load_config(["--config", str(task), "--config", str(recipe), "output_dir=a"])
-        assert config.method == recipe.stem
+        assert config.method == VARIANTS.get(recipe.stem, recipe.stem)
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda path: path.stem)
@@ -128,10 +129,31 @@ def test_replay_combines_with_every_task_and_with_methods_for_single_layers(task
         assert (config.method, config.adapter.target_modules, config.training.replay) == (method, "last-stage", True)
 
 
+@pytest.mark.parametrize("recipe", METHOD_RECIPES, ids=lambda path: path.stem)
+def test_frozen_norms_combine_with_every_method_of_our_own(recipe: Path) -> None:
+    if not recipe.stem.startswith("peft-"):
+        config = load_config([*(f"--config={path}" for path in (recipe, FROZEN)), "data.shift=blend", "output_dir=a"])
+        assert (config.norm, config.lean.enabled, config.lean.inplace_norm) == ("frozen", True, True)
+
+
+def test_lora_frozen_is_lora_with_frozen_norms() -> None:
+    options, lora = ["data.shift=blend", "output_dir=a"], CONFIGS / "methods" / "lora.yaml"
+    combined = load_config([f"--config={lora}", f"--config={FROZEN}", *options])
+    assert load_config([f"--config={CONFIGS / 'methods' / 'lora-frozen.yaml'}", *options]) == combined
+
+
 def test_there_is_a_recipe_for_every_method_and_no_other_file() -> None:
-    assert {path.stem for path in METHOD_RECIPES} == set(METHODS)
+    assert {path.stem for path in METHOD_RECIPES} == {*METHODS, *VARIANTS}
     # tests/study/ reads them.
     folders = ("backbones", "networks", "ranks", "study")
     of_studies = [file for folder in folders for file in (CONFIGS / folder).iterdir()]
-    expected = {*TASKS, *METHOD_RECIPES, *of_studies, REPLAY, CONFIGS / "quickstart.yaml", CONFIGS / "README.md"}
+    expected = {
+        *TASKS,
+        *METHOD_RECIPES,
+        *of_studies,
+        REPLAY,
+        FROZEN,
+        CONFIGS / "quickstart.yaml",
+        CONFIGS / "README.md",
+    }
     assert expected == set(CONFIGS.rglob("*.*"))

@@ -274,6 +274,54 @@ def test_filtered_rows_as_target(hub: dict[str, list[str]]) -> None:
     assert milder.targets[0].fingerprint != target.fingerprint
 
 
+def test_two_domains_of_one_dataset(hub: dict[str, list[str]]) -> None:
+    rows = {level: [["corruption_name", "==", "snow"], ["corruption_level", "==", level]] for level in (1, 3)}
+    both = load_task(CORRUPTED, source_filters=rows[1], shift_filters=rows[3])
+    assert [sizes(domain) for domain in (both.source, *both.targets)] == 2 * [[14, 2, 4]]
+    found = [
+        {image.tobytes() for split in vars(domain).values() for image in pixels(split)}
+        for domain in (both.source, *both.targets)
+    ]
+    assert not found[0] & found[1]
+
+
+def test_two_domains_of_a_folder_are_the_folders_of_these_domains(image_folder: ImageFolder) -> None:
+    for domain in ("photo", "sketch", "art painting"):
+        image_folder(f"pacs/{domain}", ["cat", "dog"], count=20)
+    folder = image_folder("pacs/cartoon", ["cat", "dog"], count=20).parent
+    plain = load_task(str(folder / "photo"), shift=str(folder / "sketch"))
+    photo = [["domain", "==", "photo"]]
+    for sketch in ([["domain", "==", "sketch"]], [["domain", "!=", "photo"], ["domain", "in", ["sketch", "photo"]]]):
+        assert load_task(str(folder), source_filters=photo, shift_filters=sketch).fingerprint == plain.fingerprint
+    several = load_task(str(folder), source_filters=photo, shift_filters=[["domain", "!=", "photo"]])
+    assert sum(sizes(several.targets[0])) == 3 * 40
+
+
+@pytest.mark.parametrize(
+    ("condition", "message"),
+    [
+        (["domain", "==", "skech"], "none of the subfolders photo, sketch meets"),
+        (["domain", "<", "sketch"], r"expected conditions \[domain, OPERATOR, NAME\] with an operator of ==, !=, in"),
+        (["style", "==", "sketch"], "the only column of a folder is domain"),
+    ],
+)
+def test_wrong_conditions_on_a_folder_are_refused_before_images_are_read(
+    condition: list, message: str, image_folder: ImageFolder
+) -> None:
+    image_folder("pacs/photo", ["cat", "dog"])
+    folder = image_folder("pacs/sketch", ["cat", "dog"]).parent
+    (folder / "photo/cat/0.png").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=message):
+        load_task(str(folder), source_filters=[["domain", "==", "photo"]], shift_filters=[condition])
+
+
+def test_domains_with_different_classes_are_refused(image_folder: ImageFolder) -> None:
+    image_folder("pacs/photo", ["cat", "dog"])
+    folder = image_folder("pacs/sketch", ["cat", "owl"]).parent
+    with pytest.raises(ValueError, match="found dog, owl in only one of photo/ and sketch/"):
+        load_task(str(folder), source_filters=[["domain", "!=", "cartoon"]], shift="invert")
+
+
 @pytest.mark.parametrize("rows", [["corruption_name", "==", "frog"], ["severity", "==", 3]])
 def test_filters_without_a_matching_row_are_named(rows: list, hub: dict[str, list[str]]) -> None:
     hub["owner/pets"] = ["cat", "dog"]
@@ -324,7 +372,11 @@ def test_wrong_name_is_refused_before_data_is_read(
             {"shift": "fog", "shift_filters": [["level", "==", 1]]},
             "shift_filters applies to a Hugging Face dataset",
         ),
-        ({"shift": ".", "shift_filters": [["level", "==", 1]]}, "leave it out with the shift '.'"),
+        ({"shift": ".", "shift_filters": [["level", "==", 1]]}, "the only column of a folder is domain"),
+        (
+            {"shift": "fog", "source_filters": [["level", "==", 1]]},
+            "source_filters .* leave it out with 'digits'",
+        ),
         (
             {"shift": "fog", "rehearsal_size": 60},
             "rehearsal_size applies to new classes only: .* the shift 'fog'; found 60",
