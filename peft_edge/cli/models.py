@@ -19,6 +19,11 @@ from peft_edge.cli.options import (
 from peft_edge.config.schema import Interpolation
 from peft_edge.records import JsonObject, Record, read_record
 
+IMAGES_HELP = (
+    "one or several folders with one subfolder of images per class; also digits, shapes, or source and target for the "
+    "images of the run."
+)
+MAX_LOSS = 0.02
 EXPORT_FORMATS = ("onnx", "torch-export", "executorch")
 CHANNELS_HELP = "of the input pixels between 0 and 1, for all channels or for each; by default timm's."
 
@@ -84,11 +89,15 @@ def export(
     batch_size: Annotated[int | None, count("Images per call; by default any number, or 1 for ExecuTorch.")] = None,
     quantize: Annotated[str | None, choice(["int8"], "Quantize the ONNX model; needs --calibration.")] = None,
     calibration: Annotated[
-        str | None,
+        list[str] | None,
+        path("FOLDER ...", f"Images whose training split calibrates the quantization: {IMAGES_HELP}"),
+    ] = None,
+    test: Annotated[
+        list[str] | None,
         path(
-            "FOLDER",
-            "A folder with one subfolder of images per class, or digits, or shapes. Its training images calibrate the "
-            "quantization. The file is compared with the model on its test images, by default on those of digits.",
+            "FOLDER ...",
+            "Images on whose test split the file is compared with the model, with an accuracy for each folder; in the "
+            "form of --calibration. By default those of --calibration, or else of the run, or else digits.",
         ),
     ] = None,
 ) -> None:
@@ -97,28 +106,51 @@ def export(
     Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
     the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
     """
-    from peft_edge.export.exporter import export_model
-    from peft_edge.export.verification import comparison_table, read_images
+    import torch
 
-    if quantize and calibration is None:
+    from peft_edge.export.exporter import export_model
+    from peft_edge.export.verification import COMPARISON_SIZE, TEST_SIZE, comparison_table, read_images
+
+    if quantize and not calibration:
         raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
     model = load_any_model(adapter)
     run = run_config(Path(adapter))
     size = image_size or (run["data"]["image_size"] if run else None)
-    images = read_images(calibration or "digits", model, image_size=size, run=run)
+    names = test or calibration or (["source", "target"] if run else ["digits"])
+    most = TEST_SIZE if test else COMPARISON_SIZE
+    images = {
+        name: read_images(name, model, image_size=size, run=run, comparison_size=most)
+        for name in dict.fromkeys([*names, *(calibration or [])])
+    }
+    if unknown := [name for name in test or [] if images[name].labels is None]:
+        raise ValueError(
+            f"--test: the accuracy on {unknown[0]} cannot be measured, because {adapter} has no class names or lacks a "
+            "class of these images"
+        )
+    labels = [part for name in names if (part := images[name].labels) is not None]
+    # Without the record of the run, the test images may include images that the model was trained on.
+    is_measured = len(labels) == len(names) and (run is not None or test is not None)
     compared = export_model(
         model,
         out,
         format=format,
-        images=images.comparison,
-        # Without the record of the run, the test images may include images that the model was trained on.
-        labels=images.labels if run else None,
+        images=torch.cat([images[name].comparison for name in names]),
+        labels=torch.cat(labels) if is_measured else None,
+        folders=[name for name in names for _ in images[name].comparison],
         batch_size=batch_size,
-        calibration=images.calibration if quantize else None,
+        calibration=torch.cat([images[name].calibration for name in calibration or []]) if quantize else None,
     )
-    print(f"{out}, compared with {adapter} on {len(images.comparison)} images")
+    print(f"{out}, compared with {adapter} on {sum(len(images[name].comparison) for name in names):,} images")
     print(comparison_table(compared))
-    if run is None and images.labels is not None:
+    for name, loss in compared[-1].losses.items():
+        if loss > MAX_LOSS:
+            print(
+                f"Warning: {compared[-1].name} loses {100 * loss:.1f} points of accuracy on {name}. Calibrate with "
+                "images of every domain that the device sees, or export without --quantize"
+            )
+    if run is None and is_measured:
+        print(f"{adapter} has no record.json of its run, so it may have been trained on some of these images")
+    elif run is None and labels:
         print(f"No accuracies: {adapter} has no record.json of its run, which tells what images it was trained on")
 
 

@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ def export_model(
     format: str,
     images: Tensor,
     labels: Tensor | None = None,
+    folders: Sequence[str] = (),
     batch_size: int | None = None,
     calibration: Tensor | None = None,
 ) -> list[Comparison]:
@@ -50,6 +52,7 @@ def export_model(
         format: `onnx`, `torch-export` or `executorch`.
         images: Preprocessed images (N, C, H, W) for the comparison. The exported network expects this height and width.
         labels: Class indices (N,) of `images`, to measure accuracy. None: accuracy is not measured.
+        folders: The name of the folder of each image (N), to measure accuracy for each folder.
         batch_size: Images per call; by default any number, or 1 for ExecuTorch, which plans its memory in advance.
         calibration: Preprocessed images (M, C, H, W). If given, the file is quantised to 8 bits (only ONNX).
 
@@ -93,7 +96,7 @@ def export_model(
         exported = Path(scratch) / f"floats{suffix}"
         write(program, {METADATA_KEY: json.dumps(metadata)}, exported)
         found = predict_logits(load(exported), images, batch_size)
-        comparisons = [compare_logits(format, exported.stat().st_size, found, expected, labels)]
+        comparisons = [compare_logits(format, exported.stat().st_size, found, expected, labels, folders)]
         tolerance = LOGIT_TOLERANCE * max(1.0, comparisons[0].largest_logit)
         # Unlike `>`, `not <=` also holds for NaN.
         if not comparisons[0].largest_difference <= tolerance or not math.isfinite(comparisons[0].largest_logit):
@@ -106,7 +109,8 @@ def export_model(
             floats, exported = exported, Path(scratch) / f"integers{suffix}"
             quantize_onnx(floats, exported, iter_batches(calibration, batch_size))
             found = predict_logits(load(exported), images, batch_size)
-            comparisons.append(compare_logits(f"{format} int8", exported.stat().st_size, found, expected, labels))
+            size = exported.stat().st_size
+            comparisons.append(compare_logits(f"{format} int8", size, found, expected, labels, folders))
         with atomic_write(Path(file)) as unfinished:
             shutil.copyfile(exported, unfinished)
     return comparisons

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +23,7 @@ from peft_edge.profiling.tables import text_table
 
 CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
+TEST_SIZE = 1000  # images of each folder whose accuracy is asked for
 
 
 class Images(NamedTuple):
@@ -28,7 +31,7 @@ class Images(NamedTuple):
 
     Attributes:
         calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), to compute the quantisation scales.
-        comparison: At most `COMPARISON_SIZE` test images (M, C, H, W).
+        comparison: At most `comparison_size` test images (M, C, H, W).
         labels: Class indices (M,) of `comparison`, in the order of the model's outputs. None if the model has no class
             names, or does not know all classes of the images.
     """
@@ -39,7 +42,12 @@ class Images(NamedTuple):
 
 
 def read_images(
-    name: str, model: nn.Module, *, image_size: int | None = None, run: Mapping[str, Any] | None = None
+    name: str,
+    model: nn.Module,
+    *,
+    image_size: int | None = None,
+    run: Mapping[str, Any] | None = None,
+    comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
     """Read images, and preprocess the images for the evaluation of a model.
 
@@ -48,10 +56,12 @@ def read_images(
     images of the run are left out.
 
     Args:
-        name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset.
+        name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
+            `source` or `target`: the source or target images of the run.
         model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels; by default timm's size for the evaluation of the model.
         run: The configuration of the run that trained the model: `record.run_info.train_config`.
+        comparison_size: The maximum number of images in `comparison`.
 
     Raises:
         ValueError: If `name` or `image_size` is invalid, an image is unreadable, there are too few images, or the run
@@ -63,7 +73,7 @@ def read_images(
     size = config["input_size"][-1]
     domain = _read_domain(name, size) if run is None else _untrained_domain(name, size, run)
     transform = build_transform(config, train=False)
-    train, test = _sample(domain.train, CALIBRATION_SIZE), _sample(domain.test, COMPARISON_SIZE)
+    train, test = _sample(domain.train, CALIBRATION_SIZE), _sample(domain.test, comparison_size)
     known, labels = class_names(model), None
     names = test.features["label"].names
     if known is not None and set(names) <= set(known):
@@ -94,6 +104,9 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
     role = next((role for role, other in known.items() if other and _is_same(name, other)), None)
+    if name in known and not Path(name).is_dir():
+        task = _run_task(name, data, seed)
+        return task.source if name == "source" else task.targets[-1]
     if role is None and data["name"] in EMBEDDED:
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed)
@@ -122,9 +135,14 @@ def _is_same(name: str, other: str) -> bool:
     return name == other or (folders[0].is_dir() and folders[0].resolve() == folders[1].resolve())
 
 
+@functools.lru_cache(maxsize=1)  # a command reads several names
+def _load_task(data: str, seed: int) -> Task:
+    return load_task(**json.loads(data), seed=seed)
+
+
 def _run_task(name: str, data: Mapping[str, Any], seed: int) -> Task:
     try:
-        return load_task(**data, seed=seed)
+        return _load_task(json.dumps(data), seed)
     except ValueError as error:
         raise ValueError(
             f"{name}: the images that the run trained on cannot be told from others, because its data "
@@ -165,6 +183,8 @@ class Comparison:
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
+        accuracies: A dict from folder to the file's accuracy on its images; empty if images have no folders or labels.
+        model_accuracies: A dict from folder to the model's accuracy on its images.
     """
 
     name: str
@@ -174,13 +194,36 @@ class Comparison:
     same_top1: float
     accuracy: float | None
     model_accuracy: float | None
+    accuracies: Mapping[str, float] = field(default_factory=dict)
+    model_accuracies: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def losses(self) -> dict[str, float]:
+        """A dict from folder to the accuracy that the file loses against the model."""
+        return {name: self.model_accuracies[name] - accuracy for name, accuracy in self.accuracies.items()}
 
 
-def compare_logits(name: str, size_bytes: int, found: Tensor, expected: Tensor, labels: Tensor | None) -> Comparison:
-    """Compare `found`, the logits (N, num_classes) of a file, with `expected`, the logits of its model."""
+def compare_logits(
+    name: str,
+    size_bytes: int,
+    found: Tensor,
+    expected: Tensor,
+    labels: Tensor | None,
+    folders: Sequence[str] = (),
+) -> Comparison:
+    """Compare `found`, the logits (N, num_classes) of a file, with `expected`, the logits of its model.
+
+    `folders` are the names of the images' folders (N), for accuracies of each folder.
+    """
 
     def accuracy(logits: Tensor, classes: Tensor) -> float:
         return (logits.argmax(1) == classes).float().mean().item()
+
+    def by_folder(logits: Tensor) -> dict[str, float]:
+        if labels is None:
+            return {}
+        rows = {name: torch.tensor([folder == name for folder in folders]) for name in dict.fromkeys(folders)}
+        return {name: accuracy(logits[chosen], labels[chosen]) for name, chosen in rows.items()}
 
     return Comparison(
         name=name,
@@ -190,16 +233,26 @@ def compare_logits(name: str, size_bytes: int, found: Tensor, expected: Tensor, 
         same_top1=accuracy(found, expected.argmax(1)),
         accuracy=None if labels is None else accuracy(found, labels),
         model_accuracy=None if labels is None else accuracy(expected, labels),
+        accuracies=by_folder(found),
+        model_accuracies=by_folder(expected),
     )
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row for each file, after a row for the model if its accuracy is known."""
-    rows = [("", "bytes", "largest difference of a logit", "same top-1", "accuracy")]
-    if comparisons[0].model_accuracy is not None:
-        rows.append(("PyTorch", "", "", "", f"{comparisons[0].model_accuracy:.3f}"))
+    """Return a text table with a row for each file, after a row for the model if its accuracy is known.
+
+    If the images are from folders, there is an accuracy for each folder.
+    """
+    folders = list(comparisons[0].accuracies)
+    titles = [f"accuracy on {folder}" for folder in folders] if len(folders) > 1 else ["accuracy"]
+    rows = [["", "bytes", "largest difference of a logit", "same top-1", *titles]]
+    model_accuracy = comparisons[0].model_accuracy
+    if model_accuracy is not None:
+        expected = list(comparisons[0].model_accuracies.values()) or [model_accuracy]
+        rows.append(["PyTorch", "", "", "", *(f"{accuracy:.3f}" for accuracy in expected)])
     for row in comparisons:
-        accuracy = "-" if row.accuracy is None else f"{row.accuracy:.3f}"
+        found = list(row.accuracies.values()) or [row.accuracy]
+        accuracies = ["-" if accuracy is None else f"{accuracy:.3f}" for accuracy in found]
         difference = f"{row.largest_difference:.1e}"
-        rows.append((row.name, f"{row.size_bytes:,}", difference, f"{row.same_top1:.3f}", accuracy))
+        rows.append([row.name, f"{row.size_bytes:,}", difference, f"{row.same_top1:.3f}", *accuracies])
     return text_table(rows)

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from peft_edge.backbones import fingerprint, load_backbone
-from peft_edge.cli import main
+from peft_edge.cli import main, models
+from peft_edge.data import build_transform, load_task
+from peft_edge.export import exporter, formats
 from peft_edge.export.exporter import merge_adapters
+from peft_edge.export.verification import input_config
 from peft_edge.records import Record
-from tests.export.support import Saved
+from tests.export.support import Saved, require_onnx
 
 
 def test_imported_weights_are_the_ones_of_the_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -92,6 +96,62 @@ def test_images_are_those_of_the_run_by_default(
     _, _, model, row = capsys.readouterr().out.splitlines()
     assert model.split()[0] == "PyTorch"
     assert row.split()[-1] == model.split()[-1] != "-"
+
+
+def test_export_measures_several_folders_and_warns(
+    saved: Saved,
+    tmp_path: Path,
+    record: Callable[..., Record],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    require_onnx()
+    run, data = record("lora", 0.5), {"name": "digits", "shift": "invert", "image_size": 32}
+    run.run_info.train_config |= {"seed": 0, "data": data}
+    shutil.copytree(saved.adapter, tmp_path / "run" / "adapter")
+    (tmp_path / "run" / "record.json").write_text(run.to_json())
+    domains = ["source", "target"]
+    options = ["--out", str(tmp_path / "digits.onnx"), "--quantize", "int8", "--calibration", *domains]
+    calibrations = []
+
+    def quantize(floats: Path, integers: Path, batches: Iterator[torch.Tensor]) -> None:
+        calibrations.append(torch.cat(list(batches)))
+        formats.quantize_onnx(floats, integers, iter(calibrations[-1].split(32)))
+
+    monkeypatch.setattr(exporter, "quantize_onnx", quantize)
+    monkeypatch.setattr(models, "MAX_LOSS", -1)
+    main(["export", str(tmp_path / "run" / "adapter"), *options, "--test", *domains])
+    _, header, model, floats, integers, *warnings = capsys.readouterr().out.splitlines()
+    assert header.endswith("accuracy on source  accuracy on target")
+    task, network = load_task(**data), saved.load().eval()
+    for column, domain in enumerate((task.source, task.targets[0]), start=1):
+        transform = build_transform(input_config(network, 32), train=False)
+        with torch.no_grad():
+            found = network(torch.stack([transform(image) for image in domain.test["image"]])).argmax(1)
+        accuracy = (found == torch.tensor(domain.test["label"][:])).float().mean().item()
+        assert model.split()[column] == floats.split()[-3 + column] == f"{accuracy:.3f}"
+    expected = [float(model.split()[column]) - float(integers.split()[-3 + column]) for column in (1, 2)]
+    assert [float(line.split(" loses ")[1].split()[0]) for line in warnings] == pytest.approx(
+        [100 * loss for loss in expected], abs=0.11
+    )
+    assert ["on source." in warnings[0], "on target." in warnings[1]] == [True, True]
+    inverted = calibrations[0].flatten(1).mean(1) > 0  # digits are dark, inverted digits are bright
+    assert inverted.tolist() == [False] * 100 + [True] * 100
+
+
+def test_accuracy_on_unknown_classes_is_refused(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for number in range(12):
+        file = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (32, 32), number).save(file)
+    out = tmp_path / "pets.pt2"
+    options = ["--format", "torch-export", "--out", str(out), "--test", str(tmp_path / "pets")]
+    with pytest.raises(SystemExit):
+        main(["export", str(saved.adapter), *options])
+    assert "pets cannot be measured, because" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_what_is_applied_to_the_base_is_the_merged_model(

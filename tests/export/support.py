@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 import torch
 from peft import PeftModel
 from torch import nn
@@ -16,6 +17,12 @@ from peft_edge.export.verification import input_config
 from peft_edge.hub import load_pretrained
 
 IMAGE_SIZE = 32
+
+
+def require_onnx() -> None:
+    """Skip the test if a package for ONNX is missing."""
+    for module in ("onnx", "onnxruntime", "onnxscript"):
+        pytest.importorskip(module)
 
 
 class Saved(NamedTuple):

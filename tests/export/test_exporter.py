@@ -21,12 +21,7 @@ from peft_edge.export.exporter import METADATA_KEY, export_model, fuse_batch_nor
 from peft_edge.export.formats import FORMATS
 from peft_edge.export.verification import Images, predict_logits, read_images
 from peft_edge.lean.layers import PLAIN
-from tests.export.support import Saved
-
-
-def require_onnx() -> None:
-    for module in ("onnx", "onnxruntime", "onnxscript"):
-        pytest.importorskip(module)
+from tests.export.support import Saved, require_onnx
 
 
 def metadata(file: Path) -> dict[str, Any]:

@@ -84,6 +84,8 @@ def noise(tmp_path: Path) -> Callable[..., Path]:
         ("folder", {"shift": "other"}),
         ("copy", {"shift": "contrast"}),
         ("other", {"shift": "other"}),
+        ("source", {"shift": "other"}),
+        ("target", {"shift": "other"}),
     ],
 )
 def test_no_image_is_compared_that_the_run_trained_on(
@@ -96,7 +98,9 @@ def test_no_image_is_compared_that_the_run_trained_on(
         change = {"shift": str(other)}
     data = {"name": name if name == "digits" else str(folder), **change}
     model = load_backbone("test_efficientnet", 3)
-    named = {"digits": "digits", "folder": f"{folder}/../folder", "copy": str(copy), "other": str(other)}[name]
+    named = {"digits": "digits", "folder": f"{folder}/../folder", "copy": str(copy), "other": str(other)}.get(
+        name, name
+    )
     found = read_images(named, model, image_size=16, run={"seed": seed, "data": data})
     task = load_task(**{**data, "image_size": 16}, seed=seed)
     transform = build_transform(input_config(model, 16), train=False)
@@ -106,6 +110,8 @@ def test_no_image_is_compared_that_the_run_trained_on(
 
     domains = (task.source, *task.targets)
     assert not images_of(found.comparison) & pixels(*(domain.train for domain in domains))
+    if name in ("source", "target"):
+        assert images_of(found.comparison) == pixels({"source": task.source, "target": task.targets[0]}[name].test)
     if name != "copy":
         assert images_of(found.comparison) <= pixels(*(domain.test for domain in domains))
     # With another seed, the same folder is divided otherwise, and training images are among those compared.
@@ -138,6 +144,20 @@ def test_logits_are_computed_in_batches_of_the_given_size(batch_size: int | None
     images = torch.randn(5, 3, 2, 2)
     assert torch.equal(predict_logits(network, images, batch_size), images.flatten(1))
     assert seen == sizes
+
+
+def test_accuracy_of_each_folder() -> None:
+    logits = torch.eye(3)[torch.tensor([0, 1, 2, 0, 1])]
+    found, labels = logits.clone(), torch.tensor([0, 1, 2, 1, 0])
+    found[:2] = found[:2].flip(0)
+    row = compare_logits("onnx int8", 10, found, logits, labels, ["photo", "photo", "photo", "sketch", "sketch"])
+    assert row.model_accuracies == {"photo": 1.0, "sketch": 0.0}
+    assert row.accuracies == pytest.approx({"photo": 1 / 3, "sketch": 0.0})
+    assert row.losses == pytest.approx({"photo": 2 / 3, "sketch": 0.0})
+    assert row.accuracy == pytest.approx(1 / 5)
+    header, model, file = comparison_table([row]).splitlines()
+    assert header.endswith("accuracy on photo  accuracy on sketch")
+    assert (model.split(), file.split()[-2:]) == (["PyTorch", "1.000", "0.000"], ["0.333", "0.000"])
 
 
 def test_comparison_of_known_logits() -> None:
