@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import timm
+import torch
 from accelerate.state import AcceleratorState
 from PIL import Image
 from timm.models import save_for_hf
@@ -32,6 +33,9 @@ GUIDES = sorted(
     for guide in [ROOT / "README.md", ROOT / "configs/README.md", *(ROOT / "peft_edge").rglob("README.md")]
 )
 PRETRAINED = "timm/mobilenetv3_small_100.lamb_in1k"
+
+# Folders of coloured images, each with its brightness.
+PHOTOGRAPHS = {"path/to/photos": 255, "path/to/photos-of-the-new-camera": 150, "PACS/photo": 240, "PACS/sketch": 120}
 
 LESS_TRAINING = [
     "data.image_size=32",
@@ -53,6 +57,7 @@ LESS_OF = {
         "training.batch_size=2",
         "data.rehearsal_size=4",
     ],
+    "configs/tasks/pacs_sketch.yaml": ["source.batch_size=4", "training.batch_size=4"],
     "configs/tasks/shapes_shift.yaml": ["data.name=digits", "data.shift=invert", "data.severity=null"],
     "profile": ["--image-size", "64"],
     "plan": ["--image-size", "64", "--method", "lora", "--target-modules", "dense", "--lora-rank", "4"],
@@ -78,11 +83,13 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
     for number in range(36):
-        for folder, light in (("photos", 255), ("photos-of-the-new-camera", 150)):
-            file = tmp_path / "path" / "to" / folder / ("owl", "fox", "hare")[number % 3] / f"{number}.jpg"
+        for folder, light in PHOTOGRAPHS.items():
+            file = tmp_path / folder / ("owl", "fox", "hare")[number % 3] / f"{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 40), (light, 5 * number, light * (number % 3) // 2)).save(file)
     _save_as_on_the_hub(tmp_path / PRETRAINED)
+    weights = timm.create_model("tf_efficientnet_lite0").state_dict()
+    torch.save({f"_{name}": tensor for name, tensor in weights.items()}, tmp_path / "weights.pth")
     create_model = timm.create_model
     monkeypatch.setattr(
         timm, "create_model", lambda *names, pretrained=False, **options: create_model(*names, **options)

@@ -18,6 +18,8 @@ class TimmModel(nn.Module):
     pretrained_cfg: dict[str, Any]
     get_classifier: Callable[[], nn.Module | tuple[nn.Module, ...]]
     reset_classifier: Callable[[int], None]
+    forward_features: Callable[[torch.Tensor], torch.Tensor]
+    forward_head: Callable[..., torch.Tensor]
     name_or_path: str
     small_images: bool
 

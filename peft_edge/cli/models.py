@@ -44,6 +44,13 @@ def import_(
         float | None, Option(help="The fraction of an image's side that the centre crop keeps; by default timm's.")
     ] = None,
     image_size: Annotated[int | None, count("Height and width in pixels; by default timm's.")] = None,
+    check: Annotated[
+        str | None,
+        path(
+            "FOLDER",
+            "Photographs with one subfolder per class, to check whether the features and the preprocessing are right.",
+        ),
+    ] = None,
 ) -> None:
     """Import weights of another program, and save them as a timm model with its preprocessing.
 
@@ -55,6 +62,7 @@ def import_(
     from timm.data import resolve_model_data_config
 
     from peft_edge.backbones import import_weights, load_backbone, replace_head, save_backbone, set_preprocessing
+    from peft_edge.training.probe import probe_weights
 
     backbone = load_backbone(model)
     set_preprocessing(
@@ -70,11 +78,14 @@ def import_(
         raise ValueError(f"{weights} has no head: pass --num-classes, the number of classes of a new head")
     if num_classes is not None:
         replace_head(backbone, num_classes, generator=torch.Generator().manual_seed(0))
+    probe = None if check is None else probe_weights(backbone, check)
     save_backbone(backbone, out)
     config = resolve_model_data_config(backbone)
     keys = ("input_size", "mean", "std", "interpolation", "crop_pct")
     head = "the file's head" if num_classes is None else "a new head"
     print(match)
+    if probe is not None:
+        print(f"accuracy on {check}\n{probe}")
     print(f"{out}: {head} for {backbone.num_classes:,} classes; {', '.join(f'{key} {config[key]}' for key in keys)}")
 
 

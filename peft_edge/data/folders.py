@@ -127,6 +127,21 @@ def choose_domains(folder: Path, filters: Sequence[Filter]) -> list[str]:
     return chosen
 
 
+def domain_label(name: str, filters: Sequence[Filter]) -> str:
+    """Return the name of a dataset, followed by the values of the conditions on its rows.
+
+    >>> domain_label("flwrlabs/pacs", [("domain", "==", "photo")])
+    'flwrlabs/pacs (photo)'
+    >>> domain_label("PACS", [("domain", "!=", "photo"), ("domain", "in", ["sketch", "cartoon"])])
+    'PACS (!= photo, in sketch cartoon)'
+    """
+    values = []
+    for _, comparison, value in filters:
+        text = " ".join(map(str, value)) if isinstance(value, list) else str(value)
+        values.append(text if comparison == "==" else f"{comparison} {text}")
+    return f"{name} ({', '.join(values)})" if values else name
+
+
 def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
     """Read each subfolder that `choose_domains` chooses as `read_image_folder` does, and concatenate their images.
 

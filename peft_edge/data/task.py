@@ -16,7 +16,7 @@ from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from peft_edge.data.corruptions import SHIFTS, Shift
 from peft_edge.data.domain import Domain, Task, read_into_memory, stratified_split
 from peft_edge.data.embedded import load_digits_domain, load_shapes_domain
-from peft_edge.data.folders import Filter, choose_domains, split_of
+from peft_edge.data.folders import Filter, choose_domains, domain_label, split_of
 from peft_edge.data.sources import domain_from_splits, read_splits
 
 logger = logging.getLogger(__name__)
@@ -126,7 +126,7 @@ def load_task(
             seed=seed,
         )
         change = f"new classes {', '.join(new_classes)}" + (f" in {increments} increments" if increments > 1 else "")
-        return Task(name=name, change=change, source=source, targets=targets)
+        return Task(name=domain_label(name, source_filters), change=change, source=source, targets=targets)
 
     if shift in SHIFTS:
         if adaptation is None:
@@ -163,8 +163,8 @@ def load_task(
             # Corrupt the images once. Training would take a fifth longer if each access corrupted an image again.
             shifted = {key: read_into_memory(split) for key, split in shifted.items()}
         target = Domain(**shifted)
-    change = shift if severity is None else f"{shift} at severity {severity}"
-    return Task(name=name, change=change, source=source, targets=(target,))
+    change = domain_label(shift, shift_filters) + (f" at severity {severity}" if severity is not None else "")
+    return Task(name=domain_label(name, source_filters), change=change, source=source, targets=(target,))
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:

@@ -124,7 +124,8 @@ def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
 
 def _eval_results(record: Record) -> list[EvalResult]:
     data, measured = record.run_info.train_config["data"], record.train_info.metrics[-1]
-    domains = {"test accuracy": f"{data['name']}, {_shift(data)}", "source test accuracy": f"{data['name']}, source"}
+    source = _label(data["name"], data.get("source_filters", []))
+    domains = {"test accuracy": f"{source}, {_shift(data)}", "source test accuracy": f"{source}, source"}
     return [
         EvalResult(
             task_type="image-classification",
@@ -140,10 +141,17 @@ def _eval_results(record: Record) -> list[EvalResult]:
     ]
 
 
+def _label(name: object, filters: Any) -> str:
+    from peft_edge.data.folders import domain_label  # importing the package must not import datasets
+
+    return domain_label(str(name), filters)
+
+
 def _shift(data: Mapping[str, Any]) -> str:
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
-    return str(data["shift"]) + (f" (severity {data['severity']})" if data["severity"] is not None else "")
+    shift = _label(data["shift"] or data["name"], data.get("shift_filters", []))
+    return shift + (f" (severity {data['severity']})" if data["severity"] is not None else "")
 
 
 def shareable(record: Record) -> Record:

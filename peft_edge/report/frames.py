@@ -14,12 +14,14 @@ import posixpath
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 from pandas import DataFrame, concat
 
 from peft_edge.bench.results import BenchRecord
 from peft_edge.config.reader import flatten
+from peft_edge.data.folders import Filter, domain_label
 from peft_edge.methods import METHODS
 from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
@@ -106,8 +108,11 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
     costs: list[int | None] = [None, None, None]
     if step is not None:
         costs = [step.memory_peak_bytes, step.flops, record.train_info.file_size]
+    name = str(config["data.name"])
+    filters = {key: cast(list[Filter], config.get(f"data.{key}_filters", [])) for key in ("source", "shift")}
+    change = "new classes" if new_classes else domain_label(str(config["data.shift"] or name), filters["shift"])
     return {
-        "task": f"{config['data.name']}, {'new classes' if new_classes else config['data.shift']}",
+        "task": f"{domain_label(name, filters['source'])}, {change}",
         "backbone": config["backbone.name"],
         "kinds": {change.kind for change in record.train_info.changes.values()},
         "order": _method_order(method),

@@ -43,6 +43,23 @@ def test_imported_weights_are_the_ones_of_the_file(tmp_path: Path, capsys: pytes
     assert torch.equal(first.conv_stem.weight, kept.conv_stem.weight)
 
 
+def test_import_checks_the_weights_on_photographs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "w.pth")
+    for number in range(24):
+        file = tmp_path / "pets" / ("cat", "dog")[number % 2] / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (32, 32), (number, 99 * (number % 2), 0)).save(file)
+    import_ = ["import", str(tmp_path / "w.pth"), "--model", "test_efficientnet", "--image-size", "32"]
+    main([*import_, "--out", str(tmp_path / "out"), "--check", str(tmp_path / "pets")])
+    _, title, header, imported, *rest = capsys.readouterr().out.splitlines()
+    assert title == f"accuracy on {tmp_path / 'pets'}"
+    assert (header.split()[-1], imported.split()) == ("head", ["as", "imported", "1.000", "-"])
+    assert "hardly better than those of random weights" in rest[-2]
+    with pytest.raises(SystemExit):
+        main([*import_, "--out", str(tmp_path / "new"), "--check", str(tmp_path / "none")])
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -65,6 +65,13 @@ def test_metadata_describe_the_run(full_record: Record) -> None:
     assert result["metrics"][0] == {"type": "accuracy", "value": 0.75, "name": "test accuracy"}
 
 
+def test_domain_of_a_dataset_is_named(full_record: Record) -> None:
+    rows = {key: [["domain", "==", name]] for key, name in (("source_filters", "photo"), ("shift_filters", "sketch"))}
+    full_record.run_info.train_config["data"] |= {"name": "owner/pacs", "new_classes": [], **rows}
+    (result,) = metadata(full_record)["model-index"][0]["results"]
+    assert result["dataset"]["name"] == "owner/pacs (photo), owner/pacs (sketch)"
+
+
 def test_backbone_that_is_not_on_the_hub_is_not_in_the_metadata() -> None:
     found = metadata(None)
     assert {"base_model", "datasets", "license", "model-index"}.isdisjoint(found)

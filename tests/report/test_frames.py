@@ -45,6 +45,17 @@ def test_every_finished_run_has_a_row(archive: Archive) -> None:
     assert set(runs["task"]) == {"digits, blend", "digits, new classes"}
 
 
+def test_domains_of_one_dataset_are_different_tasks(run: MakeRun) -> None:
+    records = {}
+    for domain in ("sketch", "cartoon"):
+        records[domain] = run()
+        photo, shift = ([["domain", "==", name]] for name in ("photo", domain))
+        records[domain].run_info.train_config["data"] |= {"name": "PACS", "shift": None}
+        records[domain].run_info.train_config["data"] |= {"source_filters": photo, "shift_filters": shift}
+    tasks = set(run_frame(Archive(runs=records))["task"])
+    assert tasks == {"PACS (photo), PACS (sketch)", "PACS (photo), PACS (cartoon)"}
+
+
 def test_failed_run_has_no_row(run: MakeRun) -> None:
     assert run_frame(Archive(runs={"a.json": run(status="failed")})).empty
 

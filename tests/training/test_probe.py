@@ -1,0 +1,79 @@
+"""The check of imported weights on labelled photographs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from peft_edge.backbones import fingerprint, load_backbone, set_class_names, set_preprocessing
+from peft_edge.training.probe import IMPORTED, RANDOM, WeightProbe, class_mean_accuracy, head_outputs, probe_weights
+
+IMAGENET = "mean and std of ImageNet"
+
+
+def test_nearest_class_mean_is_that_of_the_angles() -> None:
+    # Two classes around (10, 0) and (0, 10). Their common mean is (5, 5), and only the angle to it counts.
+    features = torch.tensor([[9.0, 0.0], [11.0, 0.0], [0.0, 9.0], [0.0, 11.0]])
+    labels = torch.tensor([0, 0, 1, 1])
+    test = torch.tensor([[6.0, 5.0], [500.0, 5.0], [5.0, 5.1], [5.0, 5.1]])
+    assert class_mean_accuracy(features, labels, test, torch.tensor([0, 0, 1, 0])) == 0.75
+
+
+def test_classes_of_the_head_are_found_by_name() -> None:
+    model = load_backbone("test_efficientnet")
+    assert head_outputs(model, ["daisy", "n02123045", "Tabby", "lakeside"]) == [985, 281, 281, 975]
+    assert head_outputs(model, ["tabby_cat", "bell_cote"]) == [281, 442]
+    assert head_outputs(model, ["daisy", "guitar"]) is None
+    own = load_backbone("test_efficientnet", 3)
+    assert head_outputs(own, ["daisy"]) is None
+    set_class_names(own, ["Cat", "dog", "owl"])
+    assert head_outputs(own, ["owl", "cat"]) == [2, 0]
+
+
+def folder_of_colours(folder: Path) -> Path:
+    rng = np.random.default_rng(0)
+    for channel, name in enumerate(("cat", "dog", "owl")):
+        (folder / name).mkdir(parents=True)
+        for number in range(12):
+            pixels = rng.integers(0, 100, (40, 40, 3), dtype=np.uint8)
+            pixels[..., channel] += 150
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+def test_probe_of_separable_classes(tmp_path: Path) -> None:
+    model = load_backbone("test_efficientnet", 3)
+    set_preprocessing(model, mean=0.5, std=0.5, image_size=32)
+    set_class_names(model, ["owl", "cat", "dog"])
+    with torch.no_grad():
+        model.classifier.weight.zero_()
+        model.classifier.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # predicts owls only
+    before = fingerprint(model)
+    found = probe_weights(model, str(folder_of_colours(tmp_path)))
+    assert found.class_mean == {IMPORTED: 1.0, IMAGENET: 1.0, RANDOM: 1.0}
+    assert found.head == pytest.approx(1 / 3, abs=0.1)
+    assert fingerprint(model) == before
+    assert model.training
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "warnings"),
+    [
+        ({IMPORTED: 0.9, IMAGENET: 0.91, RANDOM: 0.4}, []),
+        ({IMPORTED: 0.43, RANDOM: 0.4}, ["hardly better than those of random weights"]),
+        ({IMPORTED: 0.9, IMAGENET: 0.95, RANDOM: 0.4}, ["--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"]),
+    ],
+)
+def test_doubtful_weights_are_said(accuracies: dict[str, float], warnings: list[str]) -> None:
+    found = WeightProbe(accuracies, None)
+    assert len(found.warnings) == len(warnings)
+    assert all(text in warning for text, warning in zip(warnings, found.warnings, strict=True))
+    header, first, *_ = str(found).splitlines()
+    assert (header.split(), first.split()[-2:]) == (
+        ["nearest", "class", "mean", "head"],
+        [f"{accuracies[IMPORTED]:.3f}", "-"],
+    )
