@@ -31,10 +31,20 @@ def is_main_process() -> bool:
     return int(os.environ.get("RANK", "0")) == 0
 
 
+def print_help() -> None:
+    """Print how to use this program, and all configuration keys."""
+    try:
+        print(f"{__doc__}\n{describe_keys()}", flush=True)
+    except BrokenPipeError:
+        # The reader of the output has ended, as in `train.py --help | head`. Without this line, Python would print an
+        # error when it flushes the output again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def command() -> None:
     """Run with the arguments of this process; exit with one message and code 2 on a mistake, 130 on Ctrl-C."""
     if {"-h", "--help"} & set(sys.argv[1:]):
-        print(f"{__doc__}\n{describe_keys()}")
+        print_help()
         sys.exit()
     try:
         main(sys.argv[1:])
@@ -43,7 +53,7 @@ def command() -> None:
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # the exit code tells the launcher
         if is_main_process():
             print("stopped: the same command resumes from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -214,6 +214,7 @@ OVERRIDDEN_TUNERS = (
     ("peft.tuners.tuners_utils.BaseTuner", "_check_target_module_compatiblity", "PEFT checks Mamba for type LORA only"),
     ("peft.tuners.tuners_utils.BaseTunerLayer", "_get_base_layer_device_and_dtype", "a block has no weight"),
     ("peft.tuners.lora.LoraLayer", "_get_in_out_features", "PEFT does not know BatchNorm layers"),
+    ("peft.tuners.tuners_utils.BaseTuner", "_mark_only_adapters_as_trainable", "also unfreezes a bias with an adapter"),
     ("peft.tuners.lora.LoraModel", "_enable_peft_forward_hooks", "also passes adapter_names to BatchNorm layers"),
     ("peft.tuners.lora.LoraModel", "_svd_generalized_task_arithmetic_weighted_adapter", "SVD needs matrices"),
 )

@@ -374,7 +374,7 @@ def _find_record(file: Path) -> Record | CostRecord | None:
     try:
         is_cost = {"network", "method", "profile"}.issubset(block)
         is_run = "train_info" in block and keys.issubset(block["run_info"]["train_config"])
-    except (KeyError, TypeError):
+    except (KeyError, TypeError):  # other JSON files, such as configurations, are no records
         return None
     if is_cost:
         return read_record(file, CostRecord)
@@ -390,7 +390,7 @@ def package_info(*more: str) -> dict[str, str | None]:
 def _version(name: str) -> str | None:
     try:
         return version(name)
-    except PackageNotFoundError:
+    except PackageNotFoundError:  # an extra that is not installed
         return None
 
 

@@ -37,19 +37,35 @@ def test_tuners_are_registered_in_whatever_order_modules_are_imported() -> None:
     statements = [f"import peft_edge.{module}" for module in MODULES]
     statements += [f"from peft_edge import {name}" for name in ("ConvAdapterConfig", "FeatureCache", "load_pretrained")]
     statements += ["import peft_edge", "import peft, peft_edge", "from peft_edge.lean.layers import *"]
+    # Children are forked from a process that has imported every other package, so each imports only PEFT and our modules.
     program = f"""
-import os, traceback
+import os, sys, traceback
+from contextlib import suppress
+from importlib import import_module
 import timm, torch, transformers.modeling_utils
-for statement in {statements}:
+
+def fork(*statements):
     if not (child := os.fork()):
         try:
-            exec(statement)
-            exec({CHECK!r})
+            for statement in statements:
+                exec(statement)
         except BaseException:
             traceback.print_exc()
             os._exit(1)
         os._exit(0)
-    assert os.waitpid(child, 0)[1] == 0, statement
+    assert os.waitpid(child, 0)[1] == 0, statements
+
+reader, writer = os.pipe()
+fork({"; ".join(statements[: len(MODULES)])!r}, "os.write(writer, '\\n'.join(sys.modules).encode())")
+os.close(writer)
+OURS = "peft", "peft_edge"
+for name in os.fdopen(reader).read().split():
+    if name.partition(".")[0] not in OURS and "__" not in name:
+        with suppress(ImportError, AttributeError):  # modules that another module generates
+            import_module(name)
+assert not [name for name in sys.modules if name.partition(".")[0] in OURS]
+for statement in {statements}:
+    fork(statement, {CHECK!r})
 """
     run(program)
 

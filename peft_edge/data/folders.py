@@ -220,18 +220,19 @@ def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
         if len(paths) > 1:
             raise ValueError(
                 f"{folder} has several folders for {split}: {', '.join(path.name for path in paths)}. Keep one of "
-                "them, or name the others otherwise"
+                "them, or rename the others"
             )
     chosen = {split: nested[split][0] for split in _SPLIT_WORDS if split in nested}
     others = [child for child in children if child not in chosen.values()]
     if len(chosen) == 1 and others:
         raise ValueError(
-            f"{folder} has train/ with folders inside of it, and {others[0].name}/ beside it: rename train/ if it is a "
-            f"class, and move {others[0].name}/ elsewhere if it is none"
+            f"{folder} contains {others[0].name}/ and {chosen['train'].name}/, which contains folders. If "
+            f"{chosen['train'].name} is a class, rename its folder; if it is the training split, move "
+            f"{others[0].name}/ to another place"
         )
     for child in _visible(folder, found):
         if child not in chosen.values():
-            found.leave_out(f"{'folder' if child.is_dir() else 'file'} beside the splits", child)
+            found.leave_out(f"{'folder' if child.is_dir() else 'file'} next to the splits", child)
     return chosen
 
 
@@ -246,8 +247,9 @@ def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
             inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}
             if "train" in inner and len(inner) > 1:
                 raise ValueError(
-                    f"{child} has the splits {' and '.join(sorted(filter(None, inner)))} inside of it: expected the "
-                    "class folders inside of the splits, as in train/cat and test/cat; or name that folder itself"
+                    f"{child} contains the split folders {' and '.join(sorted(filter(None, inner)))}: expected split "
+                    f"folders that contain class folders, as in train/cat and test/cat. If {child} is the data set, "
+                    "name this folder"
                 )
             before = found.left_out.total()
             images = [path for path in _files(child, found, {child.resolve()}) if _is_image(path, found)]

@@ -106,13 +106,23 @@ def _check_deep(image: Image.Image) -> None:
 
 def identify(file: IO[bytes]) -> str | None:
     """Return Pillow's name of the format of a file, or None if Pillow cannot decode the file as an image."""
-    # Pillow identifies stub formats and MPEG but cannot decode them, and runs Ghostscript to decode EPS.
     with suppress(Exception), Image.open(file) as image:  # Pillow raises many types of exceptions
-        if not isinstance(image, ImageFile.StubImageFile) and image.format not in ("MPEG", "EPS"):
+        if image.format in _decoded_formats():
             return image.format
     return None
 
 
+def _decoded_formats() -> set[str]:
+    """Return the formats that Pillow decodes without other programs."""
+    # Pillow identifies stub formats, such as HDF5, and MPEG but cannot decode them, and runs Ghostscript to decode EPS.
+    stubs = {
+        name
+        for name, (factory, _) in Image.OPEN.items()
+        if isinstance(factory, type) and issubclass(factory, ImageFile.StubImageFile)
+    }
+    return set(Image.OPEN) - stubs - {"MPEG", "EPS"}
+
+
 def is_image_suffix(suffix: str) -> bool:
-    """Return whether Pillow opens files with this ending, such as `.jpg`. MPEG and EPS are excluded."""
-    return Image.registered_extensions().get(suffix.lower()) in Image.OPEN.keys() - {"MPEG", "EPS"}
+    """Return whether Pillow decodes files with this ending, such as `.jpg`."""
+    return Image.registered_extensions().get(suffix.lower()) in _decoded_formats()

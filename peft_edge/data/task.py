@@ -216,7 +216,7 @@ def class_increments(
     _check_classes(domain.class_names, new_classes, base, increments)
     groups = [part.tolist() for part in np.array_split(new_classes, increments)]
     num_earlier = len(base) + sum(map(len, groups[:-1]))
-    if 0 < rehearsal_size < num_earlier:
+    if rehearsal_size and rehearsal_size < num_earlier:
         raise ValueError(
             f"rehearsal_size: {rehearsal_size} images cannot be shared among the {num_earlier} classes before the last "
             f"increment: keep at least {num_earlier}, or none (0)"

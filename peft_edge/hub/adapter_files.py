@@ -89,7 +89,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
         if isinstance(pattern, str):
             try:
                 _matches(field, pattern, modules)
-            except ValueError:
+            except ValueError:  # RE2 does not support the pattern
                 config[field] = exact_pattern(name for name in modules if re.fullmatch(pattern, name))
     (folder / CONFIG_NAME).write_text(json.dumps(config, indent=2, sort_keys=True), encoding="utf-8")
 

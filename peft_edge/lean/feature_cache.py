@@ -205,7 +205,7 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
     try:
         model(images)
     except _StopForward:
-        pass
+        pass  # `stop` has stored the input, and the layers after `start` need not run
     finally:
         hook.remove()
     return found[0].clone(memory_format=torch.preserve_format)
@@ -315,7 +315,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         return (folder / "features.arrow").stat().st_size == info["size_bytes"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError):  # an interrupted run left an incomplete folder, which is written again
         return False
 
 

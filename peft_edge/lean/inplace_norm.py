@@ -55,7 +55,7 @@ class ModuleRef:
     def _get(self, path: str) -> nn.Module | None:
         try:
             return None if self._root is None else self._root.get_submodule(path)
-        except AttributeError:
+        except AttributeError:  # PEFT or the user removed the module, so the pair is no longer valid
             return None
 
     def __deepcopy__(self, memo: dict[int, nn.Module]) -> ModuleRef:

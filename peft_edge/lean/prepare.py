@@ -210,6 +210,8 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
     traced = copy.deepcopy(model).to("meta").train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
+        if isinstance(module, BatchNorm) and module.momentum is None:
+            module.momentum = 0.1  # a cumulative average would read the number of batches, which has no value here
         # An identity gets no hooks, because its output must keep the mark of the layer that computed the tensor.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
         # A base layer gets no hooks, because it counts together with its adapter as one adapted layer.

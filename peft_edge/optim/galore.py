@@ -80,7 +80,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     matrix = gradient.float()
     try:
         left, right = _singular_vectors(matrix, rank)
-    except torch.linalg.LinAlgError:
+    except torch.linalg.LinAlgError:  # `step` warns of vectors that are not finite
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 import warnings
 from collections import deque
@@ -33,9 +34,20 @@ from peft_edge.records import StepProfile
 
 _LOGGED_OF_LAYERS = ["flops_forward", "flops_backward", "memory_peak_bytes", "adapter_bytes"]
 _NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phase"}
-# The callbacks with an open measurement. A dispatch mode stays active until it is closed, and Trainer has no event for
-# a run that fails inside a step. Therefore the next training run in this process closes the open measurements.
-_measuring: set[ProfilingCallback] = set()
+
+
+class _Measuring(threading.local):
+    """The callbacks of this thread whose step is being measured.
+
+    A dispatch mode stays active in its thread until it is closed, and Trainer has no event for a run that fails inside
+    a step. Therefore the next training run in this thread closes the open measurements.
+    """
+
+    def __init__(self) -> None:
+        self.callbacks: set[ProfilingCallback] = set()
+
+
+_measuring = _Measuring()
 
 
 class ProfilingCallback(TrainerCallback):
@@ -105,15 +117,21 @@ class ProfilingCallback(TrainerCallback):
         self._planned: deque[AbstractContextManager[object]] = deque()
 
     def close(self) -> None:
-        """End the measurement of the running step, if this step is measured."""
-        _measuring.discard(self)
+        """End the measurement of the running step, if this step is measured, and discard its sample."""
+        self._end_step()
+        self._planned.clear()
+
+    def _end_step(self) -> object:
+        _measuring.callbacks.discard(self)
         self._entered.close()
+        step, self._step = self._step, None
+        return step
 
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
         """Delete the files of an earlier run if `state.global_step` is 0, otherwise read this process's file."""
-        for callback in list(_measuring):
+        for callback in list(_measuring.callbacks):
             callback.close()
         self._begin([], [])
         if not self._every_n_steps:
@@ -143,7 +161,7 @@ class ProfilingCallback(TrainerCallback):
                 self._planned.append(_traced(self._root / "traces" / self._name / self._file.name))
         self._steps_begun += 1
         if self._planned:
-            _measuring.add(self)
+            _measuring.callbacks.add(self)
             self._step = self._entered.enter_context(self._planned.popleft())
 
     def on_pre_optimizer_step(self, *arguments: object, **kwargs: object) -> None:
@@ -161,8 +179,7 @@ class ProfilingCallback(TrainerCallback):
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
         """If the step was measured, end the measurement and write this process's file of step profiles."""
-        self.close()
-        step, self._step = self._step, None
+        step = self._end_step()
         if isinstance(step, CountedStep):
             self._counted = step.rows(self._process_index)
             self._add(self._counted)

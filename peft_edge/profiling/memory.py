@@ -431,6 +431,6 @@ def reset_peak_rss() -> bool:
     try:
         # According to proc(5), the value 5 resets only the peak.
         _CLEAR_REFS.write_text("5")
-    except OSError:
+    except OSError:  # another system, or a container that does not allow it
         return False
     return True

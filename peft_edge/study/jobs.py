@@ -164,7 +164,7 @@ class JobAttempt:
                 record = self.job.record
                 if record is not None and not self._is_among_results(record):
                     add_record(self.results, self.job.result_name, _without_paths(record))
-        except Timeout:
+        except Timeout:  # another process runs this job
             return False
         return True
 
@@ -189,7 +189,7 @@ class JobAttempt:
         file = self.results / f"{self.job.result_name}.json"
         try:
             return type(record).from_json(file.read_text(encoding="utf-8")) == _without_paths(record)
-        except (FileNotFoundError, ValueError):
+        except (FileNotFoundError, ValueError):  # a missing or damaged copy is written again
             return False
 
 

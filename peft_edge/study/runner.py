@@ -121,7 +121,7 @@ class _Worker:
         attempt, self.attempt = self.attempt, None
         try:
             reply: bool | Exception = self.connection.recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # the process died, and `fail` records the cause
             self._process.join()
             exit_code = self._process.exitcode or 0
             cause = f"its process ended with exit code {exit_code}"
@@ -146,7 +146,7 @@ def _serve(connection: Connection) -> None:
     while True:
         try:
             attempt = connection.recv()
-        except EOFError:
+        except EOFError:  # `JobProcess.close` ends this process in this way
             return
         try:
             reply: bool | Exception = attempt.run()

@@ -355,6 +355,6 @@ def merged_copy(model: nn.Module) -> nn.Module | None:
     """
     if not isinstance(model, PeftModel):
         return model
-    with suppress(NotImplementedError):
+    with suppress(NotImplementedError):  # the record then has no figures of a merged copy
         return copy.deepcopy(model).merge_and_unload(safe_merge=True)
     return None

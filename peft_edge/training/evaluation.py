@@ -131,7 +131,7 @@ def _locked(file: Path) -> Iterator[bool]:
 def _read_predictions(file: Path) -> Predictions | None:
     try:
         return Predictions(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
+    except (OSError, ValueError, TypeError):  # a missing or damaged file is computed and written again
         return None
 
 

@@ -44,7 +44,7 @@ class ActiveRun:
         """Whether the record says that the run has succeeded. False if the record cannot be read."""
         try:
             return self.record is not None
-        except (ValueError, OSError):
+        except (ValueError, OSError):  # `record` raises the error where the reason matters
             return False
 
     def write_record(self, record: Record) -> None:
@@ -244,7 +244,7 @@ def _is_intact(checkpoint: Path) -> bool:
     try:
         written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
         return all(_digest(checkpoint / name) == digest for name, digest in written.items())
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):  # the caller names a damaged checkpoint
         return False
 
 

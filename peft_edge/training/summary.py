@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import logging
 import signal
 import sys
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from pathlib import Path
 
@@ -40,6 +41,8 @@ from peft_edge.training.adaptation import TrainedCandidate
 from peft_edge.training.evaluation import SOURCE, SOURCE_BEFORE, TARGET, TARGET_BEFORE, Predictions, results
 from peft_edge.training.loop import DivergedError, on_termination
 from peft_edge.training.run_folder import ActiveRun
+
+logger = logging.getLogger(__name__)
 
 
 def build_record(
@@ -149,12 +152,15 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
                 raise
             message = "".join(traceback.format_exception(error))
             # A full disk must not hide the original error, and a second SIGTERM must not interrupt `write_record`.
-            with on_termination(signal.SIG_IGN), suppress(OSError):
-                status = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}.get(type(error), FAILED)
-                record = new_record(run.config, status, started=started, error_msg=message)
-                record.train_info.sweep = list(getattr(error, "tried", ()))
-                record.profile = read_profile(run.path / "profile")
-                run.write_record(record)
+            with on_termination(signal.SIG_IGN):
+                try:
+                    status = {KeyboardInterrupt: CANCELED, DivergedError: DIVERGED}.get(type(error), FAILED)
+                    record = new_record(run.config, status, started=started, error_msg=message)
+                    record.train_info.sweep = list(getattr(error, "tried", ()))
+                    record.profile = read_profile(run.path / "profile")
+                    run.write_record(record)
+                except OSError as unwritten:
+                    logger.warning("the failure could not be recorded in %s: %s", run.path, unwritten)
             raise
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.hooks import ModelHook
@@ -19,16 +19,29 @@ from peft_edge._compat import has_hooks, has_plain_conv_forward
 from peft_edge.lean.layers import LeanBatchNorm, LeanConvolution
 from peft_edge.roles import is_convolution
 
+FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
+"""BatchNorm classes with constant statistics. timm's `freeze` and `freeze_batch_norm_2d` convert layers to them."""
+
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)
-_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, LeanBatchNorm)
+_BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, LeanBatchNorm, *FROZEN_NORMS)
+
+_PLAIN_FORWARDS = {cls.forward for cls in (*_CONVOLUTIONS, *_BATCH_NORMS)}
 
 _READ_BY_FUSING = {
     *("running_mean", "running_var", "num_batches_tracked", "eps", "momentum", "num_features"),
-    *("stride", "padding", "padding_mode", "dilation", "groups", "kernel_size", "transposed", "output_padding"),
+    *(
+        "in_channels",
+        "out_channels",
+        "stride",
+        "padding",
+        "padding_mode",
+        "dilation",
+        "groups",
+        "kernel_size",
+        "transposed",
+    ),
+    "output_padding",
 }
-
-FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-"""BatchNorm classes with constant statistics. timm's `freeze` and `freeze_batch_norm_2d` convert layers to them."""
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
@@ -40,7 +53,7 @@ def check_plain(layer: nn.Module, name: str) -> None:
         is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
     else:
         expected = "batch normalisation"
-        is_plain = type(layer).forward in {cls.forward for cls in (*_BATCH_NORMS, *FROZEN_NORMS)}
+        is_plain = type(layer).forward in {cls.forward for cls in _BATCH_NORMS}
     if not is_plain:
         raise ValueError(
             f"Cannot adapt layer {name!r}: {type(layer).__name__} is not a plain {expected}, so a merged adapter would "
@@ -102,6 +115,16 @@ def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
     return tensor.dtype, int(real.detach().view(bits).sum(dtype=torch.int64))
 
 
+def innermost_layer(layer: nn.Module) -> nn.Module:
+    """Return the layer inside all tuner layers around it, or `layer` itself without such layers.
+
+    If the layer is a block with a child `base_layer`, PEFT's `get_base_layer` would return this child.
+    """
+    while isinstance(layer, BaseTunerLayer):
+        layer = layer.base_layer
+    return layer
+
+
 class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A layer of the base model with its adapters.
 
@@ -121,6 +144,77 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 ) from error
             raise
 
+    def __setattr__(self, name: str, value: object) -> None:
+        if name in ("weight", "bias"):
+            raise AttributeError(
+                f"layer {self.target_name!r} is adapted: its {name} cannot be assigned, as fusing or reparametrising "
+                "would. Call merge_and_unload() first, or assign to get_base_layer()."
+            )
+        if name == "base_layer" and isinstance(value, nn.Module):
+            self.add_module(name, value)  # checks a replacement, unlike nn.Module.__setattr__
+        else:
+            super().__setattr__(name, value)
+
+    def add_module(self, name: str, module: nn.Module | None) -> None:
+        """Add a child module. Functions that fuse, convert or freeze layers call this method with a new base layer.
+
+        Raises:
+            ValueError: If the new base layer cannot replace the old base layer without a change of the adapter.
+        """
+        old = self._modules.get("base_layer")
+        if name == "base_layer" and old is not None and module is not None and module is not old:
+            module = self._converted_base_layer(old, module)
+        super().add_module(name, module)
+
+    def _converted_base_layer(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        """Return the base layer for a replacement of `old` by `new`, or raise a `ValueError`."""
+        if innermost_layer(old) is innermost_layer(new):
+            return new  # PEFT wraps the base layer in another tuner, or unwraps it
+        raise ValueError(
+            f"Cannot replace the base layer of {self.target_name!r} by {type(new).__name__}: its adapter was made for "
+            "the old weights. Call merge_and_unload() before you fuse, quantise or replace layers."
+        )
+
+    def check_base_layer(self) -> None:
+        """Raise a `ValueError` if the base layer is no longer an ordinary convolution or batch normalisation."""
+        base = self.get_base_layer()
+        if type(base).forward not in _PLAIN_FORWARDS:
+            # torch's quantisation replaces base layers without calling `add_module`.
+            found = f"{type(base).__module__}.{type(base).__name__}"
+            raise ValueError(
+                f"The base layer of {self.target_name!r} was replaced by {found}, which the adapter does not fit. Call "
+                "merge_and_unload() before you quantise or convert the network."
+            )
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight with which the layer computes its output: that of the base layer, changed by the active adapters.
+
+        Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, it is a copy.
+        """
+        return self._effective_tensor("weight")
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The bias with which the layer computes its output; see `weight`."""
+        return self._effective_tensor("bias")
+
+    def _effective_tensor(self, name: Literal["weight", "bias"]) -> Any:  # a Tensor, or None for a missing bias
+        adapters, tensor = self._applied_adapters(), getattr(self.get_base_layer(), name)
+        if not adapters:
+            return tensor
+        if isinstance(self.base_layer, BaseTunerLayer):
+            raise AttributeError(
+                f"layer {self.target_name!r} is adapted by several tuners, and has no {name!r}. Call "
+                "merge_and_unload() first, or read it from get_base_layer()."
+            )
+        changed = self._changed_tensor(name, adapters)
+        return tensor if changed is None else changed.to(tensor)
+
+    def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
+        """Return the base layer's tensor `name` as changed by `adapters`, or None if they do not change the tensor."""
+        raise NotImplementedError
+
     def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
         super().__init__()
         self.target_name = target_name
@@ -132,11 +226,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
     def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
-        """Return the original layer. If this is a block with a child `base_layer`, PEFT would return that child."""
-        layer: Any = self.base_layer
-        while isinstance(layer, BaseTunerLayer):
-            layer = layer.base_layer
-        return layer
+        """Return the original layer."""
+        return innermost_layer(self.base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this method for tensors that were loaded with low_cpu_mem_usage. PEFT's version also casts the
@@ -195,6 +286,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
         """Return the base-layer tensors after merging `adapter_names` too, or raise the errors of `merge`."""
         base = self.get_base_layer()
+        self.check_base_layer()
         with torch.no_grad():
             merged = self._merged_tensors([*self.merged_adapters, *adapter_names])
         self._check_plain_tensors(merged, "merge")

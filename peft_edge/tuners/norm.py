@@ -28,6 +28,7 @@ from peft_edge.tuners.adapted_layer import (
     AdaptedLayer,
     call_with_forward,
     check_plain,
+    innermost_layer,
     is_observed,
     loaded,
     replaces_forward,
@@ -43,9 +44,9 @@ _WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 class NormState(nn.Module):
     """The tensors of one adapter that replace those of a BatchNorm layer with C features.
 
-    Unless `norm` is `"frozen"`, the state has the buffers `running_mean` and `running_var` of shape (C,), and
-    `num_batches_tracked`. If `norm` is `"affine"`, it also has copies of the layer's parameters `weight` and `bias`.
-    All other tensors are None, and the adapter uses those of the layer.
+    Unless `norm` is `"frozen"`, the state has the buffers `running_mean` and `running_var` of shape (C,), and the
+    number of batches in these averages, `num_batches_tracked`. If `norm` is `"affine"`, it also has copies of the
+    layer's parameters `weight` and `bias`. All other tensors are None, and the adapter uses those of the layer.
     """
 
     running_mean: Tensor | None
@@ -66,8 +67,11 @@ class NormState(nn.Module):
         has_statistics = norm != "frozen"
         for name in ("running_mean", "running_var"):
             self.register_buffer(name, copies[name] if has_statistics else None)
-        count = torch.zeros((), dtype=torch.long, device=copies["running_mean"].device) if has_statistics else None
-        self.register_buffer("num_batches_tracked", count)
+        count = getattr(base, "num_batches_tracked", None)  # a BatchNorm that timm or torchvision froze has no count
+        if count is None:
+            count = torch.zeros((), dtype=torch.long, device=copies["running_mean"].device)
+        # With a momentum of None, the first batch must not replace the statistics of all batches that the base saw.
+        self.register_buffer("num_batches_tracked", count.detach().clone() if has_statistics else None)
         for name in ("weight", "bias"):
             is_trained = norm == "affine" and name in copies
             self.register_parameter(name, nn.Parameter(copies[name]) if is_trained else None)
@@ -101,7 +105,6 @@ class BatchNormLayer(AdaptedLayer):
         self.estimating = False
         self.synchronises = True
         self._is_updated = False
-        self.intercept_reset()
         self.update_layer(adapter_name, config=config, **kwargs)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
@@ -110,14 +113,13 @@ class BatchNormLayer(AdaptedLayer):
         Raises:
             ValueError: If the new base layer is not batch normalisation, or lacks the activation of the old one.
         """
-        old = self._modules.get("base_layer")
-        if name != "base_layer" or old is None or module is None or module is old:
-            super().add_module(name, module)
-            return
-        super().add_module(name, self._converted_base_layer(old, module))
-        self.intercept_reset()
+        super().add_module(name, module)
+        if name == "base_layer":
+            self.intercept_reset()
 
     def _converted_base_layer(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        if innermost_layer(old) is innermost_layer(new):
+            return new
         if isinstance(old, _WITH_ACTIVATION) and type(new) is nn.SyncBatchNorm:
             # torch's conversion drops the activation of timm's layers. timm's conversion keeps the activation.
             new = convert_sync_batchnorm(old, new.process_group)
@@ -145,21 +147,27 @@ class BatchNormLayer(AdaptedLayer):
         """Reset the statistics of the last active adapter. torch's `update_bn` calls it through the base layer.
 
         Raises:
-            ValueError: If no adapter is active, or `norm` of the last active adapter is not `"stats"` or `"affine"`.
+            ValueError: If no adapter is active, or `norm` of the last active adapter is not `"stats"` or `"affine"`. If
+                the momentum of the base layer is None in distributed training.
         """
-        state = self.current_state()
+        state, momentum = self.current_state(), self.get_base_layer().momentum
         if state.norm not in ("stats", "affine"):
             raise ValueError(
                 f"Cannot reset the statistics of layer {self.target_name!r}: the adapter in use has none that the "
                 f'training mode updates (norm={state.norm!r}). Use peft_edge.recalibrate with norm="recalibrate", '
                 "or update the base model's statistics before you adapt it."
             )
+        if momentum is None and self._is_distributed():
+            raise ValueError(
+                f"Cannot reset the statistics of layer {self.target_name!r} in distributed training: its momentum is "
+                "None, so the batches of `update_bn` look like those of training. Use peft_edge.recalibrate."
+            )
         assert state.running_mean is not None
         assert state.running_var is not None
         state.running_mean.zero_()
         state.running_var.fill_(1.0)
         state.num_batches_tracked.zero_()
-        self._is_updated = self.get_base_layer().momentum is not None
+        self._is_updated = momentum is not None
 
     @property
     def states(self) -> nn.ModuleDict:
@@ -188,6 +196,7 @@ class BatchNormLayer(AdaptedLayer):
 
         `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
+        self.check_base_layer()
         if self.disable_adapters and self.merged:
             self.unmerge()
         base, names = self.base_layer, None if self.disable_adapters else adapter_names
@@ -291,6 +300,8 @@ class BatchNormLayer(AdaptedLayer):
             return 0.0
         state.num_batches_tracked.add_(1)
         momentum = None if self.estimating else self.get_base_layer().momentum
+        if self._is_updated and momentum is not None:
+            self._is_updated = False  # `update_bn` has ended and restored the momentum
         return 1.0 / float(state.num_batches_tracked) if momentum is None else momentum
 
     @torch.no_grad()
@@ -310,11 +321,16 @@ class BatchNormLayer(AdaptedLayer):
         if target.running_var is not None:
             target.running_var.clamp_(min=0.0)
 
+    def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
+        return getattr(self._state(adapters[-1]), name)
+
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         """Return the tensors of the last adapter, because the states of several adapters cannot be added."""
         state = self._state(adapters[-1])
-        tensors = {name: self._base_tensor(name) for name in _TENSORS}
-        tensors |= {name: tensor for name in _TENSORS if (tensor := getattr(state, name)) is not None}
+        # A converted base layer (timm's `freeze`) has no count.
+        names = [*_TENSORS, *(["num_batches_tracked"] if isinstance(self.get_base_layer(), BatchNorm) else [])]
+        tensors = {name: self._base_tensor(name) for name in names}
+        tensors |= {name: tensor for name in names if (tensor := getattr(state, name)) is not None}
         return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
 

@@ -60,8 +60,8 @@ READ: dict[str, tuple[tuple[str, ...], dict[str, dict[str, int]], str]] = {
     "splits": (SPLITS, THREE, ""),
     "splits beside a repository": ((*SPLITS, ".git/config", ".git/a.png"), THREE, "1 hidden folder"),
     "splits beside a Mac's folder": ((*SPLITS, "__MACOSX/train/cat/1.png"), THREE, "1 hidden folder"),
-    "splits beside raw images": ((*SPLITS, "raw/cat/9.png"), THREE, "1 folder beside the splits (raw)"),
-    "splits beside files": ((*SPLITS, "README.md", "9.png"), THREE, "2 file beside the splits (first 9.png)"),
+    "splits beside raw images": ((*SPLITS, "raw/cat/9.png"), THREE, "1 folder next to the splits (raw)"),
+    "splits beside files": ((*SPLITS, "README.md", "9.png"), THREE, "2 file next to the splits (first 9.png)"),
     "capital splits": (tuple(name.replace("t", "T", 1) if name[0] == "t" else name for name in SPLITS), THREE, ""),
     "long names of splits": (
         tuple(name.replace("train/", "training/").replace("val/", "Validation/") for name in SPLITS),
@@ -72,7 +72,7 @@ READ: dict[str, tuple[tuple[str, ...], dict[str, dict[str, int]], str]] = {
     "test images without classes": (
         (*(name for name in SPLITS if name[:4] != "test"), "test/1.png"),
         {"train": COUNTS, "validation": COUNTS},
-        "1 folder beside the splits (test)",
+        "1 folder next to the splits (test)",
     ),
     "folders inside of the classes": (
         ("cat/indoor/1.png", "cat/outdoor/2.png", "dog/indoor/1.png"),
@@ -124,11 +124,11 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     "no training split": (tuple(name for name in SPLITS if name[:5] != "train"), "test/ and .*no train/"),
     "splits inside of the classes": (
         tuple(f"{name.split('/')[0]}/{split}/1.png" for name in PETS for split in ("train", "test")),
-        "cat has the splits test and train inside of it",
+        "cat contains the split folders test and train",
     ),
     "a class called train with folders": (
         ("train/freight/1.png", "bus/city/1.png"),
-        "train/ with folders inside of it",
+        "contains bus/ and train/, which contains folders",
     ),
     "folder around the classes": (
         tuple(f"pets/{name}" for name in PETS),
@@ -136,7 +136,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "folder around the splits": (
         tuple(f"pets/{name}" for name in SPLITS),
-        "pets has the splits test and train",
+        "pets contains the split folders test and train",
     ),
 }
 

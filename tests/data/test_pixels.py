@@ -291,5 +291,6 @@ def test_rgb_is_returned_as_it_is() -> None:
 
 def test_only_formats_with_pixels_are_images() -> None:
     assert all(is_image_suffix(suffix) for suffix in (".jpg", ".JPG", ".png", ".tif", ".webp", ".bmp"))
-    assert not any(is_image_suffix(suffix) for suffix in ("", ".heic", ".pdf", ".zip", ".csv", ".mpg"))
+    assert not any(is_image_suffix(suffix) for suffix in ("", ".heic", ".pdf", ".zip", ".csv", ".mpg", ".eps"))
+    assert not any(is_image_suffix(suffix) for suffix in (".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"))
     assert identify(io.BytesIO(b"PK\x03\x04")) is None

@@ -7,13 +7,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import timm
 import torch
+import torch.ao.nn.quantized as nnq
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from timm.utils import reparameterize_model
 from torch import Tensor, nn
+from torch.ao.quantization import fuse_modules
 from torch.nn.utils import parametrize, prune
 
 from peft_edge import ConvLoraConfig
-from tests.tuners.support import lora_config, shifted
+from tests.tuners.support import adapter_config, lora_config, shifted
 
 Config = Callable[..., PeftConfig]
 
@@ -186,7 +190,97 @@ def test_code_that_reads_the_base_layer_is_refused(config: Config) -> None:
     """Reparametrising, as `fuse` of timm's RepVGG does, reads kernel and statistics, and would lose the adapter."""
     model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), config())
 
-    for index, name in ((0, "stride"), (1, "running_mean"), (1, "eps")):
+    for index, name in ((0, "stride"), (0, "in_channels"), (1, "running_mean"), (1, "eps")):
         with pytest.raises(AttributeError, match=rf"layer '{index}' is adapted.*{name}.*merge_and_unload"):
             getattr(model.base_model.model[index], name)
         assert not hasattr(model.base_model.model[index], name)
+
+
+# Fusing needs norms in eval mode, whose statistics do not change.
+excluded_norms = pytest.mark.filterwarnings("ignore:The running statistics of:UserWarning")
+
+
+def _excluded_norm(config: Config, **options: object) -> PeftModel:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)).double()
+    network[1].running_mean.normal_()
+    network[1].running_var.uniform_(1, 2)
+    return get_peft_model(network, config(target_modules=["0"], exclude_modules=["1"], **options)).eval()
+
+
+@excluded_norms
+@pytest.mark.parametrize("state", ["active", "disabled", "merged", "two"])
+def test_fusing_by_weight_and_bias_keeps_the_adapter(config: Config, state: str) -> None:
+    """`fuse_conv_bn_weights` of torch, and timm's FastViT, read only weight and bias of the convolution."""
+    options = {"lora_bias": True} if config is lora_config else {}
+    model, x = _excluded_norm(config, **options), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    if state == "two":
+        model.add_adapter("other", config(target_modules=["0"], exclude_modules=["1"]))
+        model.base_model.set_adapter(["default", "other"])
+    if state == "disabled":
+        model.base_model.disable_adapter_layers()
+    if state == "merged":
+        model.merge_adapter()
+    conv, norm = model.base_model.model
+    statistics = norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
+
+    fused = nn.utils.fuse_conv_bn_weights(conv.weight, conv.bias, *statistics)
+
+    torch.testing.assert_close(nn.functional.conv2d(x, *fused), model(x))
+
+
+@excluded_norms
+def test_fusing_timms_network_keeps_the_adapter() -> None:
+    model = timm.create_model("fastvit_t8", num_classes=2, embed_dims=(8, 8, 8, 8), layers=(1, 1, 1, 1))
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.BatchNorm2d)]
+    adapted = get_peft_model(model, lora_config(exclude_modules=norms)).eval()
+    x = torch.randn(1, 3, 64, 64)
+    expected = adapted(x)
+    with adapted.disable_adapter():
+        assert not torch.allclose(adapted(x), expected, atol=1e-4)
+
+    torch.testing.assert_close(reparameterize_model(adapted.base_model.model)(x), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_weight_of_an_adapter_that_cannot_be_merged_is_refused() -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3, groups=2)), adapter_config())
+
+    with pytest.raises(AttributeError, match=r"layer '0' has no 'weight' with its adapter 'default': .*2 groups"):
+        model.base_model.model[0].weight  # noqa: B018
+
+
+def _fuse_inside(model: nn.Module) -> None:
+    fuse_modules(model, [["0.base_layer", "1"]])
+
+
+@excluded_norms
+@pytest.mark.parametrize("fuse", [lambda model: nn.utils.fuse_conv_bn_eval(*model), _fuse_inside])
+def test_assigning_what_fusing_computes_is_refused(config: Config, fuse: Callable[[nn.Module], object]) -> None:
+    model, x = _excluded_norm(config), torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    expected = model(x)
+
+    with pytest.raises((AttributeError, ValueError), match=r"'0'.*Call merge_and_unload\(\)"):
+        fuse(model.base_model.model)
+
+    torch.testing.assert_close(model(x), expected)
+
+
+@pytest.mark.parametrize(("index", "quantised"), [(0, lambda: nnq.Conv2d(3, 4, 3)), (1, lambda: nnq.BatchNorm2d(4))])
+def test_quantised_base_layer_is_refused(index: int, quantised: Callable[[], nn.Module]) -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), lora_config()).eval()
+    # `torch.ao.quantization.convert` replaces modules in this way.
+    model.base_model.model[index]._modules["base_layer"] = quantised()
+
+    with pytest.raises(ValueError, match=rf"'{index}' was replaced by torch.ao.nn.quantized.*merge_and_unload"):
+        model(torch.randn(1, 3, 9, 9))
+
+
+@pytest.mark.parametrize("lora_bias", [False, True])
+def test_bias_of_the_base_layer_trains_as_in_peft(*, lora_bias: bool) -> None:
+    options = {"target_modules": ["0"], "bias": "lora_only", "lora_bias": lora_bias}
+    network = nn.Sequential(nn.Conv2d(3, 4, 3))
+    models = [get_peft_model(copy.deepcopy(network), cls(**options)) for cls in (LoraConfig, ConvLoraConfig)]
+
+    theirs, ours = ({name for name, p in model.named_parameters() if p.requires_grad} for model in models)
+
+    assert theirs == ours
+    assert any(name.endswith("base_layer.bias") for name in ours)

@@ -207,6 +207,24 @@ def test_half_precision_statistics_keep_moving(adapt: Adapt) -> None:
     torch.testing.assert_close(model.base_model.model.norm.states["default"].running_mean, conv)
 
 
+def test_cumulative_average_continues_that_of_the_base_model(adapt: Adapt, x: Tensor) -> None:
+    """With `momentum=None`, each batch has the weight 1 / n. The batches of the base model count too, as in torch."""
+    net = _Net()
+    net.norm.momentum = None
+    for batch in (x, x + 1):
+        net.train()(batch)
+    plain = copy.deepcopy(net)
+    model = adapt(net).train()
+    for batch in (2 * x, 3 * x):
+        plain(batch)
+        model(batch)
+
+    merged = model.merge_and_unload()
+
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        torch.testing.assert_close(getattr(merged.norm, name), getattr(plain.norm, name))
+
+
 def test_layers_without_weight_are_adapted(adapt: Adapt, x: Tensor) -> None:
     net = nn.Sequential()
     net.conv, net.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4, affine=False)

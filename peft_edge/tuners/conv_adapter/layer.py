@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -280,6 +280,17 @@ class ConvAdapterLayer(AdaptedLayer):
         kernel = down.weight if isinstance(depthwise, nn.Identity) else down.weight * depthwise.weight
         kernel = torch.tensordot(up.weight.flatten(1), kernel, dims=1)
         return F.pad(kernel, self.spec.margins(self._kernel_size(adapter)))
+
+    def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
+        if name == "bias":
+            return None
+        for adapter in adapters:
+            if (reason := self.why_not_mergeable(adapter)) is not None:
+                raise AttributeError(
+                    f"layer {self.target_name!r} has no 'weight' with its adapter {adapter!r}: {reason}. Read the "
+                    "weight of the base layer from get_base_layer()."
+                )
+        return self._merged_tensors(adapters)["weight"]
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         kernel = self._base_tensor("weight")

@@ -6,6 +6,7 @@ import math
 import warnings
 from collections.abc import Callable
 from functools import partial
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +43,14 @@ def check_rank(r: int, name: str) -> None:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r} (layer {name!r})")
 
 
+def _runs_in_half(weight: Tensor) -> bool:
+    """Return whether a convolution with `weight` runs in half precision, because of the dtype or of autocast."""
+    device = weight.device.type
+    is_cast = weight.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    runs_in = torch.get_autocast_dtype(device) if is_cast else weight.dtype
+    return runs_in in _HALF
+
+
 class ConvLoraLayer(AdaptedLayer, LoraLayer):
     """LoRA for convolutions: y = conv(x; W + (alpha/r) B A) + b. W is frozen, and A and B are trained.
 
@@ -59,7 +68,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     norm m: y = conv(x; (m / ||W'||) W') + b. The backward pass treats ||W'|| as a constant (section 4.3).
 
     By default, the layer adds the update to the kernel and runs one convolution, see `lowrank_conv2d`. In half
-    precision, the sum would lose small updates. The layer then runs separate convolutions with W and with the update.
+    precision, also by autocast, the sum would lose small updates. The layer then runs separate convolutions with W and
+    with the update.
 
     Hooks of the base layer run, and receive the adapted output. A replaced `forward` of the base layer also runs.
 
@@ -143,6 +153,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
         `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
+        self.check_base_layer()
         adapters = self._applied_adapters()
         is_common = adapter_names is None and self._is_fused(adapters) and x.dim() == self.get_base_layer().weight.dim()
         if is_common and not self._is_observed(adapters[0]):
@@ -199,7 +210,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         is_batch = x.dim() == conv.weight.dim()
         if is_batch and self._is_fused(adapters):
             return self._fused_forward(x, adapters[0])
-        if not adapters or self._has_two_branches(adapters) or conv.weight.dtype in _HALF:
+        if not adapters or self._has_two_branches(adapters) or _runs_in_half(conv.weight):
             return self._add_branches(x, type(conv).forward(conv, x), adapters)
         # For example, there are several adapters, the base kernel is trainable, or `x` has no batch dimension.
         return self._convolve(x, *self._compose(adapters))
@@ -220,7 +231,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         bias = self._add_bias(conv.bias, adapter)
         bias = None if bias is None else bias.to(conv.weight.dtype)
         x, geometry = pad(conv, x)
-        weight, is_half = conv.weight, conv.weight.dtype in _HALF
+        weight, is_half = conv.weight, _runs_in_half(conv.weight)
         if is_half:
             # The sum of kernel and update in half precision would round the update away.
             base_y, weight = frozen_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
@@ -265,7 +276,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return True
         weight = self.get_base_layer().weight
         is_plain = len(adapters) == 1 and not self.use_dora[adapters[0]] and not weight.requires_grad
-        return weight.dtype in _HALF and not is_plain
+        return _runs_in_half(weight) and not is_plain
 
     def _is_fused(self, adapters: list[str]) -> bool:
         """Return whether `_fused_forward` supports `adapters`, for example a single adapter on a frozen kernel."""
@@ -333,6 +344,13 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return bias
         change = self.lora_B[adapter].bias * self.scaling[adapter]
         return change if bias is None else bias + change
+
+    def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
+        if name == "bias" and not any(self.lora_bias[adapter] for adapter in adapters):
+            return None
+        kernel, bias = self._compose(adapters)
+        # PEFT sets `requires_grad` of the bias (bias="lora_only"), which must not fail for a copy.
+        return kernel if name == "weight" else bias.detach()
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         kernel, bias = self._compose(adapters)

@@ -36,6 +36,14 @@ class _ConvLoraInjection(Injection):
         # PEFT rejects layers that Mamba's fused kernels would bypass, but only for its own PEFT types.
         super()._check_target_module_compatiblity(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
 
+    def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
+        super()._mark_only_adapters_as_trainable(model)
+        # PEFT unfreezes `layer.bias`, which is a copy if the adapter has a bias of its own (`lora_bias=True`).
+        if any(getattr(self.peft_config[name], "bias", "none") == "lora_only" for name in self.active_adapters):
+            for layer in model.modules():
+                if isinstance(layer, ConvLoraLayer) and layer.get_base_layer().bias is not None:
+                    layer.get_base_layer().bias.requires_grad_(True)
+
     def _create_and_replace(
         self,
         peft_config: PeftConfig,
@@ -105,7 +113,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
             lora_embedding_A={},
             get_delta_weight=lambda name: target.get_delta_weight(name).flatten(1),
         )
-        rank = min(new_rank, *target.weight.flatten(1).shape)
+        rank = min(new_rank, *target.get_base_layer().weight.flatten(1).shape)
         lora_a, lora_b = svd(combination_type, adapters, weights, rank, as_matrix, *targets, *args, **kwargs)
         missing = new_rank - rank
         lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))

@@ -112,6 +112,37 @@ def test_small_update_of_a_half_precision_base_is_as_exact_as_pefts(
     assert errors[1] <= 1.02 * errors[0]
 
 
+@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("use_dora", [False, True])
+@pytest.mark.parametrize("size", [1e-1, 1e-2, 1e-3, 1e-4])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_small_update_under_autocast_is_not_less_exact_than_pefts(
+    dtype: torch.dtype, size: float, *, use_dora: bool, merged: bool
+) -> None:
+    """The error of the change of the output, relative to the change in double precision, for |update| / |W| = size."""
+    conv, x, errors = nn.Conv2d(16, 32, 3), torch.randn(4, 16, 12, 12), []
+    a, b = torch.randn(4, 16, 3, 3), torch.randn(32, 4, 1, 1)
+    b *= size * conv.weight.norm() / (b.flatten(1) @ a.flatten(1)).norm()
+    for cls in (LoraConfig, ConvLoraConfig):
+        config = cls(target_modules=["0"], r=4, lora_alpha=4, use_dora=use_dora)
+        model = get_peft_model(nn.Sequential(copy.deepcopy(conv)), config).eval()
+        layer = model.base_model.model[0]
+        layer.lora_A["default"].weight.data, layer.lora_B["default"].weight.data = a.clone(), b.clone()
+        double = copy.deepcopy(model).double()
+        with double.disable_adapter():
+            base = double(x.double())
+        true = double(x.double()) - base
+        with torch.autocast("cpu", dtype):
+            with model.disable_adapter():
+                rounded = model(x)
+            if merged:
+                model.merge_adapter()
+            change = model(x).double() - rounded.double()
+        errors.append(((change - true).norm() / true.norm()).item())
+
+    assert errors[1] <= 1.02 * errors[0]
+
+
 def test_half_precision_layer_has_the_gradients_of_pefts_layer() -> None:
     models, x = _pair(nn.Conv2d(8, 8, 3).bfloat16(), lora_bias=False), torch.randn(4, 8, 9, 9).bfloat16()
     for model in models:
