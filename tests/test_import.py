@@ -37,7 +37,7 @@ def test_tuners_are_registered_in_whatever_order_modules_are_imported() -> None:
     statements = [f"import peft_edge.{module}" for module in MODULES]
     statements += [f"from peft_edge import {name}" for name in ("ConvAdapterConfig", "FeatureCache", "load_pretrained")]
     statements += ["import peft_edge", "import peft, peft_edge", "from peft_edge.lean.layers import *"]
-    # Children are forked from a process that has imported every other package, so each imports only PEFT and our modules.
+    # Children are forked from a process that has imported the other packages: each imports only PEFT and our modules.
     program = f"""
 import os, sys, traceback
 from contextlib import suppress
