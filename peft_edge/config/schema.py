@@ -130,6 +130,10 @@ class DataConfig(Section):
     adaptation_size: PositiveCount | None = None
     """Maximum number of target training images; by default all of them. With new classes, the maximum for each
     increment. For a corruption of your own images, at most a quarter of the training images."""
+    augment: Literal["none", "shift", "photo", "auto"] = "auto"
+    """Augmentation of training images. shift: by up to an eighth. photo: random crop, flip and colours. auto: photo if
+    the shorter side has at least 128 pixels, otherwise shift. Choose shift for text, signs and other images that must
+    not be flipped."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
@@ -299,8 +303,9 @@ class RunConfig(Section):
     """Use the CPU even if there is a GPU."""
     num_threads: PositiveCount = 1
     """CPU threads per process. The number changes rounding, so runs with different numbers share no source model."""
-    num_workers: Count = 0
-    """Worker processes that load images, per training process. 0: the training process loads them."""
+    num_workers: Count | None = None
+    """Worker processes that load images, per training process. 0: the training process loads them. By default, up to
+    4 on free cores if the images are photographs, except in a study. The number does not change the batches."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Tools that receive the training curves: any of tensorboard, wandb and trackio."""
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 
-from peft_edge.data.pixels import check_image, identify, is_image_suffix
+from peft_edge.data.pixels import HEIC_REMEDY, check_image, identify, is_heic, is_image_suffix
 
 logger = logging.getLogger(__name__)
 
@@ -303,5 +303,9 @@ def _is_image(path: Path, found: _Found) -> bool:
     with path.open("rb") as file:
         if identify(file) is not None:
             return True
+        file.seek(0)
+        if is_heic(file.read(12)):
+            found.leave_out(f"HEIC image ({HEIC_REMEDY})", path)
+            return False
     found.leave_out(f"{path.suffix or 'file without an ending'} that is no image Pillow can read", path)
     return False

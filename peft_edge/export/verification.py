@@ -142,7 +142,7 @@ def _load_task(data: str, seed: int) -> Task:
 
 def _run_task(name: str, data: Mapping[str, Any], seed: int) -> Task:
     try:
-        return _load_task(json.dumps(data), seed)
+        return _load_task(json.dumps({key: value for key, value in data.items() if key != "augment"}), seed)
     except ValueError as error:
         raise ValueError(
             f"{name}: the images that the run trained on cannot be told from others, because its data "

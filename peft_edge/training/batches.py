@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from dataclasses import dataclass
 from typing import cast
 
@@ -14,10 +16,14 @@ from torch.utils.data import DataLoader
 
 from peft_edge.config import RunConfig
 from peft_edge.data import Domain, build_loader, build_transform, load_batches
-from peft_edge.data.loader import EpochSampler
+from peft_edge.data.loader import Augmentation, EpochSampler, typical_size
+from peft_edge.data.task import EMBEDDED
 from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
 from peft_edge.records import StepProfile
 from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
+
+PHOTOGRAPH_SIZE = 128
+"""Images whose shorter side has at least this many pixels are treated as photographs, unless they are embedded data."""
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
@@ -36,10 +42,45 @@ def evaluation_batches(config: RunConfig, backbone: nn.Module, images: Dataset) 
 def _batches(
     config: RunConfig, backbone: nn.Module, images: Dataset, *, train: bool, shuffle: bool, batch_size: int
 ) -> DataLoader:
-    transform = build_transform(timm_config(config, backbone), train=train)
+    augment = augmentation_of(config, images) if train else "none"
+    transform = build_transform(timm_config(config, backbone), train=train, augment=augment)
+    workers = _num_workers(config, images)
     return build_loader(
-        images, transform, batch_size=batch_size, shuffle=shuffle, seed=config.seed, num_workers=config.num_workers
+        images, transform, batch_size=batch_size, shuffle=shuffle, seed=config.seed, num_workers=workers
     )
+
+
+def augmentation_of(config: RunConfig, images: Dataset) -> Augmentation:
+    """Return the augmentation of training images: `data.augment`, which `auto` chooses by the size of the images."""
+    if config.data.augment != "auto":
+        return config.data.augment
+    return "photo" if _are_photographs(config, images) else "shift"
+
+
+def _are_photographs(config: RunConfig, images: Dataset) -> bool:
+    return config.data.name not in EMBEDDED and min(typical_size(images)) >= PHOTOGRAPH_SIZE
+
+
+def _num_workers(config: RunConfig, images: Dataset) -> int:
+    """Return `num_workers` or, by default, a number of worker processes that suits the images and the machine.
+
+    Worker processes help if decoding takes long and a core is free. A study runs one run for each core. Only a fork
+    starts a worker process at once; elsewhere each worker process would first import torch.
+    """
+    if config.num_workers is not None:
+        return config.num_workers
+    is_in_study = multiprocessing.parent_process() is not None
+    if is_in_study or multiprocessing.get_start_method() != "fork" or not hasattr(os, "sched_getaffinity"):
+        return 0
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    free = min(4, cores - config.num_threads)
+    return free if free > 0 and _are_photographs(config, images) else 0
+
+
+def augmentation_key(config: RunConfig, images: Dataset) -> dict[str, object]:
+    """Return the part of a cache key that identifies the augmentation. It is empty for `shift`, the only one once."""
+    augment = augmentation_of(config, images)
+    return {} if augment == "shift" else {"augment": augment}
 
 
 def timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
@@ -99,6 +140,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
         accelerator.device.type,
         images=target.fingerprint,
         transform=timm_config(config, source),
+        **augmentation_key(config, target.train),
         mixed_precision=settings.mixed_precision,
     )
     with accelerator.autocast():
@@ -106,7 +148,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
         root, views, dtype = cache_folder(config) / "features", settings.replay_views, settings.replay_dtype
         cache = FeatureCache.open(root, prefix, view, key=key, views=views, dtype=dtype)
     batches = load_batches(
-        cache, batch_size=settings.batch_size, shuffle=True, seed=config.seed, num_workers=config.num_workers
+        cache, batch_size=settings.batch_size, shuffle=True, seed=config.seed, num_workers=config.num_workers or 0
     )
     return Replay(prefix.tail, batches, cache.info)
 

@@ -15,11 +15,13 @@ from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin
 
 from peft_edge.config import RunConfig, flatten
 from peft_edge.data import load_task
+from peft_edge.data.loader import typical_size
 from peft_edge.hub import push_update
 from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, load_update, merged_copy, sweep
+from peft_edge.training.batches import augmentation_of
 from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_source_tests, predict_tests
-from peft_edge.training.run_folder import ActiveRun, lock_output_dir, open_run
+from peft_edge.training.run_folder import ActiveRun, end_together, lock_output_dir, open_run
 from peft_edge.training.source import new_backbone, source_model
 from peft_edge.training.summary import build_record, failure_recorded, retention_warning
 
@@ -40,7 +42,7 @@ def run(config: RunConfig) -> Record:
         OSError: If a file cannot be read or written, or the push fails after the run has succeeded.
     """
     accelerator = start_accelerator(config)
-    with lock_output_dir(config, accelerator):
+    with end_together(config, accelerator), lock_output_dir(config, accelerator):
         opened = open_run(config, accelerator)
         record = opened.record
         if record is None:
@@ -61,11 +63,15 @@ def _run_stages(run: ActiveRun) -> Record:
         new_backbone(config, num_classes=2)
 
         # Data: the source and the targets.
-        task = load_task(**config.data.model_dump(), seed=config.seed)
+        task = load_task(**config.data.model_dump(exclude={"augment"}), seed=config.seed)
         check_adaptation(config, task)
         for name, domain in {"source": task.source, "target": task.targets[0]}.items():
             sizes = ", ".join(f"{len(split):,} {key}" for key, split in vars(domain).items())
-            accelerator.print(f"{name} images: {sizes}; {domain.num_classes} classes")
+            augment = augmentation_of(config, domain.train)
+            size = "{} x {} pixels".format(*typical_size(domain.train))
+            accelerator.print(
+                f"{name} images: {sizes}; {domain.num_classes} classes; about {size}; augmentation {augment}"
+            )
 
         # The source model: trained once, and shared by all runs with the same source configuration.
         source = source_model(config, task, accelerator.device, say=accelerator.print)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import sys
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -89,6 +92,44 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
         ) from error
     with lock:
         yield
+
+
+@contextmanager
+def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
+    """If a process fails inside the block, end all other processes of the run with exit code 1 and the reason.
+
+    Otherwise the other processes would wait for the failed process, because not every launcher ends them. The failed
+    process writes the reason next to `output_dir`, where a thread of every process looks for it once a second.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    path = Path(config.output_dir).absolute()
+    file, index = path.with_name(f".{path.name}.failed"), accelerator.process_index
+    if accelerator.is_main_process:
+        remove(file)
+    accelerator.wait_for_everyone()
+    is_over = threading.Event()
+
+    def watch() -> None:
+        while not is_over.wait(1):
+            if file.exists():
+                # The main thread waits in a collective operation, and no exception reaches it there.
+                print(f"process {index} ends, because {file.read_text(encoding='utf-8')}", file=sys.stderr, flush=True)
+                os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    except BaseException as error:
+        is_over.set()
+        with suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with file.open("x", encoding="utf-8") as reason:  # only the first failed process writes its reason
+                reason.write(f"process {index} failed: {type(error).__name__}: {error}")
+        raise
+    finally:
+        is_over.set()
 
 
 def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Callable
+import pickle
+import signal
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from accelerate import PartialState, skip_first_batches
 from accelerate.utils import set_seed
 from filelock import FileLock
 from torch import nn
@@ -19,10 +26,13 @@ from peft_edge.backbones.heads import as_timm_model, replace_head
 from peft_edge.config import RunConfig
 from peft_edge.config.schema import BackboneConfig
 from peft_edge.data import Task
-from peft_edge.files import atomic_write
+from peft_edge.files import atomic_write, remove
 from peft_edge.optim import decay_groups
-from peft_edge.training.batches import set_epoch, training_batches
+from peft_edge.training.batches import augmentation_key, set_epoch, training_batches
+from peft_edge.training.loop import termination_deferred
 from peft_edge.training.run_folder import cache_folder, cache_key
+
+logger = logging.getLogger(__name__)
 
 Say = Callable[[str], object]
 """Prints a message for the user."""
@@ -49,7 +59,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
 
     One process trains the model while all other processes that need this model wait, including those of other runs.
     Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone
-    with its initial weights.
+    with its initial weights. An interrupted training continues from its newest checkpoint, with bit-identical weights.
 
     Raises:
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
@@ -67,6 +77,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
             initial_weights=fingerprint(model),
             data=task.source.fingerprint,
             image_size=config.data.image_size,
+            **augmentation_key(config, task.source.train),
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
@@ -76,15 +87,18 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
             # The operating system releases this lock even if the process is killed.
             with FileLock(folder.with_name(f"{folder.name}.lock")):
                 if not folder.exists():
+                    checkpoint = folder.with_name(f"{folder.name}.checkpoint")
                     if config.source.epochs > 0:
-                        _train(model, config, task, device)
+                        _train(model, config, task, device, checkpoint)
                     with atomic_write(folder) as unfinished:
                         save_backbone(model, unfinished)
+                    remove(checkpoint)
         model = load_backbone(str(folder))
     return model.to(device).to(memory_format=torch.channels_last)
 
 
-def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device) -> None:
+def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device, checkpoint: Path) -> None:
+    """Train `model` in place, from the file `checkpoint` if it exists. The file is deleted if the loss diverges."""
     settings = config.source
     batches = training_batches(config, model, task.source.train, batch_size=settings.batch_size)
     model.to(device).to(memory_format=torch.channels_last).train()
@@ -99,19 +113,61 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
     # OneCycleLR divides by the warm-up steps minus one, and with pct_start=0.2 five steps have one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
-    with tqdm(total=total_steps, desc="source model", unit="step") as bar:
-        for epoch in range(settings.epochs):
+    parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
+    step = _load_checkpoint(checkpoint, parts, device)
+    is_alone = PartialState().num_processes == 1
+    with (
+        termination_deferred(is_alone=is_alone) as is_terminated,
+        tqdm(total=total_steps, initial=step, desc="source model", unit="step") as bar,
+    ):
+        while step < total_steps:
+            epoch, done = divmod(step, len(batches))
             set_epoch(batches, epoch)
-            for batch in batches:
+            for batch in skip_first_batches(batches, done):
                 loss = F.cross_entropy(model(batch["pixel_values"].to(device)), batch["labels"].to(device))
                 optimizer.zero_grad()
                 loss.backward()
                 optimizer.step()
                 schedule.step()
+                step += 1
                 bar.update()
+                is_due = step % config.training.checkpoint_every_steps == 0 and step < total_steps
+                if is_due or is_terminated():
+                    _save_checkpoint(checkpoint, parts, step, device)
+                if is_terminated():
+                    logger.warning(
+                        f"\nterminated: step {step} of {total_steps} of the source model is saved; the same command "
+                        "resumes there"
+                    )
+                    sys.exit(128 + signal.SIGTERM)
             bar.set_postfix(loss=f"{loss.item():.3f}")
             if not math.isfinite(loss.item()):
+                remove(checkpoint)
                 raise ValueError(
                     f"the source model diverged in epoch {epoch + 1} (loss {loss.item()}): lower source.learning_rate, "
                     f"which is {settings.learning_rate}"
                 )
+
+
+def _save_checkpoint(file: Path, parts: Mapping[str, Any], step: int, device: torch.device) -> None:
+    state = {name: part.state_dict() for name, part in parts.items()}
+    cuda = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    with atomic_write(file) as unfinished:
+        torch.save({**state, "step": step, "random": torch.get_rng_state(), "cuda_random": cuda}, unfinished)
+
+
+def _load_checkpoint(file: Path, parts: Mapping[str, Any], device: torch.device) -> int:
+    """Load the checkpoint into `parts`, and return the number of finished steps: 0 without a readable checkpoint."""
+    if not file.exists():
+        return 0
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, pickle.UnpicklingError) as error:
+        logger.warning("%s is damaged, so the source model is trained from the start: %s", file, error)
+        return 0
+    for name, part in parts.items():
+        part.load_state_dict(state[name])
+    torch.set_rng_state(state["random"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(state["cuda_random"], device)
+    return state["step"]
