@@ -22,6 +22,7 @@ from pandas import DataFrame, concat
 from peft_edge.bench.results import BenchRecord
 from peft_edge.config.reader import flatten
 from peft_edge.data.folders import Filter, domain_label
+from peft_edge.data.task import EMBEDDED
 from peft_edge.methods import METHODS
 from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
@@ -70,6 +71,9 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         score: Accuracy on the target or, with new classes, the harmonic mean of new and old accuracy.
         score_label: Label of the score in figures, with its unit.
         memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
+        is_real: Whether the images are not those of an embedded benchmark.
+        norm, retained: The key `norm`, and the retention.
+        seconds, training_flops, process: Seconds and FLOPs of the whole training, and peak bytes of the process.
 
     Raises:
         ValueError: If two records describe the same run.
@@ -78,7 +82,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     rows = [_run_row(record, config) for record, config in zip(archive.finished.values(), configs, strict=True)]
     if not rows:
         return DataFrame()
-    frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(COST_COLUMNS, float)})
+    numbers = [*COST_COLUMNS, "retained", "seconds", "training_flops", "process"]
+    frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(numbers, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
     # Runs that train only the head change no convolution. The kind of the network comes from all runs of this network.
@@ -103,6 +108,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
 
 def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
     method, results, step = str(config["method"]), record.train_info.metrics[-1], record.step
+    whole = record.train_info.costs
     section = METHODS[method].section if method in METHODS else None
     new_classes = bool(config["data.new_classes"])
     costs: list[int | None] = [None, None, None]
@@ -128,6 +134,12 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
         "score": results["harmonic mean" if new_classes else TARGET],
         "score_label": "harmonic mean of accuracies [%]" if new_classes else "target accuracy [%]",
         **dict(zip(COST_COLUMNS, [None] * 3 if None in costs else costs, strict=True)),
+        "is_real": config["data.name"] not in EMBEDDED,
+        "norm": config["norm"],
+        "retained": results["retention"],
+        "seconds": record.train_info.seconds,
+        "training_flops": whole and whole.flops,
+        "process": whole and whole.process_peak_bytes,
     }
 
 

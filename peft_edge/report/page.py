@@ -16,6 +16,7 @@ from peft_edge.bench.results import BenchRecord
 from peft_edge.files import atomic_write
 from peft_edge.records import Archive, Record, read_archive
 from peft_edge.report import claims, frames
+from peft_edge.report.photographs import photographs
 from peft_edge.report.run_claims import accuracy_claim, choice_claim, decision_table, updates_claim
 
 
@@ -72,7 +73,11 @@ def make_report(
     `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
-    timings, variants = frames.timing_frame(measured), frames.variant_frame(runs)
+    timings, real = frames.timing_frame(measured), photographs(archive, runs)
+    # Runs on real images have their own section. If there are no other runs, they are in all sections.
+    if not runs.empty and not runs["is_real"].all():
+        runs = runs[~runs["is_real"]]
+    variants = frames.variant_frame(runs)
     sections = {
         "memory": claims.memory_claim(costs),
         "arithmetic": claims.arithmetic_claim(costs),
@@ -81,16 +86,22 @@ def make_report(
         "choice": choice_claim(variants),
     }
     tables = {name: claim.data for name, claim in sections.items() if claim.data is not None}
+    charts = {name: chart for claim in sections.values() for name, chart in claim.charts.items()}
+    if real is not None:
+        tables["photographs"], charts = real.data, charts | real.charts
     if measured:
         tables["timing"] = timings
     loader = FileSystemLoader(Path(__file__).parent)
     environment = Environment(loader=loader, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined)
     environment.filters.update(table=claims.markdown_table, link=_link)
-    configs = [run.run_info.train_config for run in archive.finished.values()]
+    names = set() if runs.empty else set(runs["name"])
+    configs = [run.run_info.train_config for name, run in archive.finished.items() if name in names]
     page = environment.get_template("page.md.jinja").render(
         archive=archive,
         folder=folder,
         claims=sections,
+        real=real,
+        are_all_real=not runs.empty and bool(runs["is_real"].all()),
         decisions=decision_table(variants),
         timings=timings,
         timing_table=claims.timing_table(timings) if measured else None,
@@ -115,7 +126,7 @@ def make_report(
             ]
         ),
     )
-    return page, tables, {name: chart for claim in sections.values() for name, chart in claim.charts.items()}
+    return page, tables, charts
 
 
 def _machine(run: Record) -> str:

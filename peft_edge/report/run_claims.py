@@ -47,7 +47,7 @@ def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
         caption = "Score over the rank: mean and standard deviation over seeds, of all methods with trained parameters"
         charts["score_over_rank"] = Chart(caption, partial(_draw_scores, trained))
         caption = "Accuracy lost on the source against accuracy gained on the target; markers grow with the rank"
-        charts["forgetting"] = Chart(caption, partial(_draw_forgetting, trained))
+        charts["forgetting"] = Chart(caption, partial(draw_forgetting, trained))
     columns = ["task", "kind", "backbone", "variant", "seeds", "score", "score_std", "target", "target_std", "source"]
     columns += ["source_std", "gained_points", "lost_points", "is_best", "is_equal"]
     columns += [f"to_{name}_{part}" for name in ("full", "head") for part in ("mean", "error", "pairs", "clear")]
@@ -105,7 +105,8 @@ def _draw_scores(variants: DataFrame, path: Path) -> None:
     draw_over_rank(_grid(points, lambda rows: _subplot(rows, "rank", rows["score_label"].iloc[0])), path)
 
 
-def _draw_forgetting(variants: DataFrame, path: Path) -> None:
+def draw_forgetting(variants: DataFrame, path: Path) -> None:
+    """Draw the accuracy lost on the source over the accuracy gained on the target."""
     points = variants.assign(x=variants["gained_points"], y=variants["lost_points"])
     labels = "accuracy gained on the target [points]", "accuracy lost on the source [points]"
     draw_scatter(_grid(points, lambda rows: _subplot(rows, *labels)), path)

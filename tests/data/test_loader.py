@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import re
 from collections.abc import Callable, Iterable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import timm
 import torch
 from accelerate.data_loader import prepare_data_loader, skip_first_batches
 from datasets import Dataset
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -20,6 +21,10 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from peft_edge.data import build_loader, build_transform, load_task
+from peft_edge.data import loader as loader_module
+from peft_edge.data.loader import typical_size
+from peft_edge.data.pixels import open_image, read_rgb, upright_size
+from peft_edge.data.sources import read_splits
 from tests.data.conftest import ImageFolder
 
 
@@ -82,12 +87,93 @@ def test_shifted_image_repeats_its_edge(data_config: dict) -> None:
     assert all((transform(white) == 1).all() for _ in range(20))
 
 
+def ramp(width: int, height: int) -> Image.Image:
+    """Return an image that is dark at the left and bright at the right."""
+    return Image.linear_gradient("L").rotate(90).resize((width, height)).convert("RGB")
+
+
+def views(image: Image.Image, data_config: dict, count: int) -> Tensor:
+    torch.manual_seed(0)
+    transform = build_transform({**data_config, "mean": (0, 0, 0), "std": (1, 1, 1)}, train=True, augment="photo")
+    return torch.stack([transform(image) for _ in range(count)])
+
+
+def test_photo_flips_half_of_the_views(data_config: dict) -> None:
+    found = views(ramp(100, 80), data_config, 300)
+    assert found.shape == (300, 3, 32, 32)
+    is_flipped = found[:, 0, :, 0].mean(-1) > found[:, 0, :, -1].mean(-1)
+    assert 0.4 < is_flipped.float().mean() < 0.6
+
+
+def test_photo_crops_70_to_100_percent_of_the_area(data_config: dict, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A crop of a ramp sees a part of its range, as long as colours do not change."""
+    monkeypatch.setattr(loader_module, "_COLOURS_AND_SIDES", lambda pixels: pixels)
+    found = views(ramp(1000, 1000), data_config, 300)
+    widths = found[:, 0, 0].amax(-1) - found[:, 0, 0].amin(-1)
+    # The lowest width has 70 % of the area and an aspect ratio of 3 / 4.
+    assert (0.7 * 3 / 4) ** 0.5 * 0.9 < widths.min() < 0.85
+    assert 0.93 < widths.max() < 1.01
+
+
+def test_photo_changes_brightness_by_up_to_30_percent(data_config: dict) -> None:
+    grey = Image.new("RGB", (50, 50), (100, 100, 100))
+    brightness = views(grey, data_config, 300).mean((1, 2, 3)) * 255 / 100
+    assert 0.68 < brightness.min() < 0.75
+    assert 1.25 < brightness.max() < 1.32
+
+
+def test_no_augmentation_gives_the_image_of_evaluation(data_config: dict) -> None:
+    plain = build_transform(data_config, train=True, augment="none")
+    assert torch.equal(plain(ramp(90, 70)), build_transform(data_config, train=False)(ramp(90, 70)))
+    with pytest.raises(ValueError, match="augment is 'flip', expected one of none, shift, photo"):
+        build_transform(data_config, train=True, augment="flip")
+
+
+@pytest.mark.parametrize("train", [False, True])
+def test_large_jpeg_is_decoded_at_a_reduced_size(train: bool, tmp_path: Path, data_config: dict) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
+    Image.fromarray(noise).resize((2000, 1500), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    whole = Image.open(tmp_path / "a.jpg").convert("RGB")
+    assert read_rgb(Image.open(tmp_path / "a.jpg"), shrink=16).size == (250, 188)
+    assert read_rgb(Image.open(tmp_path / "a.jpg"), shrink=3.9).size == whole.size
+    transform = build_transform({**data_config, "mean": (0, 0, 0), "std": (1, 1, 1)}, train=train, augment="photo")
+    found = []
+    for image in (whole, Image.open(tmp_path / "a.jpg")):
+        torch.manual_seed(1)
+        found.append(transform(image))
+    assert (found[0] - found[1]).abs().mean() * 255 < 1
+    assert not torch.equal(*found)
+
+
+@pytest.mark.parametrize("shrink", [1, 8])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photograph_is_upright(orientation: int, shrink: int, tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    ramp(160, 80).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    expected = ImageOps.exif_transpose(Image.open(tmp_path / "a.jpg"))
+    image = open_image({"path": str(tmp_path / "a.jpg"), "bytes": None})
+    assert upright_size(image) == expected.size
+    found = read_rgb(image, shrink=shrink)
+    assert found.size == tuple(side * (4 if shrink == 1 else 1) // 4 for side in expected.size)
+    difference = np.asarray(found, int) - np.asarray(expected.resize(found.size), int)
+    assert np.abs(difference).mean() < 4
+
+
+def test_typical_size_is_the_median(tmp_path: Path) -> None:
+    for name, sizes in {"a": [(10, 30), (20, 40)], "b": [(12, 300)]}.items():
+        (tmp_path / name).mkdir()
+        for number, size in enumerate(sizes):
+            Image.new("RGB", size, (number, 0, len(name))).save(tmp_path / name / f"{number}.png")
+    assert typical_size(read_splits(str(tmp_path))["train"]) == (12, 40)
+
+
 Batch = dict[str, Tensor]
 
 
 def noisy(image: Image.Image) -> Tensor:
     """Stand in for a random augmentation."""
-    return F.pil_to_tensor(image) / 255 + torch.rand(())
+    return F.pil_to_tensor(read_rgb(image)) / 255 + torch.rand(())
 
 
 @pytest.fixture

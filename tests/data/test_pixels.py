@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gc
 import io
+import runpy
+import sys
+import types
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +16,7 @@ import pytest
 from PIL import Image, PngImagePlugin, features
 from torchvision.transforms.v2 import functional as F
 
-from peft_edge.data import build_loader
+from peft_edge.data import build_loader, pixels
 from peft_edge.data.pixels import check_image, identify, is_image_suffix, to_rgb
 from peft_edge.data.sources import read_splits
 
@@ -294,3 +297,28 @@ def test_only_formats_with_pixels_are_images() -> None:
     assert not any(is_image_suffix(suffix) for suffix in ("", ".heic", ".pdf", ".zip", ".csv", ".mpg", ".eps"))
     assert not any(is_image_suffix(suffix) for suffix in (".h5", ".hdf", ".grib", ".bufr", ".wmf", ".emf"))
     assert identify(io.BytesIO(b"PK\x03\x04")) is None
+
+
+HEIC = b"\0\0\0\x18ftypheic" + bytes(40)
+
+
+def test_heic_without_its_package_names_the_package(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """An iPhone writes such files; some programs only rename them to .jpg."""
+    if "heif" in {name.lower() for name in Image.registered_extensions().values()}:
+        pytest.skip("pillow-heif is installed")
+    put(tmp_path / "pets", "a.HEIC", HEIC)
+    put_second = tmp_path / "pets" / "dog" / "green.png"
+    Image.new("RGB", (8, 8), "blue").save(put_second)
+    assert len(read_splits(str(tmp_path / "pets"))["train"]) == 2
+    assert "left out 1 HEIC image (pip install pillow-heif, or convert it to JPEG) (dog/a.HEIC)" in caplog.text
+    (tmp_path / "pets" / "dog" / "a.HEIC").rename(tmp_path / "pets" / "dog" / "a.jpg")
+    with pytest.raises(ValueError, match=r"dog/a\.jpg.*it is an HEIC image: pip install pillow-heif"):
+        read_splits(str(tmp_path / "pets"))
+
+
+def test_heic_is_read_with_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    registered = []
+    package = types.SimpleNamespace(register_heif_opener=lambda: registered.append(True))
+    monkeypatch.setitem(sys.modules, "pillow_heif", package)
+    runpy.run_path(pixels.__file__)
+    assert registered == [True]

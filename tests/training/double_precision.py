@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import socket
 import sys
+import time
+from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
@@ -14,6 +16,7 @@ from torch import nn
 
 import train
 from peft_edge.data import embedded
+from peft_edge.training import pipeline
 
 # Each process is forked from a server process that has imported everything and computed nothing.
 _PROCESSES = multiprocessing.get_context("forkserver")
@@ -22,6 +25,16 @@ _PROCESSES.set_forkserver_preload([__name__])
 
 def run_in_double(arguments: list[str], output_dir: Path, num_processes: int = 1) -> None:
     """Run train.py in `num_processes` processes, with the environment that `torchrun` sets. Expect success."""
+    processes, log = start_processes(_run, arguments, output_dir, num_processes)
+    for process in processes:
+        process.join(500)
+    assert [process.exitcode for process in processes] == [0] * num_processes, log.read_text()
+
+
+def start_processes(
+    target: Callable[..., None], arguments: list[str], output_dir: Path, num_processes: int
+) -> tuple[list[BaseProcess], Path]:
+    """Start processes that call `target`. Return the processes, and the file with their output."""
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
@@ -32,16 +45,29 @@ def run_in_double(arguments: list[str], output_dir: Path, num_processes: int = 1
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if num_processes > 1 else {}
         options = [*arguments, f"output_dir={output_dir}"]
-        process = _PROCESSES.Process(target=_run, args=(options, log, environment if num_processes > 1 else {}))
+        process = _PROCESSES.Process(target=target, args=(options, log, environment if num_processes > 1 else {}))
         process.start()
         processes.append(process)
-    for process in processes:
-        process.join(500)
-    assert [process.exitcode for process in processes] == [0] * num_processes, log.read_text()
+    return processes, log
 
 
 def _in_double(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, ...]:
     return tuple(item.double() if torch.is_tensor(item) and item.is_floating_point() else item for item in inputs)
+
+
+def fail_on_process_0(options: list[str], log: Path, environment: dict[str, object]) -> None:
+    """Run train.py, whose process 0 fails in the source stage and lives on, as with a launcher that ends nobody."""
+
+    def fail(*arguments: object, **names: object) -> nn.Module:
+        if environment["RANK"] == 0:
+            raise OSError("the disk is lost")
+        return source_model(*arguments, **names)
+
+    source_model, pipeline.source_model = pipeline.source_model, fail
+    try:
+        _run(options, log, environment)
+    except OSError:
+        time.sleep(100)
 
 
 def _run(options: list[str], log: Path, environment: dict[str, object]) -> None:

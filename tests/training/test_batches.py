@@ -4,14 +4,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
+from datasets import Image as ImageFeature
+from PIL import Image
 from torch import Tensor
 
 from peft_edge.backbones import load_backbone
 from peft_edge.config import load_config
 from peft_edge.data import load_task
+from peft_edge.data.sources import read_splits
 from peft_edge.lean import feature_cache
-from peft_edge.training import loop
-from peft_edge.training.batches import evaluation_batches, training_batches
+from peft_edge.training import batches, loop
+from peft_edge.training.batches import augmentation_key, augmentation_of, evaluation_batches, training_batches
 from tests.training.support import RunTraining, adapter_of
 
 CONFIG = load_config(["output_dir=a", "data.shift=blend", "data.image_size=32", "training.eval_batch_size=64"])
@@ -132,3 +136,44 @@ def test_impossible_replay_is_refused_before_the_source_is_trained(
     monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     with pytest.raises(ValueError, match=rf"training\.replay: nothing can be replayed: .*{message}"):
         run(tmp_path / "run", *REPLAY, *overrides)
+
+
+@pytest.fixture
+def photographs(tmp_path: Path) -> Dataset:
+    for name, colour in (("a", "red"), ("b", "blue")):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        Image.new("RGB", (200, 128), colour).save(tmp_path / "photos" / name / "1.jpg")
+    return read_splits(str(tmp_path / "photos"))["train"]
+
+
+def test_augmentation_depends_on_the_size_of_the_images(photographs: Dataset) -> None:
+    small = photographs.cast_column("image", ImageFeature()).map(
+        lambda row: {"image": row["image"].resize((127, 300))}, load_from_cache_file=False
+    )
+    config = load_config(["output_dir=a", "data.name=photos", "data.shift=blend"])
+    assert [augmentation_of(config, images) for images in (photographs, small)] == ["photo", "shift"]
+    toys = load_config(["output_dir=a", "data.name=shapes", "data.shift=blend"])
+    assert augmentation_of(toys, photographs) == "shift"
+    fixed = load_config(["output_dir=a", "data.name=photos", "data.shift=blend", "data.augment=none"])
+    assert augmentation_of(fixed, photographs) == "none"
+    assert (augmentation_key(config, photographs), augmentation_key(config, small)) == ({"augment": "photo"}, {})
+
+
+def test_free_cores_load_photographs(photographs: Dataset, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches.os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    monkeypatch.setattr(batches.multiprocessing, "get_start_method", lambda: "fork")
+    monkeypatch.setattr(batches.multiprocessing, "parent_process", lambda: None)
+
+    def workers(*options: str, name: str = "photos") -> int:
+        config = load_config(["output_dir=a", f"data.name={name}", "data.shift=blend", *options])
+        return batches._num_workers(config, photographs)
+
+    assert workers() == 4
+    assert workers("num_threads=6") == 2
+    assert workers("num_threads=8") == 0
+    assert workers("num_workers=7", "num_threads=8") == 7
+    assert workers(name="digits") == 0
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert workers() == 1
+    monkeypatch.setattr(batches.multiprocessing, "parent_process", lambda: "a study")
+    assert workers() == 0

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from peft_edge.records import StepProfile
-from tests.training.double_precision import run_in_double
+from tests.training.double_precision import fail_on_process_0, run_in_double, start_processes
 from tests.training.support import adapter_of, record_of
 
 
@@ -69,3 +69,15 @@ def test_other_methods_give_the_same_update_on_two_processes(arguments: list[str
     assert one.keys() == two.keys()
     for name in one:
         torch.testing.assert_close(two[name], one[name], atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.distributed
+def test_a_failure_of_one_process_ends_the_others_with_its_reason(arguments: list[str], tmp_path: Path) -> None:
+    (first, second), log = start_processes(fail_on_process_0, arguments, tmp_path / "run", 2)
+    second.join(100)
+    assert first.is_alive()
+    first.kill()
+    first.join()
+    assert second.exitcode == 1
+    assert "process 1 ends, because process 0 failed: OSError: the disk is lost" in log.read_text()
+    assert "the disk is lost" in record_of(tmp_path / "run").run_info.error_msg

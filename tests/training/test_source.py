@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -8,6 +10,7 @@ import torch
 from peft_edge.backbones import fingerprint, load_backbone, save_backbone
 from peft_edge.config import RunConfig, load_config
 from peft_edge.data import Task, load_task
+from peft_edge.files import remove
 from peft_edge.training import source
 
 CPU = torch.device("cpu")
@@ -55,6 +58,52 @@ def test_a_cache_is_read_without_a_lock(tmp_path: Path, task: Task, monkeypatch:
     assert fingerprint(source.source_model(config_for(tmp_path), task, CPU)) == fingerprint(first)
     with pytest.raises(PermissionError):
         source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
+
+
+def test_interrupted_source_training_resumes_with_identical_bits(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    options = ["source.epochs=2", "source.batch_size=175", "training.checkpoint_every_steps=3"]  # 4 steps per epoch
+    whole = source.source_model(config_for(tmp_path / "whole", *options), task, CPU)
+
+    save = source._save_checkpoint
+
+    def save_and_stop(*arguments: object) -> None:
+        save(*arguments)
+        raise KeyboardInterrupt
+
+    config, sources = config_for(tmp_path / "stopped", *options), tmp_path / "stopped" / "cache" / "sources"
+    with monkeypatch.context() as patched:
+        patched.setattr(source, "_save_checkpoint", save_and_stop)
+        with pytest.raises(KeyboardInterrupt):
+            source.source_model(config, task, CPU)
+    (checkpoint,) = sources.glob("*.checkpoint")
+    assert torch.load(checkpoint, weights_only=True)["step"] == 3
+    content = checkpoint.read_bytes()
+    starts = []
+    load = source._load_checkpoint
+    monkeypatch.setattr(source, "_load_checkpoint", lambda *arguments: starts.append(load(*arguments)) or starts[-1])
+    assert fingerprint(source.source_model(config, task, CPU)) == fingerprint(whole)
+    assert not list(sources.glob("*.checkpoint"))
+
+    remove(next(path for path in sources.iterdir() if path.is_dir()))
+    checkpoint.write_bytes(content[: len(content) // 2])
+    assert fingerprint(source.source_model(config, task, CPU)) == fingerprint(whole)
+    assert starts == [3, 0]
+    assert f"{checkpoint} is damaged" in caplog.text
+
+
+def test_terminated_source_training_saves_its_step(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved = []
+    monkeypatch.setattr(source, "_save_checkpoint", lambda file, parts, step, device: saved.append(step))
+    previous = signal.signal(signal.SIGTERM, lambda *arguments: None)
+    try:
+        monkeypatch.setattr(source, "set_epoch", lambda *arguments: os.kill(os.getpid(), signal.SIGTERM))
+        with pytest.raises(SystemExit):
+            source.source_model(config_for(tmp_path), task, CPU)
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    assert saved == [1]
 
 
 def test_a_new_head_of_loaded_weights_is_said(tmp_path: Path, task: Task) -> None:

@@ -1,0 +1,153 @@
+"""Compute the section of the report on runs with real images, as opposed to the embedded benchmarks."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from functools import partial
+
+from pandas import DataFrame, Series, isna
+
+from peft_edge.records import Archive
+from peft_edge.report.claims import NO_VALUE, Chart, Claim, fixed, percent, short
+from peft_edge.report.frames import CONTEST, change_frame, variant_frame
+from peft_edge.report.run_claims import accuracy_claim, choice_claim, draw_forgetting, updates_claim
+
+_ACCURACIES = {"target": "target [%]", "source": "source [%]", "retained": "retained [%]"}
+_COSTS: dict[str, tuple[str, float]] = {
+    "shipped": ("saved [KiB]", 2**10),
+    "memory": ("tensors in a step [MiB]", 2**20),
+    "process": ("process [MiB]", 2**20),
+    "seconds": ("training [s]", 1),
+    "training_flops": ("training [TFLOP]", 1e12),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Photographs:
+    """The section on real images.
+
+    Attributes:
+        claims: `accuracy`, `updates` and `choice` of the page, computed from the runs on real images.
+        retention: A sentence that compares the retention of runs with frozen norms and with batch statistics.
+        tables: A dict from task and network to the table of all variants.
+        data: The full table with the records of each row.
+        charts: A dict from file names without a suffix to figures.
+    """
+
+    claims: dict[str, Claim]
+    retention: str
+    tables: dict[str, DataFrame]
+    data: DataFrame
+    charts: dict[str, Chart]
+
+
+def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
+    """Return the section on the rows of `runs` with real images, or None if there are none."""
+    runs = runs[runs["is_real"]] if not runs.empty else runs
+    if runs.empty:
+        return None
+    variants, compared = variant_frame(runs), _with_one_reference(runs)
+    claims = {
+        "accuracy": accuracy_claim(compared, variant_frame(compared)),
+        "updates": updates_claim(change_frame(archive, runs)),
+        "choice": choice_claim(variants),
+    }
+    data = _summary(runs)
+    trained = variants[variants["trains"]]
+    caption = (
+        "Photographs: accuracy lost on the source against accuracy gained on the target; markers grow with the rank"
+    )
+    charts = {} if trained.empty else {"photographs_forgetting": Chart(caption, partial(draw_forgetting, trained))}
+    tables = {
+        f"{task}, {backbone}": _table(rows, variants) for (task, backbone), rows in data.groupby(CONTEST, sort=False)
+    }
+    return Photographs(claims=claims, retention=_retention(runs), tables=tables, data=data, charts=charts)
+
+
+def _with_one_reference(runs: DataFrame) -> DataFrame:
+    """Call the best setting of full fine-tuning on each task and network `full`, the reference of `accuracy_claim`."""
+    runs = runs.copy()
+    for _, rows in runs[runs["family"] == "full"].groupby(CONTEST):
+        scores = rows.groupby("variant")["score"].agg(["count", "mean"]).sort_values(["count", "mean"])
+        runs.loc[rows.index[rows["variant"] == scores.index[-1]], "variant"] = "full"
+    return runs
+
+
+def _summary(runs: DataFrame) -> DataFrame:
+    """Return a row for each task, network and variant, with means and standard errors over the seeds.
+
+    The standard error is the sample standard deviation divided by the square root of the number of seeds; it is missing
+    for a single seed.
+    """
+    groups = runs.groupby([*CONTEST, "variant"], sort=False)
+    columns = ["score", *_ACCURACIES, *_COSTS]
+    means, errors = groups[columns].mean(), groups[columns].sem().add_suffix("_error")
+    frame = means.join(errors).join(groups.agg(seeds=("seed", "count"), records=("file", " ".join)))
+    return frame.reset_index()
+
+
+def _table(rows: DataFrame, variants: DataFrame) -> DataFrame:
+    equal = variants.merge(rows[[*CONTEST, "variant"]]).set_index("variant")["is_equal"]
+    labels = short_labels(list(rows["variant"]))
+    cells = []
+    for label, (_, row) in zip(labels, rows.iterrows(), strict=True):
+        cell = {"method": label, "seeds": str(row["seeds"])}
+        cell |= {title: _with_error(row, name) for name, title in _ACCURACIES.items()}
+        if equal[row["variant"]]:
+            cell["method"] = f"**{label}**"
+        for name, (title, unit) in _COSTS.items():
+            cell[title] = NO_VALUE if isna(row[name]) else short(row[name] / unit)
+        cells.append(cell)
+    return DataFrame(cells).set_index("method")
+
+
+def _with_error(row: Series, name: str) -> str:
+    mean, error = row[name], row[f"{name}_error"]
+    if isna(mean):
+        return NO_VALUE
+    return percent(mean) if isna(error) else f"{percent(mean)} ± {percent(error)}"
+
+
+_SHORTER = {
+    r", lean\.\w+=\w+": "",
+    r", training\.replay=False": "",
+    r", training\.replay=True": ", replay",
+    r", training\.replay_views=(\d+)": r", \1 stored views",
+    r", training\.learning_rate=\[([^]]*)\]": r", lr \1",
+    r", adapter\.target_modules=": ", ",
+}
+
+
+def short_labels(variants: list[str]) -> list[str]:
+    """Shorten the settings in the names of variants, as long as the names stay different.
+
+    >>> short_labels(["lora, lean.enabled=True, norm=frozen, training.learning_rate=[0.003], rank 4", "full"])
+    ['lora, norm=frozen, lr 0.003, rank 4', 'full']
+    """
+    labels = []
+    for variant in variants:
+        # Without replay, the number of views has no meaning.
+        label = variant if "replay=True" in variant else re.sub(r", training\.replay_views=\d+", "", variant)
+        for pattern, text in _SHORTER.items():
+            label = re.sub(pattern, text, label)
+        labels.append(label)
+    return labels if len(set(labels)) == len(labels) else variants
+
+
+def _retention(runs: DataFrame) -> str:
+    """Return a sentence on the variants whose method was run with frozen norms and with batch statistics."""
+    trained = runs[runs["trains"] & ~runs["family"].isin(["norm-affine", "norm-stats"])]
+    means = trained.pivot_table(index=[*CONTEST, "family"], columns="norm", values=["retained", "target"])
+    if not {"frozen", "stats"} <= set(trained["norm"]):
+        return ""
+    both = means.dropna(subset=[("retained", "frozen"), ("retained", "stats")])
+    if both.empty:
+        return ""
+    kept = {norm: percent(both["retained", norm].mean()) for norm in ("frozen", "stats")}
+    gain = 100 * (both["target", "frozen"] - both["target", "stats"]).mean()
+    return (
+        f"On average over {len(both)} pairs of task and method, an update keeps {kept['frozen']} % of the accuracy on "
+        f"the source with `norm=frozen`, and {kept['stats']} % with `norm=stats`. On the target it is "
+        f"{fixed(abs(gain), 1)} points {'more' if gain >= 0 else 'less'} accurate with `norm=frozen`."
+    )
