@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 import sys
 from pathlib import Path
 
@@ -41,3 +42,13 @@ def test_ctrl_c_ends_with_one_line_and_exit_code_130(
         train.command()
     assert ending.value.code == 130
     assert capsys.readouterr().err == "stopped: the same command resumes from the newest checkpoint\n"
+
+
+def test_help_into_a_closed_pipe_prints_no_error() -> None:
+    """As `train.py --help | head -1` does, once the pipe is full."""
+    command = [sys.executable, train.__file__, "--help"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate()
+    assert (process.returncode, errors) == (0, "")

@@ -136,6 +136,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
+            if name in ("weight", "bias") and "base_layer" in self._modules:
+                self._effective_tensor(name)  # raises the error of the property, which torch has discarded
             if name in _READ_BY_FUSING and "base_layer" in self._modules:
                 # Do not return the base layer's attribute: code that fuses layers would then ignore the adapter.
                 raise AttributeError(

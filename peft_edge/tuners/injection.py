@@ -219,6 +219,23 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
     config.modules_to_save = sorted(parts)
 
 
+def warn_of_unmatched_names(config: PeftConfig, model: nn.Module) -> None:
+    """Warn about names in `target_modules` and `modules_to_save` without a module, which PEFT would ignore."""
+    keys = {target.name for target in iter_target_modules(model)} | {name for name, _ in model.named_modules()}
+    targets = config.target_modules
+    wanted = [] if targets is None or isinstance(targets, str) else sorted(set(targets) - set(ROLES))
+    found = [("target_modules", name, any(f".{key}".endswith(f".{name}") for key in keys)) for name in wanted]
+    if config.task_type is None:  # for a task, PEFT adds the names of heads that the network may not have
+        saved = getattr(config, "modules_to_save", None) or ()
+        found += [("modules_to_save", name, any(key.endswith(name) for key in keys)) for name in saved]
+    for field, name, has_module in found:
+        if not has_module:
+            ends = {key.rpartition(".")[2] for key in keys}
+            close = difflib.get_close_matches(name, [*ends, *keys], n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            warnings.warn(f"{field}: no module is called {name!r}, so it has no effect.{hint}", stacklevel=2)
+
+
 def warn_of_unsaved_norms(model: nn.Module) -> None:
     """Warn about norms whose running statistics change in training mode, but are saved with no adapter."""
     names = [
@@ -287,6 +304,7 @@ class Injection(BaseTuner):
         if not isinstance(config, self.config_class):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
+        warn_of_unmatched_names(config, model)
         with unchanged_on_error(model, self, config), self._shared_modules(model):
             self._inject(config, model, adapter_name, *args, **kwargs)
         warn_of_unsaved_norms(model)

@@ -119,6 +119,14 @@ def test_left_out_adaptation_images_are_counted(increments: Increments, caplog: 
     assert caplog.messages == [f"adapting with 8 of {len(whole.train)} images, because of data.adaptation_size"]
 
 
+@pytest.mark.parametrize("rehearsal_size", [-1, 1, 3])
+def test_rehearsal_that_cannot_be_shared_is_refused(rehearsal_size: int, increments: Increments) -> None:
+    with pytest.raises(
+        ValueError, match=f"rehearsal_size: {rehearsal_size} images cannot be shared among the 4 classes"
+    ):
+        increments("e", "b", increments=2, rehearsal_size=rehearsal_size)
+
+
 def test_renumbering_shows_no_progress_bar(increments: Increments, capfd: pytest.CaptureFixture[str]) -> None:
     increments("e", rehearsal_size=10)
     assert not capfd.readouterr().err

@@ -57,7 +57,7 @@ def page(faults: list[Fault]) -> str:
             "has ended; it has recovered when the same command, given again, has completed it (the import of torch is",
             "left out, but for the full disk). It then went on from its newest good checkpoint, and its adapter is the",
             "same to the bit as that of a run to which nothing happened. A dash: nothing to stop or to recover, or not",
-            "measured. The page is written by the tests, from the records beside it:",
+            "measured. The page is written by the tests, from the records in this folder:",
             "",
             "```bash",
             f'{FOLDER}=reports/faults pytest -m "slow or distributed" tests/faults',

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from pathlib import Path
@@ -284,3 +285,31 @@ def test_training_after_a_failed_trainer_is_measured(trainer: Trainer, tmp_path:
     handle.remove()
     assert _get_current_dispatch_mode_stack()
     assert train(ProfilingCallback(output_dir=tmp_path), 3) == ["-", "c", "t"]
+
+
+def test_training_inside_a_measured_step_discards_the_sample(tmp_path: Path) -> None:
+    """Its operations would count as those of the outer step. The outer training goes on with its next sample."""
+    outer, model = ProfilingCallback(3, output_dir=tmp_path / "outer"), network()
+    handle = model.register_forward_hook(
+        lambda *arguments: train(ProfilingCallback(output_dir=tmp_path / "inner"), 1) if outer.is_measuring else None
+    )
+    train(outer, 3, model=model)
+    assert not outer.rows
+    handle.remove()
+    train(outer, 3, model=model)
+    assert outer.rows
+
+
+def test_training_in_another_thread_leaves_the_measurement_open(tmp_path: Path) -> None:
+    alone = ProfilingCallback(output_dir=tmp_path / "alone")
+    train(alone, 3)
+    model, callback = network(), ProfilingCallback(output_dir=tmp_path / "here")
+
+    def other() -> None:
+        thread = threading.Thread(target=train, args=(ProfilingCallback(output_dir=tmp_path / "there"), 3))
+        thread.start()
+        thread.join()
+
+    model.register_forward_hook(lambda *arguments: other() if callback.is_measuring else None)
+    train(callback, 3, model=model)
+    assert callback.rows[0].flops_forward == alone.rows[0].flops_forward

@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 import timm
 import torch
+import torch.ao.nn.qat as nnqat
 import torch.ao.nn.quantized as nnq
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from timm.utils import reparameterize_model
 from torch import Tensor, nn
-from torch.ao.quantization import fuse_modules
+from torch.ao.quantization import fuse_modules, get_default_qat_qconfig
 from torch.nn.utils import parametrize, prune
 
 from peft_edge import ConvLoraConfig
@@ -264,14 +265,16 @@ def test_assigning_what_fusing_computes_is_refused(config: Config, fuse: Callabl
     torch.testing.assert_close(model(x), expected)
 
 
-@pytest.mark.parametrize(("index", "quantised"), [(0, lambda: nnq.Conv2d(3, 4, 3)), (1, lambda: nnq.BatchNorm2d(4))])
-def test_quantised_base_layer_is_refused(index: int, quantised: Callable[[], nn.Module]) -> None:
-    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), lora_config()).eval()
+@pytest.mark.parametrize("index", [0, 1])
+def test_quantised_base_layer_is_refused(index: int) -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), lora_config())
+    layer = (nnqat.Conv2d(3, 4, 3, qconfig=get_default_qat_qconfig()), nnq.BatchNorm2d(4))[index]
     # `torch.ao.quantization.convert` replaces modules in this way.
-    model.base_model.model[index]._modules["base_layer"] = quantised()
+    model.base_model.model[index]._modules["base_layer"] = layer
 
-    with pytest.raises(ValueError, match=rf"'{index}' was replaced by torch.ao.nn.quantized.*merge_and_unload"):
-        model(torch.randn(1, 3, 9, 9))
+    for call in (lambda: model(torch.randn(1, 3, 9, 9)), model.merge_adapter):
+        with pytest.raises(ValueError, match=rf"'{index}' was replaced by torch.ao.nn.q.*merge_and_unload"):
+            call()
 
 
 @pytest.mark.parametrize("lora_bias", [False, True])

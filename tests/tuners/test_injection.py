@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,3 +179,16 @@ def test_inject_adapter_in_model_works_without_a_peft_model(
 
     assert not outcome.unexpected_keys
     assert torch.equal(injected.eval()(images), adapted(images))
+
+
+@pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
+def test_misspelt_name_beside_a_right_one_is_said(config_cls: type[PeftConfig], field: str) -> None:
+    """PEFT ignores the name. A misspelt head would then be neither trained nor saved."""
+    options = {"target_modules": ["conv1"], "modules_to_save": ["head"]}
+    network = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 4, 3), pool=nn.Flatten(), head=nn.Linear(4, 2)))
+    wrong = {**options, field: [*options[field], "haed"]}
+
+    with pytest.warns(UserWarning, match=f"{field}: no module is called 'haed'.*Did you mean 'head'"):
+        model = get_peft_model(network, config_cls(**wrong))
+
+    model.add_adapter("other", config_cls(**options))  # finds the wrapped modules, and warns of nothing
