@@ -183,3 +183,33 @@ def test_a_downward_import_passes(source: str, code: str) -> None:
 def test_a_file_without_a_layer_is_an_error() -> None:
     with pytest.raises(AssertionError, match=r"peft_edge/utils\.py has no layer"):
         layer_of("peft_edge/utils.py")
+
+
+def silent_handlers(code: str) -> list[int]:
+    """Return the lines where an exception is passed over: not raised, not used, and without a comment that says why."""
+    lines, found = code.splitlines(), []
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, ast.ExceptHandler):
+            inner = [child for statement in node.body for child in ast.walk(statement)]
+            is_used = any(isinstance(child, ast.Name) and child.id == node.name for child in inner)
+            is_silent = not is_used and not any(isinstance(child, ast.Raise) for child in inner)
+            first, last = node.lineno - 1, node.end_lineno
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("suppress"):
+            is_silent, first, last = True, node.lineno - 2, node.lineno
+        else:
+            continue
+        if is_silent and "logger." not in "".join(lines[first:last]) and "#" not in "".join(lines[first:last]):
+            found.append(node.lineno)
+    return found
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_no_exception_is_passed_over_without_a_reason(source: str) -> None:
+    assert silent_handlers((ROOT / source).read_text(encoding="utf-8")) == []
+
+
+def test_exceptions_that_are_passed_over_are_found() -> None:
+    assert silent_handlers("try:\n    f()\nexcept ValueError:\n    pass") == [3]
+    assert silent_handlers("with suppress(OSError):\n    f()") == [1]
+    assert not silent_handlers("try:\n    f()\nexcept ValueError:  # f has logged it\n    pass")
+    assert not silent_handlers("try:\n    f()\nexcept ValueError as error:\n    print(error)")

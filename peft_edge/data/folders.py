@@ -104,6 +104,7 @@ def read_image_folder(folder: Path) -> DatasetDict:
             }
             splits[split] = Dataset.from_dict(table, features)
     _warn_untrained(folder, names, found)
+    _warn_contradictions(folder, splits, found)
     return splits
 
 
@@ -194,6 +195,23 @@ def _warn_untrained(folder: Path, names: list[str], found: _Found) -> None:
             )
 
 
+def _warn_contradictions(folder: Path, splits: DatasetDict, found: _Found) -> None:
+    """Warn if copies of one image file are in the folders of several classes."""
+    places: dict[str, dict[str, Path]] = {}
+    for key, split in splits.items():
+        for (path, name), content in zip(found.images[key], split["content"][:], strict=True):
+            places.setdefault(content, {}).setdefault(name, path)
+    contradictions = [classes for classes in places.values() if len(classes) > 1]
+    if contradictions:
+        first = " and ".join(str(path) for path in contradictions[0].values())
+        logger.warning(
+            "%s: %d image files are in several classes: at most one of the labels is right. The first: %s",
+            folder,
+            len(contradictions),
+            first,
+        )
+
+
 def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
     """Return a dict from split to its folder. If `folder` has no split folders, return `{"train": folder}`."""
     children = [child for child in _entries(folder) if child.is_dir() and not _is_hidden(child)]
@@ -252,7 +270,9 @@ def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
                     "name this folder"
                 )
             before = found.left_out.total()
-            images = [path for path in _files(child, found, {child.resolve()}) if _is_image(path, found)]
+            # A link to a folder above the class would read the images of other classes.
+            above = {child.resolve(), *child.resolve().parents, root.resolve()}
+            images = [path for path in _files(child, found, above) if _is_image(path, found)]
             if not images and found.left_out.total() == before:
                 found.leave_out("empty folder", child)
             yield from ((path.absolute(), child.name) for path in images)

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageFile, ImageOps
+from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-with suppress(ImportError):
+with suppress(ImportError):  # HEIC images are then refused, see HEIC_REMEDY
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -131,6 +131,8 @@ def check_image(content: bytes) -> None:
     except Exception as error:  # Pillow raises many types of exceptions for damaged files
         if is_heic(content[:12]):
             raise ValueError(f"it is an HEIC image: {HEIC_REMEDY}") from error
+        if isinstance(error, UnidentifiedImageError):
+            raise ValueError("its content is no image that Pillow can read" if content else "it is empty") from error
         raise ValueError(str(error) or type(error).__name__) from error
 
 

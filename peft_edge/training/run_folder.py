@@ -123,7 +123,7 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
         yield
     except BaseException as error:
         is_over.set()
-        with suppress(OSError):
+        with suppress(OSError):  # on a full disk, the other processes end only with the launcher
             path.parent.mkdir(parents=True, exist_ok=True)
             with file.open("x", encoding="utf-8") as reason:  # only the first failed process writes its reason
                 reason.write(f"process {index} failed: {type(error).__name__}: {error}")

@@ -306,3 +306,20 @@ def test_divided_split_keeps_one_of_each_image(pool: Path) -> None:
     copy_into(pool, ("cat/1.png", "cat/2.png"))
     domain = domain_from_splits("pool", read_splits(str(pool)), train_split="train", seed=0)
     assert sum(map(len, vars(domain).values())) == 59
+
+
+def test_copies_in_several_classes_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    make(tmp_path, *PETS)
+    shutil.copy(tmp_path / "cat" / "1.png", tmp_path / "dog" / "copy.png")
+    read_image_folder(tmp_path)
+    assert "1 image files are in several classes" in caplog.text
+    assert f"{tmp_path / 'cat' / '1.png'} and {tmp_path / 'dog' / 'copy.png'}" in caplog.text
+
+
+def test_link_to_the_folder_of_all_classes_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Its images would be read a second time, as images of the class that contains the link."""
+    make(tmp_path, *PETS)
+    expected = len(read_image_folder(tmp_path)["train"])
+    (tmp_path / "cat" / "all").symlink_to(tmp_path)
+    assert len(read_image_folder(tmp_path)["train"]) == expected
+    assert "1 link to a folder above it (cat/all)" in caplog.text

@@ -209,8 +209,8 @@ RIGHT: dict[str, tuple[str, Callable[[], bytes], Callable[[], np.ndarray]]] = {
 }
 
 REFUSED: dict[str, tuple[str, Callable[[], bytes], str]] = {
-    "empty": ("a.jpg", lambda: b"", "cannot identify"),
-    "text": ("a.png", lambda: b"not an image", "cannot identify"),
+    "empty": ("a.jpg", lambda: b"", "it is empty"),
+    "text": ("a.png", lambda: b"not an image", "no image that Pillow can read"),
     "truncated png": ("a.png", lambda: encode(Image.effect_noise((64, 64), 90), "PNG")[:1500], "a.png"),
     "truncated jpeg": ("a.jpg", lambda: encode(Image.effect_noise((64, 64), 90), "JPEG")[:1500], "truncated"),
     "truncated gif": ("a.gif", lambda: encode(Image.effect_noise((64, 64), 90), "GIF")[:1500], "a.gif"),
@@ -228,7 +228,7 @@ REFUSED: dict[str, tuple[str, Callable[[], bytes], str]] = {
     "large floats": ("a.tif", lambda: encode(Image.fromarray(RAMP.astype(np.float32) * 1e6), "TIFF"), "1e.06"),
     "large integers": ("a.tif", lambda: encode(deep(2**30, np.int32), "TIFF"), "1.07374e.09"),
     "12 bits in 16-bit colours": ("a.png", lambda: png_16_bit_colours(rgb().astype(np.int64) * 16), "12 bits are used"),
-    "zip": ("a.jpg", lambda: b"PK\x03\x04" + bytes(50), "cannot identify"),
+    "zip": ("a.jpg", lambda: b"PK\x03\x04" + bytes(50), "no image that Pillow can read"),
 }
 
 
