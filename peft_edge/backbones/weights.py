@@ -123,12 +123,13 @@ def match_weights(
     by_name = [{name: name for name in found}, {name.removeprefix(prefix): name for name in found}]
     pairs = next((names for names in by_name if names.keys() in (expected.keys(), set(body))), None)
     is_by_name = pairs is not None
-    if pairs is None and not is_ordered:
-        names = ", ".join([*(expected.keys() - found.keys()), *(found.keys() - expected.keys())][:4])
+    if pairs is None and (not is_ordered or len(expected.keys() & found.keys()) > len(expected) / 2):
+        missing, extra = ([*names] for names in (expected.keys() - found.keys(), found.keys() - expected.keys()))
+        hint = "" if is_ordered else " A safetensors file has no order: if only the names differ, import a .pth file."
         raise ValueError(
-            f"{source} does not fit {architecture}: {names} are only in one of the two. Pass the name and the "
-            "arguments of the model that was saved. A safetensors file does not keep the order of tensors: if only the "
-            "names differ, import the .pth file instead."
+            f"{source} does not fit {architecture}. The file lacks {len(missing)} tensors "
+            f"({', '.join(sorted(missing)[:2])}), and has {len(extra)} others ({', '.join(sorted(extra)[:2])}). Pass "
+            f"the name and the arguments of the model that was saved.{hint}"
         )
     if pairs is None:
         pairs = dict(zip(body if len(found) == len(body) else expected, found, strict=False))

@@ -73,7 +73,7 @@ def test_safetensors_are_matched_by_name_only(trained: nn.Module, tmp_path: Path
     assert import_weights(model, tmp_path / "w.safetensors").is_by_name
     assert fingerprint(model) == fingerprint(trained)
     save_file(renamed(trained.state_dict()), tmp_path / "w.safetensors")
-    with pytest.raises(ValueError, match=r"are only in one of the two.* import the \.pth file instead"):
+    with pytest.raises(ValueError, match=r"lacks 314 tensors \(blocks.* has 314 others \(_bn1.* import a \.pth file"):
         import_weights(model, tmp_path / "w.safetensors")
 
 
@@ -143,6 +143,14 @@ def test_order_that_does_not_fit_is_refused_and_nothing_changes(
     with pytest.raises(ValueError, match=f"w.pth does not fit {NAME}. .*{message}"):
         import_weights(model, tmp_path / "w.pth")
     assert fingerprint(model) == before
+
+
+def test_most_names_fit_but_not_all(trained: nn.Module, tmp_path: Path) -> None:
+    weights = trained.state_dict()
+    weights["extra.weight"] = weights.pop("bn1.bias")
+    torch.save(weights, tmp_path / "w.pth")
+    with pytest.raises(ValueError, match=r"lacks 1 tensors \(bn1.bias\), and has 1 others \(extra.weight\)"):
+        import_weights(timm.create_model(NAME), tmp_path / "w.pth")
 
 
 @pytest.mark.parametrize("name", ["mobilenetv2_050", "resnet10t"])
