@@ -290,9 +290,12 @@ def test_training_after_a_failed_trainer_is_measured(trainer: Trainer, tmp_path:
 def test_training_inside_a_measured_step_discards_the_sample(tmp_path: Path) -> None:
     """Its operations would count as those of the outer step. The outer training goes on with its next sample."""
     outer, model = ProfilingCallback(3, output_dir=tmp_path / "outer"), network()
-    handle = model.register_forward_hook(
-        lambda *arguments: train(ProfilingCallback(output_dir=tmp_path / "inner"), 1) if outer.is_measuring else None
-    )
+
+    def train_inside(*arguments: object) -> None:
+        if outer.is_measuring:
+            train(ProfilingCallback(output_dir=tmp_path / "inner"), 1)
+
+    handle = model.register_forward_hook(train_inside)
     train(outer, 3, model=model)
     assert not outer.rows
     handle.remove()
