@@ -62,16 +62,23 @@ def _as_names(value: object) -> object:
     return [str(item) if type(item) is int else item for item in value] if isinstance(value, list) else value
 
 
+def _is_fraction(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value <= 1
+
+
+def _as_channels(value: object) -> object:
+    numbers = [value] * 3 if isinstance(value, int | float) else value
+    if not isinstance(numbers, list) or len(numbers) != 3 or not all(map(_is_fraction, numbers)):
+        raise ValueError(f"expected one or three numbers between 0 and 1, found {value!r}")
+    return numbers
+
+
 Count = Annotated[int, Field(ge=0)]
 PositiveCount = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
-Channels = Annotated[
-    list[Annotated[float, Field(ge=0, le=1)]],
-    BeforeValidator(lambda value: [value] * 3 if isinstance(value, int | float) else value),
-    Field(min_length=3, max_length=3),
-]
+Channels = Annotated[list[float], BeforeValidator(_as_channels)]
 Interpolation = Literal["nearest", "bilinear", "bicubic", "lanczos", "box", "hamming"]
 Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 

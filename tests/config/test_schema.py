@@ -57,6 +57,7 @@ def test_an_untrained_source_is_refused_but_a_pretrained_one_is_not(errors_of: E
     untrained = ["output_dir=a", "data.shift=blend", "source.epochs=0"]
     assert "source.epochs: is 0" in errors_of(*untrained)
     assert load_config([*untrained, "backbone.pretrained=true"]).source.epochs == 0
+    assert load_config([*untrained, f"backbone.name={CONFIGS}"]).source.epochs == 0  # the folder of a saved model
 
 
 @pytest.mark.parametrize(
@@ -79,6 +80,18 @@ def test_an_untrained_source_is_refused_but_a_pretrained_one_is_not(errors_of: E
         (
             ["data.shift=blend", "conv_adapter.target_modules=("],
             "conv_adapter.target_modules: '(' is not a regular expression",
+        ),
+        (
+            ["data.shift=blend", "backbone.mean=[.5, .5]"],
+            "backbone.mean: expected one or three numbers between 0 and 1",
+        ),
+        (
+            ["data.shift=blend", "backbone.std=127"],
+            "backbone.std: expected one or three numbers",
+        ),
+        (
+            [NEW, "data.shift_filters=[[domain, ==, sketch]]"],
+            "data.shift: expected a shift or data.new_classes, found both",
         ),
         (["data.shift=blend", "training.optimizer=adam"], "training.optimizer: expected one of adamw, sgd"),
         (["data.shift=blend", "method=none", "hub.repo_id=me/a"], "hub.repo_id: is set, and method none produces"),

@@ -11,7 +11,7 @@ from peft_edge.backbones import fingerprint, load_backbone, save_backbone
 from peft_edge.config import RunConfig, load_config
 from peft_edge.data import Task, load_task
 from peft_edge.files import remove
-from peft_edge.training import source
+from peft_edge.training import pipeline, source
 
 CPU = torch.device("cpu")
 
@@ -46,6 +46,29 @@ def test_the_source_model_is_trained_once_and_then_shared(
     assert fingerprint(again) == fingerprint(first)
     with pytest.raises(TypeError, match="not callable"):
         source.source_model(config_for(tmp_path, "seed=1"), task, CPU)
+
+
+def test_weights_of_another_program_and_their_preprocessing_are_saved(tmp_path: Path, task: Task) -> None:
+    trained = load_backbone("test_efficientnet", task.source.num_classes)
+    renamed = {f"_{name}": tensor for name, tensor in trained.state_dict().items()}
+    torch.save({"state_dict": renamed}, tmp_path / "w.pth")
+    options = ["backbone.name=test_efficientnet", f"backbone.checkpoint={tmp_path / 'w.pth'}", "source.epochs=0"]
+    found = source.source_model(
+        config_for(tmp_path, *options, "backbone.mean=.5", "backbone.std=[.1, .2, .3]"), task, CPU
+    )
+    assert fingerprint(found) == fingerprint(trained)
+    saved = load_backbone(found.name_or_path).pretrained_cfg
+    assert (saved["mean"], saved["std"]) == ([0.5, 0.5, 0.5], [0.1, 0.2, 0.3])
+    # Other preprocessing is another source model.
+    other = source.source_model(config_for(tmp_path, *options, "backbone.mean=.4"), task, CPU)
+    assert other.name_or_path != found.name_or_path
+
+
+def test_errors_in_the_weights_show_before_data_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "load_task", None)
+    config = config_for(tmp_path, f"backbone.checkpoint={tmp_path / 'w.pth'}", "trackers=[]", "--cpu")
+    with pytest.raises(FileNotFoundError, match=r"w\.pth: .*found nothing"):
+        pipeline.run(config)
 
 
 def test_a_cache_is_read_without_a_lock(tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch) -> None:
