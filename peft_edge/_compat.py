@@ -216,6 +216,7 @@ OVERRIDDEN_TUNERS = (
     ("peft.tuners.lora.LoraLayer", "_get_in_out_features", "PEFT does not know BatchNorm layers"),
     ("peft.tuners.tuners_utils.BaseTuner", "_mark_only_adapters_as_trainable", "also unfreezes a bias with an adapter"),
     ("peft.tuners.lora.LoraModel", "_enable_peft_forward_hooks", "also passes adapter_names to BatchNorm layers"),
+    ("peft.tuners.lora.LoraModel", "_check_add_weighted_adapter", "PEFT refuses to combine trained heads"),
     ("peft.tuners.lora.LoraModel", "_svd_generalized_task_arithmetic_weighted_adapter", "SVD needs matrices"),
 )
 """Private methods of PEFT that the tuners override: class, method, and reason."""

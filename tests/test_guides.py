@@ -87,6 +87,10 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
             file = tmp_path / folder / ("owl", "fox", "hare")[number % 3] / f"{number}.jpg"
             file.parent.mkdir(parents=True, exist_ok=True)
             Image.new("RGB", (40, 40), (light, 5 * number, light * (number % 3) // 2)).save(file)
+    for number in range(20):
+        file = tmp_path / "path" / "to" / "digits" / str(number % 10) / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (16, 16), 12 * number).save(file)
     _save_as_on_the_hub(tmp_path / PRETRAINED)
     weights = timm.create_model("tf_efficientnet_lite0").state_dict()
     torch.save({f"_{name}": tensor for name, tensor in weights.items()}, tmp_path / "weights.pth")
@@ -179,6 +183,9 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.setattr(sys, "argv", [script, *arguments, *([] if is_help else [*less, *LESS_TRAINING])])
             run = train.command if script == "train.py" else lambda: runpy.run_path(script, run_name="__main__")
             _expect_success(run)
+        case ["peft-edge", "study", *_] if "--cluster" in command:
+            assert shutil.which("ray")
+            _run(command[: command.index("--cluster")], monkeypatch)
         case ["peft-edge", name, *arguments]:
             if name == "diff":
                 _deploy(Path(arguments[arguments.index("--base") + 1]))

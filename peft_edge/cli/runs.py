@@ -5,24 +5,54 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from peft_edge.cli.options import count, path
+from typer import Option
+
+from peft_edge.cli.options import count, limit, path
+from peft_edge.plan import BYTES, parse_bytes
 
 
 def study(
     grid: Annotated[Path, path("FILE", "A YAML file, such as configs/study/methods.yaml.")],
     output_dir: Annotated[Path, path("FOLDER", "The parent of the folders of all runs.")],
-    jobs: Annotated[int, count("Parallel processes, each on one CPU core.")] = 1,
+    jobs: Annotated[int | None, count("Parallel processes, each on one CPU core; by default 1.")] = None,
     results: Annotated[Path | None, path("FOLDER", "Folder of the records; by default OUTPUT_DIR/results.")] = None,
+    cluster: Annotated[
+        str | None,
+        Option(
+            metavar="ADDRESS",
+            help="Run on the Ray cluster at this address (HOST:PORT), on the cluster of this machine (auto), or on a "
+            "new one of this machine alone (local).",
+        ),
+    ] = None,
+    num_cpus: Annotated[float | None, Option(min=0.0, help="CPU cores for a run; by default its num_threads.")] = None,
+    num_gpus: Annotated[float, Option(min=0.0, help="GPUs for a run, such as 0.5.")] = 0.0,
+    memory: Annotated[int | None, limit(parse_bytes, BYTES, "4GiB", "the memory of a run")] = None,
+    artifacts: Annotated[
+        str | None,
+        Option(metavar="ADDRESS", help="Where the nodes save adapters and models, such as s3://bucket/runs."),
+    ] = None,
 ) -> None:
     """Run a grid of training runs or cost analyses, and print a table.
 
     Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the other runs.
-    To share a grid among machines, start this command on each machine with the same output folder.
+    With --cluster, the runs are tasks on a Ray cluster, and records and logs return to the output folder. The options
+    --num-cpus, --num-gpus, --memory and --artifacts need --cluster.
     """
-    from peft_edge.study import read_grid, run_grid, study_table
+    from peft_edge.study import Cluster, read_grid, run_grid, study_table
 
+    options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory, "artifacts": artifacts}
+    if cluster is None and any(options.values()):
+        names = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
+        raise ValueError(f"{names}: needs --cluster, such as --cluster local for Ray on this machine alone")
+    if cluster is not None and jobs is not None:
+        raise ValueError("--jobs and --cluster exclude each other: --num-cpus says how many runs share a node")
     planned = read_grid(grid, output_dir)
-    run_grid(planned, processes=jobs, results=results or output_dir / "results")
+    run_grid(
+        planned,
+        processes=jobs or 1,
+        results=results or output_dir / "results",
+        cluster=None if cluster is None else Cluster(cluster, num_cpus, num_gpus, memory, artifacts),
+    )
     print(study_table(planned))
     if failed := [job for job in planned if not job.is_finished]:
         raise ValueError(

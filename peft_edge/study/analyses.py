@@ -99,6 +99,12 @@ class CostJob(Job):
         record = read_record(self.folder / "record.json", CostRecord)
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
+    def check_folder(self) -> None:
+        """Do nothing, because the folder of an analysis has no files but the record."""
+
+    def train_source(self) -> None:
+        """Do nothing, because an analysis needs no trained weights."""
+
     def run(self) -> None:
         """Analyse the training step, and write the record."""
         add_record(self.folder, "record", analyse_cost(self.network, self.options))

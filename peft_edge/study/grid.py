@@ -108,9 +108,8 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
             errors.append(f"{setting}: {error}")
             continue
         # A value such as the Hub id of a model can contain a slash.
-        folder = output_dir / "--".join([*parts, *varied.values()]).replace("/", "_")
-        folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
-        jobs.append(RunJob(setting, folder, config.model_copy(update=folders)))
+        folder = Path("--".join([*parts, *varied.values()]).replace("/", "_"))
+        jobs.append(RunJob(setting, folder, config).moved_to(output_dir))
     if errors:
         raise ValueError("\n".join([f"{file}: {len(errors)} runs cannot be configured:", *errors]))
     return jobs

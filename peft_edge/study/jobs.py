@@ -1,23 +1,23 @@
-"""Define the jobs of a study, and attempts at jobs. A lock ensures that only one process at a time attempts a job."""
+"""Define the jobs of a study: training runs, and the interface that they share with cost analyses."""
 
 from __future__ import annotations
 
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-
-from filelock import FileLock, Timeout
+from typing import TypeVar
 
 from peft_edge import training
 from peft_edge._compat import reset_accelerator
 from peft_edge.config import RunConfig
 from peft_edge.files import remove
-from peft_edge.hub.card import shareable
 from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, add_record, read_record
+
+J = TypeVar("J", bound="Job")
+R = TypeVar("R", bound="RunJob")
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,19 @@ class Job(ABC):
         """The name, without `.json`, of the copy of the record in the results folder of the study."""
 
     @property
-    def source(self) -> str:
-        """A string that identifies the source model. While one job trains this model, other jobs with this key wait."""
-        return self.name
+    def failed_folder(self) -> Path:
+        """The folder `<folder>.failed` with the record of a failure; `folder` may be missing or hold another run."""
+        return self.folder.with_name(f"{self.name}.failed")
+
+    @property
+    def source(self) -> str | None:
+        """A string that identifies the source model, which all jobs with the same string share. None without one."""
+        return None
+
+    @property
+    def num_threads(self) -> int:
+        """The number of CPU cores that the job uses."""
+        return 1
 
     @property
     @abstractmethod
@@ -71,6 +81,40 @@ class Job(ABC):
     def is_finished(self) -> bool:
         """Whether the job succeeded or diverged. A diverged run is not repeated, because it would diverge again."""
         return self.status in (SUCCESS, DIVERGED)
+
+    def moved_to(self: J, output_dir: Path) -> J:
+        """Return a copy of the job whose folder is in `output_dir`."""
+        return replace(self, folder=output_dir / self.name)
+
+    def attempt(self) -> None:
+        """Run the job with its output in `log`. If the job raises an exception, log and record the failure.
+
+        Raises:
+            ValueError: If a record of the job is damaged.
+            OSError: If the log or the record of a failure cannot be written.
+        """
+        before = self.record
+        try:
+            with self.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
+                self.run()
+        except (Exception, SystemExit) as error:  # record any failure, so that the other jobs continue
+            reason = "".join(traceback.format_exception(error))
+            self.append_to_log(f"{reason}\n")
+            if self.record == before:
+                self.record_failure(reason)
+
+    def append_to_log(self, text: str) -> None:
+        """Append `text` to `log`."""
+        with self.log.open("a", encoding="utf-8") as log:
+            log.write(text)
+
+    @abstractmethod
+    def check_folder(self) -> None:
+        """Raise a `ValueError` if `folder` holds something else, which the job would replace."""
+
+    @abstractmethod
+    def train_source(self) -> None:
+        """Train the source model of a job with a `source`, and write it to the cache, unless it is there."""
 
     @abstractmethod
     def run(self) -> None:
@@ -96,102 +140,46 @@ class RunJob(Job):
     def source(self) -> str:
         """The parts of the configuration that determine the source model, as a string."""
         config = self.config
-        return repr((config.backbone, config.data, config.source, config.seed))
+        return repr((config.backbone, config.data, config.source, config.seed, config.num_threads, config.cpu))
+
+    @property
+    def num_threads(self) -> int:
+        """The configuration's `num_threads`."""
+        return self.config.num_threads
 
     @property
     def record(self) -> Record | None:
         """The newest record of this configuration, of a success or a failure. None if there is no such record."""
         # The recipe may have changed since the record was written. The folders may have moved, and are not compared.
         config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
-        found = filter(None, (read_record(folder / "record.json", Record) for folder in (self.folder, self._failure)))
+        found = filter(
+            None, (read_record(folder / "record.json", Record) for folder in (self.folder, self.failed_folder))
+        )
         same = [record for record in found if config.items() <= record.run_info.train_config.items()]
         return max(same, key=lambda record: record.run_info.created_at, default=None)
+
+    def moved_to(self: R, output_dir: Path) -> R:
+        """Return a copy of the job whose folder and whose cache are in `output_dir`."""
+        folder = output_dir / self.name
+        folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
+        return replace(self, folder=folder, config=self.config.model_copy(update=folders))
+
+    def check_folder(self) -> None:
+        """Raise a `ConfigError` if `folder` holds results of another configuration, or unrelated files."""
+        training.is_started(self.config, self.folder)
+
+    def train_source(self) -> None:
+        """Call `training.train_source`."""
+        reset_accelerator()
+        training.train_source(self.config)
 
     def run(self) -> None:
         """Call `training.run`, and delete the record of an earlier failure."""
         reset_accelerator()
         training.run(self.config)
-        remove(self._failure)
+        remove(self.failed_folder)
 
     def record_failure(self, reason: str) -> None:
-        """Write a record to `<folder>.failed`, because `folder` may be missing or belong to another run."""
+        """Write a record to `failed_folder`."""
         record = training.new_record(self.config, FAILED, started=time.time(), error_msg=reason)
-        add_record(self._failure, "record", record)
-
-    @property
-    def _failure(self) -> Path:
-        return self.folder.with_name(f"{self.name}.failed")
-
-
-@dataclass(frozen=True)
-class JobAttempt:
-    """One attempt at `job`, under the lock `<folder>.lock`. The system releases the lock if the process dies.
-
-    Attributes:
-        before: The record when the study began, or None. If the record differs now, a process has tried the job since.
-        results: The folder to which the record is copied.
-        patience_s: Seconds to wait for the lock.
-    """
-
-    job: Job
-    before: Record | CostRecord | None
-    results: Path
-    patience_s: float = 0.0
-
-    def run(self) -> bool:
-        """Run the job, unless the job is finished or a process has tried the job since the study began.
-
-        Return False if another process holds the lock, and True otherwise, even if the job fails. Exceptions of the job
-        are recorded. Only a damaged record (ValueError) or a failed write (OSError) raises an exception.
-        """
-        return self._with_lock(self._run)
-
-    def fail(self, reason: str) -> bool:
-        """Record `reason` as a failure, unless `run` would skip the job. Return and raise the same as `run`."""
-        return self._with_lock(lambda: self._fail(reason))
-
-    @property
-    def is_kept(self) -> bool:
-        """Whether the job is finished and `results` contains a copy of its record."""
-        record = self.job.record
-        return record is not None and self.job.is_finished and self._is_among_results(record)
-
-    def _with_lock(self, action: Callable[[], None]) -> bool:
-        try:
-            with FileLock(self.job.folder.with_name(f"{self.job.name}.lock"), timeout=self.patience_s):
-                if not self.job.is_finished and not self._has_new_record():
-                    action()
-                record = self.job.record
-                if record is not None and not self._is_among_results(record):
-                    add_record(self.results, self.job.result_name, _without_paths(record))
-        except Timeout:  # another process runs this job
-            return False
-        return True
-
-    def _run(self) -> None:
-        try:
-            with self.job.log.open("a", encoding="utf-8") as log, redirect_stdout(log), redirect_stderr(log):
-                self.job.run()
-        except Exception as error:  # record any failure, so that the other jobs continue
-            self._fail("".join(traceback.format_exception(error)))
-
-    def _fail(self, reason: str) -> None:
-        with self.job.log.open("a", encoding="utf-8") as log:
-            log.write(f"{reason}\n")
-        if not self._has_new_record():
-            self.job.record_failure(reason)
-
-    def _has_new_record(self) -> bool:
-        record = self.job.record
-        return record is not None and record != self.before
-
-    def _is_among_results(self, record: Record | CostRecord) -> bool:
-        file = self.results / f"{self.job.result_name}.json"
-        try:
-            return type(record).from_json(file.read_text(encoding="utf-8")) == _without_paths(record)
-        except (FileNotFoundError, ValueError):  # a missing or damaged copy is written again
-            return False
-
-
-def _without_paths(record: Record | CostRecord) -> Record | CostRecord:
-    return shareable(record) if isinstance(record, Record) else record
+        add_record(self.failed_folder, "record", record)

@@ -1,4 +1,4 @@
-"""Run the jobs of a study in worker processes, and format the results as a table."""
+"""Run the jobs of a study in worker processes or on a cluster, and format the results as a table."""
 
 from __future__ import annotations
 
@@ -7,159 +7,135 @@ import os
 import signal
 import statistics
 import threading
-from collections import deque
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
-from dataclasses import replace
-from multiprocessing.connection import Connection, wait
+from collections.abc import Generator, Mapping, Sequence
+from concurrent.futures import Future, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import closing
 from pathlib import Path
 
+from filelock import FileLock, Timeout
+from pebble import ProcessExpired, ProcessPool
 from tqdm.auto import tqdm
 
+from peft_edge.hub.card import shareable
 from peft_edge.profiling.tables import text_table
-from peft_edge.records import SUCCESS, CostRecord, Record
-from peft_edge.study.jobs import Job, JobAttempt, RunJob
+from peft_edge.records import SUCCESS, CostRecord, Record, add_record
+from peft_edge.study.cluster import Cluster
+from peft_edge.study.jobs import Job, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET
 
-# Seconds to wait for the lock of a job that another process is running.
-_PATIENCE_S = 1.0
-# The data loading processes of a killed run also hold its lock. They end within this number of seconds.
-_KILLED_PATIENCE_S = 10.0
 
-
-def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path) -> None:
+def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster: Cluster | None = None) -> None:
     """Run the jobs that are not finished, and copy all records into one folder.
 
     If a job fails or its process is killed, the failure is recorded, and the other jobs continue. The next call tries
-    the failed job again. Several calls, on one or many machines, can share the jobs, because a process locks
-    `<folder>.lock` while it runs a job. The system releases the lock if the process dies. When a call returns, this or
-    another call has tried every job. The file system must support locks: a local disk or, for many machines, NFSv4,
-    Lustre (mounted with `flock`) or GPFS, but not an object store.
+    the failed job again. Ctrl-C kills the running jobs; the next call continues them from their last checkpoints.
 
     Args:
         jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
-        processes: The maximum number of worker processes.
+        processes: The maximum number of worker processes on this machine.
         results: The folder to which all records are copied, including records of failures. The copies lack local paths.
+        cluster: The Ray cluster that runs the jobs instead of processes on this machine.
 
     Raises:
-        ValueError: If a record is damaged. The message names the file.
-        OSError: If a file cannot be read or written.
+        ValueError: If another call is working in the same folder, or a record is damaged. The message names the file.
+        OSError: If a file cannot be read or written, or the cluster cannot be reached.
     """
-    attempts = deque(JobAttempt(job, job.record, results) for job in _sources_first(jobs))
-    attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
-    workers = [_Worker() for _ in range(min(processes, len(attempts)))]
-    num_failed = 0
-    bar = tqdm(total=len(jobs), initial=len(jobs) - len(attempts), desc="study", unit="job", smoothing=0)
+    if not jobs:
+        return
+    output_dir = jobs[0].folder.parent
+    output_dir.mkdir(parents=True, exist_ok=True)
     try:
-        while attempts or any(worker.attempt for worker in workers):
-            for worker in workers:
-                if attempts and worker.attempt is None:
-                    worker.begin(attempts.popleft())
-            busy = [worker for worker in workers if worker.attempt]
-            ready = wait([worker.connection for worker in busy])
-            for worker in busy:
-                if worker.connection in ready:
-                    attempt, was_tried = worker.end()
-                    if was_tried:
-                        num_failed += not attempt.job.is_finished
-                    else:
-                        attempts.append(replace(attempt, patience_s=_PATIENCE_S))
-            # Other calls of `run_grid` may have finished some jobs by now.
-            attempts = deque(attempt for attempt in attempts if not attempt.is_kept)
-            num_open = len(attempts) + sum(worker.attempt is not None for worker in workers)
-            bar.set_postfix(failed=num_failed, refresh=False)
-            bar.update(len(jobs) - num_open - bar.n)
-    finally:
-        bar.close()
-        for worker in workers:
-            worker.close()
+        lock = FileLock(output_dir / ".study.lock").acquire(timeout=0)
+    except Timeout as error:
+        raise ValueError(
+            f"another study is working in {output_dir}: wait for its end, or choose another --output-dir"
+        ) from error
+    with lock:
+        unfinished = _sources_first([job for job in jobs if not job.is_finished])
+        for job in jobs:
+            _copy_record(job, results)
+        num_failed = 0
+        with tqdm(total=len(jobs), initial=len(jobs) - len(unfinished), desc="study", unit="job", smoothing=0) as bar:
+            ended = _run_in_pool(unfinished, processes) if cluster is None else cluster.run(unfinished, bar)
+            with closing(ended):
+                for job, cause in ended:
+                    if cause is not None and not job.is_finished:
+                        job.append_to_log(f"{cause}\n")
+                        job.record_failure(cause)
+                    _copy_record(job, results)
+                    num_failed += not job.is_finished
+                    bar.set_postfix(failed=num_failed, refresh=False)
+                    bar.update()
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
     """Move the first job of each `source` to the front, because other jobs with this source wait for its model."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
-        groups.setdefault(job.source, []).append(job)
+        groups.setdefault(job.source or job.name, []).append(job)
     return [group[0] for group in groups.values()] + [job for group in groups.values() for job in group[1:]]
 
 
-class _Worker:
-    """A process that runs many attempts in turn, so that its slow imports run once. `begin` replaces a dead process."""
-
-    def __init__(self) -> None:
-        self.attempt: JobAttempt | None = None
-        self._start()
-
-    def _start(self) -> None:
-        context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
-        self.connection, child_connection = context.Pipe()
-        self._process = context.Process(target=_serve, args=(child_connection,))
-        # A terminal sends Ctrl-C to all processes. Workers ignore this signal, and `run_grid` ends the workers.
-        is_main = threading.current_thread() is threading.main_thread()  # only the main thread may set handlers
-        previous = signal.signal(signal.SIGINT, signal.SIG_IGN) if is_main else None
-        try:
-            self._process.start()
-        finally:
-            if is_main:
-                signal.signal(signal.SIGINT, previous)
-        child_connection.close()
-
-    def begin(self, attempt: JobAttempt) -> None:
-        """Begin an attempt. `connection` is ready when the attempt has ended or the process has died."""
-        if not self._process.is_alive():
-            self._start()
-        self.attempt = attempt
-        with suppress(ConnectionError):  # the process has just died; `end` records its death
-            self.connection.send(attempt)
-
-    def end(self) -> tuple[JobAttempt, bool]:
-        """Return the attempt and the result of `JobAttempt.run`, or raise the exception of that method.
-
-        If the process died, record the failure, and return the attempt and the result of `JobAttempt.fail`.
-        """
-        assert self.attempt is not None
-        attempt, self.attempt = self.attempt, None
-        try:
-            reply: bool | Exception = self.connection.recv()
-        except (EOFError, OSError):  # the process died, and `fail` records the cause
-            self._process.join()
-            exit_code = self._process.exitcode or 0
-            cause = f"its process ended with exit code {exit_code}"
-            if exit_code < 0:
-                name = signal.Signals(-exit_code).name
-                cause = f"its process was killed ({name}), perhaps for lack of memory: run fewer at a time (--jobs)"
-            return attempt, replace(attempt, patience_s=_KILLED_PATIENCE_S).fail(cause)
-        if isinstance(reply, Exception):
-            raise reply
-        return attempt, reply
-
-    def close(self) -> None:
-        """End the process, and kill a running job. The next `run_grid` continues the job from its last checkpoint."""
-        if self.attempt is not None:
-            self._process.kill()
-        self.connection.close()
-        self._process.join()
+def _copy_record(job: Job, results: Path) -> None:
+    """Copy the record of `job`, if it has one, to the folder `results`, unless an equal copy is there."""
+    record = job.record
+    if record is None:
+        return
+    copy = shareable(record) if isinstance(record, Record) else record
+    try:
+        found = type(copy).from_json((results / f"{job.result_name}.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):  # a missing or damaged copy is written again
+        found = None
+    if found != copy:
+        add_record(results, job.result_name, copy)
 
 
-def _serve(connection: Connection) -> None:
-    threading.Thread(target=_exit_with_parent, daemon=True).start()
-    while True:
-        try:
-            attempt = connection.recv()
-        except EOFError:  # `JobProcess.close` ends this process in this way
-            return
-        try:
-            reply: bool | Exception = attempt.run()
-        except (OSError, ValueError) as error:
-            reply = error
-        connection.send(reply)
+def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, str | None]]:
+    """Run the jobs in worker processes. Yield each job that has ended, and why its process died if it did.
+
+    A worker runs many jobs in turn, so that its slow imports run once. The pool replaces a dead worker.
+    """
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
+    pool = ProcessPool(min(processes, len(jobs)), initializer=_exit_with_parent, context=context)
+    try:
+        futures: dict[Future[None], Job] = {pool.schedule(job.attempt): job for job in jobs}
+        for future in as_completed(futures):
+            cause = None
+            try:
+                future.result()
+            except ProcessExpired as error:
+                cause = f"its process ended with exit code {error.exitcode}"
+                if error.exitcode < 0:
+                    name = signal.Signals(-error.exitcode).name
+                    cause = f"its process was killed ({name}), perhaps for lack of memory: run fewer at a time (--jobs)"
+            except BrokenProcessPool as error:
+                raise OSError(
+                    "a worker process ended before it had begun a job. Run the same command again; if that does not "
+                    "help, run fewer jobs at a time (--jobs)"
+                ) from error
+            yield futures[future], cause
+    finally:
+        pool.stop()
+        # `pool.join` would send SIGTERM to the workers, and wait while their runs write checkpoints and records.
+        for process in multiprocessing.active_children():
+            if process.name == "pebble_pool_worker":
+                process.kill()
+        pool.join()
 
 
 def _exit_with_parent() -> None:
+    """End this worker when the study is killed. Otherwise its job would go on, and disturb the next study."""
     parent = multiprocessing.parent_process()
     assert parent is not None
-    parent.join()
-    os._exit(1)
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 # Each dict maps the column titles of a table to the number formats of the columns.

@@ -114,6 +114,19 @@ def _run_stages(run: ActiveRun) -> Record:
     return record
 
 
+def train_source(config: RunConfig) -> None:
+    """Train the source model of a run and write it to the cache, unless it is there.
+
+    Raises:
+        ValueError: If the source model cannot be trained with this configuration.
+        OSError: If a file cannot be read or written.
+    """
+    accelerator = start_accelerator(config)
+    task = load_task(**config.data.model_dump(exclude={"augment"}), seed=config.seed)
+    source_model(config, task, accelerator.device)
+    accelerator.end_training()
+
+
 def start_accelerator(config: RunConfig) -> Accelerator:
     """Create the run's `Accelerator`, and set torch's number of threads and deterministic cuDNN for this process.
 

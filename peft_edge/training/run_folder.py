@@ -142,7 +142,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
         OSError: If the folder cannot be written.
     """
     path = Path(config.output_dir)
-    is_resumed = accelerator.is_main_process and _is_started(config, path)
+    is_resumed = accelerator.is_main_process and is_started(config, path)
     if accelerator.is_main_process and not is_resumed:
         with atomic_write(path / "config.yaml") as unfinished:
             unfinished.write_text(to_yaml(config), encoding="utf-8")
@@ -150,7 +150,12 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
     return ActiveRun(config, accelerator, is_resumed)
 
 
-def _is_started(config: RunConfig, path: Path) -> bool:
+def is_started(config: RunConfig, path: Path) -> bool:
+    """Return whether `path` holds the run of `config`, finished or not.
+
+    Raises:
+        ConfigError: If `path` contains results of a different run, unrelated files, or a damaged `config.yaml`.
+    """
     file = path / "config.yaml"
     # A process that is killed while it writes `config.yaml` leaves only the temporary file of `atomic_write`.
     if not path.exists() or not {entry.name for entry in path.iterdir()} - {unfinished_path(file).name}:

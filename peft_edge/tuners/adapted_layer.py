@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -60,6 +60,15 @@ def check_plain(layer: nn.Module, name: str) -> None:
             f"compute something else. Leave it out with exclude_modules=[{name!r}]"
             + ("." if is_convolution(layer) else f", or train and save it whole with modules_to_save=[{name!r}].")
         )
+
+
+def add_changes(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
+    """Return base + the sum of weights[i] * (tensors[i] - base): task arithmetic (arXiv 2212.04089).
+
+    >>> add_changes(torch.tensor(1.0), [torch.tensor(2.0), torch.tensor(5.0)], [1.0, 0.5])
+    tensor(4.)
+    """
+    return base + sum(weight * (tensor - base) for tensor, weight in zip(tensors, weights, strict=True))
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:

@@ -26,6 +26,7 @@ from peft_edge.lean.inplace_norm import is_overwritable
 from peft_edge.tuners.adapted_layer import (
     FROZEN_NORMS,
     AdaptedLayer,
+    add_changes,
     call_with_forward,
     check_plain,
     innermost_layer,
@@ -316,13 +317,32 @@ class BatchNormLayer(AdaptedLayer):
         for name in _TENSORS:
             if (own := getattr(target, name)) is not None:
                 base = self._tensor(_BASE_STATE, name)
-                changes = [w * (self._tensor(state, name) - base) for state, w in zip(states, weights, strict=True)]
-                own.copy_(base + sum(changes))
+                own.copy_(add_changes(base, [self._tensor(state, name) for state in states], weights))
         if target.running_var is not None:
             target.running_var.clamp_(min=0.0)
 
     def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
         return getattr(self._state(adapters[-1]), name)
+
+    @torch.no_grad()
+    def pool(self, adapter_names: list[str], into: str) -> None:
+        """Set the statistics of adapter `into` to those of the images of all `adapter_names` together.
+
+        An adapter that has counted n_i batches has the share p_i = n_i / (sum of n). If all counts are 0, the shares
+        are equal. By the law of total variance, mean = sum p_i mean_i and var = sum p_i (var_i + mean_i²) - mean².
+        """
+        target, states = self._state(into), [self._state(name) for name in adapter_names]
+        if target.running_mean is None or target.running_var is None:
+            return
+        counts = torch.stack([state.num_batches_tracked for state in states])
+        shares = (counts if counts.any() else torch.ones_like(counts)).to(target.running_mean)
+        shares = (shares / shares.sum()).unsqueeze(1)
+        means, variances = (torch.stack([getattr(state, name) for state in states]) for name in _TENSORS[:2])
+        mean = (shares * means).sum(0)
+        # Equal to the formula above, without the difference of two large numbers.
+        target.running_var.copy_((shares * (variances + (means - mean) ** 2)).sum(0))
+        target.running_mean.copy_(mean)
+        target.num_batches_tracked.copy_(counts.sum())
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         """Return the tensors of the last adapter, because the states of several adapters cannot be added."""

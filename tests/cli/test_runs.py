@@ -17,7 +17,7 @@ def test_study_prints_a_table_and_names_the_log_of_a_failed_job(
     with pytest.raises(SystemExit) as stop:
         main(["study", "--grid", str(tmp_path / "grid.yaml"), "--output-dir", str(tmp_path / "runs"), "--jobs", "2"])
     assert stop.value.code == 2
-    assert asked == {"processes": 2, "results": tmp_path / "runs" / "results"}
+    assert asked == {"processes": 2, "results": tmp_path / "runs" / "results", "cluster": None}
     printed = capsys.readouterr()
     assert "0, not run" in printed.out
     assert f"error: 2 of 2 failed: {tmp_path}/runs/resnet18--full" in printed.err
@@ -34,3 +34,31 @@ def test_interrupted_study_ends_with_exit_code_130(
         main(["study", "--grid", "grid.yaml", "--output-dir", str(tmp_path)])
     assert stop.value.code == 130
     assert capsys.readouterr().err == "stopped: finished results are kept\n"
+
+
+def test_options_of_a_cluster_reach_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "grid.yaml").write_text("networks: [resnet18]\ngrid: {method: [full]}\n")
+    asked = {}
+    monkeypatch.setattr(study, "run_grid", lambda jobs, **options: asked.update(options))
+    command = ["study", "--grid", str(tmp_path / "grid.yaml"), "--output-dir", str(tmp_path / "runs")]
+    options = ["--cluster", "10.0.0.1:6379", "--num-gpus", "0.5", "--memory", "4GiB", "--artifacts", "s3://bucket"]
+    with pytest.raises(SystemExit):  # the analysis has not run
+        main([*command, *options])
+    assert asked["cluster"] == study.Cluster("10.0.0.1:6379", None, 0.5, 4 * 2**30, "s3://bucket")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--num-gpus", "1"], "--num-gpus: needs --cluster"),
+        (["--memory", "4GiB", "--artifacts", "s3://bucket"], "--memory, --artifacts: needs --cluster"),
+        (["--cluster", "auto", "--jobs", "2"], "--jobs and --cluster exclude each other"),
+    ],
+)
+def test_options_that_do_not_fit_together_are_refused(
+    tmp_path: Path, options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["study", "--grid", "grid.yaml", "--output-dir", str(tmp_path), *options])
+    assert stop.value.code == 2
+    assert message in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Studies in their own processes, with failing and killed jobs and several at once, and their tables."""
+"""Studies in their own processes, with failing and killed jobs, and their tables."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from filelock import FileLock
 
 from peft_edge.config import RunConfig
 from peft_edge.hub.card import shareable
@@ -28,25 +28,15 @@ from peft_edge.records import (
     Record,
     StepProfile,
     TrainingCosts,
+    add_record,
     read_archive,
 )
+from peft_edge.study.grid import read_grid
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.study.runner import run_grid, study_table
-from tests.study.support import done_in, fake_job, record_of
+from tests.study.support import done_in, fake_job, record_of, reproducible, small_grid
 
 ROOT = Path(__file__).parents[2]
-GRID = """
-recipes: [[task.yaml], [lora.yaml, full.yaml]]
-grid: {seed: [0, 1]}
-"""
-TASK = """
-backbone: {name: mobilenetv3_small_050}
-data: {name: digits, shift: invert, image_size: 16}
-source: {epochs: 1, batch_size: 350}
-training: {epochs: 2, batch_size: 100, warmup_steps: 0, checkpoint_every_steps: 1}
-cpu: true
-trackers: []
-"""
 
 
 def start(*code: str) -> subprocess.Popen[str]:
@@ -117,12 +107,14 @@ def test_empty_grid_starts_no_process(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_killed_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
-    endings = {"a": SUCCESS, "b": "killed", "c": "error", "d": SUCCESS}
+    endings = {"a": SUCCESS, "b": "killed", "c": "memory", "d": SUCCESS}
     jobs = [fake_job(tmp_path / name, ending) for name, ending in endings.items()]
     run_grid(jobs, results=tmp_path / "results")
     assert [job.status for job in jobs] == [SUCCESS, FAILED, FAILED, SUCCESS]
     assert done_in(tmp_path) == ["a", "b", "c", "d"]
     assert "was killed (SIGKILL)" in jobs[1].record.run_info.error_msg
+    assert "SIGKILL" in jobs[1].log.read_text()
+    assert jobs[2].record.run_info.error_msg.endswith("MemoryError\n")
     assert results_in(tmp_path) == {f"lora--{job.name}.json": shareable(job.record) for job in jobs}
 
     again = [fake_job(tmp_path / name) for name in endings]
@@ -141,13 +133,30 @@ def test_damaged_record_stops_the_study_and_its_processes(tmp_path: Path) -> Non
     assert multiprocessing.active_children() == []
 
 
-@pytest.mark.slow
-def test_two_studies_do_each_job_once(tmp_path: Path) -> None:
-    studies = [start_fakes(tmp_path, 40, 0.05) for _ in range(2)]
-    for study in studies:
-        finish(study)
-    assert Counter(done_in(tmp_path)) == {str(number): 1 for number in range(40)}
-    assert len(results_in(tmp_path)) == 40
+def test_second_study_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    with (
+        FileLock(tmp_path / ".study.lock"),
+        pytest.raises(ValueError, match=r"another study is working in .*: wait for its end"),
+    ):
+        run_grid([fake_job(tmp_path / "a")], results=tmp_path / "results")
+    assert done_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("found", ["nothing", "an older record", "half a record"])
+def test_missing_old_and_damaged_copies_are_replaced(tmp_path: Path, found: str) -> None:
+    job = fake_job(tmp_path / "runs" / "a")
+    add_record(job.folder, "record", record_of(job.config))
+    copy = tmp_path / "results" / "lora--a.json"
+    if found == "an older record":
+        add_record(copy.parent, "lora--a", record_of(job.config, FAILED))
+    elif found == "half a record":
+        copy.parent.mkdir()
+        copy.write_text(job.record.to_json()[:100])
+    run_grid([job], results=copy.parent)
+    assert results_in(tmp_path) == {"lora--a.json": shareable(job.record)}
+    assert str(tmp_path) in job.record.to_json()
+    assert str(tmp_path) not in copy.read_text()
+    assert done_in(tmp_path / "runs") == []
 
 
 @pytest.mark.slow
@@ -162,44 +171,34 @@ def test_processes_of_a_killed_study_end(tmp_path: Path) -> None:
     assert not (tmp_path / "0").exists()
 
 
-@pytest.fixture
-def grid(tmp_path: Path) -> Path:
-    """Write a grid of two methods and two seeds."""
-    for name, text in {"grid": GRID, "task": TASK, "lora": "method: lora", "full": "method: full"}.items():
-        (tmp_path / f"{name}.yaml").write_text(text)
-    return tmp_path / "grid.yaml"
-
-
 @pytest.mark.slow
-def test_resumed_study_has_the_records_of_an_uninterrupted_one(grid: Path, tmp_path: Path) -> None:
-    whole, halves = tmp_path / "whole", tmp_path / "halves"
-    finish(start_study(grid, whole))
-
-    killed = start_study(grid, halves)
-    wait_until(lambda: results_in_part(halves) and list(halves.glob("*/checkpoints/*/step_*")), killed)
+def test_resumed_study_has_the_records_of_runs_without_a_study(tmp_path: Path) -> None:
+    grid = small_grid(tmp_path)
+    killed = start_study(grid, tmp_path / "study")
+    found = ("results/*.json", "*/checkpoints/*/step_0000000[4-9]")
+    wait_until(lambda: all(list(tmp_path.glob(f"study/{pattern}")) for pattern in found), killed)
     killed.kill()
     killed.communicate()
-    num_done = results_in_part(halves)
-    assert 0 < num_done < 4
-    stopped = {file: file.stat().st_mtime_ns for file in (halves / "results").iterdir()}
+    stopped = {file: file.stat().st_mtime_ns for file in (tmp_path / "study/results").iterdir()}
+    assert len(stopped) == 1
 
-    output, _ = finish(start_study(grid, halves))
-    assert output.splitlines()[1].split()[:3] == ["task,", "lora", "2"]
+    jobs = read_grid(grid, tmp_path / "study")
+    run_grid(jobs, results=tmp_path / "study/results")
     assert {file: file.stat().st_mtime_ns for file in stopped} == stopped
-    expected, found = (
-        {name: reproducible(record.model_dump()) for name, record in results_in(folder).items()}
-        for folder in (whole, halves)
-    )
-    assert len(expected) == 4
-    assert found == expected
-    record = results_in(halves)["lora--task--lora--seed=0.json"]
-    assert record.train_info.changes
-    assert record.profile
+    for job in jobs:
+        alone = job.moved_to(tmp_path / "alone")
+        alone.run()
+        assert reproducible(job.record.model_dump()) == reproducible(alone.record.model_dump())
+        assert job.record.train_info.changes
+        assert job.record.profile
+    expected = {f"{job.result_name}.json": shareable(job.record) for job in jobs}
+    assert results_in(tmp_path / "study") == expected
+    assert len(expected) == 2
 
 
 @pytest.mark.slow
-def test_interrupted_study_prints_one_line(grid: Path, tmp_path: Path) -> None:
-    study = start_study(grid, tmp_path / "runs")
+def test_interrupted_study_prints_one_line(tmp_path: Path) -> None:
+    study = start_study(small_grid(tmp_path), tmp_path / "runs")
     wait_until(lambda: list((tmp_path / "runs").glob("*.log")), study)
     # A terminal interrupts every process.
     os.killpg(study.pid, signal.SIGINT)
@@ -207,24 +206,6 @@ def test_interrupted_study_prints_one_line(grid: Path, tmp_path: Path) -> None:
     assert errors.splitlines()[-1] == "stopped: finished results are kept"
     assert "Traceback" not in errors
     assert not list((tmp_path / "runs").glob("*/record.json"))
-
-
-def results_in_part(folder: Path) -> int:
-    return len(list((folder / "results").glob("*.json")))
-
-
-def reproducible(value: Any) -> Any:
-    """Drop what differs between equal runs: dates, times, folders and the memory of processes."""
-    if isinstance(value, dict):
-        return {key: reproducible(entry) for key, entry in value.items() if not is_volatile(key)}
-    # PEFT keeps names of layers in a set, whose order varies.
-    is_set = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
-    return sorted(value) if is_set else list(map(reproducible, value)) if isinstance(value, list) else value
-
-
-def is_volatile(key: str) -> bool:
-    folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path")
-    return key.endswith(("_s", "_time", " time", "peak_rss_bytes", "process_peak_bytes")) or key in folders_and_figures
 
 
 @dataclass(frozen=True)
@@ -251,6 +232,12 @@ class KnownCost(Job):
     @property
     def record(self) -> CostRecord | None:
         return self.known
+
+    def check_folder(self) -> None:
+        raise NotImplementedError
+
+    def train_source(self) -> None:
+        raise NotImplementedError
 
     def run(self) -> None:
         raise NotImplementedError

@@ -75,7 +75,15 @@ def _run(options: list[str], log: Path, environment: dict[str, object]) -> None:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())
     os.environ |= {name: str(value) for name, value in environment.items()}
+    _train_in_double(options)
+
+
+def _train_in_double(options: list[str]) -> None:
     embedded.DIGITS_SPLIT_SIZES = {"adaptation": 100, "validation": 30, "test": 60}
     torch.set_default_dtype(torch.float64)
     nn.modules.module.register_module_forward_pre_hook(_in_double)
     train.main(options)
+
+
+if __name__ == "__main__":
+    _train_in_double(sys.argv[1:])

@@ -2,15 +2,44 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from peft_edge.records import StepProfile
+from peft_edge.records import FAILED, StepProfile
+from tests.training import double_precision
 from tests.training.double_precision import fail_on_process_0, run_in_double, start_processes
 from tests.training.support import adapter_of, record_of
+
+ROOT = Path(__file__).parents[2]
+
+
+def start_on_two_machines(script: str, arguments: list[str], output_dir: Path) -> list[subprocess.Popen[str]]:
+    """Start one launcher for each machine, as the guide says. Both machines are this machine."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    machines = ["--num_machines", "2", "--num_processes", "2", "--main_process_ip", "127.0.0.1"]
+    launcher = ["-m", "accelerate.commands.launch", "--multi_gpu", *machines, "--main_process_port", str(port)]
+    return [
+        subprocess.Popen(
+            [sys.executable, *launcher, "--machine_rank", rank, script, *arguments, f"output_dir={output_dir}"],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in ("0", "1")
+    ]
 
 
 def processes_of(folder: Path) -> str:
@@ -22,18 +51,22 @@ def steps_of(profile: list[StepProfile]) -> list[StepProfile]:
 
 
 @pytest.mark.distributed
-def test_two_processes_give_the_adapter_of_one(arguments: list[str], tmp_path: Path) -> None:
+def test_two_processes_and_two_machines_give_the_adapter_of_one_process(arguments: list[str], tmp_path: Path) -> None:
     """In double precision: in single precision, Adam turns rounding into steps of up to the learning rate."""
     measured = [*arguments, "profiling.every_n_steps=1000"]
     run_in_double(measured, tmp_path / "one")
     run_in_double(measured, tmp_path / "two", 2)
+    for launcher in start_on_two_machines(double_precision.__file__, measured, tmp_path / "machines"):
+        _, errors = launcher.communicate(timeout=500)
+        assert launcher.returncode == 0, errors
     # Accelerate may run fewer processes than requested; then this would compare one process with one.
-    assert (processes_of(tmp_path / "one"), processes_of(tmp_path / "two")) == ("1", "2")
-    one, two = adapter_of(tmp_path / "one"), adapter_of(tmp_path / "two")
+    assert [processes_of(tmp_path / name) for name in ("one", "two", "machines")] == ["1", "2", "2"]
+    one = adapter_of(tmp_path / "one")
     assert {tensor.dtype for tensor in one.values()} == {torch.float64, torch.int64}
-    assert one.keys() == two.keys()
-    for name in one:
-        torch.testing.assert_close(two[name], one[name], atol=1e-9, rtol=1e-9)
+    for other in (adapter_of(tmp_path / "two"), adapter_of(tmp_path / "machines")):
+        assert one.keys() == other.keys()
+        for name in one:
+            torch.testing.assert_close(other[name], one[name], atol=1e-9, rtol=1e-9)
     (whole,), (first, second) = (steps_of(record_of(tmp_path / name).profile) for name in ("one", "two"))
     assert [row.process_index for row in (whole, first, second)] == [0, 0, 1]
     assert first.forward_s != second.forward_s
@@ -81,3 +114,22 @@ def test_a_failure_of_one_process_ends_the_others_with_its_reason(arguments: lis
     assert second.exitcode == 1
     assert "process 1 ends, because process 0 failed: OSError: the disk is lost" in log.read_text()
     assert "the disk is lost" in record_of(tmp_path / "run").run_info.error_msg
+
+
+@pytest.mark.distributed
+def test_if_a_machine_dies_the_other_ends_with_the_reason(arguments: list[str], tmp_path: Path) -> None:
+    first, second = start_on_two_machines("train.py", [*arguments, "training.epochs=1000"], tmp_path / "run")
+    while not list(tmp_path.glob("run/checkpoints/*/step_*")):
+        assert first.poll() is None, first.communicate()[1]
+        time.sleep(0.05)
+    for process in [*psutil.Process(second.pid).children(recursive=True), second]:
+        process.kill()
+    started = time.monotonic()
+    second.communicate()
+    _, errors = first.communicate(timeout=60)
+    assert time.monotonic() - started < 30
+    assert first.returncode == 1
+    assert "Connection" in errors
+    record = record_of(tmp_path / "run")
+    assert record.train_info.status == FAILED
+    assert "Connection" in record.run_info.error_msg

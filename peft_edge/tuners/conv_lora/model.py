@@ -6,16 +6,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
 
+import torch
 import torch.nn.functional as F
 from peft import PeftConfig, PeftType
-from peft.tuners.lora import LoraModel
+from peft.tuners.lora import LoraLayer, LoraModel
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import check_target_module_exists
-from peft.utils.other import get_pattern_key
+from peft.utils.other import ModulesToSaveWrapper, get_pattern_key
 from torch import Tensor, nn
 
 from peft_edge.roles import is_convolution
-from peft_edge.tuners.adapted_layer import check_plain
+from peft_edge.tuners.adapted_layer import add_changes, check_plain
 from peft_edge.tuners.conv_lora.config import ConvLoraConfig
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer, check_rank
 from peft_edge.tuners.injection import Injection, iter_target_modules, pass_adapter_names
@@ -88,16 +89,45 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> None:
-        """Combine adapters into a new adapter as in PEFT, with task arithmetic for BatchNorm states.
+        """Combine adapters into a new adapter as in PEFT, with task arithmetic for everything but A and B.
 
-        If `adapter_name` already exists, nothing changes.
+        Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089) sets a tensor to base + the sum of weights[i] * (tensor
+        of adapters[i] - base). It applies to BatchNorm states, DoRA's magnitudes, biases of B, and modules that
+        `modules_to_save` names, which PEFT refuses to combine. If `adapter_name` already exists, nothing changes.
+
+        Raises:
+            ValueError: If PEFT raises one, or modules in `modules_to_save` have different shapes.
         """
         if adapter_name in self.peft_config:
             return
+        wrappers = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        for wrapper in wrappers:
+            shapes = [
+                {key: tuple(tensor.shape) for key, tensor in wrapper.modules_to_save[name].state_dict().items()}
+                for name in adapters
+                if name in wrapper.modules_to_save
+            ]
+            if any(other != shapes[0] for other in shapes):
+                raise ValueError(
+                    f"Cannot combine the adapters {', '.join(adapters)}: their modules in modules_to_save differ in "
+                    f"shape: {shapes}. Combine adapters whose heads were trained for the same classes."
+                )
         super().add_weighted_adapter(adapters, weights, adapter_name, *args, **kwargs)
         for layer in self.modules():
             if isinstance(layer, BatchNormLayer) and adapter_name in layer.states:
                 layer.combine(adapters, weights, into=adapter_name)
+            elif isinstance(layer, LoraLayer) and adapter_name in layer.lora_A:
+                _combine_rest(layer, adapters, weights, into=adapter_name)
+        for wrapper in wrappers:
+            if adapter_name in wrapper.modules_to_save:
+                _combine_saved(wrapper, adapters, weights, into=adapter_name)
+
+    def _check_add_weighted_adapter(
+        self, adapters: list[str], combination_type: str, svd_rank: int | None
+    ) -> tuple[str, int, str]:
+        # PEFT refuses several adapters with the same module in `modules_to_save`. Show PEFT a model without modules.
+        without_modules = SimpleNamespace(peft_config=self.peft_config, modules=tuple)
+        return LoraModel._check_add_weighted_adapter(without_modules, adapters, combination_type, svd_rank)
 
     def _svd_generalized_task_arithmetic_weighted_adapter(
         self, combination_type: str, adapters: list[str], weights: list[float], new_rank: int, target: nn.Module,
@@ -118,6 +148,40 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         missing = new_rank - rank
         lora_a, lora_b = F.pad(lora_a, (0, 0, 0, missing)), F.pad(lora_b, (0, missing))
         return lora_a.reshape(target_lora_A.shape), lora_b.reshape(target_lora_B.shape)
+
+
+@torch.no_grad()
+def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], into: str) -> None:
+    """Complete the layer after PEFT has combined A and B for a scale of 1. A layer may lack some of the adapters."""
+    scale, found = (
+        layer.scaling[into],
+        [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r],
+    )
+    layer.lora_A[into].weight.div_(scale)  # with `use_rslora`, the scale is the root of the new rank
+    if layer.lora_bias[into]:
+        bias = layer.lora_B[into].bias
+        changes = (w * layer.scaling[name] * layer.lora_B[name].bias for name, w in found if layer.lora_bias[name])
+        bias.copy_(sum(changes, torch.zeros_like(bias)) / scale)
+    if into in layer.lora_magnitude_vector:
+        magnitudes = layer.lora_magnitude_vector
+        base = layer.get_base_layer().weight.flatten(1).norm(dim=1)
+        base = base.reshape(magnitudes[into].weight.shape).to(magnitudes[into].weight)
+        trained = [(magnitudes[name].weight, w) for name, w in found if name in magnitudes]
+        magnitudes[into].weight.copy_(add_changes(base, [value for value, _ in trained], [w for _, w in trained]))
+
+
+@torch.no_grad()
+def _combine_saved(wrapper: ModulesToSaveWrapper, adapters: list[str], weights: list[float], into: str) -> None:
+    """Set the copy of a module that belongs to adapter `into`. An adapter without a copy has the original module."""
+    found = [
+        (wrapper.modules_to_save[name], w)
+        for name, w in zip(adapters, weights, strict=True)
+        if name in wrapper.modules_to_save
+    ]
+    states, own = [module.state_dict() for module, _ in found], wrapper.modules_to_save[into].state_dict()
+    for key, base in wrapper.original_module.state_dict().items():
+        if base.is_floating_point():
+            own[key].copy_(add_changes(base, [state[key] for state in states], [w for _, w in found]))
 
 
 class ConvLoraMixedModel(_ConvLoraInjection, MixedModel):

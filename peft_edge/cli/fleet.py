@@ -1,0 +1,111 @@
+"""The command on the adapters of a fleet of devices: merge-adapters."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+from typer import Argument, Option
+
+from peft_edge.cli.models import run_config
+from peft_edge.cli.options import choice, count, load_base_model, path
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+COMBINATION_NAMES = (
+    *("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"),
+    *("magnitude_prune", "magnitude_prune_svd"),
+)
+
+
+def merge_adapters_of_fleet(
+    adapters: Annotated[list[str], Argument(help="Folders of adapters, or their ids on the Hub; at least two.")],
+    out: Annotated[Path, path("FOLDER", "The output folder of the combined adapter.")],
+    weights: Annotated[
+        list[float] | None, Option(metavar="WEIGHT ...", help="A weight for each adapter; by default their average.")
+    ] = None,
+    combination: Annotated[str, choice(COMBINATION_NAMES, "How A and B are combined; cat is exact.")] = "cat",
+    lora_rank: Annotated[int | None, count("The rank of the combined adapter; only for svd.")] = None,
+    density: Annotated[float | None, Option(help="The fraction of values that ties, dare or pruning keeps.")] = None,
+    base: Annotated[str | None, Option(help="The base model; by default that of the first adapter.")] = None,
+    test: Annotated[
+        list[str] | None,
+        Option(metavar="FOLDER ...", help="Folders with one subfolder of images per class, to compare accuracies."),
+    ] = None,
+    image_size: Annotated[int | None, count("Height and width in pixels; by default as in the first run.")] = None,
+) -> None:
+    """Combine the adapters of several devices into one adapter.
+
+    Combines LoRA adapters that were trained on the same base model, and pools their BatchNorm statistics. With --test,
+    prints the accuracies of the base model, of each adapter and of the combined adapter in each folder.
+    """
+    from peft_edge.hub import save_adapter
+    from peft_edge.hub.combination import combine_adapters
+    from peft_edge.profiling.tables import text_table
+
+    if len(adapters) < 2:
+        raise ValueError(f"expected at least two adapters to combine, found {len(adapters)}: {', '.join(adapters)}")
+    model = combine_adapters(
+        adapters,
+        weights,
+        base=None if base is None else load_base_model(base),
+        combination=combination,
+        svd_rank=lora_rank,
+        density=density,
+    )
+    run = run_config(Path(adapters[0]))
+    size = image_size or (run["data"]["image_size"] if run else None)
+    # Read all folders before anything is written.
+    columns = [(folder, accuracies(model, len(adapters), folder, size)) for folder in test or ()]
+    save_adapter(model, out)
+    print(f"{out}: {len(adapters)} adapters combined, rank {model.active_peft_config.r}")
+    if columns:
+        rows = ["no update", *adapters, str(out)]
+        table = [[name, *(f"{column[row]:.3f}" for _, column in columns)] for row, name in enumerate(rows)]
+        print(text_table([["accuracy on", *(folder for folder, _ in columns)], *table]))
+
+
+def accuracies(model: PeftModel, num_adapters: int, folder: str, image_size: int | None) -> list[float]:
+    """Return the accuracies on a folder of the base, of each adapter and of the combined adapter, which stays active.
+
+    The images are those of the split `test`, or without splits all images.
+
+    Raises:
+        ValueError: If the folder is not readable, or has classes that the model does not know.
+    """
+    from accelerate import Accelerator
+
+    from peft_edge.backbones import class_names
+    from peft_edge.data import build_loader, build_transform
+    from peft_edge.data.sources import read_splits
+    from peft_edge.export.verification import input_config
+    from peft_edge.hub.combination import COMBINED
+    from peft_edge.training.evaluation import predict
+
+    splits = read_splits(folder)
+    images = splits.get("test", splits["train"])
+    names = images.features["label"].names
+    known = class_names(model) or names
+    if unknown := set(names) - set(known):
+        raise ValueError(
+            f"{folder}: the classes {', '.join(sorted(unknown))} are unknown to the adapters, which know "
+            f"{', '.join(known)}"
+        )
+    accelerator = Accelerator()
+    transform = build_transform(input_config(model, image_size), train=False)
+    batches = accelerator.prepare_data_loader(build_loader(images, transform, batch_size=64, shuffle=False, seed=0))
+    model.to(accelerator.device)
+
+    def accuracy() -> float:
+        found = predict(model, batches, accelerator, stage=f"testing {folder}")
+        # The classes of the folder may be some of the model's classes.
+        labels = [known.index(names[label]) for label in found.references]
+        return sum(map(int.__eq__, found.predictions, labels)) / len(labels)
+
+    with model.disable_adapter():
+        measured = [accuracy()]
+    for adapter in [*(f"adapter_{number}" for number in range(num_adapters)), COMBINED]:
+        model.set_adapter(adapter)
+        measured.append(accuracy())
+    return measured

@@ -1,0 +1,116 @@
+"""Combine the adapters of several devices, trained on the same base model, into one adapter."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Sequence
+
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from torch import nn
+
+from peft_edge.backbones import class_names
+from peft_edge.hub.adapter_files import exact_pattern
+from peft_edge.hub.pretrained import load_pretrained
+from peft_edge.tuners.conv_lora import ConvLoraConfig
+from peft_edge.tuners.norm import BatchNormLayer
+
+COMBINED = "combined"
+"""The name of the combined adapter in the model that `combine_adapters` returns."""
+
+COMBINATIONS = (
+    *("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"),
+    *("magnitude_prune", "magnitude_prune_svd"),
+)
+"""The values of `combination_type` of PEFT's `add_weighted_adapter`."""
+
+
+def combine_adapters(
+    adapters: Sequence[str | os.PathLike[str]],
+    weights: Sequence[float] | None = None,
+    *,
+    base: nn.Module | None = None,
+    combination: str = "cat",
+    svd_rank: int | None = None,
+    density: float | None = None,
+) -> PeftModel:
+    """Load adapters of type `CONV_LORA`, and combine them with `ConvLoraModel.add_weighted_adapter`.
+
+    With weights that add up to 1, the result is an average; other weights are task arithmetic (arXiv 2212.04089). The
+    statistics of BatchNorm are pooled over the adapters with positive weights, by the number of batches that each
+    adapter has counted, see `BatchNormLayer.pool`.
+
+    Args:
+        adapters: Folders, or ids on the Hub, as for `load_pretrained`.
+        weights: A weight for each adapter; by default 1 / (number of adapters).
+        base: The base model, as for `load_pretrained`.
+        combination: How PEFT combines A and B. `cat` is exact: the kernel update is the weighted sum of the updates,
+            and the rank is the sum of the ranks. `svd` is its best approximation of rank `svd_rank`. `linear` combines
+            A and B separately. The others are TIES, DARE and magnitude pruning.
+        svd_rank: The rank for the combinations with SVD; by default the largest rank of the adapters.
+        density: The fraction of values to keep, for TIES, DARE and magnitude pruning.
+
+    Returns:
+        The model in eval mode with the adapters `adapter_0`, `adapter_1`, ... and the active adapter `COMBINED`.
+
+    Raises:
+        FileNotFoundError: If a file is missing.
+        ValueError: If an adapter cannot be loaded, or the adapters differ in base, type, classes or settings that a
+            combined adapter has once.
+    """
+    weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
+    if len(weights) != len(adapters):
+        raise ValueError(f"weights: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
+    if not 0 < (1.0 if density is None else density) <= 1:
+        raise ValueError(f"density: expected a number above 0 and at most 1, found {density}")
+    if density is None and combination.startswith(("ties", "dare", "magnitude")):
+        raise ValueError(f"combination {combination!r} needs a density, such as 0.5")
+    loaded = [load_pretrained(adapters[0], base=base)]
+    plain = copy.deepcopy(loaded[0]).unload()
+    loaded += [load_pretrained(adapter, base=plain) for adapter in adapters[1:]]
+    for adapter, model in zip(adapters, loaded, strict=True):
+        _check_same(adapters[0], loaded[0], adapter, model)
+
+    names = [f"adapter_{number}" for number in range(len(adapters))]
+    model = PeftModel(plain, _exact_config(loaded[0]), adapter_name=names[0])
+    for name, other in zip(names, loaded, strict=True):
+        if name != names[0]:
+            model.add_adapter(name, _exact_config(other))
+        state = get_peft_model_state_dict(other, adapter_name=other.active_adapter, save_embedding_layers=False)
+        set_peft_model_state_dict(model, state, adapter_name=name)
+    model.base_model.add_weighted_adapter(
+        names, weights, COMBINED, combination_type=combination, svd_rank=svd_rank, density=density
+    )
+    pooled = [name for name, weight in zip(names, weights, strict=True) if weight > 0]
+    for layer in model.modules():
+        if isinstance(layer, BatchNormLayer) and pooled:
+            layer.pool(pooled, into=COMBINED)
+    model.set_adapter(COMBINED)
+    return model.eval()
+
+
+def _check_same(first_name: object, first: PeftModel, name: object, other: PeftModel) -> None:
+    """Raise a `ValueError` unless `other` can be combined with `first`."""
+    config, expected = other.active_peft_config, first.active_peft_config
+    if not isinstance(config, ConvLoraConfig):
+        raise ValueError(
+            f"{name}: expected an adapter of type CONV_LORA (methods lora, lora-fa and dora), found "
+            f"{config.peft_type.value}, which cannot be combined"
+        )
+    settings = ("norm", "use_dora", "use_rslora", "lora_bias", "modules_to_save")
+    found = [(key, getattr(config, key), getattr(expected, key)) for key in settings]
+    found.append(("classes", class_names(other), class_names(first)))
+    for key, value, wanted in found:
+        if value != wanted:
+            raise ValueError(f"{name}: {key}: expected {wanted!r} as in {first_name}, found {value!r}")
+
+
+def _exact_config(model: PeftModel) -> ConvLoraConfig:
+    """Return the configuration with the names of the adapted layers instead of lists or patterns.
+
+    PEFT unites the `target_modules` of combined adapters, but keeps the other fields of the first adapter.
+    """
+    config = copy.deepcopy(model.active_peft_config)
+    config.target_modules = exact_pattern(model.base_model.targeted_module_names)
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    return config

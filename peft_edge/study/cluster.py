@@ -1,0 +1,251 @@
+"""Run the jobs of a study as tasks on a Ray cluster, whose nodes need not share a file system with this machine.
+
+A job runs in a temporary folder of its node. Its log and its files return to this machine as the result of the task. A
+source model is the result of a task of its own, which Ray passes to the tasks of all runs that need this model.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import io
+import logging
+import os
+import platform
+import tarfile
+import tempfile
+import time
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock
+from tqdm.auto import tqdm
+
+from peft_edge.files import atomic_write, remove, requires_extra
+from peft_edge.records import add_record, package_info
+from peft_edge.study.jobs import Job
+
+if TYPE_CHECKING:
+    from ray import ObjectRef
+
+logger = logging.getLogger(__name__)
+
+# How often Ray repeats a task whose node or worker process has died, for lack of memory or otherwise.
+_MAX_RETRIES = 3
+# Seconds between two updates of the number of nodes in the progress bar.
+_REFRESH_S = 5.0
+_SOURCES = Path("cache") / "sources"
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Ray cluster, and what each run needs there.
+
+    The nodes need peft-edge, and the data and weights that the configurations name at the same paths. If a node or a
+    worker process dies, Ray repeats the run up to three times. The run then starts again, or continues from its last
+    checkpoint if its temporary folder still exists, for example because `TMPDIR` is a folder that the nodes share.
+
+    Attributes:
+        address: The address of the cluster; `auto` for the cluster that this machine belongs to, or `local` to start
+            Ray on this machine alone.
+        num_cpus: CPU cores for each run, by default its `num_threads`.
+        num_gpus: GPUs for each run. With 0.5, two runs share a GPU.
+        memory: Bytes of memory for each run. Ray starts no run on a node whose other runs leave less.
+        artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes then upload the update and the curves of
+            each run to this address instead of returning them to the output folder.
+    """
+
+    address: str = "auto"
+    num_cpus: float | None = None
+    num_gpus: float = 0.0
+    memory: int | None = None
+    artifacts: str | None = None
+
+    def run(self, jobs: Sequence[Job], bar: tqdm) -> Generator[tuple[Job, str | None]]:
+        """Run the jobs. Yield each job that has ended, and the cause if its task failed, as when its node died.
+
+        The description of `bar` shows the number of nodes.
+
+        Raises:
+            ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
+            ValueError: If the protocol of `artifacts` is unknown.
+            OSError: If the cluster cannot be reached, or a file cannot be written.
+        """
+        # Ray repeats without end a task that its memory monitor has killed, unless this is set before the import.
+        os.environ.setdefault("RAY_task_oom_retries", str(_MAX_RETRIES))
+        with requires_extra("cluster"):
+            import fsspec
+            import ray
+        if self.artifacts is not None:
+            fsspec.url_to_fs(self.artifacts)
+        if not jobs:
+            return
+        is_ours = not ray.is_initialized()
+        if is_ours:
+            try:
+                ray.init(self.address, log_to_driver=False, logging_level=logging.WARNING)
+            except RuntimeError as error:  # for example if the versions of Ray differ
+                raise ConnectionError(f"cannot use the Ray cluster at {self.address}: {error}") from error
+        tasks: dict[ObjectRef, Job] = {}
+        sources: dict[str | None, ObjectRef] = {}
+        try:
+            for job in jobs:
+                try:
+                    job.check_folder()
+                except ValueError as error:
+                    yield job, str(error)
+                    continue
+                if job.source is not None and job.source not in sources:
+                    sources[job.source] = self._source(job)
+                run = ray.remote(_run_on_node).options(**self._options(job))
+                tasks[run.remote(job, _study_id(job), sources.get(job.source), self.artifacts)] = job
+            refreshed = -_REFRESH_S
+            while tasks:
+                if time.monotonic() - refreshed >= _REFRESH_S:
+                    refreshed = time.monotonic()
+                    bar.set_description(f"study, {sum(node['Alive'] for node in ray.nodes())} nodes")
+                for ref in ray.wait(list(tasks), timeout=_REFRESH_S, fetch_local=False)[0]:
+                    job, cause = tasks.pop(ref), None
+                    try:
+                        place, log, files = ray.get(ref)
+                        job.append_to_log(log)
+                        _unpack(files, job.folder.parent, place=place)
+                        if job.is_finished:
+                            remove(job.failed_folder)
+                        if (source := sources.pop(job.source, None)) is not None:
+                            _keep_source(job, ray.get(source))
+                    except ray.exceptions.RayError as error:
+                        cause = f"its task failed on the cluster: {error}"
+                    yield job, cause
+        finally:
+            if is_ours:
+                ray.shutdown()  # ends the tasks
+            else:
+                for ref in tasks:
+                    ray.cancel(ref, force=True)
+
+    def _options(self, job: Job) -> dict[str, Any]:
+        num_cpus = job.num_threads if self.num_cpus is None else self.num_cpus
+        needs = {"num_cpus": num_cpus, "num_gpus": self.num_gpus, "memory": self.memory}
+        return {**needs, "max_retries": _MAX_RETRIES}
+
+    def _source(self, job: Job) -> ObjectRef:
+        """Return the packed source model of `job`: from the output folder, or else as the result of a new task."""
+        import ray
+
+        name = _source_name(job)
+        folder = name.with_name(name.read_text(encoding="utf-8")) if name.exists() else None
+        if folder is not None and folder.is_dir():
+            return ray.put(_pack([folder]))
+        return ray.remote(_train_source).options(**self._options(job)).remote(job, _study_id(job))
+
+
+def _study_id(job: Job) -> str:
+    """Return the name of the temporary folder that the jobs of this study share on each node."""
+    owner = (getpass.getuser(), platform.node(), str(job.folder.parent.absolute()))
+    return f"peft-edge-{hashlib.sha256(repr(owner).encode()).hexdigest()[:16]}"
+
+
+def _source_name(job: Job) -> Path:
+    """Return a file that contains the name of the folder of the job's source model. Later studies then reuse it."""
+    key = hashlib.sha256(repr((job.source, package_info())).encode()).hexdigest()[:16]
+    return job.folder.parent / _SOURCES / f"{key}.txt"
+
+
+def _keep_source(job: Job, packed: bytes) -> None:
+    """Unpack the source model in the output folder, because saved adapters refer to this folder."""
+    for folder in _unpack(packed, job.folder.parent / _SOURCES, keep=True):
+        with atomic_write(_source_name(job)) as unfinished:
+            unfinished.write_text(folder.name, encoding="utf-8")
+
+
+def _train_source(job: Job, study: str) -> bytes:
+    """Train the source model of `job` on a node, and return its folder in the cache, packed."""
+    moved = job.moved_to(Path(tempfile.gettempdir(), study, "source", _source_name(job).stem))
+    moved.train_source()
+    folder = moved.folder.parent / _SOURCES
+    packed = _pack([path for path in folder.glob("*") if path.is_dir()])
+    remove(moved.folder.parent)
+    return packed
+
+
+def _run_on_node(job: Job, study: str, source: bytes | None, artifacts: str | None) -> tuple[Path, str, bytes]:
+    """Run `job` on a node. Return the folder that the files of the run refer to, the log, and the packed files.
+
+    The packed files of a job that did not finish are only its record. Its other files stay on the node, and a new
+    attempt on this node continues from there.
+    """
+    root = Path(tempfile.gettempdir(), study)
+    moved = job.moved_to(root)
+    root.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if source is not None:
+        _unpack(source, root / _SOURCES, keep=True)
+    remove(moved.log)
+    moved.attempt()
+    packed = [moved.folder]
+    if moved.is_finished and artifacts is not None:
+        _upload(moved.folder, artifacts)
+    elif not moved.is_finished:
+        packed = [moved.failed_folder]
+        if (record := moved.record) is not None:
+            add_record(moved.failed_folder, "record", record)
+    files = _pack([folder for folder in packed if folder.exists()])
+    log = moved.log.read_text(encoding="utf-8", errors="replace")
+    remove(moved.log)
+    if moved.is_finished:
+        remove(moved.folder)
+    return root, log, files
+
+
+def _upload(folder: Path, artifacts: str) -> None:
+    """Move the subfolders of `folder` to the folder of the same name at the address `artifacts`."""
+    import fsspec
+
+    system, path = fsspec.url_to_fs(artifacts)
+    for subfolder in (entry for entry in folder.iterdir() if entry.is_dir()):
+        # The slashes say that the contents are copied, whether or not an earlier attempt has created the folder.
+        system.put(f"{subfolder}/", f"{path}/{folder.name}/{subfolder.name}/", recursive=True)
+        remove(subfolder)
+
+
+def _pack(folders: Sequence[Path]) -> bytes:
+    """Return folders as an uncompressed tar file. Weights hardly compress."""
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as archive:
+        for folder in folders:
+            archive.add(folder, arcname=folder.name)
+    return buffer.getvalue()
+
+
+def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: bool = False) -> list[Path]:
+    """Write packed folders into `target`, and return their paths. With `keep`, folders that exist are kept.
+
+    The files of a run refer to folders in `place`, the folder of the run on its node. In JSON and YAML files, `target`
+    replaces these paths.
+    """
+    target.mkdir(parents=True, exist_ok=True)
+    written = []
+    with (
+        FileLock(target / ".unpack.lock"),  # several tasks of a node may receive the same source model
+        tempfile.TemporaryDirectory(dir=target, prefix=".unpack-") as temporary,
+        tarfile.open(fileobj=io.BytesIO(packed)) as archive,
+    ):
+        archive.extractall(temporary, filter="data")
+        for folder in Path(temporary).iterdir():
+            if place is not None:
+                _replace_paths(folder, place, target)
+            written.append(target / folder.name)
+            if not (keep and written[-1].exists()):
+                with atomic_write(written[-1]) as unfinished:
+                    folder.rename(unfinished)
+    return written
+
+
+def _replace_paths(folder: Path, place: Path, target: Path) -> None:
+    for file in (path for path in folder.rglob("*") if path.suffix in (".json", ".yaml")):
+        text = file.read_text(encoding="utf-8")
+        # An adapter needs the absolute path of its source model. A configuration has the path that the user gave.
+        text = text.replace(str(place / _SOURCES), str(target.absolute() / _SOURCES)).replace(str(place), str(target))
+        file.write_text(text, encoding="utf-8")

@@ -1,0 +1,146 @@
+"""Studies on Ray: what returns from the nodes, and a cluster that loses a node."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+from ray.cluster_utils import Cluster as ClusterOfNodes
+
+from peft_edge.config import RunConfig
+from peft_edge.hub import load_pretrained
+from peft_edge.hub.card import shareable
+from peft_edge.records import FAILED, SUCCESS, add_record, read_archive
+from peft_edge.study import cluster, read_grid, run_grid
+from peft_edge.study.cluster import Cluster
+from tests.study.support import FakeJob, done_in, fake_job, record_of, reproducible, small_grid
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Return the folder for temporary files of a node, which is this process."""
+    (tmp_path / "node").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
+    return tmp_path / "node"
+
+
+def run_on_node(job: FakeJob, source: bytes | None = None, artifacts: str | None = None) -> None:
+    """Do what a task does on its node, and then what this machine does with the result."""
+    place, log, files = cluster._run_on_node(job, "study", source, artifacts)
+    job.folder.parent.mkdir(exist_ok=True)
+    job.append_to_log(log)
+    cluster._unpack(files, job.folder.parent, place=place)
+
+
+def test_run_without_a_shared_file_system_has_the_record_and_the_adapter_of_a_local_run(
+    tmp_path: Path, node: Path
+) -> None:
+    (job,) = read_grid(small_grid(tmp_path, seeds="[0]"), tmp_path / "study")
+    source = cluster._train_source(job, "study")
+    assert not [path for path in node.rglob("*") if path.is_file()]
+    run_on_node(job, source)
+    cluster._keep_source(job, source)
+    assert not (node / "study" / job.name).exists()
+    shutil.rmtree(node)
+
+    alone = job.moved_to(tmp_path / "alone")
+    alone.run()
+    assert reproducible(job.record.model_dump()) == reproducible(alone.record.model_dump())
+    config = job.record.run_info.train_config
+    assert (config["output_dir"], config["cache_dir"]) == (job.config.output_dir, job.config.cache_dir)
+    assert files_in(job.folder) == files_in(alone.folder)
+    assert "adapting" in job.log.read_text()
+    # The base model of the adapter is in the output folder, although it was trained on the node.
+    images = torch.randn(2, 3, 16, 16)
+    ours, expected = (load_pretrained(run.folder / "adapter") for run in (job, alone))
+    assert torch.equal(ours(images), expected(images))
+    # A later study finds this source model by its name.
+    assert (cluster._source_name(job).parent / cluster._source_name(job).read_text()).is_dir()
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
+
+
+def test_failed_run_returns_its_record_and_continues_on_its_node(tmp_path: Path, node: Path) -> None:
+    job = fake_job(tmp_path / "study" / "a", "error")
+    run_on_node(job)
+    assert job.status == FAILED
+    assert job.record.run_info.error_msg.endswith("RuntimeError: a fails\n")
+    assert str(node) not in job.record.to_json().replace("Traceback", "")
+    assert job.log.read_text().startswith("this is a\nTraceback")
+    assert not job.folder.exists()
+
+    again = fake_job(tmp_path / "study" / "a")
+    run_on_node(again)
+    assert again.status == SUCCESS
+    assert done_in(node / "study") == ["a", "a"]
+
+
+def test_artifacts_go_to_their_address_and_the_record_returns(tmp_path: Path, node: Path) -> None:
+    job = fake_job(tmp_path / "study" / "a")
+    update = node / "study" / "a" / "adapter"
+    update.mkdir(parents=True)
+    (update / "weights").write_text("1")
+    for _ in range(2):  # the second time as after a lost result
+        run_on_node(job, artifacts=f"file://{tmp_path}/bucket/runs")
+        update.mkdir(parents=True)
+        (update / "weights").write_text("2")
+    assert files_in(tmp_path / "bucket") == ["runs/a/adapter/weights"]
+    assert (tmp_path / "bucket/runs/a/adapter/weights").read_text() == "2"
+    assert files_in(job.folder) == ["record.json"]
+    assert job.status == SUCCESS
+
+
+def test_unknown_protocol_is_refused_before_ray_starts(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="Protocol not known: nonsense"):
+        run_grid([fake_job(tmp_path / "a")], results=tmp_path, cluster=Cluster(artifacts="nonsense://bucket"))
+
+
+@pytest.fixture
+def two_nodes() -> Iterator[ClusterOfNodes]:
+    nodes = ClusterOfNodes(initialize_head=True, head_node_args={"num_cpus": 1, "object_store_memory": 80 * 2**20})
+    nodes.add_node(num_cpus=1, object_store_memory=80 * 2**20)
+    ray.init(nodes.address, log_to_driver=False, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    yield nodes
+    ray.shutdown()
+    nodes.shutdown()
+
+
+@pytest.mark.slow
+def test_study_survives_the_loss_of_a_node(tmp_path: Path, two_nodes: ClusterOfNodes) -> None:
+    output_dir = tmp_path / "study"
+    jobs = [fake_job(output_dir / str(number), seconds=0.3) for number in range(12)]
+    jobs.append(fake_job(output_dir / "killed", "killed"))
+    other = RunConfig(output_dir=str(output_dir / "11"), method="head", trackers=[])
+    add_record(jobs[11].folder, "record", record_of(other))
+
+    def lose_a_node() -> None:
+        while len(list((output_dir / "results").glob("*.json"))) < 3:
+            time.sleep(0.05)
+        two_nodes.remove_node(two_nodes.list_all_nodes()[-1], allow_graceful=False)
+
+    loss = threading.Thread(target=lose_a_node)
+    loss.start()
+    run_grid(jobs, results=output_dir / "results", cluster=Cluster())
+    loss.join()
+
+    assert len(two_nodes.list_all_nodes()) == 1
+    assert [job.status for job in jobs] == [SUCCESS] * 11 + [FAILED] * 2
+    assert "11 is not empty and holds no run" in jobs[11].record.run_info.error_msg
+    assert "its task failed on the cluster" in jobs[12].record.run_info.error_msg
+    records = read_archive(output_dir / "results").runs
+    assert records == {f"lora--{job.name}.json": shareable(job.record) for job in jobs}
+    # All jobs have the same source model, which one task has trained.
+    logs = [job.log.read_text().splitlines() for job in jobs[:11]]
+    assert len({lines[0] for lines in logs}) == 1
+    assert logs[0][0].startswith("source ")
