@@ -19,7 +19,7 @@ def test_adapters_are_listed_with_the_memory_of_the_process() -> None:
     assert found == [("last-stage", True), ("last-stage", False), ("conv_stem", False)]
     split, whole, stem = options
     assert split.parameters == whole.parameters > stem.parameters
-    assert runtime_memory() < split.process_bytes < whole.process_bytes < stem.process_bytes
+    assert runtime_memory() < split.process_bytes < whole.process_bytes
 
 
 def test_methods_that_no_device_trains_are_refused() -> None:

@@ -1,9 +1,10 @@
 """Train adapters in ONNX Runtime and in PyTorch on the same batches, and record accuracy, time, memory and file sizes.
 
 `python -m peft_edge.study.device_study --out reports/device --work runs/device-study` writes one record for each case
-of `CASES` and each seed. Cases that have a record are skipped. The photographs and sketches are those of PACS, which
-`configs/tasks/pacs_sketch.yaml` describes. Both runtimes train on one thread, each in a process of
-its own, with the same options of the memory allocator.
+of `CASES` and each seed. Cases that have a record are skipped. `--guide FILE` replaces the table in a Markdown file. The
+photographs and sketches are those of PACS, which `configs/tasks/pacs_sketch.yaml` describes.
+
+Both runtimes train on one thread, each in a process of its own, with the same options of the memory allocator.
 """
 
 from __future__ import annotations
@@ -335,12 +336,13 @@ def _largest_gap(pairs: Sequence[tuple[float | None, float | None]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all cases that have no record in `--out`, and print the table."""
+    """Run all cases that have no record in `--out`, and print the table or replace the table of a guide."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--work", type=Path, required=True, help="folder for source models and exported steps")
     names = sorted({case.name for case in CASES})
     parser.add_argument("--images", nargs="*", choices=names, default=names, help="cases to run, by default all")
+    parser.add_argument("--guide", type=Path, help="Markdown file whose table is replaced")
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     for case in CASES:
@@ -350,7 +352,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 record = run_case(case, seed, options.work.absolute())
                 with atomic_write(file) as unfinished:
                     unfinished.write_text(record.to_json(), encoding="utf-8")
-    print(device_table(read_device_records(options.out)))
+    table = device_table(read_device_records(options.out))
+    if options.guide is None:
+        print(table)
+        return
+    text = options.guide.read_text(encoding="utf-8")
+    start = text.index(table.splitlines()[0])
+    with atomic_write(options.guide) as unfinished:
+        unfinished.write_text(text[:start] + table + text[text.index("\n\n", start) :], encoding="utf-8")
 
 
 if __name__ == "__main__":

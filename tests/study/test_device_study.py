@@ -71,6 +71,10 @@ def test_case_is_trained_in_both_runtimes(
     assert {"prefix.onnx", "predict.onnx", "state.safetensors", "train_step.onnx"} <= found.file_bytes.keys()
     assert capsys.readouterr().out == f"{device_table([found])}\n"
 
-    # What has a record is not run again.
+    # What has a record is not run again. The old table of a guide is replaced.
     monkeypatch.setattr(device_study, "run_case", lambda *_: pytest.fail("ran again"))
-    device_study.main(arguments)
+    old = device_table([found]).splitlines()
+    guide = tmp_path / "guide.md"
+    guide.write_text("\n".join(["before", "", *old[:2], "| an old row |", "", "after", ""]))
+    device_study.main([*arguments, "--guide", str(guide)])
+    assert guide.read_text() == f"before\n\n{device_table([found])}\n\nafter\n"
