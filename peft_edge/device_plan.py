@@ -66,6 +66,7 @@ def find_device_options(
         ImportError: If onnxruntime is not installed.
     """
     import torch
+    from peft import PeftModel
     from tqdm.auto import tqdm
 
     from peft_edge.export.step_memory import process_memory
@@ -81,6 +82,7 @@ def find_device_options(
     for method, place, rank in tqdm(choices, unit="adapter", leave=False, disable=None):
         adapter = {"norm": "frozen", "target_modules": place}
         model, _ = prepare_step(copy.deepcopy(backbone), method, lora_rank=rank, adapter=adapter, optimizer=None)
+        assert isinstance(model, PeftModel)
         for split in (False, True):
             try:
                 step = capture_train_step(model.eval(), images, step_optimizer, split=split)

@@ -8,6 +8,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, fx
@@ -32,7 +33,7 @@ def step_memory(graph: CapturedGraph) -> tuple[int, int]:
     because the caller holds them.
     """
     nodes = list(graph.module.graph.nodes)
-    (outputs,) = graph.module.graph.output_node().args
+    outputs: Any = graph.module.graph.output_node().args[0]
     kept = {*graph.module.graph.find_nodes(op="placeholder"), *outputs}
     last = {source: node for node in nodes for source in node.all_input_nodes}
     live = peak = sum(_size(node) for node in graph.module.graph.find_nodes(op="placeholder"))

@@ -161,7 +161,7 @@ class CapturedGraph:
     @property
     def output_shapes(self) -> dict[str, list[int]]:
         """A dict from the names of the outputs to their shapes."""
-        (nodes,) = self.module.graph.output_node().args
+        nodes: Any = self.module.graph.output_node().args[0]
         return {name: list(node.meta["val"].shape) for name, node in zip(self.outputs, nodes, strict=True)}
 
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,8 +1,8 @@
 """Train adapters in ONNX Runtime and in PyTorch on the same batches, and record accuracy, time, memory and file sizes.
 
 `python -m peft_edge.study.device_study --out reports/device --work runs/device-study` writes one record for each case
-of `CASES` and each seed. Cases that have a record are skipped. `--guide FILE` replaces the table in a Markdown file. The
-photographs and sketches are those of PACS, which `configs/tasks/pacs_sketch.yaml` describes.
+of `CASES` and each seed. Cases that have a record are skipped. `--guide FILE` replaces the table in a Markdown file.
+The photographs and sketches are those of PACS, which `configs/tasks/pacs_sketch.yaml` describes.
 
 Both runtimes train on one thread, each in a process of its own, with the same options of the memory allocator.
 """
@@ -221,7 +221,8 @@ def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
         parameters=report.parameters,
         system=system_info(),
         packages=package_info("onnx", "onnxruntime"),
-        **results,
+        onnx=results["onnx"],
+        torch=results["torch"],
     )
 
 

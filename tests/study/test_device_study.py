@@ -56,6 +56,16 @@ def test_table_has_a_row_for_each_case() -> None:
     assert [cell.strip() for cell in row.strip("|").split("|")][3:7] == ["-", "-", "-", "-"]
 
 
+def test_records_keep_what_the_guide_promises() -> None:
+    for each in read_device_records(Path(__file__).parents[2] / "reports/device"):
+        if each.onnx.accuracy is not None:
+            assert abs(each.onnx.accuracy - each.torch.accuracy) <= 0.005
+        assert each.onnx.step_cpu_s <= each.torch.step_cpu_s
+        assert each.onnx.peak_bytes < 0.5 * each.torch.peak_bytes
+        if each.network == "mobilenetv3_small_050":
+            assert each.onnx.peak_bytes <= (80 if each.split else 150) * 2**20
+
+
 @pytest.mark.slow
 def test_case_is_trained_in_both_runtimes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
