@@ -25,6 +25,7 @@ from timm.models import save_for_hf
 import train
 from peft_edge import cli
 from peft_edge.data import embedded
+from peft_edge.study.device_study import device_table, read_device_records
 from tests.hub import stand_in
 
 ROOT = Path(__file__).parents[1]
@@ -155,6 +156,11 @@ def test_the_table_of_the_readme_is_the_record() -> None:
         assert size == f"{row['profile']['adapter_bytes'] / 2**10:,.0f}"
 
 
+def test_the_table_of_the_export_guide_is_made_of_the_records() -> None:
+    table = device_table(read_device_records(ROOT / "reports/device"))
+    assert f"\n\n{table}\n\n" in (ROOT / "peft_edge/export/README.md").read_text()
+
+
 def test_the_readme_is_short() -> None:
     assert len((ROOT / "README.md").read_text().splitlines()) <= 200
 
@@ -179,9 +185,12 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
             _run(["python", *command[command.index("train.py") :]], monkeypatch)
         case ["python", script, *arguments]:
             AcceleratorState._reset_state(reset_partial_state=True)
-            is_help = arguments == ["--help"]
-            monkeypatch.setattr(sys, "argv", [script, *arguments, *([] if is_help else [*less, *LESS_TRAINING])])
-            run = train.command if script == "train.py" else lambda: runpy.run_path(script, run_name="__main__")
+            is_example = "/examples/" in script  # its path begins in the repository, and it does not run train.py
+            if arguments != ["--help"] and not is_example:
+                arguments = [*arguments, *less, *LESS_TRAINING]
+            monkeypatch.setattr(sys, "argv", [script, *arguments])
+            path = str(ROOT / script) if is_example else script
+            run = train.command if script == "train.py" else lambda: runpy.run_path(path, run_name="__main__")
             _expect_success(run)
         case ["peft-edge", "study", *_] if "--cluster" in command:
             assert shutil.which("ray")

@@ -30,6 +30,9 @@ LAYERS = {
     "peft_edge/config/": 4,
     "peft_edge/export/": 4,
     "peft_edge/export/device.py": 5,
+    "peft_edge/export/device_states.py": 5,
+    "peft_edge/export/step_checks.py": 5,
+    "peft_edge/export/step_memory.py": 5,
     "peft_edge/export/__init__.py": 5,  # gathers the names of its folder
     "peft_edge/hub/": 4,
     "peft_edge/methods.py": 4,
@@ -39,6 +42,7 @@ LAYERS = {
     "peft_edge/bench/": 6,
     "peft_edge/plan.py": 6,
     "peft_edge/training/": 6,
+    "peft_edge/device_plan.py": 7,
     "peft_edge/report/": 7,
     "peft_edge/study/": 7,
     "peft_edge/cli/": 8,

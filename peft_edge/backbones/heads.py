@@ -115,12 +115,7 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
         )
     if num_classes == base.num_classes:
         return
-    for name in head_names(base):
-        if any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(name).modules()):
-            raise ValueError(
-                f"The head {name} holds an adapter, which cannot grow: merge the adapter first, or train the whole "
-                f"head with modules_to_save=[{name!r}]."
-            )
+    _check_no_adapter(base)
     for _, layer in layers:
         weight, bias = layer.weight, layer.bias
         rows = weight.new_empty(num_classes - len(weight), *weight.shape[1:]).normal_(std=0.01, generator=generator)
@@ -130,6 +125,52 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
         setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", num_classes)
     base.num_classes = num_classes
     set_class_names(base, None)
+
+
+def _check_no_adapter(base: nn.Module) -> None:
+    for name in head_names(base):
+        if any(isinstance(module, BaseTunerLayer) for module in base.get_submodule(name).modules()):
+            raise ValueError(
+                f"The head {name} holds an adapter, which cannot grow: merge the adapter first, or train the whole "
+                f"head with modules_to_save=[{name!r}]."
+            )
+
+
+def change_classes(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None = None) -> None:
+    """Change the classes of a model in place. Rows of the head whose class has a name in `names` are kept.
+
+    Rows for other classes have the initial values of :func:`replace_head`. Rows of classes that are not in `names` are
+    removed. `model` may also be a PEFT model whose head is one of the `modules_to_save`, see :func:`grow_head`.
+
+    Raises:
+        TypeError: If the model was not built by timm.
+        ValueError: If `names` is empty or repeats a name, or if :func:`grow_head` rejects the model.
+
+    Example:
+        >>> from timm import create_model
+        >>> model = create_model("mobilenetv2_035", num_classes=2)
+        >>> set_class_names(model, ["cat", "dog"])
+        >>> dog = model.classifier.weight[1]
+        >>> change_classes(model, ["dog", "fox", "hare"])
+        >>> torch.equal(model.classifier.weight[0], dog), class_names(model)
+        (True, ['dog', 'fox', 'hare'])
+    """
+    if not names or len(set(names)) < len(names):
+        raise ValueError(f"classes: expected at least one name, and each name once, found {list(names)}")
+    base = as_timm_model(model.get_base_model() if isinstance(model, PeftModel) else model)
+    _check_no_adapter(base)
+    old = {name: row for row, name in enumerate(class_names(base) or [])}
+    new = [name for name in names if name not in old]
+    added = dict(zip(new, range(base.num_classes, base.num_classes + len(new)), strict=True))
+    grow_head(model, base.num_classes + len(new), generator=generator)
+    rows = [{**old, **added}[name] for name in names]
+    for _, layer in head_layers(base):
+        for name in ("weight", "bias"):
+            if (value := getattr(layer, name)) is not None:
+                setattr(layer, name, nn.Parameter(value.detach()[rows], requires_grad=value.requires_grad))
+        setattr(layer, "out_features" if isinstance(layer, nn.Linear) else "out_channels", len(rows))
+    base.num_classes = len(rows)
+    set_class_names(base, names)
 
 
 def _append_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:

@@ -10,7 +10,7 @@ from typer import Option
 from peft_edge import __version__
 from peft_edge.cli.costs import bench, plan, profile
 from peft_edge.cli.fleet import merge_adapters_of_fleet
-from peft_edge.cli.models import apply, diff, export, import_
+from peft_edge.cli.models import apply, diff, export, import_, load_states
 from peft_edge.cli.options import Command
 from peft_edge.cli.runs import report, study
 
@@ -48,3 +48,4 @@ app.command("import", cls=Command)(import_)
 for command in (profile, plan, bench, study, report, export, diff, apply):
     app.command(cls=Command)(command)
 app.command("merge-adapters", cls=Command)(merge_adapters_of_fleet)
+app.command("import-state", cls=Command)(load_states)

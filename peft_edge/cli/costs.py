@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args
 from typer import Option
 
 from peft_edge.cli.options import (
+    STEP_OPTIMIZERS,
     TARGETS_HELP,
     Backbone,
     BatchSize,
@@ -47,6 +48,7 @@ CONTENDERS = [
     *("lora-fa-project", "dora-dense", "galore"),
 ]
 NORMS = ("frozen", "recalibrate", "stats", "affine")
+RUNTIMES = ("torch", "onnx")
 
 
 def profile(
@@ -107,15 +109,28 @@ def plan(
     records: Annotated[
         Path | None, path("FOLDER", "Records of runs. Combinations with runs come first, most accurate first.")
     ] = None,
+    runtime: Annotated[
+        str, choice(RUNTIMES, "What trains. With onnx, --memory limits the whole process of ONNX Runtime.")
+    ] = "torch",
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 
     Prints the combinations of method, target modules and LoRA rank whose training step fits, each with the mildest lean
     setting that is needed. Then prints combinations that do not fit, each with the limits that the step exceeds. If a
     rank does not fit, higher ranks are left out. The steps run on tensors without values.
+
+    With --runtime onnx, lists the training steps of `peft-edge export --train`: the adapters lora, lora-fa and dora
+    with frozen norms, each with the predicted memory of the whole process that trains.
     """
     from peft_edge.backbones import load_backbone
 
+    if runtime == "onnx":
+        if flops or adapter_bytes or records:
+            raise ValueError("--runtime onnx: only --memory can be limited, and records are not used")
+        _plan_device(
+            backbone, num_classes, memory, method, target_modules, lora_rank, batch_size, image_size, optimizer
+        )
+        return
     budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
     model = load_backbone(backbone, num_classes)
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
@@ -124,6 +139,40 @@ def plan(
     )
     step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
     print(f"Training steps of {step}; {budget}\n\n{plan_table(found)}")
+
+
+def _plan_device(
+    backbone: str,
+    num_classes: int | None,
+    memory: int | None,
+    methods: list[str],
+    target_modules: list[str],
+    lora_ranks: list[int],
+    batch_size: int,
+    image_size: int,
+    optimizer: str,
+) -> None:
+    from peft_edge.device_plan import DEVICE_METHODS, device_plan_table, find_device_options
+
+    if optimizer not in STEP_OPTIMIZERS:
+        raise ValueError(
+            f"--optimizer: with --runtime onnx, expected {' or '.join(STEP_OPTIMIZERS)}, found {optimizer}"
+        )
+    from peft_edge.backbones import load_backbone
+
+    model = load_backbone(backbone, num_classes)
+    found = find_device_options(
+        model,
+        methods=[*DEVICE_METHODS] if methods == [*METHODS_TO_PLAN] else methods,
+        target_modules=target_modules,
+        lora_ranks=lora_ranks,
+        batch_size=batch_size,
+        image_size=image_size,
+        optimizer=optimizer,
+    )
+    limit = "no limit" if memory is None else f"the whole process at most {memory / 2**20:,g} MiB"
+    step = f"{backbone}, {model.num_classes} classes, batch {batch_size}, {image_size} px, {optimizer}"
+    print(f"Training steps of {step} in ONNX Runtime; {limit}\n\n{device_plan_table(found, memory)}")
 
 
 def bench(

@@ -1,14 +1,15 @@
-"""Commands on one model: import, export, diff, apply."""
+"""Commands on one model: import, export, import-state, diff, apply."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, get_args
+from typing import Annotated, Any, get_args
 
 from typer import Argument, Option
 
 from peft_edge.cli.options import (
     MODEL_HELP,
+    STEP_OPTIMIZERS,
     Base,
     choice,
     count,
@@ -91,14 +92,22 @@ def import_(
 
 def export(
     adapter: Annotated[str, Argument(help=MODEL_HELP)],
-    out: Annotated[Path, path("FILE", "The output file, with the ending of the format: .onnx, .pt2 or .pte.")],
+    out: Annotated[
+        Path,
+        path("FILE", "The output file (.onnx, .pt2 or .pte, as the format); with --train, a folder."),
+    ],
     format: Annotated[str, choice(EXPORT_FORMATS, "The file format.")] = "onnx",
     image_size: Annotated[
         int | None,
         count("Height and width in pixels. By default as in the run, or without a record as in timm."),
     ] = None,
-    batch_size: Annotated[int | None, count("Images per call; by default any number, or 1 for ExecuTorch.")] = None,
-    quantize: Annotated[str | None, choice(["int8"], "Quantize the ONNX model; needs --calibration.")] = None,
+    batch_size: Annotated[
+        int | None, count("Images per call; by default any number, 1 for ExecuTorch, and 8 with --train.")
+    ] = None,
+    quantize: Annotated[
+        str | None,
+        choice(["int8"], "Quantize the ONNX model, or with --train --split its prefix; needs --calibration."),
+    ] = None,
     calibration: Annotated[
         list[str] | None,
         path("FOLDER ...", f"Images whose training split calibrates the quantization: {IMAGES_HELP}"),
@@ -111,19 +120,82 @@ def export(
             "form of --calibration. By default those of --calibration, or else of the run, or else digits.",
         ),
     ] = None,
+    train: Annotated[bool, Option("--train", help="Export a training step instead of the merged network.")] = False,
+    optimizer: Annotated[
+        str | None, choice(STEP_OPTIMIZERS, "With --train: the optimizer in the step; by default sgd.")
+    ] = None,
+    momentum: Annotated[
+        float | None, Option(min=0, max=1, help="With --train: the momentum of SGD; by default 0.9.")
+    ] = None,
+    weight_decay: Annotated[float | None, Option(min=0, help="With --train: the weight decay; by default 0.")] = None,
+    max_grad_norm: Annotated[
+        float | None, Option(min=0, help="With --train: clip the gradients to this total norm.")
+    ] = None,
+    split: Annotated[
+        bool,
+        Option("--split", help="With --train: write the frozen first layers as prefix.onnx, and a step on features."),
+    ] = False,
+    classes: Annotated[
+        list[str],
+        Option(metavar="NAME ...", help="With --train: the classes to learn, by default those of the adapter."),
+    ] = [],  # noqa: B006
 ) -> None:
     """Export an adapted model for ONNX Runtime, torch.export or ExecuTorch.
 
     Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
     the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
+
+    With --train, exports a training step of the adapter to a folder: forward pass, gradients and optimizer as an ONNX
+    file, so that a device can train with ONNX Runtime. The step is compared with training in PyTorch. If the results
+    differ too much, no folder is written. `peft-edge import-state` converts what the device has learned to an adapter.
     """
+    if quantize and not calibration:
+        raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
+    step_options: dict[str, Any] = {
+        "optimizer": optimizer,
+        "momentum": momentum,
+        "weight_decay": weight_decay,
+        "max_grad_norm": max_grad_norm,
+        "split": split or None,
+        "classes": classes or None,
+    }
+    given = {name: value for name, value in step_options.items() if value is not None}
+    if not train:
+        if given:
+            names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ValueError(f"{names}: only for the export of a training step: pass --train as well")
+        _export_network(adapter, out, format, image_size, batch_size, quantize, calibration or [], test or [])
+        return
+    if format != "onnx":
+        raise ValueError(f"--train: expected the format onnx, found {format}")
+    if optimizer == "adamw" and momentum is not None:
+        raise ValueError("--momentum: only for --optimizer sgd")
+    if quantize and not split:
+        raise ValueError("--quantize: with --train, only the frozen first layers can be int8: pass --split as well")
+    if calibration and not quantize:
+        raise ValueError("--calibration: with --train, only for an 8-bit prefix: pass --split --quantize int8 as well")
+    if test:
+        raise ValueError("--test: a training step is compared on random images: leave this option out")
+    if out.is_file():
+        raise ValueError(f"{out} is a file, but --train writes a folder: choose another name")
+    _export_step(adapter, out, image_size, batch_size or 8, calibration or [], given)
+
+
+def _export_network(
+    adapter: str,
+    out: Path,
+    format: str,
+    image_size: int | None,
+    batch_size: int | None,
+    quantize: str | None,
+    calibration: list[str],
+    test: list[str],
+) -> None:
     import torch
 
     from peft_edge.export.exporter import export_model
     from peft_edge.export.verification import COMPARISON_SIZE, TEST_SIZE, comparison_table, read_images
 
-    if quantize and not calibration:
-        raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
     model = load_any_model(adapter)
     run = run_config(Path(adapter))
     size = image_size or (run["data"]["image_size"] if run else None)
@@ -131,16 +203,16 @@ def export(
     most = TEST_SIZE if test else COMPARISON_SIZE
     images = {
         name: read_images(name, model, image_size=size, run=run, comparison_size=most)
-        for name in dict.fromkeys([*names, *(calibration or [])])
+        for name in dict.fromkeys([*names, *calibration])
     }
-    if unknown := [name for name in test or [] if images[name].labels is None]:
+    if unknown := [name for name in test if images[name].labels is None]:
         raise ValueError(
             f"--test: the accuracy on {unknown[0]} cannot be measured, because {adapter} has no class names or lacks a "
             "class of these images"
         )
     labels = [part for name in names if (part := images[name].labels) is not None]
     # Without the record of the run, the test images may include images that the model was trained on.
-    is_measured = len(labels) == len(names) and (run is not None or test is not None)
+    is_measured = len(labels) == len(names) and (run is not None or bool(test))
     compared = export_model(
         model,
         out,
@@ -149,7 +221,7 @@ def export(
         labels=torch.cat(labels) if is_measured else None,
         folders=[name for name in names for _ in images[name].comparison],
         batch_size=batch_size,
-        calibration=torch.cat([images[name].calibration for name in calibration or []]) if quantize else None,
+        calibration=torch.cat([images[name].calibration for name in calibration]) if quantize else None,
     )
     print(f"{out}, compared with {adapter} on {sum(len(images[name].comparison) for name in names):,} images")
     print(comparison_table(compared))
@@ -163,6 +235,54 @@ def export(
         print(f"{adapter} has no record.json of its run, so it may have been trained on some of these images")
     elif run is None and labels:
         print(f"No accuracies: {adapter} has no record.json of its run, which tells what images it was trained on")
+
+
+def _export_step(
+    adapter: str, out: Path, image_size: int | None, batch_size: int, calibration: list[str], options: dict[str, Any]
+) -> None:
+    import torch
+    from peft import PeftModel
+
+    from peft_edge.export.device import export_train_step
+    from peft_edge.export.step_checks import report_lines
+    from peft_edge.export.verification import input_config, read_images
+
+    model = load_any_model(adapter)
+    if not isinstance(model, PeftModel):
+        raise ValueError(f"{adapter} is a whole model: --train needs the folder of an adapter, whose weights it trains")
+    model.set_adapter(model.active_adapter)  # makes the adapter trainable
+    run = run_config(Path(adapter))
+    size = image_size or (run["data"]["image_size"] if run else input_config(model, None)["input_size"][-1])
+    if calibration:
+        parts = [read_images(name, model, image_size=size, run=run).calibration for name in calibration]
+        options["calibration"] = torch.cat(parts)
+    report = export_train_step(model, out, image_size=size, batch_size=batch_size, **options)
+    print(f"{out}: a training step of {adapter}, {batch_size} images of {size} px\n{report_lines(report)}")
+
+
+def load_states(
+    folder: Annotated[Path, Argument(metavar="FOLDER", help="The folder that peft-edge export --train wrote.")],
+    states: Annotated[
+        list[Path], Argument(metavar="STATE ...", help="The safetensors files that one or several devices saved.")
+    ],
+    out: Annotated[Path, path("FOLDER", "The folder of the adapter.")],
+    weights: Annotated[
+        list[float],
+        Option(
+            metavar="NUMBER ...",
+            help="The weight of each state in the average, such as its number of images; by default equal.",
+        ),
+    ] = [],  # noqa: B006
+) -> None:
+    """Convert what devices have learned to a PEFT adapter.
+
+    The adapters of several devices are averaged. The result is an ordinary adapter: it can be loaded, merged, exported
+    and published. Its file device_training.json tells from which states it was made.
+    """
+    from peft_edge.export.device_states import import_state
+
+    import_state(folder, states, out, weights=weights or None)
+    print(f"{out}: the adapter of {', '.join(str(state) for state in states)}")
 
 
 def run_config(folder: Path) -> JsonObject | None:

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
+STEP_OPTIMIZERS = ("sgd", "adamw")  # in an exported training step
 
 
 class Command(TyperCommand):

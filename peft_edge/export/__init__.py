@@ -1,9 +1,11 @@
 """Export an adapted model for a device: the whole merged network, or only the tensors that differ from the base."""
 
-from peft_edge.export.device import StepReport, export_train_step, import_state
+from peft_edge.export.device import export_train_step
+from peft_edge.export.device_states import import_state
 from peft_edge.export.differences import apply_diff, save_result, write_diff
 from peft_edge.export.exporter import export_model
 from peft_edge.export.formats import FORMATS
+from peft_edge.export.step_checks import StepReport
 from peft_edge.export.verification import Comparison, Images, comparison_table, read_images
 
 __all__ = [

@@ -1,9 +1,12 @@
-"""Run training steps of an exported folder. `export_train_step` starts this script in a process without PyTorch.
+"""Run the files of an exported training step. `export_train_step` starts this script in a process without PyTorch.
 
-`python onnx_steps.py FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES, which contains
-the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`. Then the script computes the logits
-of the first batch with the trained adapter. It writes the losses, the numbers of correct predictions, the logits, the
-new state, the time of the fastest step and the peak memory of the process to the safetensors file OUT.
+`python onnx_steps.py train FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES. This file
+contains the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`, and for a split step also
+`features.0`, ... Then the script computes the logits of the first images with the trained adapter. It writes the
+losses, the numbers of correct predictions, the logits, the new state, the time of the fastest step and the peak memory
+of the process to the safetensors file OUT.
+
+`python onnx_steps.py features FOLDER BATCHES OUT` writes the features of the images: `features.0`, ...
 """
 
 from __future__ import annotations
@@ -11,11 +14,16 @@ from __future__ import annotations
 import resource
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import onnxruntime
+from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
+
+Read = Callable[[str], np.ndarray]
+"""Returns the tensor of a name."""
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
@@ -43,14 +51,15 @@ def process_peak_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def run_steps(folder: Path, batches: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Take the steps from the initial state in `folder`, and return the contents of OUT (see the module docstring)."""
+def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
+    """Take `count` steps from the initial state in `folder`. Return the contents of OUT (see the module docstring)."""
     session = open_session(folder / "train_step.onnx")
+    data = "features" if "features" in {each.name for each in session.get_inputs()} else "images"
     names = [output.name for output in session.get_outputs()]
     values = load_file(folder / "state.safetensors")
-    losses, correct, seconds, rate = [], [], [], batches["learning_rate"]
-    for index in range(sum(name.startswith("images.") for name in batches)):
-        batch = {name: batches[f"{name}.{index}"] for name in ("images", "labels", "mask")}
+    losses, correct, seconds, rate = [], [], [], read("learning_rate")
+    for index in range(count):
+        batch = {name: read(f"{name}.{index}") for name in (data, "labels", "mask")}
         start = time.perf_counter()
         found = dict(zip(names, session.run(None, {**values, **batch, "learning_rate": rate}), strict=True))
         seconds.append(time.perf_counter() - start)
@@ -59,16 +68,24 @@ def run_steps(folder: Path, batches: dict[str, np.ndarray]) -> dict[str, np.ndar
         correct.append(found["correct"])
     peak = process_peak_bytes()
     del session
-    session = open_session(folder / "predict.onnx")
-    inputs = {each.name for each in session.get_inputs()}
-    for label, images in (("batch", batches["images.0"]), ("single", batches["images.0"][:1])):
-        values[f"logits.{label}"] = session.run(
-            ["logits"], {**{name: values[name] for name in inputs if name != "images"}, "images": images}
-        )[0]
+    session, images = open_session(folder / "predict.onnx"), read("images.0")
+    adapter = {each.name: values[each.name] for each in session.get_inputs() if each.name != "images"}
+    for label, rows in (("batch", images), ("single", images[:1])):
+        (values[f"logits.{label}"],) = session.run(["logits"], {**adapter, "images": rows})
     measured = {"step_s": np.float64(min(seconds)), "peak_rss_bytes": np.int64(peak)}
     return {**values, "losses": np.array(losses), "correct": np.array(correct), **measured}
 
 
+def run_prefix(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
+    """Return the features of the images of `count` batches, as `features.0`, ..."""
+    session = open_session(folder / "prefix.onnx")
+    return {f"features.{i}": session.run(["features"], {"images": read(f"images.{i}")})[0] for i in range(count)}
+
+
 if __name__ == "__main__":
-    _folder, _batches, _out = map(Path, sys.argv[1:])
-    save_file({name: np.asarray(value) for name, value in run_steps(_folder, load_file(_batches)).items()}, _out)
+    _run = {"train": run_steps, "features": run_prefix}[sys.argv[1]]
+    _folder, _batches, _out = map(Path, sys.argv[2:])
+    with safe_open(_batches, framework="numpy") as _tensors:  # reads one batch at a time
+        _count = sum(name.startswith("images.") for name in _tensors.keys())  # noqa: SIM118 - not a mapping
+        _results = _run(_folder, _tensors.get_tensor, _count)
+    save_file({name: np.asarray(value) for name, value in _results.items()}, _out)

@@ -5,6 +5,9 @@ are the loss, the number of correct predictions, the new adapter and the new opt
 forward pass, the backward pass and the update. `peft_edge.export.onnx_graph` converts the graph to ONNX, so that an
 inference runtime can train the adapter.
 
+The frozen layers before the first trained layer can become a graph of their own, the prefix. The step then takes the
+outputs of the prefix, the features, instead of images. A device computes the features of an image only once.
+
 The graph is captured in double precision. Therefore its results can be compared with eager training to 1e-10.
 Constants, such as kernels that are scaled by a frozen BatchNorm, are rounded to single precision only once.
 """
@@ -28,13 +31,14 @@ from torch.nn import functional as F
 from peft_edge.export.decompositions import decompositions
 from peft_edge.functional.convolution import Geometry, convolution, pad
 from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean.feature_cache import FrozenPrefix
 from peft_edge.lean.inplace_norm import inplace_norms
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
 from peft_edge.tuners.norm import BatchNormLayer
 
 aten = torch.ops.aten
 
-IMAGES, LABELS, MASK, LEARNING_RATE = "images", "labels", "mask", "learning_rate"
+IMAGES, FEATURES, LABELS, MASK, LEARNING_RATE = "images", "features", "labels", "mask", "learning_rate"
 LOSS, CORRECT, LOGITS, STEP = "loss", "correct", "logits", "step"
 NEW = "new:"  # prefix of outputs; the output `new:<name>` replaces the input `<name>` in the next step
 PREFIX = "base_model.model."  # prefix of the names in a saved PEFT adapter
@@ -148,6 +152,18 @@ class CapturedGraph:
     inputs: list[str]
     outputs: list[str]
 
+    @property
+    def input_shapes(self) -> dict[str, list[int]]:
+        """A dict from the names of the inputs to their shapes."""
+        nodes = self.module.graph.find_nodes(op="placeholder")
+        return {name: list(node.meta["val"].shape) for name, node in zip(self.inputs, nodes, strict=True)}
+
+    @property
+    def output_shapes(self) -> dict[str, list[int]]:
+        """A dict from the names of the outputs to their shapes."""
+        nodes: Any = self.module.graph.output_node().args[0]
+        return {name: list(node.meta["val"].shape) for name, node in zip(self.outputs, nodes, strict=True)}
+
     def run(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Run the graph on `values`, a dict with a tensor for each name in `inputs`. Return a dict of the outputs."""
         with torch.no_grad():
@@ -160,18 +176,35 @@ class TrainStep:
 
     Attributes:
         step: The graph of a training step; the module docstring lists its inputs and outputs.
-        predict: The graph that maps images and the adapter to logits.
+        predict: The graph that maps images, or with a prefix features, and the adapter to logits.
+        prefix: The graph that maps images to features. None if the step is not split.
+        start: The name of the first module after the prefix. None if the step is not split.
         adapter: A dict from the names in the saved adapter to the initial tensors.
         state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
     """
 
     step: CapturedGraph
     predict: CapturedGraph
+    prefix: CapturedGraph | None
+    start: str | None
     adapter: dict[str, Tensor] = field(repr=False)
     state: dict[str, Tensor] = field(repr=False)
 
+    @property
+    def data(self) -> str:
+        """The name of the first input of `step` and `predict`: `images`, or with a prefix `features`."""
+        return IMAGES if self.prefix is None else FEATURES
 
-def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimizer) -> TrainStep:
+    def features(self, images: Tensor) -> Tensor:
+        """Return what `step` takes for `images`: the images themselves, or with a prefix their features."""
+        return images if self.prefix is None else self.prefix.run({IMAGES: images})[FEATURES]
+
+    def initial_tensors(self) -> dict[str, Tensor]:
+        """Return the adapter and the optimizer state in single precision."""
+        return {name: value.float().contiguous() for name, value in {**self.adapter, **self.state}.items()}
+
+
+def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimizer, *, split: bool = False) -> TrainStep:
     """Capture a training step of the active adapter of `model`, and the computation of the logits.
 
     The loss is the cross-entropy, averaged over the samples whose mask is 1. All norms use their stored statistics.
@@ -182,10 +215,11 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         model: A PEFT model with one active adapter. It is not changed.
         images: Example images (B, C, H, W). Only their shape matters.
         optimizer: The optimizer, whose update is a part of the step.
+        split: Whether to capture the frozen layers before the first trained layer as a graph of their own.
 
     Raises:
         ValueError: If `check_exportable` or `trained_names` rejects the model, or a trained parameter has no effect on
-            the loss.
+            the loss. If `split` is set, but no frozen layer comes before the first trained layer.
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
             padding, or of an average pool with `ceil_mode` at an odd size.
     """
@@ -196,13 +230,19 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
     adapter = {name: tensors[parameter].detach().clone() for name, parameter in names.items()}
     state = optimizer.initial_state(adapter)
     frozen = {name: tensor.detach() for name, tensor in tensors.items() if name not in names.values()}
+    images, data, start = images.double(), IMAGES, None
+    tail, prefix = network, None
+    if split:
+        data, start, tail, prefix = FEATURES, *_capture_prefix(network, images, frozen)
+        tail_tensors = dict(tail.named_parameters()) | dict(tail.named_buffers())
+        frozen = {name: tensor for name, tensor in frozen.items() if name in tail_tensors}
 
-    def forward(images: Tensor, adapter: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
-        return functional_call(network, {**frozen, **{names[key]: value for key, value in adapter.items()}}, (images,))
+    def forward(x: Tensor, adapter: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> Tensor:
+        return functional_call(tail, {**frozen, **{names[key]: value for key, value in adapter.items()}}, (x,))
 
     def step(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
         trained = {name: values[name].requires_grad_() for name in adapter}
-        logits = forward(values[IMAGES], trained, frozen)
+        logits = forward(values[data], trained, frozen)
         mask = values[MASK].to(logits.dtype)
         # Select the losses by a product with one-hot labels, because a product has a simpler gradient than `gather`.
         chosen = values[LABELS].unsqueeze(1) == torch.arange(logits.shape[1])
@@ -218,23 +258,53 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         replaced = {f"{NEW}{name}": value for part in new for name, value in part.items()}
         return {LOSS: loss.detach(), CORRECT: (right * mask).sum(), **replaced}
 
-    images = images.double()
+    examples = images if prefix is None else prefix.run({IMAGES: images})[FEATURES]
     batch = {
-        IMAGES: images,
+        data: examples,
         LABELS: torch.zeros(len(images), dtype=torch.long),
         MASK: torch.ones(len(images), dtype=images.dtype),
         LEARNING_RATE: torch.tensor(0.1, dtype=images.dtype),
     }
 
     def predict(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {LOGITS: forward(values[IMAGES], {name: values[name] for name in adapter}, frozen)}
+        return {LOGITS: forward(values[data], {name: values[name] for name in adapter}, frozen)}
 
     return TrainStep(
         step=capture_graph(step, {**batch, **adapter, **state}, frozen),
-        predict=capture_graph(predict, {IMAGES: images, **adapter}, frozen),
+        predict=capture_graph(predict, {data: examples, **adapter}, frozen),
+        prefix=prefix,
+        start=start,
         adapter=adapter,
         state=state,
     )
+
+
+def _capture_prefix(
+    network: nn.Module, images: Tensor, frozen: Mapping[str, Tensor]
+) -> tuple[str, nn.Module, CapturedGraph]:
+    """Return the name of the first module after the prefix, the network without the prefix, and the prefix."""
+    generator = torch.Generator().manual_seed(0)
+    example = torch.randn(2, *images.shape[1:], generator=generator, dtype=images.dtype)
+    try:
+        split = FrozenPrefix(network, example, eval_only=True)
+    except ValueError as error:
+        raise ValueError(f"the training step cannot be split: {error}") from error
+
+    class Prefix(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, images: Tensor) -> Tensor:
+            return split.features(images)
+
+    prefix = Prefix()
+
+    def features(values: Mapping[str, Tensor], frozen: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        tensors = {f"network.{name}": tensor for name, tensor in frozen.items()}
+        return {FEATURES: functional_call(prefix, tensors, (values[IMAGES],))}
+
+    return split.start, split.tail, capture_graph(features, {IMAGES: images}, frozen)
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
@@ -264,6 +334,9 @@ def trained_names(model: PeftModel) -> dict[str, str]:
 def check_exportable(model: PeftModel) -> None:
     """Check that a training step of `model` depends only on its inputs, not on batch statistics or random numbers.
 
+    The step uses the stored statistics of all norms. An adapter with `norm="stats"` or `"affine"` therefore keeps the
+    statistics with which it was saved.
+
     Raises:
         ValueError: If a layer uses batch statistics or dropout, the adapter of a convolution is merged, or the number
             of active adapters is not 1. The message names the first three problems.
@@ -275,11 +348,10 @@ def check_exportable(model: PeftModel) -> None:
     for name, module in model.get_base_model().named_modules():
         if isinstance(module, BatchNormLayer):
             inside |= set(module.modules())
-            norm = module.current_state().norm
-            if norm in ("stats", "affine"):
+            if module.uses_batch_statistics:
+                norm = module.current_state().norm
                 problems.append(
-                    f'{name}: norm="{norm}" trains on batch statistics: merge the adapter, and train a new one with '
-                    'norm="frozen" or "recalibrate"'
+                    f'{name}: norm="{norm}" in training mode uses batch statistics: call model.eval() first'
                 )
         elif isinstance(module, _BatchNorm) and module not in inside:
             if module.training or module.running_mean is None:

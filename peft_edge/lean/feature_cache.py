@@ -52,6 +52,7 @@ class FrozenPrefix:
     Args:
         model: A model that takes one tensor. Its prefix must be a chain of modules, as in timm's CNNs.
         images: A batch with which to check the split, (B, 3, H, W) with B > 1, on the model's device.
+        eval_only: Whether the model stays in eval mode while it trains. Training mode may then change the prefix.
 
     Raises:
         ValueError: If the model has no trainable parameters, or no layer with weights before the first trainable layer.
@@ -59,14 +60,15 @@ class FrozenPrefix:
             suffices to run the rest of the model.
     """
 
-    def __init__(self, model: nn.Module, images: Tensor) -> None:
+    def __init__(self, model: nn.Module, images: Tensor, *, eval_only: bool = False) -> None:
         training = model.training
         model.eval()
         try:
             self.start, modules, self.tail = _split(model, images)
             self._start, self._model = model.get_submodule(self.start), model
             self._modules = {name: module for name, module in model.named_modules() if module in modules}
-            self._check_constant(images)
+            if not eval_only:
+                self._check_constant(images)
         finally:
             model.train(training)
 

@@ -256,6 +256,11 @@ class BatchNormLayer(AdaptedLayer):
         state = self.current_state()
         return self._uses_batch_statistics(state) or _requires_grad(self._tensors(state))
 
+    @property
+    def uses_batch_statistics(self) -> bool:
+        """Whether the statistics of each batch normalise the batch, with the present settings."""
+        return self._uses_batch_statistics(self.current_state())
+
     def _state(self, adapter: str) -> NormState:
         state = self.states[adapter] if adapter in self.states else _BASE_STATE  # noqa: SIM401 (ModuleDict has no get)
         assert isinstance(state, NormState)

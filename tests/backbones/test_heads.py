@@ -12,7 +12,15 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from peft_edge import ConvLoraConfig
-from peft_edge.backbones import class_names, fingerprint, grow_head, head_names, replace_head, set_class_names
+from peft_edge.backbones import (
+    change_classes,
+    class_names,
+    fingerprint,
+    grow_head,
+    head_names,
+    replace_head,
+    set_class_names,
+)
 from peft_edge.backbones.heads import head_layers
 
 
@@ -140,6 +148,36 @@ def test_grow_head_refuses_what_cannot_grow(tiny_backbone: nn.Module) -> None:
     model = get_peft_model(tiny_backbone, LoraConfig(r=2, target_modules=["classifier"]))
     with pytest.raises(ValueError, match=r"classifier holds an adapter.*modules_to_save=\['classifier'\]"):
         grow_head(model, 12)
+
+
+def test_change_classes_keeps_the_rows_of_known_names(tiny_backbone: nn.Module) -> None:
+    set_class_names(tiny_backbone, list("abcdefghij"))
+    model = get_peft_model(
+        tiny_backbone, ConvLoraConfig(r=2, target_modules=["conv_stem"], modules_to_save=["classifier"])
+    )
+    rows = {name: nn.init.normal_(layer.weight).detach().clone() for name, layer in head_layers(model.get_base_model())}
+    change_classes(model, ["j", "new", "a"], generator=torch.Generator().manual_seed(0))
+    assert class_names(model.get_base_model()) == ["j", "new", "a"]
+    layers = dict(head_layers(model.get_base_model()))
+    assert layers.keys() == rows.keys()
+    assert len(layers) == 2
+    for name, layer in layers.items():
+        assert torch.equal(layer.weight[[0, 2]], rows[name][[9, 0]])
+        assert layer.weight[1].std() < 0.05 < rows[name].std()
+        assert layer.bias.shape == (3,)
+        assert layer.weight.requires_grad == ("default" in name)
+    assert model(torch.randn(2, 3, 32, 32)).shape == (2, 3)
+
+
+def test_change_classes_refuses_what_it_cannot_change(tiny_backbone: nn.Module) -> None:
+    for names in ([], ["a", "a"]):
+        with pytest.raises(ValueError, match="at least one name, and each name once"):
+            change_classes(tiny_backbone, names)
+    set_class_names(tiny_backbone, list("abcdefghij"))
+    model = get_peft_model(tiny_backbone, LoraConfig(r=2, target_modules=["classifier"]))
+    with pytest.raises(ValueError, match="classifier holds an adapter"):
+        change_classes(model, ["a", "b"])
+    assert class_names(model.get_base_model()) == list("abcdefghij")
 
 
 def test_class_names_are_removed_when_the_head_changes(tiny_backbone: nn.Module) -> None:

@@ -75,3 +75,29 @@ def test_bench_prints_a_table_and_writes_the_record(tmp_path: Path, capsys: pyte
     assert [row["name"] for row in written["rows"]] == ["full", "inference"]
     assert StepProfile(**written["rows"][1]["profile"]).flops_backward == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_for_onnx_runtime_lists_whole_processes(capsys: pytest.CaptureFixture[str]) -> None:
+    plan = ["plan", "--backbone", "test_efficientnet", "--num-classes", "3", "--batch-size", "2", "--image-size", "32"]
+    options = ["--runtime", "onnx", "--method", "lora", "--target-modules", "last-stage", "--lora-rank", "2"]
+    main([*plan, *options, "--optimizer", "sgd", "--memory", "1GiB"])
+    first, _, order, *rows = capsys.readouterr().out.splitlines()
+    assert first.endswith("batch 2, 32 px, sgd in ONNX Runtime; the whole process at most 1,024 MiB")
+    assert order == "these fit, most trained parameters first"
+    assert [row.split()[4] for row in rows[2:]] == ["features", "images"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--flops", "1GFLOP"], "--runtime onnx: only --memory can be limited"),
+        (["--optimizer", "adafactor"], "with --runtime onnx, expected sgd or adamw, found adafactor"),
+        (["--method", "full"], "only lora, lora-fa, dora can be exported to devices, found full"),
+    ],
+)
+def test_plan_for_onnx_runtime_refuses_what_it_cannot_do(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["plan", "--backbone", "test_efficientnet", "--num-classes", "3", "--runtime", "onnx", *options])
+    assert message in " ".join(capsys.readouterr().err.split())

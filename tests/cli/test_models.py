@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -212,3 +213,52 @@ def test_wrong_arguments_end_with_one_message(
         main([argument.format(**places) for argument in arguments])
     assert stop.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_step_is_exported_and_what_was_learned_comes_home(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--image-size", "32", "--batch-size", "2", "--optimizer", "adamw", "--classes", "0", "7", "x"]
+    main(["export", str(saved.adapter), "--train", "--out", str(tmp_path / "step"), *options])
+    first, double, *_ = capsys.readouterr().out.splitlines()
+    assert first == f"{tmp_path / 'step'}: a training step of {saved.adapter}, 2 images of 32 px"
+    assert double.startswith("double precision: within ")
+    description = json.loads((tmp_path / "step" / "step.json").read_text())
+    assert description["class_names"] == ["0", "7", "x"]
+    assert description["optimizer"]["name"] == "adamw"
+    assert description["inputs"]["images"] == [2, 3, 32, 32]
+    state = tmp_path / "step" / "state.safetensors"
+    out = tmp_path / "adapter"
+    main(["import-state", str(tmp_path / "step"), str(state), str(state), "--weights", "1", "2", "--out", str(out)])
+    assert capsys.readouterr().out == f"{out}: the adapter of {state}, {state}\n"
+    origin = json.loads((out / "device_training.json").read_text())
+    assert [entry["weight"] for entry in origin["states"]] == [1 / 3, 2 / 3]
+    old, new = (load_file(folder / "adapter_model.safetensors") for folder in (saved.adapter, out))
+    assert all(torch.allclose(old[name], value) for name, value in new.items() if "classifier" not in name)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--split", "--momentum", "0.5"], "--momentum, --split: only for the export of a training step"),
+        (["--train", "--format", "torch-export"], "--train: expected the format onnx, found torch-export"),
+        (["--train", "--optimizer", "adamw", "--momentum", "0.5"], "--momentum: only for --optimizer sgd"),
+        (["--train", "--quantize", "int8", "--calibration", "digits"], "pass --split as well"),
+        (["--train", "--split", "--calibration", "digits"], "pass --split --quantize int8 as well"),
+        (["--train", "--optimizer", "lion"], "expected one of sgd, adamw, found 'lion'"),
+        (["--train", "--out", __file__], "is a file, but --train writes a folder"),
+    ],
+)
+def test_options_of_a_step_that_make_no_sense_are_refused_before_loading(
+    options: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["export", "./no/adapter", "--out", "x", *options])
+    assert stop.value.code == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_whole_model_has_no_step(saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["export", str(saved.base), "--train", "--out", str(tmp_path / "step")])
+    assert "is a whole model: --train needs the folder of an adapter" in capsys.readouterr().err

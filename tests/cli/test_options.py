@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -10,6 +10,7 @@ from peft_edge import bench, export, methods, plan, roles
 from peft_edge.backbones.loading import INTERPOLATIONS
 from peft_edge.cli import costs, main, models, options
 from peft_edge.config.schema import Interpolation
+from peft_edge.export.train_step import StepOptimizer
 from peft_edge.profiling import figures, flops
 from peft_edge.tuners.norm import Norm
 
@@ -52,6 +53,7 @@ def test_choices_are_those_of_the_package() -> None:
     assert costs.Accounting == flops.Accounting
     assert [*bench.CONTENDERS] == costs.CONTENDERS
     assert (*export.FORMATS,) == models.EXPORT_FORMATS
+    assert get_args(get_type_hints(StepOptimizer)["name"]) == options.STEP_OPTIMIZERS
     assert Norm.__args__ == costs.NORMS
     assert get_args(Interpolation) == INTERPOLATIONS
     assert options.PICTURE_SUFFIXES == figures.FORMATS

@@ -7,16 +7,19 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model
 from torch import nn
 from torch.nn import functional as F
 
+from peft_edge import ConvLoraConfig
+from peft_edge.backbones import load_backbone
 from peft_edge.data import build_loader, build_transform
 from peft_edge.data.embedded import load_digits_domain
 from peft_edge.export.verification import input_config
 from peft_edge.hub import load_pretrained
 
 IMAGE_SIZE = 32
+STEP_BATCH_SIZE = 4
 
 
 def require_onnx() -> None:
@@ -60,3 +63,8 @@ def randomize(model: PeftModel, *, statistics: bool = True) -> PeftModel:
         elif "lora_B" in name:
             tensor.normal_(std=0.05, generator=generator)
     return model.eval()
+
+
+def adapted(base: Path, **options: object) -> PeftModel:
+    config = {"r": 2, "target_modules": "dense", "norm": "frozen", "modules_to_save": ["classifier"], **options}
+    return get_peft_model(load_backbone(str(base)), ConvLoraConfig(**config)).eval()

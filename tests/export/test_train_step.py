@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from peft_edge import ConvAdapterConfig, ConvLoraConfig, prepare_model_for_lean_training
 from peft_edge.export.train_step import (
     CORRECT,
+    FEATURES,
     IMAGES,
     LABELS,
     LEARNING_RATE,
@@ -57,14 +58,14 @@ def sequential() -> nn.Module:
     )
 
 
-def batches(images: Tensor, count: int = 4, num_classes: int = 5) -> list[tuple[Tensor, Tensor]]:
+def batches(images: Tensor, count: int = 4) -> list[tuple[Tensor, Tensor]]:
     """Batches of which the second is half full."""
     generator = torch.Generator().manual_seed(5)
     sizes = [len(images), len(images) // 2, *[len(images)] * (count - 2)]
     return [
         (
             torch.randn(size, *images.shape[1:], generator=generator, dtype=torch.float64),
-            torch.randint(num_classes, (size,), generator=generator),
+            torch.randint(5, (size,), generator=generator),
         )
         for size in sizes
     ]
@@ -108,16 +109,17 @@ def train_by_graph(
     values, losses = {**step.adapter, **step.state}, []
     rate = torch.tensor(RATES[optimizer.name], dtype=torch.float64)
     for images, labels in data:
-        found = step.step.run({**values, **padded(step, images, labels), LEARNING_RATE: rate})
+        batch = padded(step, images, labels)
+        found = step.step.run({**values, **batch, step.data: step.features(batch[IMAGES]), LEARNING_RATE: rate})
         values = {name: found[f"{NEW}{name}"] for name in values}
         losses.append(found[LOSS].item())
     return losses, values
 
 
-def assert_trains_alike(model: PeftModel, optimizer: StepOptimizer, size: int = 32, num_classes: int = 5) -> None:
-    images = torch.zeros(BATCH_SIZE, 3, size, size)
-    step = capture_train_step(model, images, optimizer)
-    data = batches(images, num_classes=num_classes)
+def assert_trains_alike(model: PeftModel, optimizer: StepOptimizer, *, split: bool = False) -> TrainStep:
+    images = torch.zeros(BATCH_SIZE, 3, 32, 32)
+    step = capture_train_step(model, images, optimizer, split=split)
+    data = batches(images)
     expected_losses, expected = train_by_torch(model, optimizer, data)
     losses, found = train_by_graph(step, optimizer, data)
     torch.testing.assert_close(losses, expected_losses, rtol=0, atol=1e-10)
@@ -126,6 +128,7 @@ def assert_trains_alike(model: PeftModel, optimizer: StepOptimizer, size: int = 
     for name, inner in names.items():
         torch.testing.assert_close(found[name], expected[f"base_model.model.{inner}"], rtol=0, atol=1e-10)
         assert not torch.equal(found[name], step.adapter[name])
+    return step
 
 
 @pytest.mark.parametrize("optimizer", [SGD, ADAMW], ids=["sgd", "adamw"])
@@ -184,12 +187,32 @@ def test_other_adapters_equal_torch() -> None:
     assert_trains_alike(randomize(get_peft_model(sequential(), config)), SGD)
 
 
-def test_recalibrated_statistics_are_used() -> None:
-    model = adapted(sequential(), "15", norm="recalibrate")
+@pytest.mark.parametrize("norm", ["recalibrate", "stats", "affine"])
+def test_stored_statistics_are_used(norm: str) -> None:
+    model = adapted(sequential(), "15", norm=norm)
     for name, buffer in model.named_buffers():
         if "lora_norm" in name and "running_mean" in name:
             buffer.add_(0.3)
-    assert_trains_alike(model, SGD)
+    step = assert_trains_alike(model, SGD)
+    assert any("lora_norm" in name for name in step.adapter) == (norm == "affine")
+
+
+@pytest.mark.parametrize(("targets", "start"), [("3|9", "3"), ("6|9", "6"), ("9", "9")])
+def test_step_on_features_equals_torch(targets: str, start: str) -> None:
+    step = assert_trains_alike(adapted(sequential(), "15", target_modules=targets), ADAMW, split=True)
+    assert step.start == start
+    assert step.step.inputs[0] == step.predict.inputs[0] == FEATURES
+    assert step.prefix.input_shapes == {IMAGES: [BATCH_SIZE, 3, 32, 32]}
+    assert step.prefix.output_shapes[FEATURES] == step.step.input_shapes[FEATURES]
+    # Frozen layers are either in the prefix or in the step.
+    buffers = [sum(value.numel() for value in graph.module.buffers()) for graph in (step.prefix, step.predict)]
+    whole = assert_trains_alike(adapted(sequential(), "15", target_modules=targets), ADAMW)
+    assert sum(buffers) == sum(value.numel() for value in whole.predict.module.buffers())
+
+
+def test_step_without_frozen_prefix_is_not_split() -> None:
+    with pytest.raises(ValueError, match=r"cannot be split: nothing can be replayed: 0.* is trainable"):
+        capture_train_step(adapted(sequential(), "15"), torch.zeros(BATCH_SIZE, 3, 32, 32), SGD, split=True)
 
 
 def test_lean_model_gives_the_same_graph_and_stays_lean() -> None:
@@ -267,8 +290,8 @@ def test_model_is_unchanged() -> None:
 
 @pytest.mark.parametrize("norm", ["stats", "affine"])
 def test_batch_statistics_are_refused_by_name(norm: str) -> None:
-    model = adapted(sequential(), "15", norm=norm)
-    with pytest.raises(ValueError, match=rf'cannot be exported: 1: norm="{norm}" trains on batch statistics'):
+    model = adapted(sequential(), "15", norm=norm).train()
+    with pytest.raises(ValueError, match=rf'cannot be exported: 1: norm="{norm}" in training mode uses batch stat'):
         capture_train_step(model, torch.zeros(BATCH_SIZE, 3, 32, 32), SGD)
 
 

@@ -3,12 +3,14 @@
 python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.01] [--seed 0]
 
 EXPORTED is the folder that `export_train_step` wrote. IMAGES is a folder with one subfolder for each class. STATE is
-the file for the trained adapter and the optimizer state. If STATE exists, training continues from this file.
+the file for the trained adapter and the optimizer state. If STATE exists, training continues from this file. If
+EXPORTED contains `prefix.onnx`, the features of each image are computed only once.
 """
 
 import argparse
 import json
 import os
+import platform
 from pathlib import Path
 
 import numpy as np
@@ -59,23 +61,31 @@ def train_from_images() -> None:
     description = json.loads((options.exported / "step.json").read_text())
     names, batch_size = description["class_names"], description["inputs"]["labels"][0]
     files = [(file, names.index(file.parent.name)) for file in sorted(options.images.glob("*/*"))]
+    data, features = "images", None
+    if description["prefix"]:
+        data, prefix = "features", open_file(options.exported / "prefix.onnx")
+        images = (read_image(file, description["preprocessing"]) for file, _ in files)
+        features = [prefix.run(["features"], {"images": image[None]})[0][0] for image in images]
+        del prefix
     state = load_file(options.state if options.state.exists() else options.exported / "state.safetensors")
     session = open_file(options.exported / "train_step.onnx")
     outputs = [output.name for output in session.get_outputs()]
     random = np.random.default_rng(options.seed)
     for step in range(options.steps):
-        batch = [files[index] for index in random.permutation(len(files))[:batch_size]]
+        batch = random.permutation(len(files))[:batch_size]
         inputs = {name: np.zeros(shape, np.float32) for name, shape in description["inputs"].items()}
         inputs["labels"] = inputs["labels"].astype(np.int64)
         inputs["learning_rate"][...] = options.learning_rate
-        for row, (file, label) in enumerate(batch):
-            inputs["images"][row] = read_image(file, description["preprocessing"])
-            inputs["labels"][row], inputs["mask"][row] = label, 1
+        for row, index in enumerate(batch):
+            file, inputs["labels"][row] = files[index]
+            inputs[data][row] = features[index] if features else read_image(file, description["preprocessing"])
+            inputs["mask"][row] = 1
         found = dict(zip(outputs, session.run(None, {**state, **inputs}), strict=True))
         state = {name: found[description["new_prefix"] + name] for name in state}
         print(f"step {step + 1}: loss {found['loss']:.4f}, {found['correct']:.0f} of {len(batch)} correct", flush=True)
     unfinished = options.state.with_name(f".{options.state.name}.unfinished")
-    save_file(state, unfinished)
+    origin = {"device": platform.node(), "images": str(len(files)), "steps": str(options.steps)}
+    save_file(state, unfinished, metadata={**origin, "runtime": f"onnxruntime {onnxruntime.__version__}"})
     with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
     unfinished.replace(options.state)  # an interruption leaves either the old or the new state

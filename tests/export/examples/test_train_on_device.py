@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 from peft_edge import ConvLoraConfig, load_pretrained
 from peft_edge.backbones import load_backbone, save_backbone, set_class_names
 from peft_edge.data import build_transform
-from peft_edge.export.device import export_train_step, import_state
+from peft_edge.export.device import export_train_step
+from peft_edge.export.device_states import import_state
 
 PROGRAM = Path(__file__).parents[3] / "peft_edge/export/examples/train_on_device.py"
 COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 40, 30)}
@@ -59,8 +60,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def run(place: Path, *options: str) -> str:
-    command = [sys.executable, "-c", RUN, str(PROGRAM), *(str(place / name) for name in ("step", "images", "state"))]
+def run(place: Path, *options: str, step: str = "step", state: str = "state") -> str:
+    command = [sys.executable, "-c", RUN, str(PROGRAM), *(str(place / name) for name in (step, "images", state))]
     return subprocess.run([*command, *options], check=True, capture_output=True, text=True).stdout
 
 
@@ -76,7 +77,19 @@ def test_program_learns_goes_on_and_comes_home(place: Path) -> None:
     assert torch.equal(once[name], again[name])  # it went on from the state that was saved
     assert not torch.equal(once[f"exp_avg:{name}"], again[f"exp_avg:{name}"])
     import_state(place / "step", place / "state", place / "adapter")
+    (origin,) = json.loads((place / "adapter" / "device_training.json").read_text())["states"]
+    assert origin["metadata"].keys() == {"device", "images", "steps", "runtime"}
+    assert (origin["metadata"]["images"], origin["metadata"]["steps"]) == ("12", "1")
     assert torch.equal(load_pretrained(place / "adapter").get_base_model().classifier.weight, once[name])
+
+
+def test_program_learns_from_stored_features(place: Path) -> None:
+    config = ConvLoraConfig(r=2, target_modules="last-stage", norm="frozen", modules_to_save=["classifier"])
+    model = get_peft_model(load_backbone(str(place / "base")), config).eval()
+    export_train_step(model, place / "split", image_size=32, batch_size=4, split=True)
+    printed = run(place, "--steps", "30", "--learning-rate", "0.01", "--seed", "0", step="split", state="features")
+    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", printed)]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5])
 
 
 def test_images_are_preprocessed_as_in_training(place: Path) -> None:
@@ -90,4 +103,4 @@ def test_images_are_preprocessed_as_in_training(place: Path) -> None:
 
 
 def test_program_is_short() -> None:
-    assert len(PROGRAM.read_text().splitlines()) <= 90
+    assert len(PROGRAM.read_text().splitlines()) <= 95

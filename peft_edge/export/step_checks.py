@@ -1,0 +1,290 @@
+"""Compare an exported training step with eager training, in double precision and as files in ONNX Runtime."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from peft_edge.export.device_states import PREDICT_NAME, STEP_NAME
+from peft_edge.export.exporter import LOGIT_TOLERANCE
+from peft_edge.export.train_step import (
+    FEATURES,
+    IMAGES,
+    LABELS,
+    LEARNING_RATE,
+    LOSS,
+    MASK,
+    NEW,
+    StepOptimizer,
+    TrainStep,
+    trained_names,
+)
+from peft_edge.lean import undo_lean_training
+
+DOUBLE_TOLERANCE = 1e-10
+INPUT_CHANGE = 1e-6  # relative change of the images; its effect on the trained adapter measures the rounding errors
+# Allowed difference over this effect. The largest ratio in 14 trainings of seven networks was 1.1. The sign of an
+# activation near 0 may change in few trainings only, so the effect is the largest of up to `INPUT_CHANGES` trainings.
+ALLOWED_RATIO, INPUT_CHANGES = 2, 8
+PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
+# With this `mmap_threshold`, freed memory returns to the system at once. Huge pages then halve the time of a step.
+MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
+
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepReport:
+    """The results of the checks of `export_train_step`.
+
+    Attributes:
+        double_difference: Largest difference between the exported step and eager training, both in double precision.
+            The losses and the elements of the trained adapter are compared.
+        single_difference: Relative difference between the adapters that ONNX Runtime and eager training have trained in
+            single precision: the norm of the difference, divided by the norm of the change by eager training.
+        allowed_difference: The largest accepted `single_difference`.
+        step_s: Seconds of the fastest step in ONNX Runtime on one thread of this machine.
+        peak_rss_bytes: Peak physical memory of the process that trained in ONNX Runtime.
+        parameters: Number of elements of the adapter.
+        prefix_error: Relative error of the features of an 8-bit prefix: the norm of the error, divided by the norm of
+            the features. None without an 8-bit prefix.
+    """
+
+    double_difference: float
+    single_difference: float
+    allowed_difference: float
+    step_s: float
+    peak_rss_bytes: int
+    parameters: int
+    prefix_error: float | None = None
+
+
+def report_lines(report: StepReport) -> str:
+    """Return the report as text."""
+    lines = [
+        f"double precision: within {report.double_difference:.0e} of PyTorch",
+        f"single precision, in a process of its own: {report.single_difference:.1e} of the change by training "
+        f"(allowed {report.allowed_difference:.1e})",
+        f"fastest step: {1000 * report.step_s:,.1f} ms on one thread",
+        f"peak memory of the process: {report.peak_rss_bytes / 2**20:,.1f} MiB",
+        f"adapter: {report.parameters:,} parameters",
+    ]
+    if report.prefix_error is not None:
+        lines.append(f"8-bit prefix: relative error of the features {report.prefix_error:.1e}")
+    return "\n".join(lines)
+
+
+def random_batches(batch_size: int, size: Sequence[int], num_classes: int) -> list[Batch]:
+    """Return batches of random images (B, *size), labels and masks. If B > 1, half of the last batch is masked."""
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for index in range(PROOF_STEPS):
+        mask = torch.ones(batch_size)
+        if index == PROOF_STEPS - 1:
+            mask[(batch_size + 1) // 2 :] = 0
+        images = torch.randn(batch_size, *size, generator=generator)
+        labels = torch.randint(num_classes, (batch_size,), generator=generator)
+        batches.append({IMAGES: images, LABELS: labels, MASK: mask})
+    return batches
+
+
+def train_eagerly(
+    model: PeftModel, optimizer: StepOptimizer, batches: Sequence[Batch], learning_rate: float, dtype: torch.dtype
+) -> tuple[list[float], dict[str, Tensor]]:
+    """Train a copy of `model` in eval mode with `torch.optim`, one step for each batch.
+
+    Return the losses, and a dict from the names in the saved adapter to the trained tensors.
+    """
+    model = undo_lean_training(copy.deepcopy(model)).cpu().to(dtype).eval()
+    parameters = dict(model.get_base_model().named_parameters())
+    adapter = {name: parameters[inner] for name, inner in trained_names(model).items()}
+    values, decay = list(adapter.values()), optimizer.weight_decay
+    if optimizer.name == "sgd":
+        rule: torch.optim.Optimizer = torch.optim.SGD(
+            values, lr=learning_rate, momentum=optimizer.momentum, weight_decay=decay
+        )
+    else:
+        rule = torch.optim.AdamW(values, lr=learning_rate, betas=optimizer.betas, eps=optimizer.eps, weight_decay=decay)
+    losses = []
+    for batch in batches:
+        full = batch[MASK].bool()
+        loss = F.cross_entropy(model(batch[IMAGES].to(dtype)[full]), batch[LABELS][full])
+        rule.zero_grad()
+        loss.backward()
+        if optimizer.max_grad_norm is not None:
+            nn.utils.clip_grad_norm_(values, optimizer.max_grad_norm)
+        rule.step()
+        losses.append(loss.item())
+    return losses, {name: value.detach() for name, value in adapter.items()}
+
+
+def proof_rate(step: TrainStep, batch: Batch) -> float:
+    """Return a learning rate of at most `PROOF_RATE`.
+
+    The first step changes the adapter by at most `PROOF_CHANGE` of the adapter's norm. With a larger learning rate,
+    some networks would amplify rounding errors from step to step.
+    """
+    found = step.step.run(
+        {**step.adapter, **step.state, **_double(step, batch), LEARNING_RATE: torch.tensor(1.0, dtype=torch.float64)}
+    )
+    change = _norm({name: found[f"{NEW}{name}"] - value for name, value in step.adapter.items()})
+    return min(PROOF_RATE, PROOF_CHANGE * _norm(step.adapter) / change)
+
+
+def _double(step: TrainStep, batch: Batch) -> Batch:
+    """Return a batch for `step.step`: in double precision and, if the step is split, with features."""
+    double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+    return {**double, step.data: step.features(double[IMAGES])}
+
+
+def _norm(tensors: Mapping[str, Tensor]) -> float:
+    return math.sqrt(sum(value.double().square().sum().item() for value in tensors.values()))
+
+
+def check_double(
+    model: PeftModel, step: TrainStep, optimizer: StepOptimizer, batches: Sequence[Batch], rate: float
+) -> float:
+    """Return `double_difference` of the report.
+
+    Raises:
+        ValueError: If the difference exceeds `DOUBLE_TOLERANCE`.
+    """
+    expected_losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float64)
+    values, losses = {**step.adapter, **step.state}, []
+    for batch in batches:
+        found = step.step.run(
+            {**values, **_double(step, batch), LEARNING_RATE: torch.tensor(rate, dtype=torch.float64)}
+        )
+        values = {name: found[f"{NEW}{name}"] for name in values}
+        losses.append(found[LOSS].item())
+    differences = {name: (values[name] - value).abs().max().item() for name, value in expected.items()}
+    differences[LOSS] = max(abs(one - other) for one, other in zip(losses, expected_losses, strict=True))
+    worst = max(
+        differences, key=lambda name: float("inf") if differences[name] != differences[name] else differences[name]
+    )
+    if not differences[worst] <= DOUBLE_TOLERANCE:
+        raise ValueError(
+            f"{worst}: expected the values of eager training in double precision within {DOUBLE_TOLERANCE:.0e}, found "
+            f"a difference of {differences[worst]:.1e} after {len(batches)} steps; nothing was written. Report this "
+            "error"
+        )
+    return differences[worst]
+
+
+def check_single(
+    model: PeftModel,
+    step: TrainStep,
+    optimizer: StepOptimizer,
+    batches: Sequence[Batch],
+    rate: float,
+    folder: Path,
+    double_difference: float,
+) -> StepReport:
+    """Run the files in `folder` in new processes, and compare the results with eager training in single precision.
+
+    Raises:
+        ValueError: If ONNX Runtime cannot run a file, or a result differs by more than rounding errors.
+    """
+    losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float32)
+    if step.prefix is not None:
+        features = run_onnx_steps(folder, batches, rate, mode="features")
+        inputs = [{**batch, FEATURES: features[f"{FEATURES}.{index}"]} for index, batch in enumerate(batches)]
+        found = run_onnx_steps(folder, inputs, rate)
+    else:
+        found = run_onnx_steps(folder, batches, rate)
+
+    def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+        return _norm({name: one[name].double() - other[name].double() for name in expected})
+
+    moved = distance(expected, step.adapter)
+    if not abs(found["losses"][0] - losses[0]) <= LOGIT_TOLERANCE * max(1.0, losses[0]):
+        raise ValueError(
+            f"{STEP_NAME}: expected the loss {losses[0]:.6f} of eager training in the first step, found "
+            f"{found['losses'][0]:.6f}; nothing was written. Report this error"
+        )
+    difference, allowed = distance(found, expected) / moved, 0.0
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(INPUT_CHANGES):
+        changed = [
+            {
+                **batch,
+                IMAGES: batch[IMAGES] * (1 + INPUT_CHANGE * torch.randn(batch[IMAGES].shape, generator=generator)),
+            }
+            for batch in batches
+        ]
+        effect = distance(train_eagerly(model, optimizer, changed, rate, torch.float32)[1], expected) / moved
+        allowed = max(allowed, ALLOWED_RATIO * effect)
+        if difference <= allowed:
+            break
+    else:
+        raise ValueError(
+            f"{STEP_NAME}: expected the adapter of eager training within {allowed:.1e} of what training changes, found "
+            f"a difference of {difference:.1e} after {len(batches)} steps; nothing was written. Report this error"
+        )
+    trained = _with_adapter(model, found)
+    with torch.no_grad():
+        logits = trained(batches[0][IMAGES])
+    for name, rows in (("batch", logits), ("single", logits[:1])):
+        gap, tolerance = (found[f"logits.{name}"] - rows).abs().max(), LOGIT_TOLERANCE * max(1.0, logits.abs().max())
+        if not gap <= tolerance:
+            raise ValueError(
+                f"{PREDICT_NAME}: expected the logits of the trained model within {tolerance:.1e}, found a difference "
+                f"of {gap:.1e} in a batch of {len(rows)}; nothing was written. Report this error"
+            )
+    return StepReport(
+        double_difference=double_difference,
+        single_difference=difference,
+        allowed_difference=allowed,
+        step_s=found["step_s"].item(),
+        peak_rss_bytes=int(found["peak_rss_bytes"].item()),
+        parameters=sum(value.numel() for value in step.adapter.values()),
+    )
+
+
+def run_onnx_steps(
+    folder: Path, batches: Sequence[Batch], learning_rate: float, *, mode: Literal["train", "features"] = "train"
+) -> dict[str, Tensor]:
+    """Run `onnx_steps.py` on the files in `folder` in a new process, and return the tensors that it writes.
+
+    Raises:
+        ValueError: If the process fails.
+    """
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch) / "batches.safetensors", Path(scratch) / "results.safetensors"
+        tensors = {f"{name}.{index}": value for index, batch in enumerate(batches) for name, value in batch.items()}
+        save_file({**tensors, LEARNING_RATE: torch.tensor(learning_rate)}, inputs)
+        script = Path(__file__).with_name("onnx_steps.py")
+        command = [sys.executable, "-P", str(script), mode, str(folder), str(inputs), str(outputs)]
+        environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES}
+        ended = subprocess.run(command, capture_output=True, text=True, env=environment)
+        if ended.returncode:
+            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+            raise ValueError(
+                f"{STEP_NAME}: ONNX Runtime could not run the training step (exit code {ended.returncode}): {last}; "
+                "nothing was written. Report this error"
+            )
+        return load_file(outputs)
+
+
+def _with_adapter(model: PeftModel, values: Mapping[str, Tensor]) -> PeftModel:
+    """Return a copy of `model` in eval mode whose trained parameters have the given values."""
+    model = undo_lean_training(copy.deepcopy(model)).cpu().eval()
+    parameters = dict(model.get_base_model().named_parameters())
+    with torch.no_grad():
+        for name, inner in trained_names(model).items():
+            parameters[inner].copy_(values[name])
+    return model
