@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Annotated
 
 from peft_edge.cli.options import count, path
+from peft_edge.config import check_grid_keys
 
 
 def study(
@@ -19,6 +20,7 @@ def study(
     Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the other runs.
     To share a grid among machines, start this command on each machine with the same output folder.
     """
+    check_grid_keys(grid)
     from peft_edge.study import read_grid, run_grid, study_table
 
     planned = read_grid(grid, output_dir)
