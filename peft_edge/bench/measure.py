@@ -265,7 +265,8 @@ def _contend(
     for other in inherited:  # as long as a copy is open, nobody notices that the process at the other end died
         other.close()
     torch.set_num_threads(int(setting["threads"]))
-    memory, steps = ProcessPeak(), None
+    memory = ProcessPeak()
+    steps: _Steps | None = None
     with suppress(EOFError):
         while True:
             request: Request = connection.recv()

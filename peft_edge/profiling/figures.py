@@ -90,8 +90,7 @@ def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
     ends = [0.0] * len(names)
     for (part, widths), colour, hatch in zip(panel.parts.items(), _COLOURS, _HATCHES, strict=False):
         # The white edge would cover thin parts. Its colour is also that of the hatch.
-        style = {"color": colour, "hatch": hatch, "edgecolor": "white", "linewidth": 0}
-        axes.barh(names, widths, left=ends, label=part, **style)
+        axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     outer = list(ends)
     if panel.spread:
@@ -101,8 +100,10 @@ def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
         axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", elinewidth=1, capsize=2)
         outer = [end + more for end, more in zip(ends, above, strict=True)]
     for label, positions in panel.marks.items():
-        shown = [(x, name) for x, name in zip(positions, names, strict=True) if x is not None]
-        axes.scatter(*zip(*shown, strict=True), marker="D", s=18, c="white", edgecolors="black", zorder=3, label=label)
+        shown = {name: x for x, name in zip(positions, names, strict=True) if x is not None}
+        axes.scatter(
+            list(shown.values()), list(shown), marker="D", s=18, c="white", edgecolors="black", zorder=3, label=label
+        )
         outer = [max(end, x or 0) for end, x in zip(outer, positions, strict=True)]
     if panel.number_format:
         for end, place, name in zip(ends, outer, names, strict=True):
