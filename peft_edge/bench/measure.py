@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
 from typing import Literal, NamedTuple
 
 import torch
@@ -225,12 +226,16 @@ def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connecti
         control.send(_failure(error))
         return
     is_forked = sys.platform == "linux"
-    context = multiprocessing.get_context("fork" if is_forked else "spawn")
+    # macOS can fork, but its libraries may crash in the forked process. Windows cannot fork.
+    if is_forked:
+        process: type[BaseProcess] = multiprocessing.get_context("fork").Process
+    else:
+        process = multiprocessing.get_context("spawn").Process
     for number, (name, connection) in enumerate(zip(names, others, strict=True)):
         inherited = [control, *others[number + 1 :]] if is_forked else []
         arguments = (connection, inherited, name, network, images, setting)
         # A daemon ends together with its parent process.
-        context.Process(target=_contend, args=arguments, daemon=True).start()
+        process(target=_contend, args=arguments, daemon=True).start()
         connection.close()
     control.send(huge_page_state())
     with suppress(EOFError):
