@@ -13,6 +13,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from peft_edge.allocator import use_huge_pages
 from peft_edge.config import describe_keys, load_config
 
 
@@ -46,6 +47,7 @@ def command() -> None:
     if {"-h", "--help"} & set(sys.argv[1:]):
         print_help()
         sys.exit()
+    use_huge_pages()
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:

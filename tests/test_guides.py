@@ -62,7 +62,10 @@ LESS_OF = {
     "configs/tasks/shapes_shift.yaml": ["data.name=digits", "data.shift=invert", "data.severity=null"],
     "profile": ["--image-size", "64"],
     "plan": ["--image-size", "64", "--method", "lora", "--target-modules", "dense", "--lora-rank", "4"],
-    "bench": ["--image-size", "32", "--batch-size", "2", "--rounds", "1", "--methods", "full", "lora-dense"],
+    "bench": [
+        *("--image-size", "32", "--batch-size", "2", "--rounds", "1", "--methods", "full", "lora-dense"),
+        "--huge-pages-only",
+    ],
     "study": ["--grid", "small_grid.yaml", "--jobs", "1"],
 }
 """Options to add to a command that contains this word."""

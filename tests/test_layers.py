@@ -16,6 +16,7 @@ LINE_LIMIT = 600
 # that are in the same folder.
 LAYERS = {
     "peft_edge/_compat.py": 0,
+    "peft_edge/allocator.py": 0,
     "peft_edge/files.py": 0,
     "peft_edge/functional/": 1,
     "peft_edge/roles.py": 1,

@@ -1,132 +1,39 @@
-"""Define the contenders, which are our methods and those of other packages, and measure their training steps."""
+"""Measure the training steps of contenders, each in a process of its own, with and without huge pages."""
 
 from __future__ import annotations
 
 import copy
 import gc
+import itertools
+import multiprocessing
 import os
+import signal
+import sys
+import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, suppress
 from datetime import datetime, timezone
-from functools import partial
-from typing import Any
+from multiprocessing.connection import Connection
+from multiprocessing.process import BaseProcess
+from typing import Literal, NamedTuple
 
 import torch
-from peft import LoraConfig
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.optim.swa_utils import update_bn
 from tqdm.auto import tqdm
 
-from peft_edge.backbones import head_names, load_backbone
+from peft_edge.allocator import HUGE_PAGES_SWITCH, huge_page_state
+from peft_edge.backbones import load_backbone
+from peft_edge.bench.contenders import CONTENDERS, REFERENCE, Contender
 from peft_edge.bench.results import BenchRecord, BenchRow, PhaseTimes
 from peft_edge.methods import training_memory_format
-from peft_edge.profiling.analysis import classification_loss, prepare_step
+from peft_edge.profiling.analysis import classification_loss
 from peft_edge.profiling.callback import CountedStep
+from peft_edge.profiling.memory import ProcessPeak
 from peft_edge.records import StepProfile, load_average, package_info, system_info
-from peft_edge.roles import modules_with_role
 
-Step = tuple[nn.Module, Optimizer | None]
-Build = Callable[[nn.Module, int], Step]
-
-LEAN = {"inplace_norm": True, "masks": "bit"}
-"""Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm."""
-
-
-@dataclass(frozen=True)
-class Contender:
-    """A method of this or another package whose step is measured. All contenders except `inference` train the head."""
-
-    label: str
-    """Name in tables."""
-    build: Build
-    """Function that maps a timm model and a LoRA rank to the built model, in train or eval mode, and its optimizer.
-
-    An optimizer of None means no backward pass and no update. `build` may change the timm model in place. In eval mode,
-    the built model must have the same output as the timm model, up to rounding. If `build` raises an exception, the
-    table shows the message.
-    """
-
-
-def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Prepare to train the parameters that require a gradient or, with `config`, the adapter of PEFT."""
-    model, optimizer = prepare_step(model, config)
-    return model.to(memory_format=training_memory_format(model)), optimizer
-
-
-def _inference(model: nn.Module, lora_rank: int) -> Step:
-    # Without trainable parameters, autograd keeps no activations.
-    return model.requires_grad_(False).eval().to(memory_format=training_memory_format(model)), None
-
-
-def _peft(model: nn.Module, lora_rank: int, **options: bool) -> Step:
-    targets = {"target_modules": modules_with_role(model, "dense"), "modules_to_save": head_names(model)}
-    return _train(model, lora_rank, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, **targets, **options))
-
-
-def _lycoris(model: nn.Module, lora_rank: int) -> Step:
-    from lycoris.modules.locon import LoConModule
-
-    for name, conv in _frozen_dense_convolutions(model):
-        adapter = LoConModule(name, conv, lora_dim=lora_rank, alpha=2 * lora_rank)
-        # `apply_to` replaces `conv.forward`. The model must contain `adapter`, because only its submodules are trained.
-        adapter.apply_to()
-        model.add_module(f"lycoris_{name.replace('.', '_')}", adapter)
-    return _train(model, lora_rank)
-
-
-def _loralib(model: nn.Module, lora_rank: int) -> Step:
-    from loralib import Conv2d
-
-    for name, conv in _frozen_dense_convolutions(model):
-        if type(conv) is not nn.Conv2d or len({*conv.kernel_size}) != 1:
-            raise ValueError(f"loralib supports only nn.Conv2d with square kernels, and {name} is {conv}")
-        sizes = conv.in_channels, conv.out_channels, conv.kernel_size[0]
-        layer = Conv2d(*sizes, r=lora_rank, lora_alpha=2 * lora_rank, merge_weights=False)
-        layer.conv = conv  # replaces the convolution that the layer created
-        model.set_submodule(name, layer)
-    return _train(model, lora_rank)
-
-
-def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    model.requires_grad_(False)
-    for name in head_names(model):
-        model.get_submodule(name).requires_grad_(True)
-    for name in modules_with_role(model, "dense"):
-        yield name, model.get_submodule(name)
-
-
-def _ours(method: str, *, lean: Mapping[str, object] | None = LEAN, norm: str = "frozen", **adapter: str) -> Build:
-    return lambda model, lora_rank: prepare_step(
-        model, method, lora_rank=lora_rank, adapter={"norm": norm, **adapter}, lean=lean
-    )
-
-
-_lora_dense = partial(_ours, "lora", target_modules="dense")
-
-REFERENCE = "full"
-"""The contender to which all time ratios refer."""
-
-CONTENDERS: dict[str, Contender] = {
-    REFERENCE: Contender("full fine-tuning", _train),
-    "inference": Contender("plain inference", _inference),
-    "peft-lora": Contender("PEFT LoRA, dense", _peft),
-    "peft-dora": Contender("PEFT DoRA, dense", partial(_peft, use_dora=True)),
-    "lycoris-locon": Contender("LyCORIS LoCon, dense", _lycoris),
-    "loralib": Contender("loralib ConvLoRA, dense", _loralib),
-    "lora-plain": Contender("our LoRA, dense, not lean", _lora_dense(lean=None)),
-    "lora-dense": Contender("our LoRA, dense", _lora_dense()),
-    "lora-byte": Contender("our LoRA, dense, byte masks", _lora_dense(lean={**LEAN, "masks": "byte"})),
-    "lora-recompute": Contender("our LoRA, dense, recompute", _lora_dense(lean={**LEAN, "recompute": True})),
-    "lora-stats": Contender("our LoRA, dense, norm=stats", _lora_dense(norm="stats", lean={"masks": "bit"})),
-    "lora-all-conv": Contender("our LoRA, all convolutions", _ours("lora", target_modules="all-conv")),
-    "lora-project": Contender("our LoRA, project", _ours("lora", target_modules="project")),
-    "lora-fa-project": Contender("our LoRA-FA, project", _ours("lora-fa", target_modules="project")),
-    "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
-    "galore": Contender("our GaLore, dense", lambda model, rank: prepare_step(model, "galore", adapter={"rank": rank})),
-}
-"""Our methods, except GaLore, use lean training with frozen in-place BatchNorm, unless the label says otherwise."""
+Setting = Mapping[str, str | int]
 
 # Allowed difference of a logit, relative to the largest logit. Contenders execute operations in different orders, so
 # rounding errors add up over the layers.
@@ -143,103 +50,282 @@ def run_bench(
     lora_rank: int = 4,
     rounds: int = 7,
     threads: int = 1,
+    without_huge_pages: bool = True,
 ) -> BenchRecord:
     """Measure training steps of several contenders on one network, with random images, on the CPU.
 
     `backbone` is the name of a timm model, which then has random weights, or the folder of a saved model. `contenders`
     are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
-    Memory and FLOPs come from a step that is not timed. Then each contender takes one step in each round, and the order
-    of the contenders is reversed after each round. All models exist at the same time, but memory is measured for each
-    model alone. If a contender cannot be built or counted, or its output differs from the network's, its row holds the
-    error. Errors of full fine-tuning, and errors in the timed rounds, are raised.
+    Each contender runs in a process of its own, with torch's huge pages. Memory and FLOPs come from steps that are not
+    timed. Then each contender takes one step in each round, and the order of the contenders is reversed after each
+    round. With `without_huge_pages`, each contender also runs in a second process without huge pages, and both
+    processes take turns. If a contender cannot be built, its output differs from the network's, or its process dies,
+    its row holds the reason.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
+        RuntimeError: If full fine-tuning fails.
     """
     created_at, started, load = datetime.now(timezone.utc), time.perf_counter(), load_average()
-    network, images = load_backbone(backbone, num_classes), torch.randn(batch_size, 3, image_size, image_size)
-    try:
-        # Without estimated statistics, activations of random weights would vanish or overflow with frozen norms.
-        update_bn([images], network)
-    except RuntimeError as error:
-        raise ValueError(f"{backbone} cannot be trained on images of {image_size} px: {error}") from error
     names = list(dict.fromkeys([REFERENCE, *contenders]))
-    rows = {name: BenchRow(name=name, label=CONTENDERS[name].label) for name in names}
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with tqdm(total=len(names) * (1 + rounds), unit="step", leave=False, disable=None) as bar:
-            _measure(rows, network, images, lora_rank, rounds, bar)
-    finally:
-        torch.set_num_threads(threads_before)
+    setting: Setting = {
+        "backbone": backbone,
+        "num_classes": num_classes,
+        "batch_size": batch_size,
+        "image_size": image_size,
+        "lora_rank": lora_rank,
+        "rounds": rounds,
+        "threads": threads,
+    }
+    with ExitStack() as entered:
+        cache = entered.enter_context(tempfile.TemporaryDirectory())
+        choices = (True, False) if without_huge_pages else (True,)
+        groups = [entered.enter_context(_Group(names, setting, cache, huge_pages=is_on)) for is_on in choices]
+        bar = entered.enter_context(tqdm(total=len(groups) * len(names) * (1 + rounds), leave=False, disable=None))
+        for group, name in itertools.product(groups, names):
+            bar.set_description(f"counting {name}")
+            group.begin(name, is_counted=group is groups[0])
+            bar.update()
+        for number in range(rounds):
+            bar.set_description(f"round {number + 1} of {rounds}")
+            for name, group in itertools.product(names if number % 2 == 0 else names[::-1], groups):
+                group.time(name)
+                bar.update()
+        for group in groups:
+            group.finish()
     return BenchRecord(
         created_at=created_at.isoformat(timespec="seconds"),
-        setting={
-            "backbone": backbone,
-            "num_classes": num_classes,
-            "batch_size": batch_size,
-            "image_size": image_size,
-            "lora_rank": lora_rank,
-            "rounds": rounds,
-            "threads": threads,
-        },
-        rows=list(rows.values()),
+        setting=dict(setting),
+        rows=list(groups[0].rows.values()),
+        rows_without_huge_pages=[row for group in groups[1:] for row in group.rows.values()],
         total_time=time.perf_counter() - started,
         load_average=[load, load_average()],
         package_info=package_info("lycoris-lora", "loralib"),
-        system_info=system_info(cores=str(os.cpu_count())),
+        system_info=system_info(cores=str(os.cpu_count()), huge_pages=groups[0].huge_pages),
         pytorch_info=torch.__config__.show(),
     )
 
 
-def _measure(
-    rows: dict[str, BenchRow], network: nn.Module, images: Tensor, lora_rank: int, rounds: int, bar: tqdm[Any]
-) -> None:
-    running: dict[str, _Steps] = {}
-    for name, row in rows.items():
-        bar.set_description(f"counting {name}")
+class _Costs(NamedTuple):
+    """What a contender's process measures before the timed steps."""
+
+    profile: StepProfile | None
+    compile_s: float | None
+
+
+class _Growth(NamedTuple):
+    """The memory of a contender's process over all timed steps; see `ProcessPeak`."""
+
+    rss_growth_bytes: int | None
+    peak_rss_bytes: int | None
+
+
+class _Failure(NamedTuple):
+    """The reason why a contender did not run, or why its network cannot be used."""
+
+    message: str
+
+
+Request = Literal["build and count", "build", "step", "finish"]
+Reply = _Costs | PhaseTimes | _Growth | _Failure
+
+
+class _Group:
+    """Processes, one for each contender, that all use huge pages or all use none. They end with the `with` block.
+
+    A host process with the right environment loads the network, and forks itself for each contender. A forked process
+    starts at once, and shares the memory of the loaded libraries with the others.
+    """
+
+    def __init__(self, names: Sequence[str], setting: Setting, cache: str, *, huge_pages: bool) -> None:
+        self.rows = {name: BenchRow(name=name, label=CONTENDERS[name].label) for name in names}
+        self.huge_pages = "unknown"
+        # torch reads these variables when it is imported, or before its first allocation.
+        self._environment = {HUGE_PAGES_SWITCH: str(int(huge_pages)), "TORCHINDUCTOR_CACHE_DIR": cache}
+        context = multiprocessing.get_context("spawn")
+        self._control, control = context.Pipe()
+        pipes = [context.Pipe() for _ in names]
+        self._connections = {name: ours for name, (ours, _) in zip(names, pipes, strict=True)}
+        self._theirs = [control, *(theirs for _, theirs in pipes)]
+        self._host = context.Process(target=_host, args=(list(names), dict(setting), self._theirs))
+
+    def __enter__(self) -> _Group:
+        before = os.environ.copy()
+        os.environ.update(self._environment)
         try:
-            steps = _Steps(CONTENDERS[name], network, images, lora_rank)
-            row.profile = steps.count()
-            running[name] = steps
-        except Exception as error:
-            # Other packages may raise exceptions of any type.
-            row.error = " ".join(str(error).split()) or type(error).__name__
+            self._host.start()
+        finally:
+            for name in self._environment:
+                os.environ.pop(name)
+            os.environ.update(before)
+        for connection in self._theirs:
+            connection.close()
+        try:
+            reply: str | _Failure = self._control.recv()
+        except EOFError as error:
+            raise RuntimeError("the process that loads the network died, perhaps for lack of memory") from error
+        if isinstance(reply, _Failure):
+            raise ValueError(reply.message)
+        self.huge_pages = reply
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._control.close()
+        self._host.join()
+
+    def begin(self, name: str, *, is_counted: bool) -> None:
+        """Build a contender. With `is_counted`, also count the cost of its step."""
+        reply = self._ask(name, "build and count" if is_counted else "build")
+        if isinstance(reply, _Costs):
+            self.rows[name].profile, self.rows[name].compile_s = reply
+
+    def time(self, name: str) -> None:
+        """Let a contender take a timed step."""
+        reply = self._ask(name, "step")
+        if isinstance(reply, PhaseTimes):
+            self.rows[name].rounds.append(reply)
+
+    def finish(self) -> None:
+        """Read the memory of each process, and compare the times with the reference's times."""
+        for name, row in self.rows.items():
+            reply = self._ask(name, "finish")
+            if isinstance(reply, _Growth):
+                row.rss_growth_bytes = reply.rss_growth_bytes
+                row.compare(self.rows[REFERENCE].rounds)
+                if row.profile is not None:
+                    row.profile.peak_rss_bytes = reply.peak_rss_bytes
+
+    def _ask(self, name: str, request: Request) -> Reply:
+        """Return the reply of a contender's process. If the contender fails, write the reason to its row."""
+        row = self.rows[name]
+        if row.error:
+            return _Failure(row.error)
+        try:
+            self._connections[name].send(request)
+            reply: Reply = self._connections[name].recv()
+        except (EOFError, OSError):
+            reply = _Failure("its process died, perhaps for lack of memory")
+        if isinstance(reply, _Failure):
+            row.error, row.profile, row.rounds = reply.message, None, []
             if name == REFERENCE:
-                raise
-        bar.update()
-    for number in range(rounds):
-        bar.set_description(f"round {number + 1} of {rounds}")
-        for name in list(running) if number % 2 == 0 else list(reversed(running)):
-            # Otherwise Python may collect garbage during a timed step.
-            gc.collect()
-            rows[name].rounds.append(running[name].time())
-            bar.update()
-    for name in running:
-        rows[name].compare(rows[REFERENCE].rounds)
+                raise RuntimeError(f"{row.label} failed: {row.error}")
+        return reply
+
+
+def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connection]) -> None:
+    """Start a process for each contender, and end all of them when the other end of the first connection closes."""
+    # A terminal sends Ctrl-C to all processes, but only the parent process knows what to print.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    torch.set_num_threads(1)  # a process with several computing threads must not be forked
+    torch.manual_seed(0)
+    control, *others = connections
+    try:
+        network, images = _load(setting)
+    except Exception as error:
+        control.send(_failure(error))
+        return
+    is_forked = sys.platform == "linux"
+    # macOS can fork, but its libraries may crash in the forked process. Windows cannot fork.
+    if is_forked:
+        process: type[BaseProcess] = multiprocessing.get_context("fork").Process
+    else:
+        process = multiprocessing.get_context("spawn").Process
+    for number, (name, connection) in enumerate(zip(names, others, strict=True)):
+        inherited = [control, *others[number + 1 :]] if is_forked else []
+        arguments = (connection, inherited, name, network, images, setting)
+        # A daemon ends together with its parent process.
+        process(target=_contend, args=arguments, daemon=True).start()
+        connection.close()
+    control.send(huge_page_state())
+    with suppress(EOFError):
+        control.recv()
+
+
+def _load(setting: Setting) -> tuple[nn.Module, Tensor]:
+    size = int(setting["image_size"])
+    network = load_backbone(str(setting["backbone"]), int(setting["num_classes"]))
+    images = torch.randn(int(setting["batch_size"]), 3, size, size)
+    try:
+        # Without estimated statistics, activations of random weights would vanish or overflow with frozen norms.
+        update_bn([images], network)
+    except RuntimeError as error:
+        raise ValueError(f"{network.name_or_path} cannot be trained on images of {size} px: {error}") from error
+    return network, images
+
+
+def _failure(error: Exception) -> _Failure:
+    return _Failure(" ".join(str(error).split()) or type(error).__name__)
+
+
+def _contend(
+    connection: Connection,
+    inherited: Sequence[Connection],
+    name: str,
+    network: nn.Module,
+    images: Tensor,
+    setting: Setting,
+) -> None:
+    """Reply to the requests of a `_Group` for one contender, until the other end of the connection closes."""
+    for other in inherited:  # as long as a copy is open, nobody notices that the process at the other end died
+        other.close()
+    torch.set_num_threads(int(setting["threads"]))
+    memory = ProcessPeak()
+    steps: _Steps | None = None
+    with suppress(EOFError):
+        while True:
+            request: Request = connection.recv()
+            reply: Reply
+            try:
+                if steps is None:
+                    steps = _Steps(CONTENDERS[name], network, images, int(setting["lora_rank"]))
+                    reply = steps.begin(is_counted=request == "build and count")
+                    memory.__enter__()
+                elif request == "step":
+                    gc.collect()  # otherwise Python may collect garbage during the timed step
+                    reply = steps.time()
+                else:
+                    memory.__exit__()
+                    reply = _Growth(memory.rss_growth_bytes, memory.peak_rss_bytes)
+            except Exception as error:  # other packages may raise exceptions of any type
+                reply = _failure(error)
+            connection.send(reply)
 
 
 class _Steps:
-    """Build a contender, check its output, and run its steps."""
+    """Build a contender, check its output, and run its steps. The first step must be `begin`."""
 
     def __init__(self, contender: Contender, network: nn.Module, images: Tensor, lora_rank: int) -> None:
+        self._is_compiled = contender.is_compiled
         self._model, self._optimizer = contender.build(copy.deepcopy(network), lora_rank)
-        is_training = self._model.training
+        is_training = {module: module.training for module in self._model.modules()}
         with torch.no_grad():
             expected, found = network.eval()(images[:2]), self._model.eval()(images[:2])
-        self._model.train(is_training)
+        for module, training in is_training.items():
+            module.training = training
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= _TOLERANCE:
             raise ValueError(f"its output differs from the network's: by {difference:.0%} of the largest logit")
         self._images = images.to(memory_format=training_memory_format(self._model))
 
-    def count(self) -> StepProfile:
-        """Take two steps and return the cost of the second. The first step creates the optimizer's state."""
+    def begin(self, *, is_counted: bool) -> _Costs:
+        """Take the first step, which compiles the model and creates the optimizer's state, and count the next step.
+
+        A compiled step cannot be counted, because a dispatch mode makes torch run the original step.
+        """
+        if self._is_compiled:
+            self._model.compile()
+        start = time.perf_counter()
         self.time()
+        compile_s = time.perf_counter() - start if self._is_compiled else None
+        if not is_counted:
+            return _Costs(None, compile_s)
+        if self._is_compiled:
+            trained = sum(parameter.numel() for parameter in self._model.parameters() if parameter.requires_grad)
+            return _Costs(StepProfile(process_index=0, scope="step", num_trainable_params=trained), compile_s)
         with CountedStep(self._model, self._optimizer) as counted:
             self.time()
-        return counted.rows(0)[0]
+        return _Costs(counted.rows(0)[0], None)
 
     def time(self) -> PhaseTimes:
         """Take a step and return the time of each phase."""

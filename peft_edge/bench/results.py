@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from pydantic import Field
 
-from peft_edge.profiling.figures import StackedBars, memory_panel, save_bars
+from peft_edge.profiling.figures import StackedBars, save_bars
 from peft_edge.profiling.tables import cost_table, text_table
 from peft_edge.records import JsonModel, StepProfile
 
@@ -39,7 +39,8 @@ class BenchRow(JsonModel):
     error: str = ""
     """Message of the error if the contender did not run; otherwise empty."""
     profile: StepProfile | None = None
-    """FLOPs and memory of a step, and the median times of its phases. None if the contender did not run."""
+    """FLOPs and memory of a step, and the median times of its phases; for a compiled step, only times and the memory of
+    the process. None if the contender did not run, and in rows without huge pages."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
     ratio_best: float | None = None
     """Time of the fastest step divided by the time of the reference's fastest step."""
@@ -48,6 +49,11 @@ class BenchRow(JsonModel):
     ratio_lowest: float | None = None
     ratio_highest: float | None = None
     """The lowest and the highest of the ratios whose median is `ratio_median`."""
+    rss_growth_bytes: int | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Growth of the process in the timed steps, from a built model with its optimizer to the peak. None in old records,
+    and where the system cannot reset the peak."""
+    compile_s: float | None = Field(default=None, exclude_if=lambda value: value is None)
+    """Seconds of the first step of a model that `torch.compile` compiles. Otherwise None."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
         """Set the four ratios from `rounds` and the rounds of the reference, and the median times in `profile`."""
@@ -70,6 +76,8 @@ class BenchRecord(JsonModel):
     """Backbone, classes, batch and image size, LoRA rank, rounds and threads."""
     rows: list[BenchRow]
     """One row for each contender. The first row is the reference."""
+    rows_without_huge_pages: list[BenchRow] = Field(default=[], exclude_if=lambda rows: not rows)
+    """Times and memory of the same contenders in processes without huge pages. Empty if these were not measured."""
     total_time: float
     """Seconds of the whole comparison."""
     load_average: list[float | None]
@@ -97,46 +105,98 @@ def bench_table(record: BenchRecord) -> str:
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
-        lines.append("unless the label says otherwise, ours are lean, with frozen BatchNorm that works in place")
         lines += ["", cost_table({row.label: profile for row, profile in record.measured})]
     if failed := [row for row in record.rows if row.error]:
         lines += ["", "did not run", *(f"  {row.label}: {row.error}" for row in failed)]
     loads = ", ".join("-" if load is None else f"{load:.1f}" for load in record.load_average)
     lines += ["", f"load average before and after: {loads}, on {record.system_info['cores']} cores"]
+    if (state := record.system_info.get("huge_pages")) is not None:
+        lines.append(f"large tensors in huge pages: {state}")
     return "\n".join(lines)
 
 
 def _comparison(record: BenchRecord) -> str:
-    reference = record.measured[0][1].memory_peak_bytes or 0
-    rows = [["", "MiB", "times", "ms", "time", "time", "time"]]
-    rows.append(["", "peak", "less", "best", "best", "median", "spread"])
+    reference = record.measured[0][1].memory_peak_bytes
+    rows = [["", "MiB", "times", "MiB", "ms", "time", "time", "time", "s to"]]
+    rows.append(["", "tensors", "less", "process", "best", "best", "median", "spread", "compile"])
     for row, profile in record.measured:
-        peak, best = profile.memory_peak_bytes or 0, 1e3 * min(times.step_s for times in row.rounds)
-        memory = [f"{peak / 2**20:,.0f}", f"{reference / peak:.1f}"]
-        ratios = [f"{row.ratio_best:.2f}", f"{row.ratio_median:.2f}", f"{row.ratio_lowest:.2f}-{row.ratio_highest:.2f}"]
-        rows.append([row.label, *memory, f"{best:,.0f}", *ratios])
+        peak = profile.memory_peak_bytes
+        times_less = None if peak is None or reference is None else reference / peak
+        rows.append(
+            [
+                row.label,
+                *(_scaled(peak, 2**20), "-" if times_less is None else f"{times_less:.1f}"),
+                *(_scaled(row.rss_growth_bytes, 2**20), *_times(row)),
+                *(f"{row.ratio_median:.2f}", f"{row.ratio_lowest:.2f}-{row.ratio_highest:.2f}"),
+                _scaled(row.compile_s, 1),
+            ]
+        )
+    if others := {row.name: row for row in record.rows_without_huge_pages if row.rounds}:
+        rows[0] += ["without", "huge", "pages"]
+        rows[1] += ["process", "ms", "time"]
+        for cells, (row, _) in zip(rows[2:], record.measured, strict=True):
+            other = others.get(row.name)
+            cells += ["-"] * 3 if other is None else [_scaled(other.rss_growth_bytes, 2**20), *_times(other)]
     return text_table(rows)
 
 
-def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
-    """Draw two panels of stacked bars: peak memory by kind of tensor, and `ratio_median` by phase.
+def _times(row: BenchRow) -> tuple[str, str]:
+    return f"{1e3 * min(times.step_s for times in row.rounds):,.0f}", f"{row.ratio_best:.2f}"
 
-    Error bars show `ratio_lowest` and `ratio_highest`. At least one contender must have run. `save_bars` describes the
-    file and the errors.
+
+def _scaled(value: float | None, unit: int) -> str:
+    return "-" if value is None else f"{value / unit:,.0f}"
+
+
+def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
+    """Draw two panels of stacked bars: peak memory of tensors, and `ratio_median` by phase.
+
+    Diamonds show the growth of the process and, in the second panel, the time without huge pages as a multiple of full
+    fine-tuning's time with huge pages. Error bars show `ratio_lowest` and `ratio_highest`. At least one contender must
+    have run. `save_bars` describes the file and the errors.
     """
     rows, profiles = zip(*record.measured, strict=True)
-    save_bars([row.label for row in rows], [memory_panel(profiles), _time_panel(rows)], path, title=record.title)
+    panels = [_memory_panel(rows, profiles), _time_panel(rows, record.rows_without_huge_pages)]
+    save_bars([row.label for row in rows], panels, path, title=record.title)
 
 
-def _time_panel(rows: Sequence[BenchRow]) -> StackedBars:
+def _memory_panel(rows: Sequence[BenchRow], profiles: Sequence[StepProfile]) -> StackedBars:
+    parts = {
+        "activations": ["activations"],
+        "temporaries": ["temporaries"],
+        "weights and optimizer": ["parameters", "buffers", "gradients", "optimizer"],
+    }
+
+    def length(profile: StepProfile, kinds: Sequence[str]) -> float:
+        return sum(getattr(profile, f"memory_{kind}_bytes") or 0 for kind in kinds) / 2**20
+
+    growth = [None if row.rss_growth_bytes is None else row.rss_growth_bytes / 2**20 for row in rows]
+    return StackedBars(
+        label="tensors at the peak of a step [MiB]",
+        parts={part: [length(profile, kinds) for profile in profiles] for part, kinds in parts.items()},
+        marks={"growth of the process": growth} if any(growth) else {},
+        number_format=",.0f",
+    )
+
+
+def _time_panel(rows: Sequence[BenchRow], others: Sequence[BenchRow]) -> StackedBars:
     def length(row: BenchRow, phase: str) -> float:
         # The mean fractions of the phases add up to 1. The median fractions do not.
         fraction = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
         return (row.ratio_median or 0) * fraction
 
+    reference = rows[0].rounds
+    without = {row.name: _ratio(row.rounds, reference) for row in others if row.rounds}
     return StackedBars(
-        label="time of a step, as a multiple of full fine-tuning's",
+        label="time of a step / that of full fine-tuning",
         parts={phase.removesuffix("_s"): [length(row, phase) for row in rows] for phase in PhaseTimes.model_fields},
         spread=[(row.ratio_lowest or 0, row.ratio_highest or 0) for row in rows],
         line=1.0,
+        marks={"without huge pages": [without.get(row.name) for row in rows]} if without else {},
+        number_format=".2f",
     )
+
+
+def _ratio(rounds: Sequence[PhaseTimes], reference: Sequence[PhaseTimes]) -> float:
+    """Return the median over the rounds of the step time divided by the reference's step time in the same round."""
+    return statistics.median(own.step_s / other.step_s for own, other in zip(rounds, reference, strict=True))

@@ -8,6 +8,7 @@ import typer
 from typer import Option
 
 from peft_edge import __version__
+from peft_edge.allocator import use_huge_pages
 from peft_edge.cli.costs import bench, plan, profile
 from peft_edge.cli.fleet import merge_adapters_of_fleet
 from peft_edge.cli.models import apply, diff, export, import_, load_states
@@ -24,6 +25,7 @@ app = typer.Typer(
 
 def main(arguments: list[str] | None = None) -> None:
     """Run `peft-edge` with `arguments`, by default those of the command line. Raise SystemExit only after a failure."""
+    use_huge_pages()
     try:
         app(arguments, prog_name="peft-edge")
     except SystemExit as stop:

@@ -36,6 +36,7 @@ from peft_edge.plan import (
     PLACEMENTS,
     Budget,
     find_plan,
+    library_memory,
     parse_bytes,
     parse_flops,
     plan_table,
@@ -43,9 +44,14 @@ from peft_edge.plan import (
 
 Accounting = Literal["exact", "source-study"]
 CONTENDERS = [
-    *("full", "inference", "peft-lora", "peft-dora", "lycoris-locon", "loralib"),
-    *("lora-plain", "lora-dense", "lora-byte", "lora-recompute", "lora-stats", "lora-all-conv", "lora-project"),
-    *("lora-fa-project", "dora-dense", "galore"),
+    *("full", "full-checkpoint", "full-compile", "full-eval", "inference"),
+    *("peft-lora", "peft-lora-checkpoint", "peft-lora-compile"),
+    *("peft-lora-eval", "peft-lora-eval-checkpoint", "peft-lora-eval-compile"),
+    *("peft-dora", "lycoris-locon", "loralib"),
+    *("full-lean", "full-recompute", "galore", "galore-lean", "galore-recompute", "peft-lora-lean"),
+    *("lora-stats", "lora-stats-recompute", "lora-stats-checkpoint"),
+    *("lora-plain", "lora-dense", "lora-recompute", "lora-checkpoint", "lora-all-conv"),
+    *("lora-project", "lora-fa-project", "dora-dense"),
 ]
 NORMS = ("frozen", "recalibrate", "stats", "affine")
 RUNTIMES = ("torch", "onnx")
@@ -116,8 +122,9 @@ def plan(
     """List the methods that fit a budget of memory, FLOPs and update size.
 
     Prints the combinations of method, target modules and LoRA rank whose training step fits, each with the mildest lean
-    setting that is needed. Then prints combinations that do not fit, each with the limits that the step exceeds. If a
-    rank does not fit, higher ranks are left out. The steps run on tensors without values.
+    setting that is needed, and with the predicted memory of the whole process. Then prints combinations that do not
+    fit, each with the limits that the step exceeds. If a rank does not fit, higher ranks are left out. The steps run on
+    tensors without values.
 
     With --runtime onnx, lists the training steps of `peft-edge export --train`: the adapters lora, lora-fa and dora
     with frozen norms, each with the predicted memory of the whole process that trains.
@@ -134,6 +141,7 @@ def plan(
     budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
     model = load_backbone(backbone, num_classes)
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
+    options["library_bytes"] = library_memory()
     found = find_plan(
         model, budget, methods=method, target_modules=target_modules, lora_ranks=lora_rank, records=records, **options
     )
@@ -186,13 +194,15 @@ def bench(
     lora_rank: Annotated[int, count("Rank of all adapters.")] = 4,
     rounds: Annotated[int, count("Timed steps of each method.")] = 7,
     threads: Annotated[int, count("CPU threads.")] = 1,
+    huge_pages_only: Annotated[bool, Option("--huge-pages-only", help="Omit the steps without huge pages.")] = False,
     json: Json = None,
     picture: Picture = None,
 ) -> None:
-    """Measure training steps of peft-edge, PEFT, LyCORIS and loralib on this machine.
+    """Measure training steps of peft-edge, PEFT, timm, LyCORIS and loralib on this machine.
 
     Libraries that are not installed are left out. Prints memory, FLOPs, and the ratio of the step time to the step time
-    of full fine-tuning. The methods take turns step by step. The command takes minutes; run no other program meanwhile.
+    of full fine-tuning, with torch's huge pages and without. The methods take turns step by step. Compiled methods take
+    minutes to compile. Run no other program meanwhile.
     """
     from peft_edge.bench import bench_table, run_bench, save_bench_figure
 
@@ -205,6 +215,7 @@ def bench(
         lora_rank=lora_rank,
         rounds=rounds,
         threads=threads,
+        without_huge_pages=not huge_pages_only,
     )
     show(record.to_json(), bench_table(record), json)
     if picture is not None:

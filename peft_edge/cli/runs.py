@@ -8,6 +8,7 @@ from typing import Annotated
 from typer import Option
 
 from peft_edge.cli.options import count, limit, path
+from peft_edge.config import check_grid_keys
 from peft_edge.plan import BYTES, parse_bytes
 
 
@@ -38,6 +39,7 @@ def study(
     With --cluster, the runs are tasks on a Ray cluster, and records and logs return to the output folder. The options
     --num-cpus, --num-gpus, --memory and --artifacts need --cluster.
     """
+    check_grid_keys(grid)
     from peft_edge.study import Cluster, read_grid, run_grid, study_table
 
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory, "artifacts": artifacts}

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from peft_edge.config.schema import RunConfig, Section, conflicts
+from peft_edge.config.schema import COST_KEYS, RunConfig, Section, conflicts
 
 
 class ConfigError(ValueError):
@@ -62,6 +62,28 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
         noun = "error" if len(errors) == 1 else "errors"
         raise ConfigError("\n  ".join([f"{len(errors)} {noun} in the configuration:", *errors]))
     return config
+
+
+def check_grid_keys(file: Path) -> None:
+    """Check the keys of a study's grid file without importing torch. `read_grid` checks everything else.
+
+    Raises:
+        ConfigError: If a block of runs has an unknown configuration key in its `grid`, or a block of cost analyses has
+            a key that is not in `COST_KEYS`. The message names all such keys.
+    """
+    try:
+        content = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        return
+    errors = []
+    for block in content if isinstance(content, list) else [content]:
+        grid = block.get("grid") if isinstance(block, dict) else None
+        keys = COST_KEYS if isinstance(block, dict) and "networks" in block else dict(_fields(RunConfig))
+        for key in map(str, grid if isinstance(grid, dict) else ()):
+            if not any(f"{known}.".startswith(f"{key}.") for known in keys):
+                errors.append(f"{file}: grid.{key}: {_unknown(key, keys)}")
+    if errors:
+        raise ConfigError("\n".join(errors))
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -183,6 +205,10 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
         return str(detail["ctx"]["error"])
     if detail["type"] != "extra_forbidden":
         return f"{detail['msg'].removeprefix('Input ')}, found {detail['input']!r}"
+    return _unknown(key, keys)
+
+
+def _unknown(key: str, keys: Collection[str]) -> str:
     section, _, name = key.rpartition(".")
     in_section = [valid for valid in keys if valid.rpartition(".")[0] == section]
     nearest = (

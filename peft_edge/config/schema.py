@@ -1,8 +1,8 @@
 """Define the configuration keys of a run (types, ranges, defaults, descriptions), and check their combinations.
 
 This module does not import torch, so that errors in a configuration are reported in a fraction of a second. Therefore
-it repeats the names of methods, optimizers and layer roles. Tests compare these names with `METHODS`, `OPTIMIZERS` and
-`ROLES`.
+it repeats the names of methods, optimizers, layer roles and keys of cost analyses. Tests compare these names with
+`METHODS`, `OPTIMIZERS`, `ROLES` and `CostSetting`.
 """
 
 from __future__ import annotations
@@ -22,6 +22,11 @@ METHOD_NAMES = (
     *("peft-lora", "peft-dora", "peft-loha", "peft-lokr"),
 )
 OPTIMIZER_NAMES = ("adamw", "sgd", "sgd-momentum", "adafactor")
+COST_KEYS = (
+    *("method", "lora_rank", "batch_size", "image_size", "sequence_length", "target_modules", "norm", "lean"),
+    *("inplace_norm", "replay", "accounting"),
+)
+"""The keys of a cost analysis in the grid file of a study: the attributes of `CostSetting`."""
 ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project", "last-stage")
 
 

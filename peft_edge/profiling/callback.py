@@ -202,7 +202,7 @@ class ProfilingCallback(TrainerCallback):
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the running step is measured. A measured step is slower than an unmeasured step."""
+        """Whether the running step is measured, until `on_step_end` or `close`. A measured step is slower."""
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:

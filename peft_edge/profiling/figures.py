@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -34,16 +34,20 @@ class StackedBars:
     """The lowest and the highest measured length of each bar. Empty draws no ranges."""
     line: float | None = None
     """Position of a dashed reference line. None draws no line."""
+    marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
+    """A dict from label to the positions of a diamond on each bar. None draws no diamond on this bar."""
+    number_format: str = ""
+    """The format of the length that stands at the end of each bar. Empty prints no lengths."""
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
     """Draw peak memory by kind of tensor and FLOPs by phase, with a bar for each name in `costs`; see `save_bars`."""
     steps = list(costs.values())
     flops = StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(steps, "flops_{}", _FLOPS, 1e9))
-    save_bars(list(costs), [memory_panel(steps), flops], path, title=title)
+    save_bars(list(costs), [_memory_panel(steps), flops], path, title=title)
 
 
-def memory_panel(costs: Sequence[StepProfile]) -> StackedBars:
+def _memory_panel(costs: Sequence[StepProfile]) -> StackedBars:
     """Return a panel of the peak memory in MiB by kind of tensor, with a bar for each element of `costs`."""
     parts = _parts(costs, "memory_{}_bytes", _MEMORY, 2**20)
     return StackedBars(label="memory at the peak of a step [MiB]", parts=parts)
@@ -69,7 +73,9 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(1 + 5 * len(panels), 1.9 + 0.36 * len(names)), layout="constrained")
+    # About 0.085 inches for each letter beside the first panel.
+    size = 0.085 * max(map(len, names)) + 4.5 * len(panels), 1.9 + 0.3 * len(names)
+    figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
     axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for place, panel in zip(axes, panels, strict=True):
@@ -83,15 +89,31 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
 def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
     ends = [0.0] * len(names)
     for (part, widths), colour, hatch in zip(panel.parts.items(), _COLOURS, _HATCHES, strict=False):
-        axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", label=part)
+        # The white edge would cover thin parts. Its colour is also that of the hatch.
+        axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
+    outer = list(ends)
     if panel.spread:
         # Rounding can put the end of a bar outside its spread.
         below = [max(end - low, 0) for end, (low, _) in zip(ends, panel.spread, strict=True)]
         above = [max(high - end, 0) for end, (_, high) in zip(ends, panel.spread, strict=True)]
-        axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", capsize=3)
+        axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", elinewidth=1, capsize=2)
+        outer = [end + more for end, more in zip(ends, above, strict=True)]
+    for label, positions in panel.marks.items():
+        shown = {name: x for x, name in zip(positions, names, strict=True) if x is not None}
+        axes.scatter(
+            list(shown.values()), list(shown), marker="D", s=18, c="white", edgecolors="black", zorder=3, label=label
+        )
+        outer = [max(end, x or 0) for end, x in zip(outer, positions, strict=True)]
+    if panel.number_format:
+        for end, place, name in zip(ends, outer, names, strict=True):
+            if end:
+                text = format(end, panel.number_format)
+                axes.annotate(text, (place, name), (7, 0), textcoords="offset points", va="center", fontsize=8)
     if panel.line is not None:
         axes.axvline(panel.line, color="black", linewidth=0.8, linestyle="--")
+    axes.margins(x=0.1, y=0.01)
+    axes.set_xlim(left=0)
     axes.set_xlabel(panel.label)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=3, frameon=False)
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, frameon=False, fontsize=9)

@@ -233,11 +233,16 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return time ratios and, in brackets, peaks in MiB: a row for each method, a column for each network and size."""
-    cells = [
-        NO_VALUE if row.error else f"{fixed(row.ratio, 2)} ({fixed(row.peak_bytes / 2**20, 0)})"
-        for row in timings.itertuples()
-    ]
+    """Return a row for each method and a column for each network and size.
+
+    A cell holds the time ratio; after a slash, if it was measured, the ratio without huge pages; and in brackets the
+    peak memory of tensors in MiB.
+    """
+    cells = []
+    for row in timings.itertuples():
+        ratios = [row.ratio, *([row.ratio_without_huge_pages] if hasattr(row, "ratio_without_huge_pages") else [])]
+        text = " / ".join(fixed(ratio, 2) for ratio in ratios)
+        cells.append(NO_VALUE if row.error else f"{text} ({fixed(row.peak_bytes / 2**20, 0)})")
     networks = [f"{row.network}, batch {row.batch_size}, {row.image_size} px" for row in timings.itertuples()]
     cells = timings.assign(cell=cells, network=networks)
     table = cells.pivot_table(index="method", columns="network", values="cell", aggfunc="first", sort=False)

@@ -331,8 +331,13 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
     Columns, in addition to the network, the setting, the processor, the method (the contender's label) and the record:
         ratio: Median over the rounds of the step time divided by the time of full fine-tuning in the same round.
         lowest, highest: Range of these ratios.
-        peak_bytes: Memory at the peak of a step.
+        peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step.
         error: First line of the error; empty if the contender ran.
+        process_bytes: Growth of the process in the timed steps.
+        compile_s: Seconds of the first step of a compiled contender.
+        ratio_without_huge_pages: As `ratio`, measured without huge pages.
+
+    The last three columns are omitted if no record has them.
     """
     rows = [
         {
@@ -346,13 +351,21 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
             "peak_bytes": None if row.profile is None else row.profile.memory_peak_bytes,
             "error": row.error.partition("\n")[0],
             "record": file,
+            "process_bytes": row.rss_growth_bytes,
+            "compile_s": row.compile_s,
+            "ratio_without_huge_pages": next(
+                (other.ratio_median for other in record.rows_without_huge_pages if other.name == row.name), None
+            ),
         }
         for file, record in records.items()
         for row in record.rows
     ]
     if not rows:
         return DataFrame()
-    return DataFrame(rows).astype({"ratio": float, "lowest": float, "highest": float, "peak_bytes": "Int64"})
+    floats = dict.fromkeys(("ratio", "lowest", "highest", "compile_s", "ratio_without_huge_pages"), float)
+    frame = DataFrame(rows).astype({**floats, "peak_bytes": "Int64", "process_bytes": "Int64"})
+    newer = ("process_bytes", "compile_s", "ratio_without_huge_pages")
+    return frame.drop(columns=[name for name in newer if frame[name].isna().all()])
 
 
 def read_bench(folder: Path) -> dict[str, BenchRecord]:

@@ -72,8 +72,18 @@ class CostSetting(Section):
     accounting: Accounting = "exact"
 
     def applicable_to(self, network: str) -> CostSetting:
-        """Return a copy in which options that do not apply to `network` or `method` are None."""
-        if is_transformer(network):
+        """Return a copy in which options that do not apply to `network` or `method` are None.
+
+        Raises:
+            ValueError: If `lora_rank` is None, and `method` has no default rank on this network.
+        """
+        is_language_model = is_transformer(network)
+        if self.lora_rank is None and (self.method == "galore" or (is_language_model and self.method != "full")):
+            raise ValueError(
+                f"{network}, method {self.method}: lora_rank is null, expected a number, because only adapters of "
+                "timm models have a default rank"
+            )
+        if is_language_model:
             unused = {"image_size", "target_modules", "norm"} | ({"lora_rank"} if self.method == "full" else set())
         else:
             has_rank = find_method(self.method).section in ("adapter", "galore")

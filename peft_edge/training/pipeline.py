@@ -6,6 +6,8 @@ import logging
 import os
 import time
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -42,7 +44,11 @@ def run(config: RunConfig) -> Record:
         OSError: If a file cannot be read or written, or the push fails after the run has succeeded.
     """
     accelerator = start_accelerator(config)
-    with end_together(config, accelerator), lock_output_dir(config, accelerator):
+    with (
+        torch_settings(config.num_threads),
+        end_together(config, accelerator),
+        lock_output_dir(config, accelerator),
+    ):
         opened = open_run(config, accelerator)
         record = opened.record
         if record is None:
@@ -53,6 +59,20 @@ def run(config: RunConfig) -> Record:
             _push(opened, record, config.hub.repo_id)
     accelerator.end_training()
     return record
+
+
+@contextmanager
+def torch_settings(num_threads: int) -> Iterator[None]:
+    """Set torch's number of CPU threads and deterministic cuDNN inside the block, and restore both afterwards."""
+    before = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    torch.set_num_threads(num_threads)
+    # A resumed run equals an uninterrupted run bit for bit only if every operation is deterministic.
+    torch.backends.cudnn.deterministic = True
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before[0])
+        torch.backends.cudnn.deterministic = before[1]
 
 
 def _run_stages(run: ActiveRun) -> Record:
@@ -128,7 +148,7 @@ def train_source(config: RunConfig) -> None:
 
 
 def start_accelerator(config: RunConfig) -> Accelerator:
-    """Create the run's `Accelerator`, and set torch's number of threads and deterministic cuDNN for this process.
+    """Create the run's `Accelerator`.
 
     Raises:
         ValueError: If a tracker is not installed, the processes do not form one group, a training batch cannot be
@@ -137,9 +157,6 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
         names = " ".join(sorted(missing))
         raise ValueError(f"trackers: {names} is not installed: pip install {names}, or leave it out")
-    torch.set_num_threads(config.num_threads)
-    # A resumed run equals an uninterrupted run bit for bit only if every operation is deterministic.
-    torch.backends.cudnn.deterministic = True
     training, num_steps = config.training, config.training.gradient_accumulation_steps
     accelerator = Accelerator(
         # Without a GPU, several processes form a group only if the CPU is requested explicitly.

@@ -17,6 +17,7 @@ from accelerate import PartialState
 from peft.utils import CONFIG_NAME
 from torch import nn
 
+from peft_edge.allocator import huge_page_state
 from peft_edge.backbones import fingerprint
 from peft_edge.config import RunConfig
 from peft_edge.data import Task
@@ -118,7 +119,9 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
             model_info={},
             dataset_info={},
             package_info=package_info(),
-            system_info=system_info(accelerator=device, num_processes=str(PartialState().num_processes)),
+            system_info=system_info(
+                accelerator=device, num_processes=str(PartialState().num_processes), huge_pages=huge_page_state()
+            ),
             pytorch_info=torch.__config__.show(),
         ),
     )

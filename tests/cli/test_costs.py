@@ -68,7 +68,7 @@ def test_plan_lists_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[st
 
 def test_bench_prints_a_table_and_writes_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json_file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
-    main([*BENCH, "--methods", "inference", "--json", str(json_file), "--picture", str(picture)])
+    main([*BENCH, "--methods", "inference", "--huge-pages-only", "--json", str(json_file), "--picture", str(picture)])
     printed = capsys.readouterr().out
     assert printed.startswith("One training step of test_resnet, 10 classes, batch 2, 32 px, rank 4")
     written = json.loads(json_file.read_text(encoding="utf-8"))

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -21,6 +23,21 @@ def test_study_prints_a_table_and_names_the_log_of_a_failed_job(
     printed = capsys.readouterr()
     assert "0, not run" in printed.out
     assert f"error: 2 of 2 failed: {tmp_path}/runs/resnet18--full" in printed.err
+
+
+def test_misspelt_grid_key_is_named_before_torch_is_imported(tmp_path: Path) -> None:
+    (tmp_path / "grid.yaml").write_text("recipes: [[a.yaml]]\ngrid: {adapter.rank: [4]}\n")
+    program = f"""
+import sys
+from peft_edge.cli import main
+try:
+    main(["study", "--grid", r"{tmp_path}/grid.yaml", "--output-dir", r"{tmp_path}"])
+finally:
+    print("torch" in sys.modules)
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (ended.returncode, ended.stdout) == (2, "False\n")
+    assert ended.stderr == f"error: {tmp_path}/grid.yaml: grid.adapter.rank: unknown key; did you mean adapter.r?\n"
 
 
 def test_interrupted_study_ends_with_exit_code_130(

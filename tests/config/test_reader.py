@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from peft_edge.config import describe_keys, load_config, to_yaml
+from peft_edge.config import ConfigError, check_grid_keys, describe_keys, load_config, to_yaml
 
 ROOT = Path(__file__).parents[2]
 ErrorsOf = Callable[..., str]
@@ -132,3 +133,38 @@ def test_help_and_mistakes_are_answered_before_torch_is_imported(arguments: list
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert result.stdout.endswith(f"exit code {code} after importing []\n"), result
     assert bool(result.stderr) == (code == 2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("recipes: [[a.yaml]]\ngrid: {seed: [0], adapter.rank: [4]}", "grid.adapter.rank: unknown key; did you mean a"),
+        ("recipes: [[a.yaml]]\ngrid: {sead: [0]}", "grid.sead: unknown key; did you mean seed?"),
+        ("networks: [resnet18]\ngrid: {batchsize: [1]}", "grid.batchsize: unknown key; did you mean batch_size?"),
+        ("- recipes: [[a.yaml]]\n- networks: [resnet18]\n  grid: {metod: [full]}", "did you mean method?"),
+    ],
+)
+def test_misspelt_keys_of_a_grid_file_are_named(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "grid.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError, match=re.escape(message)) as error:
+        check_grid_keys(file)
+    assert str(error.value).startswith(f"{file}: grid.")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("{", "[1]", "grid: 3"),
+        "recipes: [[a.yaml]]\ngrid: {adapter: [{r: 4}], seed: [0]}",
+        "networks: [a]\ngrid: {norm: [null]}",
+    ],
+)
+def test_other_mistakes_in_a_grid_file_are_left_to_the_study(tmp_path: Path, text: str) -> None:
+    (tmp_path / "grid.yaml").write_text(text)
+    check_grid_keys(tmp_path / "grid.yaml")
+
+
+def test_shipped_grids_have_known_keys() -> None:
+    for file in (Path(__file__).parents[2] / "configs" / "study").glob("*.yaml"):
+        check_grid_keys(file)

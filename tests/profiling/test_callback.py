@@ -246,6 +246,17 @@ def test_failed_training_leaves_no_dispatch_mode_entered(tmp_path: Path) -> None
     assert not _get_current_dispatch_mode_stack()
 
 
+def test_nothing_is_measured_after_close(tmp_path: Path) -> None:
+    callback, model = ProfilingCallback(output_dir=tmp_path), network()
+    state, control = TrainerState(), TrainerControl()
+    callback.on_train_begin(None, state, control)
+    for _ in range(2):
+        callback.on_step_begin(None, state, control, model=model)
+    assert callback.is_measuring
+    callback.close()  # as after an error in the step
+    assert not callback.is_measuring
+
+
 def test_trace_is_written_if_requested(tmp_path: Path) -> None:
     train(ProfilingCallback(output_dir=tmp_path, name="a", trace=True), 4)
     trace = json.loads((tmp_path / "traces" / "a" / "process_0.json").read_text())

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+from itertools import groupby
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 
@@ -42,10 +44,9 @@ def test_figure_shows_labels_and_units(tmp_path: Path) -> None:
 def test_bars_are_proportional_to_bytes(tmp_path: Path) -> None:
     save_cost_figure(COSTS, tmp_path / "costs.png", title="a network")
     picture = Image.open(tmp_path / "costs.png").convert("RGB")
-    blue = (0x00, 0x72, 0xB2)
-    left_half = picture.crop((0, 0, picture.width // 2, picture.height))
-    pixels = left_half.load()
-    rows = (sum(pixels[x, y] == blue for x in range(left_half.width)) for y in range(left_half.height))
+    is_blue = [[pixel == [0x00, 0x72, 0xB2] for pixel in row] for row in np.asarray(picture).tolist()]
+    # In each row, the first blue run is in the left panel.
+    rows = [len(next((list(run) for blue, run in groupby(row) if blue), [])) for row in is_blue]
     # The two bars and the patch in the legend.
     _, shorter, longer = sorted(set(rows) - {0})
     assert longer == pytest.approx(2 * shorter, rel=0.02)
@@ -59,6 +60,16 @@ def test_bar_slightly_outside_its_spread_is_drawn(tmp_path: Path) -> None:
     save_bars(["full"], [panel], tmp_path / "bars.png", title="a network")
 
     assert (tmp_path / "bars.png").exists()
+
+
+def test_marks_and_lengths_are_drawn(tmp_path: Path) -> None:
+    panel = StackedBars(
+        label="time", parts={"forward": [1200.0, 0.0]}, marks={"slowest": [1500.0, None]}, number_format=",.0f"
+    )
+    save_bars(["full", "none"], [panel], tmp_path / "bars.svg", title="a network")
+    text = (tmp_path / "bars.svg").read_text(encoding="utf-8")
+    assert "<!-- 1,200 -->" in text
+    assert "<!-- slowest -->" in text
 
 
 def test_unknown_suffix_is_refused(tmp_path: Path) -> None:

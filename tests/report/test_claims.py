@@ -6,7 +6,7 @@ import pytest
 from pandas import DataFrame
 
 from peft_edge.bench.results import BenchRecord
-from peft_edge.records import Archive, CostRecord
+from peft_edge.records import Archive, CostRecord, StepProfile
 from peft_edge.report.claims import (
     AGREED,
     IN_PART,
@@ -172,6 +172,19 @@ def test_timing_table_shows_ratio_and_peak(bench: BenchRecord) -> None:
     assert table["net, batch 16, 224 px"].to_dict() == {
         "full fine-tuning": "1.00 (3)",
         "our LoRA": "0.52 (3)",
+        "another package": NO_VALUE,
+    }
+
+
+def test_timing_table_shows_the_ratio_without_huge_pages(bench: BenchRecord) -> None:
+    bench.rows_without_huge_pages = [
+        row.model_copy(update={"ratio_median": ratio}) for row, ratio in zip(bench.rows, (1.0, 0.6, None), strict=True)
+    ]
+    bench.rows[1].profile = StepProfile(process_index=0, scope="step")  # a compiled step
+    table = timing_table(timing_frame({"bench/net.json": bench}))
+    assert table["net, batch 16, 224 px"].to_dict() == {
+        "full fine-tuning": "1.00 / 1.00 (3)",
+        "our LoRA": f"0.52 / 0.60 ({NO_VALUE})",
         "another package": NO_VALUE,
     }
 

@@ -339,6 +339,12 @@ def test_timings_have_a_row_for_each_contender(bench: BenchRecord, tmp_path: Pat
     assert frame["peak_bytes"].isna().tolist() == [False, False, True]
     assert frame["error"].tolist() == ["", "", "it is not installed"]
     assert set(frame["record"]) == {"bench/net.json"}
+    assert "process_bytes" not in frame
+    bench.rows[0].rss_growth_bytes, bench.rows[1].compile_s = 4 * 2**20, 17.5
+    frame = timing_frame({"bench/net.json": bench})
+    assert frame["process_bytes"].tolist()[0] == 4 * 2**20
+    assert frame["compile_s"].tolist()[1] == 17.5
+    assert "ratio_without_huge_pages" not in frame
 
 
 def test_folder_without_comparisons_raises_an_error(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from torch import nn
 
+from peft_edge.config.schema import COST_KEYS
 from peft_edge.profiling import analyse
 from peft_edge.study.analyses import (
     TRANSFORMER_METHODS,
@@ -160,6 +161,14 @@ def test_cost_grid_combines_every_network_with_every_setting(bert: Path, tmp_pat
     ]
 
 
+def test_adapters_of_a_timm_model_have_a_default_rank() -> None:
+    assert CostSetting(method="lora", lora_rank=None).applicable_to("resnet18").lora_rank is None
+
+
+def test_keys_of_a_cost_grid_are_known_without_torch() -> None:
+    assert (*CostSetting.model_fields,) == COST_KEYS
+
+
 def test_cost_job_is_not_finished_if_its_options_change(bert: Path, tmp_path: Path) -> None:
     def job(length: int) -> CostJob:
         grid = {"method": ["full"], "batch_size": [1], "sequence_length": [length]}
@@ -183,9 +192,12 @@ def test_cost_job_is_not_finished_if_its_options_change(bert: Path, tmp_path: Pa
         (["resnet18"], {"method": ["full"], "lora_rank": [0, 4]}, "1 analyses cannot be configured(?s:.*)lora_rank"),
         (["resnet18"], {"batch_size": [1]}, "method"),
         (["resnet18"], {"method": ["full"], "batch": [1]}, "batch"),
+        (["resnet18"], {"method": ["galore"], "lora_rank": [None]}, "resnet18, method galore: lora_rank is null"),
+        (["configs/networks/bert-base.json"], {"method": ["lora"], "lora_rank": [None]}, "lora_rank is null"),
         (["resnet18"], {"method": ["fulll"]}, "unknown method 'fulll'; the nearest is 'full'"),
     ],
 )
 def test_invalid_cost_grids_are_refused(tmp_path: Path, networks: list[str], grid: dict, message: str) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
     with pytest.raises(ValueError, match=message):
         cost_jobs(CostGrid(networks=networks, grid=grid), tmp_path / "grid.yaml", tmp_path)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -9,33 +10,34 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peft_edge import load_pretrained
+from peft_edge.allocator import huge_page_state
 from peft_edge.backbones import class_names, load_backbone
 from peft_edge.config import load_config
 from peft_edge.methods import METHODS
 from peft_edge.records import SUCCESS
 from peft_edge.training import evaluation
 from peft_edge.training.adaptation import load_update
-from peft_edge.training.pipeline import start_accelerator, start_trackers
+from peft_edge.training.pipeline import start_accelerator, start_trackers, torch_settings
 from tests.hub import stand_in
 from tests.training.support import RunTraining, record_of
 
 
-def test_the_accelerator_has_the_configured_threads_accumulation_and_device() -> None:
-    accelerator = start_accelerator(
-        load_config(
-            [
-                "output_dir=a",
-                "data.shift=blend",
-                "--cpu",
-                "trackers=[]",
-                "num_threads=2",
-                "training.gradient_accumulation_steps=4",
-            ]
-        )
-    )
-    assert torch.get_num_threads() == 2
+def test_the_accelerator_has_the_configured_accumulation_and_device() -> None:
+    options = ["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]", "training.gradient_accumulation_steps=4"]
+    accelerator = start_accelerator(load_config(options))
     assert accelerator.device.type == "cpu"
     assert accelerator.gradient_accumulation_steps == 4
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_settings_of_torch_are_those_of_the_run_and_then_those_of_the_caller(fails: bool) -> None:
+    threads, is_deterministic = torch.get_num_threads(), torch.backends.cudnn.deterministic
+    with suppress(ValueError), torch_settings(threads + 1):
+        assert torch.get_num_threads() == threads + 1
+        assert torch.backends.cudnn.deterministic
+        if fails:
+            raise ValueError
+    assert (torch.get_num_threads(), torch.backends.cudnn.deterministic) == (threads, is_deterministic)
 
 
 def test_a_tracker_that_is_not_installed_is_named() -> None:
@@ -150,6 +152,7 @@ def test_a_run_saves_an_adapter_and_a_record_and_prints_a_table(
     assert costs.total_s == pytest.approx(costs.step_s + costs.loading_s)
     assert costs.flops == 4 * sum(getattr(step, name) for name in vars(step) if name.startswith("flops_"))
     assert costs.process_peak_bytes > 2**28  # Python with torch
+    assert record.meta_info.system_info["huge_pages"] == huge_page_state()
     saved = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert record.profile[0].adapter_bytes == sum(tensor.nbytes for tensor in saved.values())
     printed = capsys.readouterr().out

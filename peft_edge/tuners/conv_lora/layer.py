@@ -46,7 +46,9 @@ def check_rank(r: int, name: str) -> None:
 def _runs_in_half(weight: Tensor) -> bool:
     """Return whether a convolution with `weight` runs in half precision, because of the dtype or of autocast."""
     device = weight.device.type
-    is_cast = weight.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    # The meta device, on which `find_consumers` runs a copy of the model, has no autocast.
+    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    is_cast = weight.dtype == torch.float32 and has_autocast
     runs_in = torch.get_autocast_dtype(device) if is_cast else weight.dtype
     return runs_in in _HALF
 
