@@ -15,6 +15,7 @@ from peft.tuners.lora import LoraLayer, dora, variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.func import functional_call
 
 from peft_edge._compat import BatchNorm
@@ -46,7 +47,8 @@ def check_rank(r: int, name: str) -> None:
 def _runs_in_half(weight: Tensor) -> bool:
     """Return whether a convolution with `weight` runs in half precision, because of the dtype or of autocast."""
     device = weight.device.type
-    is_cast = weight.dtype == torch.float32 and torch.is_autocast_enabled(device)
+    # torch has no autocast on the meta device, on which lean training traces the model.
+    is_cast = weight.dtype == torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device)
     runs_in = torch.get_autocast_dtype(device) if is_cast else weight.dtype
     return runs_in in _HALF
 
