@@ -19,8 +19,9 @@ from torch.amp import is_autocast_available
 from torch.func import functional_call
 
 from peft_edge._compat import BatchNorm
-from peft_edge.functional.convolution import convolution, frozen_convolution, memory_format_of, pad
+from peft_edge.functional.convolution import convolution, lean_convolution, pad
 from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_keeps_input, lowrank_kernel
+from peft_edge.functional.recompute import memory_format_of
 from peft_edge.lean.inplace_norm import mark_overwritable
 from peft_edge.tuners.adapted_layer import (
     AdaptedLayer,
@@ -184,7 +185,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     def _is_observed(self, adapter: str) -> bool:
         """Return whether the base layer has hooks or a replaced forward, or Accelerate offloads adapter weights."""
-        return is_observed(self.base_layer) or any(hasattr(m, "_hf_hook") for m in self._adapter_modules(adapter))
+        return is_observed(self.base_layer) or any("_hf_hook" in vars(m) for m in self._adapter_modules(adapter))
 
     def _adapter_modules(self, adapter: str) -> list[nn.Module]:
         modules = [self.lora_A[adapter], self.lora_B[adapter]]
@@ -236,7 +237,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         weight, is_half = conv.weight, _runs_in_half(conv.weight)
         if is_half:
             # The sum of kernel and update in half precision would round the update away.
-            base_y, weight = frozen_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
+            base_y, weight = lean_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
             bias = None
         y = lowrank_conv2d(
             x,
@@ -247,7 +248,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             geometry=geometry,
             bias=bias,
             magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
-            recompute=getattr(conv, "lets_recompute", False) and self.keeps_input and not is_half,
+            recompute=getattr(conv, "lets_recompute", False) and not is_half,
         )
         return mark_overwritable(base_y + y if is_half else y, self)
 
