@@ -260,16 +260,19 @@ class TrainingConfig(Section):
 
 
 class LeanConfig(Section):
-    """Lean training: frozen layers save only what the backward pass needs. Gradients change only by rounding."""
+    """Lean training: layers save only what the backward pass needs. Gradients change only by rounding."""
 
     enabled: bool = False
     """Use lean layers during training. The saved update has the same format with and without lean training."""
     inplace_norm: bool = False
-    """Let a frozen BatchNorm overwrite the output of the convolution before it, if no other layer uses this output."""
+    """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Needs
+    frozen BatchNorm, or `recompute`."""
     masks: Literal["byte", "bit", "off"] = "byte"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool = False
-    """In the backward pass, recompute the outputs of cheap adapted convolutions instead of saving these outputs."""
+    """In the backward pass, recompute the outputs of cheap convolutions instead of saving these outputs."""
+    checkpoint: bool = False
+    """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 
 
 class ProfilingConfig(Section):
@@ -371,7 +374,8 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         ):
             if is_set:
                 yield key, "needs all gradients at once, and galore.layerwise keeps only one: unset one of the two"
-    if lean.enabled and lean.inplace_norm and config.norm in ("stats", "affine"):
-        yield "lean.inplace_norm", f"needs frozen BatchNorm, and norm is {config.norm}: set it to frozen or recalibrate"
+    if lean.enabled and lean.inplace_norm and not lean.recompute and config.norm in ("stats", "affine"):
+        advice = "set it to frozen or recalibrate, or set lean.recompute"
+        yield "lean.inplace_norm", f"needs frozen BatchNorm, and norm is {config.norm}: {advice}"
     if config.hub.repo_id is not None and config.method == "none":
         yield "hub.repo_id", "is set, and method none produces nothing to push: unset it, or choose a method"

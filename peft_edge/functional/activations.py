@@ -1,75 +1,121 @@
-"""Activations and gates that save fewer bytes for the backward pass than torch's functions.
+"""Activations, gates and max-pooling that save fewer bytes for the backward pass than torch's functions.
 
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
   `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
-  anyway, `clipped_activation` saves the same tensor instead of a mask.
-- `smooth_activation`, for example for SiLU, saves its input. Later functions recompute the output from this input.
+  anyway, `clipped_activation` saves the same tensor instead of a mask. If the output can be recomputed from a tensor
+  that another function saves, such as the input of a BatchNorm in training mode, it saves nothing else.
+- `smooth_activation`, for example for SiLU, saves its input, or the inputs of the recomputation of its input.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
   `gate` and `x`. If `x` can be recomputed, the function saves the inputs of the recomputation instead of `x`.
+- `max_pool2d` saves its input in the same way, and finds the maxima again in the backward pass.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from peft_edge._compat import AutogradContext
-from peft_edge.functional.convolution import memory_format_of
-from peft_edge.functional.recompute import Recompute, can_overwrite, get_recompute, set_recompute
+from peft_edge.functional.recompute import (
+    CACHED_ELEMENTS,
+    Recomputation,
+    Recompute,
+    can_overwrite,
+    get_recompute,
+    has_standard_layout,
+    set_recompute,
+)
 
-Activation = Callable[[Tensor], Tensor]
-Derivative = Callable[[Tensor, Tensor], Tensor]
-"""Maps the output gradient dY and the input x to the input gradient dX."""
+
+class Activation(Protocol):
+    """An activation, such as `F.relu`."""
+
+    def __call__(self, x: Tensor, /, *, inplace: bool = False) -> Tensor:
+        """Return the activation of x. With `inplace`, overwrite x."""
+
+
+class Derivative(Protocol):
+    """Maps the output gradient dY, and the input x or the output y, to the input gradient dX."""
+
+    def __call__(self, gradient: Tensor, value: Tensor, /, *, out: Tensor = ...) -> Tensor:
+        """Return dX, in the tensor `out` if it is given. `out` may be the tensor `gradient`."""
+
 
 Kept = Literal["output", "byte", "bit"]
 """What a clipped activation saves: its output, or a mask of one byte or one bit per element."""
-
-# On a CPU, a mask is computed for at most this many elements at once, so that temporaries stay in the cache.
-_CACHED_ELEMENTS = 1 << 19
 
 
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    If the output is neither contiguous nor channels-last, `keep` is ignored and the output is saved. `forward` must
-    compute the activation; `upper` is infinity for ReLU. With `inplace`, `forward` must overwrite and return its
-    argument. This argument is x or a one-dimensional part of x.
+    If the output can be recomputed from a tensor that another function saves, `keep` is ignored and only the inputs of
+    the recomputation are saved. If the output is neither contiguous nor channels-last, the output is saved.
+    `forward` must compute the activation for x, or for a one-dimensional part of x. `upper` is infinity for ReLU. With
+    `inplace`, the output overwrites x.
     """
-    recompute = get_recompute(x)
-    y = _ClippedActivation.apply(x, forward, upper, keep, inplace)
-    return y if recompute.is_identity else set_recompute(y, recompute.then(forward))
+    source = get_recompute(x)
+    recompute = source.then(partial(_activate, forward=forward), is_pointwise=True)
+    # If x is the output of a norm in training mode, the norm needs its own input, from which y is recomputed.
+    is_cheap = not source.is_identity and source.node.is_used
+    y = _ClippedActivation.apply(x, forward, upper, keep, inplace, recompute if is_cheap else None)
+    return y if source.is_identity else set_recompute(y, recompute)
+
+
+def _activate(x: Tensor, *, forward: Activation, overwrite: bool) -> Tensor:
+    return forward(x, inplace=overwrite)
 
 
 class _ClippedActivation(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: AutogradContext, x: Tensor, forward: Activation, upper: float, keep: Kept, inplace: bool
+        ctx: AutogradContext,
+        x: Tensor,
+        forward: Activation,
+        upper: float,
+        keep: Kept,
+        inplace: bool,
+        recompute: Recompute | None,
     ) -> Tensor:
+        ctx.upper, ctx.keep = upper, keep
+        if recompute is not None:
+            ctx.y = recompute.node.add_user()
+            ctx.save_for_backward(*recompute.inputs)
+            if inplace:
+                ctx.mark_dirty(x)
+            return forward(x, inplace=inplace)
+        ctx.y = None
         # With `inplace`, `make_mask` activates x part by part, and computes each mask while the part is in the cache.
         activates_parts = inplace and keep != "output" and has_standard_layout(x)
-        y = x if activates_parts else forward(x)
+        y = x if activates_parts else forward(x, inplace=inplace)
         if inplace:
             ctx.mark_dirty(x)
 
         def has_slope_one(part: Tensor) -> Tensor:
-            y = forward(part) if activates_parts else part
-            # `_clip_gradient(y, y, ...)` is nonzero where 0 < y < upper. Comparison operators are far slower on a CPU.
-            return (y if upper == float("inf") else _clip_gradient(y, y, upper, out=None)).bool()
+            y = forward(part, inplace=True) if activates_parts else part
+            # `_clip_gradient(y, y)` is nonzero where 0 < y < upper. Comparison operators are far slower on a CPU.
+            return (y if upper == float("inf") else _clip_gradient(y, y, upper=upper)).bool()
 
         ctx.keep = keep if has_standard_layout(y) else "output"
-        ctx.upper, ctx.stride = upper, y.stride()
+        ctx.stride = y.stride()
         ctx.save_for_backward(y if ctx.keep == "output" else make_mask(y, has_slope_one, packed=keep == "bit"))
         return y
 
     @staticmethod
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (saved,) = ctx.saved_tensors
         overwrites = can_overwrite(gradient)
+        if ctx.y is not None:
+            gradient = _map_parts(
+                partial(_clip_gradient, upper=ctx.upper), gradient, ctx.y, ctx.saved_tensors, overwrites
+            )
+            return gradient, None, None, None, None, None
+        (saved,) = ctx.saved_tensors
         if ctx.keep == "output":
-            gradient = _clip_gradient(gradient, saved, ctx.upper, out=gradient if overwrites else None)
+            gradient = _clip_gradient(gradient, saved, upper=ctx.upper, out=gradient if overwrites else None)
         else:
             if gradient.stride() != ctx.stride:
                 copied = torch.empty_strided(gradient.size(), ctx.stride, dtype=gradient.dtype, device=gradient.device)
@@ -81,10 +127,22 @@ class _ClippedActivation(torch.autograd.Function):
             else:
                 out = gradient if overwrites else torch.empty_like(gradient)
                 gradient = mask_gradient(gradient, saved, out=out)
-        return gradient, None, None, None, None
+        return gradient, None, None, None, None, None
 
 
-def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None) -> Tensor:
+def _map_parts(
+    function: Derivative, gradient: Tensor, node: Recomputation, inputs: Sequence[Tensor], overwrites: bool
+) -> Tensor:
+    """Return `function(gradient, value)` for the recomputed value of `node`, and overwrite the gradient if allowed."""
+    if torch.is_grad_enabled():
+        return function(gradient, node.value(inputs))
+    result = gradient if overwrites else torch.empty_like(gradient)
+    for value, part, out in node.parts(inputs, gradient, result):
+        function(part, value, out=out)
+    return result
+
+
+def _clip_gradient(gradient: Tensor, y: Tensor, *, upper: float, out: Tensor | None = None) -> Tensor:
     """Return `gradient` where 0 < y < upper and 0 elsewhere, in the tensor `out` unless it is None."""
     is_unbounded = upper == float("inf")
     operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward
@@ -95,26 +153,36 @@ def _clip_gradient(gradient: Tensor, y: Tensor, upper: float, out: Tensor | None
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
     """Return `forward(x)`. Save x or, if x can be recomputed, the inputs of its recomputation.
 
-    `forward` must not overwrite x. `backward` must map the gradient of the output and x to the gradient of x.
+    `backward` must map the gradient of the output and x to the gradient of x, and must
+    accept the tensor `out`.
     """
-    return set_recompute(_SmoothActivation.apply(x, forward, backward), get_recompute(x).then(forward))
+    y = _SmoothActivation.apply(x, forward, backward)
+    return set_recompute(y, get_recompute(x).then(partial(_activate, forward=forward), is_pointwise=True))
 
 
 class _SmoothActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
         ctx.forward_of_x, ctx.backward_of_x = forward, backward
-        ctx.recompute_x, inputs, _ = get_recompute(x)
+        node, inputs = get_recompute(x)
+        ctx.x = node.add_user()
         ctx.save_for_backward(*inputs)
         return forward(x)
 
     @staticmethod
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        x = ctx.recompute_x(*ctx.saved_tensors)
+        overwrites = can_overwrite(gradient)
         if torch.is_grad_enabled():
             # Autograd will differentiate this backward pass, but most of torch's backward operators have no derivative.
+            x = ctx.x.value(ctx.saved_tensors)
             return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
-        return ctx.backward_of_x(gradient, x), None, None
+        return _map_parts(ctx.backward_of_x, gradient, ctx.x, ctx.saved_tensors, overwrites), None, None
+
+
+def silu_gradient(gradient: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
+    """Return the gradient of x for SiLU, in the tensor `out` unless it is None."""
+    operator = torch.ops.aten.silu_backward
+    return operator(gradient, x) if out is None else operator.grad_input(gradient, x, grad_input=out)
 
 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
@@ -123,18 +191,19 @@ def gated_product(x: Tensor, gate: Tensor) -> Tensor:
     The function saves `gate` and x. If x can be recomputed, the function saves the inputs of the recomputation
     instead of x.
     """
-    recompute_x, inputs, num_convolutions = get_recompute(x)
+    y = _GatedProduct.apply(x, gate)
+    return set_recompute(y, get_recompute(x).then(_multiply, gate))
 
-    def recompute(gate: Tensor, *inputs: Tensor) -> Tensor:
-        return recompute_x(*inputs) * gate
 
-    return set_recompute(_GatedProduct.apply(x, gate), Recompute(recompute, (gate, *inputs), num_convolutions))
+def _multiply(x: Tensor, gate: Tensor, *, overwrite: bool) -> Tensor:
+    return x.mul_(gate) if overwrite else x * gate
 
 
 class _GatedProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor, gate: Tensor) -> Tensor:
-        ctx.recompute_x, inputs, _ = get_recompute(x)
+        node, inputs = get_recompute(x)
+        ctx.x = node.add_user()
         ctx.save_for_backward(gate, *inputs)
         return x * gate
 
@@ -142,13 +211,28 @@ class _GatedProduct(torch.autograd.Function):
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor, Tensor]:
         gate, *inputs = ctx.saved_tensors
         overwrites = can_overwrite(gradient)
-        grad_gate = (gradient * ctx.recompute_x(*inputs)).sum_to_size(gate.shape)
+        grad_gate = (gradient * ctx.x.value(inputs)).sum_to_size(gate.shape)
         return gradient.mul_(gate) if overwrites else gradient * gate, grad_gate
 
 
-def has_standard_layout(x: Tensor) -> bool:
-    """Return whether a tensor is contiguous or channels-last, without gaps between its elements."""
-    return x.is_contiguous(memory_format=memory_format_of(x))
+def max_pool2d(x: Tensor, *options: Any) -> Tensor:  # Any, because `F.max_pool2d` has overloads
+    """Return `F.max_pool2d(x, *options)`. Save x, or the inputs of its recomputation, but not the indices."""
+    return _MaxPool.apply(x, options)
+
+
+class _MaxPool(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: AutogradContext, x: Tensor, options: tuple[Any, ...]) -> Tensor:
+        node, inputs = get_recompute(x)
+        ctx.x, ctx.options = node.add_user(), options
+        ctx.save_for_backward(*inputs)
+        return F.max_pool2d(x, *options)
+
+    @staticmethod
+    def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor, None]:
+        x = ctx.x.value(ctx.saved_tensors)
+        _, indices = torch.ops.aten.max_pool2d_with_indices(x, *ctx.options)
+        return torch.ops.aten.max_pool2d_with_indices_backward(gradient, x, *ctx.options, indices), None
 
 
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
@@ -184,7 +268,7 @@ def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)
-    for block in mask.split(_CACHED_ELEMENTS if x.device.type == "cpu" else max(len(mask), 1)):
+    for block in mask.split(CACHED_ELEMENTS if x.device.type == "cpu" else max(len(mask), 1)):
         for bit in bits:
             part = elements[start : start + len(block)]
             start += len(part)

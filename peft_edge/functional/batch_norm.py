@@ -1,8 +1,23 @@
-"""A frozen BatchNorm that saves one number per channel, and a synchronised BatchNorm that also runs on CPUs."""
+"""BatchNorm that saves its input only, or one number per channel if it is frozen, and lets its output be recomputed.
+
+In formulas, m and v are the mean and the variance of each channel, over the batch or constant, n is the number of
+values per channel, w is `weight` and dY is the gradient of the output.
+
+    y = (x - m) / sqrt(v + eps) * w + bias,    xhat = (x - m) / sqrt(v + eps)
+
+The backward pass needs x, m and v, and sums over each channel (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3):
+
+    dbias = sum(dY),    dw = sum(dY xhat)
+    dX = w / sqrt(v + eps) * (dY - dbias / n - xhat dw / n)      with statistics of the batch
+    dX = w / sqrt(v + eps) * dY                                  with constant statistics
+
+The convolution before the norm computes x, so x is the one feature map that a convolution, a norm and an activation
+save together: later functions recompute y from x (see `peft_edge.functional.recompute`).
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -11,7 +26,13 @@ from torch import Tensor
 
 from peft_edge._compat import AutogradContext
 from peft_edge.functional.convolution import needs_backward
-from peft_edge.functional.recompute import can_overwrite, get_recompute, set_recompute
+from peft_edge.functional.recompute import (
+    can_overwrite,
+    get_recompute,
+    has_standard_layout,
+    iter_parts,
+    set_recompute,
+)
 
 
 def frozen_batch_norm(
@@ -23,105 +44,214 @@ def frozen_batch_norm(
     `weight` is None, the factor is 1. If `bias` is None, 0 is added. The forward pass saves one number per channel for
     the backward pass. With `inplace`, y overwrites x.
     """
-    norm = _ConstantNorm(mean, var, weight, bias, eps)
     if not needs_backward():
-        return norm.normalise(x, inplace=inplace)
-    recompute = get_recompute(x)
-    y = _FrozenBatchNorm.apply(x, norm, inplace)
-    # Store a copy of the norm, because the statistics may change before the backward pass recomputes y.
-    return y if recompute.is_identity else set_recompute(y, recompute.then(norm.snapshot().normalise))
+        return _normalise(x, mean, var, weight, bias, eps=eps, overwrite=inplace)
+    source = get_recompute(x)
+    y = _FrozenBatchNorm.apply(x, mean, var, weight, bias, eps, inplace)
+    if source.is_identity:
+        return y
+    # Copy the statistics, because they may change before the backward pass recomputes y.
+    step = partial(_normalise, eps=eps)
+    return set_recompute(y, source.then(step, mean.clone(), var.clone(), weight, bias, is_pointwise=True))
 
 
-class _ConstantNorm(NamedTuple):
-    mean: Tensor
-    var: Tensor
-    weight: Tensor | None
-    bias: Tensor | None
-    eps: float
-
-    def normalise(self, x: Tensor, *, inplace: bool = False) -> Tensor:
-        if not inplace:
-            return F.batch_norm(x, *self[:4], training=False, eps=self.eps)
-        # The second and the third output are the statistics of the batch, which are empty in eval mode.
-        out = x, self.mean.new_empty(0), self.mean.new_empty(0)
-        torch.native_batch_norm(x, self.weight, self.bias, self.mean, self.var, False, 0.0, self.eps, out=out)
-        return x
-
-    def snapshot(self) -> _ConstantNorm:
-        weight, bias = (None if value is None else value.detach().clone() for value in (self.weight, self.bias))
-        return _ConstantNorm(self.mean.detach().clone(), self.var.detach().clone(), weight, bias, self.eps)
+def _normalise(
+    x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, overwrite: bool
+) -> Tensor:
+    """Return the output of BatchNorm in eval mode, computed by the same operator as in torch."""
+    if not overwrite:
+        return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
+    # The second and the third output are the statistics of the batch, which are empty in eval mode.
+    out = x, mean.new_empty(0), mean.new_empty(0)
+    torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=out)
+    return x
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: AutogradContext, x: Tensor, norm: _ConstantNorm, inplace: bool) -> Tensor:
-        scale = torch.rsqrt(norm.var + norm.eps)
-        scale = scale if norm.weight is None else scale * norm.weight
-        ctx.save_for_backward(scale.view(1, -1, *[1] * (x.dim() - 2)))
+    def forward(
+        ctx: AutogradContext,
+        x: Tensor,
+        mean: Tensor,
+        var: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        eps: float,
+        inplace: bool,
+    ) -> Tensor:
+        scale = torch.rsqrt(var + eps)
+        scale = scale if weight is None else scale * weight
+        ctx.save_for_backward(_per_channel(scale, x))
         if inplace:
             ctx.mark_dirty(x)
-        return norm.normalise(x, inplace=inplace)
+        return _normalise(x, mean, var, weight, bias, eps=eps, overwrite=inplace)
 
     @staticmethod
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         (scale,) = ctx.saved_tensors
         overwrites = can_overwrite(gradient)
         scale = scale.to(gradient.dtype)
-        return gradient.mul_(scale) if overwrites else gradient * scale, None, None
+        return gradient.mul_(scale) if overwrites else gradient * scale, *[None] * 6
 
 
-def synchronised_batch_norm(
+def _per_channel(values: Tensor, x: Tensor) -> Tensor:
+    """Return `values`, of shape (C,), in the shape (1, C, 1, ...) with the number of dimensions of x."""
+    return values.view(1, -1, *[1] * (x.dim() - 2))
+
+
+def batch_norm(
     x: Tensor,
-    running_mean: Tensor,
-    running_var: Tensor,
+    mean: Tensor | None,
+    var: Tensor | None,
     weight: Tensor | None,
     bias: Tensor | None,
+    *,
+    training: bool,
     momentum: float,
     eps: float,
+    synchronise: bool = False,
+    inplace: bool = False,
 ) -> Tensor:
-    """Normalise x by the mean and variance over the batches of all processes, and update the running statistics.
+    """Normalise x like `F.batch_norm`. Save only x, or the inputs of its recomputation, and values per channel.
 
-    Unlike `torch.nn.SyncBatchNorm`, this function runs on CPUs. `torch.distributed` must be initialised. The arguments
-    have the meaning of those of `F.batch_norm` in training mode. Processes may have different numbers of samples. The
-    result has the dtype of x.
+    With `inplace`, y overwrites x if x can be recomputed.
+
+    In training mode, the statistics are those of the batch, and the running statistics `mean` and `var` are updated
+    unless they are None. With `synchronise`, they are those of the batches of all processes of `torch.distributed`,
+    also on CPUs (unlike `torch.nn.SyncBatchNorm`). Processes may then have different numbers of samples.
 
     Raises:
-        ValueError: If all processes together have at most one value per channel, because one value has no variance.
+        ValueError: In training mode, if there is at most one value per channel, because one value has no variance.
+        RuntimeError: If `synchronise` is set and a second derivative is needed.
     """
+    trains = needs_backward() and any(value is not None and value.requires_grad for value in (x, weight, bias))
+    if not synchronise and (torch.compiler.is_compiling() or not trains):
+        return F.batch_norm(x, mean, var, weight, bias, training, momentum, eps)
+    if training and not synchronise:
+        _check_count(x, x.numel() / x.shape[1])
+    source = get_recompute(x)
+    inplace = inplace and not source.is_identity and mean is not None
+    y, *statistics = _BatchNorm.apply(x, weight, bias, mean, var, training, momentum, eps, synchronise, inplace)
+    if not trains:
+        return y
+    step = partial(_normalise_by_batch if training else _normalise, eps=eps)
+    return set_recompute(y, source.then(step, *statistics, weight, bias, is_pointwise=True))
+
+
+def _check_count(x: Tensor, count: float) -> None:
+    if count <= 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
+
+
+def _normalise_by_batch(
+    x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, overwrite: bool
+) -> Tensor:
+    """Return the output of BatchNorm in training mode, from the mean and 1 / sqrt(v + eps) of the batch."""
+    if torch.is_grad_enabled():
+        # A second derivative also needs the derivatives of the statistics.
+        return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
+    # Both modes of torch's operator compute x * scale + (bias - mean * scale), so this result is bit-identical.
+    scale = invstd if weight is None else invstd * weight
+    return _normalise(x, mean, torch.ones_like(mean), scale, bias, eps=0.0, overwrite=overwrite)
+
+
+class _BatchNorm(torch.autograd.Function):
+    """Returns y, the mean m, and the variance v in eval mode or 1 / sqrt(v + eps) in training mode."""
+
+    @staticmethod
+    def forward(
+        ctx: AutogradContext,
+        x: Tensor,
+        weight: Tensor | None,
+        bias: Tensor | None,
+        mean: Tensor,
+        var: Tensor,
+        training: bool,
+        momentum: float,
+        eps: float,
+        synchronise: bool,
+        inplace: bool,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        node, inputs = get_recompute(x)
+        ctx.x = node.add_user()
+        ctx.training, ctx.eps, ctx.synchronises = training, eps, training and synchronise
+        ctx.count = x.numel() // x.shape[1]
+        if not training:
+            y = _normalise(x, mean, var, weight, bias, eps=eps, overwrite=inplace)
+            # Copy the statistics, because they may change before the backward pass.
+            mean, spread = mean.clone(), var.clone()
+        elif synchronise:
+            mean, spread, ctx.count = _statistics_of_all_processes(x, mean, var, momentum, eps)
+            y = _normalise_by_batch(x, mean, spread, weight, bias, eps=eps, overwrite=inplace)
+        else:
+            out = (x, torch.empty_like(mean), torch.empty_like(mean)) if inplace else None
+            y, mean, spread = torch.native_batch_norm(x, weight, bias, mean, var, True, momentum, eps, out=out)
+        if inplace:
+            ctx.mark_dirty(x)
+        ctx.save_for_backward(mean, spread, weight, *inputs)
+        ctx.mark_non_differentiable(mean, spread)
+        ctx.set_materialize_grads(False)
+        return y, mean, spread
+
+    @staticmethod
+    def backward(ctx: AutogradContext, grad_y: Tensor, *_: None) -> tuple[Tensor | None, ...]:
+        overwrites = can_overwrite(grad_y)
+        mean, spread, weight, *inputs = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad[:3]
+        x = ctx.x.value(inputs)
+        statistics = (None, None, mean, spread) if ctx.training else (mean, spread, None, None)
+        torch_backward = torch.ops.aten.native_batch_norm_backward
+        if torch.is_grad_enabled():
+            if ctx.synchronises:
+                raise RuntimeError("BatchNorm over all processes has no second derivative. Train in a single process.")
+            mask = ctx.needs_input_grad[:3]
+            return *torch_backward(grad_y, x, weight, *statistics, ctx.training, ctx.eps, mask), *[None] * 7
+        if has_standard_layout(x) and grad_y.stride() != x.stride():
+            # Pooling returns contiguous gradients even for channels-last maps.
+            grad_y, overwrites = torch.empty_like(x, dtype=grad_y.dtype).copy_(grad_y), True
+        # The gradients of the bias, sum(dY), and of the weight, sum(dY xhat).
+        sums = mean.new_zeros(2, len(mean))
+        for x_part, part in iter_parts(x, grad_y):
+            arguments = part, x_part, weight, *statistics, ctx.training, ctx.eps
+            _, product_sum, part_sum = torch_backward(*arguments, (False, True, True))
+            sums += torch.stack([part_sum, product_sum])
+        grad_bias, grad_weight = sums if weight is None else sums.to(weight.dtype)
+        grad_x = None
+        if wants_x:
+            invstd = spread if ctx.training else torch.rsqrt(spread + ctx.eps)
+            scale = invstd if weight is None else invstd * weight
+            slope = offset = torch.zeros_like(mean)
+            if ctx.training:
+                sums = sums.clone()
+                if ctx.synchronises:
+                    dist.all_reduce(sums)
+                offset, slope = -scale * sums / ctx.count
+                slope = slope * invstd
+            grad_x = grad_y if overwrites else torch.empty_like(grad_y)
+            one = torch.ones_like(mean)
+            for x_part, part, out in iter_parts(x, grad_y, grad_x):
+                # dX = scale * dY + slope * (x - m) + offset. BatchNorm in eval mode computes the last two terms.
+                rest = F.batch_norm(x_part.to(mean.dtype), mean, one, slope, offset, eps=0.0)
+                torch.addcmul(rest, part.to(mean.dtype), _per_channel(scale, part), out=out)
+        return grad_x, grad_weight if wants_weight else None, grad_bias if wants_bias else None, *[None] * 7
+
+
+def _statistics_of_all_processes(
+    x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
+) -> tuple[Tensor, Tensor, float]:
+    """Return the mean, 1 / sqrt(v + eps) and the number of values per channel, and update the running statistics."""
     dims = [0, *range(2, x.dim())]
-    shape = [1, -1, *[1] * (x.dim() - 2)]
     values = x.to(running_mean.dtype)
-    size = torch.tensor([values.numel() / values.shape[1]], dtype=torch.float64, device=x.device)
     # Sum in double precision, so that the result does not depend on how the batch is split over the processes.
-    total = _SumOverProcesses.apply(torch.cat([values.sum(dims, dtype=torch.float64), size]))
-    count = total[-1]
+    total = values.sum(dims, dtype=torch.float64)
+    total = torch.cat([total, total.new_tensor([values.numel() / values.shape[1]])])
+    dist.all_reduce(total)
+    count = float(total[-1])
     mean = (total[:-1] / count).to(values.dtype)
-    centred = values - mean.view(shape)
     # Sum again over all processes: E[x²] - E[x]² would lose all digits if the mean is much larger than the deviation.
-    square_sum = _SumOverProcesses.apply(centred.square().sum(dims, dtype=torch.float64))
-    var = (square_sum / count).to(values.dtype)
-    with torch.no_grad():
-        if count <= 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}")
-        running_mean.lerp_(mean, momentum)
-        running_var.lerp_((square_sum / (count - 1)).to(var.dtype), momentum)
-    y = centred * torch.rsqrt(var + eps).view(shape)
-    if weight is not None:
-        y = y * weight.view(shape)
-    if bias is not None:
-        y = y + bias.view(shape)
-    return y.to(x.dtype)
-
-
-class _SumOverProcesses(torch.autograd.Function):
-    """Sums a tensor over all processes. The backward pass sums the gradients of all processes."""
-
-    @staticmethod
-    def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: AutogradContext, gradient: Tensor) -> Tensor:
-        return _SumOverProcesses.forward(ctx, gradient)
+    square_sum = (values - _per_channel(mean, x)).square_().sum(dims, dtype=torch.float64)
+    dist.all_reduce(square_sum)
+    _check_count(x, count)
+    running_mean.lerp_(mean, momentum)
+    running_var.lerp_((square_sum / (count - 1)).to(running_var.dtype), momentum)
+    return mean, torch.rsqrt((square_sum / count).to(values.dtype) + eps), count

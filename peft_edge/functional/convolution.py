@@ -1,6 +1,7 @@
-"""Convolutions in one to three dimensions, separate functions for their gradients, and a frozen convolution.
+"""Convolutions in one to three dimensions, and separate functions for their gradients.
 
-Autograd's convolution saves its input even if the kernel is frozen. `frozen_convolution` saves only the kernel.
+Autograd's convolution always saves its input. `lean_convolution` saves only the kernel if the kernel is frozen. If the
+kernel is trained and the input can be recomputed, it saves the inputs of the recomputation.
 
 Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, C_out, *output size). `weight` is
 (C_out, C_in/g, *kernel) with g groups. `bias` is (C_out,) or None. In formulas, * denotes the convolution.
@@ -8,6 +9,7 @@ Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -16,6 +18,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor
 
 from peft_edge._compat import AutogradContext, ConvolutionBase, f_pad_sides, is_transforming
+from peft_edge.functional.recompute import Step, get_recompute, memory_format_of, set_recompute
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -36,9 +39,9 @@ def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
     The function pads x only if `Geometry` cannot express the padding: modes other than zeros, unequal sides and timm's
     same-padding. Otherwise the function returns x itself, and the geometry contains the padding.
     """
-    padding = conv.padding
+    padding, recompute = conv.padding, None
     if isinstance(conv, Conv2dSame):
-        x, padding = pad_same(x, conv.kernel_size, conv.stride, conv.dilation), (0, 0)
+        padding, recompute = (0, 0), partial(_pad_same, conv=conv)
     elif conv.padding_mode != "zeros" or isinstance(padding, str):
         # `sides` holds (before, after) for each dimension, the last dimension first.
         sides = f_pad_sides(conv)
@@ -46,8 +49,22 @@ def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
             padding = tuple(sides[::-2])
         else:
             mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
-            x, padding = F.pad(x, sides, mode=mode), (0,) * len(conv.kernel_size)
-    return x, Geometry(conv.stride, padding, conv.dilation, conv.groups)
+            padding, recompute = (0,) * len(conv.kernel_size), partial(_pad, sides=sides, mode=mode)
+    geometry = Geometry(conv.stride, padding, conv.dilation, conv.groups)
+    if recompute is None:
+        return x, geometry
+    padded = recompute(x)
+    if padded is not x and needs_backward():
+        set_recompute(padded, get_recompute(x).then(recompute))
+    return padded, geometry
+
+
+def _pad(x: Tensor, *, sides: tuple[int, ...], mode: str, overwrite: bool = False) -> Tensor:
+    return F.pad(x, sides, mode=mode)
+
+
+def _pad_same(x: Tensor, *, conv: Conv2dSame, overwrite: bool = False) -> Tensor:
+    return pad_same(x, conv.kernel_size, conv.stride, conv.dilation)
 
 
 def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
@@ -78,23 +95,43 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
     )[1]
 
 
-def frozen_convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-    """Convolve x with a constant kernel and bias, and save only the kernel. Only x gets a gradient.
+def lean_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *, recompute: bool = False
+) -> Tensor:
+    """Convolve x, and save x, or the inputs of its recomputation, only if the kernel is trained.
+
+    With `recompute`, later functions recompute the output instead of saving it, if the input is saved anyway.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
-    >>> y = frozen_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
+    >>> y = lean_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
     >>> [saved.shape for saved in y.grad_fn.saved_tensors]
     [torch.Size([4, 3, 3, 3])]
     """
     if not needs_backward():
         return convolution(x, weight, bias, geometry)
-    return _FrozenConvolution.apply(x, weight, bias, geometry)
+    y = _LeanConvolution.apply(x, weight, bias, geometry)
+    return note_convolution(y, x, partial(_recompute_convolution, geometry=geometry), weight, bias) if recompute else y
 
 
-class _FrozenConvolution(torch.autograd.Function):
+def note_convolution(y: Tensor, x: Tensor, step: Step, *operands: Tensor | None) -> Tensor:
+    """Note on the output y of a convolution of x how to recompute y, if another function saves the input anyway."""
+    source = get_recompute(x)
+    return set_recompute(y, source.then(step, *operands, is_convolution=True)) if source.node.inputs_are_saved else y
+
+
+def _recompute_convolution(
+    x: Tensor, weight: Tensor, bias: Tensor | None, *, geometry: Geometry, overwrite: bool
+) -> Tensor:
+    return convolution(x, weight, bias, geometry)
+
+
+class _LeanConvolution(torch.autograd.Function):
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry) -> Tensor:
-        ctx.save_for_backward(weight)
+        node, inputs = get_recompute(x)
+        trains_weight = ctx.needs_input_grad[1]
+        ctx.x = node.add_user() if trains_weight else None
+        ctx.save_for_backward(weight, *(inputs if trains_weight else ()))
         y = convolution(x, weight, bias, geometry)
         ctx.x_size, ctx.geometry, ctx.memory_format = x.shape, geometry, memory_format_of(y)
         return y
@@ -103,20 +140,19 @@ class _FrozenConvolution(torch.autograd.Function):
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
         # Pooling returns contiguous gradients even for channels-last maps. This line restores the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
-        (weight,) = ctx.saved_tensors
+        weight, *inputs = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad
+        grad_x = grad_weight = grad_bias = None
         # Under autocast the gradient and the weight have different dtypes.
-        return input_gradient(grad_y, weight.to(grad_y.dtype), ctx.x_size, ctx.geometry), None, None, None
-
-
-def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the channels-last or the contiguous memory format, depending on the strides of x, (B, C, *size).
-
-    If x has both formats or neither, the result is the contiguous format.
-    """
-    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
-    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
-        return torch.contiguous_format
-    return channels_last
+        if wants_weight:
+            x = ctx.x.value(inputs).to(grad_y.dtype)
+            grad_weight = kernel_gradient(grad_y, x, weight.shape, ctx.geometry).to(weight.dtype)
+            del x
+        if wants_bias:
+            grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
+        if wants_x:  # dX is last, because the recomputed input is freed by now
+            grad_x = input_gradient(grad_y, weight.to(grad_y.dtype), ctx.x_size, ctx.geometry)
+        return grad_x, grad_weight, grad_bias, None
 
 
 def needs_backward() -> bool:

@@ -26,22 +26,23 @@ instead of x.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peft_edge._compat import AutogradContext, version_of
+from peft_edge._compat import AutogradContext
 from peft_edge.functional.convolution import (
     Geometry,
     convolution,
     input_gradient,
     kernel_gradient,
-    memory_format_of,
     needs_backward,
+    note_convolution,
 )
-from peft_edge.functional.recompute import Recompute, get_recompute, identity_recompute, set_recompute
+from peft_edge.functional.recompute import get_recompute, memory_format_of
 
 GradientRoute = Literal["full_kernel", "low_rank"]
 
@@ -81,13 +82,12 @@ def lowrank_conv2d(
         magnitude: DoRA's m, C_out elements in any shape, or None.
         route: The route that computes dA and dB. None chooses `full_kernel` for a grouped kernel or a trainable
             magnitude, `low_rank` if A is frozen, and otherwise the result of `choose_gradient_route`.
-        recompute: Whether later functions recompute the output from x in their backward pass instead of saving the
-            output. This saves memory only if x is saved anyway.
+        recompute: Whether later functions recompute the output in their backward pass instead of saving the output, if
+            x is saved anyway.
 
     Raises:
         ValueError: If `route` is "low_rank" for a grouped kernel or a trainable magnitude.
-        RuntimeError: If a backward pass recomputes the output after a parameter was changed in place, or if a second
-            derivative needs x and x was not saved.
+        RuntimeError: If a second derivative needs x and x was not saved.
     """
     if not needs_backward():
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
@@ -99,18 +99,23 @@ def lowrank_conv2d(
     y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry, route)
     if not recompute:
         return y
-    parameters = [tensor for tensor in (weight, lora_a, lora_b, magnitude, bias) if tensor is not None]
-    versions = [version_of(tensor) for tensor in parameters]
+    step = partial(_recompute_lowrank, scaling=scaling, geometry=geometry)
+    return note_convolution(y, x, step, weight, lora_a, lora_b, magnitude, bias)
 
-    def recompute_y(x: Tensor) -> Tensor:
-        if versions != [version_of(tensor) for tensor in parameters]:
-            raise RuntimeError(
-                "lowrank_conv2d: W, A, B, the magnitude or the bias was changed in place, but the backward pass needs "
-                "the values of the forward pass. Call backward() before changing them."
-            )
-        return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
 
-    return set_recompute(y, _cheap_recompute(x).then(recompute_y, num_convolutions=1))
+def _recompute_lowrank(
+    x: Tensor,
+    weight: Tensor,
+    lora_a: Tensor,
+    lora_b: Tensor,
+    magnitude: Tensor | None,
+    bias: Tensor | None,
+    *,
+    scaling: float | Tensor,
+    geometry: Geometry,
+    overwrite: bool,
+) -> Tensor:
+    return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
 
 
 def lowrank_keeps_input(
@@ -154,10 +159,11 @@ class _LowRankConvolution(torch.autograd.Function):
             geometry.groups, trains_a=trains_a, trains_b=trains_b, trains_magnitude=trains_magnitude, route=route
         ):
             z = None
-            ctx.recompute_x, saved_x, _ = _cheap_recompute(x)
+            node, saved_x = get_recompute(x)
+            ctx.x = node.add_user()
         else:
             z = _down_projection(x, lora_a.to(x.dtype), geometry) if trains_b else None
-            ctx.recompute_x, saved_x = None, ()
+            ctx.x, saved_x = None, ()
         ctx.save_for_backward(z, weight, lora_a, lora_b, magnitude, *saved_x)
         y = convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
         ctx.x_size, ctx.memory_format = x.shape, memory_format_of(y)
@@ -169,7 +175,7 @@ class _LowRankConvolution(torch.autograd.Function):
         # Pooling returns contiguous gradients even for channels-last maps. This line restores the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         z, weight, lora_a, lora_b, magnitude, *saved_x = ctx.saved_tensors
-        x = None if ctx.recompute_x is None else ctx.recompute_x(*saved_x)
+        x = None if ctx.x is None else ctx.x.value(saved_x)
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
         dtype = grad_y.dtype  # under autocast, this is not the dtype of the parameters
@@ -239,12 +245,6 @@ def _pointwise(x: Tensor) -> Geometry:
     """Return the geometry of a 1x1 convolution of x: stride 1, no padding, dilation 1, one group."""
     dims = x.dim() - 2
     return Geometry((1,) * dims, (0,) * dims, (1,) * dims)
-
-
-def _cheap_recompute(x: Tensor) -> Recompute:
-    """Return `get_recompute(x)` if this recomputation runs at most one convolution, and otherwise the identity."""
-    recompute = get_recompute(x)
-    return recompute if recompute.num_convolutions <= 1 else identity_recompute(x)
 
 
 def _updated_kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: float | Tensor) -> Tensor:

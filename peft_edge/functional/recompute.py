@@ -1,8 +1,9 @@
 """Save memory in backward passes: recompute tensors, and overwrite gradients.
 
-- **Recompute.** A smooth activation saves its input. Another function that needs the output of the activation saves the
-  same input and recomputes the output. This costs one elementwise operation, but no additional memory. `set_recompute`
-  stores a `Recompute` on a tensor, and `get_recompute` reads it.
+- **Recompute.** A convolutional network needs to keep one feature map per convolution: BatchNorm, activations and gates
+  are elementwise, so a backward pass can recompute their outputs. Each function of this package that computes such an
+  output notes on the tensor how to recompute it (`set_recompute`). A function whose backward pass needs its input reads
+  the note (`get_recompute`), and saves the inputs of the recomputation instead of its own input.
 - **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must normally not change a
   gradient in place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer.
   On a CPU, an elementwise operation in place also takes far less time, because new memory causes page faults.
@@ -12,54 +13,168 @@ from __future__ import annotations
 
 import functools
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from peft_edge._compat import AutogradContext, no_dispatch, use_counts, version_of
 
+# A chain of recomputed convolutions contains at most this many: one inverted residual block has two cheap ones.
+_MAX_CONVOLUTIONS = 2
 
-class Recompute(NamedTuple):
-    """A function and the inputs from which it recomputes a tensor."""
+# On a CPU, elementwise operations run on at most this many elements at once, so that temporaries stay in the cache.
+CACHED_ELEMENTS = 1 << 19
 
-    function: Callable[..., Tensor]
-    """Maps `inputs` to the tensor, bit-identical to the original."""
-    inputs: tuple[Tensor, ...]
-    """Tensors that another autograd function saves anyway."""
-    num_convolutions: int = 0
-    """The number of convolutions that `function` runs. All other operations are elementwise."""
+
+Step = Callable[..., Tensor]
+"""One operation of a recomputation: `step(x, *operands, overwrite=...)`.
+
+The result must be bit-identical to the original on a CPU. With `overwrite`, the result may overwrite x.
+"""
+
+
+class Recomputation:
+    """Recomputes a tensor in the backward pass: the tensor of `parent`, followed by one `step`.
+
+    The object holds no tensors of the forward pass. Each function that uses it saves the inputs with
+    `ctx.save_for_backward`, so that checkpointing, hooks and autograd's checks of in-place changes also apply to them.
+    The output of a recomputed convolution stays in memory until the last function that called `add_user` has used it.
+    All other steps are cheap, and run again for each function.
+    """
+
+    def __init__(
+        self,
+        step: Step | None = None,
+        parent: Recomputation | None = None,
+        *,
+        num_inputs: int = 1,
+        is_pointwise: bool = False,
+        is_convolution: bool = False,
+    ) -> None:
+        self.step, self.parent = step, parent
+        self.num_inputs = num_inputs
+        """The number of inputs: those of `parent`, and the operands of `step`."""
+        self.is_pointwise = is_pointwise
+        """Whether `step` maps each element alone, with operands per channel, so that it may run on parts of a map."""
+        self.is_convolution = is_convolution
+        self.num_convolutions: int = is_convolution + (0 if parent is None else parent.num_convolutions)
+        """The number of convolutions from the first input to the tensor."""
+        self._users = 0
+        self._cached: Tensor | None = None
+        # Backward passes run without autocast, so restore the autocast settings of the forward pass.
+        self._autocast = [
+            (device, torch.get_autocast_dtype(device))
+            for device in ("cpu", "cuda")
+            if is_convolution and torch.is_autocast_enabled(device)
+        ]
 
     @property
     def is_identity(self) -> bool:
-        """Whether `inputs` contains only the tensor itself, so that recomputing the tensor saves nothing."""
-        return self.function is _identity
+        """Whether the only input is the tensor itself, so that recomputing the tensor saves nothing."""
+        return self.parent is None
 
-    def then(self, function: Callable[[Tensor], Tensor], *, num_convolutions: int = 0) -> Recompute:
-        """Return a `Recompute` that recomputes the tensor and then applies `function` to the tensor.
+    @property
+    def is_used(self) -> bool:
+        """Whether a backward pass needs the tensor, or the output of the last convolution before it, anyway."""
+        if self.parent is None or self.is_convolution:
+            return self._users > 0
+        return self.parent.is_used
 
-        `num_convolutions` is the number of convolutions that `function` runs.
+    @property
+    def inputs_are_saved(self) -> bool:
+        """Whether some function saves the first input, so that recomputing the tensor needs no additional map."""
+        return self._users > 0 if self.parent is None else self.parent.inputs_are_saved
+
+    def add_user(self) -> Recomputation:
+        """Announce one call of `value` or `parts`, and return this object."""
+        if self.parent is not None and (self._users == 0 or not self.is_convolution):
+            self.parent.add_user()
+        self._users += 1
+        return self
+
+    def value(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the tensor, for use until the caller returns.
+
+        The caller must not change the result, because later functions may use it too. They may also overwrite it.
         """
-        # Backward passes run without autocast, so restore the autocast settings of the forward pass.
-        dtypes = {
-            device: torch.get_autocast_dtype(device) for device in ("cpu", "cuda") if torch.is_autocast_enabled(device)
-        }
+        may_cache = self.is_convolution and not torch.is_grad_enabled()
+        value = self._cached if self._cached is not None and may_cache else self._compute(inputs)
+        self._users -= 1
+        self._cached = value if self._users > 0 and may_cache else None
+        return value
 
-        def recompute(*inputs: Tensor) -> Tensor:
-            with ExitStack() as stack:
-                for device, dtype in dtypes.items():
-                    stack.enter_context(torch.autocast(device, dtype))
-                return function(self.function(*inputs))
+    def _compute(self, inputs: Sequence[Tensor]) -> Tensor:
+        if self.parent is None or self.step is None:
+            return inputs[0]
+        x = self.parent.value(inputs[: self.parent.num_inputs])
+        # Nothing else holds a recomputed tensor that is not cached.
+        is_owned = not (self.parent.is_identity or self.parent._cached is not None or torch.is_grad_enabled())
+        with ExitStack() as stack:
+            for device, dtype in self._autocast:
+                stack.enter_context(torch.autocast(device, dtype))
+            return self.step(x, *inputs[self.parent.num_inputs :], overwrite=is_owned)
 
-        return Recompute(recompute, self.inputs, self.num_convolutions + num_convolutions)
+    def parts(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield parts of the tensor that fit into the cache, each with the same part of `others`.
+
+        The pointwise steps at the end run on one part at a time. `others` must have the shape of the tensor. If the
+        memory layouts differ, there is only one part.
+        """
+        node, steps = self, list[tuple[Step, Sequence[Tensor]]]()
+        while node.is_pointwise and node.parent is not None and node.step is not None:
+            steps.append((node.step, inputs[node.parent.num_inputs : node.num_inputs]))
+            node = node.parent
+        for part, *rest in iter_parts(node.value(inputs[: node.num_inputs]), *others):
+            is_owned = False
+            for step, operands in reversed(steps):
+                part, is_owned = step(part, *operands, overwrite=is_owned), True
+            yield part, *rest
+
+
+class Recompute(NamedTuple):
+    """A recomputation, and the inputs from which it recomputes a tensor."""
+
+    node: Recomputation
+    inputs: tuple[Tensor | None, ...]
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether `inputs` contains only the tensor itself."""
+        return self.node.is_identity
+
+    def then(
+        self, step: Step, *operands: Tensor | None, is_pointwise: bool = False, is_convolution: bool = False
+    ) -> Recompute:
+        """Return a `Recompute` that recomputes the tensor, and then applies `step` to the tensor and `operands`."""
+        inputs = (*self.inputs, *operands)
+        node = Recomputation(
+            step, self.node, num_inputs=len(inputs), is_pointwise=is_pointwise, is_convolution=is_convolution
+        )
+        return Recompute(node, inputs)
+
+
+class _Note(NamedTuple):
+    """What `set_recompute` stores on a tensor. The inputs of an identity are left out: they would be a cycle."""
+
+    node: Recomputation
+    inputs: tuple[Tensor | None, ...]
+    version: int
+
+    def __reduce__(self) -> tuple[type, tuple[()]]:
+        # Copies and pickles of the tensor have an empty set instead, a type that `torch.load` allows.
+        return set, ()
 
 
 def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
-    """Store `recompute` on a tensor, unless a compiler is tracing, and return the tensor."""
-    if not torch.compiler.is_compiling():
-        tensor._recompute = recompute, version_of(tensor)  # type: ignore[attr-defined]
+    """Store `recompute` on a tensor, unless a compiler is tracing, and return the tensor.
+
+    Nothing is stored if the recomputation would run more than two convolutions.
+    """
+    if not torch.compiler.is_compiling() and recompute.node.num_convolutions <= _MAX_CONVOLUTIONS:
+        tensor._recompute = _Note(*recompute, version_of(tensor))  # type: ignore[attr-defined]
     return tensor
 
 
@@ -68,20 +183,53 @@ def get_recompute(tensor: Tensor) -> Recompute:
 
     Return the identity if nothing is stored, if the tensor was changed in place, or if a compiler is tracing.
     """
-    if not torch.compiler.is_compiling():
-        recompute, version = getattr(tensor, "_recompute", (None, None))
-        if recompute is not None and version == version_of(tensor):
-            return recompute
-    return identity_recompute(tensor)
+    if torch.compiler.is_compiling() or tensor.is_inference():
+        return Recompute(Recomputation(), (tensor,))
+    note = getattr(tensor, "_recompute", None)
+    if not isinstance(note, _Note) or note.version != version_of(tensor):
+        # Store the identity as well, because it counts the functions that save the tensor.
+        note = tensor._recompute = _Note(Recomputation(), (), version_of(tensor))  # type: ignore[attr-defined]
+    return Recompute(note.node, note.inputs or (tensor,))
 
 
-def identity_recompute(tensor: Tensor) -> Recompute:
-    """Return the recomputation whose only input is the tensor itself."""
-    return Recompute(_identity, (tensor,))
+def has_standard_layout(x: Tensor) -> bool:
+    """Return whether a tensor is contiguous or channels-last, without gaps between its elements."""
+    return x.is_contiguous(memory_format=memory_format_of(x))
 
 
-def _identity(tensor: Tensor) -> Tensor:
-    return tensor
+def memory_format_of(x: Tensor) -> torch.memory_format:
+    """Return the channels-last or the contiguous memory format, depending on the strides of x, (B, C, *size).
+
+    If x has both formats or neither, the result is the contiguous format.
+    """
+    channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
+    if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
+        return torch.contiguous_format
+    return channels_last
+
+
+def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parts of tensors of the same shape, (B, C, *size), as views that fit into the cache of a CPU.
+
+    A part has the channels in dimension 1. If the memory layouts differ, the only part is the tensors themselves.
+    """
+    first = tensors[0]
+    is_common = has_standard_layout(first) and all(tensor.stride() == first.stride() for tensor in tensors)
+    if first.device.type != "cpu" or first.dim() < 2 or first.numel() <= CACHED_ELEMENTS or not is_common:
+        yield tensors
+    elif memory_format_of(first) == torch.contiguous_format:
+        rows = max(1, CACHED_ELEMENTS // first[0].numel())
+        yield from zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+    else:
+        channels = first.shape[1]
+        rows = max(1, CACHED_ELEMENTS // channels)
+        for start in range(0, first.numel() // channels, rows):
+            size = min(rows, first.numel() // channels - start)
+            # These pixels, read as an image of one column in channels-last format.
+            shape, strides = (1, channels, size, 1), (size * channels, 1, channels, channels)
+            yield tuple(
+                tensor.as_strided(shape, strides, tensor.storage_offset() + start * channels) for tensor in tensors
+            )
 
 
 def can_overwrite(gradient: Tensor) -> bool:
@@ -89,7 +237,8 @@ def can_overwrite(gradient: Tensor) -> bool:
 
     The caller must be the `backward` of an autograd function. Any other holder of the gradient increases one of three
     counts: references to the Python object, to the C++ tensor, or to the storage. The function compares these counts
-    with the counts in a backward pass without another holder.
+    with the counts in a backward pass without another holder. If the counts of this version of torch or Python do not
+    reveal another holder, the result is always False.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False
@@ -101,19 +250,39 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 
 @functools.cache
-def _counts_of_sole_holder() -> tuple[int, int, int]:
+def _counts_of_sole_holder() -> tuple[int, int, int] | None:
+    """Return the counts of a gradient without another holder; None if another holder would not change the counts."""
+    held: list[Tensor] = []
+
+    def hold(y: Tensor) -> Tensor:
+        y.register_hook(held.append)
+        return y
+
+    probe = _Probe.apply
+    with_other_holders: list[Callable[[Tensor], Tensor]] = [
+        lambda x: probe(x) + probe(x),
+        lambda x: torch.cat([probe(x), x]),
+        lambda x: hold(probe(x)),
+    ]
+    sole = _first_counts(probe)
+    others = [_first_counts(function) for function in with_other_holders]
+    return sole if sole == _first_counts(probe) and sole not in others else None
+
+
+def _first_counts(function: Callable[[Tensor], Tensor]) -> tuple[int, int, int]:
+    """Return the counts of the gradient that the first `_Probe` of `function` receives."""
+    _Probe.counts.clear()
     # Do not run this at import: a backward pass starts threads. `no_dispatch` hides the pass from FLOP and memory
     # counters.
     with no_dispatch(), torch.enable_grad():
-        x = torch.zeros(2, requires_grad=True)
-        _Probe.apply(x).square().sum().backward()
-    return _Probe.counts
+        function(torch.zeros(2, requires_grad=True)).square().sum().backward()
+    return _Probe.counts[0]
 
 
 class _Probe(torch.autograd.Function):
-    """Copies its input. The backward pass records the reference counts of a gradient without another holder."""
+    """Copies its input. The backward pass records the reference counts of its gradient."""
 
-    counts: tuple[int, int, int]
+    counts: ClassVar[list[tuple[int, int, int]]] = []
 
     @staticmethod
     def forward(ctx: AutogradContext, x: Tensor) -> Tensor:
@@ -121,7 +290,7 @@ class _Probe(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, gradient: Tensor) -> Tensor:
-        _Probe.counts = _probe(gradient)
+        _Probe.counts.append(_probe(gradient))
         return gradient
 
 

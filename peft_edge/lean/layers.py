@@ -16,10 +16,19 @@ from timm.layers import BatchNormAct2d, Conv2dSame, SEModule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peft_edge._compat import BatchNorm, ConvolutionBase, SqueezeExcite
-from peft_edge.functional.activations import Kept, clipped_activation, gated_product, smooth_activation
-from peft_edge.functional.batch_norm import frozen_batch_norm
-from peft_edge.functional.convolution import frozen_convolution, needs_backward, pad
+from peft_edge._compat import BatchNorm, ConvolutionBase, SqueezeExcite, is_in_backward
+from peft_edge.functional.activations import (
+    Activation,
+    Derivative,
+    Kept,
+    clipped_activation,
+    gated_product,
+    max_pool2d,
+    silu_gradient,
+    smooth_activation,
+)
+from peft_edge.functional.batch_norm import batch_norm, frozen_batch_norm
+from peft_edge.functional.convolution import lean_convolution, needs_backward, pad
 from peft_edge.functional.recompute import get_recompute
 from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable, mark_overwritable
 
@@ -29,7 +38,7 @@ Masks = Literal["byte", "bit", "off"]
 """The size of a mask per element. With "off", clipped activations save their output instead of a mask."""
 
 # The output of a convolution is recomputed only if it takes at most this many products per output element.
-_MAX_RECOMPUTED_PRODUCTS = 96
+_MAX_RECOMPUTED_PRODUCTS = 100
 
 # torch's pooling layers save their input, even if they need only its shape.
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -73,14 +82,18 @@ class LeanConvolution(ConvolutionBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""
-        if _trains(self):
-            return mark_overwritable(super().forward(x), self)
+        if torch.compiler.is_compiling() and _trains(self):
+            return super().forward(x)
         x, geometry = pad(self, x)
-        return mark_overwritable(frozen_convolution(x, self.weight, self.bias, geometry), self)
+        y = lean_convolution(x, self.weight, self.bias, geometry, recompute=self.lets_recompute)
+        return mark_overwritable(y, self)
 
 
 class LeanBatchNorm(BatchNorm):
-    """A BatchNorm that saves one number per channel while it is frozen and in eval mode."""
+    """A BatchNorm from whose input later layers recompute its output. If it is frozen, it does not save the input.
+
+    In training mode, gradient checkpointing repeats the forward pass. Only the first pass counts in the statistics.
+    """
 
     @property
     def keeps_input(self) -> bool:
@@ -90,10 +103,38 @@ class LeanBatchNorm(BatchNorm):
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""
         mean, var = self.running_mean, self.running_var
-        if self.keeps_input or mean is None or var is None or torch.compiler.is_compiling():
+        trains = _trains(self)
+        if torch.compiler.is_compiling() or not (needs_backward() and (x.requires_grad or trains)):
             return super().forward(x)
-        x = frozen_batch_norm(x, mean, var, self.weight, self.bias, self.eps, inplace=is_overwritable(x, self))
+        inplace = is_overwritable(x, self)
+        if self.training or mean is None or var is None:
+            counts = self.training and self.track_running_stats and not is_in_backward()
+            x = batch_norm(
+                x,
+                mean if counts else None,
+                var if counts else None,
+                self.weight,
+                self.bias,
+                training=True,
+                momentum=self._count_batch() if counts else 0.0,
+                eps=self.eps,
+                inplace=inplace,
+            )
+        elif trains:
+            x = batch_norm(
+                x, mean, var, self.weight, self.bias, training=False, momentum=0.0, eps=self.eps, inplace=inplace
+            )
+        else:
+            x = frozen_batch_norm(x, mean, var, self.weight, self.bias, self.eps, inplace=inplace)
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
+
+    def _count_batch(self) -> float:
+        """Count a batch, and return its weight in the running averages."""
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
+        if self.momentum is not None:
+            return self.momentum
+        return 0.0 if self.num_batches_tracked is None else 1.0 / float(self.num_batches_tracked)
 
 
 class LeanClippedActivation(nn.Module):
@@ -105,7 +146,8 @@ class LeanClippedActivation(nn.Module):
     feeds_product: bool = False
     """Whether a product receives the output and therefore saves the output."""
     inplace: bool
-    upper = float("inf")
+    function: Activation
+    upper: float
 
     def kept(self) -> Kept:
         """Return what `forward` saves. If x can be recomputed, `forward` saves a mask unless `masks` is "off"."""
@@ -115,13 +157,12 @@ class LeanClippedActivation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""
-        plain_forward = super().forward
         if _runs_plain(x):
-            return plain_forward(x)
+            return super().forward(x)
         # If x can be recomputed, the consumers save the inputs of the recomputation instead of this output.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
-        return clipped_activation(x, plain_forward, upper=self.upper, keep=keep, inplace=self.inplace)
+        return clipped_activation(x, type(self).function, upper=self.upper, keep=keep, inplace=self.inplace)
 
 
 class LeanSmoothActivation(nn.Module):
@@ -131,14 +172,27 @@ class LeanSmoothActivation(nn.Module):
     """
 
     keeps_input = True
-    function: Callable[[Tensor], Tensor]
-    derivative: Callable[[Tensor, Tensor], Tensor]
+    function: Activation
+    derivative: Derivative
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""
         if _runs_plain(x):
             return super().forward(x)
         return smooth_activation(x, type(self).function, type(self).derivative)
+
+
+class LeanMaxPool(nn.MaxPool2d):
+    """A max-pooling that saves its input x, or the inputs of the recomputation of x, and no indices."""
+
+    keeps_input = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the output of the original layer."""
+        if _runs_plain(x) or self.return_indices:
+            return super().forward(x)
+        sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
+        return max_pool2d(x, *([size] * 2 if isinstance(size, int) else size for size in sizes), self.ceil_mode)
 
 
 class LeanGate(nn.Module):
@@ -186,12 +240,13 @@ LeanBatchNorm1d = _lean_class(LeanBatchNorm, nn.BatchNorm1d)
 LeanBatchNorm2d = _lean_class(LeanBatchNorm, nn.BatchNorm2d)
 LeanBatchNorm3d = _lean_class(LeanBatchNorm, nn.BatchNorm3d)
 LeanBatchNormAct2d = _lean_class(LeanBatchNorm, BatchNormAct2d)
-LeanReLU = _lean_class(LeanClippedActivation, nn.ReLU)
-LeanReLU6 = _lean_class(LeanClippedActivation, nn.ReLU6, upper=6.0)
+LeanReLU = _lean_class(LeanClippedActivation, nn.ReLU, function=F.relu, upper=float("inf"))
+LeanReLU6 = _lean_class(LeanClippedActivation, nn.ReLU6, function=F.relu6, upper=6.0)
 LeanHardswish = _lean_class(
     LeanSmoothActivation, nn.Hardswish, function=F.hardswish, derivative=torch.ops.aten.hardswish_backward
 )
-LeanSiLU = _lean_class(LeanSmoothActivation, nn.SiLU, function=F.silu, derivative=torch.ops.aten.silu_backward)
+LeanSiLU = _lean_class(LeanSmoothActivation, nn.SiLU, function=F.silu, derivative=silu_gradient)
+LeanMaxPool2d = _lean_class(LeanMaxPool, nn.MaxPool2d)
 LeanSqueezeExcite = _lean_class(LeanGate, SqueezeExcite)
 LeanSEModule = _lean_class(LeanGate, SEModule)
 

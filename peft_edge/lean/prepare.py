@@ -26,15 +26,22 @@ _LEAN_ATTRIBUTES = ("inplace_norm", "recompute", "masks", "consumers", "feeds_pr
 
 
 def prepare_model_for_lean_training(
-    model: Model, *, inplace_norm: bool = False, masks: Masks = "byte", recompute: bool = False
+    model: Model,
+    *,
+    inplace_norm: bool = False,
+    masks: Masks = "byte",
+    recompute: bool = False,
+    checkpoint: bool = False,
 ) -> Model:
-    """Make the frozen layers of a convolutional network save only what the backward pass needs.
+    """Make the layers of a convolutional network save only what the backward pass needs.
 
-    Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. A frozen convolution saves
-    only its kernel. A frozen BatchNorm in eval mode saves one number per channel. ReLU saves a mask, or its output if
-    the next layer saves the output anyway. Trainable layers, and layers of all other classes, save the same tensors as
-    before. `get_peft_model` may run before or after this function. Weights, statistics, adapters and training modes may
-    change at any time. Checkpoints are unchanged.
+    Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. BatchNorm in training mode
+    or with trained weights saves its input. The activations, gates and trained convolutions after it save nothing else:
+    the backward pass recomputes their inputs. A frozen convolution saves only its kernel. A frozen BatchNorm in eval
+    mode saves one number per channel, and ReLU after it saves a mask, or its output if the next layer saves the output
+    anyway. Layers of all other classes save the same tensors as before. `get_peft_model` may run before or after this
+    function (adapters of other tuners than ours become lean only if it runs before). Weights, statistics, adapters and
+    training modes may change at any time. Saved models are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -47,19 +54,23 @@ def prepare_model_for_lean_training(
 
     Args:
         model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. The model is changed in place.
-        inplace_norm: Whether a frozen BatchNorm overwrites the output of the convolution before it, if no other layer
-            receives this output. Both layers keep their weights, so trained adapters also fit the original model. If
-            the model stores the output as an attribute, the attribute becomes the normalised tensor.
+        inplace_norm: Whether a BatchNorm that does not save the output of the convolution before it overwrites this
+            output, if no other layer receives it. Such a norm is frozen, or `recompute` is set. Both layers keep their
+            weights, so trained adapters also fit the original model. If the model stores the output as an attribute,
+            the attribute becomes the normalised tensor.
         masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
             "off", activations save their outputs instead of masks.
-        recompute: Whether later layers recompute the output of an adapted convolution, if its adapter saves the input.
-            This applies to convolutions with at most 96 products per output element, such as depthwise convolutions.
+        recompute: Whether the backward pass recomputes the outputs of cheap convolutions instead of saving them. A
+            convolution is cheap with at most 100 products per output element, such as a depthwise convolution.
+        checkpoint: Whether to switch on timm's gradient checkpointing, which runs the forward pass of each block again
+            in the backward pass. Statistics of BatchNorm count each batch once.
 
     Returns:
         The model. `undo_lean_training` restores it.
 
     Raises:
-        ValueError: If `masks` is unknown, or if `inplace_norm` is set and the model does not run on the meta device.
+        ValueError: If `masks` is unknown, if `inplace_norm` is set and the model does not run on the meta device, or if
+            `checkpoint` is set and the model does not support timm's gradient checkpointing.
     """
     if masks not in get_args(Masks):
         raise ValueError(f"masks is {masks!r}, expected one of: {', '.join(get_args(Masks))}")
@@ -74,6 +85,8 @@ def prepare_model_for_lean_training(
         # Without known consumers, activations save a mask even if the next layer saves their output.
         consumers = {}
     undo_lean_training(model)
+    if checkpoint:
+        _switch_on_checkpointing(model)
     for module in model.modules():
         if type(module) in LEAN:
             module.__class__ = LEAN[type(module)]
@@ -102,11 +115,29 @@ def undo_lean_training(model: Model) -> Model:
     )
     """
     for module in model.modules():
+        if vars(module).pop("is_checkpointed_by_lean", False):
+            module.set_grad_checkpointing(False)  # type: ignore[operator]
         if type(module) in PLAIN:
             module.__class__ = PLAIN[type(module)]
             for name in _LEAN_ATTRIBUTES:
                 vars(module).pop(name, None)
     return model
+
+
+def _switch_on_checkpointing(model: nn.Module) -> None:
+    network = next((module for module in model.modules() if hasattr(type(module), "set_grad_checkpointing")), None)
+    if getattr(network, "grad_checkpointing", False):
+        return  # the user has switched it on
+    try:
+        if network is None:
+            raise AssertionError("no module has the method set_grad_checkpointing")
+        network.set_grad_checkpointing()  # type: ignore[operator]
+    except AssertionError as error:  # raised by timm
+        raise ValueError(
+            f"checkpoint=True needs a network with timm's gradient checkpointing, found {type(model).__name__} "
+            f"({error}): leave checkpoint out"
+        ) from error
+    vars(network)["is_checkpointed_by_lean"] = True
 
 
 def _find_inplace_norms(
@@ -136,7 +167,8 @@ def _find_inplace_norms(
 def lean_summary(model: nn.Module) -> str:
     """Return a table with a count of layers, the class of these layers, and what they save for the backward pass.
 
-    Rows of layers without known behaviour say "what torch keeps", and name the first such layer.
+    Rows of layers without known behaviour say "what torch keeps", and name the first such layer. If a BatchNorm saves
+    its input, the layers after it recompute from this input what the table lists for them.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -189,6 +221,19 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
     return "nothing, and works in place" if base in inplace else "nothing of its input"
 
 
+def meta_copy(model: Model) -> Model:
+    """Return a copy of a module on the meta device, which holds no values.
+
+    >>> meta_copy(nn.Linear(4, 2)).weight.device
+    device(type='meta')
+    """
+    # deepcopy treats tensors in the memo as already copied.
+    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
+    return copy.deepcopy(model, memo).to("meta")
+
+
 PRODUCT = "*"
 """The entry in the list of consumers for a product outside of all layers."""
 FUNCTION = ""
@@ -207,7 +252,7 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
     output of the norm is listed under the activation. With `intermediates`, timm's `forward_intermediates` runs instead
     of `forward`.
     """
-    traced = copy.deepcopy(model).to("meta").train(training)
+    traced = meta_copy(model).train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
         if isinstance(module, BatchNorm) and module.momentum is None:

@@ -13,7 +13,6 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from timm.layers import BatchNormAct2d, FrozenBatchNormAct2d, SyncBatchNormAct, convert_sync_batchnorm
@@ -21,7 +20,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_edge._compat import BatchNorm, is_in_backward
-from peft_edge.functional.batch_norm import frozen_batch_norm, synchronised_batch_norm
+from peft_edge.functional.batch_norm import batch_norm, frozen_batch_norm
 from peft_edge.lean.inplace_norm import is_overwritable
 from peft_edge.tuners.adapted_layer import (
     FROZEN_NORMS,
@@ -289,15 +288,13 @@ class BatchNormLayer(AdaptedLayer):
         return mean, var, weight, bias
 
     def _normalise(self, x: Tensor, state: NormState) -> Tensor:
-        tensors, eps = self._tensors(state), self.get_base_layer().eps
+        tensors, options = self._tensors(state), {"eps": self.get_base_layer().eps, "inplace": is_overwritable(x, self)}
         if self._uses_batch_statistics(state):
-            momentum = self._count_batch(state)
-            if self._is_distributed():
-                return synchronised_batch_norm(x, *tensors, momentum, eps)
-            return F.batch_norm(x, *tensors, training=True, momentum=momentum, eps=eps)
+            momentum, synchronise = self._count_batch(state), self._is_distributed()
+            return batch_norm(x, *tensors, training=True, momentum=momentum, synchronise=synchronise, **options)
         if _requires_grad(tensors) or torch.compiler.is_compiling():
-            return F.batch_norm(x, *tensors, training=False, eps=eps)
-        return frozen_batch_norm(x, *tensors, eps, inplace=is_overwritable(x, self))
+            return batch_norm(x, *tensors, training=False, momentum=0.0, **options)
+        return frozen_batch_norm(x, *tensors, **options)
 
     def _count_batch(self, state: NormState) -> float:
         """Count a batch, and return its weight in the running averages."""

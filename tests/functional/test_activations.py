@@ -13,12 +13,13 @@ from peft_edge.functional import activations
 from peft_edge.functional.activations import (
     clipped_activation,
     gated_product,
-    has_standard_layout,
     make_mask,
     mask_gradient,
+    max_pool2d,
+    silu_gradient,
     smooth_activation,
 )
-from peft_edge.functional.recompute import get_recompute
+from peft_edge.functional.recompute import get_recompute, has_standard_layout
 
 SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
 
@@ -29,7 +30,7 @@ SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
 def test_mask_gradient_keeps_the_gradient_where_the_mask_is_set(
     size: tuple[int, ...], packed: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(activations, "_CACHED_ELEMENTS", 1000)
+    monkeypatch.setattr(activations, "CACHED_ELEMENTS", 1000)
     x, gradient = torch.randn(size, dtype=dtype), torch.randn(size, dtype=dtype)
 
     mask = make_mask(x, lambda part: part > 0.3, packed=packed)
@@ -76,7 +77,7 @@ CLIPPED = {
 }
 SMOOTH = {
     "hardswish": (F.hardswish, torch.ops.aten.hardswish_backward),
-    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "silu": (F.silu, silu_gradient),
 }
 KEPT = ["output", "byte", "bit"]
 
@@ -103,7 +104,7 @@ def test_clipped_activations_are_bit_identical_to_torch(
     expected = gradient_of(plain, x, seed)
 
     found = gradient_of(
-        lambda x: clipped_activation(x, lambda x: plain(x, inplace=inplace), keep=keep, upper=upper, inplace=inplace),
+        lambda x: clipped_activation(x, plain, keep=keep, upper=upper, inplace=inplace),
         x,
         seed,
     )
@@ -140,7 +141,7 @@ def test_smooth_activations_have_second_derivatives() -> None:
     x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
 
     def function(x: Tensor) -> Tensor:
-        return smooth_activation(x, F.silu, torch.ops.aten.silu_backward)
+        return smooth_activation(x, F.silu, silu_gradient)
 
     assert torch.autograd.gradcheck(function, x)
     assert torch.autograd.gradgradcheck(function, x)
@@ -162,9 +163,7 @@ def test_output_with_gaps_is_saved_without_a_mask() -> None:
     expected = gradient_of(lambda x: F.relu(x[:, ::2]), x, seed)
 
     found = gradient_of(
-        lambda x: clipped_activation(
-            x[:, ::2], lambda x: F.relu(x, inplace=True), upper=float("inf"), keep="bit", inplace=True
-        ),
+        lambda x: clipped_activation(x[:, ::2], F.relu, upper=float("inf"), keep="bit", inplace=True),
         x,
         seed,
     )
@@ -186,7 +185,7 @@ def test_gradient_held_by_a_hook_is_not_overwritten(keep: str) -> None:
 
 
 def activated(x: Tensor) -> Tensor:
-    return smooth_activation(x, F.silu, torch.ops.aten.silu_backward)
+    return smooth_activation(x, F.silu, silu_gradient)
 
 
 def test_gated_product_has_output_and_gradients_of_the_product() -> None:
@@ -208,9 +207,9 @@ def test_gated_product_of_an_activation_saves_the_input_of_the_activation() -> N
     product = gated_product(y, gate)
 
     assert {tensor.data_ptr() for tensor in product.grad_fn.saved_tensors} == {x.data_ptr(), gate.data_ptr()}
-    function, inputs, _ = get_recompute(product)
+    node, inputs = get_recompute(product)
     assert {tensor.data_ptr() for tensor in inputs} == {x.data_ptr(), gate.data_ptr()}
-    assert torch.equal(function(*inputs), product)
+    assert torch.equal(node.value(inputs), product)
 
 
 def test_gated_product_of_another_tensor_saves_the_tensor() -> None:
@@ -219,3 +218,24 @@ def test_gated_product_of_another_tensor_saves_the_tensor() -> None:
     product = gated_product(x, gate)
 
     assert {tensor.data_ptr() for tensor in product.grad_fn.saved_tensors} == {x.data_ptr(), gate.data_ptr()}
+
+
+def test_max_pool_saves_the_input_of_the_activation_and_equals_torch() -> None:
+    x = torch.randn(2, 3, 9, 8, dtype=torch.float64, requires_grad=True)
+    options = ((3, 3), (2, 2), (1, 1), (1, 1), True)
+    seed = torch.randn(2, 3, 5, 5, dtype=torch.float64)
+
+    y = max_pool2d(activated(x * 1), *options)
+    expected = F.max_pool2d(F.silu(x), *options)
+
+    assert torch.equal(y, expected)
+    (saved,) = y.grad_fn.saved_tensors
+    assert torch.equal(saved, x)
+    gradients = [torch.autograd.grad(output, x, seed)[0] for output in (y, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+def test_max_pool_has_second_derivatives() -> None:
+    x = torch.randn(1, 2, 6, 6, dtype=torch.float64, requires_grad=True)
+
+    assert torch.autograd.gradgradcheck(lambda x: max_pool2d(x, (2, 2), (2, 2), (0, 0), (1, 1), False).square(), x)

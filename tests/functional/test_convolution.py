@@ -13,9 +13,9 @@ from torch._subclasses import FakeTensorMode
 from peft_edge.functional.convolution import (
     Geometry,
     convolution,
-    frozen_convolution,
     input_gradient,
     kernel_gradient,
+    lean_convolution,
     pad,
 )
 from peft_edge.profiling import FlopCounter, MemoryTracker
@@ -82,31 +82,33 @@ def test_gradients_equal_autograd(kind: str) -> None:
 
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", CONVS)
-def test_frozen_convolution_equals_the_layer(kind: str) -> None:
-    conv = CONVS[kind]().double()
+@pytest.mark.parametrize("trained", [False, True])
+def test_lean_convolution_equals_the_layer(kind: str, trained: bool) -> None:
+    conv = CONVS[kind]().double().requires_grad_(trained)
     x = _input(conv, dtype=torch.float64, requires_grad=True)
+    tensors = [x, *(parameter for parameter in conv.parameters() if trained)]
 
-    y = frozen_convolution(*_arguments(conv, x))
-    y.square().sum().backward()
+    y, expected = lean_convolution(*_arguments(conv, x)), conv(x)
 
-    assert conv.weight.grad is None
-    grad, x.grad = x.grad, None
-    expected = conv(x)
-    expected.square().sum().backward()
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(grad, x.grad)
+    assert torch.equal(y, expected)
+    for ours, theirs in zip(
+        *(torch.autograd.grad(output.square().sum(), tensors) for output in (y, expected)), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("kind", ["strided", "depthwise", "conv1d"])
-def test_first_and_second_derivatives_equal_finite_differences(kind: str) -> None:
-    conv = CONVS[kind]().double().requires_grad_(False)
+@pytest.mark.parametrize("trained", [False, True])
+def test_first_and_second_derivatives_equal_finite_differences(kind: str, trained: bool) -> None:
+    conv = CONVS[kind]().double().requires_grad_(trained)
     x = _input(conv, dtype=torch.float64, requires_grad=True)
 
-    def forward(x: Tensor) -> Tensor:
-        return frozen_convolution(*_arguments(conv, x)).square()
+    def forward(x: Tensor, *_: Tensor) -> Tensor:
+        return lean_convolution(*_arguments(conv, x)).square()
 
-    assert torch.autograd.gradcheck(forward, (x,))
-    assert torch.autograd.gradgradcheck(forward, (x,))
+    tensors = (x, *(parameter for parameter in conv.parameters() if trained))
+    assert torch.autograd.gradcheck(forward, tensors)
+    assert torch.autograd.gradgradcheck(forward, tensors)
 
 
 @pytest.mark.parametrize("kind", ["dense", "pointwise", "depthwise"])
@@ -115,7 +117,7 @@ def test_memory_format_is_preserved(kind: str, memory_format: torch.memory_forma
     conv = CONVS[kind]().to(memory_format=memory_format)
     x = _input(conv).to(memory_format=memory_format).requires_grad_()
 
-    y = frozen_convolution(*_arguments(conv, x))
+    y = lean_convolution(*_arguments(conv, x))
     (grad,) = torch.autograd.grad(y, x, torch.randn_like(y))
 
     assert y.is_contiguous(memory_format=memory_format)
@@ -127,7 +129,7 @@ def test_autocast_runs_in_half_precision(inside: bool) -> None:
     conv = CONVS["dense"]()
     x = _input(conv, requires_grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        y = frozen_convolution(*_arguments(conv, x))
+        y = lean_convolution(*_arguments(conv, x))
         if inside:
             y.sum().backward()
     if not inside:
@@ -146,7 +148,7 @@ class _Frozen(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A new tensor, because the caller keeps the model's input alive.
-        return frozen_convolution(*_arguments(self.conv, x * 2))
+        return lean_convolution(*_arguments(self.conv, x * 2))
 
 
 def test_frozen_convolution_does_not_save_its_input() -> None:
@@ -178,7 +180,7 @@ def test_fake_tensors_have_the_shapes_of_real_ones(kind: str) -> None:
     x = _input(conv)
     with FakeTensorMode(allow_non_fake_inputs=True) as mode:
         fake = mode.from_tensor(x).requires_grad_()
-        y = frozen_convolution(*_arguments(conv, fake))
+        y = lean_convolution(*_arguments(conv, fake))
         (grad,) = torch.autograd.grad(y.sum(), fake)
 
     assert (y.shape, grad.shape) == (conv(x).shape, x.shape)

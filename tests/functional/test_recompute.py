@@ -2,47 +2,104 @@
 
 from __future__ import annotations
 
+import copy
+import io
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
+from peft_edge.functional import recompute
 from peft_edge.functional.activations import Kept, clipped_activation
 from peft_edge.functional.batch_norm import frozen_batch_norm
 from peft_edge.functional.recompute import can_overwrite, get_recompute, set_recompute
 
 
-def test_recompute_returns_the_tensor() -> None:
+def _exp(x: Tensor, *, overwrite: bool) -> Tensor:
+    return x.exp_() if overwrite else x.exp()
+
+
+def noted(x: Tensor, **options: bool) -> Tensor:
+    """Return exp(x) with a note how to recompute it from x."""
+    return set_recompute(x.exp(), get_recompute(x).then(_exp, **options))
+
+
+def test_recompute_returns_the_tensor_and_keeps_its_inputs() -> None:
     x = torch.randn(4)
-    y = set_recompute(x.exp(), get_recompute(x).then(torch.exp))
+    before, y = x.clone(), noted(noted(x))
 
-    recompute = get_recompute(y)
+    node, inputs = get_recompute(y)
 
-    assert not recompute.is_identity
-    assert recompute.inputs == (x,)
-    assert torch.equal(recompute.function(x), y)
-    assert torch.equal(recompute.then(torch.exp).function(x), y.exp())
+    assert not node.is_identity
+    assert inputs[0] is x
+    with torch.no_grad():
+        assert torch.equal(node.value(inputs), y)
+        assert torch.equal(node.value(inputs), y)
+    assert torch.equal(x, before)
 
 
 def test_tensor_without_a_note_recomputes_to_itself() -> None:
     x = torch.randn(4)
 
-    assert get_recompute(x).is_identity
-    assert get_recompute(x).inputs == (x,)
-    assert get_recompute(x).function(x) is x
+    node, inputs = get_recompute(x)
+
+    assert node.is_identity
+    assert inputs == (x,)
+    assert node.value(inputs) is x
 
 
 def test_tensor_changed_in_place_loses_its_note() -> None:
-    x = torch.randn(4)
-    y = set_recompute(x.exp(), get_recompute(x).then(torch.exp))
+    y = noted(torch.randn(4))
     y.add_(1.0)
 
     assert get_recompute(y).is_identity
     assert get_recompute(y).inputs[0] is y
+
+
+def test_note_is_neither_copied_nor_pickled() -> None:
+    y = noted(torch.randn(4))
+    file = io.BytesIO()
+    torch.save(y, file)
+    file.seek(0)
+
+    for other in (torch.load(file), copy.deepcopy(y)):
+        assert torch.equal(other, y)
+        assert get_recompute(other).is_identity
+
+
+def test_recomputed_convolution_is_cached_until_its_last_user() -> None:
+    calls = []
+
+    def convolve(x: Tensor, *, overwrite: bool) -> Tensor:
+        calls.append(overwrite)
+        return x * 2
+
+    x = torch.randn(4)
+    z = set_recompute(x * 2, get_recompute(x).then(convolve, is_convolution=True))
+    node, inputs = get_recompute(noted(z))
+    users = [node.add_user(), get_recompute(z).node.add_user(), node.add_user()]
+
+    with torch.no_grad():
+        results = [user.value(inputs).clone() for user in users]
+        assert len(calls) == 1
+        users[0].value(inputs)  # as in a second backward pass over the same graph
+    assert len(calls) == 2
+    assert torch.equal(results[0], (x * 2).exp())
+    assert torch.equal(results[1], x * 2)
+    assert torch.equal(results[2], (x * 2).exp())
+
+
+def test_chain_of_recomputed_convolutions_is_short() -> None:
+    y = torch.randn(4)
+    for _ in range(3):
+        y = set_recompute(y * 2, get_recompute(y).then(lambda x, overwrite: x * 2, is_convolution=True))
+
+    assert get_recompute(y).is_identity
 
 
 class _CheckOverwrite(torch.autograd.Function):
@@ -88,7 +145,7 @@ def test_gradients_from_our_layers_can_be_overwritten(keep: Kept) -> None:
 
     def function(x: Tensor, check: Callable[[Tensor], Tensor]) -> Tensor:
         y = check(frozen_batch_norm(check(x), *statistics, 1e-5))
-        return clipped_activation(y, torch.relu, upper=float("inf"), keep=keep).exp()
+        return clipped_activation(y, F.relu, upper=float("inf"), keep=keep).exp()
 
     assert can_overwrite_results(function, x) == [True, True]
 
@@ -136,9 +193,27 @@ def test_fake_tensors_give_the_same_answers() -> None:
         assert can_overwrite_results(lambda x, check: (check(x) + check(2 * x)).exp(), x) == [False, True]
 
 
-def test_can_overwrite_runs_no_visible_operators(monkeypatch: pytest.MonkeyPatch) -> None:
-    from peft_edge.functional import recompute
+@pytest.mark.parametrize("hidden", [(2,), (0, 1, 2)], ids=["storage", "all"])
+def test_nothing_is_overwritten_if_the_counts_do_not_reveal_a_holder(
+    hidden: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counts = recompute._reference_counts
+    assert can_overwrite_results(lambda x, check: check(x).exp(), torch.randn(3, requires_grad=True)) == [True]
 
+    def without_hidden(gradient: Tensor) -> tuple[int, ...]:
+        return tuple(0 if kind in hidden else count for kind, count in enumerate(counts(gradient)))
+
+    monkeypatch.setattr(recompute, "_reference_counts", without_hidden)
+    recompute._counts_of_sole_holder.cache_clear()
+    try:
+        found = can_overwrite_results(lambda x, check: check(x).exp(), torch.randn(3, requires_grad=True))
+    finally:
+        recompute._counts_of_sole_holder.cache_clear()
+
+    assert found == [False]
+
+
+def test_can_overwrite_runs_no_visible_operators(monkeypatch: pytest.MonkeyPatch) -> None:
     recompute._counts_of_sole_holder.cache_clear()
     seen = []
 

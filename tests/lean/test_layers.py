@@ -28,6 +28,7 @@ LAYERS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "ReLU6": (lambda: nn.ReLU6(inplace=True), (2, 4, 5, 5)),
     "Hardswish": (lambda: nn.Hardswish(inplace=True), (2, 4, 5, 5)),
     "SiLU": (lambda: nn.SiLU(inplace=True), (2, 4, 5, 5)),
+    "MaxPool2d": (lambda: nn.MaxPool2d(3, 2, padding=(1, 0), ceil_mode=True), (2, 4, 9, 8)),
     "SqueezeExcite": (lambda: SqueezeExcite(16, act_layer=nn.SiLU, gate_layer="hard_sigmoid"), (2, 16, 5, 5)),
     "SEModule": (lambda: SEModule(16, rd_channels=4, add_maxpool=True), (2, 16, 5, 5)),
 }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_edge._compat import f_pad_sides
+from peft_edge.lean.prepare import meta_copy
 from peft_edge.roles import is_convolution, named_convolutions
 from peft_edge.tuners.adapted_layer import (
     AdaptedLayer,
@@ -77,7 +77,7 @@ class ConvSpec:
                 f"this layer with exclude_modules=[{name!r}]."
             )
         dims = len(conv.kernel_size)
-        probe = copy.deepcopy(block).to("meta").eval()
+        probe = meta_copy(block).eval()
         inputs = [
             torch.empty(1, conv.in_channels, *[size] * dims, device="meta", dtype=conv.weight.dtype)
             for size in _PROBED_SIZES

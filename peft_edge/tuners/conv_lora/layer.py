@@ -15,11 +15,13 @@ from peft.tuners.lora import LoraLayer, dora, variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.warning import PeftWarning
 from torch import Tensor, nn
+from torch.amp import is_autocast_available
 from torch.func import functional_call
 
 from peft_edge._compat import BatchNorm
-from peft_edge.functional.convolution import convolution, frozen_convolution, memory_format_of, pad
+from peft_edge.functional.convolution import convolution, lean_convolution, pad
 from peft_edge.functional.lowrank import dora_scale, lowrank_conv2d, lowrank_keeps_input, lowrank_kernel
+from peft_edge.functional.recompute import memory_format_of
 from peft_edge.lean.inplace_norm import mark_overwritable
 from peft_edge.tuners.adapted_layer import (
     AdaptedLayer,
@@ -46,9 +48,8 @@ def check_rank(r: int, name: str) -> None:
 def _runs_in_half(weight: Tensor) -> bool:
     """Return whether a convolution with `weight` runs in half precision, because of the dtype or of autocast."""
     device = weight.device.type
-    # The meta device, on which `find_consumers` runs a copy of the model, has no autocast.
-    has_autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    is_cast = weight.dtype == torch.float32 and has_autocast
+    # torch has no autocast on the meta device, on which lean training traces the model.
+    is_cast = weight.dtype == torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device)
     runs_in = torch.get_autocast_dtype(device) if is_cast else weight.dtype
     return runs_in in _HALF
 
@@ -184,7 +185,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     def _is_observed(self, adapter: str) -> bool:
         """Return whether the base layer has hooks or a replaced forward, or Accelerate offloads adapter weights."""
-        return is_observed(self.base_layer) or any(hasattr(m, "_hf_hook") for m in self._adapter_modules(adapter))
+        return is_observed(self.base_layer) or any("_hf_hook" in vars(m) for m in self._adapter_modules(adapter))
 
     def _adapter_modules(self, adapter: str) -> list[nn.Module]:
         modules = [self.lora_A[adapter], self.lora_B[adapter]]
@@ -236,7 +237,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         weight, is_half = conv.weight, _runs_in_half(conv.weight)
         if is_half:
             # The sum of kernel and update in half precision would round the update away.
-            base_y, weight = frozen_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
+            base_y, weight = lean_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
             bias = None
         y = lowrank_conv2d(
             x,
@@ -247,7 +248,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             geometry=geometry,
             bias=bias,
             magnitude=self.lora_magnitude_vector[adapter].weight if self.use_dora[adapter] else None,
-            recompute=getattr(conv, "lets_recompute", False) and self.keeps_input and not is_half,
+            recompute=getattr(conv, "lets_recompute", False) and not is_half,
         )
         return mark_overwritable(base_y + y if is_half else y, self)
 
