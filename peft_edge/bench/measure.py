@@ -103,6 +103,10 @@ def _ours(method: str, *, lean: Mapping[str, object] | None = LEAN, norm: str = 
     )
 
 
+def _galore(model: nn.Module, lora_rank: int) -> Step:
+    return prepare_step(model, "galore", adapter={"rank": lora_rank, "norm": "stats"})
+
+
 _lora_dense = partial(_ours, "lora", target_modules="dense")
 
 REFERENCE = "full"
@@ -124,7 +128,7 @@ CONTENDERS: dict[str, Contender] = {
     "lora-project": Contender("our LoRA, project", _ours("lora", target_modules="project")),
     "lora-fa-project": Contender("our LoRA-FA, project", _ours("lora-fa", target_modules="project")),
     "dora-dense": Contender("our DoRA, dense", _ours("dora", target_modules="dense")),
-    "galore": Contender("our GaLore, dense", lambda model, rank: prepare_step(model, "galore", adapter={"rank": rank})),
+    "galore": Contender("our GaLore, dense", _galore),
 }
 """Our methods, except GaLore, use lean training with frozen in-place BatchNorm, unless the label says otherwise."""
 
