@@ -99,8 +99,8 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     """If a process fails inside the block, end all other processes of the run with exit code 1 and the reason.
 
     Otherwise the other processes would wait for the failed process, because not every launcher ends them. The failed
-    process writes the reason next to `output_dir`, where a thread of every process looks for it once a second. A process
-    whose own collective operation fails within five seconds ends by this error, and can still write its record.
+    process writes the reason next to `output_dir`, where a thread of every process looks for it once a second. A
+    process whose own collective operation fails within five seconds ends by this error, and can still write its record.
     """
     if accelerator.num_processes == 1:
         yield
