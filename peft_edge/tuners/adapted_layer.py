@@ -129,9 +129,10 @@ def innermost_layer(layer: nn.Module) -> nn.Module:
 
     If the layer is a block with a child `base_layer`, PEFT's `get_base_layer` would return this child.
     """
-    while isinstance(layer, BaseTunerLayer):
-        layer = layer.base_layer
-    return layer
+    inner: Any = layer
+    while isinstance(inner, BaseTunerLayer):
+        inner = inner.base_layer
+    return inner
 
 
 class AdaptedLayer(nn.Module, BaseTunerLayer):
@@ -155,7 +156,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
                 ) from error
             raise
 
-    def __setattr__(self, name: str, value: object) -> None:
+    def __setattr__(self, name: str, value: Any) -> None:  # Any, as in PyTorch
         if name in ("weight", "bias"):
             raise AttributeError(
                 f"layer {self.target_name!r} is adapted: its {name} cannot be assigned, as fusing or reparametrising "

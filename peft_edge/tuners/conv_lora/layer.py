@@ -352,8 +352,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         if name == "bias" and not any(self.lora_bias[adapter] for adapter in adapters):
             return None
         kernel, bias = self._compose(adapters)
+        if name == "weight":
+            return kernel
         # PEFT sets `requires_grad` of the bias (bias="lora_only"), which must not fail for a copy.
-        return kernel if name == "weight" else bias.detach()
+        return None if bias is None else bias.detach()
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         kernel, bias = self._compose(adapters)
