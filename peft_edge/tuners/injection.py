@@ -304,9 +304,9 @@ class Injection(BaseTuner):
         if not isinstance(config, self.config_class):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
             return
-        warn_of_unmatched_names(config, model)
         with unchanged_on_error(model, self, config), self._shared_modules(model):
             self._inject(config, model, adapter_name, *args, **kwargs)
+        warn_of_unmatched_names(config, model)
         warn_of_unsaved_norms(model)
 
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:

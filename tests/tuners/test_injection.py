@@ -182,7 +182,7 @@ def test_inject_adapter_in_model_works_without_a_peft_model(
 
 
 @pytest.mark.parametrize("field", ["target_modules", "modules_to_save"])
-def test_misspelt_name_beside_a_right_one_is_said(config_cls: type[PeftConfig], field: str) -> None:
+def test_misspelt_name_next_to_a_right_name_is_said(config_cls: type[PeftConfig], field: str) -> None:
     """PEFT ignores the name. A misspelt head would then be neither trained nor saved."""
     options = {"target_modules": ["conv1"], "modules_to_save": ["head"]}
     network = nn.Sequential(OrderedDict(conv1=nn.Conv2d(3, 4, 3), pool=nn.Flatten(), head=nn.Linear(4, 2)))
