@@ -131,14 +131,15 @@ def test_no_augmentation_gives_the_image_of_evaluation(data_config: dict) -> Non
 
 @pytest.mark.parametrize("train", [False, True])
 def test_large_jpeg_is_decoded_at_a_reduced_size(train: bool, tmp_path: Path, data_config: dict) -> None:
-    noise = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    Image.fromarray(noise).resize((2000, 1500), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
-    whole = Image.open(tmp_path / "a.jpg").convert("RGB")
-    assert read_rgb(Image.open(tmp_path / "a.jpg"), shrink=16).size == (250, 188)
-    assert read_rgb(Image.open(tmp_path / "a.jpg"), shrink=3.9).size == whole.size
+    colours = np.random.default_rng(0).integers(0, 256, (3, 4, 3), dtype=np.uint8)
+    Image.fromarray(colours).resize((2000, 1500), Image.Resampling.BICUBIC).save(tmp_path / "a.jpg", quality=95)
+    file = {"path": str(tmp_path / "a.jpg"), "bytes": None}
+    whole = open_image(file).convert("RGB")
+    assert read_rgb(open_image(file), shrink=16).size == (250, 188)
+    assert read_rgb(open_image(file), shrink=3.9).size == whole.size
     transform = build_transform({**data_config, "mean": (0, 0, 0), "std": (1, 1, 1)}, train=train, augment="photo")
     found = []
-    for image in (whole, Image.open(tmp_path / "a.jpg")):
+    for image in (whole, open_image(file)):
         torch.manual_seed(1)
         found.append(transform(image))
     assert (found[0] - found[1]).abs().mean() * 255 < 1
