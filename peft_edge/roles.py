@@ -6,6 +6,7 @@ therefore depend on groups, kernel size and channels instead of names. Importing
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, TypeGuard
 
@@ -134,3 +135,14 @@ def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
         return stages[-1]
     last = [name for name in convolutions if name.startswith(f"{stack}.")][-1]
     return ".".join(last.split(".")[: stack.count(".") + 2])
+
+
+def meta_copy(model: nn.Module) -> nn.Module:
+    """Return a copy of a module on the meta device, which needs no memory. Tied parameters stay tied."""
+    from torch import nn
+
+    # deepcopy treats tensors in the memo as already copied.
+    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
+    for parameter in model.parameters():
+        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
+    return copy.deepcopy(model, memo)

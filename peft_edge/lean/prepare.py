@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -18,6 +17,7 @@ from torch.overrides import TorchFunctionMode
 from peft_edge._compat import BatchNorm, ConvolutionBase, leaves
 from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, base_layer, inplace_norms
 from peft_edge.lean.layers import LEAN, PLAIN, Function, LeanBatchNorm, LeanClippedActivation, LeanConvolution, Masks
+from peft_edge.roles import meta_copy
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -219,19 +219,6 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
     if keeps_input:
         return "its input"
     return "nothing, and works in place" if base in inplace else "nothing of its input"
-
-
-def meta_copy(model: Model) -> Model:
-    """Return a copy of a module on the meta device, which holds no values.
-
-    >>> meta_copy(nn.Linear(4, 2)).weight.device
-    device(type='meta')
-    """
-    # deepcopy treats tensors in the memo as already copied.
-    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), parameter.requires_grad)
-    return copy.deepcopy(model, memo).to("meta")
 
 
 PRODUCT = "*"

@@ -22,9 +22,10 @@ from peft_edge.methods import OPTIMIZERS, find_method, training_memory_format
 from peft_edge.optim import update_in_backward
 from peft_edge.profiling.flops import Accounting, FlopCount, FlopCounter
 from peft_edge.profiling.memory import MemoryProfile, MemoryTracker
-from peft_edge.profiling.step import Inputs, fake_copy, logits_of, meta_copy, take_step
+from peft_edge.profiling.step import Inputs, fake_copy, logits_of, take_step
 from peft_edge.profiling.tables import step_rows
 from peft_edge.records import StepProfile
+from peft_edge.roles import meta_copy
 
 MakeOptimizer = Callable[[list[nn.Parameter]], Optimizer]
 

@@ -236,14 +236,6 @@ def copy_together(
     return model_copy, optimizer_copy
 
 
-def meta_copy(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device, which needs no memory. Tied parameters stay tied."""
-    memo: dict[int, object] = {id(buffer): buffer.to("meta") for buffer in model.buffers()}
-    for parameter in model.parameters():
-        memo[id(parameter)] = nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-    return copy.deepcopy(model, memo)
-
-
 class _FakeMode(_compat.FakeMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         if func is torch.ops.aten.rand.default and list(args[0]) == [1]:

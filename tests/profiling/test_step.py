@@ -18,9 +18,9 @@ from peft_edge.profiling.step import (
     StepLocation,
     ancestors,
     fake_copy,
-    meta_copy,
     take_step,
 )
+from peft_edge.roles import meta_copy
 
 
 class Log(TorchDispatchMode):

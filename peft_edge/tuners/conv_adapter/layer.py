@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from peft_edge._compat import f_pad_sides
-from peft_edge.lean.prepare import meta_copy
-from peft_edge.roles import is_convolution, named_convolutions
+from peft_edge.roles import is_convolution, meta_copy, named_convolutions
 from peft_edge.tuners.adapted_layer import (
     AdaptedLayer,
     call_with_forward,
