@@ -293,15 +293,13 @@ def find_plan(
     """
     from tqdm.auto import tqdm
 
-    from peft_edge.profiling.analysis import supports_checkpointing
-
     found = [] if records is None else list(read_archive(records).finished.values())
     name = getattr(backbone, "name_or_path", "")
     same = [record for record in found if record.run_info.train_config["backbone"]["name"] == name]
     known = evidence(same or found)
     step = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
     fitting, exceeding = [], []
-    can_checkpoint = supports_checkpointing(backbone)
+    can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
         # Method, layers, and index of the setting that the step needs. More layers need at least this setting.
@@ -328,6 +326,17 @@ def find_plan(
         is_same_backbone=bool(same),
         library_bytes=library_bytes,
     )
+
+
+def _can_checkpoint(backbone: nn.Module) -> bool:
+    """Return whether timm can checkpoint the blocks of a network."""
+    from peft_edge.profiling.step import meta_copy
+
+    try:
+        meta_copy(backbone).set_grad_checkpointing(True)  # type: ignore[operator]
+    except (AttributeError, AssertionError):
+        return False
+    return True
 
 
 def _placements(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, get_peft_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim import Optimizer
@@ -86,8 +86,7 @@ def analyse(
         optimizer: A key of `OPTIMIZERS`, or a function that maps the list of trainable parameters to an optimizer. None
             omits the update.
         adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. Requires a method name.
-        lean: Arguments of `prepare_model_for_lean_training`, and `checkpoint` for timm's gradient checkpointing. None
-            does not call this function.
+        lean: Arguments of `prepare_model_for_lean_training`. None does not call this function.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments. Tensors may be on the
             meta device. The default is images of shape (batch_size, 3, image_size, image_size). For text models of
             transformers, the default is token ids of shape (batch_size, sequence_length).
@@ -175,10 +174,7 @@ def prepare_step(
     if isinstance(method, str):
         model = model.to(memory_format=training_memory_format(model))
     if lean is not None:
-        layer_options = {name: value for name, value in lean.items() if name != "checkpoint"}
-        model = prepare_model_for_lean_training(model, **layer_options)
-        if lean.get("checkpoint"):
-            _checkpoint_blocks(model.get_base_model() if isinstance(model, PeftModel) else model)
+        model = prepare_model_for_lean_training(model, **lean)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if not trained or optimizer is None:
         return model, None
@@ -191,22 +187,6 @@ def prepare_step(
     build = find_method(method).optimizer
     # The learning rate does not affect FLOPs or memory.
     return model, None if build is None else build(model, optimizer, options, lr=1e-3, weight_decay=0.0)
-
-
-def supports_checkpointing(model: nn.Module) -> bool:
-    """Return whether timm can checkpoint the blocks of a model."""
-    try:
-        _checkpoint_blocks(meta_copy(model))
-    except ValueError:
-        return False
-    return True
-
-
-def _checkpoint_blocks(model: nn.Module) -> None:
-    try:
-        model.set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AttributeError, AssertionError) as error:
-        raise ValueError(f"{type(model).__name__} has no gradient checkpointing of timm: omit checkpoint") from error
 
 
 def classification_loss(output: object) -> Tensor:
