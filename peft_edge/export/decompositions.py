@@ -27,6 +27,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
         table[operator] = _frozen_batch_norm
     for operator in (aten.hardswish.default, aten.hardsigmoid.default, aten.silu.default):
         table.pop(operator, None)  # ONNX has these operators
+    table[aten.copy.default] = _copy
     table[aten.convolution_backward.default] = _convolution_backward
     table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
     table[aten.threshold_backward.default] = _threshold_backward
@@ -34,6 +35,10 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     table[aten.hardswish_backward.default] = _hardswish_backward
     table[aten.hardsigmoid_backward.default] = _hardsigmoid_backward
     return table
+
+
+def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    return source.to(target.dtype).expand(target.shape)
 
 
 # The gradients of activations multiply with a mask, because `Where` in ONNX Runtime allocates two more tensors.

@@ -1,8 +1,8 @@
 """Convert a captured graph to ONNX, with the standard operators of opset 20 and floating-point values in float32.
 
-The ONNX nodes have the order of the fx nodes. `_OPERATORS` maps PyTorch operators to functions. Each function appends
-the ONNX nodes for one fx node, and returns the name of the result. Operators that are missing in `_OPERATORS` cause an
-error.
+The ONNX nodes have the order of the fx nodes, except where `onnx_order` moves a node. `_OPERATORS` maps PyTorch
+operators to functions. Each function appends the ONNX nodes for one fx node, and returns the name of the result.
+Operators that are missing in `_OPERATORS` cause an error.
 """
 
 from __future__ import annotations
@@ -15,7 +15,8 @@ import numpy as np
 import torch
 from torch import Tensor, fx
 
-from peft_edge.export.train_step import CapturedGraph
+from peft_edge.export.onnx_order import schedule_masks
+from peft_edge.export.train_step import CORRECT, LABELS, CapturedGraph
 from peft_edge.files import requires_extra
 
 if TYPE_CHECKING:
@@ -92,6 +93,10 @@ class _Writer:
                     self.nodes.append(self.onnx.helper.make_node("Identity", [self.names[result]], [name]))
                     outputs.append(self._value_info(name, result, any_batch_size and not outputs))
         self._rename_outputs()
+        if CORRECT in self.graph.outputs:
+            self.nodes = schedule_masks(
+                self.nodes, self.initializers, batch=self.graph.inputs[0], labels=LABELS, correct=CORRECT
+            )
         helper = self.onnx.helper
         written = helper.make_graph(self.nodes, "peft_edge", inputs, outputs, self.initializers)
         model = helper.make_model(
@@ -105,7 +110,7 @@ class _Writer:
         """Append an ONNX node, and return the name of the first output. Further outputs end in `.1`, `.2`, ..."""
         name = f"v{len(self.nodes)}"
         results = [name, *(f"{name}.{index}" for index in range(1, outputs))]
-        self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), results, **attributes))
+        self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), results, name, **attributes))
         return name
 
     def initializer(self, name: str, value: Tensor | np.ndarray) -> str:

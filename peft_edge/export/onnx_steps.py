@@ -29,14 +29,12 @@ Read = Callable[[str], np.ndarray]
 def open_session(file: Path) -> onnxruntime.InferenceSession:
     """Open an ONNX file with options that save memory.
 
-    ONNX Runtime then runs the nodes in the order of the file. Only basic optimizations are enabled, because extended
-    fusions would change this order. ONNX Runtime frees each tensor after its last use, and does not keep the memory for
-    a later tensor of the same shape.
+    ONNX Runtime then runs the nodes in the order of the file, unless its optimizations replace them. After its last
+    use, the memory of a tensor is free for all other tensors, not only for a later tensor of the same shape.
     """
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
+    options.enable_mem_pattern = options.enable_mem_reuse = False
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])

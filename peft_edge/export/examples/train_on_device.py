@@ -23,8 +23,7 @@ def open_file(file: Path) -> onnxruntime.InferenceSession:
     """Open an ONNX file with options that save memory: run nodes in the order of the file, and free tensors early."""
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
-    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-    options.enable_cpu_mem_arena = options.enable_mem_pattern = options.enable_mem_reuse = False
+    options.enable_mem_pattern = options.enable_mem_reuse = False
     options.log_severity_level = 3
     return onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
 

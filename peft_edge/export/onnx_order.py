@@ -1,0 +1,161 @@
+"""Add dependencies to an ONNX training step, so that runtimes need little memory in any valid order of its nodes.
+
+A frozen activation needs only a mask (a byte for each element) in the backward pass. A runtime may run nodes in any
+order that respects the inputs of each node. Two orders waste memory:
+
+- The mask is computed in the backward pass. Until then, the activation itself stays in memory, with four bytes for
+  each element. ONNX Runtime's default order does this.
+- The mask is converted to floating point in the forward pass, or another factor of the backward pass is computed there.
+  ONNX Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced nodes.
+
+The added nodes exclude both orders. They compute the sizes of tensors, which takes no time, and change no value.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from onnx import NodeProto, TensorProto
+
+_LOGIC = {"Less", "LessOrEqual", "Greater", "GreaterOrEqual", "Equal", "And", "Or", "Not"}
+_BOOL, _FLOAT = 9, 1  # codes of onnx.TensorProto
+
+
+def schedule_masks(
+    nodes: Sequence[NodeProto], initializers: Sequence[TensorProto], *, batch: str, labels: str, correct: str
+) -> list[NodeProto]:
+    """Return the nodes of a training step with added dependencies, in a valid order.
+
+    Args:
+        nodes: The nodes. Masks that the forward pass should compute precede the loss.
+        initializers: The constants of the graph.
+        batch: Name of the input with the images.
+        labels: Name of the input with the labels. A value that depends on this input is not available in the forward
+            pass.
+        correct: Name of the output that will also depend on the masks.
+    """
+    return _Scheduler(nodes, initializers, batch, labels).schedule(correct)
+
+
+class _Scheduler:
+    """Collect the nodes of the new graph in `keyed`. Each key states where a node should be, if its inputs allow it."""
+
+    def __init__(
+        self, nodes: Sequence[NodeProto], initializers: Sequence[TensorProto], batch: str, labels: str
+    ) -> None:
+        self.nodes = list(nodes)
+        self.scalars = {each.name for each in initializers if not each.dims and each.data_type == _FLOAT}
+        self.made = {name: index for index, node in enumerate(nodes) for name in node.output}
+        self.users: dict[str, list[int]] = {}
+        for index, node in enumerate(nodes):
+            for name in dict.fromkeys(node.input):
+                self.users.setdefault(name, []).append(index)
+        self.late, self.of_batch = self._dependent(labels), self._dependent(batch)
+        self.keyed: list[tuple[tuple[int, int], NodeProto]] = []
+        self._gates: dict[tuple[str, int], str] = {}
+
+    def schedule(self, correct: str) -> list[NodeProto]:
+        if correct not in self.made:
+            return self.nodes
+        forward = self._ancestors(correct)
+        loss = min(index for index in self.late if index in self.of_batch)  # the first node of loss and backward pass
+        masks = []
+        for index, node in enumerate(self.nodes):
+            if index in forward or index in self.late or index not in self.of_batch:
+                continue
+            # This node belongs to the backward pass, but depends only on values of the forward pass.
+            if node.op_type == "Cast" and self._is_early_mask(node.input[0], loss):
+                masks.append(node.input[0])
+                node.input[0] = self._add(index, "And", [node.input[0], self._gate(index, _BOOL)])
+            elif index > loss:
+                for position, name in enumerate(node.input):
+                    if name in self.scalars:
+                        node.input[position] = self._add(index, "Mul", [name, self._gate(index, _FLOAT)])
+        if masks:
+            self._tie(correct, list(dict.fromkeys(masks)))
+        return self._sorted()
+
+    def _dependent(self, source: str) -> set[int]:
+        names, found = {source}, set()
+        for index, node in enumerate(self.nodes):
+            if not names.isdisjoint(node.input):
+                names.update(node.output)
+                found.add(index)
+        return found
+
+    def _ancestors(self, name: str) -> set[int]:
+        found: set[int] = set()
+        pending = [self.made[name]]
+        while pending:
+            index = pending.pop()
+            if index not in found:
+                found.add(index)
+                pending += [self.made[each] for each in self.nodes[index].input if each in self.made]
+        return found
+
+    def _is_early_mask(self, name: str, loss: int) -> bool:
+        index = self.made.get(name, loss)
+        return index < loss and self.nodes[index].op_type in _LOGIC
+
+    def _gate(self, index: int, code: int) -> str:
+        """Return the name of a scalar 1 (or True) that is available when the gradient for node `index` is available."""
+        seen, pending = set(), [index]
+        while pending:
+            current = pending.pop()
+            if current not in seen:
+                seen.add(current)
+                if current not in self.late:
+                    pending += [user for name in self.nodes[current].output for user in self.users.get(name, [])]
+        first = min(seen & self.late)
+        gradient = next(name for name in self.nodes[first].input if self.made.get(name) in self.late)
+        if (gradient, _BOOL) not in self._gates:
+            size = self._add(index, "Size", [gradient])
+            self._gates[gradient, _BOOL] = self._add(index, "Cast", [size], to=_BOOL)
+        if (gradient, code) not in self._gates:
+            self._gates[gradient, code] = self._add(index, "Cast", [self._gates[gradient, _BOOL]], to=code)
+        return self._gates[gradient, code]
+
+    def _tie(self, correct: str, masks: list[str]) -> None:
+        """Multiply the output `correct` by 1, computed from the sizes of all masks."""
+        index = self.made[correct]
+        self.nodes[index].output[0] = f"{correct}.counted"
+        # By default, ONNX Runtime computes the inputs of a node in descending order of their positions in the file. The
+        # sizes therefore follow the forward pass, and have the order of the backward pass.
+        masks.sort(key=self.made.__getitem__, reverse=True)
+        sizes = [self._add(index + 1, "Size", [mask]) for mask in masks]
+        some = self._add(index + 1, "Cast", [self._add(index + 1, "Max", sizes)], to=_BOOL)
+        one = self._add(index + 1, "Cast", [some], to=_FLOAT)
+        self._add(index + 1, "Mul", [f"{correct}.counted", one], output=correct)
+
+    def _add(self, index: int, kind: str, inputs: list[str], output: str = "", **attributes: int) -> str:
+        """Add a node in front of node `index`, and return the name of its output."""
+        from onnx import helper
+
+        name = output or f"order{len(self.keyed)}"
+        self.keyed.append(((index, len(self.keyed)), helper.make_node(kind, inputs, [name], name, **attributes)))
+        return name
+
+    def _sorted(self) -> list[NodeProto]:
+        """Return all nodes, sorted topologically. Among the nodes that are ready, the smallest key is first."""
+        added = len(self.keyed)
+        keyed = self.keyed + [((index, added), node) for index, node in enumerate(self.nodes)]
+        made = {name: place for place, (_, node) in enumerate(keyed) for name in node.output}
+        waits = [{made[name] for name in node.input if name in made} for _, node in keyed]
+        users: list[list[int]] = [[] for _ in keyed]
+        for place, sources in enumerate(waits):
+            for source in sources:
+                users[source].append(place)
+        ready = [(key, place) for place, (key, _) in enumerate(keyed) if not waits[place]]
+        heapq.heapify(ready)
+        found = []
+        while ready:
+            _, place = heapq.heappop(ready)
+            found.append(keyed[place][1])
+            for user in users[place]:
+                waits[user].discard(place)
+                if not waits[user]:
+                    heapq.heappush(ready, (keyed[user][0], user))
+        return found
