@@ -66,6 +66,7 @@ CASES: dict[str, tuple[Callable[..., Tensor], tuple[Tensor, ...]]] = {
     "pad": (lambda x: F.pad(x, (1, 2, 0, 1), value=2.0), (X,)),
     "negative pad": (lambda x: F.pad(x, (-1, 1, -2, 0)), (X,)),
     "constants": (lambda x: x + torch.full_like(x, 2) + torch.full((4,), 3.0) + torch.arange(4), (X,)),
+    "copy": (lambda x: x.new_empty(2, 3, 4, 4).copy_(x[:1].relu()), (X,)),
     "cast": (lambda x: (x > 0).to(x.dtype) * x.to(torch.float64), (X,)),
     "convolution": (lambda x, w: F.conv2d(x, w, None, 2, 1, 1, 3), (X, W)),
     "convolution with bias": (lambda x, w: F.conv2d(x, w, w[:, 0, 0, 0], 1, 2, 2), (X, W.reshape(1, 3, 3, 3))),

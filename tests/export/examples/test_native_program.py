@@ -74,7 +74,7 @@ def arguments(native: Path, state: Path, *options: object) -> list[str]:
 def test_native_program_learns_goes_on_and_comes_home(program: list[str], native: Path, tmp_path: Path) -> None:
     state = tmp_path / "state"
     ended = subprocess.run(program + arguments(native, state, 50, 0.001, 0), check=True, capture_output=True, text=True)
-    losses = [float(loss) for loss in re.findall(r"loss ([\d.]+)", ended.stdout)]
+    losses = [float(loss) for loss in re.findall(r"loss (-?[\d.]+)", ended.stdout)]
     assert len(losses) == 50
     assert sum(losses[-5:]) < 0.1 * sum(losses[:5])
     once = load_file(state)
