@@ -108,25 +108,33 @@ def _everything(model: nn.Module, options: Options) -> nn.Module:
     return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 
 
+def _eval_mode(norm: nn.Module, inputs: object) -> None:
+    """Put a BatchNorm into eval mode before it runs, because `model.train()` has put it into training mode."""
+    norm.eval()
+
+
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
-    """Return a `prepare` function for one of PEFT's own adapters. The adapter includes all BatchNorm layers.
+    """Return a `prepare` function for one of PEFT's own adapters.
+
+    Unless `norm` is frozen, the adapter includes all BatchNorm layers.
 
     `names` maps keys of the configuration section `adapter` to arguments of `config`.
     """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         norm, targets = options["norm"], options["target_modules"]
-        if norm not in ("stats", "affine"):
+        if norm == "recalibrate":
             raise ValueError(
-                f"norm: {norm!r} does not work with PEFT's own adapters, which cannot fix BatchNorm's statistics: "
-                "choose stats or affine, or a method without peft- in its name"
+                "norm: 'recalibrate' does not work with PEFT's own adapters, which have no statistics of their own: "
+                "choose frozen, stats or affine, or a method without peft- in its name"
             )
         if targets in ROLES:
             targets = "|".join(map(re.escape, modules_with_role(model, targets)))
         batch_norm = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, nn.SyncBatchNorm)
         norms = [name for name, module in model.named_modules() if isinstance(module, batch_norm)]
         settings = {theirs: options[ours] for ours, theirs in names.items()}
-        settings |= {"target_modules": targets, "modules_to_save": [*head_names(model), *norms], **fixed}
+        saved = [*head_names(model), *(norms if norm != "frozen" else ())]
+        settings |= {"target_modules": targets, "modules_to_save": saved, **fixed}
         try:
             adapted = get_peft_model(model, config(**settings))
         except ValueError as error:
@@ -134,9 +142,10 @@ def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -
                 f"PEFT's own {config.__name__} does not fit this backbone: {error} To leave out grouped convolutions, "
                 "set adapter.target_modules=dense"
             ) from error
-        if norm == "stats":
-            for name in norms:
-                adapted.base_model.model.get_submodule(name).requires_grad_(False)
+        for name in norms if norm != "affine" else ():
+            module = adapted.base_model.model.get_submodule(name).requires_grad_(False)
+            if norm == "frozen":
+                module.register_forward_pre_hook(_eval_mode)
         return adapted
 
     return prepare

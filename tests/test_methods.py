@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict
 from torch import nn
 
 from peft_edge.backbones import load_backbone
@@ -25,7 +25,7 @@ def prepared(model: nn.Module, name: str, **changes: Any) -> nn.Module:
     method = find_method(name)
     options = RunConfig(output_dir="").options(method.section)
     dense = {"target_modules": "dense"} if name in ("peft-lora", "peft-dora") else {}
-    return method.prepare(model, {**options, **dense, **changes})
+    return method.prepare(model, {**options, "norm": "stats", **dense, **changes})
 
 
 def trained_names(model: nn.Module) -> set[str]:
@@ -142,9 +142,23 @@ def test_fixed_statistics_are_used_in_train_mode(backbone: nn.Module, method: st
 
 
 @pytest.mark.parametrize("method", PEERS)
-def test_peft_methods_refuse_fixed_statistics(backbone: nn.Module, method: str) -> None:
-    with pytest.raises(ValueError, match="norm: 'frozen' does not work with PEFT's own adapters"):
-        prepared(backbone, method, norm="frozen")
+def test_peft_methods_keep_frozen_statistics(backbone: nn.Module, method: str) -> None:
+    images, statistics = torch.randn(2, 3, 48, 48), {name: buffer.clone() for name, buffer in backbone.named_buffers()}
+    model = copy.deepcopy(prepared(backbone, method, norm="frozen"))  # as a run copies it
+    torch.testing.assert_close(model.train()(images), model.eval()(images))
+    model.train()(images).square().sum().backward()
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    assert norms
+    assert not any(parameter.requires_grad for norm in norms for parameter in norm.parameters())
+    found = dict(model.get_base_model().named_buffers())
+    assert all(torch.equal(found[name], value) for name, value in statistics.items() if name in found)
+    assert not any("running_mean" in name for name in get_peft_model_state_dict(model, save_embedding_layers=False))
+
+
+@pytest.mark.parametrize("method", PEERS)
+def test_peft_methods_refuse_statistics_of_their_own(backbone: nn.Module, method: str) -> None:
+    with pytest.raises(ValueError, match="norm: 'recalibrate' does not work with PEFT's own adapters"):
+        prepared(backbone, method, norm="recalibrate")
 
 
 def test_peft_lora_refuses_depthwise_convolutions_and_names_the_remedy(backbone: nn.Module) -> None:

@@ -119,7 +119,7 @@ def _with_eval_norms(build: Build) -> Build:
 
 def _ours(method: str, lean: Mapping[str, object] | None, **adapter: str) -> Build:
     def build(model: nn.Module, lora_rank: int) -> Step:
-        options = {"rank": lora_rank} if method == "galore" else adapter
+        options = {"rank": lora_rank, "norm": "stats"} if method == "galore" else adapter
         return prepare_step(model, method, lora_rank=lora_rank, adapter=options, lean=lean)
 
     return build

@@ -68,7 +68,7 @@ def profile(
         str | None,
         Option(parser=role_or_regex, metavar="ROLE|REGEX", help=f"{TARGETS_HELP}; by default the method's."),
     ] = None,
-    norm: Annotated[str, choice(NORMS, "BatchNorm mode, as in the key norm of train.py.")] = "stats",
+    norm: Annotated[str, choice(NORMS, "BatchNorm mode, as in the key norm of train.py.")] = "frozen",
     optimizer: Optimizer = "adamw",
     accounting: Annotated[Accounting, choice(get_args(Accounting), "How to count FLOPs.")] = "exact",
     json: Json = None,

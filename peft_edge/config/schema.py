@@ -262,12 +262,12 @@ class TrainingConfig(Section):
 class LeanConfig(Section):
     """Lean training: layers save only what the backward pass needs. Gradients change only by rounding."""
 
-    enabled: bool = False
+    enabled: bool = True
     """Use lean layers during training. The saved update has the same format with and without lean training."""
-    inplace_norm: bool = False
+    inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Needs
-    frozen BatchNorm, or `recompute`."""
-    masks: Literal["byte", "bit", "off"] = "byte"
+    frozen BatchNorm, or `recompute`. By default true if `norm` is frozen or recalibrate and the model can be traced."""
+    masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool = False
     """In the backward pass, recompute the outputs of cheap convolutions instead of saving these outputs."""
@@ -305,11 +305,11 @@ class RunConfig(Section):
     method: Annotated[str, _registered("METHODS", METHOD_NAMES)] = "lora"
     """Adaptation method: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter or
     galore; or PEFT's peft-lora, peft-dora, peft-loha or peft-lokr."""
-    norm: Literal["frozen", "recalibrate", "stats", "affine"] = "stats"
-    """BatchNorm in training: frozen (source statistics), recalibrate (statistics estimated once on target images),
-    stats (batch statistics) or affine (batch statistics, and trainable weight and bias). Methods none, norm-stats and
-    norm-affine ignore this key. PEFT's methods accept only stats and affine. In full and galore, BatchNorm's weight and
-    bias are always trainable."""
+    norm: Literal["frozen", "recalibrate", "stats", "affine"] = "frozen"
+    """BatchNorm in training: frozen (source statistics, which keep the accuracy on the source), recalibrate (statistics
+    estimated once on target images), stats (batch statistics) or affine (batch statistics, and trainable weight and
+    bias). Methods none, norm-stats and norm-affine ignore this key. PEFT's methods do not accept recalibrate. In full
+    and galore, BatchNorm's weight and bias are always trainable."""
     seed: Count = 0
     """Seed of the splits, the initial weights, the augmentations and the order of the images."""
     cache_dir: str | None = None
@@ -339,7 +339,7 @@ class RunConfig(Section):
         """Return the options for `Method.prepare`: `norm` and, unless `section` is None, the keys of `section`.
 
         >>> RunConfig(output_dir="runs/a").options("adapter")
-        {'norm': 'stats', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}
+        {'norm': 'frozen', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}
         """
         return {"norm": self.norm, **(getattr(self, section).model_dump() if section is not None else {})}
 

@@ -51,7 +51,7 @@ class CostSetting(Section):
         image_size: Height and width of the images in pixels.
         sequence_length: The number of tokens in a sequence.
         target_modules: A layer role or a regular expression; null means the default of the method.
-        norm: How adapters treat BatchNorm layers; null means the default of the method.
+        norm: How adapters treat BatchNorm layers; null means `stats`.
         lean: How lean activations store their masks. Null means no lean layers.
         inplace_norm: Whether lean convolutions apply the frozen BatchNorm that follows them in place.
         replay: Whether the step reads the features of the frozen layers from a cache. If true, `lean` and
@@ -181,7 +181,7 @@ def analyse_cost(network: str, setting: CostSetting) -> CostRecord:
 
 def _analyse_backbone(model: nn.Module, setting: CostSetting, **step: Any) -> Analysis:
     section = find_method(setting.method).section
-    adapter = setting.model_dump(include={"norm", "target_modules"}, exclude_none=True)
+    adapter = {"norm": "stats"} | setting.model_dump(include={"norm", "target_modules"}, exclude_none=True)
     if section == "galore":
         adapter["rank"] = setting.lora_rank
     rank = setting.lora_rank if section == "adapter" else None

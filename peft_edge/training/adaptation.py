@@ -247,7 +247,7 @@ def _train_candidate(
             recalibrate(model, (batch["pixel_values"] for batch in loader), synchronise=True)
         statistics_s = time.perf_counter() - started
     if config.lean.enabled:
-        prepare_model_for_lean_training(model, **config.lean.model_dump(exclude={"enabled"}))
+        _make_lean(model, config)
     replay = open_replay(run, model, source, target) if settings.replay else None
 
     profile: list[StepProfile] = []
@@ -279,6 +279,17 @@ def _train_candidate(
         statistics_s=statistics_s,
         statistics_flops=counter.get_total_flops(),
     )
+
+
+def _make_lean(model: nn.Module, config: RunConfig) -> None:
+    options = config.lean.model_dump(exclude={"enabled", "inplace_norm"})
+    inplace_norm = config.lean.inplace_norm
+    if inplace_norm is None:
+        with suppress(ValueError):  # the layers of a model of another method may not be traceable
+            if config.norm in ("frozen", "recalibrate"):
+                prepare_model_for_lean_training(model, inplace_norm=True, **options)
+                return
+    prepare_model_for_lean_training(model, inplace_norm=bool(inplace_norm), **options)
 
 
 def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Optimizer:

@@ -114,7 +114,7 @@ def test_convolutional_head_grows() -> None:
 
 
 def test_grow_head_grows_the_original_and_every_copy_in_modules_to_save(tiny_backbone: nn.Module) -> None:
-    config = ConvLoraConfig(r=2, target_modules=["conv_stem"], modules_to_save=["classifier"])
+    config = ConvLoraConfig(norm="stats", r=2, target_modules=["conv_stem"], modules_to_save=["classifier"])
     model = get_peft_model(tiny_backbone, config)
     model.add_adapter("other", config)
     heads = dict(head_layers(model.get_base_model()))

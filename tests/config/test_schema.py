@@ -74,7 +74,7 @@ def test_an_untrained_source_is_refused_but_a_pretrained_one_is_not(errors_of: E
             "training.max_grad_norm: needs all gradients at once",
         ),
         (
-            ["data.shift=blend", "lean.enabled=true", "lean.inplace_norm=true"],
+            ["data.shift=blend", "norm=stats", "lean.inplace_norm=true"],
             "lean.inplace_norm: needs frozen BatchNorm, and norm is stats",
         ),
         (

@@ -29,7 +29,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
     set_class_names(base, [str(digit) for digit in range(10)])
     train(base, 40, 1e-2)
     save_backbone(base, folder / "base")
-    config = ConvLoraConfig(r=2, target_modules="all-conv", modules_to_save=["classifier"])
+    config = ConvLoraConfig(norm="stats", r=2, target_modules="all-conv", modules_to_save=["classifier"])
     adapted = get_peft_model(load_backbone(str(folder / "base")), config)
     train(adapted, 4, 1e-3)
     save_adapter(adapted, folder / "adapter")

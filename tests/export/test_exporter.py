@@ -112,7 +112,9 @@ def test_exported_networks_have_the_same_logits_on_real_images(name: str, tmp_pa
     require_onnx()
     base = load_backbone(name, 10)
     images = read_images("digits", base, image_size=96).comparison[:100]
-    model = get_peft_model(base, ConvLoraConfig(target_modules="all-conv", modules_to_save=head_names(base)))
+    model = get_peft_model(
+        base, ConvLoraConfig(norm="stats", target_modules="all-conv", modules_to_save=head_names(base))
+    )
     for parameter in (parameter for key, parameter in model.named_parameters() if "lora_B" in key):
         nn.init.normal_(parameter, std=0.01)
     for batch in images.split(25):
@@ -207,7 +209,7 @@ def test_merged_network_is_plain_and_has_the_same_logits(saved: Saved, digits: I
 
 
 def test_adapter_that_cannot_be_merged_is_refused(tiny_backbone: nn.Module) -> None:
-    model = get_peft_model(tiny_backbone, ConvAdapterConfig(target_modules="depthwise"))
+    model = get_peft_model(tiny_backbone, ConvAdapterConfig(norm="stats", target_modules="depthwise"))
     message = "cannot be merged into one plain network for a device: Cannot merge adapter 'default' into layer"
     with pytest.raises(ValueError, match=message):
         merge_adapters(model)

@@ -15,7 +15,9 @@ from peft_edge import ConvLoraConfig
 
 def adapted(base: nn.Module, **options: Any) -> PeftModel:
     """Return an adapted model whose adapter, head and BatchNorm statistics differ from their initial values."""
-    config = ConvLoraConfig(**{"r": 2, "target_modules": "all-conv", "modules_to_save": ["classifier"], **options})
+    config = ConvLoraConfig(
+        **{"r": 2, "norm": "stats", "target_modules": "all-conv", "modules_to_save": ["classifier"], **options}
+    )
     model = get_peft_model(base, config)
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.1)
     with torch.enable_grad():

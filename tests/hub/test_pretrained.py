@@ -93,9 +93,9 @@ def other_weights(base: nn.Module, name: str) -> nn.Module:
 
 
 METHODS = {
-    "our LoRA": lambda: ConvLoraConfig(r=2, target_modules="all-conv", modules_to_save=["classifier"]),
+    "our LoRA": lambda: ConvLoraConfig(norm="stats", r=2, target_modules="all-conv", modules_to_save=["classifier"]),
     "norms only": lambda: ConvLoraConfig(target_modules="pointwise", norm="affine"),
-    "Conv-Adapter": lambda: ConvAdapterConfig(target_modules="pointwise", modules_to_save=["classifier"]),
+    "Conv-Adapter": lambda: ConvAdapterConfig(norm="stats", target_modules="pointwise", modules_to_save=["classifier"]),
     "PEFT's LoRA": lambda: LoraConfig(r=2, target_modules=["conv_pw", "conv_head"], modules_to_save=["classifier"]),
 }
 

@@ -24,6 +24,8 @@ SHORT = [
     "training.learning_rate=1e-2",
     "training.checkpoint_every_steps=1",
     "trackers=[]",
+    "norm=stats",
+    "lean.enabled=false",
     "profiling.every_n_steps=0",
     "--cpu",
 ]

@@ -36,7 +36,7 @@ def test_the_same_model_differs_by_nothing() -> None:
 
 
 def test_an_adapter_that_cannot_be_merged_is_checked_unmerged() -> None:
-    config = ConvAdapterConfig(target_modules="dense", activation="relu")
+    config = ConvAdapterConfig(norm="stats", target_modules="dense", activation="relu")
     model, images = get_peft_model(load_backbone("mobilenetv3_small_050"), config), torch.randn(2, 3, 32, 32)
     assert check_saved(model, merged_copy(model), images, eval_logits(model, images)) == {
         "reloaded_max_logit_difference": 0.0

@@ -10,12 +10,14 @@ from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 
 def lora_config(**kwargs: object) -> ConvLoraConfig:
     """ConvLoRA on every convolution, initialised so that it changes the output."""
-    return ConvLoraConfig(**{"r": 2, "target_modules": "all-conv", "init_lora_weights": False, **kwargs})
+    return ConvLoraConfig(
+        **{"r": 2, "norm": "stats", "target_modules": "all-conv", "init_lora_weights": False, **kwargs}
+    )
 
 
 def adapter_config(**kwargs: object) -> ConvAdapterConfig:
     """ConvAdapter on every convolution, initialised so that it changes the output."""
-    return ConvAdapterConfig(**{"target_modules": "all-conv", "init_weights": False, **kwargs})
+    return ConvAdapterConfig(**{"norm": "stats", "target_modules": "all-conv", "init_weights": False, **kwargs})
 
 
 def shifted(model: nn.Module, images: Tensor, scale: float = 2.0) -> nn.Module:

@@ -124,7 +124,7 @@ def test_feature_networks_of_timm_find_the_adapted_features(images: Tensor) -> N
     backbone = timm.create_model("mobilenetv2_035", features_only=True, feature_location="expansion").eval()
     plain = backbone(images)
 
-    model = get_peft_model(backbone, ConvLoraConfig(target_modules="all-conv"))
+    model = get_peft_model(backbone, ConvLoraConfig(norm="stats", target_modules="all-conv"))
     features = model.eval()(images)
 
     assert len(features) == len(plain) == 5

@@ -229,7 +229,7 @@ def test_child_named_base_layer_is_no_adapter(tmp_path: Path, make: Callable[[],
 def test_block_with_a_child_named_base_layer_is_adapted() -> None:
     block = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1))
     block.add_module("base_layer", nn.Conv2d(4, 4, 1))
-    model = get_peft_model(nn.Sequential(block), ConvAdapterConfig(target_modules="0")).eval()
+    model = get_peft_model(nn.Sequential(block), ConvAdapterConfig(norm="stats", target_modules="0")).eval()
     x = torch.randn(2, 3, 8, 8)
 
     torch.testing.assert_close(model(x), block(x))
@@ -240,7 +240,7 @@ def test_block_with_a_child_named_base_layer_is_adapted() -> None:
 def test_retry_after_a_refusal_trains_what_peft_trains_in_a_fresh_network() -> None:
     network = _with_transposed()
     with pytest.raises(ValueError, match="ConvTranspose2d"):
-        get_peft_model(network, ConvLoraConfig(target_modules=["0", "2"]))
+        get_peft_model(network, ConvLoraConfig(norm="stats", target_modules=["0", "2"]))
     trained = [
         {name for name, p in get_peft_model(net, cls(target_modules=["3"])).named_parameters() if p.requires_grad}
         for net, cls in ((network, ConvLoraConfig), (_with_transposed(), LoraConfig))

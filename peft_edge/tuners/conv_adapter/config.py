@@ -59,7 +59,7 @@ class ConvAdapterConfig(PeftConfig):
     kernel_size: int | None = None
     placement: Placement = "parallel"
     activation: str | None = None
-    norm: Norm = "stats"
+    norm: Norm = "frozen"
     init_weights: bool = True
 
     def __post_init__(self) -> None:

@@ -28,7 +28,8 @@ class ConvLoraConfig(LoraConfig):
         norm: How the adapter treats the BatchNorm layers. Their changes are saved, merged, switched and deleted with
             the adapter.
 
-            - `"frozen"`: the statistics of the base model, also in training mode.
+            - `"frozen"`: the statistics of the base model, also after `model.train()`. The adapter saves nothing. The
+              base model must be trained: the statistics of random weights normalise badly.
             - `"recalibrate"`: statistics of the adapter, which only `peft_edge.recalibrate` changes.
             - `"stats"`: batch statistics in training mode, running statistics of the adapter in eval mode.
             - `"affine"`: as `"stats"`, with a trainable weight and bias of the adapter.
@@ -49,7 +50,7 @@ class ConvLoraConfig(LoraConfig):
     """
 
     target_modules: list[str] | str | None = None
-    norm: Norm = "stats"
+    norm: Norm = "frozen"
     freeze_a: bool = False
 
     def __post_init__(self) -> None:

@@ -38,7 +38,9 @@ def test_untrained_adapter_keeps_the_output(backbone: str, form: str, images: Te
     if backbone == "resnet10t" and "target_modules" in options:
         options["target_modules"] = r"layer\d\.0"
 
-    model = get_peft_model(copy.deepcopy(base), ConvAdapterConfig(**{"target_modules": "all-conv", **options})).eval()
+    model = get_peft_model(
+        copy.deepcopy(base), ConvAdapterConfig(**{"norm": "stats", "target_modules": "all-conv", **options})
+    ).eval()
 
     assert any(isinstance(module, ConvAdapterLayer) for module in model.modules())
     torch.testing.assert_close(model(images), base(images))

@@ -126,7 +126,9 @@ def test_dora_gradient_treats_the_norm_as_constant() -> None:
 
 @pytest.mark.parametrize("rank", [1, 2, 4])
 def test_depthwise_layers_of_mobilenetv2_take_few_parameters(rank: int) -> None:
-    model = get_peft_model(timm.create_model("mobilenetv2_100"), ConvLoraConfig(r=rank, target_modules="depthwise"))
+    model = get_peft_model(
+        timm.create_model("mobilenetv2_100"), ConvLoraConfig(norm="stats", r=rank, target_modules="depthwise")
+    )
 
     # r (C + 3 * 3) for each of the 17 layers; the channels are from table 2 of the paper.
     channels = [32, 96, *[144] * 2, *[192] * 3, *[384] * 4, *[576] * 3, *[960] * 3]
