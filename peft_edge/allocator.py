@@ -45,5 +45,5 @@ def huge_page_state() -> str:
             elif inside and line.startswith("AnonHugePages:"):
                 return "yes" if int(line.split()[1]) else "no"
     except OSError:
-        pass
+        pass  # only Linux has this file
     return "unknown"

@@ -69,7 +69,7 @@ def find_device_options(
     from peft import PeftModel
     from tqdm.auto import tqdm
 
-    from peft_edge.export.step_memory import process_memory
+    from peft_edge.export.step_memory import runtime_process_memory
     from peft_edge.export.train_step import StepOptimizer, capture_train_step
     from peft_edge.profiling.analysis import prepare_step
 
@@ -96,7 +96,7 @@ def find_device_options(
                     target_modules=place,
                     lora_rank=rank,
                     split=split,
-                    process_bytes=process_memory(step.step),
+                    process_bytes=runtime_process_memory(step.step),
                     parameters=sum(value.numel() for value in step.adapter.values()),
                 )
             )

@@ -330,11 +330,11 @@ def find_plan(
 
 def _can_checkpoint(backbone: nn.Module) -> bool:
     """Return whether timm can checkpoint the blocks of a network."""
-    from peft_edge.profiling.step import meta_copy
+    from peft_edge.roles import meta_copy
 
     try:
         meta_copy(backbone).set_grad_checkpointing(True)  # type: ignore[operator]
-    except (AttributeError, AssertionError):
+    except (AttributeError, AssertionError):  # what timm raises for networks without this feature
         return False
     return True
 

@@ -204,7 +204,7 @@ class _Group:
         try:
             self._connections[name].send(request)
             reply: Reply = self._connections[name].recv()
-        except (EOFError, OSError):
+        except (EOFError, OSError):  # the process closed its end of the pipe
             reply = _Failure("its process died, perhaps for lack of memory")
         if isinstance(reply, _Failure):
             row.error, row.profile, row.rounds = reply.message, None, []
@@ -238,7 +238,7 @@ def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connecti
         process(target=_contend, args=arguments, daemon=True).start()
         connection.close()
     control.send(huge_page_state())
-    with suppress(EOFError):
+    with suppress(EOFError):  # until the other end is closed
         control.recv()
 
 
@@ -272,7 +272,7 @@ def _contend(
     torch.set_num_threads(int(setting["threads"]))
     memory = ProcessPeak()
     steps: _Steps | None = None
-    with suppress(EOFError):
+    with suppress(EOFError):  # until the other end is closed
         while True:
             request: Request = connection.recv()
             reply: Reply

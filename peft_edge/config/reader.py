@@ -74,7 +74,7 @@ def check_grid_keys(file: Path) -> None:
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError):
-        return
+        return  # `read_grid` reports these errors
     errors = []
     for block in content if isinstance(content, list) else [content]:
         grid = block.get("grid") if isinstance(block, dict) else None

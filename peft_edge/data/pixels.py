@@ -100,7 +100,7 @@ def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
     detail. Reduced decoding of a photograph of a phone takes about a fifth of the time.
     """
     if shrink >= 4:
-        image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))  # type: ignore[arg-type]
+        image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))
     if _orientation(image) != 1:
         image = ImageOps.exif_transpose(image)
     return to_rgb(image)

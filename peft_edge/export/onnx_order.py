@@ -135,7 +135,9 @@ class _Scheduler:
         from onnx import helper
 
         name = output or f"order{len(self.keyed)}"
-        self.keyed.append(((index, len(self.keyed)), helper.make_node(kind, inputs, [name], name, **attributes)))
+        self.keyed.append(
+            ((index, len(self.keyed)), helper.make_node(kind, inputs, [name], name, None, None, None, **attributes))
+        )
         return name
 
     def _sorted(self) -> list[NodeProto]:

@@ -90,7 +90,7 @@ def runtime_memory() -> int:
     return int(ended.stdout)
 
 
-def process_memory(graph: CapturedGraph) -> int:
+def runtime_process_memory(graph: CapturedGraph) -> int:
     """Return the predicted peak memory of a Python process that runs a step in ONNX Runtime, on this machine.
 
     Raises:

@@ -248,11 +248,11 @@ def comparison_table(comparisons: Sequence[Comparison]) -> str:
     rows = [["", "bytes", "largest difference of a logit", "same top-1", *titles]]
     model_accuracy = comparisons[0].model_accuracy
     if model_accuracy is not None:
-        expected = list(comparisons[0].model_accuracies.values()) or [model_accuracy]
+        expected: list[float] = list(comparisons[0].model_accuracies.values()) or [model_accuracy]
         rows.append(["PyTorch", "", "", "", *(f"{accuracy:.3f}" for accuracy in expected)])
     for row in comparisons:
-        found = list(row.accuracies.values()) or [row.accuracy]
-        accuracies = ["-" if accuracy is None else f"{accuracy:.3f}" for accuracy in found]
+        measured: list[float | None] = [*row.accuracies.values()] or [row.accuracy]
+        accuracies = ["-" if accuracy is None else f"{accuracy:.3f}" for accuracy in measured]
         difference = f"{row.largest_difference:.1e}"
         rows.append([row.name, f"{row.size_bytes:,}", difference, f"{row.same_top1:.3f}", *accuracies])
     return text_table(rows)

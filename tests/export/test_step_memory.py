@@ -12,7 +12,7 @@ from torch import Tensor
 from peft_edge import ConvLoraConfig
 from peft_edge.backbones import head_names, load_backbone
 from peft_edge.export.device import export_train_step
-from peft_edge.export.step_memory import process_memory, runtime_memory, step_memory
+from peft_edge.export.step_memory import runtime_memory, runtime_process_memory, step_memory
 from peft_edge.export.train_step import StepOptimizer, capture_graph, capture_train_step
 
 
@@ -48,4 +48,4 @@ def test_prediction_is_near_a_real_process(name: str, targets: str, size: int, s
     model = get_peft_model(backbone, config).eval()
     step = capture_train_step(model, torch.zeros(8, 3, size, size), StepOptimizer(), split=split)
     report = export_train_step(model, tmp_path / "step", image_size=size, split=split)
-    assert process_memory(step.step) == pytest.approx(report.peak_rss_bytes, rel=0.15)
+    assert runtime_process_memory(step.step) == pytest.approx(report.peak_rss_bytes, rel=0.15)
