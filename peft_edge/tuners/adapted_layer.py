@@ -146,8 +146,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         try:
             return super().__getattr__(name)
         except AttributeError as error:
-            if (name == "weight" or name == "bias") and "base_layer" in self._modules:
-                self._effective_tensor(name)  # raises the error of the property, which torch has discarded
+            if name in ("weight", "bias") and "base_layer" in self._modules:
+                self._effective_tensor(
+                    "weight" if name == "weight" else "bias"
+                )  # raises the error of the property, which torch has discarded
             if name in _READ_BY_FUSING and "base_layer" in self._modules:
                 # Do not return the base layer's attribute: code that fuses layers would then ignore the adapter.
                 raise AttributeError(
@@ -211,7 +213,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The bias with which the layer computes its output; see `weight`."""
         return self._effective_tensor("bias")
 
-    def _effective_tensor(self, name: str) -> Any:  # a Tensor, or None for a missing bias
+    def _effective_tensor(self, name: Literal["weight", "bias"]) -> Any:  # a Tensor, or None for a missing bias
         adapters, tensor = self._applied_adapters(), getattr(self.get_base_layer(), name)
         if not adapters:
             return tensor
