@@ -1,0 +1,358 @@
+"""Write a captured training step as an ExecuTorch program (experimental).
+
+The program has four methods over the same buffers:
+
+- `train_step(images, labels, mask, learning_rate)` changes the adapter and the optimizer state, and returns the loss
+  and the number of correct predictions.
+- `predict(images)` returns the logits.
+- `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
+- `set_state(...)` replaces them.
+
+ExecuTorch's interface for mutable state may still change. Load a program with the version that wrote it.
+
+`python -m peft_edge.export.executorch_step PROGRAM BATCHES OUT` runs a program. A process of its own may crash.
+"""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, fx, nn
+from torch.fx.node import map_aggregate
+
+from peft_edge.export.exporter import LOGIT_TOLERANCE
+from peft_edge.export.train_step import (
+    CORRECT,
+    LABELS,
+    LEARNING_RATE,
+    LOGITS,
+    LOSS,
+    MASK,
+    NEW,
+    CapturedGraph,
+    TrainStep,
+)
+from peft_edge.files import requires_extra
+
+STEPS = 3  # number of steps in the check
+ALLOWED_RATIO = 10  # allowed error over the error of PyTorch with the same graph in single precision
+FLOOR = 1e-6  # smallest allowed error, relative to the change by training
+_BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter and the optimizer state
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainProgram:
+    """The description of a program that `export_train_program` wrote.
+
+    Attributes:
+        state_names: Names of the tensors that `get_state` returns and `set_state` takes.
+        xnnpack: Whether XNNPACK computes the parts that it supports.
+        arena_bytes: A dict from the name of each method to the sizes of its memory arenas in bytes. The last arena
+            contains the buffers with the state. All methods share this arena.
+        step_s: Seconds of the fastest step of the check. The check runs on one thread.
+        difference: Relative difference between the adapters that the program and the captured graph in double precision
+            have trained: the norm of the difference, divided by the norm of the change.
+        allowed_difference: The largest accepted `difference`.
+    """
+
+    state_names: list[str]
+    xnnpack: bool
+    arena_bytes: dict[str, list[int]]
+    step_s: float
+    difference: float
+    allowed_difference: float
+
+
+def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
+    """Write a program in single precision, run it in a process of its own, and compare it with the captured graph.
+
+    The first program uses XNNPACK. If it crashes or its results differ, a program without XNNPACK replaces it.
+
+    Args:
+        step: The captured step.
+        file: The `.pte` file. It is removed if no program succeeds.
+
+    Raises:
+        ValueError: If neither program runs and agrees with the captured graph.
+        ImportError: If executorch is not installed.
+    """
+    with requires_extra("executorch"):
+        import executorch  # noqa: F401 - raises an error early if executorch is missing
+    problems = []
+    batches = _random_batches(step)
+    for xnnpack in (True, False):
+        try:
+            arena_bytes = write_train_program(step, file, xnnpack=xnnpack)
+            found = _run_program(file, batches)
+            difference, allowed = _compare(step, batches, found)
+        except Exception as error:  # the converter of ExecuTorch raises errors of many classes
+            problems.append(f"{'with' if xnnpack else 'without'} XNNPACK: {error}")
+            continue
+        return TrainProgram(
+            state_names=[*step.adapter, *step.state],
+            xnnpack=xnnpack,
+            arena_bytes=arena_bytes,
+            step_s=found["step_s"].item(),
+            difference=difference,
+            allowed_difference=allowed,
+        )
+    file.unlink(missing_ok=True)
+    raise ValueError(f"{file.name}: no ExecuTorch program trains this adapter ({'; '.join(problems)}): use ONNX")
+
+
+class _Method(nn.Module):
+    """A method of the program. All methods register the same buffers."""
+
+    def __init__(self, values: list[Tensor], function: Callable[..., Any], body: nn.Module | None = None) -> None:
+        super().__init__()
+        self.body = body  # not `graph`, which is an attribute of every exported module
+        self.function = function
+        for index, value in enumerate(values):
+            self.register_buffer(f"{_BUFFER}{index}", value.clone())
+
+    def forward(self, *inputs: Tensor) -> Any:
+        buffers = [getattr(self, f"{_BUFFER}{index}") for index in range(len(list(self.buffers(recurse=False))))]
+        return self.function(self.body, buffers, inputs)
+
+
+def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[str, list[int]]:
+    """Write a program without running it. Return `TrainProgram.arena_bytes`.
+
+    Raises:
+        RuntimeError: If ExecuTorch cannot convert the step.
+        ImportError: If executorch is not installed.
+    """
+    with requires_extra("executorch"):
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import EdgeCompileConfig, ExecutorchBackendConfig, to_edge_transform_and_lower
+        from executorch.exir.passes import MemoryPlanningPass
+        from executorch.exir.passes.init_mutable_pass import InitializedMutableBufferPass
+    methods = _methods(step)
+    with torch.no_grad():
+        programs = {
+            name: torch.export.export(module, inputs, strict=False) for name, (module, inputs) in methods.items()
+        }
+    edge = to_edge_transform_and_lower(
+        programs,
+        partitioner={name: [XnnpackPartitioner()] if xnnpack else [] for name in programs},
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),  # convolutions of the backward pass are unusual
+    )
+    lowered = edge.to_executorch(
+        ExecutorchBackendConfig(
+            passes=[InitializedMutableBufferPass([_BUFFER])],
+            memory_planning_pass=MemoryPlanningPass(share_mutable_buffers=True),
+        )
+    )
+    file.write_bytes(lowered.buffer)
+    plans = lowered.executorch_program.execution_plan
+    # The first entry of `non_const_buffer_sizes` is reserved, and is 0.
+    return {plan.name: [int(size) for size in plan.non_const_buffer_sizes[1:]] for plan in plans}
+
+
+def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
+    """Return a dict from the name of each method to its module and to example inputs."""
+    state = {**step.adapter, **step.state}
+    values = [value.float() for value in state.values()]
+    batch = [name for name in step.step.inputs if name not in state]
+    examples = {
+        name: torch.zeros(node.meta["val"].shape, dtype=_single(node.meta["val"].dtype))
+        for name, node in zip(step.step.inputs, step.step.module.graph.find_nodes(op="placeholder"), strict=True)
+    }
+
+    def run(graph: CapturedGraph, names: list[str]) -> Callable[..., dict[str, Tensor]]:
+        def call(module: nn.Module, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+            known = dict(zip(names, inputs, strict=True)) | dict(zip(state, buffers, strict=True))
+            return dict(zip(graph.outputs, module(*[known[name] for name in graph.inputs]), strict=True))
+
+        return call
+
+    run_step, run_predict = run(step.step, batch), run(step.predict, batch[:1])
+
+    def train(module: nn.Module, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, Tensor]:
+        found = run_step(module, buffers, inputs)
+        for name, buffer in zip(state, buffers, strict=True):
+            buffer.copy_(found[f"{NEW}{name}"])
+        return found[LOSS], found[CORRECT]
+
+    def predict(module: nn.Module, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        return run_predict(module, buffers, inputs)[LOGITS]
+
+    def get(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return tuple(buffer.clone() for buffer in buffers)
+
+    def replace(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        for buffer, value in zip(buffers, inputs, strict=True):
+            buffer.copy_(value)
+        return inputs[0].sum()  # a method must return something
+
+    step_module, predict_module = _single_precision(step.step.module), _single_precision(step.predict.module)
+    return {
+        "train_step": (_Method(values, train, step_module), tuple(examples[name] for name in batch)),
+        "predict": (_Method(values, predict, predict_module), (examples[batch[0]],)),
+        "get_state": (_Method(values, get), ()),
+        "set_state": (_Method(values, replace), tuple(values)),
+    }
+
+
+def _single(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype == torch.float64 else dtype
+
+
+def _single_precision(module: fx.GraphModule) -> fx.GraphModule:
+    """Return a copy of a captured graph that computes in single precision."""
+    module = copy.deepcopy(module).float()
+    for node in module.graph.nodes:
+        node.args = map_aggregate(node.args, _single_argument)
+        node.kwargs = map_aggregate(node.kwargs, _single_argument)
+    module.recompile()
+    return module
+
+
+def _single_argument(value: Any) -> Any:
+    return _single(value) if isinstance(value, torch.dtype) else value
+
+
+# --- check ----------------------------------------------------------------------------------------------------------
+
+Batch = dict[str, Tensor]
+
+
+def _random_batches(step: TrainStep) -> list[Batch]:
+    """Return batches of random data in the order of the inputs of `train_step`."""
+    generator = torch.Generator().manual_seed(0)
+    data = step.step.inputs[0]
+    nodes = {name: node.meta["val"] for name, node in _placeholders(step.step).items()}
+    size = len(nodes[data])
+    classes = _outputs(step.predict)[LOGITS].shape[1]
+    return [
+        {
+            data: torch.randn(nodes[data].shape, generator=generator),
+            LABELS: torch.randint(classes, (size,), generator=generator),
+            MASK: torch.ones(size),
+            LEARNING_RATE: torch.tensor(1e-4),
+        }
+        for _ in range(STEPS)
+    ]
+
+
+def _run_program(file: Path, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    with tempfile.TemporaryDirectory() as scratch:
+        inputs, outputs = Path(scratch) / "batches.safetensors", Path(scratch) / "results.safetensors"
+        save_file(
+            {
+                f"{place}.{index}": value
+                for index, batch in enumerate(batches)
+                for place, value in enumerate(batch.values())
+            },
+            inputs,
+        )
+        command = [sys.executable, "-m", __name__, str(file), str(inputs), str(outputs)]
+        ended = subprocess.run(command, capture_output=True, text=True)
+        if ended.returncode:
+            last = (ended.stderr.strip().splitlines() or ["no message"])[-1]
+            raise RuntimeError(f"exit code {ended.returncode}: {last}")
+        return load_file(outputs)
+
+
+def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Run all methods of the program in this process.
+
+    Args:
+        file: The `.pte` file.
+        batches: A dict from `<place>.<index>` to the input of `train_step` with this place, in the step `index`.
+
+    Returns:
+        The losses, the tensors of `get_state` before (`old.<place>`), after the steps (`new.<place>`) and after
+        `set_state` with the old tensors (`reset.<place>`), the logits of the first batch after the steps, and `step_s`.
+    """
+    from executorch.runtime import Runtime
+
+    program = Runtime.get().load_program(file)
+    methods = {name: program.load_method(name) for name in ("train_step", "predict", "get_state", "set_state")}
+
+    def run(name: str, *inputs: Tensor) -> list[Tensor]:
+        return [value.clone() for value in methods[name].execute(inputs)]  # the next call overwrites the results
+
+    old, losses, seconds = run("get_state"), [], []
+    for index in range(len(batches) // 4):
+        start = time.perf_counter()
+        loss, _ = run("train_step", *(batches[f"{place}.{index}"] for place in range(4)))
+        seconds.append(time.perf_counter() - start)
+        losses.append(loss)
+    results = {f"old.{place}": value for place, value in enumerate(old)}
+    results |= {f"new.{place}": value for place, value in enumerate(run("get_state"))}
+    (results[LOGITS],) = run("predict", batches["0.0"])
+    run("set_state", *old)
+    results |= {f"reset.{place}": value for place, value in enumerate(run("get_state"))}
+    return {**results, "losses": torch.stack(losses), "step_s": torch.tensor(min(seconds))}
+
+
+def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tensor]) -> tuple[float, float]:
+    """Return the difference of the trained adapters, and the largest accepted one.
+
+    Raises:
+        RuntimeError: If the difference is larger, or `predict`, `get_state` or `set_state` returns something else.
+    """
+    state = {**step.adapter, **step.state}
+    for place, value in enumerate(state.values()):
+        for label in ("old", "reset"):
+            if not torch.equal(found[f"{label}.{place}"], value.float()):
+                raise RuntimeError("get_state does not return the state that was set")
+    exact, rounded = (_train(step, batches, dtype) for dtype in (torch.float64, torch.float32))
+    trained = {name: found[f"new.{place}"].double() for place, name in enumerate(state)}
+
+    def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
+        return sum((one[name].double() - other[name].double()).square().sum().item() for name in step.adapter) ** 0.5
+
+    change = distance(exact, step.adapter)
+    difference = distance(trained, exact) / change
+    allowed = max(ALLOWED_RATIO * distance(rounded, exact) / change, FLOOR)
+    if not difference <= allowed:
+        raise RuntimeError(
+            f"the adapter differs from PyTorch's by {difference:.1e} of its change ({allowed:.1e} allowed)"
+        )
+    data = step.step.inputs[0]
+    logits = step.predict.run({**trained, data: batches[0][data].double()})[LOGITS]
+    gap = (found[LOGITS] - logits).abs().max().item()
+    if not gap <= LOGIT_TOLERANCE * max(1.0, logits.abs().max().item()):
+        raise RuntimeError(f"the logits differ from PyTorch's by {gap:.1e}")
+    return difference, allowed
+
+
+def _train(step: TrainStep, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Tensor]:
+    """Take the steps with the captured graph in PyTorch, and return the new state."""
+    double = dtype == torch.float64
+    module = step.step.module if double else _single_precision(step.step.module)
+    values = {name: value.to(dtype) for name, value in {**step.adapter, **step.state}.items()}
+    for batch in batches:
+        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        known = {**values, **cast}
+        with torch.no_grad():
+            found = dict(zip(step.step.outputs, module(*[known[name] for name in step.step.inputs]), strict=True))
+        values = {name: found[f"{NEW}{name}"] for name in values}
+    return values
+
+
+def _placeholders(graph: CapturedGraph) -> dict[str, fx.Node]:
+    return dict(zip(graph.inputs, graph.module.graph.find_nodes(op="placeholder"), strict=True))
+
+
+def _outputs(graph: CapturedGraph) -> dict[str, Tensor]:
+    (nodes,) = graph.module.graph.output_node().args
+    return {name: node.meta["val"] for name, node in zip(graph.outputs, nodes, strict=True)}
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    _program, _batches, _out = map(Path, sys.argv[1:])
+    save_file(run_program(_program, load_file(_batches)), _out)
