@@ -10,6 +10,7 @@ import re
 import runpy
 import shlex
 import shutil
+import statistics
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,6 +147,17 @@ def test_a_guide_has_no_link_to_a_missing_file() -> None:
     assert missing == []
 
 
+PHOTOGRAPHS = [
+    ("none", "none"),
+    ("full", "full"),
+    ("lora", "lora"),
+    ("lora", "lora--frozen"),
+    ("lora", "lora-last-stage"),
+    ("head", "head-replay"),
+]
+"""Method and name of the runs in each row of the README's table of photographs."""
+
+
 def test_the_table_of_the_readme_is_the_record() -> None:
     record = json.loads((ROOT / "reports/bench/mobilenetv2_100.json").read_text())
     measured = {row["label"]: row for row in record["rows"]}
@@ -157,6 +169,26 @@ def test_the_table_of_the_readme_is_the_record() -> None:
         assert memory == f"{row['profile']['memory_peak_bytes'] / 2**20:,.0f}"
         assert time == f"{row['ratio_median']:.2f}"
         assert size == f"{row['profile']['adapter_bytes'] / 2**10:,.0f}"
+
+
+def test_the_table_of_photographs_is_of_the_records() -> None:
+    table = (ROOT / "README.md").read_text().split("| peak memory [MiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
+    assert len(table) == len(PHOTOGRAPHS)
+    for line, (method, name) in zip(table, PHOTOGRAPHS, strict=True):
+        wanted = []
+        for task in ("pacs_sketch", "pacs_art_painting"):
+            records = [
+                json.loads((ROOT / f"reports/results/{method}--{task}--{name}{seed}.json").read_text())
+                for seed in ("", "--seed=1", "--seed=2")
+            ]
+            for key in ("test accuracy", "source test accuracy"):
+                wanted.append(
+                    f"{100 * statistics.mean(record['train_info']['metrics'][-1][key] for record in records):.1f}"
+                )
+        if method != "none":
+            peaks = [row["memory_peak_bytes"] for row in records[0]["profile"] if row["scope"] == "step"]
+            wanted += [f"{records[0]['train_info']['file_size'] / 2**10:,.0f}", f"{peaks[0] / 2**20:,.3g}"]
+        assert [cell.strip() for cell in line.strip("|").split("|")][1 : 1 + len(wanted)] == wanted
 
 
 def test_the_table_of_the_export_guide_is_made_of_the_records() -> None:
