@@ -90,6 +90,8 @@ class Recomputation:
 
     def add_user(self) -> Recomputation:
         """Announce one call of `value` or `parts`, and return this object."""
+        if torch.compiler.is_compiling():
+            return self  # a compiler does not trace changes of objects in autograd functions, and needs no cache
         if self.parent is not None and (self._users == 0 or not self.is_convolution):
             self.parent.add_user()
         self._users += 1
@@ -100,6 +102,8 @@ class Recomputation:
 
         The caller must not change the result, because later functions may use it too. They may also overwrite it.
         """
+        if torch.compiler.is_compiling():
+            return self._compute(inputs)
         may_cache = self.is_convolution and not torch.is_grad_enabled()
         value = self._cached if self._cached is not None and may_cache else self._compute(inputs)
         self._users -= 1

@@ -104,7 +104,9 @@ class LeanBatchNorm(BatchNorm):
         """Return the output of the original layer."""
         mean, var = self.running_mean, self.running_var
         trains = _trains(self)
-        if torch.compiler.is_compiling() or not (needs_backward() and (x.requires_grad or trains)):
+        is_constant = not (self.training or trains or mean is None or var is None)
+        has_backward = needs_backward() and (x.requires_grad or trains)
+        if torch.compiler.is_compiling() or not (is_constant or has_backward):
             return super().forward(x)
         inplace = is_overwritable(x, self)
         if self.training or mean is None or var is None:

@@ -221,7 +221,8 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
 
 def warn_of_unmatched_names(config: PeftConfig, model: nn.Module) -> None:
     """Warn about names in `target_modules` and `modules_to_save` without a module, which PEFT would ignore."""
-    keys = {target.name for target in iter_target_modules(model)} | {name for name, _ in model.named_modules()}
+    keys = {name for name, _ in model.named_modules(remove_duplicate=False)}  # a shared module has several names
+    keys |= {target.name for target in iter_target_modules(model)}
     targets = config.target_modules
     wanted = [] if targets is None or isinstance(targets, str) else sorted(set(targets) - set(ROLES))
     found = [("target_modules", name, any(f".{key}".endswith(f".{name}") for key in keys)) for name in wanted]

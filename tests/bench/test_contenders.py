@@ -90,7 +90,7 @@ def peak(name: str, backbone: nn.Module) -> int:
         ("full-checkpoint", "full"),
         ("peft-lora-checkpoint", "peft-lora"),
         ("peft-lora-eval-checkpoint", "peft-lora-eval"),
-        ("lora-stats-checkpoint", "lora-stats"),
+        ("lora-stats-checkpoint", "lora-plain"),
         ("lora-dense", "lora-plain"),
         ("lora-stats", "peft-lora"),
     ],

@@ -84,7 +84,7 @@ def test_plan_for_onnx_runtime_lists_whole_processes(capsys: pytest.CaptureFixtu
     first, _, order, *rows = capsys.readouterr().out.splitlines()
     assert first.endswith("batch 2, 32 px, sgd in ONNX Runtime; the whole process at most 1,024 MiB")
     assert order == "these fit, most trained parameters first"
-    assert [row.split()[4] for row in rows[2:]] == ["features", "images"]
+    assert [row.split()[4] for row in rows[3:]] == ["features", "images"]
 
 
 @pytest.mark.parametrize(

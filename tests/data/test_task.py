@@ -122,7 +122,7 @@ def test_left_out_adaptation_images_are_counted(increments: Increments, caplog: 
 @pytest.mark.parametrize("rehearsal_size", [-1, 1, 3])
 def test_rehearsal_that_cannot_be_shared_is_refused(rehearsal_size: int, increments: Increments) -> None:
     with pytest.raises(
-        ValueError, match=f"rehearsal_size: {rehearsal_size} images cannot be shared among the 4 classes"
+        ValueError, match=f"rehearsal_size: {rehearsal_size} images cannot be shared among the 5 classes"
     ):
         increments("e", "b", increments=2, rehearsal_size=rehearsal_size)
 

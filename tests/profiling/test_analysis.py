@@ -20,7 +20,9 @@ SMALL = {"batch_size": 4, "image_size": 64}
 
 def test_analyse_accepts_a_method_by_name(tiny_backbone: nn.Module) -> None:
     before = {name: tensor.clone() for name, tensor in tiny_backbone.state_dict().items()}
-    full, head, none = (analyse(tiny_backbone, method, **SMALL) for method in ("full", "head", "none"))
+    full, head, none = (
+        analyse(tiny_backbone, method, adapter={"norm": "stats"}, **SMALL) for method in ("full", "head", "none")
+    )
     size = sum(parameter.numel() for parameter in tiny_backbone.parameters())
     classifier = 1280 * 10 + 10
     assert [analysis.num_trainable_params for analysis in (full, head, none)] == [size, classifier, 0]

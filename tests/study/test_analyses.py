@@ -131,8 +131,11 @@ def bert(tmp_path: Path) -> Path:
                 "lean": {"masks": "bit", "inplace_norm": False},
             },
         ),
-        ({"method": "galore", "lora_rank": 2}, {"adapter": {"rank": 2}}),
-        ({"method": "full", "accounting": "source-study"}, {"accounting": "source-study"}),
+        ({"method": "galore", "lora_rank": 2}, {"adapter": {"rank": 2, "norm": "stats"}}),
+        (
+            {"method": "full", "accounting": "source-study"},
+            {"adapter": {"norm": "stats"}, "accounting": "source-study"},
+        ),
     ],
 )
 def test_record_equals_the_analysis(setting: dict, options: dict) -> None:

@@ -27,7 +27,7 @@ def prepared(model: nn.Module, name: str) -> nn.Module:
 
 def options(name: str) -> dict:
     dense = {"target_modules": "dense"} if name == "peft-lora" else {}
-    return {**RunConfig(output_dir="").options(METHODS[name].section), **dense}
+    return {**RunConfig(output_dir="", norm="stats").options(METHODS[name].section), **dense}
 
 
 @pytest.fixture
