@@ -5,6 +5,7 @@ Importing this module does not import torch, so that the command line starts qui
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 import statistics
@@ -134,6 +135,7 @@ print(peak_rss_bytes())
 """
 
 
+@functools.cache
 def library_memory() -> int | None:
     """Return the memory in bytes of a process that trains, besides the tensors of a step. None on Windows.
 
