@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -348,7 +348,7 @@ def _placeholders(graph: CapturedGraph) -> dict[str, fx.Node]:
 
 
 def _outputs(graph: CapturedGraph) -> dict[str, Tensor]:
-    (nodes,) = graph.module.graph.output_node().args
+    nodes = cast("tuple[fx.Node, ...]", graph.module.graph.output_node().args[0])
     return {name: node.meta["val"] for name, node in zip(graph.outputs, nodes, strict=True)}
 
 

@@ -19,6 +19,15 @@ from peft_edge.report import claims, frames
 from peft_edge.report.photographs import photographs
 from peft_edge.report.run_claims import accuracy_claim, choice_claim, decision_table, updates_claim
 
+TITLES = {
+    "memory": "Memory: depthwise-separable networks against language models",
+    "arithmetic": "Arithmetic: the FLOPs of an update",
+    "accuracy": "Accuracy under a shift and for unseen classes",
+    "updates": "Update behaviour over the rank",
+    "choice": "Which method to take",
+}
+"""The title of each section of the page."""
+
 
 def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
     """Write the page, its figures and its CSV files. The same records give identical files.
@@ -27,8 +36,8 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
 
     Args:
         records: Folder with the records of runs and analyses.
-        out: Folder of the report: `README.md`, `data.csv` with every record, `claims` with the full table of each
-            section, and `figures` as PNG and SVG.
+        out: Folder of the report: `README.md`, `photographs.md` if there are runs on real images, `data.csv` with every
+            record, `claims` with the full table of each section, and `figures` as PNG and SVG.
         bench: Folder with records of `peft-edge bench`. None omits the measured times.
 
     Returns:
@@ -46,12 +55,13 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
         place = _relative(bench, out)
         measured = {f"{place}/{name}": record for name, record in frames.read_bench(bench).items()}
         command += f" --bench {_from_beside(out, place)}"
-    page, tables, charts = make_report(archive, folder, measured, command)
+    pages, tables, charts = make_report(archive, folder, measured, command)
     with TemporaryDirectory() as scratch:
         made = Path(scratch)
         (made / "claims").mkdir()
         (made / "figures").mkdir()
-        (made / "README.md").write_text(page, encoding="utf-8")
+        for name, page in pages.items():
+            (made / name).write_text(page, encoding="utf-8")
         frames.archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
         for name, table in tables.items():
             # Sums in a different order differ by rounding errors, which six digits do not show.
@@ -67,8 +77,8 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
 
 def make_report(
     archive: Archive, folder: str, measured: Mapping[str, BenchRecord], command: str
-) -> tuple[str, dict[str, DataFrame], dict[str, claims.Chart]]:
-    """Return the text of the page, a dict from file names to CSV tables, and a dict from file names to figures.
+) -> tuple[dict[str, str], dict[str, DataFrame], dict[str, claims.Chart]]:
+    """Return three dicts from file names: to the text of each page, to CSV tables, and to figures.
 
     `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
     """
@@ -88,7 +98,7 @@ def make_report(
     tables = {name: claim.data for name, claim in sections.items() if claim.data is not None}
     charts = {name: chart for claim in sections.values() for name, chart in claim.charts.items()}
     if real is not None:
-        tables["photographs"], charts = real.data, charts | real.charts
+        tables["photographs"] = real.data
     if measured:
         tables["timing"] = timings
     loader = FileSystemLoader(Path(__file__).parent)
@@ -98,6 +108,7 @@ def make_report(
     configs = [run.run_info.train_config for name, run in archive.finished.items() if name in names]
     page = environment.get_template("page.md.jinja").render(
         archive=archive,
+        titles=TITLES,
         folder=folder,
         claims=sections,
         real=real,
@@ -126,7 +137,10 @@ def make_report(
             ]
         ),
     )
-    return page, tables, charts
+    pages = {"README.md": page}
+    if real is not None:
+        pages["photographs.md"] = environment.get_template("photographs.md.jinja").render(real=real, titles=TITLES)
+    return pages, tables, charts
 
 
 def _machine(run: Record) -> str:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import partial
 
 from pandas import DataFrame, Series, isna
 
 from peft_edge.records import Archive
-from peft_edge.report.claims import NO_VALUE, Chart, Claim, fixed, percent, short
+from peft_edge.report.claims import NO_VALUE, Claim, fixed, percent, short
 from peft_edge.report.frames import CONTEST, change_frame, variant_frame
-from peft_edge.report.run_claims import accuracy_claim, choice_claim, draw_forgetting, updates_claim
+from peft_edge.report.run_claims import accuracy_claim, choice_claim, updates_claim
 
 _ACCURACIES = {"target": "target [%]", "source": "source [%]", "retained": "retained [%]"}
 _COSTS: dict[str, tuple[str, float]] = {
@@ -32,14 +31,12 @@ class Photographs:
         retention: A sentence that compares the retention of runs with frozen norms and with batch statistics.
         tables: A dict from task and network to the table of all variants.
         data: The full table with the records of each row.
-        charts: A dict from file names without a suffix to figures.
     """
 
     claims: dict[str, Claim]
     retention: str
     tables: dict[str, DataFrame]
     data: DataFrame
-    charts: dict[str, Chart]
 
 
 def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
@@ -54,15 +51,10 @@ def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
         "choice": choice_claim(variants),
     }
     data = _summary(runs)
-    trained = variants[variants["trains"]]
-    caption = (
-        "Photographs: accuracy lost on the source against accuracy gained on the target; markers grow with the rank"
-    )
-    charts = {} if trained.empty else {"photographs_forgetting": Chart(caption, partial(draw_forgetting, trained))}
     tables = {
         f"{task}, {backbone}": _table(rows, variants) for (task, backbone), rows in data.groupby(CONTEST, sort=False)
     }
-    return Photographs(claims=claims, retention=_retention(runs), tables=tables, data=data, charts=charts)
+    return Photographs(claims=claims, retention=_retention(runs), tables=tables, data=data)
 
 
 def _with_one_reference(runs: DataFrame) -> DataFrame:
@@ -136,9 +128,15 @@ def short_labels(variants: list[str]) -> list[str]:
 
 
 def _retention(runs: DataFrame) -> str:
-    """Return a sentence on the variants whose method was run with frozen norms and with batch statistics."""
+    """Return a sentence on the methods that were run with frozen norms and with batch statistics.
+
+    Only the variants with the largest number of seeds count.
+    """
     trained = runs[runs["trains"] & ~runs["family"].isin(["norm-affine", "norm-stats"])]
-    means = trained.pivot_table(index=[*CONTEST, "family"], columns="norm", values=["retained", "target"])
+    seeds = trained.groupby([*CONTEST, "variant"])["seed"].transform("nunique")
+    trained = trained[seeds == seeds.max()]
+    trained = trained.assign(pair=trained["variant"].str.replace(r", (lean\.\w+|norm)=\w+", "", regex=True))
+    means = trained.pivot_table(index=[*CONTEST, "pair"], columns="norm", values=["retained", "target"])
     if not {"frozen", "stats"} <= set(trained["norm"]):
         return ""
     both = means.dropna(subset=[("retained", "frozen"), ("retained", "stats")])
@@ -147,7 +145,8 @@ def _retention(runs: DataFrame) -> str:
     kept = {norm: percent(both["retained", norm].mean()) for norm in ("frozen", "stats")}
     gain = 100 * (both["target", "frozen"] - both["target", "stats"]).mean()
     return (
-        f"On average over {len(both)} pairs of task and method, an update keeps {kept['frozen']} % of the accuracy on "
-        f"the source with `norm=frozen`, and {kept['stats']} % with `norm=stats`. On the target it is "
-        f"{fixed(abs(gain), 1)} points {'more' if gain >= 0 else 'less'} accurate with `norm=frozen`."
+        f"On average over {len(both)} pairs of task and method with {int(seeds.max())} seeds, an update keeps "
+        f"{kept['frozen']} % of the accuracy on the source with `norm=frozen`, and {kept['stats']} % with "
+        f"`norm=stats`. On the target it is {fixed(abs(gain), 1)} points {'more' if gain >= 0 else 'less'} accurate "
+        "with `norm=frozen`."
     )

@@ -18,7 +18,7 @@ RESULT = r"^\*\*Result: (Agreed|In part|Not agreed|Not measured)\.\*\*"
 
 
 def page_of(archive: Archive, **measured: BenchRecord) -> str:
-    return make_report(archive, "results", measured, "the command")[0]
+    return make_report(archive, "results", measured, "the command")[0]["README.md"]
 
 
 def test_every_record_is_in_a_table_and_every_row_names_its_records(archive: Archive) -> None:

@@ -96,8 +96,8 @@ def test_frozen_norms_are_compared_with_batch_statistics(real: Archive) -> None:
 
 def test_page_judges_each_claim_on_photographs_first(real: Archive, archive: Archive) -> None:
     def page(runs: dict[str, Any]) -> tuple[str, list[str]]:
-        text, tables, _ = make_report(Archive(runs=runs, costs=archive.costs), "results", {}, "the command")
-        return text, list(tables)
+        pages, tables, _ = make_report(Archive(runs=runs, costs=archive.costs), "results", {}, "the command")
+        return pages["README.md"], list(tables)
 
     toys, _ = page(archive.runs)
     both, tables = page(archive.runs | real.runs)
