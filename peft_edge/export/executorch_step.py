@@ -335,8 +335,8 @@ def _train(step: TrainStep, batches: Sequence[Batch], dtype: torch.dtype) -> dic
     module = step.step.module if double else _single_precision(step.step.module)
     values = {name: value.to(dtype) for name, value in {**step.adapter, **step.state}.items()}
     for batch in batches:
-        cast = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        known = {**values, **cast}
+        converted = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
+        known = {**values, **converted}
         with torch.no_grad():
             found = dict(zip(step.step.outputs, module(*[known[name] for name in step.step.inputs]), strict=True))
         values = {name: found[f"{NEW}{name}"] for name in values}
