@@ -147,7 +147,7 @@ def test_a_guide_has_no_link_to_a_missing_file() -> None:
     assert missing == []
 
 
-PHOTOGRAPHS = [
+ROWS_OF_PHOTOGRAPHS = [
     ("none", "none"),
     ("full", "full"),
     ("lora", "lora"),
@@ -173,8 +173,8 @@ def test_the_table_of_the_readme_is_the_record() -> None:
 
 def test_the_table_of_photographs_is_of_the_records() -> None:
     table = (ROOT / "README.md").read_text().split("| peak memory [MiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
-    assert len(table) == len(PHOTOGRAPHS)
-    for line, (method, name) in zip(table, PHOTOGRAPHS, strict=True):
+    assert len(table) == len(ROWS_OF_PHOTOGRAPHS)
+    for line, (method, name) in zip(table, ROWS_OF_PHOTOGRAPHS, strict=True):
         wanted = []
         for task in ("pacs_sketch", "pacs_art_painting"):
             records = [
