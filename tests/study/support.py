@@ -104,7 +104,7 @@ def small_grid(folder: Path, seeds: str = "[0, 1]") -> Path:
 
 
 def reproducible(value: Any) -> Any:
-    """Drop what differs between equal runs: dates, times, folders and the memory of processes."""
+    """Drop what differs between equal runs: dates, times, folders, and the memory of processes and how they allocate it."""
     if isinstance(value, dict):
         return {key: reproducible(entry) for key, entry in value.items() if not is_volatile(key)}
     # PEFT keeps names of layers in a set, whose order varies.
@@ -113,7 +113,7 @@ def reproducible(value: Any) -> Any:
 
 
 def is_volatile(key: str) -> bool:
-    folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path")
+    folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path", "huge_pages")
     return key.endswith(("_s", "_time", " time", "peak_rss_bytes", "process_peak_bytes")) or key in folders_and_figures
 
 
