@@ -104,7 +104,7 @@ def small_grid(folder: Path, seeds: str = "[0, 1]") -> Path:
 
 
 def reproducible(value: Any) -> Any:
-    """Drop what differs between equal runs: dates, times, folders, and the memory of processes and how they allocate it."""
+    """Drop what differs between equal runs: dates, times, folders, and the memory of processes and its allocator."""
     if isinstance(value, dict):
         return {key: reproducible(entry) for key, entry in value.items() if not is_volatile(key)}
     # PEFT keeps names of layers in a set, whose order varies.
