@@ -114,6 +114,8 @@ def reproducible(value: Any) -> Any:
 
 def is_volatile(key: str) -> bool:
     folders_and_figures = ("created_at", "output_dir", "cache_dir", "base_model_name_or_path", "huge_pages")
+    if key == "steps":
+        return True  # a resumed run measures the times of one more step
     return key.endswith(("_s", "_time", " time", "peak_rss_bytes", "process_peak_bytes")) or key in folders_and_figures
 
 
