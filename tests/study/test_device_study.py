@@ -16,7 +16,7 @@ TASK = (
     "data.image_size=32",
     "data.adaptation_size=20",
     "backbone.name=test_efficientnet",
-    "source.epochs=0",
+    "source.epochs=1",
 )
 
 
