@@ -236,7 +236,7 @@ def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]
         labels = torch.randint(10, (count,))
         return base, _Data(images, labels, images[:0], labels[:0])
     config = load_config([*case.task, f"seed={seed}", f"output_dir={work / 'run'}", f"cache_dir={work / 'cache'}"])
-    task = load_task(**config.data.model_dump(), seed=seed)
+    task = load_task(**config.data.model_dump(exclude={"augment"}), seed=seed)
     base = source_model(config, task, torch.device("cpu")).to(memory_format=torch.contiguous_format).eval()
     return base, _read_images(task.targets[0], base, case.image_size)
 
