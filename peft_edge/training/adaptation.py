@@ -284,11 +284,10 @@ def _train_candidate(
 def _make_lean(model: nn.Module, config: RunConfig) -> None:
     options = config.lean.model_dump(exclude={"enabled", "inplace_norm"})
     inplace_norm = config.lean.inplace_norm
-    if inplace_norm is None:
+    if inplace_norm is None and config.norm in ("frozen", "recalibrate"):
         with suppress(ValueError):  # the layers of a model of another method may not be traceable
-            if config.norm in ("frozen", "recalibrate"):
-                prepare_model_for_lean_training(model, inplace_norm=True, **options)
-                return
+            prepare_model_for_lean_training(model, inplace_norm=True, **options)
+            return
     prepare_model_for_lean_training(model, inplace_norm=bool(inplace_norm), **options)
 
 

@@ -99,6 +99,10 @@ def test_checkpointing_and_lean_training_save_memory(tiny_backbone: nn.Module, f
     assert peak(frugal, tiny_backbone) < 0.8 * peak(plain, tiny_backbone)
 
 
+def test_checkpointing_saves_memory_on_top_of_lean_training(tiny_backbone: nn.Module) -> None:
+    assert peak("lora-stats-checkpoint", tiny_backbone) < peak("lora-stats", tiny_backbone)
+
+
 @pytest.mark.parametrize("name", ["full-eval", "peft-lora-eval", "peft-lora-eval-checkpoint", "peft-lora-eval-compile"])
 def test_eval_norms_keep_their_statistics(tiny_backbone: nn.Module, images: torch.Tensor, name: str) -> None:
     model, _ = CONTENDERS[name].build(tiny_backbone, 2)
