@@ -59,10 +59,11 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
     `inplace`, the output overwrites x.
     """
     source = get_recompute(x)
-    recompute = source.then(partial(_activate, forward=forward), is_pointwise=True)
-    # If x is the output of a norm in training mode, the norm needs its own input, from which y is recomputed.
+    # If x is the output of a norm in training mode, the norm saves its own input, from which x can be recomputed. The
+    # slopes follow from x as well as from y.
     is_cheap = not source.is_identity and source.node.is_used
-    y = _ClippedActivation.apply(x, forward, upper, keep, inplace, recompute if is_cheap else None)
+    y = _ClippedActivation.apply(x, forward, upper, keep, inplace, source if is_cheap else None)
+    recompute = source.then(partial(_activate, forward=forward), is_pointwise=True)
     return y if source.is_identity else set_recompute(y, recompute)
 
 
@@ -79,16 +80,16 @@ class _ClippedActivation(torch.autograd.Function):
         upper: float,
         keep: Kept,
         inplace: bool,
-        recompute: Recompute | None,
+        source: Recompute | None,
     ) -> Tensor:
         ctx.upper, ctx.keep = upper, keep
-        if recompute is not None:
-            ctx.y = recompute.node.add_user()
-            ctx.save_for_backward(*recompute.inputs)
+        if source is not None:
+            ctx.x = source.node.add_user()
+            ctx.save_for_backward(*source.inputs)
             if inplace:
                 ctx.mark_dirty(x)
             return forward(x, inplace=inplace)
-        ctx.y = None
+        ctx.x = None
         # With `inplace`, `make_mask` activates x part by part, and computes each mask while the part is in the cache.
         activates_parts = inplace and keep != "output" and has_standard_layout(x)
         y = x if activates_parts else forward(x, inplace=inplace)
@@ -108,9 +109,9 @@ class _ClippedActivation(torch.autograd.Function):
     @staticmethod
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
         overwrites = can_overwrite(gradient)
-        if ctx.y is not None:
+        if ctx.x is not None:
             gradient = _map_parts(
-                partial(_clip_gradient, upper=ctx.upper), gradient, ctx.y, ctx.saved_tensors, overwrites
+                partial(_clip_gradient, upper=ctx.upper), gradient, ctx.x, ctx.saved_tensors, overwrites
             )
             return gradient, None, None, None, None, None
         (saved,) = ctx.saved_tensors
@@ -142,12 +143,17 @@ def _map_parts(
     return result
 
 
-def _clip_gradient(gradient: Tensor, y: Tensor, *, upper: float, out: Tensor | None = None) -> Tensor:
-    """Return `gradient` where 0 < y < upper and 0 elsewhere, in the tensor `out` unless it is None."""
+def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor | None = None) -> Tensor:
+    """Return `gradient` where 0 < value < upper and 0 elsewhere, in the tensor `out` unless it is None.
+
+    `value` is the input or the output of the activation. Both are in these bounds at the same elements.
+    """
     is_unbounded = upper == float("inf")
     operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward
     bounds = (0,) if is_unbounded else (0, upper)
-    return operator(gradient, y, *bounds) if out is None else operator.grad_input(gradient, y, *bounds, grad_input=out)
+    if out is None:
+        return operator(gradient, value, *bounds)
+    return operator.grad_input(gradient, value, *bounds, grad_input=out)
 
 
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
