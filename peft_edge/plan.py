@@ -37,34 +37,22 @@ class Setting(NamedTuple):
 
     norm: str
     """The norm mode, a value of the configuration key `norm`: what training changes in BatchNorm layers."""
-    lean: Mapping[str, Any] | None
-    """Arguments of `prepare_model_for_lean_training`; None without lean training."""
+    lean: Mapping[str, Any]
+    """Arguments of `prepare_model_for_lean_training`."""
 
     def __str__(self) -> str:
         return f"norm {self.norm}, lean {self.lean_text}"
 
     @property
     def lean_text(self) -> str:
-        """The lean options as text, such as `bit masks, recompute`, or `off`."""
-        if self.lean is None:
-            return "off"
-        names = {"inplace_norm": "in-place norms", "recompute": "recompute", "checkpoint": "checkpoint"}
-        return ", ".join(
-            [f"{self.lean['masks']} masks", *(text for name, text in names.items() if self.lean.get(name))]
-        )
+        """The options beyond the defaults of `train.py`, such as `recompute, checkpoint`, or `default`."""
+        return ", ".join(name for name in ("recompute", "checkpoint") if self.lean.get(name)) or "default"
 
 
-_LEAN = {"masks": "bit"}
-_RECOMPUTE = {**_LEAN, "inplace_norm": True, "recompute": True}
-_CHECKPOINT = {**_RECOMPUTE, "checkpoint": True}
-# From settings that cost nothing to settings that cost time: lean layers take little time, and recomputation and
-# checkpointing repeat parts of the forward pass. The last three freeze the statistics of the norms, which changes the
-# results; the others give the same results.
-_SETTINGS = (
-    Setting("stats", None),
-    *(Setting("stats", lean) for lean in (_LEAN, _RECOMPUTE, _CHECKPOINT)),
-    *(Setting("frozen", {**lean, "inplace_norm": True}) for lean in (_LEAN, _RECOMPUTE, _CHECKPOINT)),
-)
+# What `train.py` does by default, and then options that repeat parts of the forward pass to save more memory.
+_LEAN = {"masks": "bit", "inplace_norm": True}
+_RECOMPUTE = {**_LEAN, "recompute": True}
+_LEAN_OPTIONS = (_LEAN, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
 # These methods train the weights of the norms, and PEFT's own methods cannot freeze the statistics.
 _NEVER_FROZEN = ("norm-affine", "galore", "full", "peft-lora", "peft-dora", "peft-loha", "peft-lokr")
 
@@ -235,7 +223,7 @@ class PlanOption:
     lora_rank: int | None
     """The rank of the adapters. None if the method does not use the section `adapter`."""
     setting: Setting
-    """The first setting with which the step fits. If the step fits with no setting, the last setting."""
+    """The first setting with which the step fits. If none fits, the setting of `profile`."""
     profile: StepProfile
     """The cost of the step."""
     excess: list[str]
@@ -273,6 +261,7 @@ def find_plan(
     methods: Sequence[str] = METHODS_TO_PLAN,
     target_modules: Sequence[str] = PLACEMENTS,
     lora_ranks: Sequence[int] = LORA_RANKS,
+    norm: str = "frozen",
     batch_size: int = 16,
     image_size: int = 224,
     optimizer: str = "adamw",
@@ -281,14 +270,14 @@ def find_plan(
 ) -> Plan:
     """Find the methods, placements and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
 
-    Each combination is analysed with up to seven settings, until the step fits: without lean training; with lean
-    training, first plain, then with recomputation, then also with checkpointed blocks; and with the same three lean
-    settings and frozen norms that work in place. Methods that train norms have no setting with frozen norms, and
-    networks without timm's gradient checkpointing have none with checkpointed blocks. If a rank does not fit, higher
-    ranks are skipped. `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are
-    keys of `METHODS`, and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles or regular
-    expressions. `records` is a folder with records of runs. The runs of this backbone determine the order of the
-    options. If this backbone has no runs, all runs determine the order. `library_bytes` is stored in the result.
+    Each combination is analysed with up to three settings, until the step fits: with the lean training of `train.py`,
+    then also with recomputation, and then also with checkpointed blocks, if timm can checkpoint them. If a rank does
+    not fit, higher ranks are skipped. `backbone` is a timm model with the head to be trained. This model is not
+    changed. `methods` are keys of `METHODS`, and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles
+    or regular expressions. `norm` is the norm mode, as in the key `norm` of
+    `train.py`. Methods that train norms always use "stats". `records` is a folder
+    with records of runs. The runs of this backbone determine the order of the options. If this backbone has no runs,
+    all runs determine the order. `library_bytes` is stored in the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.
@@ -306,13 +295,13 @@ def find_plan(
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
         # Method, layers, and index of the setting that the step needs. More layers need at least this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
-        possible = [each for each in _SETTINGS if can_checkpoint or not (each.lean or {}).get("checkpoint")]
+        lean_options = [lean for lean in _LEAN_OPTIONS if can_checkpoint or not lean.get("checkpoint")]
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
-            settings = [setting for setting in possible if setting.norm != "frozen" or method not in _NEVER_FROZEN]
+            settings = [Setting("stats" if method in _NEVER_FROZEN else norm, lean) for lean in lean_options]
             first = max((last for other, fewer, last in needed if other == method and fewer <= layers), default=0)
             for lora_rank in [None] if place is None else sorted(set(lora_ranks)):
-                option = _mildest(backbone, budget, method, place, lora_rank, settings[first:], step)
+                option = _first_fitting(backbone, budget, method, place, lora_rank, settings[first:], step)
                 first = settings.index(option.setting)
                 if lora_rank in (None, min(lora_ranks)):
                     needed.append((method, layers, first))
@@ -361,7 +350,7 @@ def _placements(
     return [(name, modules) for modules, name in sorted(distinct.items(), key=lambda entry: len(entry[0]))]
 
 
-def _mildest(
+def _first_fitting(
     backbone: nn.Module,
     budget: Budget,
     method: str,
@@ -370,7 +359,10 @@ def _mildest(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """Return the option with the first of `settings` with which the step fits, or with the last one if none fits."""
+    """Return the option with the first of `settings` with which the step fits.
+
+    If none fits, return the option with the last setting, or with the first that exceeds other limits than the memory.
+    """
     from peft_edge.profiling import analysis
 
     for setting in settings:
@@ -378,7 +370,8 @@ def _mildest(
         cost = analysis.analyse(backbone, method, lora_rank=lora_rank, adapter=adapter, lean=setting.lean, **step)
         profile = cost.profile[0]
         excess = budget.excess(profile)
-        if not excess:
+        # Lean options save memory only, and take FLOPs.
+        if not excess or replace(budget, memory_bytes=None).excess(profile):
             break
     return PlanOption(
         method=method, target_modules=place, lora_rank=lora_rank, setting=setting, profile=profile, excess=excess
@@ -423,8 +416,8 @@ def plan_table(plan: Plan) -> str:
         )
     parts = ["nothing fits"]
     if plan.fitting:
-        parts = [f"these fit, each in the mildest setting that does; {order}", text_table(rows)]
+        parts = [f"these fit, each with as few lean options as possible; {order}", text_table(rows)]
     if plan.exceeding:
         lines = [f"  {option.name} ({option.setting}): {'; '.join(option.excess)}" for option in plan.exceeding]
-        parts.append("\n".join(["these do not fit, nor with a higher rank, in the most frugal setting", *lines]))
+        parts.append("\n".join(["these do not fit, nor with a higher rank or other lean options", *lines]))
     return "\n\n".join(parts)

@@ -219,12 +219,14 @@ class Costs:
         place, lean = adapter.get("target_modules"), options["lean"]
         self.asked.append((method, place, lora_rank, str(Setting(adapter["norm"], lean))))
         layers = {None: 2, "project": 2, "dense": 3, "all-conv": 4}[place]
-        saved = 0
-        if lean is not None:
-            saved = (10 if adapter["norm"] == "stats" else 15) + lean.get("recompute", 0) + lean.get("checkpoint", 0)
+        saved = 3 * lean.get("recompute", 0) + 3 * lean.get("checkpoint", 0)
         mib = 10 * layers + (lora_rank or 0) - saved
         profile = StepProfile(
-            process_index=0, scope="step", memory_peak_bytes=mib * MIB, num_trainable_params=layers * (lora_rank or 1)
+            process_index=0,
+            scope="step",
+            memory_peak_bytes=mib * MIB,
+            num_trainable_params=layers * (lora_rank or 1),
+            adapter_bytes=layers,
         )
         return SimpleNamespace(profile=[profile])
 
@@ -236,49 +238,52 @@ def costs(monkeypatch: pytest.MonkeyPatch) -> Costs:
     return costs
 
 
-def test_each_option_has_the_mildest_setting_that_fits(tiny_backbone: nn.Module, costs: Costs) -> None:
+def test_each_option_has_the_fewest_lean_options_that_fit(tiny_backbone: nn.Module, costs: Costs) -> None:
     plan = find_plan(
         tiny_backbone,
-        Budget(memory_bytes=24 * MIB),
+        Budget(memory_bytes=27 * MIB),
         methods=["head", "lora"],
         target_modules=["all-conv", "dense", "project"],
-        lora_ranks=[8, 2],
+        lora_ranks=[8, 1],
     )
-    found = {option.name: (option.setting.norm, option.setting.lean is not None) for option in plan.fitting}
+    found = {option.name: (option.setting.norm, option.setting.lean_text) for option in plan.fitting}
     assert found == {
-        "head": ("stats", False),
-        "lora, project, rank 2": ("stats", False),
-        "lora, project, rank 8": ("stats", True),
-        "lora, dense, rank 2": ("stats", True),
-        "lora, dense, rank 8": ("frozen", True),
+        "head": ("frozen", "default"),
+        "lora, project, rank 1": ("frozen", "default"),
+        "lora, project, rank 8": ("frozen", "recompute"),
+        "lora, dense, rank 1": ("frozen", "recompute, checkpoint"),
     }
     # No accuracy is known, so most trained parameters come first.
-    assert [option.name for option in plan.fitting][::4] == ["lora, dense, rank 8", "head"]
+    assert [option.name for option in plan.fitting][:2] == ["lora, project, rank 8", "lora, dense, rank 1"]
     assert [(option.name, option.excess) for option in plan.exceeding] == [
-        ("lora, all-conv, rank 2", ["memory 25.0 MiB, 1.0 over"])
+        ("lora, dense, rank 8", ["memory 32.0 MiB, 5.0 over"]),
+        ("lora, all-conv, rank 1", ["memory 35.0 MiB, 8.0 over"]),
     ]
     asked = [entry[1:] for entry in costs.asked if entry[0] == "lora"]
     # The search starts from the setting that a part of the layers, or a lower rank, needed.
-    off, lean = "norm stats, lean off", "norm stats, lean bit masks"
-    inplace = "norm frozen, lean bit masks, in-place norms"
-    recompute = [f"{lean}, in-place norms, recompute{more}" for more in ("", ", checkpoint")]
+    default, recompute, checkpoint = (
+        f"norm frozen, lean {text}" for text in ("default", "recompute", "recompute, checkpoint")
+    )
     assert asked == [
-        ("project", 2, off),
-        *(("project", 8, setting) for setting in (off, lean)),
-        *(("dense", 2, setting) for setting in (off, lean)),
-        *(("dense", 8, setting) for setting in (lean, *recompute, inplace)),
-        *(("all-conv", 2, setting) for setting in (lean, *recompute)),
-        *(("all-conv", 2, f"{inplace}{more}") for more in ("", ", recompute", ", recompute, checkpoint")),
+        ("project", 1, default),
+        *(("project", 8, setting) for setting in (default, recompute)),
+        *(("dense", 1, setting) for setting in (default, recompute, checkpoint)),
+        ("dense", 8, checkpoint),
+        ("all-conv", 1, checkpoint),
     ]
 
 
 def test_methods_that_train_norms_never_freeze_them(tiny_backbone: nn.Module, costs: Costs) -> None:
     ways = {"target_modules": ["dense"], "lora_ranks": [4]}
-    plan = find_plan(
-        tiny_backbone, Budget(memory_bytes=0), methods=["full", "norm-affine", "galore", "peft-lora"], **ways
-    )
+    methods = ["full", "norm-affine", "galore", "peft-lora"]
+    plan = find_plan(tiny_backbone, Budget(memory_bytes=0), methods=methods, norm="frozen", **ways)
     assert {entry[3].split(",")[0] for entry in costs.asked} == {"norm stats"}
-    assert [option.method for option in plan.exceeding] == ["full", "norm-affine", "galore", "peft-lora"]
+    assert [option.method for option in plan.exceeding] == methods
+
+
+def test_other_methods_use_the_given_norm_mode(tiny_backbone: nn.Module, costs: Costs) -> None:
+    find_plan(tiny_backbone, Budget(), methods=["head"], norm="stats")
+    assert [entry[3] for entry in costs.asked] == ["norm stats, lean default"]
 
 
 def test_networks_without_checkpointing_are_planned_without_it(
@@ -286,11 +291,13 @@ def test_networks_without_checkpointing_are_planned_without_it(
 ) -> None:
     monkeypatch.delattr(type(tiny_backbone), "set_grad_checkpointing")
     find_plan(tiny_backbone, Budget(memory_bytes=0), methods=["head"])
-    assert [entry[3] for entry in costs.asked] == [
-        "norm stats, lean off",
-        *("norm stats, lean bit masks", "norm stats, lean bit masks, in-place norms, recompute"),
-        *(f"norm frozen, lean bit masks, in-place norms{more}" for more in ("", ", recompute")),
-    ]
+    assert [entry[3] for entry in costs.asked] == ["norm frozen, lean default", "norm frozen, lean recompute"]
+
+
+def test_lean_options_are_not_tried_if_other_limits_are_exceeded(tiny_backbone: nn.Module, costs: Costs) -> None:
+    plan = find_plan(tiny_backbone, Budget(memory_bytes=0, adapter_bytes=1), methods=["head"])
+    assert [entry[3] for entry in costs.asked] == ["norm frozen, lean default"]
+    assert len(plan.exceeding[0].excess) == 2
 
 
 def test_placements_with_the_same_layers_are_tried_once(costs: Costs) -> None:
@@ -306,7 +313,7 @@ def test_options_with_records_come_first(
 ) -> None:
     (tmp_path / "head.json").write_text(record("head", 0.7).to_json(), encoding="utf-8")
     ways = {"methods": ["head", "lora"], "target_modules": ["dense"], "lora_ranks": [2, 8]}
-    plan = find_plan(tiny_backbone, Budget(), **ways, records=tmp_path)
+    plan = find_plan(tiny_backbone, Budget(), **ways, norm="stats", records=tmp_path)
     assert [option.name for option in plan.fitting] == ["head", "lora, dense, rank 8", "lora, dense, rank 2"]
     assert plan.fitting[0].evidence is not None
     assert plan.fitting[0].evidence.accuracy == 0.7
@@ -320,7 +327,7 @@ def test_runs_of_other_backbones_are_ignored_if_there_are_runs_of_this_one(
     runs = {"other": record("head", 0.9), "same": record("head", 0.7, backbone="tiny")}
     for name, run in runs.items():
         (tmp_path / f"{name}.json").write_text(run.to_json(), encoding="utf-8")
-    plan = find_plan(tiny_backbone, Budget(), methods=["head"], records=tmp_path)
+    plan = find_plan(tiny_backbone, Budget(), methods=["head"], norm="stats", records=tmp_path)
     assert plan.fitting[0].evidence == Evidence(accuracy=0.7, runs=1, advantage=0.0)
     assert (plan.records, plan.is_same_backbone) == (1, True)
 
@@ -338,7 +345,7 @@ TABLE_HEAD = PlanOption(
     method="head",
     target_modules=None,
     lora_rank=None,
-    setting=Setting("stats", None),
+    setting=Setting("stats", {"inplace_norm": True, "masks": "bit"}),
     profile=TABLE_PROFILE,
     excess=[],
 )
@@ -359,10 +366,9 @@ def test_table_has_a_line_for_each_option_and_reasons_for_the_others() -> None:
     )
     lines = plan_table(plan).splitlines()
     assert "nothing is known of their accuracy" in lines[0]
-    assert lines[4].split() == ["head", "stats", "off", "200.0", "770", "1.01", "64.0", "12.8", "-"]
+    assert lines[4].split() == ["head", "stats", "default", "200.0", "770", "1.01", "64.0", "12.8", "-"]
     assert lines[-1] == (
-        "  lora, dense, rank 4 (norm frozen, lean bit masks, in-place norms): memory 200.0 MiB, 8.0 over; "
-        "saved update 64.0 KiB, 4.0 over"
+        "  lora, dense, rank 4 (norm frozen, lean default): memory 200.0 MiB, 8.0 over; saved update 64.0 KiB, 4.0 over"
     )
 
 

@@ -111,6 +111,9 @@ def plan(
         Option(parser=role_or_regex, metavar="ROLE|REGEX ...", help=f"{TARGETS_HELP}; one or several."),
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
+    norm: Annotated[
+        str, choice(NORMS, "BatchNorm mode. Methods that train norms or that PEFT defines always use stats.")
+    ] = "frozen",
     optimizer: Optimizer = "adamw",
     records: Annotated[
         Path | None, path("FOLDER", "Records of runs. Combinations with runs come first, most accurate first.")
@@ -121,8 +124,8 @@ def plan(
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 
-    Prints the combinations of method, target modules and LoRA rank whose training step fits, each with the mildest lean
-    setting that is needed, and with the predicted memory of the whole process. Then prints combinations that do not
+    Prints the combinations of method, target modules and LoRA rank whose training step fits, each with as few lean
+    options as possible, and with the predicted memory of the whole process. Then prints combinations that do not
     fit, each with the limits that the step exceeds. If a rank does not fit, higher ranks are left out. The steps run on
     tensors without values.
 
@@ -141,7 +144,7 @@ def plan(
     budget = Budget(memory_bytes=memory, flops=flops, adapter_bytes=adapter_bytes)
     model = load_backbone(backbone, num_classes)
     options: dict[str, Any] = {"batch_size": batch_size, "image_size": image_size, "optimizer": optimizer}
-    options["library_bytes"] = library_memory()
+    options |= {"norm": norm, "library_bytes": library_memory()}
     found = find_plan(
         model, budget, methods=method, target_modules=target_modules, lora_ranks=lora_rank, records=records, **options
     )
