@@ -210,7 +210,7 @@ def test_merged_network_is_plain_and_has_the_same_logits(saved: Saved, digits: I
 
 def test_adapter_that_cannot_be_merged_is_refused(tiny_backbone: nn.Module) -> None:
     model = get_peft_model(tiny_backbone, ConvAdapterConfig(norm="stats", target_modules="depthwise"))
-    message = "cannot be merged into one plain network for a device: Cannot merge adapter 'default' into layer"
+    message = "cannot be merged into the weights for a device: Cannot merge adapter 'default' into layer"
     with pytest.raises(ValueError, match=message):
         merge_adapters(model)
 
