@@ -144,7 +144,7 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
         if rows > columns:
             return (left @ right.transpose(1, 2)).sum(0).reshape(size)
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
-    # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the channels of `x`, and its channel
+    # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the channels of `x`. Its channel
     # dimension holds the samples, so the convolution sums over the samples. `stride` and `dilation` are swapped.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(

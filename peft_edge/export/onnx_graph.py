@@ -145,7 +145,7 @@ class _Writer:
         return self.constant(list(values), torch.int64)
 
     def operand(self, value: Any, like: _Node) -> str:
-        """Return the name of the value of a node. For a number, return the name of a constant in the dtype of `like`."""
+        """Return the name of the value of a node. For a number, return the name of a constant with `like`'s dtype."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
     def cast(self, node: _Node, dtype: torch.dtype) -> str:
@@ -240,7 +240,7 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 
 
 def _binary(kind: str, *after: str) -> Entry:
-    """Return an entry that casts two arguments to their result dtype, and applies `kind` and then the operators `after`.
+    """Return an entry that casts two arguments to their result dtype, and applies `kind` and then all of `after`.
 
     If the fx node has the argument `alpha`, the second argument is first multiplied by `alpha`.
     """
