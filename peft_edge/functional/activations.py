@@ -3,11 +3,13 @@
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
   `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
   anyway, `clipped_activation` saves the same tensor instead of a mask. If the output can be recomputed from a tensor
-  that another function saves, such as the input of a BatchNorm in training mode, it saves nothing else.
+  that another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
+  feature map.
 - `smooth_activation`, for example for SiLU, saves its input, or the inputs of the recomputation of its input.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
   `gate` and `x`. If `x` can be recomputed, the function saves the inputs of the recomputation instead of `x`.
-- `max_pool2d` saves its input in the same way, and finds the maxima again in the backward pass.
+- `max_pool2d` saves its input, or the inputs of the recomputation of its input. The backward pass finds the maxima
+  again.
 """
 
 from __future__ import annotations
@@ -59,8 +61,8 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
     `inplace`, the output overwrites x.
     """
     source = get_recompute(x)
-    # If x is the output of a norm in training mode, the norm saves its own input, from which x can be recomputed. The
-    # slopes follow from x as well as from y.
+    # For example, x is the output of a norm in training mode. The norm saves its own input, from which x can be
+    # recomputed. The backward pass can compute the slopes from x instead of y.
     is_cheap = not source.is_identity and source.node.is_used
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace, source if is_cheap else None)
     recompute = source.then(partial(_activate, forward=forward), is_pointwise=True)
@@ -68,6 +70,7 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
 
 
 def _activate(x: Tensor, *, forward: Activation, overwrite: bool) -> Tensor:
+    """Return the activation of x, as a step of a recomputation."""
     return forward(x, inplace=overwrite)
 
 
@@ -134,7 +137,10 @@ class _ClippedActivation(torch.autograd.Function):
 def _map_parts(
     function: Derivative, gradient: Tensor, node: Recomputation, inputs: Sequence[Tensor], overwrites: bool
 ) -> Tensor:
-    """Return `function(gradient, value)` for the recomputed value of `node`, and overwrite the gradient if allowed."""
+    """Return `function(gradient, value)`, where `value` is the tensor that `node` recomputes from `inputs`.
+
+    With `overwrites`, the result overwrites `gradient`.
+    """
     if torch.is_grad_enabled():
         return function(gradient, node.value(inputs))
     result = gradient if overwrites else torch.empty_like(gradient)
@@ -159,8 +165,7 @@ def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
     """Return `forward(x)`. Save x or, if x can be recomputed, the inputs of its recomputation.
 
-    `backward` must map the gradient of the output and x to the gradient of x, and must
-    accept the tensor `out`.
+    `backward` must map the gradient of the output and x to the gradient of x, and must accept the tensor `out`.
     """
     y = _SmoothActivation.apply(x, forward, backward)
     return set_recompute(y, get_recompute(x).then(partial(_activate, forward=forward), is_pointwise=True))
@@ -268,9 +273,11 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield 1-D parts of x in memory order, each with its bytes of `mask` and the value that selects its bit.
+    """Yield the one-dimensional parts of x in memory order, each with a block of `mask` and a number.
 
-    Adjacent elements of a part use the same bit of adjacent bytes, so one operation reads or sets the bits of a part.
+    For element i of a part, the mask is in byte i of the block. All elements of a part use the same bit of their bytes:
+    the bit of the number (1, 2, 4, ..., 128 if the mask is packed, otherwise always 1). One operation can therefore
+    read or set all bits of a part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

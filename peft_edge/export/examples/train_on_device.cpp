@@ -6,8 +6,7 @@
 // EXPORTED is the folder that `export_train_step` wrote. IMAGES has one subfolder for each class, with RGB images of
 // the network's size as binary PPM files. ImageMagick writes such files:
 // `mogrify -format ppm -resize 96x96^ -gravity center -extent 96x96 *.jpg`. STATE is the safetensors file for the
-// trained adapter and the optimizer state. If STATE exists, training continues from this file. The program needs a
-// POSIX system with a little-endian processor.
+// trained adapter and the optimizer state. If STATE exists, training continues from it. Requires POSIX, little-endian.
 #include <fcntl.h>
 #include <onnxruntime_c_api.h>
 #include <unistd.h>
