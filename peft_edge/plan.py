@@ -57,15 +57,16 @@ class Setting(NamedTuple):
 _LEAN = {"masks": "bit"}
 _RECOMPUTE = {**_LEAN, "inplace_norm": True, "recompute": True}
 _CHECKPOINT = {**_RECOMPUTE, "checkpoint": True}
-# From settings that cost nothing to settings that cost time: lean layers take little time, and recomputation and
-# checkpointing repeat parts of the forward pass. The last three freeze the statistics of the norms, which changes the
-# results; the others give the same results.
+# The settings in the order in which the planner tries them. Lean layers take little time. Recomputation and
+# checkpointing repeat parts of the forward pass. The first four settings do not change the results of training. The
+# last three freeze the statistics of the norms, which changes the results.
 _SETTINGS = (
     Setting("stats", None),
     *(Setting("stats", lean) for lean in (_LEAN, _RECOMPUTE, _CHECKPOINT)),
     *(Setting("frozen", {**lean, "inplace_norm": True}) for lean in (_LEAN, _RECOMPUTE, _CHECKPOINT)),
 )
-# These methods train the weights of the norms, and PEFT's own methods cannot freeze the statistics.
+# Methods that are not tried with frozen norms. Some of them train the weights of the norms. PEFT's own methods cannot
+# freeze the statistics.
 _NEVER_FROZEN = ("norm-affine", "galore", "full", "peft-lora", "peft-dora", "peft-loha", "peft-lokr")
 
 
@@ -107,15 +108,15 @@ def step_flops(profile: StepProfile) -> int:
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
 
-# glibc cannot reuse all freed memory at once. In steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the
-# memory of the tensors. With this factor, the prediction was within 12 % of the peak of the process.
+# In steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the memory of the tensors, because glibc cannot
+# reuse all freed memory at once. With this factor, the prediction was within 12 % of the peak of the process.
 _PROCESS_GROWTH = 1.35
 
 
 def process_memory(profile: StepProfile, library_bytes: int) -> int:
-    """Predict the peak memory of a process that trains: its libraries, and what it allocates for the tensors of a step.
+    """Predict the peak memory in bytes of a training process, for Linux with glibc, on the CPU.
 
-    `library_bytes` is the result of `library_memory`. The prediction is for Linux with glibc, on the CPU.
+    The prediction is `library_bytes`, the result of `library_memory`, plus the growth by the tensors of a step.
     """
     return library_bytes + round(_PROCESS_GROWTH * (profile.memory_peak_bytes or 0))
 
@@ -137,9 +138,10 @@ print(peak_rss_bytes())
 
 @functools.cache
 def library_memory() -> int | None:
-    """Return the memory in bytes of a process that trains, besides the tensors of a step. None on Windows.
+    """Return the memory in bytes of a training process without the tensors of a step. Return None on Windows.
 
-    The function starts a process that imports what `train.py` imports, and takes a step that needs almost no tensors.
+    The function starts a process with the same imports as `train.py`. The process takes a step with tiny tensors, and
+    prints its peak memory.
     """
     command = [sys.executable, "-c", _TINY_STEP]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -165,6 +167,7 @@ def parse_flops(text: str) -> int:
 
 
 def _parse(text: str, units: Mapping[str, int], example: str) -> int:
+    """Convert a number with one of `units` to an integer. `example` is a valid text, for the error messages."""
     sizes = {unit.lower(): size for unit, size in units.items()}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if match is None or match[2].lower() not in sizes:
@@ -178,7 +181,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options by which runs are grouped.
+    """The options that two runs must share so that their accuracies are averaged.
 
     `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
     """
@@ -263,7 +266,7 @@ class Plan:
     is_same_backbone: bool
     """Whether these runs used the planned backbone. False if they used other backbones, or if there are no runs."""
     library_bytes: int | None = None
-    """The memory of a process besides the tensors of a step, from `library_memory`; None if it was not measured."""
+    """The result of `library_memory`; None if it was not measured."""
 
 
 def find_plan(
@@ -281,14 +284,16 @@ def find_plan(
 ) -> Plan:
     """Find the methods, placements and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
 
-    Each combination is analysed with up to seven settings, until the step fits: without lean training; with lean
-    training, first plain, then with recomputation, then also with checkpointed blocks; and with the same three lean
-    settings and frozen norms that work in place. Methods that train norms have no setting with frozen norms, and
-    networks without timm's gradient checkpointing have none with checkpointed blocks. If a rank does not fit, higher
-    ranks are skipped. `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are
-    keys of `METHODS`, and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles or regular
-    expressions. `records` is a folder with records of runs. The runs of this backbone determine the order of the
-    options. If this backbone has no runs, all runs determine the order. `library_bytes` is stored in the result.
+    Each combination is analysed with up to seven settings, until the step fits. The first setting has no lean training.
+    The next three have lean training: with bit masks, then also with recomputation, then also with checkpointed blocks.
+    The last three are the same lean settings with frozen norms that work in place. Settings with frozen norms are
+    skipped for methods that train norms, and for PEFT's own methods. Settings with checkpointed blocks are skipped for
+    networks without timm's gradient checkpointing. If a rank does not fit, higher ranks are skipped.
+
+    `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
+    and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `records` is a
+    folder with records of runs. The runs of this backbone determine the order of the options. If this backbone has no
+    runs, all runs determine the order. `library_bytes` is stored in the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.
@@ -304,7 +309,8 @@ def find_plan(
     can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # Method, layers, and index of the setting that the step needs. More layers need at least this setting.
+        # Method, layers, and index of the setting in the option. For a placement that contains all these layers and
+        # more, the search starts at this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         possible = [each for each in _SETTINGS if can_checkpoint or not (each.lean or {}).get("checkpoint")]
         for method, (place, layers) in bar:
@@ -331,7 +337,7 @@ def find_plan(
 
 
 def _can_checkpoint(backbone: nn.Module) -> bool:
-    """Return whether timm can checkpoint the blocks of a network."""
+    """Return whether the network has timm's gradient checkpointing."""
     from peft_edge.roles import meta_copy
 
     try:
@@ -344,9 +350,10 @@ def _can_checkpoint(backbone: nn.Module) -> bool:
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the name and the layers of each distinct placement that has layers, fewest layers first.
+    """Return the name and the layers of each placement in `target_modules`, fewest layers first.
 
-    If the method does not use the section `adapter`, return one pair: None and no layers.
+    Placements without layers are left out. If several placements have the same layers, only the first is returned. If
+    the method does not use the configuration section `adapter`, return one pair: None and no layers.
     """
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
@@ -370,7 +377,7 @@ def _mildest(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """Return the option with the first of `settings` with which the step fits, or with the last one if none fits."""
+    """Analyse the step with each of `settings` until it fits, and return the option with the last analysed setting."""
     from peft_edge.profiling import analysis
 
     for setting in settings:
@@ -386,12 +393,13 @@ def _mildest(
 
 
 def _order(option: PlanOption) -> tuple[bool, float, int]:
+    """Return the sort key of an option. `Plan.fitting` describes the order."""
     known, trained = option.evidence, option.profile.num_trainable_params or 0
     return known is None, 0.0 if known is None else -known.advantage, -trained
 
 
 def plan_table(plan: Plan) -> str:
-    """Return a table of the options that fit, an explanation of the row order, and each other option's `excess`."""
+    """Return a text with a table of the fitting options, the order of its rows, and the `excess` of other options."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

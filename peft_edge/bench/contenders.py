@@ -128,7 +128,7 @@ def _with_eval_norms(build: Build) -> Build:
 def _ours(method: str, lean: Mapping[str, object] | None, norm: str = "stats", **adapter: str) -> Build:
     """Return a function that builds a method of this package. `lean` and `norm` are as in `prepare_step`.
 
-    `adapter` contains further settings of the adapter. GaLore ignores these settings, and uses the LoRA rank as its rank.
+    `adapter` contains further settings of the adapter. GaLore ignores them, and uses the LoRA rank as its rank.
     """
 
     def build(model: nn.Module, lora_rank: int) -> Step:

@@ -92,6 +92,7 @@ def galore_param_groups(
 def _groups(
     model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
+    """Return the groups of `galore_param_groups`. The first group contains `projected` and has the keys `galore`."""
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
         {"params": [], "weight_decay": weight_decay},
@@ -106,7 +107,7 @@ def _groups(
 
 
 def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
-    """Register hooks that update each parameter in the backward pass and then free its gradient.
+    """Register hooks that update each parameter in the backward pass, and free its gradient after the update.
 
     The updates equal those of `optimizer.step()`, and only one gradient is in memory at a time. The training loop may
     still call `step` and `zero_grad`, which then find no gradients. Two techniques stop working without an error:
