@@ -8,7 +8,7 @@ The program has four methods over the same buffers:
 - `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
 - `set_state(...)` takes tensors in the same order, and replaces the adapter and the optimizer state by these tensors.
 
-ExecuTorch's interface for mutable state may still change. Load a program with the version that wrote it.
+ExecuTorch's interface for mutable state may still change. Load a program with the version of ExecuTorch that wrote it.
 
 `python -m peft_edge.export.executorch_step PROGRAM BATCHES OUT` calls `run_program` in a separate process, because a
 program may crash its process. BATCHES and OUT are safetensors files with the argument and the result of `run_program`.

@@ -262,7 +262,7 @@ def _binary(kind: str, *after: str) -> Entry:
 
 
 def _reduction(kind: str) -> Entry:
-    """Return an entry that reduces the first argument over the argument `dim`. A scalar is returned as it is."""
+    """Return an entry that reduces the first argument over the argument `dim`. A scalar remains unchanged."""
 
     def write(writer: _Writer, node: _Node) -> str:
         source = node.args[0]

@@ -8,8 +8,8 @@ in any order in which the inputs of each node are computed before the node. Two 
 - The forward pass already converts the mask to floating point, or computes another factor of the backward pass. ONNX
   Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced nodes.
 
-The added nodes make both orders invalid. They compute ones from the sizes of tensors, and multiply values by these
-ones. This takes almost no time and changes no result.
+The added nodes make both orders invalid. They compute a 1 (or True) from the size of a tensor, and multiply a number by
+1 (or combine a mask with True). This takes almost no time and changes no result.
 """
 
 from __future__ import annotations

@@ -178,7 +178,7 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
 
 
 def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
-    """Load a backbone from a folder with files that may be hostile. `name`, if given, becomes its `name_or_path`.
+    """Load a backbone from a folder with files that may be hostile. If `name` is given, store it as `name_or_path`.
 
     The backbone is first built on the meta device, because a hostile configuration could exhaust the memory.
     """

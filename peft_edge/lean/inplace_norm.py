@@ -118,9 +118,9 @@ def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
     """Return the mark that allows `norm` to overwrite y: id of the norm, version of y, grad mode and hooks."""
-    # If gradient checkpointing starts between the convolution and the norm, it saves y. Checkpointing changes the hooks
-    # or the grad mode, so the norm finds an invalid mark and does not overwrite y. The mark contains only the id of the
-    # norm, because the norm itself would be pickled with the tensor.
+    # Gradient checkpointing that starts between the convolution and the norm saves y, so the norm must not overwrite y.
+    # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark contains only the id of
+    # the norm, because the norm itself would be pickled with the tensor.
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
 
 

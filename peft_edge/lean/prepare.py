@@ -127,7 +127,7 @@ def undo_lean_training(model: Model) -> Model:
 def _switch_on_checkpointing(model: nn.Module) -> None:
     """Switch on timm's gradient checkpointing, so that `undo_lean_training` switches it off.
 
-    If the user has switched it on, nothing changes. Raise a ValueError if the model does not support it.
+    If checkpointing is on already, nothing changes. Raise a ValueError if the model does not support checkpointing.
     """
     network = next((module for module in model.modules() if hasattr(type(module), "set_grad_checkpointing")), None)
     if getattr(network, "grad_checkpointing", False):
@@ -271,9 +271,10 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
 
 
 class _Trace(TorchFunctionMode):
-    """Marks each output with the name of its layer, and records in `consumers` who receives marked tensors.
+    """Marks each output with the name of its layer, and records which layers and functions receive marked tensors.
 
-    `enter` and `leave` are the hooks of a layer. A function that runs inside a layer is not recorded.
+    `consumers` maps each layer to the recorded names. `enter` and `leave` are the hooks of a layer. Functions that run
+    inside a layer are not recorded.
     """
 
     def __init__(self) -> None:
