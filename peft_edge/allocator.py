@@ -36,7 +36,7 @@ def huge_page_state() -> str:
     """
     import torch
 
-    # The tensor must be larger than 32 MiB. For smaller tensors, malloc may reuse freed memory, whose pages are older.
+    # Allocate more than 32 MiB. For a smaller tensor, malloc may reuse freed memory, which may have other pages.
     tensor = torch.ones(10 * 2**20)
     inside = False
     try:

@@ -29,7 +29,7 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     for operator in (aten.native_batch_norm.default, aten.cudnn_batch_norm.default):
         table[operator] = _frozen_batch_norm
     for operator in (aten.hardswish.default, aten.hardsigmoid.default, aten.silu.default):
-        table.pop(operator, None)  # `onnx_graph` converts these operators as they are
+        table.pop(operator, None)  # not decomposed, because `onnx_graph` converts these operators directly
     table[aten.copy.default] = _copy
     table[aten.convolution_backward.default] = _convolution_backward
     table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
@@ -79,8 +79,8 @@ def _frozen_batch_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return `x * scale + shift` for the constant statistics `mean` and `var`, and two empty tensors.
 
-    In `native_batch_norm`, the two tensors hold the statistics of the batch. The function ignores `training`, because
-    `check_exportable` rejects norms that use batch statistics.
+    `native_batch_norm` would return the statistics of the batch instead of the empty tensors. This function ignores
+    `training`, because `check_exportable` rejects norms that use batch statistics.
     """
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight

@@ -86,8 +86,7 @@ def export_train_step(
     - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
 
     All norms use their stored statistics, on the device and in the comparison. With `norm="stats"`, the statistics
-    therefore do not change on the device. A model that uses batch statistics or dropout, as in training mode, is
-    rejected.
+    therefore do not change on the device. A model in training mode is rejected if it uses batch statistics or dropout.
 
     Args:
         model: A PEFT model with one active adapter, or a folder or Hub id for `load_pretrained`. It is not changed.
@@ -97,7 +96,8 @@ def export_train_step(
         optimizer: `sgd` or `adamw`, as in `torch.optim`.
         momentum: Momentum of SGD. AdamW ignores this argument.
         weight_decay: Weight decay of SGD or AdamW.
-        max_grad_norm: Clip the gradients so that their total norm is at most this value. None does not clip.
+        max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
+            are not clipped.
         classes: Names of the classes that the device learns; by default the classes of the model. The head keeps the
             rows of classes that the model knows, and has new rows for the other classes.
         split: Whether to write the frozen layers before the first trained layer as `prefix.onnx`, for latent replay:

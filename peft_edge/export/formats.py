@@ -25,7 +25,7 @@ class Format(NamedTuple):
     Attributes:
         suffix: The suffix that a file name must have.
         write: A function that writes an exported network to a file, together with a dict from names to texts.
-        load: A function that loads the network in a file as a function from images to logits.
+        load: A function that reads a file, and returns its network as a function from images to logits.
         any_batch_size: Whether a file can accept batches of any size. Otherwise, the batch size is fixed at export.
     """
 

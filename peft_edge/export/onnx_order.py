@@ -74,7 +74,7 @@ class _Scheduler:
             if index in forward or index in self.late or index not in self.of_batch:
                 continue
             # This node computes a factor of the backward pass, but all its inputs are known in the forward pass. The
-            # gate delays the node until the gradient is known that the factor will be multiplied with.
+            # gate delays the node until the gradient that is multiplied by the factor is known.
             if node.op_type == "Cast" and self._is_early_mask(node.input[0], loss):
                 masks.append(node.input[0])
                 node.input[0] = self._add(index, "And", [node.input[0], self._gate(index, _BOOL)])

@@ -75,7 +75,7 @@ def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
 
 
 def run_prefix(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
-    """Return the features of the images of `count` batches, as `features.0`, ..."""
+    """Return a dict with the features of the images in all `count` batches: `features.0`, `features.1`, ..."""
     session = open_session(folder / "prefix.onnx")
     return {f"features.{i}": session.run(["features"], {"images": read(f"images.{i}")})[0] for i in range(count)}
 

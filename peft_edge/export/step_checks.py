@@ -1,4 +1,4 @@
-"""Compare an exported training step with eager training, in double precision and as files in ONNX Runtime."""
+"""Compare an exported training step with eager training: its graph in double precision, its files in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ DOUBLE_TOLERANCE = 1e-10
 # change on the trained adapter measures how much training amplifies rounding errors.
 INPUT_CHANGE = 1e-6
 # The exported step may differ from eager training by this many times the effect. In 14 training runs of seven networks,
-# the largest ratio was 1.1, and a tiny network in the tests had 4.1. A single changed run may have too small an effect,
-# because few changes flip the sign of an activation near 0. The check therefore takes the largest effect of up to
-# `INPUT_CHANGES` runs.
+# the largest ratio was 1.1, and a tiny network in the tests had 4.1. The effect of a single change may be too small,
+# because only some changes flip the sign of an activation near 0. The check therefore takes the largest effect of up to
+# `INPUT_CHANGES` changes.
 ALLOWED_RATIO, INPUT_CHANGES = 5, 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001

@@ -19,16 +19,16 @@ from peft_edge.export.step_checks import MALLOC_TUNABLES
 from peft_edge.export.train_step import CapturedGraph, capture_graph
 from peft_edge.files import requires_extra
 
-# The predicted bytes of each node of the graph, and of each byte in tensors. A node takes memory even if its result is
-# small, and the allocator takes more memory than the tensors. With these values, the predictions for five steps of four
-# networks are within 9 % of the measured peaks, which are 71 to 323 MiB.
+# `NODE_BYTES` is the predicted memory of each node of the graph in addition to its result. `ALLOCATOR_FACTOR` is the
+# predicted memory of the allocator divided by that of the tensors. With these values, the predictions for five steps of
+# four networks are within 9 % of the measured peaks, which are 71 to 323 MiB.
 NODE_BYTES, ALLOCATOR_FACTOR = 8192, 1.6
 # Bytes of an element in the ONNX file, where float64 becomes float32.
 _BYTES = {torch.float64: 4, torch.float32: 4, torch.int64: 8, torch.int32: 4, torch.bool: 1}
 
 
 def step_memory(graph: CapturedGraph) -> tuple[int, int]:
-    """Return two numbers of bytes for a step: of its constants, and of all its other tensors at their peak.
+    """Return the bytes of the constants of a step, and the peak bytes of all its other tensors.
 
     The function assumes that the nodes run in the order of the graph, and that a tensor is freed after its last use.
     Elementwise operators and reshapes write to the memory of an operand of the same size that no later node uses.

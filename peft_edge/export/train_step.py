@@ -57,7 +57,8 @@ class StepOptimizer:
             the parameter `value`.
         betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
         eps: A small number that AdamW adds to the denominator.
-        max_grad_norm: The gradients are clipped so that their total norm is at most this value. None does not clip.
+        max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
+            are not clipped.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -184,7 +185,7 @@ class TrainStep:
 
     Attributes:
         step: The graph of a training step; the module docstring lists its inputs and outputs.
-        predict: The graph that maps the adapter, and images or (with a prefix) features, to logits.
+        predict: The graph that computes the logits. Its inputs are the adapter, and features (with a prefix) or images.
         prefix: The graph that maps images to features. None if the step is not split.
         start: The name of the first module after the prefix. None if the step is not split.
         adapter: A dict from the names in the saved adapter to the initial tensors.
@@ -419,7 +420,10 @@ def _base_layer(layer: Any) -> Any:
 
 
 def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Run a norm whose normalisation is fused into a convolution. Return x, or the activation of a BatchNormAct2d."""
+    """Replace the forward pass of a norm that is fused into a convolution.
+
+    Apply the dropout and the activation of timm's BatchNormAct2d to x. For any other norm, return x.
+    """
     return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x
 
 
@@ -564,8 +568,8 @@ def _compare_early(graph: fx.Graph) -> None:
     """Move each comparison, such as `x > 0`, directly after the last other use of the compared tensor.
 
     Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor.
-    Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares the input with the limits.
-    Such a comparison uses the output instead, which the next layer may keep anyway.
+    Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares its input with its limits.
+    In these comparisons, the output replaces the input, because the next layer may keep the output anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

@@ -2,8 +2,8 @@
 
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
   `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
-  anyway, `clipped_activation` saves the same tensor instead of a mask. If the output can be recomputed from a tensor
-  that another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
+  anyway, `clipped_activation` saves the same tensor instead of a mask. If its input can be recomputed from a tensor that
+  another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
   feature map.
 - `smooth_activation`, for example for SiLU, saves its input, or the inputs of the recomputation of its input.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
@@ -45,7 +45,7 @@ class Derivative(Protocol):
     """Maps the output gradient dY, and the input x or the output y, to the input gradient dX."""
 
     def __call__(self, gradient: Tensor, value: Tensor, /, *, out: Tensor = ...) -> Tensor:
-        """Return dX, in the tensor `out` if it is given. `out` may be the tensor `gradient`."""
+        """Return dX. If `out` is given, write dX to `out`, which may be the tensor `gradient`."""
 
 
 Kept = Literal["output", "byte", "bit"]
@@ -55,8 +55,8 @@ Kept = Literal["output", "byte", "bit"]
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    If the output can be recomputed from a tensor that another function saves, `keep` is ignored and only the inputs of
-    the recomputation are saved. If the output is neither contiguous nor channels-last, the output is saved.
+    If x can be recomputed from a tensor that another function saves, `keep` is ignored, and only the inputs of the
+    recomputation of x are saved. If the output is neither contiguous nor channels-last, the output is saved.
     `forward` must compute the activation for x, or for a one-dimensional part of x. `upper` is infinity for ReLU. With
     `inplace`, the output overwrites x.
     """
@@ -150,9 +150,9 @@ def _map_parts(
 
 
 def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor | None = None) -> Tensor:
-    """Return `gradient` where 0 < value < upper and 0 elsewhere, in the tensor `out` unless it is None.
+    """Return `gradient` where 0 < value < upper, and 0 elsewhere. If `out` is given, write the result to `out`.
 
-    `value` is the input or the output of the activation. Both are in these bounds at the same elements.
+    `value` may be the input or the output of the activation, because both are in these bounds at the same elements.
     """
     is_unbounded = upper == float("inf")
     operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward
@@ -191,7 +191,7 @@ class _SmoothActivation(torch.autograd.Function):
 
 
 def silu_gradient(gradient: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return the gradient of x for SiLU, in the tensor `out` unless it is None."""
+    """Return the gradient of x for SiLU. If `out` is given, write the result to `out`."""
     operator = torch.ops.aten.silu_backward
     return operator(gradient, x) if out is None else operator.grad_input(gradient, x, grad_input=out)
 

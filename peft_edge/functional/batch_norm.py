@@ -58,7 +58,7 @@ def frozen_batch_norm(
 def _normalise(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, overwrite: bool
 ) -> Tensor:
-    """Return the output of BatchNorm in eval mode, with the operator that torch uses. With `overwrite`, overwrite x."""
+    """Return the output of BatchNorm in eval mode, computed by torch's operator. With `overwrite`, overwrite x."""
     if not overwrite:
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     # The second and the third output are the statistics of the batch, which are empty in eval mode.

@@ -172,7 +172,9 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
     base = load_backbone(name, pretrained="/" in name)
     if "/" not in name:
         warnings.warn(
-            f"{folder} was trained on other random weights of {name}: pass that backbone as base=", stacklevel=3
+            f"{folder} was trained on random weights of {name} that are not saved, and other random weights are used: "
+            "pass the original backbone as base=",
+            stacklevel=3,
         )
     return base
 

@@ -385,7 +385,7 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
 
 
 def _quantize(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
-    """Return the values to store, (B, N), and the scale of each image, (B,). Values times scale are the features.
+    """Return the values to store, (B, N), and the scale of each image, (B,). The features are about values * scale.
 
     The scale is 1 unless `dtype` is int8. Raise a ValueError if a feature is not finite, or too large for `dtype`.
     """

@@ -165,7 +165,8 @@ class LeanClippedActivation(nn.Module):
         """Return the output of the original layer."""
         if _runs_plain(x):
             return super().forward(x)
-        # If x can be recomputed, the consumers save the inputs of the recomputation instead of this output.
+        # If x can be recomputed, so can the output of this layer. The next layers then do not save the output, so a
+        # mask takes less memory than the output.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, type(self).function, upper=self.upper, keep=keep, inplace=self.inplace)

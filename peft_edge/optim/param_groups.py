@@ -47,8 +47,8 @@ def galore_param_groups(
     layers are never projected. An empty group is left out of the list.
 
     `target_modules` selects the convolutions to project: a role (see `peft_edge.roles`), a module name, or a list of
-    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The weight decay
-    of the first two groups is `weight_decay`, and that of the third group is 0.
+    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The first two groups have
+    the given `weight_decay`, and the third group has a weight decay of 0.
 
     Raises:
         ValueError: If an entry of `target_modules` is neither a role nor the name of a convolution, or if there is no
@@ -83,7 +83,7 @@ def galore_param_groups(
     if not projected:
         raise ValueError(
             f"rank is {rank}, and none of the {len(trained)} trainable convolutions of target_modules="
-            f"{target_modules!r} has more rows and columns than that: lower the rank, or choose other target_modules"
+            f"{target_modules!r} has more than {rank} rows and columns: lower the rank, or choose other target_modules"
         )
     galore = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     return _groups(model, weight_decay, projected, **galore)
