@@ -116,7 +116,8 @@ _PROCESS_GROWTH = 1.35
 def process_memory(profile: StepProfile, library_bytes: int) -> int:
     """Predict the peak memory in bytes of a training process, for Linux with glibc, on the CPU.
 
-    The prediction is `library_bytes`, the result of `library_memory`, plus the growth by the tensors of a step.
+    The prediction is `library_bytes` plus `_PROCESS_GROWTH` times the peak memory of the tensors. `library_bytes` is
+    the result of `library_memory`.
     """
     return library_bytes + round(_PROCESS_GROWTH * (profile.memory_peak_bytes or 0))
 

@@ -328,7 +328,7 @@ class _Steps:
             module.training = training
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= _TOLERANCE:
-            raise ValueError(f"its output differs from the network's: by {difference:.0%} of the largest logit")
+            raise ValueError(f"its output differs from the network's output by {difference:.0%} of the largest logit")
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def begin(self, *, is_counted: bool) -> _Costs:

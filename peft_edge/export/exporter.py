@@ -71,7 +71,7 @@ def export_model(
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     if calibration is not None and format != "onnx":
-        raise ValueError(f"only the format onnx can be int8, found {format!r}")
+        raise ValueError(f"only the format onnx can be quantised to 8 bits, found {format!r}")
     suffix, write, load, any_batch_size = FORMATS[format]
     if Path(file).suffix != suffix:
         raise ValueError(f"{file}: expected a name that ends in {suffix} for the format {format}")

@@ -129,8 +129,8 @@ class Recomputation:
     def parts(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield parts of the tensor that fit into the cache, each with the same part of `others`.
 
-        The pointwise steps at the end run on one part at a time. `others` must have the shape of the tensor. If the
-        memory layouts differ, there is only one part.
+        The pointwise steps at the end run on one part at a time. `others` must have the shape of the tensor.
+        `iter_parts` states when there is only one part.
         """
         node, steps = self, list[tuple[Step, Sequence[Tensor]]]()
         while node.is_pointwise and node.parent is not None and node.step is not None:

@@ -151,7 +151,7 @@ def _label(name: object, filters: Any) -> str:
 
 
 def _shift(data: Mapping[str, Any]) -> str:
-    """Return the target data as text: the new classes, or the shift and its severity."""
+    """Return the target data as text: the new classes, or the shift and its severity. Without a shift: the dataset."""
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
     shift = _label(data["shift"] or data["name"], data.get("shift_filters", []))

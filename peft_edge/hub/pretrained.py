@@ -55,9 +55,9 @@ def load_pretrained(
             head. By default, the backbone is loaded from the adapter's subfolder `source_model` if it exists, or by the
             name in the adapter's configuration.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
-        allow_other_base: Accept a backbone whose weights differ from those that the adapter was trained on. An adapter
-            without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's `save_pretrained`
-            writes no fingerprint.
+        allow_other_base: Whether to accept a backbone whose weights differ from those that the adapter was trained on.
+            An adapter without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's
+            `save_pretrained` writes no fingerprint.
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
@@ -210,7 +210,11 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Add the adapter to a copy of `model` on the meta device, and raise a ValueError if `layout` has other tensors."""
+    """Raise a ValueError if the adapter in the file, described by `layout`, does not fit `model`.
+
+    The adapter is added to a copy of `model` on the meta device. The names and shapes of its tensors must be those of
+    `layout`. The dtypes must agree in being floating-point or not.
+    """
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initialisations decompose weights, which have no values in `trial`

@@ -117,7 +117,7 @@ def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
-    """Return the mark that allows `norm` to overwrite y: id of the norm, version of y, grad mode and hooks."""
+    """Return the mark that allows `norm` to overwrite y: id of the norm, version of y, grad mode, and hooks."""
     # Gradient checkpointing that starts between the convolution and the norm saves y, so the norm must not overwrite y.
     # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark contains only the id of
     # the norm, because the norm itself would be pickled with the tensor.
