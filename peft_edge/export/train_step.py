@@ -345,7 +345,7 @@ def trained_names(model: PeftModel) -> dict[str, str]:
 
 
 def check_exportable(model: PeftModel) -> None:
-    """Check that the forward pass of `model` uses no batch statistics and no random numbers.
+    """Check that the forward pass of `model`, in its present mode, uses no batch statistics and no dropout.
 
     The exported step uses the stored statistics of all norms. An adapter with `norm="stats"` or `"affine"` therefore
     keeps its present statistics.
