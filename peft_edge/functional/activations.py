@@ -2,8 +2,8 @@
 
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
   `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
-  anyway, `clipped_activation` saves the same tensor instead of a mask. If its input can be recomputed from a tensor that
-  another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
+  anyway, `clipped_activation` saves the same tensor instead of a mask. If its input can be recomputed from a tensor
+  that another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
   feature map.
 - `smooth_activation`, for example for SiLU, saves its input, or the inputs of the recomputation of its input.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
