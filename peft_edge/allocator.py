@@ -1,7 +1,8 @@
 """Let torch allocate large tensors in huge pages, which makes training on a CPU faster.
 
-Linux gives memory to a process page by page, at the first access to each page. With pages of 4 KiB, these page faults
-take a quarter to a half of a training step. A huge page of 2 MiB needs one page fault instead of 512.
+Linux gives memory to a process page by page, in a page fault at the first access to each page. With pages of 4 KiB,
+page faults take a quarter to a half of the time of a training step. A huge page of 2 MiB needs one page fault instead
+of 512.
 
 Importing this module does not import torch, because the switch must be set before torch allocates the first tensor.
 """
@@ -35,7 +36,7 @@ def huge_page_state() -> str:
     """
     import torch
 
-    # Up to 32 MiB, malloc may reuse freed memory, whose pages were chosen earlier.
+    # Allocate more than 32 MiB. For a smaller tensor, malloc may reuse freed memory, which may have other pages.
     tensor = torch.ones(10 * 2**20)
     inside = False
     try:

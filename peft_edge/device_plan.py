@@ -1,7 +1,7 @@
-"""Find the adapters that a device can train within a memory budget for the whole process, with ONNX Runtime.
+"""Predict the memory of training adapters with ONNX Runtime, and list the adapters that fit a memory budget.
 
-`peft_edge.plan` predicts the tensors of a training step in PyTorch. This module captures the training step that
-`peft_edge.export.export_train_step` writes, and predicts the memory of the process that runs it.
+`peft_edge.plan` predicts the memory of the tensors of a training step in PyTorch. This module predicts the memory of
+the whole process that runs an exported training step, as written by `peft_edge.export.export_train_step`.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ DEVICE_METHODS = ("lora", "lora-fa", "dora")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
-    """An adapter, and what its training on a device needs."""
+    """An adapter, with the predicted memory of its training on a device."""
 
     method: str
     """One of `DEVICE_METHODS`."""
@@ -47,10 +47,10 @@ def find_device_options(
     image_size: int = 224,
     optimizer: str = "sgd",
 ) -> list[DeviceOption]:
-    """Return the adapters with the memory that their training needs, most trained parameters first.
+    """Return an option for each combination of method, target modules and rank, most trained parameters first.
 
-    Norms are frozen. Each adapter also trains the head. If frozen layers come before its first trained layer, the
-    adapter is listed twice: with a step on images and with a step on stored features.
+    Norms are frozen. Each adapter also trains the head. If the model can be split before the first trained layer, the
+    combination has two options: a step on images, and a step on stored features (`split`).
 
     Args:
         backbone: A timm model with the head to be trained. It is not changed.
@@ -63,7 +63,8 @@ def find_device_options(
 
     Raises:
         ValueError: If a method is not one of `DEVICE_METHODS`, or a step cannot be exported.
-        ImportError: If onnxruntime is not installed.
+        NotImplementedError: If a step needs a gradient that cannot be exported; see `capture_train_step`.
+        ImportError: If onnx or onnxruntime is not installed.
     """
     import torch
     from peft import PeftModel
@@ -104,7 +105,10 @@ def find_device_options(
 
 
 def device_plan_table(options: Sequence[DeviceOption], memory_bytes: int | None) -> str:
-    """Return a table of the options that fit, and a line for each option that exceeds `memory_bytes`."""
+    """Return a table of the options that fit, and a line for each option that exceeds `memory_bytes`.
+
+    If `memory_bytes` is None, all options fit.
+    """
     from peft_edge.profiling.tables import text_table
 
     fitting = [option for option in options if memory_bytes is None or option.process_bytes <= memory_bytes]

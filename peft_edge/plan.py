@@ -49,11 +49,12 @@ class Setting(NamedTuple):
         return ", ".join(name for name in ("recompute", "checkpoint") if self.lean.get(name)) or "default"
 
 
-# What `train.py` does by default, and then options that repeat parts of the forward pass to save more memory.
+# The lean training of `train.py`, and then options that repeat parts of the forward pass to save more memory.
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
 _LEAN_OPTIONS = (_LEAN, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
-# These methods train the weights of the norms, and PEFT's own methods cannot freeze the statistics.
+# Methods that are always planned with the norm mode "stats". Some of them train the weights of the norms. PEFT's own
+# methods cannot freeze the statistics.
 _NEVER_FROZEN = ("norm-affine", "galore", "full", "peft-lora", "peft-dora", "peft-loha", "peft-lokr")
 
 
@@ -95,15 +96,16 @@ def step_flops(profile: StepProfile) -> int:
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
 
-# glibc cannot reuse all freed memory at once. In steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the
-# memory of the tensors. With this factor, the prediction was within 12 % of the peak of the process.
+# In steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the memory of the tensors, because glibc cannot
+# reuse all freed memory at once. With this factor, the prediction was within 12 % of the peak of the process.
 _PROCESS_GROWTH = 1.35
 
 
 def process_memory(profile: StepProfile, library_bytes: int) -> int:
-    """Predict the peak memory of a process that trains: its libraries, and what it allocates for the tensors of a step.
+    """Predict the peak memory in bytes of a training process, for Linux with glibc, on the CPU.
 
-    `library_bytes` is the result of `library_memory`. The prediction is for Linux with glibc, on the CPU.
+    The prediction is `library_bytes` plus `_PROCESS_GROWTH` times the peak memory of the tensors. `library_bytes` is
+    the result of `library_memory`.
     """
     return library_bytes + round(_PROCESS_GROWTH * (profile.memory_peak_bytes or 0))
 
@@ -125,9 +127,10 @@ print(peak_rss_bytes())
 
 @functools.cache
 def library_memory() -> int | None:
-    """Return the memory in bytes of a process that trains, besides the tensors of a step. None on Windows.
+    """Return the memory in bytes of a training process without the tensors of a step. Return None on Windows.
 
-    The function starts a process that imports what `train.py` imports, and takes a step that needs almost no tensors.
+    The function starts a process with the same imports as `train.py`. The process takes a step with tiny tensors, and
+    prints its peak memory.
     """
     command = [sys.executable, "-c", _TINY_STEP]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()[-1]
@@ -153,6 +156,7 @@ def parse_flops(text: str) -> int:
 
 
 def _parse(text: str, units: Mapping[str, int], example: str) -> int:
+    """Convert a number with one of `units` to an integer. `example` is a valid text, for the error messages."""
     sizes = {unit.lower(): size for unit, size in units.items()}
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", text, re.IGNORECASE)
     if match is None or match[2].lower() not in sizes:
@@ -166,7 +170,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options by which runs are grouped.
+    """The options that two runs must share so that their accuracies are averaged.
 
     `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
     """
@@ -251,7 +255,7 @@ class Plan:
     is_same_backbone: bool
     """Whether these runs used the planned backbone. False if they used other backbones, or if there are no runs."""
     library_bytes: int | None = None
-    """The memory of a process besides the tensors of a step, from `library_memory`; None if it was not measured."""
+    """The result of `library_memory`; None if it was not measured."""
 
 
 def find_plan(
@@ -271,13 +275,14 @@ def find_plan(
     """Find the methods, placements and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
 
     Each combination is analysed with up to three settings, until the step fits: with the lean training of `train.py`,
-    then also with recomputation, and then also with checkpointed blocks, if timm can checkpoint them. If a rank does
-    not fit, higher ranks are skipped. `backbone` is a timm model with the head to be trained. This model is not
-    changed. `methods` are keys of `METHODS`, and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles
-    or regular expressions. `norm` is the norm mode, as in the key `norm` of
-    `train.py`. Methods that train norms always use "stats". `records` is a folder
-    with records of runs. The runs of this backbone determine the order of the options. If this backbone has no runs,
-    all runs determine the order. `library_bytes` is stored in the result.
+    then also with recomputation, and then also with checkpointed blocks. The last setting is skipped for networks
+    without timm's gradient checkpointing. If a rank does not fit, higher ranks are skipped.
+
+    `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
+    and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `norm` is a value
+    of the key `norm` of `train.py`. Methods that train norms, and PEFT's own methods, always use "stats". `records` is
+    a folder with records of runs. The runs of this backbone determine the order of the options. If this backbone has no
+    runs, all runs determine the order. `library_bytes` is stored in the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.
@@ -293,7 +298,8 @@ def find_plan(
     can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # Method, layers, and index of the setting that the step needs. More layers need at least this setting.
+        # Method, layers, and index of the setting in the option. For a placement that contains all these layers and
+        # more, the search starts at this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         lean_options = [lean for lean in _LEAN_OPTIONS if can_checkpoint or not lean.get("checkpoint")]
         for method, (place, layers) in bar:
@@ -320,7 +326,7 @@ def find_plan(
 
 
 def _can_checkpoint(backbone: nn.Module) -> bool:
-    """Return whether timm can checkpoint the blocks of a network."""
+    """Return whether the network has timm's gradient checkpointing."""
     from peft_edge.roles import meta_copy
 
     try:
@@ -333,9 +339,10 @@ def _can_checkpoint(backbone: nn.Module) -> bool:
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the name and the layers of each distinct placement that has layers, fewest layers first.
+    """Return the name and the layers of each placement in `target_modules`, fewest layers first.
 
-    If the method does not use the section `adapter`, return one pair: None and no layers.
+    Placements without layers are left out. If several placements have the same layers, only the first is returned. If
+    the method does not use the configuration section `adapter`, return one pair: None and no layers.
     """
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
@@ -359,9 +366,9 @@ def _first_fitting(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """Return the option with the first of `settings` with which the step fits.
+    """Analyse the step with each of `settings` until it fits, and return the option with the last analysed setting.
 
-    If none fits, return the option with the last setting, or with the first that exceeds other limits than the memory.
+    The search also ends if the step exceeds another limit than the memory, because lean options save only memory.
     """
     from peft_edge.profiling import analysis
 
@@ -370,7 +377,6 @@ def _first_fitting(
         cost = analysis.analyse(backbone, method, lora_rank=lora_rank, adapter=adapter, lean=setting.lean, **step)
         profile = cost.profile[0]
         excess = budget.excess(profile)
-        # Lean options save memory only, and take FLOPs.
         if not excess or replace(budget, memory_bytes=None).excess(profile):
             break
     return PlanOption(
@@ -379,12 +385,13 @@ def _first_fitting(
 
 
 def _order(option: PlanOption) -> tuple[bool, float, int]:
+    """Return the sort key of an option. `Plan.fitting` describes the order."""
     known, trained = option.evidence, option.profile.num_trainable_params or 0
     return known is None, 0.0 if known is None else -known.advantage, -trained
 
 
 def plan_table(plan: Plan) -> str:
-    """Return a table of the options that fit, an explanation of the row order, and each other option's `excess`."""
+    """Return a text with a table of the fitting options, the order of its rows, and the `excess` of other options."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

@@ -22,9 +22,9 @@ Build = Callable[[nn.Module, int], Step]
 LEAN = {"masks": "bit"}
 """Arguments of `prepare_model_for_lean_training` for a network whose BatchNorm uses batch statistics."""
 LEAN_FROZEN = {**LEAN, "inplace_norm": True}
-"""The same for a network with frozen BatchNorm."""
+"""Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm."""
 LEAN_RECOMPUTE = {**LEAN_FROZEN, "recompute": True}
-"""The same for either, with recomputed outputs of cheap convolutions."""
+"""Arguments of `prepare_model_for_lean_training` for any network: also recompute the outputs of cheap convolutions."""
 
 
 @dataclass(frozen=True)
@@ -34,33 +34,36 @@ class Contender:
     label: str
     """Name in tables."""
     build: Build
-    """Function that maps a timm model and a LoRA rank to the built model, in train or eval mode, and its optimizer.
+    """Function that maps a timm model and a LoRA rank to a pair: the built model and its optimizer.
 
-    An optimizer of None means no backward pass and no update. `build` may change the timm model in place. In eval mode,
-    the built model must have the same output as the timm model, up to rounding. If `build` raises an exception, the
-    table shows the message.
+    The built model is in the mode (train or eval) of the measured step. If the optimizer is None, the step has no
+    backward pass and no update. `build` may change the timm model in place. In eval mode, the built model must have the
+    same output as the timm model, up to rounding. If `build` raises an exception, the table shows the message.
     """
     is_compiled: bool = False
     """Whether `torch.compile` compiles the built model before the first step."""
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Prepare to train the parameters that require a gradient or, with `config`, the adapter of PEFT."""
+    """Build a step that trains the parameters that require a gradient or, with `config`, an adapter of PEFT."""
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 
 
 def _inference(model: nn.Module, lora_rank: int) -> Step:
+    """Build a step that is only a forward pass in eval mode."""
     # Without trainable parameters, autograd keeps no activations.
     return model.requires_grad_(False).eval().to(memory_format=training_memory_format(model)), None
 
 
 def _peft(model: nn.Module, lora_rank: int, **options: bool) -> Step:
+    """Build PEFT's LoRA in all dense convolutions. `options` are further arguments of `LoraConfig`."""
     targets = {"target_modules": modules_with_role(model, "dense"), "modules_to_save": head_names(model)}
     return _train(model, lora_rank, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, **targets, **options))
 
 
 def _lycoris(model: nn.Module, lora_rank: int) -> Step:
+    """Build LoCon of LyCORIS in all dense convolutions."""
     from lycoris.modules.locon import LoConModule
 
     for name, conv in _frozen_dense_convolutions(model):
@@ -72,6 +75,7 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
 
 def _loralib(model: nn.Module, lora_rank: int) -> Step:
+    """Build the LoRA convolution of loralib in all dense convolutions."""
     from loralib import Conv2d
 
     for name, conv in _frozen_dense_convolutions(model):
@@ -79,12 +83,13 @@ def _loralib(model: nn.Module, lora_rank: int) -> Step:
             raise ValueError(f"loralib supports only nn.Conv2d with square kernels, and {name} is {conv}")
         sizes = conv.in_channels, conv.out_channels, conv.kernel_size[0]
         layer = Conv2d(*sizes, r=lora_rank, lora_alpha=2 * lora_rank, merge_weights=False)
-        layer.conv = conv  # replaces the convolution that the layer created
+        layer.conv = conv  # replaces the new convolution that loralib's layer contains
         model.set_submodule(name, layer)
     return _train(model, lora_rank)
 
 
 def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Freeze all parameters except those of the head, and yield names and modules of the dense convolutions."""
     model.requires_grad_(False)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
@@ -93,7 +98,7 @@ def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Modul
 
 
 def _checkpointed(build: Build) -> Build:
-    """Return a function that also switches timm's gradient checkpointing on, which recomputes each block."""
+    """Return a function that calls `build`, and then switches on timm's gradient checkpointing in the built model."""
 
     def build_checkpointed(model: nn.Module, lora_rank: int) -> Step:
         built, optimizer = build(model, lora_rank)
@@ -105,7 +110,10 @@ def _checkpointed(build: Build) -> Build:
 
 
 def _with_eval_norms(build: Build) -> Build:
-    """Return a function that also sets BatchNorm to eval mode, as users of torch freeze its statistics."""
+    """Return a function that calls `build`, and then sets all BatchNorm layers of the built model to eval mode.
+
+    This is the usual way in torch to freeze the statistics of BatchNorm.
+    """
 
     def build_with_eval_norms(model: nn.Module, lora_rank: int) -> Step:
         built, optimizer = build(model, lora_rank)
@@ -118,6 +126,11 @@ def _with_eval_norms(build: Build) -> Build:
 
 
 def _ours(method: str, lean: Mapping[str, object] | None, norm: str = "stats", **adapter: str) -> Build:
+    """Return a function that builds a method of this package. `lean` and `norm` are as in `prepare_step`.
+
+    `adapter` contains further settings of the adapter. GaLore ignores them, and uses the LoRA rank as its rank.
+    """
+
     def build(model: nn.Module, lora_rank: int) -> Step:
         options = {"norm": norm, **({"rank": lora_rank} if method == "galore" else adapter)}
         return prepare_step(model, method, lora_rank=lora_rank, adapter=options, lean=lean)
@@ -175,7 +188,7 @@ CONTENDERS: dict[str, Contender] = {
     "lora-fa-project": Contender("our LoRA-FA, project, frozen norms, lean", _frozen("lora-fa", "project")),
     "dora-dense": Contender("our DoRA, dense, frozen norms, lean", _frozen("dora", "dense")),
 }
-"""First what users of other packages train, then ours. BatchNorm uses batch statistics unless the label says otherwise.
+"""A dict from the names of contenders to contenders: first those without this package, then ours.
 
-`checkpointed` is timm's gradient checkpointing, `compiled` is `torch.compile`, and `eval norms` are BatchNorm layers in
-eval mode."""
+BatchNorm uses the statistics of the batch unless the label says otherwise. In labels, `checkpointed` means timm's
+gradient checkpointing, `compiled` means `torch.compile`, and `eval norms` means BatchNorm layers in eval mode."""

@@ -1,4 +1,4 @@
-"""Measure the training steps of contenders, each in a process of its own, with and without huge pages."""
+"""Measure the training steps of contenders with and without huge pages, each in a separate process."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ from peft_edge.records import StepProfile, load_average, package_info, system_in
 
 Setting = Mapping[str, str | int]
 
-# Allowed difference of a logit, relative to the largest logit. Contenders execute operations in different orders, so
-# rounding errors add up over the layers.
+# Largest allowed difference between a contender's logit and the network's logit, relative to the largest logit.
+# Contenders execute operations in different orders, so rounding errors add up over the layers.
 _TOLERANCE = 1e-3
 
 
@@ -57,15 +57,15 @@ def run_bench(
     `backbone` is the name of a timm model, which then has random weights, or the folder of a saved model. `contenders`
     are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
-    Each contender runs in a process of its own, with torch's huge pages. Memory and FLOPs come from steps that are not
-    timed. Then each contender takes one step in each round, and the order of the contenders is reversed after each
-    round. With `without_huge_pages`, each contender also runs in a second process without huge pages, and both
-    processes take turns. If a contender cannot be built, its output differs from the network's, or its process dies,
-    its row holds the reason.
+    Each contender runs in a separate process, with torch's huge pages. A step that is not timed counts the memory of
+    tensors and the FLOPs. Then each contender takes one timed step in each round, and the order of the contenders is
+    reversed after each round. With `without_huge_pages`, each contender also runs in a second process without huge
+    pages, and both processes take turns. If a contender cannot be built, its output differs from the network's output,
+    or its process dies, the field `error` of its row contains the reason.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
-        RuntimeError: If full fine-tuning fails.
+        RuntimeError: If full fine-tuning fails, or the process that loads the network dies.
     """
     created_at, started, load = datetime.now(timezone.utc), time.perf_counter(), load_average()
     names = list(dict.fromkeys([REFERENCE, *contenders]))
@@ -108,10 +108,12 @@ def run_bench(
 
 
 class _Costs(NamedTuple):
-    """What a contender's process measures before the timed steps."""
+    """The measurements of a contender's process before the timed steps."""
 
     profile: StepProfile | None
+    """The costs of a step. None if the request was `build`."""
     compile_s: float | None
+    """See `BenchRow.compile_s`."""
 
 
 class _Growth(NamedTuple):
@@ -122,7 +124,7 @@ class _Growth(NamedTuple):
 
 
 class _Failure(NamedTuple):
-    """The reason why a contender did not run, or why its network cannot be used."""
+    """The reason why a contender or the network cannot be used."""
 
     message: str
 
@@ -132,10 +134,11 @@ Reply = _Costs | PhaseTimes | _Growth | _Failure
 
 
 class _Group:
-    """Processes, one for each contender, that all use huge pages or all use none. They end with the `with` block.
+    """One process for each contender, either all with huge pages or all without. They end with the `with` block.
 
-    A host process with the right environment loads the network, and forks itself for each contender. A forked process
-    starts at once, and shares the memory of the loaded libraries with the others.
+    A host process with the right environment variables loads the network. On Linux, it then forks itself for each
+    contender, and on other systems it starts new processes. A forked process starts at once, and shares the memory of
+    the loaded libraries with the other processes.
     """
 
     def __init__(self, names: Sequence[str], setting: Setting, cache: str, *, huge_pages: bool) -> None:
@@ -175,19 +178,22 @@ class _Group:
         self._host.join()
 
     def begin(self, name: str, *, is_counted: bool) -> None:
-        """Build a contender. With `is_counted`, also count the cost of its step."""
+        """Build a contender, and store the costs in its row. With `is_counted`, the costs include a `StepProfile`."""
         reply = self._ask(name, "build and count" if is_counted else "build")
         if isinstance(reply, _Costs):
             self.rows[name].profile, self.rows[name].compile_s = reply
 
     def time(self, name: str) -> None:
-        """Let a contender take a timed step."""
+        """Let a contender take a timed step, and add the times to its row. A contender that has failed is skipped."""
         reply = self._ask(name, "step")
         if isinstance(reply, PhaseTimes):
             self.rows[name].rounds.append(reply)
 
     def finish(self) -> None:
-        """Read the memory of each process, and compare the times with the reference's times."""
+        """Store the memory of each process, and the ratios to the times of `REFERENCE`, in the rows.
+
+        Contenders that have failed are skipped.
+        """
         for name, row in self.rows.items():
             reply = self._ask(name, "finish")
             if isinstance(reply, _Growth):
@@ -197,14 +203,18 @@ class _Group:
                     row.profile.peak_rss_bytes = reply.peak_rss_bytes
 
     def _ask(self, name: str, request: Request) -> Reply:
-        """Return the reply of a contender's process. If the contender fails, write the reason to its row."""
+        """Send a request to a contender's process, and return the reply.
+
+        If the contender fails, now or in an earlier call, its row contains only the reason, and the reply is a
+        `_Failure`. If the contender is the reference, raise a RuntimeError.
+        """
         row = self.rows[name]
         if row.error:
             return _Failure(row.error)
         try:
             self._connections[name].send(request)
             reply: Reply = self._connections[name].recv()
-        except (EOFError, OSError):  # the process closed its end of the pipe
+        except (EOFError, OSError):  # the process has ended, which closes its end of the pipe
             reply = _Failure("its process died, perhaps for lack of memory")
         if isinstance(reply, _Failure):
             row.error, row.profile, row.rounds = reply.message, None, []
@@ -214,7 +224,11 @@ class _Group:
 
 
 def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connection]) -> None:
-    """Start a process for each contender, and end all of them when the other end of the first connection closes."""
+    """Load the network, start a process for each contender, and send the state of the huge pages or a `_Failure`.
+
+    The first of `connections` belongs to the host, and the others belong to the contenders. When the parent process
+    closes its end of the first connection, this process and the processes of the contenders end.
+    """
     # A terminal sends Ctrl-C to all processes, but only the parent process knows what to print.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # a process with several computing threads must not be forked
@@ -238,16 +252,18 @@ def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connecti
         process(target=_contend, args=arguments, daemon=True).start()
         connection.close()
     control.send(huge_page_state())
-    with suppress(EOFError):  # until the other end is closed
+    with suppress(EOFError):  # `recv` waits until the parent process closes its end
         control.recv()
 
 
 def _load(setting: Setting) -> tuple[nn.Module, Tensor]:
+    """Return the network and a batch of random images. Raise a ValueError if the network cannot process the images."""
     size = int(setting["image_size"])
     network = load_backbone(str(setting["backbone"]), int(setting["num_classes"]))
     images = torch.randn(int(setting["batch_size"]), 3, size, size)
     try:
-        # Without estimated statistics, activations of random weights would vanish or overflow with frozen norms.
+        # Estimate the statistics of BatchNorm. With random weights and frozen norms, activations would otherwise vanish
+        # or overflow.
         update_bn([images], network)
     except RuntimeError as error:
         raise ValueError(f"{network.name_or_path} cannot be trained on images of {size} px: {error}") from error
@@ -266,13 +282,16 @@ def _contend(
     images: Tensor,
     setting: Setting,
 ) -> None:
-    """Reply to the requests of a `_Group` for one contender, until the other end of the connection closes."""
-    for other in inherited:  # as long as a copy is open, nobody notices that the process at the other end died
+    """Reply to the requests of a `_Group` for one contender, until the other end of the connection closes.
+
+    `inherited` contains the connections of other processes that a fork has copied into this process.
+    """
+    for other in inherited:  # while any copy is open, the parent process does not notice that the other process died
         other.close()
     torch.set_num_threads(int(setting["threads"]))
     memory = ProcessPeak()
     steps: _Steps | None = None
-    with suppress(EOFError):  # until the other end is closed
+    with suppress(EOFError):  # `recv` raises EOFError when the other end is closed
         while True:
             request: Request = connection.recv()
             reply: Reply
@@ -287,13 +306,17 @@ def _contend(
                 else:
                     memory.__exit__()
                     reply = _Growth(memory.rss_growth_bytes, memory.peak_rss_bytes)
-            except Exception as error:  # other packages may raise exceptions of any type
+            except Exception as error:  # other packages may raise exceptions of any class
                 reply = _failure(error)
             connection.send(reply)
 
 
 class _Steps:
-    """Build a contender, check its output, and run its steps. The first step must be `begin`."""
+    """Build a contender, check its output, and run its steps. Call `begin` once before `time`.
+
+    Raises:
+        ValueError: If the output of the contender in eval mode differs from the output of the network.
+    """
 
     def __init__(self, contender: Contender, network: nn.Module, images: Tensor, lora_rank: int) -> None:
         self._is_compiled = contender.is_compiled
@@ -305,13 +328,15 @@ class _Steps:
             module.training = training
         difference = ((found - expected).abs().max() / expected.abs().max()).item()
         if not difference <= _TOLERANCE:
-            raise ValueError(f"its output differs from the network's: by {difference:.0%} of the largest logit")
+            raise ValueError(f"its output differs from the network's output by {difference:.0%} of the largest logit")
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def begin(self, *, is_counted: bool) -> _Costs:
-        """Take the first step, which compiles the model and creates the optimizer's state, and count the next step.
+        """Take the first step, which compiles the model and creates the optimizer's state.
 
-        A compiled step cannot be counted, because a dispatch mode makes torch run the original step.
+        With `is_counted`, take a second step, and count its FLOPs and the memory of its tensors. A compiled step cannot
+        be counted, because torch runs the original model inside a counter (a dispatch mode). The profile of a compiled
+        contender therefore contains only the number of trainable parameters.
         """
         if self._is_compiled:
             self._model.compile()

@@ -39,24 +39,33 @@ class BenchRow(JsonModel):
     error: str = ""
     """Message of the error if the contender did not run; otherwise empty."""
     profile: StepProfile | None = None
-    """FLOPs and memory of a step, and the median times of its phases; for a compiled step, only times and the memory of
-    the process. None if the contender did not run, and in rows without huge pages."""
+    """FLOPs and memory of a step, and the median times of its phases.
+
+    A compiled step has only the number of trainable parameters, the times and the memory of the process. None if the
+    contender did not run, and in rows without huge pages."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
     ratio_best: float | None = None
-    """Time of the fastest step divided by the time of the reference's fastest step."""
+    """Time of the contender's fastest step divided by the time of the reference's fastest step."""
     ratio_median: float | None = None
-    """The median over the rounds of the step time divided by the reference's step time in the same round."""
+    """The median of the ratios of all rounds.
+
+    The ratio of a round is the contender's step time divided by the reference's step time in the same round."""
     ratio_lowest: float | None = None
+    """The lowest ratio of a round."""
     ratio_highest: float | None = None
-    """The lowest and the highest of the ratios whose median is `ratio_median`."""
+    """The highest ratio of a round."""
     rss_growth_bytes: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Growth of the process in the timed steps, from a built model with its optimizer to the peak. None in old records,
-    and where the system cannot reset the peak."""
+    """Peak memory of the process in the timed steps, minus its memory before them, when model and optimizer exist.
+
+    None in old records, and if the system cannot reset the peak."""
     compile_s: float | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Seconds of the first step of a model that `torch.compile` compiles. Otherwise None."""
+    """Seconds of the first step of a contender that uses `torch.compile`; None for other contenders."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
-        """Set the four ratios from `rounds` and the rounds of the reference, and the median times in `profile`."""
+        """Compute the four ratios from `rounds` and `reference`, the rounds of the reference.
+
+        Also set the times in `profile` to the medians over the rounds. A median of 0 becomes None.
+        """
         ratios = [own.step_s / other.step_s for own, other in zip(self.rounds, reference, strict=True)]
         self.ratio_best = min(times.step_s for times in self.rounds) / min(times.step_s for times in reference)
         self.ratio_median = statistics.median(ratios)
@@ -77,11 +86,15 @@ class BenchRecord(JsonModel):
     rows: list[BenchRow]
     """One row for each contender. The first row is the reference."""
     rows_without_huge_pages: list[BenchRow] = Field(default=[], exclude_if=lambda rows: not rows)
-    """Times and memory of the same contenders in processes without huge pages. Empty if these were not measured."""
+    """Times and memory of the same contenders in processes without huge pages; empty if they were not measured.
+
+    The ratios of these rows refer to full fine-tuning without huge pages."""
     total_time: float
     """Seconds of the whole comparison."""
     load_average: list[float | None]
-    """Load average of the last minute, at the start and at the end. If other processes ran, times are less reliable."""
+    """Load average of the last minute, at the start and at the end. If other processes ran, times are less reliable.
+
+    None if the system has no load average."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
@@ -101,7 +114,7 @@ class BenchRecord(JsonModel):
 
 
 def bench_table(record: BenchRecord) -> str:
-    """Return the record as text: memory and time relative to full fine-tuning, all costs, errors and load average."""
+    """Return the record as text: a comparison with full fine-tuning, all costs, errors, load average, huge pages."""
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
@@ -116,6 +129,7 @@ def bench_table(record: BenchRecord) -> str:
 
 
 def _comparison(record: BenchRecord) -> str:
+    """Return a table of memory and time, absolute and relative to the first row of the record."""
     reference = record.measured[0][1].memory_peak_bytes
     rows = [["", "MiB", "times", "MiB", "ms", "time", "time", "time", "s to"]]
     rows.append(["", "tensors", "less", "process", "best", "best", "median", "spread", "compile"])
@@ -141,19 +155,21 @@ def _comparison(record: BenchRecord) -> str:
 
 
 def _times(row: BenchRow) -> tuple[str, str]:
+    """Return the milliseconds of the fastest step, and `ratio_best`, as text."""
     return f"{1e3 * min(times.step_s for times in row.rounds):,.0f}", f"{row.ratio_best:.2f}"
 
 
 def _scaled(value: float | None, unit: int) -> str:
+    """Return `value` in multiples of `unit` as text; `-` if `value` is None."""
     return "-" if value is None else f"{value / unit:,.0f}"
 
 
 def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
-    """Draw two panels of stacked bars: peak memory of tensors, and `ratio_median` by phase.
+    """Draw two panels of stacked bars: the peak memory of tensors by kind, and `ratio_median` by phase.
 
-    Diamonds show the growth of the process and, in the second panel, the time without huge pages as a multiple of full
-    fine-tuning's time with huge pages. Error bars show `ratio_lowest` and `ratio_highest`. At least one contender must
-    have run. `save_bars` describes the file and the errors.
+    In the first panel, diamonds show the growth of the process. In the second panel, diamonds show the median time
+    without huge pages, divided by the time of full fine-tuning with huge pages. Error bars show `ratio_lowest` and
+    `ratio_highest`. At least one contender must have run. `save_bars` describes the file and the errors.
     """
     rows, profiles = zip(*record.measured, strict=True)
     panels = [_memory_panel(rows, profiles), _time_panel(rows, record.rows_without_huge_pages)]
@@ -181,7 +197,7 @@ def _memory_panel(rows: Sequence[BenchRow], profiles: Sequence[StepProfile]) -> 
 
 def _time_panel(rows: Sequence[BenchRow], others: Sequence[BenchRow]) -> StackedBars:
     def length(row: BenchRow, phase: str) -> float:
-        # The mean fractions of the phases add up to 1. The median fractions do not.
+        # The mean fractions of the three phases add up to 1. Their median fractions do not.
         fraction = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
         return (row.ratio_median or 0) * fraction
 
@@ -198,5 +214,5 @@ def _time_panel(rows: Sequence[BenchRow], others: Sequence[BenchRow]) -> Stacked
 
 
 def _ratio(rounds: Sequence[PhaseTimes], reference: Sequence[PhaseTimes]) -> float:
-    """Return the median over the rounds of the step time divided by the reference's step time in the same round."""
+    """Return the median of the ratios of all rounds: the step time divided by the reference's step time."""
     return statistics.median(own.step_s / other.step_s for own, other in zip(rounds, reference, strict=True))

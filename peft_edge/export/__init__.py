@@ -1,4 +1,4 @@
-"""Export an adapted model for a device: the whole merged network, or only the tensors that differ from the base."""
+"""Export an adapted model for a device: the merged network, the tensors that changed, or a training step."""
 
 from peft_edge.export.device import export_train_step
 from peft_edge.export.device_states import import_state

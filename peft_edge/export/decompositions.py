@@ -21,12 +21,15 @@ aten = torch.ops.aten
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
-    """Return a dict from each operator that the capture of a step replaces to its replacement function."""
+    """Return the decomposition table of `capture_graph`: a dict from operators to replacement functions.
+
+    The table contains PyTorch's core decompositions and the functions of this module.
+    """
     table: dict[Any, Callable[..., Any]] = dict(core_aten_decompositions())
     for operator in (aten.native_batch_norm.default, aten.cudnn_batch_norm.default):
         table[operator] = _frozen_batch_norm
     for operator in (aten.hardswish.default, aten.hardsigmoid.default, aten.silu.default):
-        table.pop(operator, None)  # ONNX has these operators
+        table.pop(operator, None)  # not decomposed, because `onnx_graph` converts these operators directly
     table[aten.copy.default] = _copy
     table[aten.convolution_backward.default] = _convolution_backward
     table[aten.avg_pool2d_backward.default] = _avg_pool2d_backward
@@ -38,10 +41,12 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
 
 
 def _copy(target: Tensor, source: Tensor, non_blocking: bool = False) -> Tensor:
+    """Return `source` with the dtype and the shape of `target`."""
     return source.to(target.dtype).expand(target.shape)
 
 
-# The gradients of activations multiply with a mask, because `Where` in ONNX Runtime allocates two more tensors.
+# The following functions multiply gradients by masks. `torch.where` would need more memory, because ONNX Runtime
+# allocates two additional tensors for the operator `Where`.
 
 
 def _threshold_backward(grad: Tensor, y: Tensor, threshold: float) -> Tensor:
@@ -72,6 +77,11 @@ def _frozen_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """Return `x * scale + shift` for the constant statistics `mean` and `var`, and two empty tensors.
+
+    `native_batch_norm` would return the statistics of the batch instead of the empty tensors. This function ignores
+    `training`, because `check_exportable` rejects norms that use batch statistics.
+    """
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight
     shift = -mean * scale if bias is None else bias - mean * scale
@@ -92,9 +102,11 @@ def _convolution_backward(
     groups: int,
     wanted: Sequence[bool],
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return the gradients of input, kernel and bias. `wanted` selects the gradients; the others are None."""
+    """Return the gradients of `x`, `weight` and the bias. A gradient is None if its entry in `wanted` is False."""
     if transposed:
-        raise NotImplementedError("the gradient of a transposed convolution")
+        raise NotImplementedError(
+            "the training step cannot be exported: it needs the gradient of a transposed convolution"
+        )
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_x = _input_gradient(grad, weight, x.shape, geometry) if wanted[0] else None
     # PyTorch's gradient is contiguous, and the captured graph may contain views that need this memory layout.
@@ -103,6 +115,7 @@ def _convolution_backward(
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
+    """Return the gradient of the input, of shape `size`, from the gradient `grad` of the output."""
     stride, padding, dilation, groups = geometry
     kernel = weight.shape[2:]
     border = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
@@ -120,18 +133,19 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
 
 
 def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
+    """Return the gradient of the kernel, of shape `size`, from the gradient `grad` of the output and the input `x`."""
     stride, padding, dilation, groups = geometry
     batch, (rows, columns), kernel = len(x), size[:2], size[2:]
     if groups == 1 and all(k == 1 for k in kernel) and not any(padding):
         for dim, step in enumerate(stride, start=2):
             x = x.movedim(dim, 0)[::step].movedim(0, dim) if step > 1 else x
         left, right = grad.reshape(batch, rows, -1), x.reshape(batch, columns, -1)
-        # Transpose the tensor that has fewer channels.
+        # Transpose the smaller tensor: `right` if `x` has fewer channels than `grad`, otherwise `left`.
         if rows > columns:
             return (left @ right.transpose(1, 2)).sum(0).reshape(size)
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
-    # A convolution that sums over the batch. Its batch dimension holds the input channels of `x`, and its channels
-    # hold the images. Its kernel is `grad`. Its stride is `dilation`, and its dilation is `stride`.
+    # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the channels of `x`. Its channel
+    # dimension holds the samples, so the convolution sums over the samples. `stride` and `dilation` are swapped.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups
@@ -151,11 +165,15 @@ def _avg_pool2d_backward(
     count_include_pad: bool,
     divisor_override: int | None,
 ) -> Tensor:
+    """Return the gradient of `x`, computed by a transposed depthwise convolution of `grad` with a constant kernel."""
     kernel = list(kernel_size) * (2 // len(kernel_size))
     step = list(stride or kernel_size) * (2 // len(stride or kernel_size))
     covered = [(out - 1) * s + k for out, s, k in zip(grad.shape[2:], step, kernel, strict=True)]
     if any(padding) or any(c > n for c, n in zip(covered, x.shape[2:], strict=True)):
-        raise NotImplementedError("the gradient of an average pool with padding, or with ceil_mode at an odd size")
+        raise NotImplementedError(
+            "the training step cannot be exported: it needs the gradient of an average pool with padding, or with "
+            "ceil_mode at an odd size"
+        )
     weight = grad.new_full((x.shape[1], 1, *kernel), 1 / (divisor_override or kernel[0] * kernel[1]))
     rest = [n - c for n, c in zip(x.shape[2:], covered, strict=True)]
     return aten.convolution.default(grad, weight, None, step, [0, 0], [1, 1], True, rest, x.shape[1])

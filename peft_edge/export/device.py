@@ -76,16 +76,17 @@ def export_train_step(
     - `train_step.onnx`: the training step. The inputs are images, labels, mask, learning rate, adapter and optimizer
       state. The outputs are the loss, the number of correct predictions, and the new adapter and optimizer state. In
       the next step, the output `new:<name>` must replace the input `<name>`.
-    - `predict.onnx`: the network. The inputs are any number of images and the adapter. The output is the logits.
+    - `predict.onnx`: the network. The inputs are the adapter and any number of images. The outputs are the logits.
     - `prefix.onnx`: with `split`, the frozen layers before the first trained layer. The input is any number of images.
-      The output is their features, which `train_step.onnx` then takes instead of images.
+      The outputs are the features of the images. `train_step.onnx` then takes features instead of images.
     - `state.safetensors`: the initial adapter and optimizer state.
-    - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files, preprocessing, class
-      names, optimizer, fingerprint of the base model, the fields of `StepReport`, the machine, and package versions.
+    - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files above, preprocessing,
+      class names, optimizer, fingerprint of the base model, the fields of `StepReport`, the machine, and package
+      versions.
     - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
 
-    All norms use their stored statistics, on the device and in the comparison. The model is therefore treated as in
-    eval mode: `norm="stats"` keeps the statistics with which the adapter was saved.
+    All norms use their stored statistics, on the device and in the comparison. With `norm="stats"`, the statistics
+    therefore do not change on the device. A model in training mode is rejected if it uses batch statistics or dropout.
 
     Args:
         model: A PEFT model with one active adapter, or a folder or Hub id for `load_pretrained`. It is not changed.
@@ -95,14 +96,14 @@ def export_train_step(
         optimizer: `sgd` or `adamw`, as in `torch.optim`.
         momentum: Momentum of SGD. AdamW ignores this argument.
         weight_decay: Weight decay of SGD or AdamW.
-        max_grad_norm: Clip the gradients so that their total norm is at most this value. None does not clip.
-        classes: Names of the classes that the device learns; by default those of the model. The head keeps the rows of
-            classes that the model knows, and has new rows for the other classes.
-        split: Write the frozen layers before the first trained layer as a file of their own, for latent replay: the
-            device computes the features of an image only once.
-        calibration: Preprocessed images (M, C, H, W). If given, `prefix.onnx` is quantised to 8 bits, and so are the
-            same layers in `predict.onnx`. The images determine the scales, and the error of the features is measured
-            on them.
+        max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
+            are not clipped.
+        classes: Names of the classes that the device learns; by default the classes of the model. The head keeps the
+            rows of classes that the model knows, and has new rows for the other classes.
+        split: Whether to write the frozen layers before the first trained layer as `prefix.onnx`, for latent replay:
+            the device computes the features of an image only once.
+        calibration: Preprocessed images (M, C, H, W), only with `split`. If given, `prefix.onnx` and the same layers in
+            `predict.onnx` are quantised to 8 bits. These images determine the scales and `StepReport.prefix_error`.
 
     Raises:
         ValueError: If an argument is invalid, a layer or operator cannot be exported, or the exported step differs
@@ -123,7 +124,7 @@ def export_train_step(
         )
     with requires_extra("onnx"):
         import onnx  # noqa: F401 - raises an error early if onnx is missing
-        import onnxruntime  # noqa: F401 - a separate process uses it
+        import onnxruntime  # noqa: F401 - raises an error early if onnxruntime is missing
     options = StepOptimizer(name=optimizer, momentum=momentum, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     if not isinstance(model, PeftModel):
         model = load_pretrained(model)
@@ -170,7 +171,10 @@ def _write_graph(graph: CapturedGraph, file: Path, *, any_batch_size: bool = Fal
 
 
 def _join_prefix(folder: Path, tail: Path) -> None:
-    """Write `predict.onnx`: the prefix followed by `tail`, a file that maps features and the adapter to logits."""
+    """Write `predict.onnx` in `folder`: the network of `prefix.onnx`, followed by the network of the file `tail`.
+
+    `tail` maps features and the adapter to logits. `tail` may be the file `predict.onnx` itself.
+    """
     import onnx
 
     model = onnx.load(tail)
@@ -181,7 +185,10 @@ def _join_prefix(folder: Path, tail: Path) -> None:
 
 
 def _quantize_prefix(step: TrainStep, folder: Path, calibration: Tensor) -> float:
-    """Quantise `prefix.onnx`, and return the relative error of the features: ||int8 - float|| / ||float||."""
+    """Quantise `prefix.onnx` and the same layers in `predict.onnx`, and return the relative error of the features.
+
+    The error is ||int8 - float|| / ||float||, over the features of all images in `calibration`.
+    """
     import onnxruntime
 
     def features() -> Tensor:
@@ -202,6 +209,7 @@ def _quantize_prefix(step: TrainStep, folder: Path, calibration: Tensor) -> floa
 def _describe_step(
     model: PeftModel, step: TrainStep, optimizer: StepOptimizer, config: Mapping[str, Any], report: StepReport
 ) -> dict[str, Any]:
+    """Return the contents of `step.json` without `base` and `files`, which `export_train_step` adds."""
     shapes = step.step.input_shapes
     images = {IMAGES: (step.prefix or step.predict).input_shapes[IMAGES]}
     prefix = None
@@ -232,6 +240,7 @@ def _describe_step(
 
 
 def _any_batch(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int | str]]:
+    """Return `shapes` with the text "batch" as the first dimension of each shape."""
     return {name: ["batch", *shape[1:]] for name, shape in shapes.items()}
 
 

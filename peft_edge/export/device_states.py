@@ -1,7 +1,7 @@
-"""Read what devices have learned, and convert it to a PEFT adapter.
+"""Convert the state files of devices to a PEFT adapter.
 
-A device trains with the folder that `peft_edge.export.export_train_step` wrote, and saves its adapter and optimizer
-state in a safetensors file.
+A device trains with the folder that `peft_edge.export.export_train_step` wrote. It saves its adapter and optimizer
+state in a safetensors file, the state file.
 """
 
 from __future__ import annotations
@@ -42,9 +42,10 @@ def import_state(
     The states of several devices are averaged (FedAvg, McMahan et al. 2017, arXiv 1602.05629). The LoRA matrices A and
     B are averaged separately. Therefore the product of the averages is not exactly the average of the products.
 
-    The adapter contains `device_training.json`. For each state, this file tells name, SHA-256, weight, and the texts
-    that the device stored in the metadata of the state, for example its name and the number of steps. It also contains
-    the fingerprint of the base model, the optimizer, and package versions.
+    The adapter's folder contains `device_training.json`. This file has an entry for each state file: name, SHA-256,
+    weight divided by the sum of all weights, and metadata. The metadata are texts that the device stored, such as its
+    name and the number of steps. `device_training.json` also names the base model, its fingerprint, the optimizer, and
+    package versions.
 
     Args:
         folder: The folder that `export_train_step` wrote.
@@ -90,11 +91,12 @@ def import_state(
 
 
 def _shares(files: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
+    """Return the weights of the files, divided by their sum. If `weights` is None, all weights are equal."""
     if not files:
         raise ValueError("states: expected at least one file, found none")
     weights = [1.0] * len(files) if weights is None else list(weights)
     if len(weights) != len(files):
-        raise ValueError(f"weights: expected one for each of the {len(files)} states, found {len(weights)}")
+        raise ValueError(f"weights: expected one weight for each of the {len(files)} states, found {len(weights)}")
     total = sum(weights)
     if not (min(weights) >= 0 and 0 < total < float("inf")):
         raise ValueError(f"weights: expected numbers of at least 0 with a positive sum, found {weights}")
@@ -122,7 +124,7 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 
 
 def read_state(file: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Read the adapter from the state file of a device. The optimizer state may be missing from the file.
+    """Return the tensors of the adapter in a state file. The file may lack tensors of the optimizer state.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -29,28 +29,33 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff: fingerprints of `base` and of the merged model (`result`), and the class names."""
+    """The metadata of a diff.
+
+    `base` and `result` are the fingerprints of the base model and of the merged model. `class_names` are the class
+    names of the merged model.
+    """
 
     base: str
     result: str
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of this metadata. The tensors are checked by the fingerprint `result`."""
+        """Return the SHA-256 of this metadata. For the tensors, `apply_diff` checks the fingerprint `result`."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Merge the adapters of `model`, and write every tensor of the result that is not bit-identical in `base`.
+    """Merge the adapters of a copy of `model`, and write each merged tensor that is not bit-identical in `base`.
 
     Args:
         base: The timm model that is on the devices. It is not changed.
-        model: The adapted or fully trained network. Its head may have another number of classes. It is not changed.
+        model: The adapted or fully trained network. It is not changed. Its head may have another number of classes than
+            the head of `base`.
         file: The safetensors file to write or replace. Its metadata contains the fingerprints of both models.
-        allow_other_base: Accept a PEFT model whose base weights differ from those of `base`. The diff then contains
-            the differing base weights, too.
+        allow_other_base: Whether to accept a PEFT model whose base weights differ from those of `base`. The diff then
+            contains the differing base weights, too.
 
     Returns:
         A dict from names to the written tensors.
@@ -148,7 +153,11 @@ def _damaged(file: Path, reason: object) -> ValueError:
 
 
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
-    """Return a copy of `base` with `tensors`. If they contain a head of another size, the copy gets such a head."""
+    """Return a copy of `base` in which `tensors` replace the tensors of the same names.
+
+    If `tensors` contains a head with another number of classes, the head of the copy first gets this size. If a tensor
+    does not fit or is not finite, raise a ValueError that starts with `what` and ends with `advice`.
+    """
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):
         weight = tensors.get(f"{name}.weight", layer.weight)

@@ -6,11 +6,12 @@ The program has four methods over the same buffers:
   and the number of correct predictions.
 - `predict(images)` returns the logits.
 - `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
-- `set_state(...)` replaces them.
+- `set_state(...)` takes tensors in the same order, and replaces the adapter and the optimizer state by these tensors.
 
-ExecuTorch's interface for mutable state may still change. Load a program with the version that wrote it.
+ExecuTorch's interface for mutable state may still change. Load a program with the version of ExecuTorch that wrote it.
 
-`python -m peft_edge.export.executorch_step PROGRAM BATCHES OUT` runs a program. A process of its own may crash.
+`python -m peft_edge.export.executorch_step PROGRAM BATCHES OUT` calls `run_program` in a separate process, because a
+program may crash its process. BATCHES and OUT are safetensors files with the argument and the result of `run_program`.
 """
 
 from __future__ import annotations
@@ -45,8 +46,8 @@ from peft_edge.export.train_step import (
 from peft_edge.files import requires_extra
 
 STEPS = 3  # number of steps in the check
-ALLOWED_RATIO = 10  # allowed error over the error of PyTorch with the same graph in single precision
-FLOOR = 1e-6  # smallest allowed error, relative to the change by training
+ALLOWED_RATIO = 10  # the error may be this many times the error of PyTorch with the same graph in single precision
+FLOOR = 1e-6  # an error of this fraction of the change by training is always allowed
 _BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter and the optimizer state
 
 
@@ -58,10 +59,10 @@ class TrainProgram:
         state_names: Names of the tensors that `get_state` returns and `set_state` takes.
         xnnpack: Whether XNNPACK computes the parts that it supports.
         arena_bytes: A dict from the name of each method to the sizes of its memory arenas in bytes. The last arena
-            contains the buffers with the state. All methods share this arena.
+            contains the adapter and the optimizer state. All methods share this arena.
         step_s: Seconds of the fastest step of the check. The check runs on one thread.
-        difference: Relative difference between the adapters that the program and the captured graph in double precision
-            have trained: the norm of the difference, divided by the norm of the change.
+        difference: Relative error of the adapter that the program has trained: ||trained - exact|| / ||exact -
+            initial||. The captured graph has trained the adapter `exact` in double precision, starting from `initial`.
         allowed_difference: The largest accepted `difference`.
     """
 
@@ -74,9 +75,10 @@ class TrainProgram:
 
 
 def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
-    """Write a program in single precision, run it in a process of its own, and compare it with the captured graph.
+    """Write a program in single precision, run it in a separate process, and compare it with the captured graph.
 
-    The first program uses XNNPACK. If it crashes or its results differ, a program without XNNPACK replaces it.
+    The first program uses XNNPACK. If this program cannot be written, crashes or has other results, a program without
+    XNNPACK replaces it.
 
     Args:
         step: The captured step.
@@ -111,11 +113,14 @@ def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
 
 
 class _Method(nn.Module):
-    """A method of the program. All methods register the same buffers."""
+    """A module whose `forward` is one method of the program: `function(body, buffers, inputs)`.
+
+    All methods have the buffers `state_0`, `state_1`, ..., which hold the adapter and the optimizer state.
+    """
 
     def __init__(self, values: list[Tensor], function: Callable[..., Any], body: nn.Module | None = None) -> None:
         super().__init__()
-        self.body = body  # not `graph`, which is an attribute of every exported module
+        self.body = body  # the name `graph` would clash with an attribute of every exported module
         self.function = function
         for index, value in enumerate(values):
             self.register_buffer(f"{_BUFFER}{index}", value.clone())
@@ -145,7 +150,8 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
     edge = to_edge_transform_and_lower(
         programs,
         partitioner={name: [XnnpackPartitioner()] if xnnpack else [] for name in programs},
-        compile_config=EdgeCompileConfig(_check_ir_validity=False),  # convolutions of the backward pass are unusual
+        # The check may reject convolutions of the backward pass, which have unusual arguments.
+        compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     lowered = edge.to_executorch(
         ExecutorchBackendConfig(
@@ -160,7 +166,7 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
 
 
 def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
-    """Return a dict from the name of each method to its module and to example inputs."""
+    """Return a dict from the name of each method to a pair: its module and its example inputs."""
     state = {**step.adapter, **step.state}
     values = [value.float() for value in state.values()]
     batch = [name for name in step.step.inputs if name not in state]
@@ -193,7 +199,7 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
     def replace(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         for buffer, value in zip(buffers, inputs, strict=True):
             buffer.copy_(value)
-        return inputs[0].sum()  # a method must return something
+        return inputs[0].sum()  # any number will do, but a method must return a result
 
     step_module, predict_module = _single_precision(step.step.module), _single_precision(step.predict.module)
     return {
@@ -205,11 +211,12 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
 
 
 def _single(dtype: torch.dtype) -> torch.dtype:
+    """Return float32 for float64. Return any other dtype unchanged."""
     return torch.float32 if dtype == torch.float64 else dtype
 
 
 def _single_precision(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a captured graph that computes in single precision."""
+    """Return a copy of a captured graph with float32 instead of float64, in the weights and in dtype arguments."""
     module = copy.deepcopy(module).float()
     for node in module.graph.nodes:
         node.args = map_aggregate(node.args, _single_argument)
@@ -228,7 +235,7 @@ Batch = dict[str, Tensor]
 
 
 def _random_batches(step: TrainStep) -> list[Batch]:
-    """Return batches of random data in the order of the inputs of `train_step`."""
+    """Return `STEPS` random batches. Each batch is a dict in the order of the inputs of `train_step`."""
     generator = torch.Generator().manual_seed(0)
     data = step.step.inputs[0]
     nodes = {name: node.meta["val"] for name, node in _placeholders(step.step).items()}
@@ -246,6 +253,7 @@ def _random_batches(step: TrainStep) -> list[Batch]:
 
 
 def _run_program(file: Path, batches: Sequence[Batch]) -> dict[str, Tensor]:
+    """Call `run_program` in a new process, and return its result. Raise a RuntimeError if the process fails."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "batches.safetensors", Path(scratch) / "results.safetensors"
         save_file(
@@ -269,11 +277,12 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         file: The `.pte` file.
-        batches: A dict from `<place>.<index>` to the input of `train_step` with this place, in the step `index`.
+        batches: A dict from `<place>.<index>` to a tensor: argument number `place` of `train_step` in step `index`.
 
     Returns:
-        The losses, the tensors of `get_state` before (`old.<place>`), after the steps (`new.<place>`) and after
-        `set_state` with the old tensors (`reset.<place>`), the logits of the first batch after the steps, and `step_s`.
+        A dict with the `losses`, the tensors of `get_state` at three times, the `logits` of the first batch after the
+        steps, and `step_s`, the seconds of the fastest step. The names of the tensors of `get_state` are `old.<place>`
+        before the steps, `new.<place>` after the steps, and `reset.<place>` after `set_state` with the old tensors.
     """
     from executorch.runtime import Runtime
 
@@ -298,10 +307,11 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Return the difference of the trained adapters, and the largest accepted one.
+    """Compare `found`, the result of `run_program`, with PyTorch. Return `difference` and `allowed_difference`.
 
     Raises:
-        RuntimeError: If the difference is larger, or `predict`, `get_state` or `set_state` returns something else.
+        RuntimeError: If `difference` exceeds `allowed_difference`, `get_state` does not return the state that was set,
+            or the logits differ from those of the captured graph.
     """
     state = {**step.adapter, **step.state}
     for place, value in enumerate(state.values()):
@@ -330,7 +340,7 @@ def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tens
 
 
 def _train(step: TrainStep, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Take the steps with the captured graph in PyTorch, and return the new state."""
+    """Take a step for each batch with the captured graph in PyTorch. Return the new adapter and optimizer state."""
     double = dtype == torch.float64
     module = step.step.module if double else _single_precision(step.step.module)
     values = {name: value.to(dtype) for name, value in {**step.adapter, **step.state}.items()}
@@ -344,10 +354,12 @@ def _train(step: TrainStep, batches: Sequence[Batch], dtype: torch.dtype) -> dic
 
 
 def _placeholders(graph: CapturedGraph) -> dict[str, fx.Node]:
+    """Return a dict from the name of each input to its fx node."""
     return dict(zip(graph.inputs, graph.module.graph.find_nodes(op="placeholder"), strict=True))
 
 
 def _outputs(graph: CapturedGraph) -> dict[str, Tensor]:
+    """Return a dict from the name of each output to a fake tensor with its shape and dtype."""
     nodes = cast("tuple[fx.Node, ...]", graph.module.graph.output_node().args[0])
     return {name: node.meta["val"] for name, node in zip(graph.outputs, nodes, strict=True)}
 

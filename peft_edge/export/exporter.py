@@ -51,14 +51,14 @@ def export_model(
             floating-point network agree with those of `model`.
         format: `onnx`, `torch-export` or `executorch`.
         images: Preprocessed images (N, C, H, W) for the comparison. The exported network expects this height and width.
-        labels: Class indices (N,) of `images`, to measure accuracy. None: accuracy is not measured.
-        folders: The name of the folder of each image (N), to measure accuracy for each folder.
+        labels: Class indices (N,) of `images`. Without labels, accuracy is not measured.
+        folders: The name of the folder of each image (N), to measure accuracy for each folder. Only with `labels`.
         batch_size: Images per call; by default any number, or 1 for ExecuTorch, which plans its memory in advance.
         calibration: Preprocessed images (M, C, H, W). If given, the file is quantised to 8 bits (only ONNX).
 
     Returns:
-        A list with the comparison of the floating-point network with `model`. If the file is quantised, the list also
-        contains the comparison of the 8-bit network, whose differences are not limited.
+        A list with the comparison of the floating-point network with `model`. If the file is quantised, the second
+        element is the comparison of the 8-bit network. Its differences have no limit.
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix or cannot be quantised; if the batch size is
@@ -71,7 +71,7 @@ def export_model(
     if format not in FORMATS:
         raise ValueError(f"format: expected one of {', '.join(FORMATS)}, found {format!r}")
     if calibration is not None and format != "onnx":
-        raise ValueError(f"only the format onnx can be int8, found {format!r}")
+        raise ValueError(f"only the format onnx can be quantised to 8 bits, found {format!r}")
     suffix, write, load, any_batch_size = FORMATS[format]
     if Path(file).suffix != suffix:
         raise ValueError(f"{file}: expected a name that ends in {suffix} for the format {format}")
@@ -98,7 +98,7 @@ def export_model(
         found = predict_logits(load(exported), images, batch_size)
         comparisons = [compare_logits(format, exported.stat().st_size, found, expected, labels, folders)]
         tolerance = LOGIT_TOLERANCE * max(1.0, comparisons[0].largest_logit)
-        # Unlike `>`, `not <=` also holds for NaN.
+        # The expression `not x <= y` is also True if x is NaN. `x > y` would be False.
         if not comparisons[0].largest_difference <= tolerance or not math.isfinite(comparisons[0].largest_logit):
             raise ValueError(
                 f"{format}: expected the logits of the PyTorch model within {tolerance:.1e}, found a difference of "
@@ -117,7 +117,9 @@ def export_model(
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with its active adapters merged: on the CPU, in eval mode, frozen, without lean layers.
+    """Return a copy of `model` with merged active adapters, and with original layers instead of lean layers.
+
+    The copy is on the CPU, frozen and in eval mode.
 
     Raises:
         ValueError: If an adapter cannot be merged, or a merged weight is not finite.
@@ -127,13 +129,13 @@ def merge_adapters(model: nn.Module) -> nn.Module:
         try:
             network = network.merge_and_unload(safe_merge=True)
         except NotImplementedError as error:
-            raise ValueError(f"the adapter cannot be merged into one plain network for a device: {error}") from error
+            raise ValueError(f"the adapter cannot be merged into the weights for a device: {error}") from error
     network = undo_lean_training(network).cpu().to(memory_format=torch.contiguous_format)
     return network.eval().requires_grad_(False)
 
 
 def fuse_batch_norms(model: nn.Module) -> None:
-    """In place, fuse each BatchNorm into the convolution before it, if no other layer uses the convolution's output.
+    """Fuse each BatchNorm into the convolution before it, in place, if no other layer uses the convolution's output.
 
     Outputs are unchanged up to rounding. A BatchNorm remains if it follows a sum or a concatenation, or a convolution
     whose output another layer uses. `model` must be in eval mode, without adapters and without trainable parameters.

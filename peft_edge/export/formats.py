@@ -25,7 +25,7 @@ class Format(NamedTuple):
     Attributes:
         suffix: The suffix that a file name must have.
         write: A function that writes an exported network to a file, together with a dict from names to texts.
-        load: A function that loads the network in a file as a function from images to logits.
+        load: A function that reads a file, and returns its network as a function from images to logits.
         any_batch_size: Whether a file can accept batches of any size. Otherwise, the batch size is fixed at export.
     """
 
@@ -37,7 +37,7 @@ class Format(NamedTuple):
 
 def _write_onnx(program: ExportedProgram, texts: Mapping[str, str], file: Path) -> None:
     with requires_extra("onnx"):
-        import onnxscript  # noqa: F401 - torch.onnx imports it
+        import onnxscript  # noqa: F401 - raises an error early; `torch.onnx.export` needs onnxscript
     written = torch.onnx.export(
         program, dynamo=True, verbose=False, input_names=[INPUT], output_names=[OUTPUT], dynamic_shapes=({0: "batch"},)
     )
@@ -84,7 +84,8 @@ def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> Non
     """Write an 8-bit copy of the ONNX file `file` to `quantized`, with ONNX Runtime's static quantisation.
 
     Weights use 7 of the 8 bits, and have a scale for each output channel (Krishnamoorthi 2018, arXiv 1806.08342). Each
-    activation has one scale, computed from its values for `batches` of preprocessed images (B, C, H, W).
+    activation has one scale, computed from the values of the activation for `batches`. These are preprocessed images
+    (B, C, H, W).
     """
     with requires_extra("onnx"):
         from onnxruntime import quantization
@@ -98,7 +99,7 @@ def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> Non
         SimpleNamespace(get_next=lambda: next(inputs, None)),
         quant_format=quantization.QuantFormat.QDQ,
         per_channel=True,
-        # x86 processors without VNNI add two products in 16 bits. With 8-bit weights this sum can overflow, and a logit
-        # can have an error of 20 %. With 7-bit weights, the sum does not overflow.
+        # x86 processors without VNNI add two products in 16 bits. With 8-bit weights, this sum can overflow, which can
+        # change a logit by 20 %. With 7-bit weights, the sum cannot overflow.
         reduce_range=True,
     )

@@ -1,6 +1,6 @@
 """Convert a captured graph to ONNX, with the standard operators of opset 20 and floating-point values in float32.
 
-The ONNX nodes have the order of the fx nodes, except where `onnx_order` moves a node. `_OPERATORS` maps PyTorch
+The ONNX nodes have the order of the fx nodes, except where `onnx_order` adds or moves nodes. `_OPERATORS` maps PyTorch
 operators to functions. Each function appends the ONNX nodes for one fx node, and returns the name of the result.
 Operators that are missing in `_OPERATORS` cause an error.
 """
@@ -37,8 +37,8 @@ def write_onnx_graph(
 
     Args:
         graph: The graph.
-        any_batch_size: Declare the first dimension of the first input and of the first output as dynamic. Only reshapes
-            in the graph may contain the batch size. To check this, run the model with another batch size.
+        any_batch_size: Whether to declare the first dimension of the first input and of the first output as dynamic. In
+            the graph, only arguments of reshapes may depend on the batch size. The function does not check this.
         metadata: A dict from names to texts, which are stored in the model.
 
     Raises:
@@ -55,9 +55,10 @@ def missing_operators(graph: CapturedGraph) -> list[str]:
 
 
 class _Writer:
-    """Build the nodes of one ONNX graph.
+    """Convert one captured graph.
 
-    `names` maps each fx node to the name of its value in the ONNX graph.
+    `nodes` and `initializers` are the nodes and constants of the ONNX graph. `names` maps each fx node to the name of
+    its value in the ONNX graph.
     """
 
     def __init__(self, graph: CapturedGraph) -> None:
@@ -89,7 +90,8 @@ class _Writer:
                 self.names[node] = _OPERATORS[node.target](self, node)
             else:
                 for name, result in zip(self.graph.outputs, node.args[0], strict=True):
-                    # `Identity` gives each output its own name, because one value can be an input or several outputs.
+                    # `Identity` gives an output its name. A value may need several names, if it is several outputs or
+                    # also an input.
                     self.nodes.append(self.onnx.helper.make_node("Identity", [self.names[result]], [name]))
                     outputs.append(self._value_info(name, result, any_batch_size and not outputs))
         self._rename_outputs()
@@ -107,13 +109,17 @@ class _Writer:
         return model
 
     def emit(self, kind: str, *inputs: str, outputs: int = 1, **attributes: Any) -> str:
-        """Append an ONNX node, and return the name of the first output. Further outputs end in `.1`, `.2`, ..."""
+        """Append a node of the ONNX operator `kind`, and return the name of its first output.
+
+        The names of the other outputs are this name with the endings `.1`, `.2`, ...
+        """
         name = f"v{len(self.nodes)}"
         results = [name, *(f"{name}.{index}" for index in range(1, outputs))]
         self.nodes.append(self.onnx.helper.make_node(kind, list(inputs), results, name, **attributes))
         return name
 
     def initializer(self, name: str, value: Tensor | np.ndarray) -> str:
+        """Add the constant `value` to the ONNX graph under `name`, and return `name`. float64 becomes float32."""
         array = value.detach().numpy() if isinstance(value, Tensor) else value
         if array.dtype == np.float64:
             array = array.astype(np.float32)
@@ -126,7 +132,8 @@ class _Writer:
         if key not in self._constants:
             array = exact = torch.tensor(value, dtype=dtype).numpy()
             if dtype == torch.float64:
-                # Otherwise, the smallest double would become 0 in single precision, and the largest double infinity.
+                # In single precision, a tiny double would become 0, and a huge double infinity. Replace both by the
+                # nearest number in the range of single precision. Infinity itself remains.
                 limits = np.finfo(np.float32)
                 tiny = (array != 0) & (np.abs(array) < limits.tiny)
                 array = np.where(tiny, np.copysign(limits.tiny, array), array).clip(limits.min, limits.max)
@@ -138,7 +145,7 @@ class _Writer:
         return self.constant(list(values), torch.int64)
 
     def operand(self, value: Any, like: _Node) -> str:
-        """Return the name of `value` if `value` is a node, otherwise of a constant with the dtype of `like`."""
+        """Return the name of the value of a node. For a number, return the name of a constant with `like`'s dtype."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
     def cast(self, node: _Node, dtype: torch.dtype) -> str:
@@ -148,9 +155,11 @@ class _Writer:
         return self.names[node] if same else self.emit("Cast", self.names[node], to=code)
 
     def reshape(self, name: str, old: Sequence[int], new: Sequence[int]) -> str:
+        """Return the name of the value `name`, reshaped from the shape `old` to the shape `new`."""
         if list(old) == list(new):
             return name
-        # In ONNX, the size 0 copies a dimension of the input. The reshape then works for every batch size.
+        # In ONNX, the size 0 means the size of the input. With 0 as the first size, the reshape works for every batch
+        # size.
         keeps_first = len(old) > 0 and len(new) > 0 and old[0] == new[0] and 0 not in new
         return self.emit("Reshape", name, self.integers([0, *new[1:]] if keeps_first else new))
 
@@ -161,6 +170,7 @@ class _Writer:
         return self.onnx.helper.make_tensor_value_info(name, self.type_code(_type(node)), shape)
 
     def type_code(self, dtype: torch.dtype) -> int:
+        """Return the ONNX code of a dtype. float64 has the code of float32."""
         codes = self.onnx.TensorProto
         return {
             torch.float64: codes.FLOAT,
@@ -205,6 +215,7 @@ def _argument(node: _Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def _axes(node: _Node, index: int, rank: int) -> list[int]:
+    """Return the argument `dim` as a list of non-negative numbers. Without this argument, return all dimensions."""
     dims = _argument(node, index, "dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
     return [dim % max(rank, 1) for dim in dims]
@@ -213,6 +224,7 @@ def _axes(node: _Node, index: int, rank: int) -> list[int]:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 Entry = Callable[[_Writer, _Node], str]
+"""A function that appends the ONNX nodes for an fx node to the writer, and returns the name of the result."""
 
 
 def _unary(*kinds: str, **attributes: Any) -> Entry:
@@ -228,7 +240,10 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 
 
 def _binary(kind: str, *after: str) -> Entry:
-    """Return an entry that casts two operands to one dtype, and applies `kind` and then the operators `after`."""
+    """Return an entry that casts two arguments to their result dtype, and applies `kind` and then all of `after`.
+
+    If the fx node has the argument `alpha`, the second argument is first multiplied by `alpha`.
+    """
 
     def write(writer: _Writer, node: _Node) -> str:
         dtype = torch.result_type(*(_value(each) if isinstance(each, fx.Node) else each for each in node.args[:2]))
@@ -247,6 +262,8 @@ def _binary(kind: str, *after: str) -> Entry:
 
 
 def _reduction(kind: str) -> Entry:
+    """Return an entry that reduces the first argument over the argument `dim`. A scalar remains unchanged."""
+
     def write(writer: _Writer, node: _Node) -> str:
         source = node.args[0]
         axes = _axes(node, 1, len(_shape(source)))
@@ -310,7 +327,7 @@ def _pad(writer: _Writer, node: _Node) -> str:
         grown = [max(0, p) for p in before], [max(0, p) for p in after]
         value = writer.constant(_argument(node, 2, "value", 0), _type(node))
         name = writer.emit("Pad", name, writer.integers([*grown[0], *grown[1]]), value)
-    if min(pads) < 0:  # negative pads crop; they occur in the gradient of padding
+    if min(pads) < 0:  # a negative pad crops the tensor, for example in the gradient of padding
         starts = [max(0, -p) for p in before]
         ends = [start + size for start, size in zip(starts, _shape(node), strict=True)]
         dims = [dim for dim, (p, q) in enumerate(zip(before, after, strict=True)) if min(p, q) < 0]
@@ -320,6 +337,7 @@ def _pad(writer: _Writer, node: _Node) -> str:
 
 
 def _fill(writer: _Writer, node: _Node) -> str:
+    # The number is the last argument that is neither a node nor a shape.
     value = next(arg for arg in reversed(node.args) if not isinstance(arg, fx.Node | list | tuple))
     name = writer.constant(value, _type(node))
     return writer.emit("Expand", name, writer.integers(_shape(node))) if _shape(node) else name
@@ -387,6 +405,7 @@ def _convolution(writer: _Writer, node: _Node) -> str:
 
 
 def _pool(writer: _Writer, node: _Node) -> tuple[str, dict[str, Any]]:
+    """Return the name of the pooled value, and the ONNX attributes for kernel size, stride and padding."""
     kernel = _argument(node, 1, "kernel_size")
     stride = _argument(node, 2, "stride") or kernel
     padding = _argument(node, 3, "padding", [0, 0])
@@ -417,7 +436,7 @@ def _item(writer: _Writer, node: _Node) -> str:
 
 
 def _max_pool_backward(writer: _Writer, node: _Node) -> str:
-    # In PyTorch, the indices count within a channel. In ONNX, MaxPool returns indices within the whole tensor.
+    # PyTorch's indices are positions in one channel. The indices of ONNX's MaxPool are positions in the whole tensor.
     grad, x, indices = node.args[0], node.args[1], node.args[-1]
     flat = [int(np.prod(_shape(grad)))]
     size = int(np.prod(_shape(x)))

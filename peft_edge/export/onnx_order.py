@@ -1,14 +1,15 @@
 """Add dependencies to an ONNX training step, so that runtimes need little memory in any valid order of its nodes.
 
-A frozen activation needs only a mask (a byte for each element) in the backward pass. A runtime may run nodes in any
-order that respects the inputs of each node. Two orders waste memory:
+For a frozen activation, the backward pass needs only a mask, with a byte for each element. A runtime may run the nodes
+in any order in which the inputs of each node are computed before the node. Two orders waste memory:
 
 - The mask is computed in the backward pass. Until then, the activation itself stays in memory, with four bytes for
   each element. ONNX Runtime's default order does this.
-- The mask is converted to floating point in the forward pass, or another factor of the backward pass is computed there.
-  ONNX Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced nodes.
+- The forward pass already converts the mask to floating point, or computes another factor of the backward pass. ONNX
+  Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced nodes.
 
-The added nodes exclude both orders. They compute the sizes of tensors, which takes no time, and change no value.
+The added nodes make both orders invalid. They compute a 1 (or True) from the size of a tensor, and multiply a number by
+1 (or combine a mask with True). This takes almost no time and changes no result.
 """
 
 from __future__ import annotations
@@ -30,18 +31,23 @@ def schedule_masks(
     """Return the nodes of a training step with added dependencies, in a valid order.
 
     Args:
-        nodes: The nodes. Masks that the forward pass should compute precede the loss.
+        nodes: The nodes in a valid order. Masks that the forward pass should compute must precede the loss.
         initializers: The constants of the graph.
-        batch: Name of the input with the images.
-        labels: Name of the input with the labels. A value that depends on this input is not available in the forward
-            pass.
-        correct: Name of the output that will also depend on the masks.
+        batch: Name of the input with the images or features.
+        labels: Name of the input with the labels. Nodes that depend on this input belong to the loss, the backward
+            pass or the update.
+        correct: Name of the output with the number of correct predictions. This output will also depend on the masks.
     """
     return _Scheduler(nodes, initializers, batch, labels).schedule(correct)
 
 
 class _Scheduler:
-    """Collect the nodes of the new graph in `keyed`. Each key states where a node should be, if its inputs allow it."""
+    """Add dependencies to the nodes of one training step.
+
+    `keyed` contains the added nodes, each with a key that determines its place: (i, n) for the n-th added node, which
+    should run directly before node i. `late` and `of_batch` contain the indices of the nodes that depend on the labels
+    and on the batch.
+    """
 
     def __init__(
         self, nodes: Sequence[NodeProto], initializers: Sequence[TensorProto], batch: str, labels: str
@@ -58,6 +64,7 @@ class _Scheduler:
         self._gates: dict[tuple[str, int], str] = {}
 
     def schedule(self, correct: str) -> list[NodeProto]:
+        """Return all nodes in a valid order. If no node computes `correct`, return the nodes unchanged."""
         if correct not in self.made:
             return self.nodes
         forward = self._ancestors(correct)
@@ -66,7 +73,8 @@ class _Scheduler:
         for index, node in enumerate(self.nodes):
             if index in forward or index in self.late or index not in self.of_batch:
                 continue
-            # This node belongs to the backward pass, but depends only on values of the forward pass.
+            # This node computes a factor of the backward pass, but all its inputs are known in the forward pass. The
+            # gate delays the node until the gradient that is multiplied by the factor is known.
             if node.op_type == "Cast" and self._is_early_mask(node.input[0], loss):
                 masks.append(node.input[0])
                 node.input[0] = self._add(index, "And", [node.input[0], self._gate(index, _BOOL)])
@@ -79,6 +87,7 @@ class _Scheduler:
         return self._sorted()
 
     def _dependent(self, source: str) -> set[int]:
+        """Return the indices of all nodes that depend on the value `source`, directly or through other nodes."""
         names, found = {source}, set()
         for index, node in enumerate(self.nodes):
             if not names.isdisjoint(node.input):
@@ -87,6 +96,7 @@ class _Scheduler:
         return found
 
     def _ancestors(self, name: str) -> set[int]:
+        """Return the indices of all nodes that the value `name` depends on, with the node that computes this value."""
         found: set[int] = set()
         pending = [self.made[name]]
         while pending:
@@ -97,11 +107,16 @@ class _Scheduler:
         return found
 
     def _is_early_mask(self, name: str, loss: int) -> bool:
+        """Return whether a comparison or a logical operator before node `loss` computes the value `name`."""
         index = self.made.get(name, loss)
         return index < loss and self.nodes[index].op_type in _LOGIC
 
     def _gate(self, index: int, code: int) -> str:
-        """Return the name of a scalar 1 (or True) that is available when the gradient for node `index` is available."""
+        """Return the name of a scalar 1 (True if `code` is `_BOOL`) that is computed from the size of a gradient.
+
+        This is the gradient that a later node combines with the result of node `index`. The scalar is therefore not
+        available before the gradient.
+        """
         seen, pending = set(), [index]
         while pending:
             current = pending.pop()
@@ -119,11 +134,14 @@ class _Scheduler:
         return self._gates[gradient, code]
 
     def _tie(self, correct: str, masks: list[str]) -> None:
-        """Multiply the output `correct` by 1, computed from the sizes of all masks."""
+        """Multiply the output `correct` by a 1 that is computed from the sizes of all `masks`.
+
+        `correct` belongs to the forward pass. A runtime therefore computes the masks in the forward pass, too.
+        """
         index = self.made[correct]
         self.nodes[index].output[0] = f"{correct}.counted"
         # By default, ONNX Runtime computes the inputs of a node in descending order of their positions in the file. The
-        # sizes therefore follow the forward pass, and have the order of the backward pass.
+        # sizes are therefore placed after the forward pass, and in the order of the backward pass (last mask first).
         masks.sort(key=self.made.__getitem__, reverse=True)
         sizes = [self._add(index + 1, "Size", [mask]) for mask in masks]
         some = self._add(index + 1, "Cast", [self._add(index + 1, "Max", sizes)], to=_BOOL)
@@ -131,7 +149,7 @@ class _Scheduler:
         self._add(index + 1, "Mul", [f"{correct}.counted", one], output=correct)
 
     def _add(self, index: int, kind: str, inputs: list[str], output: str = "", **attributes: int) -> str:
-        """Add a node in front of node `index`, and return the name of its output."""
+        """Add a node that should run directly before node `index`, and return the name of its output."""
         from onnx import helper
 
         name = output or f"order{len(self.keyed)}"
@@ -141,7 +159,10 @@ class _Scheduler:
         return name
 
     def _sorted(self) -> list[NodeProto]:
-        """Return all nodes, sorted topologically. Among the nodes that are ready, the smallest key is first."""
+        """Return the original and the added nodes in topological order.
+
+        Of the nodes whose inputs are all computed, the node with the smallest key is next.
+        """
         added = len(self.keyed)
         keyed = self.keyed + [((index, added), node) for index, node in enumerate(self.nodes)]
         made = {name: place for place, (_, node) in enumerate(keyed) for name in node.output}

@@ -23,14 +23,14 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 Read = Callable[[str], np.ndarray]
-"""Returns the tensor of a name."""
+"""A function that returns the tensor with a given name in BATCHES."""
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
     """Open an ONNX file with options that save memory.
 
-    ONNX Runtime then runs the nodes in the order of the file, unless its optimizations replace them. After its last
-    use, the memory of a tensor is free for all other tensors, not only for a later tensor of the same shape.
+    ONNX Runtime then runs the nodes in the order of the file, unless its optimizations replace nodes. After the last
+    use of a tensor, its memory is available for tensors of every shape, not only for tensors of the same shape.
     """
     options = onnxruntime.SessionOptions()
     options.execution_order = onnxruntime.ExecutionOrder.PRIORITY_BASED
@@ -43,7 +43,7 @@ def open_session(file: Path) -> onnxruntime.InferenceSession:
 def process_peak_bytes() -> int:
     """Return the peak physical memory of this process in bytes."""
     status = Path("/proc/self/status")
-    if status.exists():  # on Linux, ru_maxrss includes the memory of the parent process at the start
+    if status.exists():  # on Linux, `ru_maxrss` of a new process starts at the memory of its parent process
         line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
         return int(line.split()[1]) * 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -75,7 +75,7 @@ def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
 
 
 def run_prefix(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
-    """Return the features of the images of `count` batches, as `features.0`, ..."""
+    """Return a dict with the features of the images in all `count` batches: `features.0`, `features.1`, ..."""
     session = open_session(folder / "prefix.onnx")
     return {f"features.{i}": session.run(["features"], {"images": read(f"images.{i}")})[0] for i in range(count)}
 
@@ -83,7 +83,7 @@ def run_prefix(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
 if __name__ == "__main__":
     _run = {"train": run_steps, "features": run_prefix}[sys.argv[1]]
     _folder, _batches, _out = map(Path, sys.argv[2:])
-    with safe_open(_batches, framework="numpy") as _tensors:  # reads one batch at a time
+    with safe_open(_batches, framework="numpy") as _tensors:  # `load_file` would read all batches at once
         _count = sum(name.startswith("images.") for name in _tensors.keys())  # noqa: SIM118 - not a mapping
         _results = _run(_folder, _tensors.get_tensor, _count)
     save_file({name: np.asarray(value) for name, value in _results.items()}, _out)

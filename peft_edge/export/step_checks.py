@@ -1,4 +1,4 @@
-"""Compare an exported training step with eager training, in double precision and as files in ONNX Runtime."""
+"""Compare an exported training step with eager training: its graph in double precision, its files in ONNX Runtime."""
 
 from __future__ import annotations
 
@@ -36,13 +36,18 @@ from peft_edge.export.train_step import (
 from peft_edge.lean import undo_lean_training
 
 DOUBLE_TOLERANCE = 1e-10
-INPUT_CHANGE = 1e-6  # relative change of the images; its effect on the trained adapter measures the rounding errors
-# Allowed difference over this effect. The largest ratio in 14 trainings of seven networks was 1.1, and a tiny network
-# of the tests had 4.1. The sign of an activation near 0 may change in few trainings only, so the effect is the largest
-# of up to `INPUT_CHANGES` trainings.
+# In single precision, the check also trains with images that it changes by this relative amount. The effect of the
+# change on the trained adapter measures how much training amplifies rounding errors.
+INPUT_CHANGE = 1e-6
+# The exported step may differ from eager training by this many times the effect. In 14 training runs of seven networks,
+# the largest ratio was 1.1, and a tiny network in the tests had 4.1. The effect of a single change may be too small,
+# because only some changes flip the sign of an activation near 0. The check therefore takes the largest effect of up to
+# `INPUT_CHANGES` changes.
 ALLOWED_RATIO, INPUT_CHANGES = 5, 8
+# `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
-# With this `mmap_threshold`, freed memory returns to the system at once. Huge pages then halve the time of a step.
+# With this `mmap_threshold`, glibc returns freed memory to the system at once. With huge pages, a step then takes only
+# half as long.
 MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
 
 Batch = dict[str, Tensor]
@@ -53,14 +58,14 @@ class StepReport:
     """The results of the checks of `export_train_step`.
 
     Attributes:
-        double_difference: Largest difference between the exported step and eager training, both in double precision.
-            The losses and the elements of the trained adapter are compared.
-        single_difference: Relative difference between the adapters that ONNX Runtime and eager training have trained in
-            single precision: the norm of the difference, divided by the norm of the change by eager training.
+        double_difference: Largest absolute difference between the captured step and eager training in double
+            precision, over the losses and all elements of the trained adapter.
+        single_difference: Relative difference between the trained adapters in single precision: ||exported - eager|| /
+            ||eager - initial||. ONNX Runtime has trained the adapter `exported`, and PyTorch the adapter `eager`.
         allowed_difference: The largest accepted `single_difference`.
         step_s: Seconds of the fastest step in ONNX Runtime on one thread of this machine.
         peak_rss_bytes: Peak physical memory of the process that trained in ONNX Runtime.
-        parameters: Number of elements of the adapter.
+        parameters: Number of trained parameters.
         prefix_error: Relative error of the features of an 8-bit prefix: the norm of the error, divided by the norm of
             the features. None without an 8-bit prefix.
     """
@@ -90,7 +95,10 @@ def report_lines(report: StepReport) -> str:
 
 
 def random_batches(batch_size: int, size: Sequence[int], num_classes: int) -> list[Batch]:
-    """Return batches of random images (B, *size), labels and masks. If B > 1, half of the last batch is masked."""
+    """Return `PROOF_STEPS` batches of random images (B, *size), labels and masks.
+
+    If B > 1, half of the last batch is padding (mask 0).
+    """
     generator = torch.Generator().manual_seed(0)
     batches = []
     for index in range(PROOF_STEPS):
@@ -106,7 +114,7 @@ def random_batches(batch_size: int, size: Sequence[int], num_classes: int) -> li
 def train_eagerly(
     model: PeftModel, optimizer: StepOptimizer, batches: Sequence[Batch], learning_rate: float, dtype: torch.dtype
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Train a copy of `model` in eval mode with `torch.optim`, one step for each batch.
+    """Train a copy of `model` in eval mode with `torch.optim`, one step for each batch. Leave out padding.
 
     Return the losses, and a dict from the names in the saved adapter to the trained tensors.
     """
@@ -134,10 +142,10 @@ def train_eagerly(
 
 
 def proof_rate(step: TrainStep, batch: Batch) -> float:
-    """Return a learning rate of at most `PROOF_RATE`.
+    """Return the learning rate of the checks, at most `PROOF_RATE`.
 
-    The first step changes the adapter by at most `PROOF_CHANGE` of the adapter's norm. With a larger learning rate,
-    some networks would amplify rounding errors from step to step.
+    With the returned learning rate, the first step changes the adapter by at most `PROOF_CHANGE` of the adapter's norm.
+    With a larger learning rate, some networks would amplify rounding errors from step to step.
     """
     found = step.step.run(
         {**step.adapter, **step.state, **_double(step, batch), LEARNING_RATE: torch.tensor(1.0, dtype=torch.float64)}
@@ -147,22 +155,23 @@ def proof_rate(step: TrainStep, batch: Batch) -> float:
 
 
 def _double(step: TrainStep, batch: Batch) -> Batch:
-    """Return a batch for `step.step`: in double precision and, if the step is split, with features."""
+    """Return `batch` in double precision. If `step` is split, add the features of the images."""
     double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     return {**double, step.data: step.features(double[IMAGES])}
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> float:
+    """Return the norm over all elements of all tensors, computed in double precision."""
     return math.sqrt(sum(value.double().square().sum().item() for value in tensors.values()))
 
 
 def check_double(
     model: PeftModel, step: TrainStep, optimizer: StepOptimizer, batches: Sequence[Batch], rate: float
 ) -> float:
-    """Return `double_difference` of the report.
+    """Run the captured step on all batches in double precision, and return `StepReport.double_difference`.
 
     Raises:
-        ValueError: If the difference exceeds `DOUBLE_TOLERANCE`.
+        ValueError: If the difference exceeds `DOUBLE_TOLERANCE` or is NaN.
     """
     expected_losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float64)
     values, losses = {**step.adapter, **step.state}, []
@@ -196,6 +205,8 @@ def check_single(
     double_difference: float,
 ) -> StepReport:
     """Run the files in `folder` in new processes, and compare the results with eager training in single precision.
+
+    Return the report with `prefix_error=None`. Its `double_difference` is the argument `double_difference`.
 
     Raises:
         ValueError: If ONNX Runtime cannot run a file, or a result differs by more than rounding errors.

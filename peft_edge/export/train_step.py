@@ -57,7 +57,8 @@ class StepOptimizer:
             the parameter `value`.
         betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
         eps: A small number that AdamW adds to the denominator.
-        max_grad_norm: The gradients are clipped so that their total norm is at most this value. None does not clip.
+        max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
+            are not clipped.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -120,6 +121,10 @@ class StepOptimizer:
         return new_adapter, {name: new_state[name] for name in state}
 
     def _sgd(self, value: Tensor, gradient: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return the new parameter and the new momentum. With `momentum=0`, return only the new parameter.
+
+        `rest` contains the momentum, unless `momentum` is 0, and the learning rate.
+        """
         *kept, lr = rest
         if self.weight_decay:
             gradient = gradient + self.weight_decay * value
@@ -131,6 +136,10 @@ class StepOptimizer:
     def _adamw(
         self, value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: Tensor, rate: Tensor, root: Tensor
     ) -> tuple[Tensor, ...]:
+        """Return the new parameter and the new averages `mean` of the gradient and `square` of the squared gradient.
+
+        In step t, `rate` is `lr / (1 - betas[0]**t)`, and `root` is `sqrt(1 - betas[1]**t)`.
+        """
         if self.weight_decay:
             value = value * (1 - lr * self.weight_decay)
         mean = self.betas[0] * mean + (1 - self.betas[0]) * gradient
@@ -176,7 +185,7 @@ class TrainStep:
 
     Attributes:
         step: The graph of a training step; the module docstring lists its inputs and outputs.
-        predict: The graph that maps images, or with a prefix features, and the adapter to logits.
+        predict: The graph that computes the logits. Its inputs are the adapter, and features (with a prefix) or images.
         prefix: The graph that maps images to features. None if the step is not split.
         start: The name of the first module after the prefix. None if the step is not split.
         adapter: A dict from the names in the saved adapter to the initial tensors.
@@ -192,11 +201,11 @@ class TrainStep:
 
     @property
     def data(self) -> str:
-        """The name of the first input of `step` and `predict`: `images`, or with a prefix `features`."""
+        """The name of the first input of `step` and `predict`: `features` with a prefix, otherwise `images`."""
         return IMAGES if self.prefix is None else FEATURES
 
     def features(self, images: Tensor) -> Tensor:
-        """Return what `step` takes for `images`: the images themselves, or with a prefix their features."""
+        """Return the input of `step` for `images`: their features with a prefix, otherwise the images themselves."""
         return images if self.prefix is None else self.prefix.run({IMAGES: images})[FEATURES]
 
     def initial_tensors(self) -> dict[str, Tensor]:
@@ -208,8 +217,8 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
     """Capture a training step of the active adapter of `model`, and the computation of the logits.
 
     The loss is the cross-entropy, averaged over the samples whose mask is 1. All norms use their stored statistics.
-    Padding (samples with mask 0) has no effect on the result. If all samples are padding, the loss and all gradients
-    are 0. Momentum and weight decay can then still change the adapter.
+    Samples with mask 0 are padding, and have no effect on the result. If all samples are padding, the loss and all
+    gradients are 0. Momentum and weight decay can then still change the adapter.
 
     Args:
         model: A PEFT model with one active adapter. It is not changed.
@@ -219,7 +228,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 
     Raises:
         ValueError: If `check_exportable` or `trained_names` rejects the model, or a trained parameter has no effect on
-            the loss. If `split` is set, but no frozen layer comes before the first trained layer.
+            the loss. If `split` is set, but `FrozenPrefix` cannot split the model.
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
             padding, or of an average pool with `ceil_mode` at an odd size.
     """
@@ -244,7 +253,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         trained = {name: values[name].requires_grad_() for name in adapter}
         logits = forward(values[data], trained, frozen)
         mask = values[MASK].to(logits.dtype)
-        # Select the losses by a product with one-hot labels, because a product has a simpler gradient than `gather`.
+        # Select log-probabilities by a product with one-hot labels. A product has a simpler gradient than `gather`.
         chosen = values[LABELS].unsqueeze(1) == torch.arange(logits.shape[1])
         losses = -(F.log_softmax(logits, 1) * chosen.to(logits.dtype)).sum(1)
         loss = (losses * mask).sum() / mask.sum().clamp(min=1.0)
@@ -282,7 +291,11 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 def _capture_prefix(
     network: nn.Module, images: Tensor, frozen: Mapping[str, Tensor]
 ) -> tuple[str, nn.Module, CapturedGraph]:
-    """Return the name of the first module after the prefix, the network without the prefix, and the prefix."""
+    """Return the name of the first module after the prefix, the network without the prefix, and the prefix as a graph.
+
+    Raises:
+        ValueError: If `FrozenPrefix` cannot split the network.
+    """
     generator = torch.Generator().manual_seed(0)
     example = torch.randn(2, *images.shape[1:], generator=generator, dtype=images.dtype)
     try:
@@ -332,10 +345,10 @@ def trained_names(model: PeftModel) -> dict[str, str]:
 
 
 def check_exportable(model: PeftModel) -> None:
-    """Check that a training step of `model` depends only on its inputs, not on batch statistics or random numbers.
+    """Check that the forward pass of `model`, in its present mode, uses no batch statistics and no dropout.
 
-    The step uses the stored statistics of all norms. An adapter with `norm="stats"` or `"affine"` therefore keeps the
-    statistics with which it was saved.
+    The exported step uses the stored statistics of all norms. An adapter with `norm="stats"` or `"affine"` therefore
+    keeps its present statistics.
 
     Raises:
         ValueError: If a layer uses batch statistics or dropout, the adapter of a convolution is merged, or the number
@@ -369,11 +382,12 @@ def check_exportable(model: PeftModel) -> None:
 
 
 def _step_network(model: PeftModel) -> nn.Module:
-    """Return a copy of the base model, in double precision and eval mode, with replaced forward functions.
+    """Return a copy of the base model in double precision and eval mode. Some layers get other forward functions.
 
     - LoRA runs as a branch parallel to the frozen convolution: y = conv(x; weight) + scaling * lora_B(lora_A(x)). The
       kernel `weight` is then a constant. Grouped convolutions and DoRA instead compute the adapted kernel in each step.
-    - A frozen BatchNorm after a convolution is fused: it scales the kernel and `lora_B`, and changes the bias.
+    - A frozen BatchNorm is fused into the convolution before it: the norm scales the kernel and `lora_B`, and changes
+      the bias. If another layer also uses the output of the convolution, the BatchNorm is not fused.
     """
     network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
     network.to(memory_format=torch.contiguous_format)
@@ -401,11 +415,15 @@ def _step_network(model: PeftModel) -> nn.Module:
 
 
 def _base_layer(layer: Any) -> Any:
+    """Return the BatchNorm inside a `BatchNormLayer`. Return any other layer unchanged."""
     return layer.get_base_layer() if isinstance(layer, BatchNormLayer) else layer
 
 
 def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Apply `norm` without its normalisation. timm's BatchNormAct2d also contains dropout and an activation."""
+    """Replace the forward pass of a norm that is fused into a convolution.
+
+    Apply the dropout and the activation of timm's BatchNormAct2d to x. For any other norm, return x.
+    """
     return norm.act(norm.drop(x)) if isinstance(norm, BatchNormAct2d) else x
 
 
@@ -425,7 +443,7 @@ def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    """Return the kernel and bias of a convolution into which `affine`, a pair (scale, shift), is fused."""
+    """Return the kernel and bias after fusing `affine`, a pair (scale, shift). If `affine` is None, change nothing."""
     if affine is None:
         return kernel, bias
     scale, shift = affine
@@ -433,15 +451,18 @@ def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] |
 
 
 def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
+    """Multiply each output channel of a kernel (C_out, C_in/g, *size) by its element of `scale`, of shape (C_out,)."""
     return kernel * scale.view(-1, *[1] * (kernel.dim() - 1))
 
 
 def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
+    """Replace `conv.forward`: return the output of a convolution without an adapter, with `norm` fused."""
     x, geometry = pad(conv, x)
     return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
 
 
 def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """Replace `layer.forward` of a `ConvLoraLayer`: return its output, with `norm` fused unless `norm` is None."""
     conv, affine = layer.get_base_layer(), _affine(norm)
     (adapter,) = layer.active_adapters
     x, geometry = pad(conv, x)
@@ -463,7 +484,7 @@ def capture_graph(
     values: Mapping[str, Tensor],
     frozen: Mapping[str, Tensor],
 ) -> CapturedGraph:
-    """Trace `function`, and replace all values that depend only on frozen tensors by constants.
+    """Trace `function`, and store all values that depend only on frozen tensors as constants in the graph.
 
     Args:
         function: A function that maps a dict of inputs and a dict of frozen tensors to a dict of outputs.
@@ -481,7 +502,8 @@ def capture_graph(
 
     tensors = [*values.values(), *frozen.values()]
     traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
-    # The second trace removes in-place operators, and decomposes the operators of the backward pass.
+    # `functionalize` removes in-place operators. The second trace decomposes operators, such as those of the backward
+    # pass.
     functional = functionalize(traced)
     module = make_fx(functional, tracing_mode="fake", decomposition_table=decompositions())(*tensors)
     _remove_copies(module.graph)
@@ -501,6 +523,7 @@ _LOGIC = {aten.bitwise_or.Tensor, aten.logical_or.default, aten.bitwise_and.Tens
 
 
 def _remove_copies(graph: fx.Graph) -> None:
+    """Remove operators that copy a tensor without changing its values, and replace `view` by `reshape`."""
     for node in list(graph.nodes):
         if node.op != "call_function":
             continue
@@ -508,12 +531,15 @@ def _remove_copies(graph: fx.Graph) -> None:
             node.replace_all_uses_with(node.args[0])
             graph.erase_node(node)
         elif node.target in _RESHAPES:
-            node.target = aten.reshape.default  # `view` may fail without the removed copy
+            node.target = aten.reshape.default  # `view` may fail if a copy that made a tensor contiguous was removed
     graph.eliminate_dead_code()
 
 
 def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -> None:
-    """Replace nodes that depend only on `constants`, a dict from placeholders to tensors, by buffers."""
+    """Compute the nodes that depend only on `constants`, and store the results that other nodes use as buffers.
+
+    `constants` maps placeholders of the graph to tensors. The placeholders and the computed nodes are removed.
+    """
     graph, folded = module.graph, dict(constants)
     for node in graph.nodes:
         inputs = node.all_input_nodes
@@ -525,7 +551,7 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
     for node, value in folded.items():
         if not isinstance(value, Tensor) or all(user in folded for user in node.users):
             continue
-        # Nodes with the same data share a buffer. For example, the forward and the backward pass use the same kernel.
+        # Nodes whose values have the same memory share a buffer, such as a kernel that forward and backward pass use.
         key = (value.data_ptr(), value.shape, value.stride())
         if key not in names:
             names[key] = f"constant_{len(names)}"
@@ -541,9 +567,9 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
 def _compare_early(graph: fx.Graph) -> None:
     """Move each comparison, such as `x > 0`, directly after the last other use of the compared tensor.
 
-    Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor. If
-    the limits of a hardtanh (ReLU6) are compared with its input, the output replaces the input in the comparison. An
-    adapted layer may keep this output anyway.
+    Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor.
+    Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares its input with its limits.
+    In these comparisons, the output replaces the input, because the next layer may keep the output anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

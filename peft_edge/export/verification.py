@@ -23,7 +23,7 @@ from peft_edge.profiling.tables import text_table
 
 CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
-TEST_SIZE = 1000  # images of each folder whose accuracy is asked for
+TEST_SIZE = 1000  # `peft-edge export` compares at most this many images of each name after `--test`
 
 
 class Images(NamedTuple):
@@ -49,11 +49,10 @@ def read_images(
     run: Mapping[str, Any] | None = None,
     comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
-    """Read images, and preprocess the images for the evaluation of a model.
+    """Read images for calibration and for comparison, and preprocess them as for the evaluation of a model.
 
-    If `run` is given, `comparison` contains no image that the run trained on. If `name` is a data
-    set that the run used, the data set is split as in the run. From other data sets, images that are copies of training
-    images of the run are left out.
+    If `run` is given, `comparison` contains no image that the run trained on. A dataset that the run used is split as
+    in the run. From other datasets, images that are copies of training images of the run are left out.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
@@ -100,7 +99,11 @@ def _read_domain(name: str, image_size: int) -> Domain:
 
 
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Domain:
-    """Return the domain `name`. Its test split contains no image that the run trained on."""
+    """Return the domain `name`. Its test split contains no image that the run trained on.
+
+    A dataset that the run did not use is searched for copies of training images, unless the run used an embedded
+    benchmark such as `digits`.
+    """
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
     role = next((role for role, other in known.items() if other and _is_same(name, other)), None)
@@ -111,7 +114,8 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed)
     if role == "source" and data.get("new_classes"):
-        # Each test split contains some of the classes. The features of the last target name all classes.
+        # The test split of each domain contains only some of the classes, so join the domains. Only the features of the
+        # last target name all classes.
         features = task.targets[-1].test.features
         domains = (task.source, *task.targets)
         train, test = (
@@ -131,11 +135,12 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
 
 
 def _is_same(name: str, other: str) -> bool:
+    """Return whether both names are equal or lead to the same folder."""
     folders = Path(name).expanduser(), Path(other).expanduser()
     return name == other or (folders[0].is_dir() and folders[0].resolve() == folders[1].resolve())
 
 
-@functools.lru_cache(maxsize=1)  # a command reads several names
+@functools.lru_cache(maxsize=1)  # a command may read several names with the data of the same run
 def _load_task(data: str, seed: int) -> Task:
     return load_task(**json.loads(data), seed=seed)
 
@@ -145,9 +150,9 @@ def _run_task(name: str, data: Mapping[str, Any], seed: int) -> Task:
         return _load_task(json.dumps({key: value for key, value in data.items() if key != "augment"}), seed)
     except ValueError as error:
         raise ValueError(
-            f"{name}: the images that the run trained on cannot be told from others, because its data "
-            f"{data['name']!r} cannot be read: {error}. Name a copy of the adapter without the record of the run to "
-            "compare without accuracies"
+            f"{name}: the images that the run trained on cannot be excluded, because its data "
+            f"{data['name']!r} cannot be read: {error}. To compare without this exclusion, name a copy of the adapter "
+            "without the record of the run"
         ) from error
 
 
@@ -156,7 +161,7 @@ def _sample(images: Dataset, size: int) -> Dataset:
 
 
 def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> Tensor:
-    """Return the logits (N, num_classes) for images (N, C, H, W), computed in the batches of `iter_batches`."""
+    """Return the logits (N, num_classes) for images (N, C, H, W), computed with the batches of `iter_batches`."""
     with torch.no_grad():
         return torch.cat([network(batch) for batch in iter_batches(images, batch_size)])[: len(images)]
 
@@ -183,8 +188,9 @@ class Comparison:
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
-        accuracies: A dict from folder to the file's accuracy on its images; empty if images have no folders or labels.
-        model_accuracies: A dict from folder to the model's accuracy on its images.
+        accuracies: A dict from folder names to the accuracies of the file on the images in the folders. The dict is
+            empty if the images have no folders or no labels.
+        model_accuracies: The same dict for the model.
     """
 
     name: str
@@ -199,7 +205,7 @@ class Comparison:
 
     @property
     def losses(self) -> dict[str, float]:
-        """A dict from folder to the accuracy that the file loses against the model."""
+        """A dict from folder names to differences: the accuracy of the model minus the accuracy of the file."""
         return {name: self.model_accuracies[name] - accuracy for name, accuracy in self.accuracies.items()}
 
 
@@ -213,7 +219,8 @@ def compare_logits(
 ) -> Comparison:
     """Compare `found`, the logits (N, num_classes) of a file, with `expected`, the logits of its model.
 
-    `folders` are the names of the images' folders (N), for accuracies of each folder.
+    `folders` contains the name of each image's folder (N), to compute an accuracy for each folder. Without `labels`, no
+    accuracy is computed.
     """
 
     def accuracy(logits: Tensor, classes: Tensor) -> float:
@@ -239,9 +246,9 @@ def compare_logits(
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row for each file, after a row for the model if its accuracy is known.
+    """Return a text table with a row for each file. If the accuracy of the model is known, the model has the first row.
 
-    If the images are from folders, there is an accuracy for each folder.
+    The table has a column with the accuracy for each folder. If the images have no folders, there is one such column.
     """
     folders = list(comparisons[0].accuracies)
     titles = [f"accuracy on {folder}" for folder in folders] if len(folders) > 1 else ["accuracy"]

@@ -2,12 +2,14 @@
 
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
   `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
-  anyway, `clipped_activation` saves the same tensor instead of a mask. If the output can be recomputed from a tensor
-  that another function saves, such as the input of a BatchNorm in training mode, it saves nothing else.
+  anyway, `clipped_activation` saves the same tensor instead of a mask. If its input can be recomputed from a tensor
+  that another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
+  feature map.
 - `smooth_activation`, for example for SiLU, saves its input, or the inputs of the recomputation of its input.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
   `gate` and `x`. If `x` can be recomputed, the function saves the inputs of the recomputation instead of `x`.
-- `max_pool2d` saves its input in the same way, and finds the maxima again in the backward pass.
+- `max_pool2d` saves its input, or the inputs of the recomputation of its input. The backward pass finds the maxima
+  again.
 """
 
 from __future__ import annotations
@@ -43,7 +45,7 @@ class Derivative(Protocol):
     """Maps the output gradient dY, and the input x or the output y, to the input gradient dX."""
 
     def __call__(self, gradient: Tensor, value: Tensor, /, *, out: Tensor = ...) -> Tensor:
-        """Return dX, in the tensor `out` if it is given. `out` may be the tensor `gradient`."""
+        """Return dX. If `out` is given, write dX to `out`, which may be the tensor `gradient`."""
 
 
 Kept = Literal["output", "byte", "bit"]
@@ -53,14 +55,14 @@ Kept = Literal["output", "byte", "bit"]
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    If the output can be recomputed from a tensor that another function saves, `keep` is ignored and only the inputs of
-    the recomputation are saved. If the output is neither contiguous nor channels-last, the output is saved.
+    If x can be recomputed from a tensor that another function saves, `keep` is ignored, and only the inputs of the
+    recomputation of x are saved. If the output is neither contiguous nor channels-last, the output is saved.
     `forward` must compute the activation for x, or for a one-dimensional part of x. `upper` is infinity for ReLU. With
     `inplace`, the output overwrites x.
     """
     source = get_recompute(x)
-    # If x is the output of a norm in training mode, the norm saves its own input, from which x can be recomputed. The
-    # slopes follow from x as well as from y.
+    # For example, x is the output of a norm in training mode. The norm saves its own input, from which x can be
+    # recomputed. The backward pass can compute the slopes from x instead of y.
     is_cheap = not source.is_identity and source.node.is_used
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace, source if is_cheap else None)
     recompute = source.then(partial(_activate, forward=forward), is_pointwise=True)
@@ -68,6 +70,7 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
 
 
 def _activate(x: Tensor, *, forward: Activation, overwrite: bool) -> Tensor:
+    """Return the activation of x, as a step of a recomputation."""
     return forward(x, inplace=overwrite)
 
 
@@ -134,7 +137,10 @@ class _ClippedActivation(torch.autograd.Function):
 def _map_parts(
     function: Derivative, gradient: Tensor, node: Recomputation, inputs: Sequence[Tensor], overwrites: bool
 ) -> Tensor:
-    """Return `function(gradient, value)` for the recomputed value of `node`, and overwrite the gradient if allowed."""
+    """Return `function(gradient, value)`, where `value` is the tensor that `node` recomputes from `inputs`.
+
+    With `overwrites`, the result overwrites `gradient`.
+    """
     if torch.is_grad_enabled():
         return function(gradient, node.value(inputs))
     result = gradient if overwrites else torch.empty_like(gradient)
@@ -144,9 +150,9 @@ def _map_parts(
 
 
 def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor | None = None) -> Tensor:
-    """Return `gradient` where 0 < value < upper and 0 elsewhere, in the tensor `out` unless it is None.
+    """Return `gradient` where 0 < value < upper, and 0 elsewhere. If `out` is given, write the result to `out`.
 
-    `value` is the input or the output of the activation. Both are in these bounds at the same elements.
+    `value` may be the input or the output of the activation, because both are in these bounds at the same elements.
     """
     is_unbounded = upper == float("inf")
     operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward
@@ -159,8 +165,7 @@ def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
     """Return `forward(x)`. Save x or, if x can be recomputed, the inputs of its recomputation.
 
-    `backward` must map the gradient of the output and x to the gradient of x, and must
-    accept the tensor `out`.
+    `backward` must map the gradient of the output and x to the gradient of x, and must accept the tensor `out`.
     """
     y = _SmoothActivation.apply(x, forward, backward)
     return set_recompute(y, get_recompute(x).then(partial(_activate, forward=forward), is_pointwise=True))
@@ -186,7 +191,7 @@ class _SmoothActivation(torch.autograd.Function):
 
 
 def silu_gradient(gradient: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return the gradient of x for SiLU, in the tensor `out` unless it is None."""
+    """Return the gradient of x for SiLU. If `out` is given, write the result to `out`."""
     operator = torch.ops.aten.silu_backward
     return operator(gradient, x) if out is None else operator.grad_input(gradient, x, grad_input=out)
 
@@ -268,9 +273,11 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield 1-D parts of x in memory order, each with its bytes of `mask` and the value that selects its bit.
+    """Yield the one-dimensional parts of x in memory order, each with a block of `mask` and a number.
 
-    Adjacent elements of a part use the same bit of adjacent bytes, so one operation reads or sets the bits of a part.
+    For element i of a part, the mask is in byte i of the block. All elements of a part use the same bit of their bytes:
+    the bit of the number (1, 2, 4, ..., 128 if the mask is packed, otherwise always 1). One operation can therefore
+    read or set all bits of a part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

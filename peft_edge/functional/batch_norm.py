@@ -1,6 +1,6 @@
-"""BatchNorm that saves its input only, or one number per channel if it is frozen, and lets its output be recomputed.
+"""BatchNorm that saves only its input, or only one number per channel if it is frozen.
 
-In formulas, m and v are the mean and the variance of each channel, over the batch or constant, n is the number of
+In formulas, m and v are the mean and the variance of each channel: those of the batch, or constants. n is the number of
 values per channel, w is `weight` and dY is the gradient of the output.
 
     y = (x - m) / sqrt(v + eps) * w + bias,    xhat = (x - m) / sqrt(v + eps)
@@ -11,8 +11,8 @@ The backward pass needs x, m and v, and sums over each channel (Ioffe and Szeged
     dX = w / sqrt(v + eps) * (dY - dbias / n - xhat dw / n)      with statistics of the batch
     dX = w / sqrt(v + eps) * dY                                  with constant statistics
 
-The convolution before the norm computes x, so x is the one feature map that a convolution, a norm and an activation
-save together: later functions recompute y from x (see `peft_edge.functional.recompute`).
+Usually x is the output of a convolution. The convolution, the norm and the activation after it then save only this
+feature map, because later functions recompute y from x (see `peft_edge.functional.recompute`).
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def frozen_batch_norm(
 def _normalise(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, overwrite: bool
 ) -> Tensor:
-    """Return the output of BatchNorm in eval mode, computed by the same operator as in torch."""
+    """Return the output of BatchNorm in eval mode, computed by torch's operator. With `overwrite`, overwrite x."""
     if not overwrite:
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     # The second and the third output are the statistics of the batch, which are empty in eval mode.
@@ -114,15 +114,16 @@ def batch_norm(
 ) -> Tensor:
     """Normalise x like `F.batch_norm`. Save only x, or the inputs of its recomputation, and values per channel.
 
-    With `inplace`, y overwrites x if x can be recomputed.
+    With `inplace`, y overwrites x if x can be recomputed and `mean` is not None.
 
-    In training mode, the statistics are those of the batch, and the running statistics `mean` and `var` are updated
-    unless they are None. With `synchronise`, they are those of the batches of all processes of `torch.distributed`,
-    also on CPUs (unlike `torch.nn.SyncBatchNorm`). Processes may then have different numbers of samples.
+    In training mode, x is normalised by the statistics of the batch, and the running statistics `mean` and `var` are
+    updated unless they are None. With `synchronise`, the statistics are those of the batches of all processes of
+    `torch.distributed`, also on CPUs (unlike `torch.nn.SyncBatchNorm`). Processes may then have different numbers of
+    samples.
 
     Raises:
         ValueError: In training mode, if there is at most one value per channel, because one value has no variance.
-        RuntimeError: If `synchronise` is set and a second derivative is needed.
+        RuntimeError: In the backward pass, if `synchronise` is set and a second derivative is needed.
     """
     trains = needs_backward() and any(value is not None and value.requires_grad for value in (x, weight, bias))
     if not synchronise and (torch.compiler.is_compiling() or not trains):
@@ -146,7 +147,11 @@ def _check_count(x: Tensor, count: float) -> None:
 def _normalise_by_batch(
     x: Tensor, mean: Tensor, invstd: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, overwrite: bool
 ) -> Tensor:
-    """Return the output of BatchNorm in training mode, from the mean and 1 / sqrt(v + eps) of the batch."""
+    """Return the output of BatchNorm in training mode. `invstd` is 1 / sqrt(v + eps), with the variance v of the batch.
+
+    If gradients are enabled, the function computes the statistics again instead of using `mean` and `invstd`. With
+    `overwrite`, the output may overwrite x.
+    """
     if torch.is_grad_enabled():
         # A second derivative also needs the derivatives of the statistics.
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
@@ -156,7 +161,7 @@ def _normalise_by_batch(
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Returns y, the mean m, and the variance v in eval mode or 1 / sqrt(v + eps) in training mode."""
+    """Returns y, the mean m, and a third tensor: 1 / sqrt(v + eps) in training mode, otherwise the variance v."""
 
     @staticmethod
     def forward(
@@ -230,7 +235,7 @@ class _BatchNorm(torch.autograd.Function):
             grad_x = grad_y if overwrites else torch.empty_like(grad_y)
             one = torch.ones_like(mean)
             for x_part, part, out in iter_parts(x, grad_y, grad_x):
-                # dX = scale * dY + slope * (x - m) + offset. BatchNorm in eval mode computes the last two terms.
+                # dX = scale * dY + slope * (x - m) + offset. `F.batch_norm` in eval mode computes the last two terms.
                 rest = F.batch_norm(x_part.to(mean.dtype), mean, one, slope, offset, eps=0.0)
                 torch.addcmul(rest, part.to(mean.dtype), _per_channel(scale, part), out=out)
         return grad_x, grad_weight if wants_weight else None, grad_bias if wants_bias else None, *[None] * 7
@@ -239,7 +244,10 @@ class _BatchNorm(torch.autograd.Function):
 def _statistics_of_all_processes(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Return the mean, 1 / sqrt(v + eps) and the number of values per channel, and update the running statistics."""
+    """Return m, 1 / sqrt(v + eps) and the number of values per channel, for the batches of all processes together.
+
+    Also update the running statistics in place.
+    """
     dims = [0, *range(2, x.dim())]
     values = x.to(running_mean.dtype)
     # Sum in double precision, so that the result does not depend on how the batch is split over the processes.
@@ -248,7 +256,8 @@ def _statistics_of_all_processes(
     dist.all_reduce(total)
     count = float(total[-1])
     mean = (total[:-1] / count).to(values.dtype)
-    # Sum again over all processes: E[x²] - E[x]² would lose all digits if the mean is much larger than the deviation.
+    # Sum again over all processes. The difference E[x²] - E[x]² would lose all digits if the mean is much larger than
+    # the standard deviation.
     square_sum = (values - _per_channel(mean, x)).square_().sum(dims, dtype=torch.float64)
     dist.all_reduce(square_sum)
     _check_count(x, count)

@@ -1,7 +1,7 @@
 """Convolutions in one to three dimensions, and separate functions for their gradients.
 
 Autograd's convolution always saves its input. `lean_convolution` saves only the kernel if the kernel is frozen. If the
-kernel is trained and the input can be recomputed, it saves the inputs of the recomputation.
+kernel is trainable and the input can be recomputed, `lean_convolution` saves the inputs of the recomputation instead.
 
 Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, C_out, *output size). `weight` is
 (C_out, C_in/g, *kernel) with g groups. `bias` is (C_out,) or None. In formulas, * denotes the convolution.
@@ -88,7 +88,8 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return the gradient of the kernel, of shape `weight_size`, for the convolution y = x * weight."""
     stride, padding, dilation, groups = geometry
-    # The operator reads only the shape and memory format of `weight`, but it would copy an expanded tensor.
+    # The operator reads only the shape and memory format of `weight`, so the values need not be set. An expanded scalar
+    # would not save memory, because the operator would copy it.
     weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)
@@ -98,9 +99,10 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
 def lean_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *, recompute: bool = False
 ) -> Tensor:
-    """Convolve x, and save x, or the inputs of its recomputation, only if the kernel is trained.
+    """Convolve x, and save x, or the inputs of its recomputation, only if the kernel is trainable.
 
-    With `recompute`, later functions recompute the output instead of saving it, if the input is saved anyway.
+    With `recompute`, later functions recompute the output instead of saving the output. This applies only if this or
+    another function saves x, or the inputs of its recomputation.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     >>> y = lean_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
@@ -114,7 +116,11 @@ def lean_convolution(
 
 
 def note_convolution(y: Tensor, x: Tensor, step: Step, *operands: Tensor | None) -> Tensor:
-    """Note on the output y of a convolution of x how to recompute y, if another function saves the input anyway."""
+    """Store on y, the output of a convolution of x, how to recompute y, and return y.
+
+    If no function saves x or the inputs of its recomputation, nothing is stored. `step` and `operands` are the
+    arguments of `Recompute.then`.
+    """
     source = get_recompute(x)
     return set_recompute(y, source.then(step, *operands, is_convolution=True)) if source.node.inputs_are_saved else y
 
@@ -158,7 +164,7 @@ class _LeanConvolution(torch.autograd.Function):
 def needs_backward() -> bool:
     """Return whether gradients are enabled and the autograd functions of this package can run.
 
-    `torch.jit.trace` cannot save these functions. `torch.func` and forward-mode differentiation need rules that these
-    functions do not define.
+    `torch.jit.trace` cannot record these autograd functions. `torch.func` and forward-mode differentiation need rules
+    that these functions do not define.
     """
     return torch.is_grad_enabled() and not torch.jit.is_tracing() and not is_transforming()

@@ -87,7 +87,7 @@ def lowrank_conv2d(
 
     Raises:
         ValueError: If `route` is "low_rank" for a grouped kernel or a trainable magnitude.
-        RuntimeError: If a second derivative needs x and x was not saved.
+        RuntimeError: In the backward pass, if a second derivative needs x and x was not saved.
     """
     if not needs_backward():
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
@@ -178,7 +178,7 @@ class _LowRankConvolution(torch.autograd.Function):
         x = None if ctx.x is None else ctx.x.value(saved_x)
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
-        dtype = grad_y.dtype  # under autocast, this is not the dtype of the parameters
+        dtype = grad_y.dtype  # under autocast, the parameters have another dtype
         kernel = factor = None
         if magnitude is not None:
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling)
@@ -216,7 +216,7 @@ class _LowRankConvolution(torch.autograd.Function):
             elif z is not None and torch.is_grad_enabled():
                 raise RuntimeError(
                     "lowrank_conv2d: with lora_a frozen the input is not saved, so there is no second derivative. "
-                    "Pass route='full_kernel', which saves it."
+                    "Pass route='full_kernel', which saves the input."
                 )
             if z is not None:  # dB = s f dY z^T
                 products = kernel_gradient(grad_y, z.to(dtype), lora_b.shape, pointwise) * scaling
@@ -313,7 +313,7 @@ def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_for
 
 
 # Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of maps read per second,
-# and seconds per call of a convolution without work. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
+# and seconds per call of a tiny convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
 # with torch 2.15. The CUDA speeds are a guess for a large GPU. The speeds are not measured at run time: the two routes
 # round differently, and a resumed run must choose the same routes.
 _SPEEDS = {

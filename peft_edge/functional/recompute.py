@@ -22,10 +22,10 @@ from torch import Tensor
 
 from peft_edge._compat import AutogradContext, no_dispatch, use_counts, version_of
 
-# A chain of recomputed convolutions contains at most this many: one inverted residual block has two cheap ones.
+# A recomputation runs at most this many convolutions. One inverted residual block has two cheap convolutions.
 _MAX_CONVOLUTIONS = 2
 
-# On a CPU, elementwise operations run on at most this many elements at once, so that temporaries stay in the cache.
+# On a CPU, elementwise operations process at most this many elements at once, so that temporaries stay in the cache.
 CACHED_ELEMENTS = 1 << 19
 
 
@@ -37,10 +37,11 @@ The result must be bit-identical to the original on a CPU. With `overwrite`, the
 
 
 class Recomputation:
-    """Recomputes a tensor in the backward pass: the tensor of `parent`, followed by one `step`.
+    """Recomputes a tensor in the backward pass: recomputes the tensor of `parent`, and applies `step` to this tensor.
 
-    The object holds no tensors of the forward pass. Each function that uses it saves the inputs with
-    `ctx.save_for_backward`, so that checkpointing, hooks and autograd's checks of in-place changes also apply to them.
+    Without `parent`, the object is the identity: the only input is the tensor itself. The object holds no tensors of
+    the forward pass. Each function that uses the object saves the inputs with `ctx.save_for_backward`. Checkpointing,
+    hooks and autograd's checks of in-place changes therefore also apply to the inputs.
     The output of a recomputed convolution stays in memory until the last function that called `add_user` has used it.
     All other steps are cheap, and run again for each function.
     """
@@ -56,12 +57,12 @@ class Recomputation:
     ) -> None:
         self.step, self.parent = step, parent
         self.num_inputs = num_inputs
-        """The number of inputs: those of `parent`, and the operands of `step`."""
+        """The number of inputs: the inputs of `parent`, and the operands of `step`."""
         self.is_pointwise = is_pointwise
-        """Whether `step` maps each element alone, with operands per channel, so that it may run on parts of a map."""
+        """Whether `step` is elementwise, with operands per channel, so that it may run on parts of a feature map."""
         self.is_convolution = is_convolution
         self.num_convolutions: int = is_convolution + (0 if parent is None else parent.num_convolutions)
-        """The number of convolutions from the first input to the tensor."""
+        """The number of convolutions that the recomputation runs."""
         self._users = 0
         self._cached: Tensor | None = None
         # Backward passes run without autocast, so restore the autocast settings of the forward pass.
@@ -78,14 +79,17 @@ class Recomputation:
 
     @property
     def is_used(self) -> bool:
-        """Whether a backward pass needs the tensor, or the output of the last convolution before it, anyway."""
+        """Whether a function already uses the result of the last recomputed convolution, so that this result is shared.
+
+        Without a recomputed convolution: whether a function already saves the first input.
+        """
         if self.parent is None or self.is_convolution:
             return self._users > 0
         return self.parent.is_used
 
     @property
     def inputs_are_saved(self) -> bool:
-        """Whether some function saves the first input, so that recomputing the tensor needs no additional map."""
+        """Whether a function already saves the first input, so that recomputing the tensor needs no additional map."""
         return self._users > 0 if self.parent is None else self.parent.inputs_are_saved
 
     def add_user(self) -> Recomputation:
@@ -98,9 +102,10 @@ class Recomputation:
         return self
 
     def value(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the tensor, for use until the caller returns.
+        """Return the recomputed tensor.
 
-        The caller must not change the result, because later functions may use it too. They may also overwrite it.
+        The caller must not change the tensor, because later functions may use it. The caller must not keep it either,
+        because later functions may overwrite it.
         """
         if torch.compiler.is_compiling():
             return self._compute(inputs)
@@ -114,7 +119,7 @@ class Recomputation:
         if self.parent is None or self.step is None:
             return inputs[0]
         x = self.parent.value(inputs[: self.parent.num_inputs])
-        # Nothing else holds a recomputed tensor that is not cached.
+        # If x was recomputed and is not cached, nothing else holds x, so `step` may overwrite x.
         is_owned = not (self.parent.is_identity or self.parent._cached is not None or torch.is_grad_enabled())
         with ExitStack() as stack:
             for device, dtype in self._autocast:
@@ -124,8 +129,8 @@ class Recomputation:
     def parts(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield parts of the tensor that fit into the cache, each with the same part of `others`.
 
-        The pointwise steps at the end run on one part at a time. `others` must have the shape of the tensor. If the
-        memory layouts differ, there is only one part.
+        The pointwise steps at the end run on one part at a time. `others` must have the shape of the tensor.
+        `iter_parts` states when there is only one part.
         """
         node, steps = self, list[tuple[Step, Sequence[Tensor]]]()
         while node.is_pointwise and node.parent is not None and node.step is not None:
@@ -161,14 +166,17 @@ class Recompute(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """What `set_recompute` stores on a tensor. The inputs of an identity are left out: they would be a cycle."""
+    """A `Recompute`, stored on a tensor by `set_recompute` and `get_recompute`, with the version of the tensor.
+
+    For the identity, `inputs` is empty: the only input is the tensor, which must not refer to itself.
+    """
 
     node: Recomputation
     inputs: tuple[Tensor | None, ...]
     version: int
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # Copies and pickles of the tensor have an empty set instead, a type that `torch.load` allows.
+        # In copies and pickles of the tensor, an empty set replaces the note. `torch.load` allows this type.
         return set, ()
 
 
@@ -185,7 +193,8 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
-    Return the identity if nothing is stored, if the tensor was changed in place, or if a compiler is tracing.
+    Return the identity if nothing is stored, if the tensor was changed in place since then, if the tensor was made in
+    inference mode, or if a compiler is tracing.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))
@@ -215,7 +224,8 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield parts of tensors of the same shape, (B, C, *size), as views that fit into the cache of a CPU.
 
-    A part has the channels in dimension 1. If the memory layouts differ, the only part is the tensors themselves.
+    A part has the channels in dimension 1. The whole tensors are the only part if they are small or not on a CPU, or if
+    their memory layouts differ or are not standard.
     """
     first = tensors[0]
     is_common = has_standard_layout(first) and all(tensor.stride() == first.stride() for tensor in tensors)
@@ -229,7 +239,7 @@ def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         rows = max(1, CACHED_ELEMENTS // channels)
         for start in range(0, first.numel() // channels, rows):
             size = min(rows, first.numel() // channels - start)
-            # These pixels, read as an image of one column in channels-last format.
+            # View `size` consecutive pixels as an image of one column in channels-last format.
             shape, strides = (1, channels, size, 1), (size * channels, 1, channels, channels)
             yield tuple(
                 tensor.as_strided(shape, strides, tensor.storage_offset() + start * channels) for tensor in tensors
@@ -276,8 +286,8 @@ def _counts_of_sole_holder() -> tuple[int, int, int] | None:
 def _first_counts(function: Callable[[Tensor], Tensor]) -> tuple[int, int, int]:
     """Return the counts of the gradient that the first `_Probe` of `function` receives."""
     _Probe.counts.clear()
-    # Do not run this at import: a backward pass starts threads. `no_dispatch` hides the pass from FLOP and memory
-    # counters.
+    # This function must not run at import, because a backward pass starts threads. `no_dispatch` hides the backward
+    # pass from FLOP and memory counters.
     with no_dispatch(), torch.enable_grad():
         function(torch.zeros(2, requires_grad=True)).square().sum().backward()
     return _Probe.counts[0]
@@ -299,5 +309,5 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # Each call holds a reference to its argument. This call adds the same reference as a call of `can_overwrite`.
+    # Each call holds a reference to its argument. This call therefore counts as many references as `can_overwrite`.
     return _reference_counts(gradient)

@@ -44,8 +44,9 @@ Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 # PEFT's other tuners are not supported, because they may read further files or compile code.
 _PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-# These initialisations use random values or an exact decomposition of the backbone's weight. Other initialisations need
-# data, or have parameters with which a hostile file could make the initialisation arbitrarily slow.
+# The accepted values of `init_lora_weights`: initialisations with random values, or with an exact decomposition of the
+# backbone's weight. Other initialisations need data, or have parameters with which a hostile file could make the
+# initialisation arbitrarily slow.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 # Values of `target_modules` that are keywords, not regular expressions.
 _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
@@ -55,7 +56,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save the active adapter, the class names and a model card, and replace `folder` when all files are complete.
 
     A fingerprint of the base weights is also saved, and `load_pretrained` then rejects a base with other weights. The
-    fingerprint is left out if the adapter is merged, or has an initialisation such as PiSSA that changes base weights.
+    fingerprint is left out if the adapter is merged, or if its initialisation may have changed base weights (PiSSA).
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -66,7 +67,10 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` with `card`. `base_name`, if given, replaces `base_model_name_or_path`."""
+    """Write the files of `save_adapter` with the given model card to `folder`.
+
+    `base_name`, if given, replaces `base_model_name_or_path` in the configuration.
+    """
     names = class_names(model)
     folder.mkdir(exist_ok=True)
     # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
@@ -123,6 +127,7 @@ def read_configuration(path: Path) -> PeftConfig:
 
 
 def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, object]) -> None:
+    """Raise a ValueError if `found`, the contents of the file `path`, has an unknown or unsafe key or value."""
     # Imported here to keep the import of the package fast.
     from pydantic import TypeAdapter, ValidationError
 
@@ -164,7 +169,8 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
         elif isinstance(value, list | set | dict) and len(value) > len(modules):
             raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
-            # PEFT uses the first pattern that matches the end of a name. A pattern with "^" must match the whole name.
+            # PEFT uses the first pattern that matches the end of a name. The first pattern is therefore written last.
+            # A pattern with "^" must match the whole name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
@@ -255,12 +261,14 @@ def read_json(path: Path) -> object:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Return a dict from keys to values. Raise a ValueError if a key occurs twice."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key occurs twice")
     return found
 
 
 def _finite(text: str) -> float:
+    """Convert a text to a number. Raise a ValueError if the number is NaN or infinite."""
     if not math.isfinite(value := float(text)):
         raise ValueError(f"{text} is not a finite number")
     return value

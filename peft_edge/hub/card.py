@@ -73,6 +73,7 @@ def adapter_card(subject: CardSubject, record: Record | None = None, folder: Pat
 
 
 def _results(record: Record, folder: Path | None) -> dict[str, object]:
+    """Return the values of the template for the results of a run. With `folder`, also save the plot of the cost."""
     # Imported here to keep the import of the package fast.
     from peft_edge.profiling.figures import save_cost_figure
     from peft_edge.profiling.tables import profile_table, text_table
@@ -104,6 +105,7 @@ def _results(record: Record, folder: Path | None) -> dict[str, object]:
 
 
 def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
+    """Return the metadata of the card: library, license, base model, tags, datasets and test results."""
     run = record.run_info.train_config if record is not None else {}
     is_pretrained = run.get("backbone", {}).get("pretrained", False)
     origin = get_pretrained_cfg(run["model_id"].removeprefix("timm/")) if is_pretrained else None
@@ -123,6 +125,7 @@ def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
 
 
 def _eval_results(record: Record) -> list[EvalResult]:
+    """Return the test accuracies after training, on target and source. An accuracy that is not recorded is left out."""
     data, measured = record.run_info.train_config["data"], record.train_info.metrics[-1]
     source = _label(data["name"], data.get("source_filters", []))
     domains = {"test accuracy": f"{source}, {_shift(data)}", "source test accuracy": f"{source}, source"}
@@ -148,6 +151,7 @@ def _label(name: object, filters: Any) -> str:
 
 
 def _shift(data: Mapping[str, Any]) -> str:
+    """Return the target data as text: the new classes, or the shift and its severity. Without a shift: the dataset."""
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
     shift = _label(data["shift"] or data["name"], data.get("shift_filters", []))
@@ -160,6 +164,7 @@ def shareable(record: Record) -> Record:
 
 
 def _shorten_paths(value: object, key: str = "") -> object:
+    """Return a copy of a JSON value with only the last component of each local path. `key` is the key of `value`."""
     if isinstance(value, dict):
         return {_shorten_paths(name): _shorten_paths(entry, name) for name, entry in value.items()}
     if isinstance(value, list):

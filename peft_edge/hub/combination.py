@@ -36,17 +36,18 @@ def combine_adapters(
 ) -> PeftModel:
     """Load adapters of type `CONV_LORA`, and combine them with `ConvLoraModel.add_weighted_adapter`.
 
-    With weights that add up to 1, the result is an average; other weights are task arithmetic (arXiv 2212.04089). The
-    statistics of BatchNorm are pooled over the adapters with positive weights, by the number of batches that each
-    adapter has counted, see `BatchNormLayer.pool`.
+    Weights that add up to 1 give an average. Other weights give task arithmetic (arXiv 2212.04089). The statistics of
+    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). Each of these adapters
+    then counts by its number of batches instead of its weight.
 
     Args:
         adapters: Folders, or ids on the Hub, as for `load_pretrained`.
         weights: A weight for each adapter; by default 1 / (number of adapters).
         base: The base model, as for `load_pretrained`.
-        combination: How PEFT combines A and B. `cat` is exact: the kernel update is the weighted sum of the updates,
-            and the rank is the sum of the ranks. `svd` is its best approximation of rank `svd_rank`. `linear` combines
-            A and B separately. The others are TIES, DARE and magnitude pruning.
+        combination: How PEFT combines A and B, one of `COMBINATIONS`. `cat` is exact: the kernel update is the weighted
+            sum of the updates, and the rank is the sum of the ranks. `svd` gives the best approximation of this sum
+            with rank `svd_rank`. `linear` combines A and B separately. Other names are variants of TIES, DARE and
+            magnitude pruning.
         svd_rank: The rank for the combinations with SVD; by default the largest rank of the adapters.
         density: The fraction of values to keep, for TIES, DARE and magnitude pruning.
 
@@ -55,12 +56,12 @@ def combine_adapters(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If an adapter cannot be loaded, or the adapters differ in base, type, classes or settings that a
-            combined adapter has once.
+        ValueError: If an adapter cannot be loaded, `weights` or `density` is invalid, or the adapters differ in base,
+            type, classes or one of the settings `norm`, `use_dora`, `use_rslora`, `lora_bias` and `modules_to_save`.
     """
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
-        raise ValueError(f"weights: expected one for each of the {len(adapters)} adapters, found {len(weights)}")
+        raise ValueError(f"weights: expected one weight for each of the {len(adapters)} adapters, found {len(weights)}")
     if not 0 < (1.0 if density is None else density) <= 1:
         raise ValueError(f"density: expected a number above 0 and at most 1, found {density}")
     if density is None and combination.startswith(("ties", "dare", "magnitude")):
@@ -90,7 +91,7 @@ def combine_adapters(
 
 
 def _check_same(first_name: object, first: PeftModel, name: object, other: PeftModel) -> None:
-    """Raise a `ValueError` unless `other` can be combined with `first`."""
+    """Raise a ValueError if type, settings or classes of `other` and `first` differ. Both names are for the message."""
     config, expected = other.active_peft_config, first.active_peft_config
     if not isinstance(config, ConvLoraConfig):
         raise ValueError(
@@ -106,9 +107,10 @@ def _check_same(first_name: object, first: PeftModel, name: object, other: PeftM
 
 
 def _exact_config(model: PeftModel) -> ConvLoraConfig:
-    """Return the configuration with the names of the adapted layers instead of lists or patterns.
+    """Return a copy of the configuration in which `target_modules` alone determines the adapted layers.
 
-    PEFT unites the `target_modules` of combined adapters, but keeps the other fields of the first adapter.
+    In a combined adapter, PEFT joins the `target_modules` of all adapters. All other fields, such as
+    `exclude_modules`, are those of the first adapter.
     """
     config = copy.deepcopy(model.active_peft_config)
     config.target_modules = exact_pattern(model.base_model.targeted_module_names)

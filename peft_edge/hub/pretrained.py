@@ -32,7 +32,8 @@ from peft_edge.hub.adapter_files import (
 )
 from peft_edge.tuners.injection import base_fingerprint
 
-# Other arguments of `timm.create_model` can name files to read, or set the number of layers.
+# The arguments of `timm.create_model` that a downloaded backbone may set. Other arguments can name files to read, or
+# set the number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
 
 
@@ -54,9 +55,9 @@ def load_pretrained(
             head. By default, the backbone is loaded from the adapter's subfolder `source_model` if it exists, or by the
             name in the adapter's configuration.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
-        allow_other_base: Accept a backbone whose weights differ from those that the adapter was trained on. An adapter
-            without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's `save_pretrained`
-            writes no fingerprint.
+        allow_other_base: Whether to accept a backbone whose weights differ from those that the adapter was trained on.
+            An adapter without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's
+            `save_pretrained` writes no fingerprint.
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
@@ -109,24 +110,32 @@ def load_pretrained(
 
 
 def _check_base(adapted: PeftModel, path: Path) -> None:
+    """Raise a ValueError if the base weights of `adapted` do not have the fingerprint in the file `path`.
+
+    If the file is missing, or the fingerprint of `adapted` cannot be computed, there is no error.
+    """
     if not path.exists():
         return
     try:
         expected = read_json(path)
         if not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
-            raise ValueError("it is no SHA-256")
+            raise ValueError("it is not a SHA-256 hash")
     except ValueError as error:
         raise ValueError(f"{path}: expected the fingerprint of the base: {error}. Copy the file again") from error
     found = base_fingerprint(adapted)
     if found not in (expected, None):
         raise ValueError(
             f"{path.parent}: the adapter was trained on other weights of this network: expected the fingerprint "
-            f"{expected[:16]}, found {str(found)[:16]}. Pass the backbone that it was trained on as base=, in the type "
-            "that it had then, or allow_other_base=True if you mean these weights"
+            f"{expected[:16]}, found {str(found)[:16]}. Pass the backbone that it was trained on as base=, with the "
+            "dtype that it had in training, or pass allow_other_base=True to accept these weights"
         )
 
 
 def _download(repo_id: str, files: list[str], expected: str, *, revision: str | None = None) -> Path:
+    """Download those of `files` that a repository contains, and return their folder.
+
+    `expected` describes the folder in the message of the FileNotFoundError for a failed download.
+    """
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
@@ -138,6 +147,10 @@ def _download(repo_id: str, files: list[str], expected: str, *, revision: str | 
 
 
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
+    """Load the backbone of the adapter in `folder`: from `source_model`, from a local folder, or from the Hub.
+
+    If the configuration names an architecture without weights, warn, and return a model with other random weights.
+    """
     name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
         raise ValueError(
@@ -159,13 +172,18 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
     base = load_backbone(name, pretrained="/" in name)
     if "/" not in name:
         warnings.warn(
-            f"{folder} was trained on other random weights of {name}: pass that backbone as base=", stacklevel=3
+            f"{folder} was trained on random weights of {name} that are not saved, and other random weights are used: "
+            "pass the original backbone as base=",
+            stacklevel=3,
         )
     return base
 
 
 def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
-    """Load a backbone, but build it on the meta device first: a hostile configuration must not exhaust the memory."""
+    """Load a backbone from a folder with files that may be hostile. If `name` is given, store it as `name_or_path`.
+
+    The backbone is first built on the meta device, because a hostile configuration could exhaust the memory.
+    """
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:
         found = read_json(config)
@@ -192,7 +210,11 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Add the adapter to a copy of `model` on the meta device, and raise a ValueError if `layout` has other tensors."""
+    """Raise a ValueError if the adapter in the file, described by `layout`, does not fit `model`.
+
+    The adapter is added to a copy of `model` on the meta device. The names and shapes of its tensors must be those of
+    `layout`. The dtypes must agree in being floating-point or not.
+    """
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
         config.init_lora_weights = True  # other initialisations decompose weights, which have no values in `trial`
@@ -223,7 +245,11 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:
-    """Give `base` as many classes as the head in `layout`, if it has a head. A growing head keeps its old rows."""
+    """Give the head of `base` as many classes as the head in `layout`, in place.
+
+    A head that grows keeps its old rows. A head that shrinks gets new weights. Without a head in `layout`, nothing
+    changes.
+    """
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
         num_classes = as_timm_model(base).num_classes
@@ -232,6 +258,7 @@ def _resize_head(base: nn.Module, layout: Layout) -> None:
 
 
 def _set_class_names(base: nn.Module, path: Path) -> None:
+    """Set the class names of `base` to those in the file `path`. If the file is missing, nothing changes."""
     if not path.exists():
         return
     try:

@@ -105,6 +105,7 @@ def push_update(
 
 
 def _read_shareable(path: str | os.PathLike[str] | None) -> Record | None:
+    """Read a record, and shorten local paths in it. Return None if `path` is None."""
     from peft_edge.records import Record
 
     return None if path is None else shareable(Record.from_json(Path(path).read_text(encoding="utf-8")))
@@ -119,6 +120,10 @@ def _upload(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> str:
+    """Push all files in `folder` and the record in one commit, and return the URL of the commit.
+
+    The repository and the branch `revision` are created if missing. Raise an OSError if the push fails.
+    """
     if record is not None:
         (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
     api = HfApi(token=token)
@@ -148,6 +153,7 @@ _peft_push_to_hub = PeftModel.push_to_hub
 
 @wraps(_peft_push_to_hub)
 def _push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> object:
+    """Call `push_adapter` for the adapter types of this package, and PEFT's own method for other types."""
     is_ours = self.peft_config[self.active_adapter].peft_type in ("CONV_LORA", "CONV_ADAPTER")
     return (push_adapter if is_ours else _peft_push_to_hub)(self, repo_id, **options)
 

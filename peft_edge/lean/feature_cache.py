@@ -52,12 +52,13 @@ class FrozenPrefix:
     Args:
         model: A model that takes one tensor. Its prefix must be a chain of modules, as in timm's CNNs.
         images: A batch with which to check the split, (B, 3, H, W) with B > 1, on the model's device.
-        eval_only: Whether the model stays in eval mode while it trains. Training mode may then change the prefix.
+        eval_only: Whether the model stays in eval mode during training. If so, the outputs of the prefix may differ in
+            training mode.
 
     Raises:
         ValueError: If the model has no trainable parameters, or no layer with weights before the first trainable layer.
-            If training mode changes the buffers or outputs of the prefix. If no split exists at which a single tensor
-            suffices to run the rest of the model.
+            If training mode changes the buffers or outputs of the prefix, unless `eval_only` is set. If the rest of the
+            model needs more than one tensor from the frozen layers, wherever the model is split.
     """
 
     def __init__(self, model: nn.Module, images: Tensor, *, eval_only: bool = False) -> None:
@@ -114,10 +115,16 @@ class FrozenPrefix:
 
 
 def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Module]:
-    """Find the last module that runs after frozen modules only and whose input suffices to run the rest of the model.
+    """Find the last module at which the model can be split.
+
+    All modules that run before this module must be frozen, and the input of this module must suffice to run the rest of
+    the model.
 
     Returns:
         The name of this module, the modules that run before this module, and the tail.
+
+    Raises:
+        ValueError: If the model has no trainable parameters, or if it cannot be split after a layer with weights.
     """
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
@@ -214,7 +221,7 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Return a copy of `module` with `nn.Identity` in place of `skipped`. All unaffected modules are shared."""
+    """Return a copy of `module` with `nn.Identity` in place of `skipped`. Modules without skipped parts are shared."""
     return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
@@ -222,11 +229,14 @@ StoredType = Literal["float32", "float16", "int8"]
 """The dtype of stored features. For int8, the cache also stores one scale per image."""
 
 Views = Callable[[int], Iterable[Mapping[str, Tensor]]]
-"""Maps the number of a view to batches of `pixel_values` and `labels`. All views must have the same image order."""
+"""A function from the number of a view to batches of `pixel_values` and `labels`.
+
+All views must contain the images in the same order.
+"""
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """The stored features of one or several augmented views of every training image. `open` returns a cache.
+    """The stored features of one or several augmented views of every training image. Use `open` to get a cache.
 
     `__getitems__` takes pairs (epoch, image) and returns a batch of `labels` and `pixel_values`. The `pixel_values` are
     inputs for `FrozenPrefix.tail`, in the dtype and memory format of the original features. Epoch e reads the view
@@ -314,6 +324,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
 
 def _is_whole(folder: Path) -> bool:
+    """Return whether `folder` contains a complete cache."""
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         return (folder / "features.arrow").stat().st_size == info["size_bytes"]
@@ -374,7 +385,10 @@ def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype:
 
 
 def _quantize(features: Tensor, dtype: StoredType) -> tuple[Tensor, Tensor]:
-    """Return the values to store, (B, N), and for each image the factor that restores its features (1 unless int8)."""
+    """Return the values to store, (B, N), and the scale of each image, (B,). The features are about values * scale.
+
+    The scale is 1 unless `dtype` is int8. Raise a ValueError if a feature is not finite, or too large for `dtype`.
+    """
     if not features.isfinite().all():
         raise ValueError("the prefix returns values that are not finite: check the weights and the images")
     features, scales = features.float(), torch.ones(len(features), dtype=torch.float32)

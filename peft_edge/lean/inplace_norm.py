@@ -1,10 +1,11 @@
-"""Let a frozen BatchNorm overwrite the output of the convolution before it.
+"""Let a BatchNorm overwrite the output of the convolution before it.
 
 1. `prepare_model_for_lean_training(model, inplace_norm=True)` finds each convolution whose output goes to one norm
    only, and stores the pair on the convolution as an `InplaceNorm`.
 2. In a forward pass the convolution marks its output as overwritable by this norm (`mark_overwritable`), unless a hook,
    a compiler or a function transform may read the output.
-3. The norm overwrites an input with this mark (`is_overwritable`). For any other input it allocates a new tensor.
+3. The norm overwrites an input with this mark (`is_overwritable`), unless the norm must save the input. In all other
+   cases, the norm allocates a new tensor.
 
 Both layers keep their parameters. The mark is set in each forward pass, so adapters, training modes and statistics may
 change at any time. Folding the norm into the kernel would save a little more time, but rounding would differ. Some
@@ -47,7 +48,7 @@ class ModuleRef:
     def path_below(self, other: ModuleRef) -> list[nn.Module | None]:
         """Return the module and its parents, outermost first, but without the parents that contain `other.module`.
 
-        An entry is None if there is no module with this name.
+        An entry is None if the model has no module at this position.
         """
         paths = itertools.accumulate(self._path.split("."), "{}.{}".format)
         return [self._get(path) for path in paths if not f"{other._path}.".startswith(f"{path}.")]
@@ -66,7 +67,7 @@ class ModuleRef:
 
 
 class InplaceNorm(NamedTuple):
-    """A convolution, and a norm that is the only module that receives the output of the convolution."""
+    """References to a convolution and to a norm. No other module than the norm receives the convolution's output."""
 
     conv: ModuleRef
     norm: ModuleRef
@@ -97,8 +98,8 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference() or is_view(y) or is_transformed(y):
         return y
     pair = getattr(base_layer(layer), "inplace_norm", None)
-    # A map of one pixel is both contiguous and channels-last. In place, the norm may choose the other of these formats,
-    # and round differently.
+    # A map of one pixel is both contiguous and channels-last. In place, the norm may choose another of these two
+    # formats than for a new tensor, and round differently.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     layers = pair.layers()
@@ -116,12 +117,14 @@ def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
-    # Gradient checkpointing that starts between the two layers saves y. Checkpointing changes the hooks or the grad
-    # mode, so the norm finds an invalid mark and does not overwrite y. The mark contains the id of the norm, because
-    # the norm itself would be pickled with the tensor.
+    """Return the mark that allows `norm` to overwrite y: id of the norm, version of y, grad mode, and hooks."""
+    # Gradient checkpointing that starts between the convolution and the norm saves y, so the norm must not overwrite y.
+    # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark contains only the id of
+    # the norm, because the norm itself would be pickled with the tensor.
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
 
 
 def _is_observed(layer: nn.Module) -> bool:
+    """Return whether other code may read the input or output of a layer, for example a hook."""
     # PEFT's `AuxiliaryTrainingWrapper` shows the attributes of one layer, but may run another layer.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -1,8 +1,8 @@
 """Layers that save only what their backward pass needs.
 
 Each lean class extends one class of torch or timm. `prepare_model_for_lean_training` changes the class of a module, and
-`undo_lean_training` restores the class. Trainable layers, and norms that normalise by the statistics of the batch, run
-the original forward pass. In compiled models, norms, activations and gates run the original forward pass.
+`undo_lean_training` restores the class. In compiled models, only frozen convolutions are lean: all other layers run the
+original forward pass.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def layer_keeps_input(module: nn.Module) -> bool:
-    """Return whether a layer saves its input. The result is an estimate if `keeps_input` is missing or None."""
+    """Return the attribute `keeps_input` of a layer. If it is missing or None, estimate whether the input is saved."""
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
@@ -53,6 +53,7 @@ def layer_keeps_input(module: nn.Module) -> bool:
 
 
 def _trains(layer: ConvolutionBase | BatchNorm) -> bool:
+    """Return whether the weight or the bias of a layer is trainable."""
     # Do not use `parameters()`, because a weight that a parametrisation computes is not a parameter.
     return any(value is not None and value.requires_grad for value in (layer.weight, layer.bias))
 
@@ -63,16 +64,19 @@ def _runs_plain(x: Tensor) -> bool:
 
 
 class LeanConvolution(ConvolutionBase):
-    """A convolution that saves only its kernel while it is frozen."""
+    """A convolution that saves only its kernel while it is frozen.
+
+    With a trainable kernel, it also saves its input x, or the inputs of the recomputation of x.
+    """
 
     inplace_norm: InplaceNorm | None = None
-    """The pair of this convolution and the norm that may overwrite its output; None if no norm may."""
+    """The pair of this convolution and the norm that may overwrite its output; None without such a norm."""
     recompute: bool = False
     """The argument `recompute` of `prepare_model_for_lean_training`."""
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the weight or bias is trainable, so that the original forward pass runs and saves the input."""
+        """Whether the layer may save its input, because the weight or bias is trainable."""
         return _trains(self)
 
     @property
@@ -90,7 +94,7 @@ class LeanConvolution(ConvolutionBase):
 
 
 class LeanBatchNorm(BatchNorm):
-    """A BatchNorm from whose input later layers recompute its output. If it is frozen, it does not save the input.
+    """A BatchNorm whose output later layers recompute from its input. A frozen BatchNorm does not save its input.
 
     In training mode, gradient checkpointing repeats the forward pass. Only the first pass counts in the statistics.
     """
@@ -131,7 +135,7 @@ class LeanBatchNorm(BatchNorm):
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
     def _count_batch(self) -> float:
-        """Count a batch, and return its weight in the running averages."""
+        """Count a batch. Return its weight in the running statistics: `momentum`, or 1 / count without `momentum`."""
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum is not None:
@@ -152,7 +156,7 @@ class LeanClippedActivation(nn.Module):
     upper: float
 
     def kept(self) -> Kept:
-        """Return what `forward` saves. If x can be recomputed, `forward` saves a mask unless `masks` is "off"."""
+        """Return what `forward` saves if its input cannot be recomputed: the output or a mask."""
         consumers = [ref.module for ref in self.consumers]
         is_kept_anyway = any(module is not None and layer_keeps_input(module) for module in consumers)
         return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks
@@ -161,7 +165,8 @@ class LeanClippedActivation(nn.Module):
         """Return the output of the original layer."""
         if _runs_plain(x):
             return super().forward(x)
-        # If x can be recomputed, the consumers save the inputs of the recomputation instead of this output.
+        # If x can be recomputed, so can the output of this layer. The next layers then do not save the output, so a
+        # mask takes less memory than the output.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, type(self).function, upper=self.upper, keep=keep, inplace=self.inplace)
@@ -185,7 +190,10 @@ class LeanSmoothActivation(nn.Module):
 
 
 class LeanMaxPool(nn.MaxPool2d):
-    """A max-pooling that saves its input x, or the inputs of the recomputation of x, and no indices."""
+    """A max-pooling that saves its input x, or the inputs of the recomputation of x, and no indices.
+
+    With `return_indices`, it runs the original forward pass.
+    """
 
     keeps_input = True
 
@@ -209,7 +217,7 @@ class LeanGate(nn.Module):
 
 
 class _GatedProducts(TorchFunctionMode):
-    """Replaces the product of x and another tensor, the gate, by `gated_product`."""
+    """In a `with` block, replaces a product of x and another tensor, the gate, by `gated_product`."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()

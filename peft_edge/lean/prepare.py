@@ -1,4 +1,4 @@
-"""Replace frozen layers by lean layers, restore the original layers, and list what each layer saves."""
+"""Replace the layers of a model by lean layers, restore the original layers, and list what each layer saves."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def prepare_model_for_lean_training(
     the backward pass recomputes their inputs. A frozen convolution saves only its kernel. A frozen BatchNorm in eval
     mode saves one number per channel, and ReLU after it saves a mask, or its output if the next layer saves the output
     anyway. Layers of all other classes save the same tensors as before. `get_peft_model` may run before or after this
-    function (adapters of other tuners than ours become lean only if it runs before). Weights, statistics, adapters and
-    training modes may change at any time. Saved models are unchanged.
+    function. Adapters of other tuners than ours become lean only if `get_peft_model` runs before. Weights, statistics,
+    adapters and training modes may change at any time. Saved models are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -54,10 +54,10 @@ def prepare_model_for_lean_training(
 
     Args:
         model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. The model is changed in place.
-        inplace_norm: Whether a BatchNorm that does not save the output of the convolution before it overwrites this
-            output, if no other layer receives it. Such a norm is frozen, or `recompute` is set. Both layers keep their
-            weights, so trained adapters also fit the original model. If the model stores the output as an attribute,
-            the attribute becomes the normalised tensor.
+        inplace_norm: Whether a BatchNorm overwrites the output of the convolution before it. The norm does this only if
+            no other layer receives this output, and if the norm is frozen or can recompute the output (`recompute`).
+            Both layers keep their weights, so trained adapters also fit the original model. If the model stores the
+            output as an attribute, the attribute becomes the normalised tensor.
         masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
             "off", activations save their outputs instead of masks.
         recompute: Whether the backward pass recomputes the outputs of cheap convolutions instead of saving them. A
@@ -66,7 +66,7 @@ def prepare_model_for_lean_training(
             in the backward pass. Statistics of BatchNorm count each batch once.
 
     Returns:
-        The model. `undo_lean_training` restores it.
+        The model. `undo_lean_training` restores the original layers.
 
     Raises:
         ValueError: If `masks` is unknown, if `inplace_norm` is set and the model does not run on the meta device, or if
@@ -125,14 +125,18 @@ def undo_lean_training(model: Model) -> Model:
 
 
 def _switch_on_checkpointing(model: nn.Module) -> None:
+    """Switch on timm's gradient checkpointing, so that `undo_lean_training` switches it off.
+
+    If checkpointing is on already, nothing changes. Raise a ValueError if the model does not support checkpointing.
+    """
     network = next((module for module in model.modules() if hasattr(type(module), "set_grad_checkpointing")), None)
     if getattr(network, "grad_checkpointing", False):
-        return  # the user has switched it on
+        return
     try:
         if network is None:
             raise AssertionError("no module has the method set_grad_checkpointing")
         network.set_grad_checkpointing()  # type: ignore[operator]
-    except AssertionError as error:  # raised by timm
+    except AssertionError as error:  # timm raises it for a network without checkpointing
         raise ValueError(
             f"checkpoint=True needs a network with timm's gradient checkpointing, found {type(model).__name__} "
             f"({error}): leave checkpoint out"
@@ -143,14 +147,17 @@ def _switch_on_checkpointing(model: nn.Module) -> None:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield each convolution whose output only one norm receives, and the pair of both. The norm has no other input."""
+    """Yield each convolution whose output only one norm receives, and the `InplaceNorm` of both.
+
+    A norm with a second input is left out, and so are layers inside PEFT's wrappers.
+    """
     num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
     # In training mode and in timm's `forward_intermediates`, the output may go to other layers than in eval mode.
     other_runs = [find_consumers(model, training=True)]
     if hasattr(model, "forward_intermediates"):
         with suppress(Exception):  # a method of the same name may differ from timm's
             other_runs.append(find_consumers(model, intermediates=True))
-    # PEFT's wrappers hold several copies of a layer, and the active adapter decides which one runs.
+    # PEFT's wrappers hold several copies of a layer, and the active adapter decides which copy runs.
     wrapped = tuple(
         f"{name}." for name, module in model.named_modules() if isinstance(module, AuxiliaryTrainingWrapper)
     )
@@ -167,8 +174,8 @@ def _find_inplace_norms(
 def lean_summary(model: nn.Module) -> str:
     """Return a table with a count of layers, the class of these layers, and what they save for the backward pass.
 
-    Rows of layers without known behaviour say "what torch keeps", and name the first such layer. If a BatchNorm saves
-    its input, the layers after it recompute from this input what the table lists for them.
+    Rows of layers without known behaviour say "what torch keeps", and name the first such layer. After a BatchNorm that
+    saves its input, the layers do not save the listed tensors, but recompute these tensors from the BatchNorm's input.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -209,6 +216,7 @@ def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
+    """Return the last column of `lean_summary` for a layer. `inplace` contains the norms that work in place."""
     base = base_layer(layer)
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()
@@ -243,7 +251,7 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
     trace = _Trace()
     for name, module in traced.named_modules():
         if isinstance(module, BatchNorm) and module.momentum is None:
-            module.momentum = 0.1  # a cumulative average would read the number of batches, which has no value here
+            module.momentum = 0.1  # with None, the norm would read the number of batches from a meta tensor
         # An identity gets no hooks, because its output must keep the mark of the layer that computed the tensor.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
         # A base layer gets no hooks, because it counts together with its adapter as one adapted layer.
@@ -263,7 +271,11 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
 
 
 class _Trace(TorchFunctionMode):
-    """Marks each output with the name of its layer, and records which layers and functions receive marked tensors."""
+    """Marks each output with the name of its layer, and records which layers and functions receive marked tensors.
+
+    `consumers` maps each layer to the recorded names. `enter` and `leave` are the hooks of a layer. Functions that run
+    inside a layer are not recorded.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,6 +283,7 @@ class _Trace(TorchFunctionMode):
         self._running: list[str] = []
 
     def consume(self, values: object, consumer: str) -> None:
+        """Record `consumer` as a consumer of each marked tensor in `values`."""
         for value in leaves(values):
             if isinstance(value, Tensor) and (producer := getattr(value, "_made_by", None)) is not None:
                 self.consumers[producer].append(consumer)

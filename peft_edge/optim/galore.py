@@ -49,7 +49,10 @@ _DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
 
 class Basis(NamedTuple):
-    """`left` is P of shape (rows, r), `right` is Q^T of shape (r, columns). A side that is not projected is None."""
+    """The singular vectors that project a matrix: `left` is P of shape (rows, r), `right` is Q^T of shape (r, columns).
+
+    `left` is None if the rows are not projected. `right` is None if the columns are not projected.
+    """
 
     left: Tensor | None = None
     right: Tensor | None = None
@@ -80,7 +83,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     matrix = gradient.float()
     try:
         left, right = _singular_vectors(matrix, rank)
-    except torch.linalg.LinAlgError:  # `step` warns of vectors that are not finite
+    except torch.linalg.LinAlgError:  # NaN from process 0 make the result None in all processes
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
@@ -100,6 +103,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
 
 
 def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return the first left singular vectors, (rows, rank), and the first right singular vectors, (rank, columns)."""
     if min(matrix.shape) > max(256, 4 * rank):
         # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with 8 more samples than the rank and two power
         # iterations. `torch.svd_lowrank` does not accept a generator.
@@ -116,7 +120,10 @@ def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
 
 
 class _GaLore(Optimizer):
-    """Call `_update` for groups with `rank`, and `step` of the second base class for groups without `rank`."""
+    """Base class of the GaLore optimizers, to be combined with a second base class such as `AdamW`.
+
+    `step` calls `_update` for groups with `rank`, and `step` of the second base class for groups without `rank`.
+    """
 
     def add_param_group(self, param_group: ParamGroup) -> None:
         """Add a group. Raise a `ValueError` if a GaLore key is invalid, or if a group with `rank` contains a vector."""
@@ -168,6 +175,7 @@ class _GaLore(Optimizer):
         return loss
 
     def _step_projected(self, weight: Tensor, grad: Tensor, group: ParamGroup) -> bool:
+        """Update a projected weight. If a new basis is due but `new_basis` fails, change nothing and return False."""
         state, gradient = self.state[weight], grad.flatten(1)
         step = int(state["step"]) if state else 0
         if step % group["update_proj_gap"] == 0:

@@ -47,8 +47,8 @@ def galore_param_groups(
     layers are never projected. An empty group is left out of the list.
 
     `target_modules` selects the convolutions to project: a role (see `peft_edge.roles`), a module name, or a list of
-    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The weight decay
-    of the first two groups is `weight_decay`, and that of the third group is 0.
+    roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The first two groups have
+    the given `weight_decay`, and the third group has a weight decay of 0.
 
     Raises:
         ValueError: If an entry of `target_modules` is neither a role nor the name of a convolution, or if there is no
@@ -83,7 +83,7 @@ def galore_param_groups(
     if not projected:
         raise ValueError(
             f"rank is {rank}, and none of the {len(trained)} trainable convolutions of target_modules="
-            f"{target_modules!r} has more rows and columns than that: lower the rank, or choose other target_modules"
+            f"{target_modules!r} has more than {rank} rows and columns: lower the rank, or choose other target_modules"
         )
     galore = {"rank": rank, "update_proj_gap": update_proj_gap, "scale": scale, "proj_type": proj_type}
     return _groups(model, weight_decay, projected, **galore)
@@ -92,6 +92,7 @@ def galore_param_groups(
 def _groups(
     model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
+    """Return the groups of `galore_param_groups`. The first group contains `projected` and has the keys `galore`."""
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
         {"params": [], "weight_decay": weight_decay},
@@ -106,7 +107,7 @@ def _groups(
 
 
 def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
-    """Register hooks that update each parameter in the backward pass and then free its gradient.
+    """Register hooks that update each parameter in the backward pass, and free its gradient after the update.
 
     The updates equal those of `optimizer.step()`, and only one gradient is in memory at a time. The training loop may
     still call `step` and `zero_grad`, which then find no gradients. Two techniques stop working without an error:

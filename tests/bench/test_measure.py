@@ -73,7 +73,7 @@ def change(model: nn.Module, lora_rank: int) -> tuple[nn.Module, None]:
 
 @pytest.mark.parametrize(
     ("build", "message"),
-    [(fail, "no such attribute"), (change, "its output differs from the network's: by ")],
+    [(fail, "no such attribute"), (change, "its output differs from the network's output by ")],
 )
 def test_failing_contender_replies_with_the_reason(
     monkeypatch: pytest.MonkeyPatch, tiny_backbone: nn.Module, build: object, message: str

@@ -96,7 +96,10 @@ def test_file_with_other_logits_is_not_kept(
         ({"format": "tflite"}, "expected one of onnx, torch-export, executorch, found 'tflite'"),
         ({"file": "model.pt"}, r"model\.pt: expected a name that ends in \.pt2 for the format torch-export"),
         ({"batch_size": 0}, "batch_size: expected at least 1, found 0"),
-        ({"calibration": torch.zeros(1, 3, 8, 8)}, "only the format onnx can be int8, found 'torch-export'"),
+        (
+            {"calibration": torch.zeros(1, 3, 8, 8)},
+            "only the format onnx can be quantised to 8 bits, found 'torch-export'",
+        ),
         ({"images": torch.zeros(1, 4, 32, 32)}, r"does not run on images of \(4, 32, 32\)"),
     ],
 )
@@ -210,7 +213,7 @@ def test_merged_network_is_plain_and_has_the_same_logits(saved: Saved, digits: I
 
 def test_adapter_that_cannot_be_merged_is_refused(tiny_backbone: nn.Module) -> None:
     model = get_peft_model(tiny_backbone, ConvAdapterConfig(norm="stats", target_modules="depthwise"))
-    message = "cannot be merged into one plain network for a device: Cannot merge adapter 'default' into layer"
+    message = "cannot be merged into the weights for a device: Cannot merge adapter 'default' into layer"
     with pytest.raises(ValueError, match=message):
         merge_adapters(model)
 

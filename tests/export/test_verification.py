@@ -121,7 +121,7 @@ def test_no_image_is_compared_that_the_run_trained_on(
 
 def test_data_of_the_run_that_is_missing_is_named(noise: Callable[..., Path]) -> None:
     data = {"name": "./nowhere", "shift": "contrast"}
-    with pytest.raises(ValueError, match=r"trained on cannot be told from others, because its data './nowhere'"):
+    with pytest.raises(ValueError, match=r"trained on cannot be excluded, because its data './nowhere'"):
         read_images(str(noise("folder")), load_backbone("test_efficientnet", 2), run={"seed": 0, "data": data})
 
 

@@ -6,7 +6,7 @@
 // EXPORTED is the folder that `export_train_step` wrote. IMAGES has one subfolder for each class, with RGB images of
 // the network's size as binary PPM files. ImageMagick writes such files:
 // `mogrify -format ppm -resize 96x96^ -gravity center -extent 96x96 *.jpg`. STATE is the safetensors file for the
-// trained adapter and the optimizer state. If STATE exists, training continues from it. Needs POSIX, little-endian.
+// trained adapter and the optimizer state. If STATE exists, training continues from it. Requires POSIX, little-endian.
 #include <fcntl.h>
 #include <onnxruntime_c_api.h>
 #include <unistd.h>
@@ -33,7 +33,7 @@ string read_file(const fs::path &path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-// Return the text that follows `"key":` in a JSON text.
+// Return the part of a JSON text that follows the first `"key":` after the position `start`.
 const char *find(const string &json, const string &key, size_t start = 0) {
   size_t found = json.find("\"" + key + "\":", start);
   require(found != string::npos, key + " is missing: this program needs a folder of export_train_step, and its state");
@@ -61,7 +61,7 @@ void read_image(const fs::path &path, const std::vector<int64_t> &shape, const s
     out[i % 3 * area + i / 3] = (float((unsigned char)file[start + 1 + i]) / 255 - mean[i % 3]) / deviation[i % 3];
 }
 
-// An interruption leaves either the old or the new file.
+// Write and fsync a temporary file, and rename it. An interruption therefore leaves either the old or the new file.
 void save(const string &path, const string &contents) {
   string unfinished = path + ".unfinished";
   int file = open(unfinished.c_str(), O_WRONLY | O_CREAT | O_TRUNC, 0644);
@@ -91,7 +91,7 @@ int main(int argc, char **argv) {
   require(!images.empty(), folder.string() + ": expected PPM images in the subfolders");
   std::sort(images.begin(), images.end());
 
-  // A safetensors file is the length of a header (8 bytes), the header in JSON, and the data of the tensors.
+  // A safetensors file contains the length of the header (8 bytes), the header (JSON), and the data of the tensors.
   string state = read_file(fs::exists(argv[3]) ? fs::path(argv[3]) : exported / "state.safetensors");
   uint64_t length = 0;
   if (state.size() > 8) memcpy(&length, state.data(), 8);
@@ -111,7 +111,7 @@ int main(int argc, char **argv) {
   std::vector<const char *> names(inputs), results{"loss", "correct"};
   std::vector<OrtValue *> values(inputs);
   std::vector<std::pair<char *, size_t>> places(2);  // memory and size of each result except the first two
-  for (size_t i = 0; i < inputs; i++) {  // each input is a tensor over memory of this program
+  for (size_t i = 0; i < inputs; i++) {  // each input is a tensor that uses memory of this program without a copy
     auto tensor = [&](void *start, size_t bytes, std::vector<int64_t> dims, auto type) {
       check(ort->CreateTensorWithDataAsOrtValue(memory, start, bytes, dims.data(), dims.size(), type, &values[i]));
     };

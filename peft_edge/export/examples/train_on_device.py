@@ -29,7 +29,7 @@ def open_file(file: Path) -> onnxruntime.InferenceSession:
 
 
 def read_image(file: Path, preprocessing: dict) -> np.ndarray:
-    """Return an image (C, H, W), preprocessed as peft_edge does for evaluation: resized, cropped and normalised."""
+    """Return an image (C, H, W), resized, cropped and normalised as peft_edge does in evaluation."""
     _, height, width = preprocessing["input_size"]
     image = Image.open(file).convert("RGB")
     method = Image.Resampling[preprocessing["interpolation"].upper()]
@@ -54,7 +54,7 @@ def train_from_images() -> None:
         parser.add_argument(name, type=Path)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--learning-rate", type=float, default=0.01)
-    parser.add_argument("--seed", type=int, help="of the order of the images; by default another one in each run")
+    parser.add_argument("--seed", type=int, help="seed of the order of the images; by default random in each run")
     options = parser.parse_args()
 
     description = json.loads((options.exported / "step.json").read_text())
