@@ -53,9 +53,8 @@ class Setting(NamedTuple):
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
 _LEAN_OPTIONS = (_LEAN, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
-# Methods that are always planned with the norm mode "stats". Some of them train the weights of the norms. PEFT's own
-# methods cannot freeze the statistics.
-_NEVER_FROZEN = ("norm-affine", "galore", "full", "peft-lora", "peft-dora", "peft-loha", "peft-lokr")
+# These methods train the weights of the norms, so they are always planned with the norm mode "stats".
+_NEVER_FROZEN = ("norm-affine", "galore", "full")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,9 +279,9 @@ def find_plan(
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `norm` is a value
-    of the key `norm` of `train.py`. Methods that train norms, and PEFT's own methods, always use "stats". `records` is
-    a folder with records of runs. The runs of this backbone determine the order of the options. If this backbone has no
-    runs, all runs determine the order. `library_bytes` is stored in the result.
+    of the key `norm` of `train.py`. Methods that train norms always use "stats". `records` is a folder with records of
+    runs. The runs of this backbone determine the order of the options. If this backbone has no runs, all runs determine
+    the order. `library_bytes` is stored in the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.

@@ -275,7 +275,7 @@ def test_each_option_has_the_fewest_lean_options_that_fit(tiny_backbone: nn.Modu
 
 def test_methods_that_train_norms_never_freeze_them(tiny_backbone: nn.Module, costs: Costs) -> None:
     ways = {"target_modules": ["dense"], "lora_ranks": [4]}
-    methods = ["full", "norm-affine", "galore", "peft-lora"]
+    methods = ["full", "norm-affine", "galore"]
     plan = find_plan(tiny_backbone, Budget(memory_bytes=0), methods=methods, norm="frozen", **ways)
     assert {entry[3].split(",")[0] for entry in costs.asked} == {"norm stats"}
     assert [option.method for option in plan.exceeding] == methods
@@ -283,7 +283,8 @@ def test_methods_that_train_norms_never_freeze_them(tiny_backbone: nn.Module, co
 
 def test_other_methods_use_the_given_norm_mode(tiny_backbone: nn.Module, costs: Costs) -> None:
     find_plan(tiny_backbone, Budget(), methods=["head"], norm="stats")
-    assert [entry[3] for entry in costs.asked] == ["norm stats, lean default"]
+    find_plan(tiny_backbone, Budget(), methods=["peft-lora"], target_modules=["dense"], lora_ranks=[4], norm="frozen")
+    assert [entry[3] for entry in costs.asked] == ["norm stats, lean default", "norm frozen, lean default"]
 
 
 def test_networks_without_checkpointing_are_planned_without_it(
