@@ -18,7 +18,7 @@ from peft_edge.config import describe_keys, load_config
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the configuration that `arguments` describe, and print a summary."""
+    """Run the configuration that `arguments` describe, and print a summary on the main process."""
     config = load_config(arguments)
     from peft_edge import training  # after the configuration is checked, because importing torch takes seconds
 
@@ -28,7 +28,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def is_main_process() -> bool:
-    """Return whether this process prints the messages of all processes."""
+    """Return whether this process has rank 0. Only this process prints messages."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -43,7 +43,10 @@ def print_help() -> None:
 
 
 def command() -> None:
-    """Run with the arguments of this process; exit with one message and code 2 on a mistake, 130 on Ctrl-C."""
+    """Run with the arguments in `sys.argv`. After an expected error, print one message and exit with code 2.
+
+    After Ctrl-C, the exit code is 130.
+    """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print_help()
         sys.exit()
@@ -51,11 +54,11 @@ def command() -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
-        # The message says what to do. record.json holds the traceback.
+        # The message says what to do. If the run has started, record.json contains the traceback.
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # the exit code tells the launcher
+    except KeyboardInterrupt:  # a launcher reads the exit code 130 as an interruption
         if is_main_process():
             print("stopped: the same command resumes from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -66,9 +66,9 @@ def profile(
     lora_rank: LoraRanks = [4],  # noqa: B006
     target_modules: Annotated[
         str | None,
-        Option(parser=role_or_regex, metavar="ROLE|REGEX", help=f"{TARGETS_HELP}; by default the method's."),
+        Option(parser=role_or_regex, metavar="ROLE|REGEX", help=f"{TARGETS_HELP}. The default depends on the method."),
     ] = None,
-    norm: Annotated[str, choice(NORMS, "BatchNorm mode, as in the key norm of train.py.")] = "frozen",
+    norm: Annotated[str, choice(NORMS, "How BatchNorm layers are treated, as in the key norm of train.py.")] = "frozen",
     optimizer: Optimizer = "adamw",
     accounting: Annotated[Accounting, choice(get_args(Accounting), "How to count FLOPs.")] = "exact",
     json: Json = None,
@@ -116,21 +116,22 @@ def plan(
     ] = "frozen",
     optimizer: Optimizer = "adamw",
     records: Annotated[
-        Path | None, path("FOLDER", "Records of runs. Combinations with runs come first, most accurate first.")
+        Path | None,
+        path("FOLDER", "Records of runs. Combinations that have records come first, the most accurate at the top."),
     ] = None,
     runtime: Annotated[
-        str, choice(RUNTIMES, "What trains. With onnx, --memory limits the whole process of ONNX Runtime.")
+        str, choice(RUNTIMES, "The runtime for training. With onnx, --memory limits the memory of the whole process.")
     ] = "torch",
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 
-    Prints the combinations of method, target modules and LoRA rank whose training step fits, each with as few lean
-    options as possible, and with the predicted memory of the whole process. Then prints combinations that do not
-    fit, each with the limits that the step exceeds. If a rank does not fit, higher ranks are left out. The steps run on
-    tensors without values.
+    Prints the combinations of method, target modules and LoRA rank whose training step fits. Each row shows the lean
+    options that the step needs to fit, as few as possible, and the predicted memory of the whole process. Then prints
+    the combinations that do not fit, each with the limits that the step exceeds. If a rank does not fit, higher ranks
+    are left out. The steps run on tensors without values.
 
-    With --runtime onnx, lists the training steps of `peft-edge export --train`: the adapters lora, lora-fa and dora
-    with frozen norms, each with the predicted memory of the whole process that trains.
+    With --runtime onnx, lists the training steps of `peft-edge export --train`, each with the predicted memory of the
+    whole process. These steps train the adapters lora, lora-fa and dora with frozen norms.
     """
     from peft_edge.backbones import load_backbone
 
@@ -204,8 +205,8 @@ def bench(
     """Measure training steps of peft-edge, PEFT, timm, LyCORIS and loralib on this machine.
 
     Libraries that are not installed are left out. Prints memory, FLOPs, and the ratio of the step time to the step time
-    of full fine-tuning, with torch's huge pages and without. The methods take turns step by step. Compiled methods take
-    minutes to compile. Run no other program meanwhile.
+    of full fine-tuning. Steps are measured with torch's huge pages and without. In each round, one step of each method
+    runs. Compiled methods take minutes to compile. Close other programs first, because they change the times.
     """
     from peft_edge.bench import bench_table, run_bench, save_bench_figure
 

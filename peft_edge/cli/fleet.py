@@ -1,4 +1,4 @@
-"""The command on the adapters of a fleet of devices: merge-adapters."""
+"""The command `merge-adapters`, which combines the adapters of several devices."""
 
 from __future__ import annotations
 
@@ -23,12 +23,14 @@ def merge_adapters_of_fleet(
     adapters: Annotated[list[str], Argument(help="Folders of adapters, or their ids on the Hub; at least two.")],
     out: Annotated[Path, path("FOLDER", "The output folder of the combined adapter.")],
     weights: Annotated[
-        list[float] | None, Option(metavar="WEIGHT ...", help="A weight for each adapter; by default their average.")
+        list[float] | None, Option(metavar="WEIGHT ...", help="A weight for each adapter; by default all are equal.")
     ] = None,
-    combination: Annotated[str, choice(COMBINATION_NAMES, "How A and B are combined; cat is exact.")] = "cat",
-    lora_rank: Annotated[int | None, count("The rank of the combined adapter; only for svd.")] = None,
-    density: Annotated[float | None, Option(help="The fraction of values that ties, dare or pruning keeps.")] = None,
-    base: Annotated[str | None, Option(help="The base model; by default that of the first adapter.")] = None,
+    combination: Annotated[str, choice(COMBINATION_NAMES, "How the LoRA matrices are combined; cat is exact.")] = "cat",
+    lora_rank: Annotated[
+        int | None, count("The rank of the combined adapter, for combinations with svd; by default the largest rank.")
+    ] = None,
+    density: Annotated[float | None, Option(help="The fraction of values that ties, dare and pruning keep.")] = None,
+    base: Annotated[str | None, Option(help="The base model; by default the base of the first adapter.")] = None,
     test: Annotated[
         list[str] | None,
         Option(metavar="FOLDER ...", help="Folders with one subfolder of images per class, to compare accuracies."),
@@ -38,7 +40,7 @@ def merge_adapters_of_fleet(
     """Combine the adapters of several devices into one adapter.
 
     Combines LoRA adapters that were trained on the same base model, and pools their BatchNorm statistics. With --test,
-    prints the accuracies of the base model, of each adapter and of the combined adapter in each folder.
+    prints the accuracies of the base model, of each adapter and of the combined adapter on each folder.
     """
     from peft_edge.hub import save_adapter
     from peft_edge.hub.combination import combine_adapters
@@ -67,12 +69,13 @@ def merge_adapters_of_fleet(
 
 
 def accuracies(model: PeftModel, num_adapters: int, folder: str, image_size: int | None) -> list[float]:
-    """Return the accuracies on a folder of the base, of each adapter and of the combined adapter, which stays active.
+    """Return the accuracies of the base model, of each adapter and of the combined adapter on the images in `folder`.
 
-    The images are those of the split `test`, or without splits all images.
+    If the folder has no split `test`, the images of `train` are used: without split folders, these are all images. The
+    combined adapter is active afterwards.
 
     Raises:
-        ValueError: If the folder is not readable, or has classes that the model does not know.
+        ValueError: If the folder cannot be read, or has classes that the model does not know.
     """
     from accelerate import Accelerator
 
@@ -99,7 +102,7 @@ def accuracies(model: PeftModel, num_adapters: int, folder: str, image_size: int
 
     def accuracy() -> float:
         found = predict(model, batches, accelerator, stage=f"testing {folder}")
-        # The classes of the folder may be some of the model's classes.
+        # `references` are indices of the folder's classes, which may be a subset of the model's classes.
         labels = [known.index(names[label]) for label in found.references]
         return sum(map(int.__eq__, found.predictions, labels)) / len(labels)
 

@@ -26,13 +26,13 @@ IMAGES_HELP = (
 )
 MAX_LOSS = 0.02
 EXPORT_FORMATS = ("onnx", "torch-export", "executorch")
-CHANNELS_HELP = "of the input pixels between 0 and 1, for all channels or for each; by default timm's."
+CHANNELS_HELP = "of input pixels from 0 to 1: one number, or one for each channel. By default timm's."
 
 
 def import_(
     weights: Annotated[Path, Argument(help="The file with weights: .safetensors, .pth, .pt, .bin, .ckpt or .tar.")],
     model: Annotated[str, Option(help="The timm model that the weights belong to, or the folder of a saved model.")],
-    out: Annotated[Path, path("FOLDER", "The output folder, for the key backbone.name and the other commands.")],
+    out: Annotated[Path, path("FOLDER", "The output folder. The key backbone.name and other commands accept it.")],
     num_classes: Annotated[
         int | None, count("Replace the head by a new one for this number of classes; by default the head is kept.")
     ] = None,
@@ -55,9 +55,9 @@ def import_(
 ) -> None:
     """Import weights of another program, and save them as a timm model with its preprocessing.
 
-    Tensors are matched by name, or else by order and shape. If one tensor does not fit, nothing is written. No code in
-    the file runs. Preprocess images as in the training of the weights; the keys backbone.mean, std, interpolation and
-    crop_pct of train.py replace the saved values.
+    Tensors are matched by name, or, if the names differ, by order and shape. If one tensor does not fit, nothing is
+    written. Code in the file is not executed. Choose the preprocessing that the weights were trained with. In train.py,
+    the keys backbone.mean, std, interpolation and crop_pct override the saved values.
     """
     import torch
     from timm.data import resolve_model_data_config
@@ -94,19 +94,19 @@ def export(
     adapter: Annotated[str, Argument(help=MODEL_HELP)],
     out: Annotated[
         Path,
-        path("FILE", "The output file (.onnx, .pt2 or .pte, as the format); with --train, a folder."),
+        path("FILE", "The output file, which ends in .onnx, .pt2 or .pte for the format; with --train, a folder."),
     ],
     format: Annotated[str, choice(EXPORT_FORMATS, "The file format.")] = "onnx",
     image_size: Annotated[
         int | None,
-        count("Height and width in pixels. By default as in the run, or without a record as in timm."),
+        count("Height and width in pixels; by default those of the run or, without its record, those of timm."),
     ] = None,
     batch_size: Annotated[
         int | None, count("Images per call; by default any number, 1 for ExecuTorch, and 8 with --train.")
     ] = None,
     quantize: Annotated[
         str | None,
-        choice(["int8"], "Quantize the ONNX model, or with --train --split its prefix; needs --calibration."),
+        choice(["int8"], "Quantize the ONNX model or, with --train --split, prefix.onnx. Needs --calibration."),
     ] = None,
     calibration: Annotated[
         list[str] | None,
@@ -116,8 +116,9 @@ def export(
         list[str] | None,
         path(
             "FOLDER ...",
-            "Images on whose test split the file is compared with the model, with an accuracy for each folder; in the "
-            "form of --calibration. By default those of --calibration, or else of the run, or else digits.",
+            "Images whose test split is used to compare the file with the model, and to measure an accuracy for each "
+            "folder; the same names as for --calibration. By default the images of --calibration; without it, the "
+            "images of the run; without a record of the run, digits.",
         ),
     ] = None,
     train: Annotated[bool, Option("--train", help="Export a training step instead of the merged network.")] = False,
@@ -133,7 +134,10 @@ def export(
     ] = None,
     split: Annotated[
         bool,
-        Option("--split", help="With --train: write the frozen first layers as prefix.onnx, and a step on features."),
+        Option(
+            "--split",
+            help="With --train: export the frozen first layers as prefix.onnx, and a step that trains on their output.",
+        ),
     ] = False,
     classes: Annotated[
         list[str],
@@ -145,9 +149,10 @@ def export(
     Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
     the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
 
-    With --train, exports a training step of the adapter to a folder: forward pass, gradients and optimizer as an ONNX
-    file, so that a device can train with ONNX Runtime. The step is compared with training in PyTorch. If the results
-    differ too much, no folder is written. `peft-edge import-state` converts what the device has learned to an adapter.
+    With --train, exports a training step of the adapter to a folder. An ONNX file contains the forward pass, gradients
+    and optimizer, so that a device can train with ONNX Runtime. The step is compared with training in PyTorch. If the
+    results differ too much, no folder is written. `peft-edge import-state` converts the state that the device saves
+    after training to an adapter.
     """
     if quantize and not calibration:
         raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
@@ -211,7 +216,7 @@ def _export_network(
             "class of these images"
         )
     labels = [part for name in names if (part := images[name].labels) is not None]
-    # Without the record of the run, the test images may include images that the model was trained on.
+    # Without the record of the run, the default test images may include images that the model was trained on.
     is_measured = len(labels) == len(names) and (run is not None or bool(test))
     compared = export_model(
         model,
@@ -274,10 +279,10 @@ def load_states(
         ),
     ] = [],  # noqa: B006
 ) -> None:
-    """Convert what devices have learned to a PEFT adapter.
+    """Convert the training states of devices to a PEFT adapter.
 
-    The adapters of several devices are averaged. The result is an ordinary adapter: it can be loaded, merged, exported
-    and published. Its file device_training.json tells from which states it was made.
+    The states of several devices are averaged. The result is an ordinary adapter: it can be loaded, merged, exported
+    and published. Its file device_training.json lists the states that it was computed from.
     """
     from peft_edge.export.device_states import import_state
 
@@ -286,9 +291,9 @@ def load_states(
 
 
 def run_config(folder: Path) -> JsonObject | None:
-    """Return the configuration of the run that wrote `folder`, or None if there is no record.
+    """Return the configuration of the run that wrote `folder`. None if `folder` does not exist or there is no record.
 
-    `record.json` is in `folder` if it was pushed to the Hub and downloaded, and otherwise in the parent of `folder`.
+    `record.json` is in `folder` after a download from the Hub. On the machine of the run, it is in the parent folder.
     """
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:

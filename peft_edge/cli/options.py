@@ -1,7 +1,7 @@
-"""What the commands share: parsing of arguments, types of options, and loading of models.
+"""Helpers of all commands: parse arguments, declare options, and load models.
 
-Arguments are checked before torch is imported, so each command imports its modules inside its function. The constants
-in this folder repeat names from these modules, and a test checks that the names agree.
+Arguments are checked before torch is imported, so each command imports its modules inside its function. Constants in
+this folder repeat names that these modules define. A test checks that both agree.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from torch import nn
 
 PICTURE_SUFFIXES = (".png", ".svg", ".pdf")
-STEP_OPTIMIZERS = ("sgd", "adamw")  # in an exported training step
+STEP_OPTIMIZERS = ("sgd", "adamw")  # the optimizers of an exported training step
 
 
 class Command(TyperCommand):
@@ -63,7 +63,7 @@ class Command(TyperCommand):
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """Return a parser that accepts only `names`, and suggests the nearest name otherwise."""
+    """Return a parser that accepts only `names`. For other texts, it raises BadParameter with the nearest name."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -75,7 +75,10 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 def role_or_regex(text: str) -> str:
-    """Accept a role or a regular expression."""
+    """Return `text` if it is a role or a regular expression, otherwise raise BadParameter.
+
+    Lower-case words joined by hyphens, such as `last-stage`, must be a role.
+    """
     if re.fullmatch("[a-z]+(-[a-z]+)+", text):
         return one_of(ROLE_NAMES)(text)
     try:
@@ -86,7 +89,7 @@ def role_or_regex(text: str) -> str:
 
 
 def picture_file(text: str) -> Path:
-    """Accept a file name whose ending Matplotlib can save."""
+    """Return `text` as a path. Raise BadParameter unless it ends in one of `PICTURE_SUFFIXES`."""
     if Path(text).suffix not in PICTURE_SUFFIXES:
         raise BadParameter(f"expected a file that ends in one of {', '.join(PICTURE_SUFFIXES)}, found {text!r}")
     return Path(text)
@@ -98,7 +101,7 @@ def choice(names: Collection[str], meaning: str) -> OptionInfo:
 
 
 def limit(parse: Callable[[str], int], units: Collection[str], example: str, meaning: str) -> OptionInfo:
-    """Declare an option that `parse` converts to a number."""
+    """Declare an option for a limit. `parse` converts its text to a number or raises a ValueError."""
 
     def read(text: str) -> int:
         try:
@@ -110,7 +113,7 @@ def limit(parse: Callable[[str], int], units: Collection[str], example: str, mea
 
 
 def count(meaning: str) -> OptionInfo:
-    """Declare an option that accepts whole numbers from 1."""
+    """Declare an option for a positive integer."""
     return Option(min=1, help=meaning)
 
 
@@ -124,7 +127,7 @@ METHODS_HELP = f"One or several methods: {', '.join(METHOD_NAMES)}."
 TARGETS_HELP = f"The layers to adapt: {', '.join(ROLE_NAMES)}, or a regular expression"
 
 Base = Annotated[str, Option(help="The base model: the folder of a saved model, or the id of a timm model on the Hub.")]
-Backbone = Annotated[str, Option(help="A timm model name, or the folder of a saved model.")]
+Backbone = Annotated[str, Option(help="The name of a timm model, or the folder of a saved model.")]
 NumClasses = Annotated[int | None, count("Number of classes; by default that of the backbone.")]
 BatchSize = Annotated[int, count("Images per step.")]
 ImageSize = Annotated[int, count("Height and width in pixels.")]
@@ -154,7 +157,10 @@ def show(json_text: str, table: str, file: Path | None) -> None:
 
 
 def load_any_model(name: str, base: nn.Module | None = None, *, allow_other_base: bool = False) -> nn.Module:
-    """Load an adapter, or a saved model, from a folder or from the Hub."""
+    """Load a saved model from a folder, or an adapter from a folder or the Hub.
+
+    `base` and `allow_other_base` apply only to adapters; see `load_pretrained`.
+    """
     from peft.utils import CONFIG_NAME as ADAPTER_CONFIG_NAME
 
     from peft_edge.backbones import load_backbone
@@ -168,7 +174,7 @@ def load_any_model(name: str, base: nn.Module | None = None, *, allow_other_base
 
 
 def load_base_model(name: str) -> nn.Module:
-    """Load the folder of a saved model, or a pretrained timm model."""
+    """Load the saved model in the folder `name`. If there is no such folder, load the pretrained timm model `name`."""
     from peft_edge.backbones import load_backbone
 
     return load_backbone(name, pretrained=not Path(name).is_dir())

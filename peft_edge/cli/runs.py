@@ -15,14 +15,14 @@ from peft_edge.plan import BYTES, parse_bytes
 def study(
     grid: Annotated[Path, path("FILE", "A YAML file, such as configs/study/methods.yaml.")],
     output_dir: Annotated[Path, path("FOLDER", "The parent of the folders of all runs.")],
-    jobs: Annotated[int | None, count("Parallel processes, each on one CPU core; by default 1.")] = None,
+    jobs: Annotated[int | None, count("The number of runs at a time, each in its own process; by default 1.")] = None,
     results: Annotated[Path | None, path("FOLDER", "Folder of the records; by default OUTPUT_DIR/results.")] = None,
     cluster: Annotated[
         str | None,
         Option(
             metavar="ADDRESS",
-            help="Run on the Ray cluster at this address (HOST:PORT), on the cluster of this machine (auto), or on a "
-            "new one of this machine alone (local).",
+            help="Run on the Ray cluster at this address (HOST:PORT), on the cluster that this machine belongs to "
+            "(auto), or on a new cluster of this machine alone (local).",
         ),
     ] = None,
     num_cpus: Annotated[float | None, Option(min=0.0, help="CPU cores for a run; by default its num_threads.")] = None,
