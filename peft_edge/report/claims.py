@@ -25,7 +25,7 @@ STUDY_FAMILIES = ("lora", "dora", "galore")
 """The methods of the source study."""
 
 ABOUT_HALF = (0.25, 0.75)
-"""Range of "about half": nearer to 0.5 than to 0 or 1.
+"""The smallest and the largest ratio that count as "about half". These ratios are nearer to 0.5 than to 0 or 1.
 
 The ratio is the saving of a method on depthwise-separable networks divided by its saving on language models.
 """
@@ -62,7 +62,7 @@ _COUNTS = [_STUDY_COUNT, _EXACT, f"{LEAN}, exact", _STORED_EXACT]
 
 
 class Chart(NamedTuple):
-    """The caption of a figure, and the function that draws the figure. Its argument is a path without a suffix."""
+    """The caption of a figure, and the function `draw`, which takes a path without a suffix and writes the figure."""
 
     caption: str
     draw: Callable[[Path], None]
@@ -233,10 +233,10 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return a row for each method and a column for each network and size.
+    """Return a table of strings with a row for each method and a column for each network and size.
 
-    A cell holds the time ratio; after a slash, if it was measured, the ratio without huge pages; and in brackets the
-    peak memory of tensors in MiB.
+    A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. If `timings` has
+    no ratios without huge pages, a cell has only the first ratio. The cell of a failed contender is `NO_VALUE`.
     """
     cells = []
     for row in timings.itertuples():

@@ -31,7 +31,8 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 """The kinds of networks, in the order of tables."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
-"""Forms of a step: without our layers, with our layers, after `prepare_model_for_lean_training`, on stored features."""
+"""The forms of a training step: without layers of this package, with its adapter layers, after
+`prepare_model_for_lean_training`, and on stored features."""
 
 MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
@@ -337,7 +338,7 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
         compile_s: Seconds of the first step of a compiled contender.
         ratio_without_huge_pages: As `ratio`, measured without huge pages.
 
-    The last three columns are omitted if no record has them.
+    Each of the last three columns is omitted if no record has a value for it.
     """
     rows = [
         {

@@ -36,8 +36,8 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
 
     Args:
         records: Folder with the records of runs and analyses.
-        out: Folder of the report: `README.md`, `photographs.md` if there are runs on real images, `data.csv` with every
-            record, `claims` with the full table of each section, and `figures` as PNG and SVG.
+        out: Folder of the report. It receives `README.md`, `data.csv` with every record, `claims` with the full table
+            of each section, and `figures` as PNG and SVG. It also receives `photographs.md` if any run is `is_real`.
         bench: Folder with records of `peft-edge bench`. None omits the measured times.
 
     Returns:
@@ -78,13 +78,13 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
 def make_report(
     archive: Archive, folder: str, measured: Mapping[str, BenchRecord], command: str
 ) -> tuple[dict[str, str], dict[str, DataFrame], dict[str, claims.Chart]]:
-    """Return three dicts from file names: to the text of each page, to CSV tables, and to figures.
+    """Return three dicts whose keys are file names: the text of each page, the CSV tables and the figures.
 
     `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, real = frames.timing_frame(measured), photographs(archive, runs)
-    # Runs on real images have their own section. If there are no other runs, they are in all sections.
+    # Runs with `is_real` have their own section. If all runs are `is_real`, the other sections also contain them.
     if not runs.empty and not runs["is_real"].all():
         runs = runs[~runs["is_real"]]
     variants = frames.variant_frame(runs)

@@ -1,4 +1,4 @@
-"""Compute the section of the report on runs with real images, as opposed to the embedded benchmarks."""
+"""Compute the section of the report on runs whose images are not those of an embedded benchmark."""
 
 from __future__ import annotations
 
@@ -24,13 +24,14 @@ _COSTS: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs:
-    """The section on real images.
+    """The section on runs with `is_real`, whose images are not those of an embedded benchmark.
 
     Attributes:
-        claims: `accuracy`, `updates` and `choice` of the page, computed from the runs on real images.
-        retention: A sentence that compares the retention of runs with frozen norms and with batch statistics.
-        tables: A dict from task and network to the table of all variants.
-        data: The full table with the records of each row.
+        claims: The claims `accuracy`, `updates` and `choice` of the page, computed from these runs alone.
+        retention: A sentence that compares the retention with `norm=frozen` and with `norm=stats`. Empty if no method
+            was run with both.
+        tables: A dict from "<task>, <network>" to a table with a row for each variant.
+        data: A row for each task, network and variant, with means, standard errors and the names of its records.
     """
 
     claims: dict[str, Claim]
@@ -40,7 +41,7 @@ class Photographs:
 
 
 def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
-    """Return the section on the rows of `runs` with real images, or None if there are none."""
+    """Return the section on the rows of `runs` with `is_real`, or None if there is no such row."""
     runs = runs[runs["is_real"]] if not runs.empty else runs
     if runs.empty:
         return None
@@ -58,7 +59,11 @@ def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
 
 
 def _with_one_reference(runs: DataFrame) -> DataFrame:
-    """Call the best setting of full fine-tuning on each task and network `full`, the reference of `accuracy_claim`."""
+    """Return a copy of `runs` in which, for each task and network, one variant of full fine-tuning is named `full`.
+
+    `accuracy_claim` compares the other methods with the variant `full`. Of the variants with the most runs, the one
+    with the best mean score gets this name.
+    """
     runs = runs.copy()
     for _, rows in runs[runs["family"] == "full"].groupby(CONTEST):
         scores = rows.groupby("variant")["score"].agg(["count", "mean"]).sort_values(["count", "mean"])
@@ -112,7 +117,7 @@ _SHORTER = {
 
 
 def short_labels(variants: list[str]) -> list[str]:
-    """Shorten the settings in the names of variants, as long as the names stay different.
+    """Return shorter names of variants. If two short names are equal, return `variants`.
 
     >>> short_labels(["lora, lean.enabled=True, norm=frozen, training.learning_rate=[0.003], rank 4", "full"])
     ['lora, norm=frozen, lr 0.003, rank 4', 'full']
@@ -128,9 +133,9 @@ def short_labels(variants: list[str]) -> list[str]:
 
 
 def _retention(runs: DataFrame) -> str:
-    """Return a sentence on the methods that were run with frozen norms and with batch statistics.
+    """Return a sentence that compares runs with `norm=frozen` and with `norm=stats`. Empty if no method has both.
 
-    Only the variants with the largest number of seeds count.
+    Only variants with the largest number of seeds are compared.
     """
     trained = runs[runs["trains"] & ~runs["family"].isin(["norm-affine", "norm-stats"])]
     seeds = trained.groupby([*CONTEST, "variant"])["seed"].transform("nunique")

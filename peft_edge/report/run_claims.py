@@ -87,7 +87,10 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return the scores in %, in bold if `is_equal`: a row for each variant, a column for each task and network."""
+    """Return the scores in %, in bold if `is_equal`: a row for each variant, a column for each task and network.
+
+    A cell ends with the number of seeds in brackets if this number differs from `full_seeds`.
+    """
     cells = []
     for row in variants.itertuples():
         seeds = "" if row.seeds == row.full_seeds else f" ({row.seeds})"
@@ -131,7 +134,7 @@ def updates_claim(changes: DataFrame) -> Claim:
     groups = changes.groupby(["variant", "layers"], sort=False)
     # Depthwise layers, which only some networks have, come last.
     layers = sorted(changes["layers"].unique(), key=lambda name: (name.startswith("depthwise"), name))
-    # Rounding removes the rounding error of the quantiles' interpolation.
+    # Round the quantiles to remove the floating-point error of their interpolation.
     quartiles = groups[CHANGE_MEASURES].quantile([0.25, 0.5, 0.75]).round(12).unstack()
     columns, data = {}, groups.size().rename("changed_layers").to_frame()
     for measure in CHANGE_MEASURES:

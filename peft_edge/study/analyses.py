@@ -34,7 +34,7 @@ NUM_CLASSES = 10
 """The number of classes of every timm model that is analysed."""
 
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
-"""Full fine-tuning, PEFT's LoRA and DoRA on all linear layers but the last, and GaLore.
+"""Full fine-tuning, PEFT's LoRA and DoRA on all linear layers except the output layer, and GaLore.
 
 GaLore projects the gradient of a matrix if both sides exceed the rank and no side has the size of the vocabulary.
 """
@@ -44,7 +44,7 @@ class CostSetting(Section):
     """The options of a cost analysis.
 
     Attributes:
-        method: A key of `METHODS`, or for a language model one of `TRANSFORMER_METHODS`.
+        method: A key of `METHODS`; for a Transformers model, one of `TRANSFORMER_METHODS`.
         lora_rank: The rank of the adapters or of GaLore's projection. For adapters of timm models, null means the
             default of the method.
         batch_size: The number of images or sequences.
@@ -52,10 +52,10 @@ class CostSetting(Section):
         sequence_length: The number of tokens in a sequence.
         target_modules: A layer role or a regular expression; null means the default of the method.
         norm: How adapters treat BatchNorm layers; null means `stats`.
-        lean: How lean activations store their masks. Null means no lean layers.
+        lean: How lean activation layers store their masks; null means training without lean layers.
         inplace_norm: Whether lean convolutions apply the frozen BatchNorm that follows them in place.
-        replay: Whether the step reads the features of the frozen layers from a cache. If true, `lean` and
-            `inplace_norm` have no effect.
+        replay: Whether the step trains on cached outputs of the frozen first layers. If true, `lean` and `inplace_norm`
+            have no effect.
         accounting: See `FlopCounter`.
     """
 
@@ -110,7 +110,7 @@ class CostJob(Job):
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def check_folder(self) -> None:
-        """Do nothing, because the folder of an analysis has no files but the record."""
+        """Do nothing, because an analysis may replace the only file of its folder, the record."""
 
     def train_source(self) -> None:
         """Do nothing, because an analysis needs no trained weights."""
@@ -153,7 +153,7 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return `transformer` if `model` has no convolution, `depthwise` if any is depthwise, otherwise `standard`."""
+    """Return `transformer` if `model` has no convolution, `depthwise` if a convolution is depthwise, or `standard`."""
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
 
@@ -201,7 +201,7 @@ def analyse_replay(
     image_size: int,
     accounting: Accounting,
 ) -> Analysis:
-    """Analyse a step that trains only `FrozenPrefix.tail` on cached features. `backbone` is changed in place."""
+    """Analyse a step that trains `FrozenPrefix.tail` on cached prefix outputs. `backbone` is changed in place."""
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
     prefix = FrozenPrefix(model, images)

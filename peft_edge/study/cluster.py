@@ -1,7 +1,7 @@
 """Run the jobs of a study as tasks on a Ray cluster, whose nodes need not share a file system with this machine.
 
 A job runs in a temporary folder of its node. Its log and its files return to this machine as the result of the task. A
-source model is the result of a task of its own, which Ray passes to the tasks of all runs that need this model.
+separate task trains each source model. Ray passes its result to the tasks of all runs that need this model.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# How often Ray repeats a task whose node or worker process has died, for lack of memory or otherwise.
+# The number of times that Ray repeats a task whose node or worker process has died, for example for lack of memory.
 _MAX_RETRIES = 3
 # Seconds between two updates of the number of nodes in the progress bar.
 _REFRESH_S = 5.0
@@ -41,20 +41,23 @@ _SOURCES = Path("cache") / "sources"
 
 @dataclass(frozen=True)
 class Cluster:
-    """A Ray cluster, and what each run needs there.
+    """A Ray cluster, and the resources that each run needs.
 
-    The nodes need peft-edge, and the data and weights that the configurations name at the same paths. If a node or a
-    worker process dies, Ray repeats the run up to three times. The run then starts again, or continues from its last
-    checkpoint if its temporary folder still exists, for example because `TMPDIR` is a folder that the nodes share.
+    Every node needs an installation of peft-edge. Data and weights must be at the paths that the configurations name.
+    If a node or a worker process dies, Ray repeats the run up to three times. The repeated run continues from its last
+    checkpoint if its temporary folder still exists, for example in a `TMPDIR` that the nodes share. Otherwise it starts
+    from the beginning.
 
     Attributes:
         address: The address of the cluster; `auto` for the cluster that this machine belongs to, or `local` to start
             Ray on this machine alone.
         num_cpus: CPU cores for each run, by default its `num_threads`.
         num_gpus: GPUs for each run. With 0.5, two runs share a GPU.
-        memory: Bytes of memory for each run. Ray starts no run on a node whose other runs leave less.
-        artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes then upload the update and the curves of
-            each run to this address instead of returning them to the output folder.
+        memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory without a
+            reservation. None reserves no memory.
+        artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes upload the subfolders of each finished
+            run (the saved update and the training curves) to this address. Without an address, they return these
+            folders to the output folder.
     """
 
     address: str = "auto"
@@ -64,16 +67,19 @@ class Cluster:
     artifacts: str | None = None
 
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Generator[tuple[Job, str | None]]:
-        """Run the jobs. Yield each job that has ended, and the cause if its task failed, as when its node died.
+        """Run the jobs, and yield (job, cause) for each job that ends.
 
-        The description of `bar` shows the number of nodes.
+        `cause` is an error message if the task failed, for example because its node died, or if `job.check_folder`
+        rejects the job's folder. Otherwise `cause` is None, even if the job itself failed: its record then contains the
+        failure. The description of `bar` shows the number of nodes.
 
         Raises:
             ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
             ValueError: If the protocol of `artifacts` is unknown.
             OSError: If the cluster cannot be reached, or a file cannot be written.
         """
-        # Ray repeats without end a task that its memory monitor has killed, unless this is set before the import.
+        # Without this variable, which must be set before the import, Ray repeats a task that its memory monitor kills
+        # without limit.
         os.environ.setdefault("RAY_task_oom_retries", str(_MAX_RETRIES))
         with requires_extra("cluster"):
             import fsspec
@@ -132,7 +138,10 @@ class Cluster:
         return {**needs, "max_retries": _MAX_RETRIES}
 
     def _source(self, job: Job) -> ObjectRef:
-        """Return the packed source model of `job`: from the output folder, or else as the result of a new task."""
+        """Return a reference to the packed source model of `job`.
+
+        If the output folder does not contain this model, start a task that trains it.
+        """
         import ray
 
         name = _source_name(job)
@@ -143,26 +152,29 @@ class Cluster:
 
 
 def _study_id(job: Job) -> str:
-    """Return the name of the temporary folder that the jobs of this study share on each node."""
+    """Return the name of the folder that all jobs of this study use inside the temporary folder of a node."""
     owner = (getpass.getuser(), platform.node(), str(job.folder.parent.absolute()))
     return f"peft-edge-{hashlib.sha256(repr(owner).encode()).hexdigest()[:16]}"
 
 
 def _source_name(job: Job) -> Path:
-    """Return a file that contains the name of the folder of the job's source model. Later studies then reuse it."""
+    """Return the path of a file that contains the name of the folder with the job's source model.
+
+    The file exists if this study or an earlier study has trained the model.
+    """
     key = hashlib.sha256(repr((job.source, package_info())).encode()).hexdigest()[:16]
     return job.folder.parent / _SOURCES / f"{key}.txt"
 
 
 def _keep_source(job: Job, packed: bytes) -> None:
-    """Unpack the source model in the output folder, because saved adapters refer to this folder."""
+    """Unpack the source model into the output folder, to which saved adapters refer. Then write `_source_name(job)`."""
     for folder in _unpack(packed, job.folder.parent / _SOURCES, keep=True):
         with atomic_write(_source_name(job)) as unfinished:
             unfinished.write_text(folder.name, encoding="utf-8")
 
 
 def _train_source(job: Job, study: str) -> bytes:
-    """Train the source model of `job` on a node, and return its folder in the cache, packed."""
+    """Train the source model of `job` on a node. Return its folder as a tar file, and delete the files on the node."""
     moved = job.moved_to(Path(tempfile.gettempdir(), study, "source", _source_name(job).stem))
     moved.train_source()
     folder = moved.folder.parent / _SOURCES
@@ -172,10 +184,10 @@ def _train_source(job: Job, study: str) -> bytes:
 
 
 def _run_on_node(job: Job, study: str, source: bytes | None, artifacts: str | None) -> tuple[Path, str, bytes]:
-    """Run `job` on a node. Return the folder that the files of the run refer to, the log, and the packed files.
+    """Run `job` on a node. Return the study's folder on the node, the text of the log, and the packed files of the job.
 
-    The packed files of a job that did not finish are only its record. Its other files stay on the node, and a new
-    attempt on this node continues from there.
+    If the job did not finish, only its record is packed. Its other files stay on the node, and a new attempt on this
+    node continues from its last checkpoint.
     """
     root = Path(tempfile.gettempdir(), study)
     moved = job.moved_to(root)
@@ -200,18 +212,19 @@ def _run_on_node(job: Job, study: str, source: bytes | None, artifacts: str | No
 
 
 def _upload(folder: Path, artifacts: str) -> None:
-    """Move the subfolders of `folder` to the folder of the same name at the address `artifacts`."""
+    """Move each subfolder of `folder` to the address `artifacts/<name of folder>/<name of subfolder>`."""
     import fsspec
 
     system, path = fsspec.url_to_fs(artifacts)
     for subfolder in (entry for entry in folder.iterdir() if entry.is_dir()):
-        # The slashes say that the contents are copied, whether or not an earlier attempt has created the folder.
+        # With the slashes, fsspec copies the contents of the subfolder, even if the target exists after an earlier
+        # attempt.
         system.put(f"{subfolder}/", f"{path}/{folder.name}/{subfolder.name}/", recursive=True)
         remove(subfolder)
 
 
 def _pack(folders: Sequence[Path]) -> bytes:
-    """Return folders as an uncompressed tar file. Weights hardly compress."""
+    """Return `folders` as an uncompressed tar file, because weights hardly compress."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for folder in folders:
@@ -220,10 +233,10 @@ def _pack(folders: Sequence[Path]) -> bytes:
 
 
 def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: bool = False) -> list[Path]:
-    """Write packed folders into `target`, and return their paths. With `keep`, folders that exist are kept.
+    """Unpack folders into `target`, and return their paths. With `keep`, a folder that exists is not replaced.
 
-    The files of a run refer to folders in `place`, the folder of the run on its node. In JSON and YAML files, `target`
-    replaces these paths.
+    `place` is the study's folder on the node. If it is given, paths inside `place` in JSON and YAML files become paths
+    inside `target`.
     """
     target.mkdir(parents=True, exist_ok=True)
     written = []
@@ -246,6 +259,6 @@ def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: boo
 def _replace_paths(folder: Path, place: Path, target: Path) -> None:
     for file in (path for path in folder.rglob("*") if path.suffix in (".json", ".yaml")):
         text = file.read_text(encoding="utf-8")
-        # An adapter needs the absolute path of its source model. A configuration has the path that the user gave.
+        # An adapter needs the absolute path of its source model. Other paths start with `target` as the user wrote it.
         text = text.replace(str(place / _SOURCES), str(target.absolute() / _SOURCES)).replace(str(place), str(target))
         file.write_text(text, encoding="utf-8")

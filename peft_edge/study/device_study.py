@@ -1,7 +1,8 @@
 """Train adapters in ONNX Runtime and in PyTorch on the same batches, and record accuracy, time, memory and file sizes.
 
 `python -m peft_edge.study.device_study --out reports/device --work runs/device-study` writes one record for each case
-of `CASES` and each seed. Cases that have a record are skipped. `--guide FILE` replaces the table in a Markdown file.
+of `CASES` and each seed. Records that exist are not measured again. `--guide FILE` replaces the table in a Markdown
+file.
 The photographs and sketches are those of PACS, which `configs/tasks/pacs_sketch.yaml` describes.
 
 Both runtimes train on one thread, each in a process of its own, with the same options of the memory allocator.
@@ -44,7 +45,7 @@ BATCH_SIZE, MOMENTUM, LORA_RANK = 8, 0.9, 4
 
 
 class DeviceCase(NamedTuple):
-    """What is trained. Without `task`, images and labels are random, and no accuracy is measured."""
+    """A network, its images and the layers to train. If `task` is empty, the images are random and have no accuracy."""
 
     name: str
     """The name in records and tables."""
@@ -56,12 +57,12 @@ class DeviceCase(NamedTuple):
     task: tuple[str, ...] = ()
     """Arguments of `load_config`, which describe the source model and the target images."""
     learning_rate: float = 0.01
-    """The rate of the first step. It decreases linearly to 0."""
+    """The learning rate of the first step. It decreases linearly towards 0."""
     epochs: int = 3
     seeds: int = 3
 
     def file_stem(self, seed: int) -> str:
-        """Return the name of the record of a seed, without `.json`."""
+        """Return the file name, without `.json`, of the record for this case and `seed`."""
         words = self.name, self.network, self.image_size, self.target_modules, seed
         return "_".join(map(str, words)).replace(", ", "-").replace(" ", "-")
 
@@ -86,12 +87,12 @@ RANDOM_STEPS = 6
 
 
 class RuntimeResult(JsonModel):
-    """What one runtime needed and reached."""
+    """Accuracy, time and memory of the training in one runtime."""
 
     accuracy: float | None
-    """The fraction of the target's test images that are classified correctly."""
+    """The fraction of the target's test images that are classified correctly. None for random images."""
     step_cpu_s: float
-    """The median CPU time of a step in seconds, on one thread."""
+    """The median CPU time of a step in seconds, on one thread, without the first step."""
     peak_bytes: int
     """The peak physical memory of the process, from its start."""
 
@@ -111,15 +112,15 @@ class DeviceRecord(JsonModel):
     images: int
     """The number of training images."""
     accuracy_before: float | None
-    """The accuracy of the initial adapter on the test images."""
+    """The accuracy of the initial adapter on the test images. None for random images."""
     onnx: RuntimeResult
     torch: RuntimeResult
     export_s: float
     """Seconds that `export_train_step` took."""
     file_bytes: dict[str, int]
-    """The sizes of the files that a device needs."""
+    """A dict from the name of each file in the exported folder to its size in bytes."""
     parameters: int
-    """The number of elements of the adapter."""
+    """The number of trained parameters."""
     system: dict[str, str]
     packages: dict[str, str | None]
 
@@ -134,7 +135,7 @@ class _Data(NamedTuple):
 
 
 def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
-    """Train the case in both runtimes. `work` keeps source models and exported folders.
+    """Train `case` in both runtimes, and return the record. `work` is the folder for source models and exported steps.
 
     Raises:
         subprocess.CalledProcessError: If a training process fails.
@@ -227,7 +228,7 @@ def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
 
 
 def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]:
-    """Return the base model and the images."""
+    """Return the base model and its images: those of the first target or, without a task, random images."""
     if not case.task:
         torch.manual_seed(seed)
         base = load_backbone(case.network, 10)
@@ -295,9 +296,10 @@ def read_device_records(folder: Path) -> list[DeviceRecord]:
 
 
 def device_table(records: Sequence[DeviceRecord]) -> str:
-    """Return a Markdown table with a row for each case. Values are means over the seeds.
+    """Return a Markdown table with a row for each case.
 
-    Memory is the largest value of all seeds. The difference of the accuracies is the largest absolute difference.
+    Accuracies and times are means over the seeds, and memory is the maximum over the seeds. The column `largest
+    difference` is the largest absolute difference between the accuracies of the two runtimes.
     """
     groups: dict[tuple[object, ...], list[DeviceRecord]] = defaultdict(list)
     for record in records:
@@ -337,7 +339,7 @@ def _largest_gap(pairs: Sequence[tuple[float | None, float | None]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all cases that have no record in `--out`, and print the table or replace the table of a guide."""
+    """Run all chosen cases that have no record in `--out`. Then print the table, or replace the table in `--guide`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--work", type=Path, required=True, help="folder for source models and exported steps")

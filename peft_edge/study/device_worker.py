@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 Step = Callable[[dict[str, np.ndarray]], None]
-"""Takes a training step on `images` or `features`, `labels`, `mask` and `learning_rate`."""
+"""A function that takes a training step on a dict with `images` or `features`, `labels`, `mask` and `learning_rate`."""
 
 
 def read_rows(file: Path, shape: list[int], rows: list[int]) -> np.ndarray:
-    """Read rows of a binary file of float32 values without mapping the file into memory, which would count as memory.
+    """Read rows of a binary file of float32 values. A memory-mapped file would count as memory of the process.
 
     Returns:
         The rows, of shape (len(rows), *shape).
@@ -31,7 +31,7 @@ def read_rows(file: Path, shape: list[int], rows: list[int]) -> np.ndarray:
 
 
 def prepare_onnx(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
-    """Return a step in ONNX Runtime, and a function that saves the state."""
+    """Return a function that takes a step in ONNX Runtime, and a function that saves the state."""
     from safetensors.numpy import load_file, save_file
 
     folder = Path(job["folder"])
@@ -47,7 +47,7 @@ def prepare_onnx(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
 
 
 def prepare_torch(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
-    """Return a step in PyTorch with lean training, and a function that saves the adapter."""
+    """Return a function that takes a step in PyTorch with lean training, and a function that saves the adapter."""
     import torch
     from torch.nn import functional as F
 
@@ -73,7 +73,11 @@ def prepare_torch(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
 
 
 def train_job(runtime: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Take the steps of `job`, and save what was trained. Return CPU seconds of each step and the peak memory."""
+    """Take the training steps of `job`, and save the result.
+
+    Returns:
+        A dict with the CPU seconds of each step (`seconds`) and the peak memory of this process (`peak_bytes`).
+    """
     step, save = {"onnx": prepare_onnx, "torch": prepare_torch}[runtime](job)
     batch_size, seconds = job["batch_size"], []
     for rows, rate in zip(job["batches"], job["learning_rates"], strict=True):

@@ -1,4 +1,4 @@
-"""Read the grid file of a study. Each job combines recipes, or a network, with one value of each key."""
+"""Read the grid file of a study, and configure one job for each combination of its values."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class RunGrid(Section):
     Attributes:
         recipes: Lists of configuration files; wildcards are supported. A run combines one file from each list. If files
             set the same key, the file from the later list takes precedence.
-        grid: A dict from configuration key to the values to try.
+        grid: A dict from configuration key to the values to try. These values override those of the files.
     """
 
     recipes: Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
@@ -53,8 +53,8 @@ def read_grid(file: Path, output_dir: Path) -> list[Job]:
     are relative to the folder of the file. The folder of a job is in `output_dir`.
 
     Raises:
-        ValueError: If the file is not a grid. If a pattern matches no file, two jobs have the same name, or a job
-            cannot be configured; the message then names the problems of all blocks.
+        ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
+            be configured. The message names the problems of all blocks.
         OSError: If the file cannot be read.
     """
     jobs: list[Job] = []

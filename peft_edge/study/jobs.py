@@ -1,4 +1,4 @@
-"""Define the jobs of a study: training runs, and the interface that they share with cost analyses."""
+"""Define the class `Job`, which training runs and cost analyses of a study share, and the class of training runs."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ R = TypeVar("R", bound="RunJob")
 class Job(ABC):
     """A training run or cost analysis of a study.
 
-    A job can be pickled, because its state is in files inside `folder` and next to `folder`.
+    Another process can run a pickled job, because all state is in files inside `folder` and next to `folder`.
 
     Attributes:
         setting: A description of the job without its seed. The results of jobs with the same setting are averaged.
@@ -51,12 +51,15 @@ class Job(ABC):
 
     @property
     def failed_folder(self) -> Path:
-        """The folder `<folder>.failed` with the record of a failure; `folder` may be missing or hold another run."""
+        """The folder `<folder>.failed` for the record of a failure. `folder` may be missing or hold another run."""
         return self.folder.with_name(f"{self.name}.failed")
 
     @property
     def source(self) -> str | None:
-        """A string that identifies the source model, which all jobs with the same string share. None without one."""
+        """A string that identifies the source model of the job. None if the job has no source model.
+
+        Jobs with the same string share one source model.
+        """
         return None
 
     @property
@@ -67,7 +70,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def record(self) -> Record | CostRecord | None:
-        """The record of the last attempt, or None if there is no record. A damaged record raises a `ValueError`."""
+        """The newest record of the job, or None if there is no record. A damaged record raises a `ValueError`."""
 
     @property
     def status(self) -> str:
@@ -87,7 +90,9 @@ class Job(ABC):
         return replace(self, folder=output_dir / self.name)
 
     def attempt(self) -> None:
-        """Run the job with its output in `log`. If the job raises an exception, log and record the failure.
+        """Run the job with its output in `log`. If the job raises an exception, log it and call `record_failure`.
+
+        `record_failure` is not called if `run` has already written a new record.
 
         Raises:
             ValueError: If a record of the job is damaged.
@@ -110,11 +115,11 @@ class Job(ABC):
 
     @abstractmethod
     def check_folder(self) -> None:
-        """Raise a `ValueError` if `folder` holds something else, which the job would replace."""
+        """Raise a `ValueError` if `folder` contains files that do not belong to this job."""
 
     @abstractmethod
     def train_source(self) -> None:
-        """Train the source model of a job with a `source`, and write it to the cache, unless it is there."""
+        """Train the source model and write it to the cache, unless it is there. Do nothing if `source` is None."""
 
     @abstractmethod
     def run(self) -> None:
@@ -122,7 +127,7 @@ class Job(ABC):
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Write a failure record. Called if `run` wrote no record, for example because its process was killed."""
+        """Record that the job failed. Called if `run` wrote no record, for example because its process was killed."""
 
 
 @dataclass(frozen=True)
@@ -150,7 +155,7 @@ class RunJob(Job):
     @property
     def record(self) -> Record | None:
         """The newest record of this configuration, of a success or a failure. None if there is no such record."""
-        # The recipe may have changed since the record was written. The folders may have moved, and are not compared.
+        # Ignore records of an earlier version of the recipe. Folders are not compared, because they may have moved.
         config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
         found = filter(
             None, (read_record(folder / "record.json", Record) for folder in (self.folder, self.failed_folder))

@@ -28,18 +28,19 @@ from peft_edge.training.evaluation import SOURCE, TARGET
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster: Cluster | None = None) -> None:
     """Run the jobs that are not finished, and copy all records into one folder.
 
-    If a job fails or its process is killed, the failure is recorded, and the other jobs continue. The next call tries
-    the failed job again. Ctrl-C kills the running jobs; the next call continues them from their last checkpoints.
+    If a job fails or its process is killed, the reason is written to its log, and the other jobs continue. A failed
+    training run also gets a record of the failure. The next call tries the failed job again. Ctrl-C kills the running
+    jobs; the next call continues them from their last checkpoints.
 
     Args:
         jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
-        processes: The maximum number of worker processes on this machine.
+        processes: The maximum number of worker processes on this machine. Not used with `cluster`.
         results: The folder to which all records are copied, including records of failures. The copies lack local paths.
         cluster: The Ray cluster that runs the jobs instead of processes on this machine.
 
     Raises:
         ValueError: If another call is working in the same folder, or a record is damaged. The message names the file.
-        OSError: If a file cannot be read or written, or the cluster cannot be reached.
+        OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
         return
@@ -70,7 +71,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Move the first job of each `source` to the front, because other jobs with this source wait for its model."""
+    """Return the jobs with the first job of each `source` in front. Other jobs of this source wait for its model."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source or job.name, []).append(job)
@@ -92,9 +93,10 @@ def _copy_record(job: Job, results: Path) -> None:
 
 
 def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, str | None]]:
-    """Run the jobs in worker processes. Yield each job that has ended, and why its process died if it did.
+    """Run the jobs in worker processes, and yield (job, cause) for each job that ends.
 
-    A worker runs many jobs in turn, so that its slow imports run once. The pool replaces a dead worker.
+    `cause` is an error message if the worker process died. Otherwise `cause` is None, even if the job failed. A worker
+    runs many jobs in turn, so that its slow imports run once. The pool replaces a dead worker.
     """
     if not jobs:
         return
@@ -119,7 +121,7 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
             yield futures[future], cause
     finally:
         pool.stop()
-        # `pool.join` would send SIGTERM to the workers, and wait while their runs write checkpoints and records.
+        # Kill the workers. `pool.join` would send SIGTERM, and wait until their runs have written checkpoints.
         for process in multiprocessing.active_children():
             if process.name == "pebble_pool_worker":
                 process.kill()
@@ -127,7 +129,10 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
 
 
 def _exit_with_parent() -> None:
-    """End this worker when the study is killed. Otherwise its job would go on, and disturb the next study."""
+    """Start a thread that ends this worker process when the study's process ends.
+
+    Without the thread, the job of a killed study would continue, and disturb the next study.
+    """
     parent = multiprocessing.parent_process()
     assert parent is not None
 
@@ -154,12 +159,13 @@ _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": 
 
 
 def study_table(jobs: Sequence[Job]) -> str:
-    """Return a text table of runs and one of cost analyses, each with one row per `setting`. Empty tables are left out.
+    """Return a text table of training runs and a text table of cost analyses, each with one row per `setting`.
 
-    A cell contains the mean over the successful jobs ± its standard error, or only the mean if all values are equal.
-    The standard error is the sample standard deviation divided by the square root of the number of values. The column
-    `runs` or `analyses` contains the number of successful jobs and the statuses of other jobs. Training seconds include
-    loading and storing; see `TrainingCosts`. The MiB are the peaks of the tensors in a step and of the process.
+    A table without rows is left out. A cell contains the mean over the successful jobs ± its standard error, or only
+    the mean if all values are equal. The standard error is the sample standard deviation divided by the square root of
+    the number of values. The column `runs` or `analyses` contains the number of successful jobs and the statuses of
+    other jobs. `training seconds` is `total_s` of `TrainingCosts`. `tensors MiB` is the peak memory of the tensors in a
+    step, and `process MiB` is the peak memory of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
