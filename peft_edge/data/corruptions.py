@@ -75,7 +75,7 @@ class Shift:
 
 
 class Corruption(NamedTuple):
-    """A function `apply` of a (3, H, W) uint8 image and a level. If `levels` is empty, `apply` takes only the image."""
+    """A corruption. `apply` takes a (3, H, W) uint8 image and, unless `levels` is empty, an element of `levels`."""
 
     apply: Callable[..., Tensor]
     levels: tuple[float, ...] = ()
@@ -165,7 +165,7 @@ def _smooth_noise(height: int, width: int, knots: int) -> Tensor:
 
 
 def _jpeg(image: Tensor, quality: float) -> Tensor:
-    # Pillow encodes the image, because torchvision is removing its codecs.
+    # Encode with Pillow, because torchvision is removing its JPEG functions.
     file = io.BytesIO()
     F.to_pil_image(image).save(file, "JPEG", quality=int(quality))
     return F.pil_to_tensor(Image.open(file))
@@ -196,7 +196,10 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Apply `move` to the image padded by reflection. Black corners would be a second, larger change of the image."""
+    """Pad the image by reflection, apply `move`, and crop the result to the old size.
+
+    Without the padding, the image would get black corners, which change the image more than `move` does.
+    """
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
     return F.center_crop(move(padded), [height, width])

@@ -61,7 +61,7 @@ class Task:
     """A classification problem that changes after training: the images shift, or new classes arrive.
 
     Attributes:
-        name: The `name` that was passed to `load_task`.
+        name: The `name` that was passed to `load_task`, followed by the values of `source_filters`, if any.
         change: A description of the change between the source and the targets.
         source: The images that the source model is trained on.
         targets: The domains to adapt to: one domain for a shift, or one domain for each increment of new classes.
@@ -93,7 +93,7 @@ def _hash(*parts: str) -> str:
 
 
 def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Draw `size` images with the class proportions of the dataset. Return (remaining images, drawn images).
+    """Draw `size` random images with the class proportions of the dataset. Return (remaining images, drawn images).
 
     Raises:
         ValueError: If a class has a single image, or `size` does not leave room for every class in both parts.
@@ -129,7 +129,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Apply the transform of a dataset once, and return the result. All images must be RGB and of one size."""
+    """Return an in-memory copy of a dataset, made with its transform. All images must be RGB and have the same size."""
     rows = dataset[:]
     images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
     return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

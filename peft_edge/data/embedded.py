@@ -4,7 +4,8 @@
 Handwritten Digits" (Alpaydin and Kaynak 1998). The images of 8 x 8 pixels with 17 grey levels are enlarged.
 
 `shapes` contains rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and
-sensor noise. The signed distances of each shape are tabulated once. The renderer reads this table for random poses.
+sensor noise. A table with the signed distances of each shape is computed once. The renderer samples this table at
+random poses.
 """
 
 from __future__ import annotations
@@ -176,7 +177,10 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.85) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
-    """Compute signed distances to a polygon. A point is inside if a ray to the right crosses an odd number of edges."""
+    """Return the signed distances of the points (x, y) to a polygon, which are negative inside the polygon.
+
+    A point is inside if a ray to the right crosses an odd number of edges.
+    """
     nearest = torch.full_like(x, math.inf)
     inside = torch.zeros_like(x, dtype=torch.bool)
     for (ax, ay), (bx, by) in zip(corners, corners[1:] + corners[:1], strict=True):

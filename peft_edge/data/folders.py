@@ -19,7 +19,7 @@ from peft_edge.data.pixels import HEIC_REMEDY, check_image, identify, is_heic, i
 logger = logging.getLogger(__name__)
 
 Filter = Sequence[str | int | float | list[str]]
-"""A column name, an operator (== != < <= > >= in) and a value; with `in`, a list of values."""
+"""A condition: a column name, an operator and a value. With the operators `in` and `not in`, the value is a list."""
 
 _SPLIT_WORDS = {
     "train": "train|training",
@@ -32,7 +32,7 @@ _OPERATORS: dict[str, Callable[[str, Any], bool]] = {
     "in": lambda name, names: name in names,
     "not in": lambda name, names: name not in names,
 }
-# Operating systems and tools create these folders, which contain no images of a class.
+# Folders that operating systems and tools create. They contain no images of a class.
 _SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
@@ -50,9 +50,9 @@ def split_of(name: str) -> str | None:
 
 @dataclass
 class _Found:
-    """The images of each split as (path, class), and the paths that were left out.
+    """The images of each split as (path, class), and the files and folders that were left out.
 
-    `left_out` counts these paths for each reason, and `first` has the first such path for each reason.
+    `left_out` is the number of left-out files and folders for each reason, and `first` is the first one of each reason.
     """
 
     folder: Path
@@ -144,7 +144,7 @@ def domain_label(name: str, filters: Sequence[Filter]) -> str:
 
 
 def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
-    """Read each subfolder that `choose_domains` chooses as `read_image_folder` does, and concatenate their images.
+    """Read the subfolders that `choose_domains` returns with `read_image_folder`, and concatenate their splits.
 
     Raises:
         ValueError: If `choose_domains` or `read_image_folder` raises this error, or if two subfolders have different
@@ -259,7 +259,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
-    """Yield (path, class name) for each image in the class folders of `root`. Each folder is read in order of names."""
+    """Yield (path, class name) for each image in the class folders of `root`, sorted by the names in each folder."""
     for child in _visible(root, found):
         if child.is_dir():
             inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}
@@ -270,7 +270,7 @@ def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
                     "name this folder"
                 )
             before = found.left_out.total()
-            # A link to a folder above the class would read the images of other classes.
+            # A link to a folder above the class would add images of other classes.
             above = {child.resolve(), *child.resolve().parents, root.resolve()}
             images = [path for path in _files(child, found, above) if _is_image(path, found)]
             if not images and found.left_out.total() == before:

@@ -39,17 +39,19 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
     """Return a function that converts an image to the normalised input of a backbone.
 
     Images that are higher and wider than `input_size` are resized and cropped as in timm's evaluation. Other images are
-    resized to `input_size` without a crop, because `crop_pct` is meant for photographs with a margin. This can
-    change the aspect ratio. A JPEG that is at least four times as large as needed is decoded at a reduced size.
+    resized to `input_size` without a crop, because `crop_pct` is meant for photographs with a margin. This resizing can
+    change the aspect ratio. The augmentation `"photo"` takes a random crop instead. A JPEG that is at least four times
+    as large as needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
         train: Whether to augment the images.
-        augment: The augmentation. `"shift"` moves the image horizontally and vertically, by up to an eighth of its
-            width and height, and repeats its edge pixels. It suits digits, text and small images. `"photo"` takes a
-            random crop of 70 to 100 % of the area, flips half of the images, and changes brightness, contrast and
-            saturation by up to 30 %, as Gulrajani and Lopez-Paz (2021, arXiv 2007.01434) do for PACS, but without
-            changes of the hue and grey images, which would take more time than the rest. `"none"` changes nothing.
+        augment: The augmentation; only used if `train` is true. `"shift"` moves the image horizontally and vertically,
+            by up to an eighth of its width and height, and repeats its edge pixels. It suits digits, text and small
+            images. `"photo"` takes a random crop of 70 to 100 % of the area, flips half of the images, and changes
+            brightness, contrast and saturation by up to 30 %. Gulrajani and Lopez-Paz (2021, arXiv 2007.01434) do this
+            for PACS. They also change the hue and make images grey, which would take more time than all other changes.
+            `"none"` changes nothing.
 
     Raises:
         ValueError: If `augment` is unknown.
@@ -71,14 +73,14 @@ def _preprocess(
         pixels = F.pil_to_tensor(_centre_view(image, (height, width), interpolation, data_config["crop_pct"]))
     if augment == "shift":
         pixels = _shifted(pixels)
-    # This replaces v2.ToDtype and v2.Normalize, whose checks take longer than reading a small image.
+    # This line replaces v2.ToDtype and v2.Normalize, whose checks take longer than reading a small image.
     return torch.addcmul(offset, pixels, scale)
 
 
 def _centre_view(
     image: Image.Image, size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float
 ) -> Image.Image:
-    """Resize and crop as in timm's evaluation. `size` is (height, width)."""
+    """Return the image as RGB with `size` (height, width). Only a higher and wider image is cropped, as timm does."""
     height, width = size
     old_width, old_height = upright_size(image)
     if old_width > width and old_height > height:
@@ -92,7 +94,7 @@ def _centre_view(
 
 
 def _random_view(image: Image.Image, size: tuple[int, int], interpolation: v2.InterpolationMode) -> Tensor:
-    """Return a uint8 tensor (3, *size) of a random crop, with random changes of side and colour."""
+    """Return a random crop as a uint8 tensor (3, *size), with a random horizontal flip and random colour changes."""
     width, height = upright_size(image)
     # Choose the crop before the image is decoded, so that a large JPEG can be decoded at a reduced size.
     blank = torch.empty(3, height, width, device="meta")
@@ -112,7 +114,7 @@ _COLOURS_AND_SIDES = v2.Compose(
 
 
 def _shifted(pixels: Tensor) -> Tensor:
-    """Shift an image (3, H, W) by up to an eighth, and repeat its edge pixels."""
+    """Shift an image (3, H, W) by a random fraction of each side, at most an eighth, and repeat its edge pixels."""
     sizes = pixels.shape[1:]
     for dim, (part, size) in enumerate(zip(((torch.rand(2) - 0.5) / 4).tolist(), sizes, strict=True), start=1):
         # Indexing with clamped positions would take ten times as long as `roll` and one copy of the edge.
@@ -124,7 +126,7 @@ def _shifted(pixels: Tensor) -> Tensor:
 
 
 def typical_size(dataset: Dataset) -> tuple[int, int]:
-    """Return the median width and the median height of up to 32 images of a dataset, from the headers of the files."""
+    """Return the median width and the median height of at most 63 evenly spaced images, read from file headers."""
     rows = list(range(0, len(dataset), max(1, len(dataset) // 32)))
     sizes = [upright_size(open_image(value)) for value in _undecoded(dataset)[rows]["image"]]
     widths, heights = zip(*sizes, strict=True)
@@ -132,7 +134,7 @@ def typical_size(dataset: Dataset) -> tuple[int, int]:
 
 
 def _undecoded(dataset: Dataset) -> Dataset:
-    """Return the rows without transforms, with the path and the bytes of each file in the place of an image."""
+    """Return the dataset without its transform. The column `image` then contains dicts with `path` and `bytes`."""
     return dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
@@ -212,7 +214,10 @@ class EpochSampler(Sampler[Key]):
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """A `BatchDataset` of transformed images. `seed`, the epoch and the image's index seed each call of `transform`."""
+    """A `BatchDataset` of transformed images.
+
+    Each call of `transform` is seeded with `seed`, the epoch and the index of the image.
+    """
 
     dataset: Dataset
     transform: Transform
@@ -225,7 +230,7 @@ class TransformedImages:
         indices = [index for _, index in keys]
         try:
             rows = self._rows[indices]
-            # Files are opened here and decoded by `transform`, which knows the size that it needs.
+            # `open_image` only opens a JPEG file. `transform` decodes the file, because it knows the required size.
             images = [open_image(value) if isinstance(value, dict) else value for value in rows["image"]]
             pixel_values = self._transformed(images, keys)
         except Exception as error:  # Pillow raises many types of exceptions for damaged files
@@ -249,7 +254,10 @@ class TransformedImages:
         return pixel_values
 
     def _describe_unreadable(self, indices: list[int]) -> str | None:
-        """Return a message that names the first unreadable image, because Pillow's error does not name the file."""
+        """Return a message that names the first unreadable image, or None if all images are readable.
+
+        Pillow's own error does not name the file.
+        """
         for index in indices:
             try:
                 to_rgb(self.dataset[index]["image"])

@@ -28,8 +28,8 @@ _DEEP_RANGES = (255, 1023, 4095, 16383, 65535)
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    If the mode has more than 8 bits in a channel, values are scaled so that a maximum becomes 255. This maximum is the
-    smallest of 255, 1023, 4095, 16383 and 65535 (8 to 16 bits) that no value exceeds. In mode F, 1 is also possible.
+    If the mode has more than 8 bits in a channel, values are multiplied by 255 / m. Here, m is the smallest of the
+    numbers 255, 1023, 4095, 16383 and 65535 (8 to 16 bits) that no value exceeds. In mode F, m can also be 1.
     Transparent pixels are blended with white. An RGB image without transparency is returned without a copy.
 
     Raises:
@@ -73,12 +73,12 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 def open_image(value: dict[str, Any]) -> Image.Image:
     """Open an image from a row of `datasets.Image(decode=False)`: a dict with `bytes` or, without bytes, a `path`.
 
-    The pixels are decoded when they are first read. `read_rgb` decodes them.
+    A JPEG is only opened, and `read_rgb` decodes its pixels. All other formats are decoded at once.
     """
     content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
     image = Image.open(io.BytesIO(content))
     if not isinstance(image, JpegImageFile):
-        image.load()  # some formats have the orientation behind the pixels
+        image.load()  # some formats store the orientation after the pixels
     return image
 
 
@@ -87,7 +87,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the width and height of an image after a rotation according to its EXIF orientation."""
+    """Return the width and height that an image has after the rotation that its EXIF orientation requires."""
     width, height = image.size
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
@@ -95,9 +95,9 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
     """Decode an opened image, rotate it according to its EXIF orientation, and convert it with `to_rgb`.
 
-    A JPEG may be decoded at a half, a quarter or an eighth of its size. `shrink` is the factor by which the caller will
-    reduce the image. The decoded image is at least twice as large as the reduced image, so that resizing it loses no
-    detail. Reduced decoding of a photograph of a phone takes about a fifth of the time.
+    `shrink` is the factor by which the caller will reduce the image. If `shrink` is at least 4, a JPEG is decoded at a
+    half, a quarter or an eighth of its size. The decoded image is still at least twice as large as the reduced image,
+    so that resizing loses no detail. This takes about a fifth of the time for a photograph of a phone.
     """
     if shrink >= 4:
         image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))
@@ -107,7 +107,7 @@ def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 
 
 def is_heic(start: bytes) -> bool:
-    """Return whether a file is an HEIC or HEIF image, from its first 12 bytes; iPhones write such files."""
+    """Return whether the first 12 bytes of a file are those of an HEIC or HEIF image. iPhones write such files."""
     return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
@@ -138,7 +138,7 @@ def check_image(content: bytes) -> None:
 
 def is_deep(image: Image.Image) -> bool:
     """Return whether an image file has more than 8 bits in a channel. `image` must be opened, but not yet loaded."""
-    # Pillow converts 16-bit colours to 8-bit RGB. Only `tile` names the mode in the file, such as RGB;16B.
+    # Pillow converts 16-bit colours to 8-bit RGB. Then only `tile` names the mode in the file, such as RGB;16B.
     return image.mode in _DEEP_MODES or ";16" in str(getattr(image, "tile", ""))
 
 
@@ -151,7 +151,7 @@ def _check_deep(image: Image.Image) -> None:
         raise ValueError("it has 16-bit colours and a transparent colour: save it with 8 bits in a channel")
     colours = image.getextrema()[:3]
     largest = max(top for _, top in colours if isinstance(top, int))  # type: ignore[misc]
-    # Of each 16-bit value, Pillow keeps the upper 8 bits.
+    # Pillow keeps only the upper 8 bits of each 16-bit value.
     if 0 < largest < 64:
         raise ValueError(
             f"it has 16-bit colours of which at most {8 + largest.bit_length()} bits are used, and would be almost "
@@ -169,7 +169,7 @@ def identify(file: IO[bytes]) -> str | None:
 
 def _decoded_formats() -> set[str]:
     """Return the formats that Pillow decodes without other programs."""
-    # Pillow identifies stub formats, such as HDF5, and MPEG but cannot decode them, and runs Ghostscript to decode EPS.
+    # Pillow identifies MPEG and stub formats, such as HDF5, but cannot decode them. It runs Ghostscript to decode EPS.
     stubs = {
         name
         for name, (factory, _) in Image.OPEN.items()

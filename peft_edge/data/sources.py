@@ -38,8 +38,8 @@ def read_splits(
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
-        filters: Conditions that all rows must meet, for a Hugging Face dataset in Parquet files. For a folder of
-            domains, conditions on the column `domain`, as described in `read_domain_folders`.
+        filters: Conditions that all rows must meet. A Hugging Face dataset must then consist of Parquet files. A folder
+            must have one subfolder for each domain; see `choose_domains`.
         image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
         label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`, or
             without such a column, `label` or `labels`.
@@ -70,7 +70,7 @@ def read_splits(
         raise ValueError(
             f"{name!r} has one class, {class_names[0]!r}; expected at least two. "
             "A folder needs one subfolder for each class, with that class's images inside"
-            + (f"; if the classes are below {inner}, name {inner} instead" if is_wrapper else "")
+            + (f"; if the classes are inside {inner}, name {inner} instead" if is_wrapper else "")
         )
     # Many published test splits have the label -1 for every image.
     labelled = {key: split for key, split in splits.items() if min(split["label"][:]) >= 0}
@@ -103,11 +103,11 @@ def domain_from_splits(
 ) -> Domain:
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
-    A fifth of the images of `train_split` is drawn for a missing test split, and a tenth for a missing validation
-    split. No two splits contain the same `content`. Copies of test images are removed from validation and training, and
-    copies of validation images are removed from training. Before images are drawn from `train_split`, its repeated
-    images are removed. Images with a `content` in `exclude` are removed from all splits. A warning states how many
-    images are removed. `name` is the name of the dataset in messages.
+    A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. No
+    two splits contain the same `content`: copies of test images are removed from validation and training, and copies of
+    validation images are removed from training. Before images are drawn from `train_split`, its repeated images are
+    removed. Images with a `content` in `exclude` are removed from all splits. A warning states how many images are
+    removed. `name` is the name of the dataset in messages.
 
     Raises:
         ValueError: If `splits` has no `train_split`, removal leaves a split empty, or there are too few images to draw.
@@ -133,7 +133,10 @@ def domain_from_splits(
 def _without_copies(
     name: str, splits: dict[str, Dataset | None], exclude: set[str], *, is_divided: bool
 ) -> dict[str, Dataset]:
-    """Remove images that are in `exclude` or an earlier split. If `is_divided`, also remove repeats within `train`."""
+    """Return the splits without images whose `content` is in `exclude` or in an earlier split of the dict.
+
+    If `is_divided`, repeated images of the split `train` are also removed. Splits that are None are left out.
+    """
     kept, removed = {}, []
     for key, split in splits.items():
         if split is None:
@@ -166,7 +169,7 @@ def _without_copies(
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # With filters, do not verify the number of rows. The dataset card states the number without filters.
+    # With filters, do not verify the number of rows, because the dataset card states the number without filters.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)
@@ -188,7 +191,7 @@ def _choose_column(name: str, features: Features, kind: str, wanted: str | None,
 
 
 def _with_class_names(splits: DatasetDict) -> DatasetDict:
-    """Convert labels that are numbers or strings to `ClassLabel`, with the same classes in every split."""
+    """Return `splits` with labels of type `ClassLabel`. Other labels (numbers or strings) become class names."""
     if isinstance(next(iter(splits.values())).features["label"], ClassLabel):
         return splits
     names = [str(value) for value in sorted({value for split in splits.values() for value in split.unique("label")})]

@@ -25,7 +25,10 @@ EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
     "digits": load_digits_domain,
     "shapes": load_shapes_domain,
 }
-"""A dict from each embedded benchmark to its loader, which returns the source domain and the adaptation images."""
+"""A dict from the name of each embedded benchmark to a function that returns the source domain and adaptation images.
+
+The adaptation images are not part of the source domain.
+"""
 
 
 def load_task(
@@ -48,10 +51,10 @@ def load_task(
 ) -> Task:
     """Load a source domain, and either one target with shifted images or targets with new classes.
 
-    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. For
-    adaptation, at most a quarter of the source's training images is split off (`digits` and `shapes` have separate
-    adaptation images). With `new_classes`, the source contains only the other classes. `class_increments` describes the
-    targets.
+    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. Its training
+    images are corrupted, too. They are a quarter of the source's training images, which the source model then does not
+    see (`digits` and `shapes` have separate adaptation images). With `new_classes`, the source contains only the other
+    classes, and `class_increments` describes the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
@@ -62,24 +65,24 @@ def load_task(
             `[("domain", "==", "photo")]`. `name` must be a Hugging Face dataset with this column, or a folder with one
             subfolder per domain, whose only column is `domain`.
         shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
-            ("corruption_level", "==", 3)]`. With conditions, `shift` must be a dataset or folder as for
-            `source_filters`, by default `name`. It is never read as a split of `name`.
+            ("corruption_level", "==", 3)]`. With conditions, `shift` must be a dataset or a folder of domains, as for
+            `source_filters`. It defaults to `name`, and is never read as a split of `name`.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
         increments: The number of targets. `new_classes` are divided among the targets.
         rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
         seed: The seed of all splits, and of the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
-        adaptation_size: The maximum number of adaptation images in each target, without rehearsal images. None means
-            all images. A warning states how many images are left out.
+        adaptation_size: The maximum number of training images in each target, without rehearsal images. None sets no
+            limit. If images of the target are left out, a warning states how many.
         subset: The configuration of a Hugging Face dataset. This and the next three arguments apply to both `name` and
             `shift`.
-        train_split: The split to train on, or to adapt to if `shift` is another dataset.
+        train_split: The split of `name` to train on. If `shift` is another dataset, also its split to adapt to.
         image_column: The name of the image column. Required if there are several image columns.
         label_column: The name of the label column. Required if there are several label columns.
 
     Raises:
         ValueError: If a name, shift, severity, class, split or column does not exist. If both or neither of `shift` and
-            `new_classes` are given, or another argument does not apply to the given one. If source and target of a
+            `new_classes` are given, or another argument does not apply to this kind of task. If source and target of a
             shift have different classes. If an image file is damaged, or there are too few images.
 
     Example:
@@ -168,7 +171,7 @@ def load_task(
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:
-    """Draw `size` images if there are more, and log how many are left out."""
+    """Return `size` random images, and log a warning. Return `images` if `size` is None or there are no more images."""
     if size is None or len(images) <= size:
         return images
     logger.warning(f"adapting with {size:,} of {len(images):,} images, because of data.adaptation_size")
@@ -259,7 +262,7 @@ def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
 
 
 def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
-    """Replace each label by the index of its class in `names`."""
+    """Return the dataset with each label replaced by the index of its class in `names`."""
     labels = [names.index(name) for name in dataset.features["label"].int2str(dataset["label"][:])]
     # `add_column` copies the images, and would show a progress bar for each split.
     show_bars = not datasets.are_progress_bars_disabled()
@@ -272,11 +275,14 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 
 
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
-    """Renumber the labels of `splits` in the class order of `source`. Raise a ValueError if the classes differ."""
+    """Return `splits` with the class order of `source`. Raise a ValueError if the class names differ.
+
+    `names` are the names of the two datasets in messages. If the classes of a Hugging Face dataset are only called 0,
+    1, ..., these numbers are indices of the source's classes.
+    """
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)
     if not has_names and found == [str(index) for index in range(len(expected))]:
-        # The classes of `splits` have only the names 0, 1, ... Use these numbers as indices of the source's classes.
         return splits.cast_column("label", ClassLabel(names=expected))
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
@@ -343,7 +349,7 @@ def _check_change(
 
 
 def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
-    """Reject misspelt names and missing folders early, because a request to the Hub takes half a minute to time out."""
+    """Raise a ValueError for a misspelt name or a missing folder, before a request to the Hub waits half a minute."""
     nearest = difflib.get_close_matches(name, list(known), n=1)
     if Path(name).expanduser().is_dir() or not (nearest or name.startswith((".", "~", os.sep))):
         return
