@@ -57,9 +57,9 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """Check the configuration on an untrained backbone, before the source model is trained.
 
     Raises:
-        ValueError: If the method or replay does not fit the backbone; if the method returns no PEFT model and its
-            `saves_full_model` is False; if a target has fewer training images than one batch; or if the warm-up takes
-            all steps.
+        ValueError: If the method or replay does not fit the backbone. If the method returns no PEFT model, and its
+            `saves_full_model` is False. If a target has fewer training images than one batch, or the warm-up takes all
+            steps.
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -98,7 +98,7 @@ class TrainedCandidate(BaseModel):
     learning_rate: float | None  # None if `Method.optimizer` is None
     validation_accuracy: float  # measured after the last optimizer step
     num_trainable_params: int
-    train_time: float  # seconds in optimizer steps, or in `recalibrate` if `learning_rate` is None
+    train_time: float  # seconds in optimizer steps; if `learning_rate` is None, seconds in `recalibrate`
     costs: TrainingCosts
     metrics: list[dict[str, int | float | None]]  # measurements of each epoch
     profile: list[StepProfile]  # for each process, a row for the whole step and a row for each LoRA rank
@@ -122,10 +122,10 @@ def sweep(
 
     A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
     `increment` is the number of `target`, starting at 1. From the second target on, `previous` is the folder of the
-    update for the target before. A resumed run only reads the candidates that are already finished.
+    update for the previous target. Candidates that an interrupted run has already finished are read, not trained again.
 
     Returns:
-        The candidates that did not diverge, and the entries of all candidates for `TrainInfo.sweep`.
+        The candidates that did not diverge, and one entry of `TrainInfo.sweep` for each learning rate.
 
     Raises:
         DivergedError: If every candidate diverges. The attribute `tried` of the error contains the entries.
@@ -162,7 +162,10 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train the candidate `name`, from its newest checkpoint if there is one. If it is finished, only read it."""
+    """Train the candidate `name` from its newest checkpoint, if there is one, and save it. Then read its results.
+
+    If the folder of the candidate exists, the candidate is finished and only its results are read.
+    """
     config, accelerator = run.config, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name
     if not folder.exists():
@@ -209,7 +212,11 @@ class _Trained:
     statistics_flops: int  # FLOPs of `recalibrate` in this process
 
     def costs(self, process_peak_bytes: int | None) -> TrainingCosts:
-        """Return the costs of the training. All processes must call this."""
+        """Return the costs of this training run. All processes must call this method.
+
+        `process_peak_bytes` is the peak of the calling process. The result has the maximum over all processes, the
+        FLOPs of all processes, and the times of the calling process. `flops` is None if no step was profiled.
+        """
         progress, step_flops = self.progress, [row.flops for row in self.profile if row.scope == "step"]
         measured = gather_object([(process_peak_bytes, self.statistics_flops)])
         storing_s, flops = 0.0, sum(flops for _, flops in measured)
@@ -285,7 +292,7 @@ def _make_lean(model: nn.Module, config: RunConfig) -> None:
     options = config.lean.model_dump(exclude={"enabled", "inplace_norm"})
     inplace_norm = config.lean.inplace_norm
     if inplace_norm is None and config.norm in ("frozen", "recalibrate"):
-        with suppress(ValueError):  # the layers of a model of another method may not be traceable
+        with suppress(ValueError):  # if the model cannot be traced, prepare it below without `inplace_norm`
             prepare_model_for_lean_training(model, inplace_norm=True, **options)
             return
     prepare_model_for_lean_training(model, inplace_norm=bool(inplace_norm), **options)
@@ -301,10 +308,10 @@ def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Opt
 def new_learner(
     config: RunConfig, method: Method, source: nn.Module, target: Domain, previous: Path | None
 ) -> nn.Module:
-    """Return the model to train on `target`: a prepared copy of `source`, or the update in `previous` to continue.
+    """Return the model to train on `target`, which starts from the update in `previous`, or from `source` without one.
 
-    If the method uses gradients and `target` has more classes than the model, the head grows. Unless the configuration
-    sets `data.rehearsal_size`, the head rows of earlier classes are then frozen. `source` does not change.
+    If the method uses gradients and `target` has more classes than the model, the head grows. If `data.rehearsal_size`
+    is 0, the head rows of earlier classes are then frozen. `source` does not change.
 
     Raises:
         ValueError: If the method does not fit the model.
@@ -330,7 +337,8 @@ def new_learner(
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:
     """Return a trainable model that starts from the update in `folder`. `source` does not change.
 
-    An adapter is loaded into a prepared copy of `source`. A saved whole model is prepared instead of `source`.
+    If the update is an adapter, it is loaded into a copy of `source` that `Method.prepare` has changed. If the update
+    is a whole model, `Method.prepare` changes this model instead.
     """
     updated = load_update(folder, next(source.parameters()).device)
     if not isinstance(updated, PeftModel):
@@ -352,7 +360,7 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load `folder`, an `adapter` or `model` folder that `save_update` wrote, and move the model to `device`."""
+    """Load the folder `adapter` or `model` that `save_update` wrote, and return the model on `device`."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 
@@ -365,6 +373,6 @@ def merged_copy(model: nn.Module) -> nn.Module | None:
     """
     if not isinstance(model, PeftModel):
         return model
-    with suppress(NotImplementedError):  # the record then has no figures of a merged copy
+    with suppress(NotImplementedError):  # PEFT raises this error for adapters that it cannot merge
         return copy.deepcopy(model).merge_and_unload(safe_merge=True)
     return None

@@ -51,7 +51,7 @@ def _batches(
 
 
 def augmentation_of(config: RunConfig, images: Dataset) -> Augmentation:
-    """Return the augmentation of training images: `data.augment`, which `auto` chooses by the size of the images."""
+    """Return `data.augment`. For `auto`, return `photo` if `images` are photographs, otherwise `shift`."""
     if config.data.augment != "auto":
         return config.data.augment
     return "photo" if _are_photographs(config, images) else "shift"
@@ -62,10 +62,11 @@ def _are_photographs(config: RunConfig, images: Dataset) -> bool:
 
 
 def _num_workers(config: RunConfig, images: Dataset) -> int:
-    """Return `num_workers` or, by default, a number of worker processes that suits the images and the machine.
+    """Return `config.num_workers`. If it is None, return the number of free cores, but at most 4.
 
-    Worker processes help if decoding takes long and a core is free. A study runs one run for each core. Only a fork
-    starts a worker process at once; elsewhere each worker process would first import torch.
+    The default is 0 if the images are not photographs, because decoding then takes little time. It is 0 in a study,
+    which uses the cores for other runs. It is also 0 if the number of cores is unknown, or if processes do not start by
+    fork, because each worker process would first import torch.
     """
     if config.num_workers is not None:
         return config.num_workers
@@ -78,7 +79,10 @@ def _num_workers(config: RunConfig, images: Dataset) -> int:
 
 
 def augmentation_key(config: RunConfig, images: Dataset) -> dict[str, object]:
-    """Return the part of a cache key that identifies the augmentation. It is empty for `shift`, the only one once."""
+    """Return the part of a cache key that identifies the augmentation.
+
+    It is empty for `shift`, because earlier versions had only this augmentation and no such part in their keys.
+    """
     augment = augmentation_of(config, images)
     return {} if augment == "shift" else {"augment": augment}
 
@@ -90,7 +94,7 @@ def timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:
-    """Set the epoch, which determines order and augmentations. Accelerate must not have prepared `batches`."""
+    """Set the epoch, which determines the order and the augmentation. Accelerate must not have prepared `batches`."""
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 
 
@@ -100,7 +104,7 @@ class Replay:
 
     tail: nn.Module  # maps stored features to logits; shares its modules with the model
     batches: DataLoader  # stored features under the key `pixel_values`, and `labels`
-    info: dict[str, object]  # `FeatureCache.info`: number, size and dtype of the features, and FLOPs to compute them
+    info: dict[str, object]  # `FeatureCache.info`: number, size and dtype of the features, and the cost of storing them
 
 
 def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
@@ -119,7 +123,7 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Store the frozen prefix's outputs for the training images of `target`, or open outputs from an earlier run.
+    """Store the outputs of the frozen prefix for the training images of `target`, unless an earlier run stored them.
 
     `model` must be ready for training: if `norm` is recalibrate, the caller must have called `recalibrate`. `source`
     determines the preprocessing of the images.
@@ -156,8 +160,8 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
     """Return a copy of `profile` in which `adapter_bytes` of the `step` rows is the size of the adapter of `model`.
 
-    `profile` was measured on `Replay.tail`, without the BatchNorm statistics of the prefix that the saved adapter
-    includes. If `model` is not a PEFT model, return `profile`.
+    `profile` was measured on `Replay.tail`. Its `adapter_bytes` therefore lack the BatchNorm statistics of the prefix,
+    which the saved adapter includes. If `model` is not a PEFT model, return `profile`.
     """
     if not isinstance(model, PeftModel):
         return profile

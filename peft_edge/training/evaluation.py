@@ -83,10 +83,10 @@ def _predict_test(model: nn.Module, config: RunConfig, domain: Domain, accelerat
 def predict_source_tests(
     source: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator
 ) -> list[Predictions]:
-    """Return the result of `predict_tests` for the source model, from the shared cache if it is there.
+    """Return the result of `predict_tests` for the source model, using the shared cache.
 
-    The source model is the same in many runs, so each of its tests runs once. If the cache folder cannot be written,
-    the predictions are not stored.
+    Many runs have the same source model, so its predictions are computed once and stored in the cache. If the cache
+    folder cannot be written, they are not stored.
     """
     found = []
     for domain in (task.source, *task.targets):
@@ -115,7 +115,10 @@ def predict_source_tests(
 
 @contextmanager
 def _locked(file: Path) -> Iterator[bool]:
-    """Lock `file` against other runs if `file` cannot be read, and yield whether `file` may be written."""
+    """Unless `file` contains predictions, lock it against other runs. Yield whether this run holds the lock.
+
+    If the folder of `file` cannot be written, no lock is taken, and a warning is logged.
+    """
     with ExitStack() as stack:
         may_write = False
         if _read_predictions(file) is None:
@@ -131,17 +134,17 @@ def _locked(file: Path) -> Iterator[bool]:
 def _read_predictions(file: Path) -> Predictions | None:
     try:
         return Predictions(**json.loads(file.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):  # a missing or damaged file is computed and written again
+    except (OSError, ValueError, TypeError):  # the caller replaces a missing or damaged file
         return None
 
 
 def results(predictions: list[list[Predictions]]) -> dict[str, object]:
     """Return the test results of a run as a dict: accuracies, retention, forgetting and a harmonic mean.
 
-    `predictions[0]` is the result of `predict_tests` for the source model, and `predictions[i]` for the model after
-    target i. For method none, there is only `predictions[0]`. The harmonic mean is that of the final accuracies on the
-    target and on the source. With several targets, `TARGET` is the accuracy on the test images of all targets together,
-    and the dict also contains the matrix `accuracies`.
+    `predictions[0]` is the result of `predict_tests` for the source model, and `predictions[i]` is the result for the
+    model after target i. For method none, there is only `predictions[0]`. `harmonic mean` is computed from the final
+    accuracies on the target and on the source. With several targets, `TARGET` is the accuracy on the test images of all
+    targets together, and the dict also contains the matrix `accuracies`.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
     # For method none, the source model is also the final model.
@@ -212,11 +215,11 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Return a dict from layer name to the relative norm and the stable rank of the change of the layer's kernel.
+    """Return a dict from the name of each changed convolution to its `KernelChange`.
 
-    `updated` is `source` with the update merged. Let `old` be a kernel of `source`, reshaped to (C_out, -1), and
-    `change` the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm = |change|_F / |old|_F and
-    stable_rank = |change|_F² / |change|_2². Layers with an unchanged kernel are left out.
+    `updated` is `source` with the update merged. Let `old` be a kernel of `source`, reshaped to (C_out, -1). Let
+    `change` be the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm = |change|_F / |old|_F and
+    stable_rank = |change|_F² / |change|_2². Convolutions with an unchanged kernel are left out.
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
     >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))

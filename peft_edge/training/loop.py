@@ -35,7 +35,7 @@ DIVERGED_LOSS = 100.0
 class DivergedError(ValueError):
     """Raised if a loss is above `DIVERGED_LOSS`, or if a loss or a validation logit is not finite."""
 
-    tried: Sequence[dict[str, object]] = ()  # the record's `sweep` entries for this target; set by `sweep`
+    tried: Sequence[dict[str, object]] = ()  # entries for `TrainInfo.sweep` of the record; set by the function `sweep`
 
 
 def train(
@@ -51,13 +51,13 @@ def train(
 ) -> tuple[Progress, list[StepProfile]]:
     """Train until `training.epochs` are done, starting from the newest checkpoint if there is one.
 
-    An interrupted and resumed run gives bit-identical weights to an uninterrupted run. The accelerator must have
-    prepared the first five arguments. `evaluated` is the model to evaluate: the whole model if `model` is
+    An interrupted and resumed run gives the same weights, bit for bit, as an uninterrupted run. The accelerator must
+    have prepared the first five arguments. `evaluated` is the model to evaluate: the whole model if `model` is
     `Replay.tail`, otherwise `model`. `name` identifies this training run in folders, trackers and the progress bar.
 
     Returns:
-        The progress with the measurements of each epoch, and the step profiles of all processes (empty if
-        `profiling.every_n_steps` is 0).
+        The progress with the measurements of each epoch, and the step profiles of all processes. The list of profiles
+        is empty if no step was measured, for example because `profiling.every_n_steps` is 0.
 
     Raises:
         OSError: If a checkpoint or a step profile cannot be written.
@@ -113,7 +113,7 @@ def train(
                     seconds = progress.train_time / progress.step
                 progress.step = state.global_step = progress.step + 1
                 send("on_step_end")
-                # Reading the loss waits for the device, so its time counts. The time of writing step profiles does not.
+                # `item` waits for the device, so its time is part of the step. Writing step profiles (above) is not.
                 started = time.perf_counter()
                 mean_loss = accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += seconds + time.perf_counter() - started

@@ -35,7 +35,8 @@ def run(config: RunConfig) -> Record:
 
     Afterwards `config.output_dir` contains the update and the record. Method none has no update. If `hub.repo_id` is
     set, the update and the record are also uploaded. An interrupted run continues from its newest checkpoint. If the
-    run is already finished, only the record is read and the upload is repeated.
+    run is already finished, it is not repeated: the function returns its record, and uploads again if `hub.repo_id` is
+    set.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
@@ -79,7 +80,7 @@ def _run_stages(run: ActiveRun) -> Record:
     config, accelerator = run.config, run.accelerator
     started, clock = time.time(), time.perf_counter()
     with failure_recorded(run, started):
-        # The backbone: errors in its weights show before any data are read.
+        # The backbone: load it first, so that errors in its weights are raised before any data are read.
         new_backbone(config, num_classes=2)
 
         # Data: the source and the targets.
@@ -203,7 +204,7 @@ def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def _push(run: ActiveRun, record: Record, repo_id: str) -> None:
-    """Push the update of a finished run. If the push fails, write the reason to the local record and raise OSError."""
+    """Push the update of a finished run. If the push fails, add the reason to `record.json`, and raise an OSError."""
     options = run.config.hub.model_dump(exclude={"repo_id"})
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
     if record.run_info.error_msg:

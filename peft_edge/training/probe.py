@@ -27,7 +27,7 @@ from peft_edge.data.domain import stratified_split
 from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.profiling.tables import text_table
 
-MEAN_SIZE, TEST_SIZE = 20, 200  # images per class for the class means, and images that are classified
+MEAN_SIZE, TEST_SIZE = 20, 200  # maximum number of images: per class for its mean feature, and to be classified
 IMPORTED, RANDOM = "as imported", "random weights"
 NORMALISATIONS = {
     "mean and std of ImageNet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -37,12 +37,13 @@ NORMALISATIONS = {
 
 @dataclass(frozen=True)
 class WeightProbe:
-    """The accuracies of a network that was not trained on the images.
+    """The accuracies of a network on images that it was not trained on.
 
     Attributes:
         class_mean: A dict from setting to the accuracy of the nearest class mean. The settings are `IMPORTED`, other
             normalisations of the input, and `RANDOM`.
-        head: The accuracy of the network's own head; None if its classes are not known, or are not those of the images.
+        head: The accuracy of the network's own head. None if the classes of the head are unknown or lack a class of the
+            images.
     """
 
     class_mean: Mapping[str, float]
@@ -50,7 +51,7 @@ class WeightProbe:
 
     @property
     def warnings(self) -> list[str]:
-        """Reasons to doubt the weights or their preprocessing."""
+        """Messages about probable mistakes in the weights or their preprocessing. Empty if nothing is suspicious."""
         imported, random = self.class_mean[IMPORTED], self.class_mean[RANDOM]
         found = []
         if imported < random + 0.05:
@@ -76,13 +77,14 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     """Measure how well the features of a timm model separate the classes of labelled images, without training.
 
     Each test image gets the class whose mean feature has the largest cosine similarity with the image's feature, as in
-    nearest-class-mean classification (Mensink et al. 2013). Features are the inputs of the head, minus their mean. The
-    result for other normalisations and for random weights shows whether the weights and the preprocessing are right.
+    nearest-class-mean classification (Mensink et al. 2013). Features are the inputs of the head, minus their mean over
+    the training images. The images are also classified with other normalisations and with random weights. If one of
+    these is better than the imported weights, the weights or the preprocessing are probably wrong.
 
     Args:
         model: A timm model. It is not changed.
-        folder: A folder with one subfolder for each class, or a Hugging Face dataset. The class means are those of
-            training images.
+        folder: A folder with one subfolder for each class, or a Hugging Face dataset. Class means are computed on its
+            training images, and accuracies on its test images.
 
     Raises:
         ValueError: If the images cannot be read, or there are too few.
@@ -133,10 +135,10 @@ def class_mean_accuracy(features: Tensor, labels: Tensor, test_features: Tensor,
 
 
 def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
-    """Return the index of the output for each class name, or None if the head lacks a class.
+    """Return the index of the output for each name in `names`, or None if the head lacks one of these classes.
 
-    Without class names, a head for 1,000 classes is assumed to be ImageNet's. Its classes have the WordNet ids
-    (`n02123045`) and the names of ImageNet (`tabby`).
+    If the model has no class names, timm infers from the number of classes whether they are those of ImageNet. The
+    names of these classes are WordNet ids (`n02123045`) and words (`tabby`).
 
     Example:
         >>> head_outputs(load_backbone("mobilenetv2_035"), ["n02123045", "Tabby", "daisy"])

@@ -47,7 +47,7 @@ class ActiveRun:
         """Whether the record says that the run has succeeded. False if the record cannot be read."""
         try:
             return self.record is not None
-        except (ValueError, OSError):  # `record` raises the error where the reason matters
+        except (ValueError, OSError):  # callers that need the reason read `record`, which raises the error
             return False
 
     def write_record(self, record: Record) -> None:
@@ -60,7 +60,7 @@ class ActiveRun:
                     remove(self.path / name)
 
     def publish(self, update: Path) -> Path:
-        """Copy the folder `update`, named `adapter` or `model`, into the run's folder. Return the path of the copy."""
+        """Copy the folder `update`, named `adapter` or `model`, into `path`, and return the path of the copy."""
         published = self.path / update.name
         if self.accelerator.is_main_process:
             with atomic_write(published) as unfinished:
@@ -71,9 +71,9 @@ class ActiveRun:
 
 @contextmanager
 def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Lock `output_dir` against other runs; only the main process holds the lock.
+    """Lock `output_dir` against other runs inside the block. Only the main process takes and holds the lock.
 
-    The lock is released at the end of the block, or by the operating system if the process dies.
+    If the process dies, the operating system releases the lock.
 
     Raises:
         ConfigError: If another run holds the lock.
@@ -96,11 +96,12 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
 
 @contextmanager
 def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """If a process fails inside the block, end all other processes of the run with exit code 1 and the reason.
+    """If a process fails inside the block, end all other processes of the run with exit code 1, and print the reason.
 
-    Otherwise the other processes would wait for the failed process, because not every launcher ends them. The failed
-    process writes the reason next to `output_dir`, where a thread of every process looks for it once a second. A
-    process whose own collective operation fails within five seconds ends by this error, and can still write its record.
+    Not every launcher ends the other processes, which would otherwise wait for the failed process. The failed process
+    writes the reason to a file next to `output_dir`. A thread of every process looks for this file once a second, and
+    ends its process five seconds later. If a collective operation fails in these five seconds, the process ends with
+    that error instead, and can still write its record.
     """
     if accelerator.num_processes == 1:
         yield
@@ -115,7 +116,7 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     def watch() -> None:
         while not is_over.wait(1):
             if file.exists() and not is_over.wait(5):
-                # The main thread waits in a collective operation, and no exception reaches it there.
+                # End the process from this thread: no exception reaches a main thread in a collective operation.
                 print(f"process {index} ends, because {file.read_text(encoding='utf-8')}", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -154,6 +155,8 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 def is_started(config: RunConfig, path: Path) -> bool:
     """Return whether `path` holds the run of `config`, finished or not.
 
+    The result is also False if `path` holds a different run without checkpoints and results.
+
     Raises:
         ConfigError: If `path` contains results of a different run, unrelated files, or a damaged `config.yaml`.
     """
@@ -186,13 +189,13 @@ def is_started(config: RunConfig, path: Path) -> bool:
 
 
 def cache_folder(config: RunConfig) -> Path:
-    """Return the absolute path of the folder with source models and stored features, which runs share."""
+    """Return the absolute path of the folder in which runs share source models, stored features and predictions."""
     # A saved adapter contains the path of its source model, and may be loaded from another working directory.
     return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 of `parts`, `device_type`, seed, threads, and the versions of torch, torchvision and timm."""
+    """Return a SHA-256 hash of `parts`, `device_type`, seed, number of threads, and versions of torch's packages."""
     parts |= {
         "seed": config.seed,
         "device": device_type,
@@ -291,7 +294,7 @@ def _is_intact(checkpoint: Path) -> bool:
     try:
         written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
         return all(_digest(checkpoint / name) == digest for name, digest in written.items())
-    except (FileNotFoundError, ValueError, AttributeError, RecursionError):  # the caller names a damaged checkpoint
+    except (FileNotFoundError, ValueError, AttributeError, RecursionError):  # errors of a missing or damaged file
         return False
 
 

@@ -35,13 +35,13 @@ from peft_edge.training.run_folder import cache_folder, cache_key
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], object]
-"""Prints a message for the user."""
+"""A function that prints a message for the user."""
 
 
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
-    """Set the random seed, and return the backbone with the weights from which training of the source model starts.
+    """Set the random seed, and return the backbone with the initial weights of the source model.
 
-    If loaded weights have another number of classes, `say` is called with a message about the new head.
+    If loaded weights have another number of classes, the head is replaced, and `say` is called with a message.
     """
     set_seed(config.seed)
     options = config.backbone
@@ -57,9 +57,10 @@ def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda messa
 def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Say = lambda message: None) -> nn.Module:
     """Train the source model, or load it from the cache, and return it on `device` in channels_last.
 
-    One process trains the model while all other processes that need this model wait, including those of other runs.
+    One process trains the model, while all other processes that need it wait, including processes of other runs.
     Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone
-    with its initial weights. An interrupted training continues from its newest checkpoint, with bit-identical weights.
+    with its initial weights. Interrupted training continues from its newest checkpoint. The resulting weights are then
+    bit-identical to those of uninterrupted training.
 
     Raises:
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
@@ -67,7 +68,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
     """
     model = new_backbone(config, task.source.num_classes, say=say)
     set_class_names(model, task.source.class_names)
-    # Unmodified weights from the Hub need no copy in the cache: an adapter can load them by name on any machine.
+    # Unmodified weights from the Hub need no copy in the cache, because an adapter can load them by name.
     is_unmodified = config.backbone == BackboneConfig(name=config.backbone.name, pretrained=True)
     if config.source.epochs > 0 or not is_unmodified:
         key = cache_key(
@@ -81,7 +82,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
-        # A folder that exists is complete. Reading needs no lock, and another user's cache may be read-only.
+        # A folder that exists is complete, so it is read without a lock. Another user's cache may be read-only.
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # The operating system releases this lock even if the process is killed.
@@ -110,7 +111,7 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
             f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
             f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
         )
-    # OneCycleLR divides by the warm-up steps minus one, and with pct_start=0.2 five steps have one warm-up step.
+    # OneCycleLR divides by the number of warm-up steps minus one. With pct_start=0.2, five steps have one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}

@@ -128,7 +128,10 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 
 
 def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
-    """Return the sum of costs, with the highest of their peaks. A field that is None in one of them is None."""
+    """Return the sum of each field of `costs`, but the maximum of `process_peak_bytes`. None if `costs` is empty.
+
+    A field that is None in one element of `costs` is None in the result.
+    """
     if not costs:
         return None
     columns = {name: [getattr(each, name) for each in costs] for name in TrainingCosts.model_fields}
@@ -143,15 +146,15 @@ def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
     """Write a record with the error if the block raises, and re-raise the error.
 
-    SIGTERM raises SystemExit in the block, because a launcher sends SIGTERM to all other processes if one process dies.
-    Only the main process writes the record. An existing record of success is kept.
+    Only the main process writes the record. An existing record of success is kept. SIGTERM raises SystemExit in the
+    block, so that the record is also written if a launcher ends this process because another process died.
     """
     with on_termination(lambda number, frame: sys.exit(128 + number)):
         try:
             yield
         except BaseException as error:
             if run.is_finished:
-                # The record of success is already written, so the error occurred after the run.
+                # The record of success is already written, so keep it.
                 raise
             message = "".join(traceback.format_exception(error))
             # A full disk must not hide the original error, and a second SIGTERM must not interrupt `write_record`.
@@ -187,7 +190,7 @@ def retention_warning(record: Record) -> str | None:
 
 
 def summary_table(record: Record) -> str:
-    """Return a text table of a successful run: accuracies, sizes, times, sweep, replay, checks, step profile."""
+    """Return a text with the accuracies, sizes, times, learning rates, checks and step profiles of a successful run."""
     config, train = record.run_info.train_config, record.train_info
     names = (TARGET, SOURCE, TARGET_BEFORE, SOURCE_BEFORE, "retention")
     tests = {name: "-" if (value := train.metrics[-1][name]) is None else f"{value:.3f}" for name in names}
