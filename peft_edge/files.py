@@ -19,10 +19,10 @@ _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename the temporary file to `path` after the block.
 
-    If the block fails, `path` is unchanged. If the process is killed, the next call deletes the temporary path. A file
-    always has either its old or its new content, even after a power cut. Replacing a folder by a folder takes two
-    renames. If the process is killed between the two renames, `path` is missing, and the old folder is at
-    `.<name>.replaced`.
+    If the block fails, `path` is unchanged. If the process is killed, the temporary file remains until the next call
+    deletes it. A file always has either its old or its new content, even after a power cut. Replacing a folder by a
+    folder takes two renames. If the process is killed between the two renames, `path` is missing, and the old folder is
+    at `.<name>.replaced`.
 
     Raises:
         OSError: If the disk is full, if a file would replace a folder, or if a folder would replace a file.
@@ -117,7 +117,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """Tell the user how to install `extra`, an extra of this package, if an import in the block fails.
+    """If an import in the block fails, raise an error that says how to install `extra`, an extra of this package.
 
     Raises:
         ImportError: If a package that the block imports is not installed.

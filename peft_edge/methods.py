@@ -72,14 +72,15 @@ class Method:
     """
 
     prepare: Prepare
-    """Takes a timm model and the options, and returns the model to train. May change the timm model in place."""
+    """A function that takes a timm model and the options, and returns the model to train. It may change the timm model
+    in place."""
 
     section: str | None = "adapter"
     """Configuration section whose keys are the options, in addition to `norm`. None: `norm` is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
-    """Takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and `weight_decay`. Returns
-    the optimizer. None: the method uses no gradients."""
+    """A function that takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and
+    `weight_decay`, and returns the optimizer. None: the method uses no gradients."""
 
     saves_full_model: bool = False
     """Save the whole model instead of a PEFT adapter. Needed if the adapter would not contain all trained weights."""
@@ -93,7 +94,10 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 
 
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
-    """Return a `prepare` function that adds no adapter to convolutions, and treats BatchNorm according to `norm`."""
+    """Return a `prepare` function that adapts no convolution, only BatchNorm according to the option `norm`.
+
+    With `saves_head`, the head is also trained. `fixed` are further arguments of `ConvLoraConfig`.
+    """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
         settings = {"norm": options["norm"], "modules_to_save": head_names(model) if saves_head else None, **fixed}
@@ -103,7 +107,7 @@ def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
 
 
 def _everything(model: nn.Module, options: Options) -> nn.Module:
-    # `affine` would train copies of BatchNorm's weights, but `requires_grad_(True)` makes the weights trainable.
+    # `requires_grad_(True)` makes BatchNorm's own weights trainable, so the copies that `affine` trains are not needed.
     norm = "stats" if options["norm"] == "affine" else options["norm"]
     return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 

@@ -80,7 +80,7 @@ class RunInfo(JsonModel):
     peft_branch: str | None = None
     """The git branch of PEFT; null for a released version."""
     error_msg: str = ""
-    """The error with which the run failed, or an empty string."""
+    """Why the run failed, or why the push to the Hub failed after a successful run; otherwise an empty string."""
 
 
 class KernelChange(JsonModel):
@@ -99,19 +99,19 @@ class KernelChange(JsonModel):
 
 
 class TrainingCosts(JsonModel):
-    """The costs of whole trainings, summed over the targets. Only the selected learning rates count.
+    """The costs of training, summed over the targets. For each target, only the selected learning rate counts.
 
     `total_s` is the sum of `step_s`, `loading_s`, `storing_s` and `statistics_s`.
     """
 
     total_s: float
-    """Time from the first image to the last optimizer step, without validation."""
+    """Time of training without validation."""
     step_s: float
     """Time of the optimizer steps."""
     loading_s: float
     """Time in which training waited for batches of images or of stored features."""
     storing_s: float
-    """Time to load the images and store their features for replay, even if an earlier run has stored these features."""
+    """Time to load the images and store their features for replay, which an earlier run may have done."""
     statistics_s: float
     """Time to load the images and estimate BatchNorm statistics."""
     validation_s: float
@@ -130,16 +130,16 @@ class TrainInfo(JsonModel):
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
-    """Time of the optimizer steps, summed over targets: `step_s` of `costs`, or the time in which a method without
-    gradients estimates statistics. Only the selected learning rates count."""
+    """Time of the optimizer steps (`step_s` of `costs`). For a method without gradients, the time in which it estimates
+    statistics. The times of all targets are added. For each target, only the selected learning rate counts."""
     costs: TrainingCosts | None = Field(default=None, exclude_if=lambda value: value is None)
-    """The costs of whole trainings; absent from records of earlier versions, and if nothing was trained."""
+    """The costs of training; absent from records of earlier versions, and if nothing was trained."""
     file_size: int | None = None
     """Bytes of the saved adapter, or of the saved model for a method without an adapter."""
 
     num_trainable_params: int | None = None
     num_total_params: int | None = None
-    """The number of trainable parameters, and the number of all parameters, of the backbone."""
+    """The number of trainable parameters of the adapted model, and the number of all parameters of the source model."""
 
     accelerator_memory_reserved_avg: int | None = None
     accelerator_memory_max: int | None = None
@@ -153,7 +153,8 @@ class TrainInfo(JsonModel):
     replay: JsonObject | None = None
     """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
     checks: dict[str, float] = {}
-    """The largest absolute differences of the logits of the reloaded and the merged model from the trained model's."""
+    """The largest absolute difference between the logits of the trained model and those of the reloaded model, and the
+    same for the merged model."""
     changes: dict[str, KernelChange] = {}
     """A dict from the name of each changed convolution to its change; empty if the update cannot be merged."""
 

@@ -61,8 +61,8 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
     """Replace the classifier of a timm model in place. The new weights follow N(0, 0.01²), and the biases are zero.
 
     At the start of training, the cross-entropy is near log(num_classes), the loss of a uniform prediction. With timm's
-    initialisation of mobile networks, it would be 6 to 8 for ten classes. The class names of the model are removed.
-    `generator` must be on the device of the model.
+    initialisation of mobile networks, the cross-entropy would be 6 to 8 for ten classes. The class names of the model
+    are removed. `generator` must be on the device of the model.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -137,10 +137,11 @@ def _check_no_adapter(base: nn.Module) -> None:
 
 
 def change_classes(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None = None) -> None:
-    """Change the classes of a model in place. Rows of the head whose class has a name in `names` are kept.
+    """Change the classes of a model in place to `names`. Rows of the head for classes that already exist are kept.
 
-    Rows for other classes have the initial values of :func:`replace_head`. Rows of classes that are not in `names` are
-    removed. `model` may also be a PEFT model whose head is one of the `modules_to_save`, see :func:`grow_head`.
+    Rows for new classes have the initial values of :func:`replace_head`. Rows of classes that are not in `names` are
+    removed. If the model has no class names, all its rows are removed. `model` may also be a PEFT model whose head is
+    one of the `modules_to_save`, see :func:`grow_head`.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -200,7 +201,7 @@ def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Return the class names in the order of the outputs, or None if the model has no class names or is no timm model.
+    """Return the class names in the order of the outputs. None without class names, or if timm did not build the model.
 
     Raises:
         ValueError: If the number of names is not the number of classes, for example after timm's `reset_classifier`.

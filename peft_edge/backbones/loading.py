@@ -55,7 +55,7 @@ EDGE_FAMILIES = {
 }
 """A dict from each supported family of edge networks to the name of a small timm model, on which the tests run."""
 
-# timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save it. We always pass this value.
+# timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save `bn_eps`. Always pass one value.
 _FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
@@ -141,11 +141,13 @@ def set_preprocessing(
     crop_pct: float | None = None,
     image_size: int | None = None,
 ) -> None:
-    """Set how images are preprocessed for a timm model, where an argument is given. :func:`save_backbone` saves it.
+    """Set the preprocessing of a timm model. Arguments that are None change nothing.
+
+    :func:`save_backbone` saves the preprocessing with the model.
 
     Args:
         model: A timm model.
-        mean: The mean of the input pixels between 0 and 1, which is subtracted: three numbers, or one for all channels.
+        mean: The mean that is subtracted from pixels between 0 and 1: three numbers, or one for all channels.
         std: The standard deviation by which pixels are then divided: three numbers, or one for all channels.
         interpolation: The filter for resizing: nearest, bilinear, bicubic, lanczos, box or hamming.
         crop_pct: The fraction of a resized photograph's side that the centre crop keeps.
@@ -313,9 +315,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file whose tensors have the names and shapes of those of `model`.
+    """Load a safetensors file into `model`. Its tensors must have the same names and shapes as those of `model`.
 
-    If the file has another number of classes, the head of `model` is first replaced by a head with this number.
+    Only the number of classes may differ: the head of `model` is then first replaced by a head of the right size.
     """
     try:
         weights = safetensors.torch.load_file(path)

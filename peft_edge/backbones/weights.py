@@ -21,12 +21,13 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 @dataclass(frozen=True)
 class WeightMatch:
-    """Which tensor of a file was loaded into which tensor of a model.
+    """A match between the tensors of a file and the tensors of a model.
 
     Attributes:
         source: The name of the file.
-        names: A dict from the model's tensor names to those of the file.
-        is_by_name: Whether the names are equal, except for a prefix. Otherwise, the tensors were matched by order.
+        names: A dict from the name of each matched tensor in the model to its name in the file.
+        is_by_name: Whether the tensors were matched by name, ignoring a common prefix. Otherwise, they were matched by
+            order.
         num_classes: The number of classes of the file's head, or None if the file has no head.
     """
 
@@ -100,11 +101,12 @@ def match_weights(
 ) -> WeightMatch:
     """Match the tensors of `weights` with those of a timm model, by name or else by order.
 
-    In each pair, the shapes and the last components of the names (such as `weight` or `running_mean`) must be equal.
-    The order cannot distinguish two tensors of the same shape and kind. Therefore check a match by order on images. The
-    number of classes in the head may differ. The file may have no head and no counters `num_batches_tracked`. A prefix
-    of all names is ignored. `source` is the name of the file in messages. If `is_ordered` is False, the order of the
-    tensors means nothing, and they are matched only by name.
+    A prefix that all names in `weights` share is ignored. Tensors are matched by order if at most half of the names are
+    equal. In each pair, the shapes and the last components of the names (such as `weight` or `running_mean`) must be
+    equal. The order cannot distinguish two tensors of the same shape and kind. Therefore check a match by order on
+    images. The number of classes in the head may differ. `weights` may lack the head and the counters
+    `num_batches_tracked`. `source` is the name of the file in messages. Pass `is_ordered=False` if the order of
+    `weights` is not the order in which the model was saved. Then tensors are matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.

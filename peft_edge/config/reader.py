@@ -65,7 +65,7 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def check_grid_keys(file: Path) -> None:
-    """Check the keys of a study's grid file without importing torch. `read_grid` checks everything else.
+    """Check the keys of a study's grid file without importing torch. `read_grid` checks all other parts of the file.
 
     Raises:
         ConfigError: If a block of runs has an unknown configuration key in its `grid`, or a block of cost analyses has
@@ -121,7 +121,7 @@ def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
-    """Return a dict of values and a dict of origins, both by dotted key, and the messages for unreadable arguments."""
+    """Return a dict from keys to values, a dict from keys to their origins, and an error for each bad argument."""
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []

@@ -32,7 +32,7 @@ ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project"
 
 def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
     def check(name: str) -> str:
-        # Importing peft_edge.methods here would import torch. A program that adds methods has already done so.
+        # Importing peft_edge.methods here would import torch. A program that adds methods has already imported it.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -107,14 +107,15 @@ class BackboneConfig(Section):
     small_images: bool = False
     """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
     mean: Channels | None = None
-    """Mean of the input pixels between 0 and 1, for all channels or as a list of three; by default as in the weights'
-    configuration. Weights need the values that they were trained with."""
+    """Mean that is subtracted from pixels between 0 and 1: one number, or a list of three. The default is saved with
+    the weights. Use the value with which the weights were trained."""
     std: Channels | None = None
-    """Standard deviation by which pixels are divided, in the form of `mean`; by default as in the configuration."""
+    """Standard deviation by which pixels are then divided: one number, or a list of three. The default is saved with
+    the weights."""
     interpolation: Interpolation | None = None
-    """Filter for resizing images; by default as in the weights' configuration."""
+    """Filter for resizing images. The default is saved with the weights."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of a resized photograph's side that the centre crop keeps; by default as in the configuration."""
+    """Fraction of a resized photograph's side that the centre crop keeps. The default is saved with the weights."""
 
 
 class DataConfig(Section):
@@ -123,14 +124,15 @@ class DataConfig(Section):
     name: str = "digits"
     """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
     source_filters: list[list[str | int | float | list[str]]] = []
-    """Read only rows of `name` that meet all conditions `[column, operator, value]`, for a Hugging Face dataset. In a
-    folder of domains, the only column is `domain`, the name of the subfolder: `[[domain, "==", photo]]`."""
+    """Read only rows of `name` that meet all conditions `[column, operator, value]`. `name` must be a Hugging Face
+    dataset or a folder of domains. In a folder of domains, the only column is `domain`, the name of the subfolder:
+    `[[domain, "==", photo]]`."""
     shift: str | None = None
-    """What gives the target images: the name of a corruption, another split or another dataset, or a folder."""
+    """Where the target images come from: a corruption, another split of `name`, another dataset, or another folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 to 5. Only for corruptions with severities, whose default is 5."""
     shift_filters: list[list[str | int | float | list[str]]] = []
-    """Read only rows of `shift` (by default of `name`) that meet all conditions, in the form of `source_filters`."""
+    """Read only rows of `shift` that meet all conditions; see `source_filters`. `shift` is then by default `name`."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
     """Classes that the source model does not know, in the order of addition. Set either `new_classes` or `shift`."""
     increments: PositiveCount = 1
@@ -143,9 +145,9 @@ class DataConfig(Section):
     """Maximum number of target training images; by default all of them. With new classes, the maximum for each
     increment. For a corruption of your own images, at most a quarter of the training images."""
     augment: Literal["none", "shift", "photo", "auto"] = "auto"
-    """Augmentation of training images. shift: by up to an eighth. photo: random crop, flip and colours. auto: photo if
-    the shorter side has at least 128 pixels, otherwise shift. Choose shift for text, signs and other images that must
-    not be flipped."""
+    """Augmentation of training images. shift: move the image by up to an eighth of its sides. photo: random crop, flip
+    and colour changes. auto: photo if the shorter side has at least 128 pixels, otherwise shift. Choose shift for text,
+    signs and other images that must not be flipped."""
     subset: str | None = None
     """Configuration name of a Hugging Face dataset."""
     train_split: str = "train"
@@ -266,8 +268,8 @@ class LeanConfig(Section):
     """Use lean layers during training. The saved update has the same format with and without lean training."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Needs
-    frozen BatchNorm, or `recompute`. By default true if `norm` is frozen or recalibrate, and the layers of the model
-    can be traced."""
+    `norm` frozen or recalibrate, or `recompute`. By default true if `norm` is frozen or recalibrate, and the model can
+    be traced."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool = False
