@@ -88,7 +88,7 @@ def is_observed(layer: nn.Module) -> bool:
 
 
 def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call `layer(x)`, and so the layer's hooks, with `forward` instead of the layer's own forward pass.
+    """Call `layer(x)` with `forward` instead of the layer's own forward pass, so that the layer's hooks run.
 
     Accelerate's hooks replace `layer.forward` by a function that loads the weights and then calls `_old_forward`. In
     this case, `forward` takes the place of `_old_forward`.
@@ -181,7 +181,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().add_module(name, module)
 
     def _converted_base_layer(self, old: nn.Module, new: nn.Module) -> nn.Module:
-        """Return the base layer for a replacement of `old` by `new`, or raise a `ValueError`."""
+        """Return the base layer to use when `new` replaces `old`, or raise a `ValueError`."""
         if innermost_layer(old) is innermost_layer(new):
             return new  # PEFT wraps the base layer in another tuner, or unwraps it
         raise ValueError(
@@ -202,9 +202,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The weight with which the layer computes its output: that of the base layer, changed by the active adapters.
+        """The weight with which the layer computes its output: the base layer's weight, changed by the active adapters.
 
-        Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, it is a copy.
+        Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, the result is a
+        copy. If several tuners adapt the layer, an `AttributeError` is raised.
         """
         return self._effective_tensor("weight")
 
@@ -226,7 +227,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return tensor if changed is None else changed.to(tensor)
 
     def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
-        """Return the base layer's tensor `name` as changed by `adapters`, or None if they do not change the tensor."""
+        """Return the base layer's tensor `name` after the change by `adapters`, or None if they do not change it."""
         raise NotImplementedError
 
     def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
@@ -240,7 +241,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
     def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
-        """Return the original layer."""
+        """Return the original layer, inside the layers of all tuners."""
         return innermost_layer(self.base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -298,7 +299,10 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
-        """Return the base-layer tensors after merging `adapter_names` too, or raise the errors of `merge`."""
+        """Return the tensors that the base layer would have after `adapter_names` are merged, too.
+
+        The layer does not change. Raise the errors that `merge` would raise.
+        """
         base = self.get_base_layer()
         self.check_base_layer()
         with torch.no_grad():

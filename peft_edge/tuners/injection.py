@@ -30,7 +30,8 @@ from peft_edge.tuners.norm import BatchNormLayer
 class TargetModule(NamedTuple):
     """A module `base` of the unadapted network, its `name` in this network, and its place in the adapted network.
 
-    `module` is `parent.<child_name>`, which is the tuner layer around `base`, or `base` itself if it is not adapted.
+    Its place is the child `child_name` of `parent`. `module` is this child: the tuner layer around `base`, or `base`
+    itself if `base` is not adapted.
     """
 
     name: str
@@ -120,7 +121,7 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
 
 
 def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
-    """Return the roles and similar names, as the end of the error message for targets without a match."""
+    """Return the end of an error message for targets without a match: the targets, all roles, and similar names."""
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -141,11 +142,11 @@ def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, 
 
 
 def check_ties(config: PeftConfig, model: nn.Module) -> None:
-    """Check that no adapted convolution or norm shares a tensor with another module. Merging would change both.
+    """Check that no layer to adapt shares a tensor with another module, because merging would change both modules.
 
     Raises:
-        ValueError: If an adapted layer shares a tensor, or a module in `modules_to_save` is in several places. The
-            setting `ensure_weight_tying` allows such modules.
+        ValueError: If a convolution or norm to adapt shares a tensor. If a module in `modules_to_save` is in several
+            places, and `ensure_weight_tying` is not set.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     places = places_of_modules(model)
@@ -176,7 +177,7 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 
 
 def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
-    """Replace a module in `config.modules_to_save` by its parts if PEFT would also match some of the parts.
+    """Replace a module in `config.modules_to_save` by its parts if its name also matches one of the parts.
 
     PEFT matches the ends of names. The name `classifier` therefore also matches `classifier.low_classifier`. PEFT would
     save this part twice, and could not load the adapter.
@@ -220,7 +221,7 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
 
 
 def warn_of_unmatched_names(config: PeftConfig, model: nn.Module) -> None:
-    """Warn about names in `target_modules` and `modules_to_save` without a module, which PEFT would ignore."""
+    """Warn about names in `target_modules` and `modules_to_save` that match no module. PEFT ignores such names."""
     keys = {name for name, _ in model.named_modules(remove_duplicate=False)}  # a shared module has several names
     keys |= {target.name for target in iter_target_modules(model)}
     targets = config.target_modules
@@ -238,7 +239,7 @@ def warn_of_unmatched_names(config: PeftConfig, model: nn.Module) -> None:
 
 
 def warn_of_unsaved_norms(model: nn.Module) -> None:
-    """Warn about norms whose running statistics change in training mode, but are saved with no adapter."""
+    """Warn about norms whose running statistics change in training mode, but are not saved with an adapter."""
     names = [
         target.name
         for target in iter_target_modules(model)
@@ -262,7 +263,7 @@ def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -
     attributes = [(vars(config), dict(vars(config)))]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            # PEFT's layers have dictionaries with an entry for each adapter. Those of nn.Module have names with "_".
+            # Copy the dictionaries that PEFT's layers have for their adapters. Those of nn.Module start with "_".
             own = {key: copy.copy(value) for key, value in vars(module).items() if key == "_active_adapter"}
             own |= {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and not k.startswith("_")}
             attributes.append((vars(module), own))
@@ -286,13 +287,19 @@ def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -
 
 
 class Injection(BaseTuner):
-    """Base class of our models. It resolves layer roles before PEFT's injection, and then adapts BatchNorm layers."""
+    """Base class of the tuner models in this package.
+
+    It resolves layer roles before PEFT injects the adapters, and adapts the BatchNorm layers afterwards.
+    """
 
     config_class: type[PeftConfig]
     """The class of the tuner's configuration. In a mixed model, PEFT handles all other configurations."""
 
     _shared: Mapping[nn.Module, set[tuple[nn.Module, str]]] = MappingProxyType({})
-    """The places (parent, name) of each module that is in several places. Empty except while layers are replaced."""
+    """A dict from each module in several places to its places (parent, name).
+
+    It is set only while adapters are injected or unloaded, and empty otherwise.
+    """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         """Inject an adapter into `model`. An error leaves the model unchanged.
@@ -433,7 +440,10 @@ def _check_has_statistics(target: TargetModule) -> None:
 
 @contextmanager
 def _hidden_base_layers(model: nn.Module) -> Iterator[None]:
-    """Within the context, rename children `base_layer` in timm's DLA. PEFT would confuse them with adapted layers."""
+    """Within the context, rename the children of timm's DLA that are called `base_layer`.
+
+    PEFT would treat a module with such a child as an adapted layer.
+    """
     parents = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
     _rename_child(parents, "base_layer", "base_layer_")
     try:
@@ -510,8 +520,8 @@ def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 def base_fingerprint(model: PeftModel) -> str | None:
     """Return a SHA-256 hash of the names, shapes, dtypes and values of `base_parameters`, or None.
 
-    BatchNorm statistics are not hashed, because training may update those of the base model. The result is None if the
-    base parameters may have changed since loading: an adapter is merged, or its initialisation changes them (PiSSA).
+    BatchNorm statistics are not hashed, because training may update the statistics of the base model. The result is
+    None if an adapter is merged, or if the initialisation of an adapter changes base parameters (PiSSA).
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}

@@ -70,7 +70,8 @@ class NormState(nn.Module):
         count = getattr(base, "num_batches_tracked", None)  # a BatchNorm that timm or torchvision froze has no count
         if count is None:
             count = torch.zeros((), dtype=torch.long, device=copies["running_mean"].device)
-        # With a momentum of None, the first batch must not replace the statistics of all batches that the base saw.
+        # Start with the count of the base layer. With a momentum of None and a count of 0, the first batch would
+        # replace the statistics of the base layer.
         self.register_buffer("num_batches_tracked", count.detach().clone() if has_statistics else None)
         for name in ("weight", "bias"):
             is_trained = norm == "affine" and name in copies
@@ -144,7 +145,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """Reset the statistics of the last active adapter. torch's `update_bn` calls it through the base layer.
+        """Reset the statistics of the last active adapter. The base layer calls this method within torch's `update_bn`.
 
         Raises:
             ValueError: If no adapter is active, or `norm` of the last active adapter is not `"stats"` or `"affine"`. If
@@ -153,7 +154,7 @@ class BatchNormLayer(AdaptedLayer):
         state, momentum = self.current_state(), self.get_base_layer().momentum
         if state.norm not in ("stats", "affine"):
             raise ValueError(
-                f"Cannot reset the statistics of layer {self.target_name!r}: the adapter in use has none that the "
+                f"Cannot reset the statistics of layer {self.target_name!r}: the active adapter has none that "
                 f'training mode updates (norm={state.norm!r}). Use peft_edge.recalibrate with norm="recalibrate", '
                 "or update the base model's statistics before you adapt it."
             )
@@ -216,7 +217,10 @@ class BatchNormLayer(AdaptedLayer):
     def _by_state(
         self, x: Tensor, adapter_names: list[str] | None, function: Callable[[Tensor, NormState], Tensor]
     ) -> Tensor:
-        """Return `function(x, self.current_state())`. With `adapter_names`, call `function` once per adapter."""
+        """Return `function(x, self.current_state())`.
+
+        With `adapter_names`, call `function` once for each adapter, with the samples and the state of this adapter.
+        """
         if adapter_names is None:
             return function(x, self.current_state())
         y = torch.empty_like(x)
@@ -225,14 +229,14 @@ class BatchNormLayer(AdaptedLayer):
         return y
 
     def _call_replaced_forward(self, x: Tensor, state: NormState) -> Tensor:
-        """Call the base layer, whose forward pass somebody replaced, with the tensors of `state`."""
+        """Call the base layer, whose `forward` was replaced on the instance, with the tensors of `state`."""
         base = self.get_base_layer()
         tensors = {name: value for name, value in zip(_TENSORS, self._tensors(state), strict=True) if value is not None}
         uses_batch = self._uses_batch_statistics(state)
         if uses_batch and self._is_distributed():
             raise ValueError(
-                f"Layer {self.target_name!r}: somebody replaced the forward pass of this BatchNorm, so its statistics "
-                'cannot be those of all processes. Use norm="frozen" or "recalibrate".'
+                f"Layer {self.target_name!r}: the forward pass of this BatchNorm was replaced, so its statistics "
+                'cannot be computed over all processes. Use norm="frozen" or "recalibrate".'
             )
         before = base.training, base.momentum
         if uses_batch:
@@ -257,7 +261,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether the statistics of each batch normalise the batch, with the present settings."""
+        """Whether, with the present settings, the layer normalises each batch with the statistics of this batch."""
         return self._uses_batch_statistics(self.current_state())
 
     def _state(self, adapter: str) -> NormState:
@@ -273,7 +277,7 @@ class BatchNormLayer(AdaptedLayer):
         return self.estimating or (self.training and base.training and state.norm in ("stats", "affine"))
 
     def _is_distributed(self) -> bool:
-        # Do not synchronise within `update_bn`, which sets `momentum` to None: it may run in only one process.
+        # Do not synchronise while `update_bn` runs, because it may run in only one process. It sets `momentum` to None.
         is_local = not self.synchronises or (self._is_updated and self.get_base_layer().momentum is None)
         return not is_local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -330,7 +334,7 @@ class BatchNormLayer(AdaptedLayer):
     def pool(self, adapter_names: list[str], into: str) -> None:
         """Set the statistics of adapter `into` to those of the images of all `adapter_names` together.
 
-        An adapter that has counted n_i batches has the share p_i = n_i / (sum of n). If all counts are 0, the shares
+        Adapter i has counted n_i batches, and gets the weight p_i = n_i / (sum of n). If all counts are 0, the weights
         are equal. By the law of total variance, mean = sum p_i mean_i and var = sum p_i (var_i + mean_i²) - mean².
         """
         target, states = self._state(into), [self._state(name) for name in adapter_names]
@@ -341,7 +345,7 @@ class BatchNormLayer(AdaptedLayer):
         shares = (shares / shares.sum()).unsqueeze(1)
         means, variances = (torch.stack([getattr(state, name) for state in states]) for name in _TENSORS[:2])
         mean = (shares * means).sum(0)
-        # Equal to the formula above, without the difference of two large numbers.
+        # This expression equals the formula in the docstring, but does not subtract two large numbers.
         target.running_var.copy_((shares * (variances + (means - mean) ** 2)).sum(0))
         target.running_mean.copy_(mean)
         target.num_batches_tracked.copy_(counts.sum())

@@ -29,8 +29,8 @@ class ConvAdapterConfig(PeftConfig):
         modules_to_save: Names of modules that are trained and saved as a whole, such as a new head.
         reduction: The bottleneck has max(1, C // reduction) channels for an adapter with C input channels.
         kernel_size: Kernel size of the depthwise convolution; 1 leaves out this convolution. None means the kernel size
-            of the adapted convolution, or 3 for a block. An adapter whose kernel is larger than that of the adapted
-            convolution cannot be merged.
+            of the adapted convolution, or 3 for a block. An adapter whose kernel is larger than the kernel of the
+            adapted convolution cannot be merged.
         placement: The input of the adapter: the input of the adapted layer (`"parallel"`) or its output
             (`"sequential"`). The adapter's output is added to the output of the layer.
         activation: timm's name of the activation, such as `"relu"`. With None, the adapter is linear. A linear adapter

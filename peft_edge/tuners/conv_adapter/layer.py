@@ -39,7 +39,7 @@ _PROBED_SIZES = (64, 65)
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """Options of a convolution with the input and output shapes of an adapted layer, for use in its adapters.
+    """The options of a convolution that has the input and output shapes of an adapted layer.
 
     `padding` and `padding_mode` have the format of `F.pad`. If `padding` is None, timm's same-padding is used.
     """
@@ -62,7 +62,7 @@ class ConvSpec:
 
     @classmethod
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
-        """Return the options of a convolution with kernel size 3, and the channels and stride of a block.
+        """Return the options of a convolution with kernel size 3 and with the channels and the stride of `block`.
 
         The stride is measured on the meta device. The first convolution of the block must take the block's input.
 
@@ -97,7 +97,7 @@ class ConvSpec:
         return cls(conv.in_channels, shapes[0][1], (3,) * dims, stride, (1,) * dims, (1,) * (2 * dims))
 
     def of_output(self) -> ConvSpec:
-        """Return the options of a convolution with this kernel size that maps the layer's output to the same shape."""
+        """Return the options of a convolution with the same kernel size that keeps the shape of the layer's output."""
         ones = (1,) * len(self.kernel_size)
         padding = tuple(side for size in reversed(self.kernel_size) for side in ((size - 1) // 2, size // 2))
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
@@ -222,7 +222,7 @@ class ConvAdapterLayer(AdaptedLayer):
         if names is None and not adapters:
             return base(x, *args, **kwargs)
         if is_observed(base) and is_convolution(base):
-            # Give the hooks of a convolution the adapted output, which is also its output after merging.
+            # Call the convolution so that its hooks receive the adapted output, as they do after merging.
             if hasattr(base, "_hf_hook") or not replaces_forward(base):
                 forward = partial(self._add_adapters, adapters=adapters, adapter_names=names)
                 plain_forward = partial(type(base).forward, base)  # type: ignore[arg-type]  # matches the class of base

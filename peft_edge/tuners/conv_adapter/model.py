@@ -36,7 +36,7 @@ class ConvAdapterModel(Injection):
     """
 
     prefix = "conv_adapter_"
-    # The base class is specific enough, because this model has no layers of other tuners.
+    # All tuner layers in this model are its own, so PEFT can use the base class to find them.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     config_class = ConvAdapterConfig

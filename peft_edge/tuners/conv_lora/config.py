@@ -60,14 +60,14 @@ class ConvLoraConfig(LoraConfig):
         if self.norm not in get_args(Norm):
             raise ValueError(f"ConvLoraConfig: norm is {self.norm!r}, expected one of: {', '.join(get_args(Norm))}.")
         self.peft_type = PeftType["CONV_LORA"]
-        # PEFT does not save this mapping. PEFT calls `__post_init__` again when it loads the configuration.
+        # Register the classes here, because PEFT does not save the mapping, but calls `__post_init__` after loading.
         self._register_custom_module(
             dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoraLayer) | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property
     def init_weights(self) -> bool | str:
-        """An alias of `init_lora_weights`. PEFT reads it when saving PiSSA adapters of a type other than LORA."""
+        """An alias of `init_lora_weights`. PEFT reads this name if the type of a PiSSA adapter to save is not LORA."""
         return self.init_lora_weights
 
     @init_weights.setter

@@ -46,9 +46,9 @@ def check_rank(r: int, name: str) -> None:
 
 
 def _runs_in_half(weight: Tensor) -> bool:
-    """Return whether a convolution with `weight` runs in half precision, because of the dtype or of autocast."""
+    """Return whether a convolution with `weight` runs in half precision, because of its dtype or autocast."""
     device = weight.device.type
-    # torch has no autocast on the meta device, on which lean training traces the model.
+    # Lean training traces the model on the meta device, for which torch has no autocast.
     is_cast = weight.dtype == torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device)
     runs_in = torch.get_autocast_dtype(device) if is_cast else weight.dtype
     return runs_in in _HALF
@@ -71,10 +71,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     norm m: y = conv(x; (m / ||W'||) W') + b. The backward pass treats ||W'|| as a constant (section 4.3).
 
     By default, the layer adds the update to the kernel and runs one convolution, see `lowrank_conv2d`. In half
-    precision, also by autocast, the sum would lose small updates. The layer then runs separate convolutions with W and
-    with the update.
+    precision, including autocast, the sum would lose small updates. The layer then runs separate convolutions with W
+    and with the update.
 
-    Hooks of the base layer run, and receive the adapted output. A replaced `forward` of the base layer also runs.
+    Hooks of the base layer run, and receive the adapted output. If `forward` of the base layer was replaced, the
+    replacement runs.
 
     `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or another PEFT tuner's layer around such a
     convolution. With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha`
@@ -117,7 +118,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def update_layer(
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, target_name: str = "", **kwargs: object
     ) -> None:
-        """Add an adapter, or initialise an existing adapter again. Raise a `ValueError` unless `r` is positive."""
+        """Add an adapter, or initialise an existing adapter again. `r` must be a positive integer."""
         check_rank(r, target_name)
         conv = self.get_base_layer()
         if config.lora_bias and conv.bias is None:
@@ -215,11 +216,14 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return self._fused_forward(x, adapters[0])
         if not adapters or self._has_two_branches(adapters) or _runs_in_half(conv.weight):
             return self._add_branches(x, type(conv).forward(conv, x), adapters)
-        # For example, there are several adapters, the base kernel is trainable, or `x` has no batch dimension.
+        # This line runs for several adapters, a trainable base kernel, or an `x` without a batch dimension.
         return self._convolve(x, *self._compose(adapters))
 
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
-        """Call the base layer, whose forward pass somebody replaced, with the composed kernel."""
+        """Call the base layer, whose `forward` was replaced on the instance, with the composed kernel.
+
+        If separate convolutions are necessary, call the base layer with its own kernel, and add the adapters' outputs.
+        """
         conv = self.get_base_layer()
         if not adapters or self._has_two_branches(adapters) or "weight" not in conv._parameters:
             return self._add_branches(x, conv(x), adapters)
@@ -272,7 +276,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         """Return whether `_add_branches` must run separate convolutions for base layer and adapters.
 
         This is the case with dropout in training mode, or if another tuner adapts `base_layer`. It is also the case in
-        half precision, except for a single LoRA adapter on a frozen kernel, which `_fused_forward` handles.
+        half precision, except for a single adapter without DoRA on a frozen kernel, which `_fused_forward` handles.
         """
         has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters)
         if has_dropout or isinstance(self.base_layer, BaseTunerLayer):
@@ -282,7 +286,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return _runs_in_half(weight) and not is_plain
 
     def _is_fused(self, adapters: list[str]) -> bool:
-        """Return whether `_fused_forward` supports `adapters`, for example a single adapter on a frozen kernel."""
+        """Return whether `_fused_forward` supports `adapters`.
+
+        It supports one adapter on a frozen real kernel, unless separate convolutions or cached DoRA norms are used.
+        """
         weight = self.get_base_layer().weight
         is_single = len(adapters) == 1 and not weight.requires_grad and not weight.is_complex()
         if not is_single or self._has_two_branches(adapters):
@@ -290,7 +297,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return not (self.use_dora[adapters[0]] and self._caches_dora())
 
     def _caches_dora(self) -> bool:
-        """Return whether to use the weight norms that `peft.helpers.DoraCaching` stores."""
+        """Return whether to use stored weight norms: in eval mode, while `peft.helpers.DoraCaching` is on."""
         return dora.ENABLE_DORA_CACHING and not self.training
 
     def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:
@@ -366,7 +373,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return {"weight": kernel, "bias": bias}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Whether `get_delta_weight` is the whole change of the kernel, as PEFT's conversion to LoRA requires."""
+        """Return whether `get_delta_weight` is the whole kernel change, as PEFT's conversion to LoRA requires."""
         return not self.use_dora.get(adapter_name, False)
 
 

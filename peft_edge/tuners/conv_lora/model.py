@@ -39,7 +39,7 @@ class _ConvLoraInjection(Injection):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        # PEFT unfreezes `layer.bias`, which is a copy if the adapter has a bias of its own (`lora_bias=True`).
+        # PEFT unfreezes `layer.bias`, which is a copy of the base layer's bias if the adapter has `lora_bias=True`.
         if any(getattr(self.peft_config[name], "bias", "none") == "lora_only" for name in self.active_adapters):
             for layer in model.modules():
                 if isinstance(layer, ConvLoraLayer) and layer.get_base_layer().bias is not None:
@@ -89,14 +89,14 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> None:
-        """Combine adapters into a new adapter as in PEFT, with task arithmetic for everything but A and B.
+        """Combine adapters into a new adapter as in PEFT. All tensors except A and B are combined by task arithmetic.
 
         Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089) sets a tensor to base + the sum of weights[i] * (tensor
         of adapters[i] - base). It applies to BatchNorm states, DoRA's magnitudes, biases of B, and modules that
         `modules_to_save` names, which PEFT refuses to combine. If `adapter_name` already exists, nothing changes.
 
         Raises:
-            ValueError: If PEFT raises one, or modules in `modules_to_save` have different shapes.
+            ValueError: If PEFT rejects the arguments, or modules in `modules_to_save` have different shapes.
         """
         if adapter_name in self.peft_config:
             return
@@ -125,7 +125,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
     ) -> tuple[str, int, str]:
-        # PEFT refuses several adapters with the same module in `modules_to_save`. Show PEFT a model without modules.
+        # PEFT refuses several adapters with the same module in `modules_to_save`. Pass PEFT a model without modules.
         without_modules = SimpleNamespace(peft_config=self.peft_config, modules=tuple)
         return LoraModel._check_add_weighted_adapter(without_modules, adapters, combination_type, svd_rank)
 
@@ -152,7 +152,10 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 
 @torch.no_grad()
 def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], into: str) -> None:
-    """Complete the layer after PEFT has combined A and B for a scale of 1. A layer may lack some of the adapters."""
+    """Rescale A of adapter `into`, and combine the biases of B and DoRA's magnitudes.
+
+    PEFT has combined A and B before this call, for a scale of 1. The layer may lack some of `adapters`.
+    """
     scale, found = (
         layer.scaling[into],
         [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r],
@@ -172,7 +175,7 @@ def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], i
 
 @torch.no_grad()
 def _combine_saved(wrapper: ModulesToSaveWrapper, adapters: list[str], weights: list[float], into: str) -> None:
-    """Set the copy of a module that belongs to adapter `into`. An adapter without a copy has the original module."""
+    """Set the copy of a module for adapter `into` by task arithmetic. Adapters without a copy contribute no change."""
     found = [
         (wrapper.modules_to_save[name], w)
         for name, w in zip(adapters, weights, strict=True)
