@@ -107,7 +107,7 @@ def analyse(
         inputs = _default_inputs(model, batch_size, image_size, sequence_length)
     mode, fake_model, fake_optimizer, fake_inputs = fake_copy(model, real_optimizer, inputs)
     if fake_optimizer is not None and _options(method, lora_rank, adapter or {}).get("layerwise"):
-        # A copied parameter lacks the hooks that the method registered on the original.
+        # Copied parameters lack the hooks that `update_in_backward` registered on the original parameters.
         update_in_backward(fake_optimizer)
     counter = FlopCounter(fake_model, accounting)
     tracker = MemoryTracker(fake_model, fake_optimizer, fake_inputs)
@@ -196,7 +196,7 @@ def classification_loss(output: object) -> Tensor:
 
 
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
-    """Return the options of a method name. For a PEFT configuration, return the fields that `lora_rank` replaces."""
+    """Return the options for `Method.prepare`. For a PEFT configuration, return the fields to replace, such as `r`."""
     if isinstance(method, str):
         section = find_method(method).section
         rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}

@@ -37,10 +37,10 @@ _NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phas
 
 
 class _Measuring(threading.local):
-    """The callbacks of this thread whose step is being measured.
+    """The callbacks of this thread that are measuring a step.
 
-    A dispatch mode stays active in its thread until it is closed, and Trainer has no event for a run that fails inside
-    a step. Therefore the next training run in this thread closes the open measurements.
+    `Trainer` has no event for a run that fails inside a step. The dispatch modes of the measurement would then stay
+    active in this thread. Therefore the next training run in this thread closes the measurements that are still open.
     """
 
     def __init__(self) -> None:
@@ -174,7 +174,7 @@ class ProfilingCallback(TrainerCallback):
         if isinstance(self._step, TimedStep):
             self._step.enter(None)
 
-    # With gradient accumulation, this event ends the backward pass of a micro-batch.
+    # With gradient accumulation, the event `on_substep_end` ends the backward pass of a micro-batch.
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
@@ -206,7 +206,7 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Keep `self.rows` or `counted`, whichever has the higher peak, set median times, and write the file."""
+        """Set `self.rows` to `counted` if its memory peak is higher, update the median times, and write the file."""
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]

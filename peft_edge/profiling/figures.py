@@ -37,7 +37,7 @@ class StackedBars:
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
     """A dict from label to the positions of a diamond on each bar. None draws no diamond on this bar."""
     number_format: str = ""
-    """The format of the length that stands at the end of each bar. Empty prints no lengths."""
+    """The format of the total length that is printed at the end of each bar. Empty prints no lengths."""
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
@@ -73,7 +73,7 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
         from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-    # About 0.085 inches for each letter beside the first panel.
+    # The names are to the left of the first panel, and need about 0.085 inches for each letter.
     size = 0.085 * max(map(len, names)) + 4.5 * len(panels), 1.9 + 0.3 * len(names)
     figure = Figure(figsize=size, layout="constrained")
     figure.suptitle(title)
@@ -89,7 +89,7 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
 def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
     ends = [0.0] * len(names)
     for (part, widths), colour, hatch in zip(panel.parts.items(), _COLOURS, _HATCHES, strict=False):
-        # The white edge would cover thin parts. Its colour is also that of the hatch.
+        # The edge colour is also the colour of the hatch. The edge has no width, because it would cover thin parts.
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     outer = list(ends)

@@ -191,7 +191,7 @@ _PRODUCTS: dict[object, Formula] = {
 }
 
 # The values of the next tables are operations for each element: a number, or a function of the operator's arguments.
-# These functions get tensors, but the formulas above get shapes.
+# These functions receive tensors as arguments, whereas the formulas above receive shapes.
 
 
 def _batch_norm(*arguments: object, **_: object) -> int:
@@ -280,7 +280,11 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Return a formula: `operations` times the elements of the largest tensor or, if `is_list`, of the first list."""
+    """Return a formula that multiplies `operations` by a number of elements.
+
+    This is the number of elements of the largest tensor among the arguments. If `is_list`, it is the number of elements
+    of all tensors in the first argument, which is a list.
+    """
 
     def formula(*arguments: Any, out_val: object = None, **options: Any) -> int:
         per_element = operations(*arguments, **options) if callable(operations) else operations

@@ -378,7 +378,7 @@ class ProcessPeak:
         self._rss_before: int | None = None
 
     def __enter__(self) -> ProcessPeak:
-        # The reset below would hide the peak so far from the blocks around this block.
+        # Read the peak for the blocks around this block, because the reset below discards it.
         for block in _open_peaks:
             block._read()
         _open_peaks.append(self)
@@ -395,7 +395,7 @@ class ProcessPeak:
         self._read()
 
     def _read(self) -> None:
-        """Raise the peaks of this block to the peaks since the last reset."""
+        """Update the peaks of this block with the peaks since the last reset, if these are higher."""
         peak = peak_rss_bytes()
         self.peak_rss_bytes = None if peak is None else max(peak, self.peak_rss_bytes or 0)
         if self._rss_before is not None and self.peak_rss_bytes is not None:
@@ -427,7 +427,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def reset_peak_rss() -> bool:
-    """Reset the peak to the current physical memory. Return whether this succeeded, which is possible only on Linux."""
+    """Reset the peak to the current physical memory, and return whether this succeeded. It succeeds only on Linux."""
     try:
         # According to proc(5), the value 5 resets only the peak.
         _CLEAR_REFS.write_text("5")

@@ -114,7 +114,7 @@ class StepLocation:
         """Return the phase and the module name of the current operator. The name is None outside all modules."""
         phase = self._phase()
         if self._running:
-            # Checkpointing also runs modules and creates nodes in the backward pass.
+            # With gradient checkpointing, modules also run, and create nodes, in the backward pass.
             self._note_owner(self._running[-1])
             return phase, self._running[-1]
         if phase == FORWARD:
@@ -173,7 +173,7 @@ class StepLocation:
 
 
 def ancestors(module: str | None) -> Iterator[str]:
-    """Yield `module` and then the names of all modules that contain this module, up to `""`. Nothing for None."""
+    """Yield `module`, then the names of all modules that contain this module, up to `""`. Yield nothing for None."""
     while module is not None:
         yield module
         module = module.rpartition(".")[0] if module else None
@@ -256,7 +256,7 @@ class _FakeMode(_compat.FakeMode):
 def _fake_state(tensor: Tensor, mode: _compat.FakeMode) -> Tensor:
     if tensor.dim() or not tensor.is_cpu:
         return _fake(tensor, mode)
-    # Optimizers read their step counter. A fake tensor keeps its value if it is created from a number.
+    # Optimizers read the value of their step counter. A fake tensor has a value only if it is created from a number.
     value = tensor.item()
     with mode:
         return torch.tensor(value, dtype=tensor.dtype)

@@ -89,7 +89,7 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
-    """Return the name and bytes of each saved tensor of active adapters and of other trainable parameters."""
+    """Return (name, bytes) for each saved tensor of the active adapters, and for each other trainable parameter."""
     tensors: list[tuple[str, Tensor]] = []
     adapters: list[str] = []
     if getattr(model, "peft_config", None):
@@ -171,7 +171,10 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
-    """Yield the columns of a group: unit, title and a cell for each step. Yield nothing if the group has no values."""
+    """Yield the columns of a group. A column is a list of its unit, its title and a cell for each step.
+
+    Yield nothing if the group has no values.
+    """
     if not units:
         words = {title: [getattr(cost, name) for cost in costs] for title, (name,) in group.items()}
         yield from (["", title, *(word or "-" for word in column)] for title, column in words.items() if any(column))
