@@ -153,8 +153,7 @@ class TrainInfo(JsonModel):
     replay: JsonObject | None = None
     """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
     checks: dict[str, float] = {}
-    """The largest absolute difference between the logits of the trained model and those of the reloaded model, and the
-    same for the merged model."""
+    """The largest absolute logit difference of the reloaded model, and of the merged model, from the trained model."""
     changes: dict[str, KernelChange] = {}
     """A dict from the name of each changed convolution to its change; empty if the update cannot be merged."""
 
@@ -221,7 +220,8 @@ class StepProfile(JsonModel):
     memory_activations_bytes: int | None = None
     memory_temporaries_bytes: int | None = None
     memory_optimizer_bytes: int | None = None
-    """Bytes at the peak by kind of tensor. Activations are saved for the backward pass. Temporaries are the rest."""
+    """Bytes at the peak by kind of tensor. Activations are saved for the backward pass. Tensors of no other kind are
+    temporaries."""
 
     memory_forward_end_bytes: int | None = None
     """Bytes of all live tensors at the end of the forward pass."""
@@ -252,7 +252,7 @@ class Record(JsonModel):
 
     @property
     def step(self) -> StepProfile | None:
-        """The first profile of a whole step, which is normally that of process 0; None if no step was sampled."""
+        """The first profile of a whole step, normally of process 0. None if no step was sampled."""
         return next((row for row in self.profile if row.scope == "step"), None)
 
 

@@ -125,7 +125,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
-    # Read files before overrides, whatever their position, so that overrides take precedence.
+    # Read all files before the overrides, so that overrides take precedence, wherever they are among the arguments.
     for key, text, argument in sorted(_split(arguments), key=lambda item: item[0] != "config"):
         try:
             if text is None:

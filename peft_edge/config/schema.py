@@ -103,7 +103,7 @@ class BackboneConfig(Section):
     """Start from timm's pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
     checkpoint: str | None = None
     """Start from the weights at this path: a folder that `save_backbone` wrote, or a .safetensors, .pth, .pt, .bin,
-    .ckpt or .tar file of another program, whose tensors are matched by name, or else by order and shape."""
+    .ckpt or .tar file of another program. Tensors of a file are matched by name, or else by order and shape."""
     small_images: bool = False
     """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
     mean: Channels | None = None
@@ -309,10 +309,10 @@ class RunConfig(Section):
     """Adaptation method: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter or
     galore; or PEFT's peft-lora, peft-dora, peft-loha or peft-lokr."""
     norm: Literal["frozen", "recalibrate", "stats", "affine"] = "frozen"
-    """BatchNorm in training: frozen (source statistics, which keep the accuracy on the source), recalibrate (statistics
-    estimated once on target images), stats (batch statistics) or affine (batch statistics, and trainable weight and
-    bias). Methods none, norm-stats and norm-affine ignore this key. PEFT's methods do not accept recalibrate. In full
-    and galore, BatchNorm's weight and bias are always trainable."""
+    """BatchNorm in training. frozen: the source's statistics, which keep the accuracy on the source. recalibrate:
+    statistics estimated once on target images. stats: batch statistics. affine: batch statistics, and trainable weight
+    and bias. Methods none, norm-stats and norm-affine ignore this key. PEFT's methods do not accept recalibrate. In
+    full and galore, BatchNorm's weight and bias are always trainable."""
     seed: Count = 0
     """Seed of the splits, the initial weights, the augmentations and the order of the images."""
     cache_dir: str | None = None

@@ -1,7 +1,8 @@
 """Compute the findings on analysed and timed steps, and define the classes and formats of all findings.
 
-The template of the page holds the fixed text of each section. The functions in this module compute the parts that
-depend on the records: the verdict on a claim of the source study, the finding, the table, the data and the charts.
+The source study is arXiv 2507.23536, whose measurements the page repeats. The template of the page contains the fixed
+text of each section. The functions in this module compute the parts that depend on the records: the verdict on a claim
+of the source study, the finding, the table, the data and the charts.
 If the required records are missing, each `..._claim` function here and in `run_claims` returns a claim from
 `not_measured`.
 """

@@ -198,9 +198,9 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
     """Defer the first SIGTERM inside the block, and yield a function that returns whether SIGTERM has arrived.
 
-    A second SIGTERM calls the previous handler. `is_alone` must be False if the run has several processes, because a
-    checkpoint needs all processes and one of them may have died. If `is_alone` is False, SIGTERM is not deferred, and
-    the function always returns False.
+    A second SIGTERM calls the previous handler. If `is_alone` is False, SIGTERM is not deferred, and the function
+    always returns False. Pass False if the run has several processes: a process may have died, and without it, the
+    other processes cannot write a checkpoint.
     """
     if not is_alone:
         yield lambda: False

@@ -42,7 +42,7 @@ _WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 
 
 class NormState(nn.Module):
-    """The tensors of one adapter that replace those of a BatchNorm layer with C features.
+    """The tensors of one adapter that replace tensors of a BatchNorm layer with C features.
 
     Unless `norm` is `"frozen"`, the state has the buffers `running_mean` and `running_var` of shape (C,), and the
     number of batches in these averages, `num_batches_tracked`. If `norm` is `"affine"`, it also has copies of the
@@ -332,7 +332,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @torch.no_grad()
     def pool(self, adapter_names: list[str], into: str) -> None:
-        """Set the statistics of adapter `into` to those of the images of all `adapter_names` together.
+        """Set the statistics of adapter `into` to the statistics of all images that `adapter_names` were trained on.
 
         Adapter i has counted n_i batches, and gets the weight p_i = n_i / (sum of n). If all counts are 0, the weights
         are equal. By the law of total variance, mean = sum p_i mean_i and var = sum p_i (var_i + mean_i²) - mean².

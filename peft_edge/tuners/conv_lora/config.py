@@ -18,7 +18,7 @@ from peft_edge.tuners.norm import Norm
 class ConvLoraConfig(LoraConfig):
     """Configuration of LoRA for convolutions: y = conv(x; W + (alpha/r) B A), see `ConvLoraLayer`.
 
-    All other arguments are those of `peft.LoraConfig`. Linear layers are adapted with PEFT's LoRA.
+    All arguments of `peft.LoraConfig` are also accepted. Linear layers are adapted with PEFT's LoRA.
 
     Args:
         target_modules: Module names or a regular expression, as in PEFT, or layer roles: `all-conv`, `dense`,
