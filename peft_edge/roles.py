@@ -120,7 +120,8 @@ def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
     """Return the name of the last stage, or None if timm's `feature_info` is missing or lists no stages.
 
     timm lists only stages after which the resolution changes. Other stages may follow (in GhostNet, `blocks.9` follows
-    `blocks.7`). The last stage is therefore the last child with convolutions in the module of the last listed stage.
+    `blocks.7`). Let `stack` be the module that contains the last listed stage. The result is the last child of `stack`
+    with convolutions or, if the stage is not inside another module, the last listed stage.
     """
     found = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
     # timm's blocks have a method `feature_info`, whereas networks have an attribute of this name.

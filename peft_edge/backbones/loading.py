@@ -361,8 +361,8 @@ def _unstride_stem(model: TimmModel) -> None:
     has_fixed_size = model.pretrained_cfg["fixed_input_size"]
     if not strides or not strides <= {(1, 1), (2, 2)} or has_fixed_size:
         raise ValueError(
-            f"{model.pretrained_cfg['architecture']} has no form for small images: expected a stem with stride 2 and a "
-            f"free image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave out small_images."
+            f"{model.pretrained_cfg['architecture']} does not support small_images: expected a stem with stride 2 and "
+            f"any image size, found strides {strides} and fixed_input_size={has_fixed_size}. Leave out small_images."
         )
     for conv in convs:
         setattr(conv, "stride", (1, 1))  # noqa: B010  # nn.Module declares no stride

@@ -80,7 +80,7 @@ def read_splits(
 
 
 def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
-    """Add the column `content`. The new fingerprint depends only on `content`, `label` and the class names."""
+    """Return `split` with the column `content`. Its fingerprint depends only on `content`, `label` and class names."""
     contents = file_hashes(split) if contents is None else contents
     parts = json.dumps([split.features["label"].names, split["label"][:], contents])
     fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]

@@ -171,7 +171,10 @@ def load_task(
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:
-    """Return `size` random images, and log a warning. Return `images` if `size` is None or there are no more images."""
+    """Return `size` random images, and log a warning.
+
+    If `size` is None, or `images` has at most `size` images, return `images`.
+    """
     if size is None or len(images) <= size:
         return images
     logger.warning(f"adapting with {size:,} of {len(images):,} images, because of data.adaptation_size")
@@ -222,7 +225,7 @@ def class_increments(
     if rehearsal_size and rehearsal_size < num_earlier:
         raise ValueError(
             f"rehearsal_size: {rehearsal_size} images cannot be shared among the {num_earlier} classes before the last "
-            f"increment: keep at least {num_earlier}, or none (0)"
+            f"increment: set at least {num_earlier}, or 0"
         )
 
     source = Domain(**{key: _renumber(_select_classes(split, base), base) for key, split in vars(domain).items()})
@@ -249,7 +252,7 @@ def _select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
     if missing := [name for name, label in zip(classes, wanted, strict=True) if label not in labels]:
         raise ValueError(
             f"there are no images of the class {missing[0]!r} in a split that needs them: add some to every split, or "
-            "provide only `train`, and validation and test images are split off it"
+            "provide only `train`, from which validation and test images are then drawn"
         )
     return dataset.select(np.flatnonzero(np.isin(labels, wanted)))
 
@@ -309,7 +312,7 @@ def _check_classes(names: list[str], new_classes: Sequence[str], base: list[str]
             "name fewer new classes"
         )
     if not 1 <= increments <= len(new_classes):
-        raise ValueError(f"increments: expected 1 to {len(new_classes)}, one new class each, found {increments}")
+        raise ValueError(f"increments: expected 1 to {len(new_classes)}, the number of new classes, found {increments}")
 
 
 def _check_change(
@@ -349,7 +352,10 @@ def _check_change(
 
 
 def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raise a ValueError for a misspelt name or a missing folder, before a request to the Hub waits half a minute."""
+    """Raise a ValueError for a misspelt name or a missing folder.
+
+    Without this check, such a name would be requested from the Hub, which takes half a minute to time out.
+    """
     nearest = difflib.get_close_matches(name, list(known), n=1)
     if Path(name).expanduser().is_dir() or not (nearest or name.startswith((".", "~", os.sep))):
         return

@@ -206,7 +206,7 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Set `self.rows` to `counted` if its memory peak is higher, update the median times, and write the file."""
+        """Set `self.rows` to `counted` if `counted` has the higher peak. Update the median times and write the file."""
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]

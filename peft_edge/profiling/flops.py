@@ -269,7 +269,10 @@ def elementwise_formulas() -> dict[object, Formula]:
 
 
 def _operations(kind: str) -> int | Formula | None:
-    """Return the number of operations for each element, or its formula. None if the operator is not elementwise."""
+    """Return the number of operations for each element, or a function that computes it.
+
+    Return None if the operator is not elementwise.
+    """
     if kind in _PER_ELEMENT:
         return _PER_ELEMENT[kind]
     packet = getattr(aten, kind, None)

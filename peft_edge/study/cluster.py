@@ -167,7 +167,10 @@ def _source_name(job: Job) -> Path:
 
 
 def _keep_source(job: Job, packed: bytes) -> None:
-    """Unpack the source model into the output folder, to which saved adapters refer. Then write `_source_name(job)`."""
+    """Unpack the source model into the output folder, to which saved adapters refer.
+
+    The file `_source_name(job)` then contains the name of the model's folder.
+    """
     for folder in _unpack(packed, job.folder.parent / _SOURCES, keep=True):
         with atomic_write(_source_name(job)) as unfinished:
             unfinished.write_text(folder.name, encoding="utf-8")

@@ -79,7 +79,7 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _copy_record(job: Job, results: Path) -> None:
-    """Copy the record of `job`, if it has one, to the folder `results`, unless an equal copy is there."""
+    """Copy the record of `job` without local paths to `results`, unless the copy exists or `job` has no record."""
     record = job.record
     if record is None:
         return

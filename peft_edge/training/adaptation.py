@@ -73,7 +73,7 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     if config.method != "none" and not (method.saves_full_model or isinstance(model, PeftModel)):
         raise ValueError(
             f"method: {config.method!r} returns no PEFT model and is not registered with saves_full_model=True, so "
-            "there would be nothing to save: do one of the two"
+            "there would be nothing to save: return a PEFT model, or register it with saves_full_model=True"
         )
     if settings.replay:
         frozen_prefix(config, model)  # raises a ValueError if there is no prefix

@@ -177,7 +177,7 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         raise ValueError(f"{started} processes were started and Accelerate sees {num_processes}: add --cpu")
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warnings.warn(
-            "`accelerate launch --cpu` starts one process whatever --num_processes says. For several processes on the "
+            "`accelerate launch --cpu` ignores --num_processes and starts one process. For several processes on the "
             "CPU: accelerate launch --multi_gpu --num_processes 2 train.py --cpu",
             stacklevel=2,
         )

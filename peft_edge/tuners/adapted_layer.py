@@ -106,7 +106,7 @@ def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: 
 
 @contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
-    """Within the context, load the weights of `modules` that Accelerate has offloaded."""
+    """Load the weights of `modules` that Accelerate has offloaded, and offload them again after the context."""
     hooks: list[tuple[nn.Module, ModelHook]] = [(m, m._hf_hook) for m in modules if hasattr(m, "_hf_hook")]
     for module, hook in hooks:
         hook.pre_forward(module)

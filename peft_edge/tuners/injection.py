@@ -214,8 +214,8 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
         pending = pending | children
     if {name for name in bases if name.endswith(tuple(parts))} != parts:
         raise ValueError(
-            f"modules_to_save={list(ends)}: these names also end the names of modules within them, and so do the names "
-            f"of the parts, {sorted(parts)}. Rename the modules, or choose others."
+            f"modules_to_save={list(ends)}: modules inside these modules have names with the same ends, and so do the "
+            f"parts {sorted(parts)}. Rename the modules, or choose others."
         )
     config.modules_to_save = sorted(parts)
 
@@ -319,7 +319,7 @@ class Injection(BaseTuner):
 
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         if not adapter_name or "." in adapter_name:
-            raise ValueError(f"The name of an adapter must be part of a module's name: {adapter_name!r} has a dot.")
+            raise ValueError(f"The name of an adapter must be non-empty and have no dot, found {adapter_name!r}.")
         # If target_modules is missing, this call sets PEFT's defaults for the model, or raises PEFT's error.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_modules_to_save(config, model)

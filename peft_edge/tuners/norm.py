@@ -301,7 +301,10 @@ class BatchNormLayer(AdaptedLayer):
         return frozen_batch_norm(x, *tensors, **options)
 
     def _count_batch(self, state: NormState) -> float:
-        """Count a batch, and return its weight in the running averages."""
+        """Count a batch, and return its weight in the running averages.
+
+        In the backward pass, return 0 and count nothing.
+        """
         if not torch.compiler.is_compiling() and is_in_backward():
             # Gradient checkpointing repeats the forward pass of a batch that has already been counted.
             return 0.0
@@ -351,7 +354,10 @@ class BatchNormLayer(AdaptedLayer):
         target.num_batches_tracked.copy_(counts.sum())
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Return the tensors of the last adapter, because the states of several adapters cannot be added."""
+        """Return the tensors of the last adapter, and the base layer's tensors where this adapter has none.
+
+        Only the last adapter is merged, because the states of several adapters cannot be added.
+        """
         state = self._state(adapters[-1])
         # A converted base layer (timm's `freeze`) has no count.
         names = [*_TENSORS, *(["num_batches_tracked"] if isinstance(self.get_base_layer(), BatchNorm) else [])]

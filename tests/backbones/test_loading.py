@@ -49,7 +49,7 @@ def test_repvgg_stem_has_two_branches() -> None:
 
 @pytest.mark.parametrize("name", ["convnext_atto", "levit_128s"])
 def test_small_images_refuses_other_stems(name: str) -> None:
-    with pytest.raises(ValueError, match=f"{name} has no form for small images"):
+    with pytest.raises(ValueError, match=f"{name} does not support small_images"):
         load_backbone(name, 10, small_images=True)
 
 

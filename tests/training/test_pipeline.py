@@ -55,7 +55,7 @@ def test_processes_that_form_no_group_are_refused(monkeypatch: pytest.MonkeyPatc
 def test_a_launcher_that_starts_one_process_is_warned_about(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WORLD_SIZE", raising=False)
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
-    with pytest.warns(UserWarning, match="starts one process whatever --num_processes says"):
+    with pytest.warns(UserWarning, match="ignores --num_processes and starts one process"):
         start_accelerator(load_config(["output_dir=a", "data.shift=blend", "--cpu", "trackers=[]"]))
 
 

@@ -101,8 +101,8 @@ def _with_untracked() -> nn.Module:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], dict[str, object], str, str]] = {
     "transposed": (_with_transposed, {"target_modules": ["0", "2"]}, "default", "ConvTranspose2d"),
     "untracked": (_with_untracked, {"target_modules": ["0", "1"]}, "default", "'1'.*no running statistics"),
-    "no head": (_with_transposed, {"target_modules": ["0"], "modules_to_save": ["1.2"]}, "a.b", "'a.b' has a dot"),
-    "name": (_with_transposed, {"target_modules": ["0"]}, "a.b", "'a.b' has a dot"),
+    "no head": (_with_transposed, {"target_modules": ["0"], "modules_to_save": ["1.2"]}, "a.b", "no dot, found 'a.b'"),
+    "name": (_with_transposed, {"target_modules": ["0"]}, "a.b", "no dot, found 'a.b'"),
     "dictionary's name": (_with_transposed, {"target_modules": ["0"]}, "keys", "keys"),
     "nothing": (_with_transposed, {"target_modules": ["9"]}, "default", "not found"),
 }
