@@ -101,12 +101,12 @@ def match_weights(
 ) -> WeightMatch:
     """Match the tensors of `weights` with those of a timm model, by name or else by order.
 
-    A prefix that all names in `weights` share is ignored. Tensors are matched by order if at most half of the names are
-    equal. In each pair, the shapes and the last components of the names (such as `weight` or `running_mean`) must be
-    equal. The order cannot distinguish two tensors of the same shape and kind. Therefore check a match by order on
-    images. The number of classes in the head may differ. `weights` may lack the head and the counters
-    `num_batches_tracked`. `source` is the name of the file in messages. Pass `is_ordered=False` if the order of
-    `weights` is not the order in which the model was saved. Then tensors are matched only by name.
+    A prefix that all names in `weights` share is ignored. If the names differ, tensors are matched by order, unless
+    more than half of the names are equal. In each pair, the shapes and the last components of the names (such as
+    `weight` or `running_mean`) must be equal. The order cannot distinguish two tensors of the same shape and kind.
+    Therefore check a match by order on images. The number of classes in the head may differ. `weights` may lack the
+    head and the counters `num_batches_tracked`. `source` is the name of the file in messages. Pass `is_ordered=False`
+    if the order of `weights` is not the order in which the model was saved. Then tensors are matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.

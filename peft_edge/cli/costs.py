@@ -102,9 +102,9 @@ def plan(
     num_classes: NumClasses = None,
     batch_size: BatchSize = 16,
     image_size: ImageSize = 224,
-    memory: Annotated[int | None, limit(parse_bytes, BYTES, "256MiB", "the memory of tensors in a step")] = None,
-    flops: Annotated[int | None, limit(parse_flops, FLOPS, "3GFLOP", "the FLOPs of a step")] = None,
-    adapter_bytes: Annotated[int | None, limit(parse_bytes, BYTES, "200KiB", "the size of the saved update")] = None,
+    memory: Annotated[int | None, limit(parse_bytes, BYTES, "256MiB", "Limit on the tensors in a step")] = None,
+    flops: Annotated[int | None, limit(parse_flops, FLOPS, "3GFLOP", "Limit on the FLOPs of a step")] = None,
+    adapter_bytes: Annotated[int | None, limit(parse_bytes, BYTES, "200KiB", "Limit on the saved update")] = None,
     method: Methods = [*METHODS_TO_PLAN],  # noqa: B006
     target_modules: Annotated[
         list[str],

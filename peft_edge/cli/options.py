@@ -101,7 +101,7 @@ def choice(names: Collection[str], meaning: str) -> OptionInfo:
 
 
 def limit(parse: Callable[[str], int], units: Collection[str], example: str, meaning: str) -> OptionInfo:
-    """Declare an option for a limit. `parse` converts its text to a number or raises a ValueError."""
+    """Declare an option for a number with a unit. `parse` converts its text to a number or raises a ValueError."""
 
     def read(text: str) -> int:
         try:
@@ -109,7 +109,7 @@ def limit(parse: Callable[[str], int], units: Collection[str], example: str, mea
         except ValueError as error:
             raise BadParameter(str(error)) from error
 
-    return Option(parser=read, metavar=example, help=f"Limit on {meaning}, in {', '.join(units)}.")
+    return Option(parser=read, metavar=example, help=f"{meaning}, in {', '.join(units)}.")
 
 
 def count(meaning: str) -> OptionInfo:

@@ -27,7 +27,7 @@ def study(
     ] = None,
     num_cpus: Annotated[float | None, Option(min=0.0, help="CPU cores for a run; by default its num_threads.")] = None,
     num_gpus: Annotated[float, Option(min=0.0, help="GPUs for a run, such as 0.5.")] = 0.0,
-    memory: Annotated[int | None, limit(parse_bytes, BYTES, "4GiB", "the memory of a run")] = None,
+    memory: Annotated[int | None, limit(parse_bytes, BYTES, "4GiB", "Memory that Ray reserves for a run")] = None,
     artifacts: Annotated[
         str | None,
         Option(metavar="ADDRESS", help="Where the nodes save adapters and models, such as s3://bucket/runs."),

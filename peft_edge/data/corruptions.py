@@ -198,7 +198,7 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
     """Pad the image by reflection, apply `move`, and crop the result to the old size.
 
-    Without the padding, the image would get black corners, which change the image more than `move` does.
+    Without the padding, the image would get black corners, which would be an additional corruption.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")

@@ -155,7 +155,7 @@ def variant_frame(runs: DataFrame) -> DataFrame:
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
         is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
-        is_equal: Whether the paired difference from the best variant is not clear. True without two common seeds.
+        is_equal: Whether the paired difference from the best variant is not clear. True with fewer than two pairs.
         is_pareto: Whether no other variant dominates this variant in score and costs. False if the costs are missing.
         to_full_..., to_head_...: `paired_differences` with the references `full` and `head`.
     """

@@ -205,7 +205,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The weight with which the layer computes its output: the base layer's weight, changed by the active adapters.
 
         Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, the result is a
-        copy. If several tuners adapt the layer, an `AttributeError` is raised.
+        copy. An `AttributeError` is raised if no weight can replace the active adapters.
         """
         return self._effective_tensor("weight")
 
@@ -299,7 +299,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
-        """Return the tensors that the base layer would have after `adapter_names` are merged, too.
+        """Return the tensors that the base layer would have after also merging `adapter_names`.
 
         The layer does not change. Raise the errors that `merge` would raise.
         """
