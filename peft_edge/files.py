@@ -17,7 +17,7 @@ _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, and rename the temporary file to `path` after the block.
+    """Yield a temporary path in the folder of `path`, and rename the file or folder there to `path` after the block.
 
     If the block fails, `path` is unchanged. If the process is killed, the temporary file remains until the next call
     deletes it. A file always has either its old or its new content, even after a power cut. Replacing a folder by a

@@ -239,7 +239,7 @@ def _export_network(
     if run is None and is_measured:
         print(f"{adapter} has no record.json of its run, so it may have been trained on some of these images")
     elif run is None and labels:
-        print(f"No accuracies: {adapter} has no record.json of its run, which tells what images it was trained on")
+        print(f"No accuracies: {adapter} has no record.json that says which images it was trained on")
 
 
 def _export_step(

@@ -171,7 +171,7 @@ def load_task(
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:
-    """Return `size` random images, and log a warning.
+    """Return `size` random images with the class proportions of `images`, and log a warning.
 
     If `size` is None, or `images` has at most `size` images, return `images`.
     """

@@ -79,7 +79,7 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _copy_record(job: Job, results: Path) -> None:
-    """Copy the record of `job` without local paths to `results`, unless the copy exists or `job` has no record."""
+    """Copy the record of `job` without local paths to `results`, unless an equal copy exists or there is no record."""
     record = job.record
     if record is None:
         return

@@ -129,7 +129,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
     determines the preprocessing of the images.
 
     Raises:
-        ValueError: If `frozen_prefix` does, or if an output is not finite or is too large for `training.replay_dtype`.
+        ValueError: If `frozen_prefix` raises it. If an output is not finite or too large for `training.replay_dtype`.
         OSError: If the outputs cannot be written, for example because the disk is full.
     """
     config, settings, accelerator = run.config, run.config.training, run.accelerator

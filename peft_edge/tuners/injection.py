@@ -72,6 +72,8 @@ def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetMo
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
     """Replace the layer roles in `config.target_modules` by the names of the modules with these roles.
 
+    If PEFT would also match other modules with these names, `target_modules` becomes a regular expression.
+
     Raises:
         NoMatchingPeftModuleError: If all targets are roles, and no module has any of these roles.
         ValueError: If a target is a misspelt role.
