@@ -52,9 +52,9 @@ def load_task(
     """Load a source domain, and either one target with shifted images or targets with new classes.
 
     If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. Its training
-    images are corrupted, too. They are a quarter of the source's training images, which the source model then does not
-    see (`digits` and `shapes` have separate adaptation images). With `new_classes`, the source contains only the other
-    classes, and `class_increments` describes the targets.
+    images are corrupted, too. They are at most a quarter of the source's training images and are removed from the
+    source (`digits` and `shapes` have separate adaptation images). With `new_classes`, the source contains only the
+    other classes, and `class_increments` describes the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.

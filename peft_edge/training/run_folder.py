@@ -195,7 +195,10 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 hash of `parts`, `device_type`, seed, number of threads, and versions of torch's packages."""
+    """Return a SHA-256 hash of `parts`, `device_type`, the seed and the number of threads.
+
+    The hash also depends on the versions of torch, torchvision and timm.
+    """
     parts |= {
         "seed": config.seed,
         "device": device_type,

@@ -128,9 +128,10 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 
 
 def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
-    """Return the sum of each field of `costs`, but the maximum of `process_peak_bytes`. None if `costs` is empty.
+    """Return the costs of all targets together, or None if `costs` is empty.
 
-    A field that is None in one element of `costs` is None in the result.
+    `process_peak_bytes` is the maximum over `costs`, and every other field is the sum. A field that is None in one
+    element of `costs` is None in the result.
     """
     if not costs:
         return None

@@ -359,7 +359,7 @@ class BatchNormLayer(AdaptedLayer):
         Only the last adapter is merged, because the states of several adapters cannot be added.
         """
         state = self._state(adapters[-1])
-        # A converted base layer (timm's `freeze`) has no count.
+        # A base layer that timm's `freeze` has converted has no `num_batches_tracked`.
         names = [*_TENSORS, *(["num_batches_tracked"] if isinstance(self.get_base_layer(), BatchNorm) else [])]
         tensors = {name: self._base_tensor(name) for name in names}
         tensors |= {name: tensor for name in names if (tensor := getattr(state, name)) is not None}

@@ -361,7 +361,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         kernel, bias = self._compose(adapters)
         if name == "weight":
             return kernel
-        # PEFT sets `requires_grad` of the bias (bias="lora_only"), which must not fail for a copy.
+        # Detach the computed bias, because PEFT sets its `requires_grad` (bias="lora_only").
         return None if bias is None else bias.detach()
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
