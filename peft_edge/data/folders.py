@@ -144,7 +144,7 @@ def domain_label(name: str, filters: Sequence[Filter]) -> str:
 
 
 def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
-    """Read the subfolders that `choose_domains` returns with `read_image_folder`, and concatenate their splits.
+    """Call `read_image_folder` for each subfolder that `choose_domains` returns, and concatenate the splits.
 
     Raises:
         ValueError: If `choose_domains` or `read_image_folder` raises this error, or if two subfolders have different

@@ -265,7 +265,7 @@ def percent(fraction: float) -> str:
 
 
 def short(value: float) -> str:
-    """Format a number: two decimals below 1, otherwise three significant digits or all digits before the point.
+    """Format a number. Below 1, show two decimals. Otherwise show three digits, or all digits before the point.
 
     >>> short(1.234), short(12345.6)
     ('1.23', '12,346')

@@ -308,7 +308,7 @@ class Injection(BaseTuner):
 
         Raises:
             NoMatchingPeftModuleError: If no module matches `target_modules`.
-            ValueError: If a matching module cannot be adapted, or the name of the adapter contains a dot.
+            ValueError: If a matching module cannot be adapted, or the adapter's name is empty or contains a dot.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, self.config_class):

@@ -240,7 +240,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         x, geometry = pad(conv, x)
         weight, is_half = conv.weight, _runs_in_half(conv.weight)
         if is_half:
-            # The sum of kernel and update in half precision would round the update away.
+            # Run separate convolutions, because a sum of kernel and update in half precision would lose the update.
             base_y, weight = lean_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
             bias = None
         y = lowrank_conv2d(
