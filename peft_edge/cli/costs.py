@@ -112,7 +112,7 @@ def plan(
     ] = [*PLACEMENTS],  # noqa: B006
     lora_rank: LoraRanks = [*LORA_RANKS],  # noqa: B006
     norm: Annotated[
-        str, choice(NORMS, "BatchNorm mode. The methods norm-affine, galore and full always use stats.")
+        str, choice(NORMS, "How BatchNorm is treated. The methods norm-affine, galore and full always use stats.")
     ] = "frozen",
     optimizer: Optimizer = "adamw",
     records: Annotated[
