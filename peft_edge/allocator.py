@@ -4,7 +4,8 @@ Linux gives memory to a process page by page, in a page fault at the first acces
 page faults take a quarter to a half of the time of a training step. A huge page of 2 MiB needs one page fault instead
 of 512.
 
-Importing this module does not import torch, because the switch must be set before torch allocates the first tensor.
+Importing this module does not import torch, because `HUGE_PAGES_SWITCH` must be set before torch allocates the first
+tensor.
 """
 
 from __future__ import annotations
@@ -23,16 +24,17 @@ _MAPPINGS = Path("/proc/self/smaps")
 def use_huge_pages() -> None:
     """Let torch use huge pages in this process and its children, unless the user has set `HUGE_PAGES_SWITCH`.
 
-    Call this before torch allocates the first tensor. Without Linux, or if Linux's setting `transparent_hugepage` is
-    `never`, nothing changes.
+    Call this before torch allocates the first tensor. On other systems than Linux, and if Linux's setting
+    `transparent_hugepage` is `never`, nothing changes.
     """
     os.environ.setdefault(HUGE_PAGES_SWITCH, "1")
 
 
 def huge_page_state() -> str:
-    """Return whether large tensors of this process are in huge pages: `yes`, `no`, or `unknown` without Linux.
+    """Return whether large tensors of this process are in huge pages: `yes`, `no` or `unknown`.
 
-    The function allocates a tensor of 40 MiB, and reads which pages Linux has used.
+    The function allocates a tensor of 40 MiB, and reads which pages Linux has used. On other systems, the result is
+    `unknown`.
     """
     import torch
 

@@ -1,7 +1,7 @@
 """Predict the memory of training adapters with ONNX Runtime, and list the adapters that fit a memory budget.
 
 `peft_edge.plan` predicts the memory of the tensors of a training step in PyTorch. This module predicts the memory of
-the whole process that runs an exported training step, as written by `peft_edge.export.export_train_step`.
+the whole process in which ONNX Runtime runs a step that `peft_edge.export.export_train_step` has written.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ class DeviceOption:
     method: str
     """One of `DEVICE_METHODS`."""
     target_modules: str
-    """A layer role or a regular expression."""
+    """The adapted layers: a layer role such as `all-conv` (see `peft_edge.roles`), or a regular expression."""
     lora_rank: int
     """The rank of the adapters."""
     split: bool
-    """Whether the step takes stored features of the frozen first layers (`split` of `export_train_step`)."""
+    """Whether the step takes stored outputs of the frozen first layers (features) instead of images."""
     process_bytes: int
     """The predicted peak memory of the process that trains in ONNX Runtime."""
     parameters: int
-    """The number of trained parameters. The saved adapter takes four bytes for each."""
+    """The number of trained parameters. The saved adapter takes four bytes for each parameter."""
 
 
 def find_device_options(
@@ -47,15 +47,17 @@ def find_device_options(
     image_size: int = 224,
     optimizer: str = "sgd",
 ) -> list[DeviceOption]:
-    """Return an option for each combination of method, target modules and rank, most trained parameters first.
+    """Return the options for all combinations of method, target modules and rank, in order of trained parameters.
 
-    Norms are frozen. Each adapter also trains the head. If the model can be split before the first trained layer, the
-    combination has two options: a step on images, and a step on stored features (`split`).
+    The option with the most trained parameters is first. Norms are frozen. Each adapter also trains the head. If the
+    model can be split before the first trained layer, a combination has two options: a step on images, and a step on
+    stored features (`split`).
 
     Args:
         backbone: A timm model with the head to be trained. It is not changed.
-        methods: Some of `DEVICE_METHODS`.
-        target_modules: Layer roles or regular expressions.
+        methods: Names of methods, all from `DEVICE_METHODS`.
+        target_modules: Choices of the adapted layers. Each is a layer role such as `all-conv` (see `peft_edge.roles`),
+            or a regular expression.
         lora_ranks: Ranks of the adapters.
         batch_size: Images in a step.
         image_size: Height and width of the images in pixels.

@@ -77,12 +77,12 @@ def export_train_step(
       state. The outputs are the loss, the number of correct predictions, and the new adapter and optimizer state. In
       the next step, the output `new:<name>` must replace the input `<name>`.
     - `predict.onnx`: the network. The inputs are the adapter and any number of images. The outputs are the logits.
-    - `prefix.onnx`: with `split`, the frozen layers before the first trained layer. The input is any number of images.
-      The outputs are the features of the images. `train_step.onnx` then takes features instead of images.
+    - `prefix.onnx` (only with `split`): the frozen layers before the first trained layer. The input is any number of
+      images. The outputs are the features of the images. `train_step.onnx` then takes features instead of images.
     - `state.safetensors`: the initial adapter and optimizer state.
     - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files above, preprocessing,
-      class names, optimizer, fingerprint of the base model, the fields of `StepReport`, the machine, and package
-      versions.
+      class names, optimizer, fingerprint of the base model (a hash of its weights), the fields of `StepReport`, the
+      machine, and package versions.
     - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
 
     All norms use their stored statistics, on the device and in the comparison. With `norm="stats"`, the statistics
@@ -93,7 +93,7 @@ def export_train_step(
         out: The folder to write. It is created or replaced only if all checks succeed.
         image_size: Height and width of the images in pixels.
         batch_size: Samples in a step. The device must pad smaller batches, and set `mask` to 0 for the padding.
-        optimizer: `sgd` or `adamw`, as in `torch.optim`.
+        optimizer: `sgd` for the update of `torch.optim.SGD`, or `adamw` for that of `torch.optim.AdamW`.
         momentum: Momentum of SGD. AdamW ignores this argument.
         weight_decay: Weight decay of SGD or AdamW.
         max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients

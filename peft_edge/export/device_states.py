@@ -43,21 +43,21 @@ def import_state(
     B are averaged separately. Therefore the product of the averages is not exactly the average of the products.
 
     The adapter's folder contains `device_training.json`. This file has an entry for each state file: name, SHA-256,
-    weight divided by the sum of all weights, and metadata. The metadata are texts that the device stored, such as its
-    name and the number of steps. `device_training.json` also names the base model, its fingerprint, the optimizer, and
-    package versions.
+    weight divided by the sum of all weights, and metadata. The metadata are texts that the device stored, such as the
+    name of the device and the number of steps. `device_training.json` also contains the name of the base model, its
+    fingerprint (a hash of its weights), the optimizer, and package versions.
 
     Args:
         folder: The folder that `export_train_step` wrote.
         states: The safetensors file that a device saved, or a list of such files.
-        out: The folder of the adapter. It is created or replaced when all files are complete.
-        weights: The weight of each state in the average, such as the number of images on each device. By default, all
-            weights are equal.
+        out: The folder of the adapter. It is created or replaced only after all files have been written.
+        weights: The weight of each state file in the average, such as the number of images on each device. By default,
+            all weights are equal.
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If `step.json` or a state is damaged, a state does not belong to `folder`, an adapter value is not
-            finite, or `weights` is invalid.
+        ValueError: If `step.json` or a state file is damaged, a state file does not belong to `folder`, an adapter
+            value is not finite, or `weights` is invalid.
         OSError: If the adapter cannot be written.
     """
     folder = Path(folder)
@@ -91,7 +91,7 @@ def import_state(
 
 
 def _shares(files: Sequence[Path], weights: Sequence[float] | None) -> list[float]:
-    """Return the weights of the files, divided by their sum. If `weights` is None, all weights are equal."""
+    """Return the weight of each file, divided by the sum of all weights. Without `weights`, all weights are equal."""
     if not files:
         raise ValueError("states: expected at least one file, found none")
     weights = [1.0] * len(files) if weights is None else list(weights)
@@ -108,7 +108,7 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: If `step.json` is missing.
-        ValueError: If `step.json` is damaged, or has another `format_version`.
+        ValueError: If `step.json` is damaged, or its `format_version` is not `FORMAT_VERSION`.
     """
     path = folder / DESCRIPTION_NAME
     try:
@@ -124,12 +124,14 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 
 
 def read_state(file: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the tensors of the adapter in a state file. The file may lack tensors of the optimizer state.
+    """Return the adapter's tensors from a state file.
+
+    `description` is the content of `step.json`. Tensors of the optimizer state may be missing in the file.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If the file is damaged, an adapter tensor is missing, a tensor is unknown or has another shape or
-            dtype, or an adapter value is not finite.
+        ValueError: If the file is damaged, an adapter tensor is missing, a tensor is not listed in `description` or has
+            another shape than listed, a tensor is not float32, or an adapter value is not finite.
     """
     layout = read_layout(file)
     adapter = {name: tuple(shape) for name, shape in description["adapter"].items()}

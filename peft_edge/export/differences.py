@@ -31,8 +31,8 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 class _Header:
     """The metadata of a diff.
 
-    `base` and `result` are the fingerprints of the base model and of the merged model. `class_names` are the class
-    names of the merged model.
+    A diff is a file that `write_diff` writes. `base` is the fingerprint (a hash of all tensors) of the base model, and
+    `result` is the fingerprint of the merged model. `class_names` are the class names of the merged model.
     """
 
     base: str
@@ -40,29 +40,30 @@ class _Header:
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of this metadata. For the tensors, `apply_diff` checks the fingerprint `result`."""
+        """Return the SHA-256 of this metadata. The tensors are not hashed, because `apply_diff` checks `result`."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Merge the adapters of a copy of `model`, and write each merged tensor that is not bit-identical in `base`.
+    """Merge the adapters in a copy of `model`, and write each tensor of the copy that is not bit-identical in `base`.
 
     Args:
         base: The timm model that is on the devices. It is not changed.
         model: The adapted or fully trained network. It is not changed. Its head may have another number of classes than
             the head of `base`.
-        file: The safetensors file to write or replace. Its metadata contains the fingerprints of both models.
+        file: The safetensors file to write or replace. Its metadata contains the fingerprints of `base` and of the
+            merged copy of `model`.
         allow_other_base: Whether to accept a PEFT model whose base weights differ from those of `base`. The diff then
             contains the differing base weights, too.
 
     Returns:
-        A dict from names to the written tensors.
+        A dict from the names of the written tensors to these tensors.
 
     Raises:
-        ValueError: If the architectures differ, the base weights of `model` differ from `base` without
-            `allow_other_base`, an adapter cannot be merged, or a tensor to write is not finite.
+        ValueError: If the architectures differ, an adapter cannot be merged, or a tensor to write is not finite. If the
+            base weights of `model` differ from those of `base`, and `allow_other_base` is False.
         OSError: If the file cannot be written.
     """
     if isinstance(model, PeftModel) and not allow_other_base:
@@ -89,7 +90,7 @@ def write_diff(
 
 
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Apply a diff to a copy of `base`, and return the copy, which is bit-identical to the merged model.
+    """Return a copy of `base` with the tensors in `file`, bit-identical to the merged model of `write_diff`.
 
     Args:
         base: The timm model that was the `base` of `write_diff`. It is not changed.
@@ -116,7 +117,7 @@ def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
 
 
 def save_result(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Save a model with `save_backbone`, and replace `folder` when all files are complete.
+    """Save a model with `save_backbone`. Create or replace `folder` only after all files have been written.
 
     Raises:
         ValueError: If `folder` contains other files than those of a saved model.
@@ -155,8 +156,8 @@ def _damaged(file: Path, reason: object) -> ValueError:
 def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, advice: str) -> nn.Module:
     """Return a copy of `base` in which `tensors` replace the tensors of the same names.
 
-    If `tensors` contains a head with another number of classes, the head of the copy first gets this size. If a tensor
-    does not fit or is not finite, raise a ValueError that starts with `what` and ends with `advice`.
+    If `tensors` contains a head with another number of classes, the head of the copy first gets this number of classes.
+    If a tensor does not fit or is not finite, raise a ValueError that starts with `what` and ends with `advice`.
     """
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):

@@ -1,6 +1,6 @@
 """Write a captured training step as an ExecuTorch program (experimental).
 
-The program has four methods over the same buffers:
+The program has four methods, which share the buffers of the adapter and the optimizer state:
 
 - `train_step(images, labels, mask, learning_rate)` changes the adapter and the optimizer state, and returns the loss
   and the number of correct predictions.
@@ -11,7 +11,8 @@ The program has four methods over the same buffers:
 ExecuTorch's interface for mutable state may still change. Load a program with the version of ExecuTorch that wrote it.
 
 `python -m peft_edge.export.executorch_step PROGRAM BATCHES OUT` calls `run_program` in a separate process, because a
-program may crash its process. BATCHES and OUT are safetensors files with the argument and the result of `run_program`.
+program may crash its process. BATCHES is a safetensors file with the argument `batches` of `run_program`. OUT is the
+safetensors file for its result.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from peft_edge.files import requires_extra
 
 STEPS = 3  # number of steps in the check
 ALLOWED_RATIO = 10  # the error may be this many times the error of PyTorch with the same graph in single precision
-FLOOR = 1e-6  # an error of this fraction of the change by training is always allowed
+FLOOR = 1e-6  # an error of at most this fraction of the adapter's change by training is always allowed
 _BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter and the optimizer state
 
 
@@ -57,8 +58,8 @@ class TrainProgram:
 
     Attributes:
         state_names: Names of the tensors that `get_state` returns and `set_state` takes.
-        xnnpack: Whether XNNPACK computes the parts that it supports.
-        arena_bytes: A dict from the name of each method to the sizes of its memory arenas in bytes. The last arena
+        xnnpack: Whether XNNPACK, a CPU library, computes the parts of the graph that it supports.
+        arena_bytes: For each method name, a list of the sizes of the method's memory arenas in bytes. The last arena
             contains the adapter and the optimizer state. All methods share this arena.
         step_s: Seconds of the fastest step of the check. The check runs on one thread.
         difference: Relative error of the adapter that the program has trained: ||trained - exact|| / ||exact -
@@ -77,8 +78,8 @@ class TrainProgram:
 def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
     """Write a program in single precision, run it in a separate process, and compare it with the captured graph.
 
-    The first program uses XNNPACK. If this program cannot be written, crashes or has other results, a program without
-    XNNPACK replaces it.
+    The first program uses XNNPACK. If this program cannot be written, crashes, or differs from the captured graph, a
+    program without XNNPACK replaces it.
 
     Args:
         step: The captured step.
@@ -131,7 +132,7 @@ class _Method(nn.Module):
 
 
 def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[str, list[int]]:
-    """Write a program without running it. Return `TrainProgram.arena_bytes`.
+    """Write a program without running it. Return the sizes of its memory arenas (`TrainProgram.arena_bytes`).
 
     Raises:
         RuntimeError: If ExecuTorch cannot convert the step.
@@ -166,7 +167,7 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
 
 
 def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
-    """Return a dict from the name of each method to a pair: its module and its example inputs."""
+    """Return a dict from the name of each method to a pair: the method's module and example inputs."""
     state = {**step.adapter, **step.state}
     values = [value.float() for value in state.values()]
     batch = [name for name in step.step.inputs if name not in state]
@@ -307,7 +308,9 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tensor]) -> tuple[float, float]:
-    """Compare `found`, the result of `run_program`, with PyTorch. Return `difference` and `allowed_difference`.
+    """Compare `found`, the result of `run_program`, with PyTorch.
+
+    Return `difference` and `allowed_difference` of `TrainProgram`.
 
     Raises:
         RuntimeError: If `difference` exceeds `allowed_difference`, `get_state` does not return the state that was set,
@@ -340,7 +343,7 @@ def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tens
 
 
 def _train(step: TrainStep, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Take a step for each batch with the captured graph in PyTorch. Return the new adapter and optimizer state."""
+    """Run the captured graph in PyTorch, one step for each batch. Return the new adapter and optimizer state."""
     double = dtype == torch.float64
     module = step.step.module if double else _single_precision(step.step.module)
     values = {name: value.to(dtype) for name, value in {**step.adapter, **step.state}.items()}

@@ -52,18 +52,21 @@ def export_model(
         format: `onnx`, `torch-export` or `executorch`.
         images: Preprocessed images (N, C, H, W) for the comparison. The exported network expects this height and width.
         labels: Class indices (N,) of `images`. Without labels, accuracy is not measured.
-        folders: The name of the folder of each image (N), to measure accuracy for each folder. Only with `labels`.
-        batch_size: Images per call; by default any number, or 1 for ExecuTorch, which plans its memory in advance.
-        calibration: Preprocessed images (M, C, H, W). If given, the file is quantised to 8 bits (only ONNX).
+        folders: The folder name of each image (N). With `labels`, the accuracy is then also measured for each folder.
+            Without `labels`, `folders` has no effect.
+        batch_size: The number of images in each call of the exported network. With None, a call accepts any number of
+            images, except in the format `executorch`, which fixes the number to 1.
+        calibration: Preprocessed images (M, C, H, W). If given, the network is quantised to 8 bits. Only the format
+            `onnx` supports this.
 
     Returns:
         A list with the comparison of the floating-point network with `model`. If the file is quantised, the second
         element is the comparison of the 8-bit network. Its differences have no limit.
 
     Raises:
-        ValueError: If the format is unknown, does not match the suffix or cannot be quantised; if the batch size is
-            less than 1; if an adapter cannot be merged; if the model does not run on the images; if a logit is not
-            finite; or if a logit of the floating-point network differs from that of `model` by more than
+        ValueError: If the format is unknown, does not match the suffix of `file`, or cannot be quantised; if the batch
+            size is less than 1; if an adapter cannot be merged; if the model does not run on the images; if a logit is
+            not finite; or if a logit of the floating-point network differs from that of `model` by more than
             `LOGIT_TOLERANCE * max(1, largest_logit)`.
         ImportError: If the format needs a package that is not installed. The message names the extra.
         OSError: If the file cannot be written.

@@ -37,8 +37,9 @@ def write_onnx_graph(
 
     Args:
         graph: The graph.
-        any_batch_size: Whether to declare the first dimension of the first input and of the first output as dynamic. In
-            the graph, only arguments of reshapes may depend on the batch size. The function does not check this.
+        any_batch_size: Whether to declare the first dimension of the first input and of the first output as dynamic.
+            This requires that only arguments of reshapes in `graph` contain the batch size. The function does not check
+            this.
         metadata: A dict from names to texts, which are stored in the model.
 
     Raises:
@@ -90,8 +91,8 @@ class _Writer:
                 self.names[node] = _OPERATORS[node.target](self, node)
             else:
                 for name, result in zip(self.graph.outputs, node.args[0], strict=True):
-                    # `Identity` gives an output its name. A value may need several names, if it is several outputs or
-                    # also an input.
+                    # `Identity` gives an output its name. A value needs several names if it is returned as several
+                    # outputs, or if it is also an input.
                     self.nodes.append(self.onnx.helper.make_node("Identity", [self.names[result]], [name]))
                     outputs.append(self._value_info(name, result, any_batch_size and not outputs))
         self._rename_outputs()
@@ -145,7 +146,7 @@ class _Writer:
         return self.constant(list(values), torch.int64)
 
     def operand(self, value: Any, like: _Node) -> str:
-        """Return the name of the value of a node. For a number, return the name of a constant with `like`'s dtype."""
+        """Return the name of the value of a node, or of a constant with the dtype of `like` if `value` is a number."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
     def cast(self, node: _Node, dtype: torch.dtype) -> str:
@@ -158,8 +159,8 @@ class _Writer:
         """Return the name of the value `name`, reshaped from the shape `old` to the shape `new`."""
         if list(old) == list(new):
             return name
-        # In ONNX, the size 0 means the size of the input. With 0 as the first size, the reshape works for every batch
-        # size.
+        # In the target shape of an ONNX `Reshape`, 0 means the size of the input in this dimension. With 0 as the first
+        # size, the reshape works for every batch size.
         keeps_first = len(old) > 0 and len(new) > 0 and old[0] == new[0] and 0 not in new
         return self.emit("Reshape", name, self.integers([0, *new[1:]] if keeps_first else new))
 
@@ -228,7 +229,7 @@ Entry = Callable[[_Writer, _Node], str]
 
 
 def _unary(*kinds: str, **attributes: Any) -> Entry:
-    """Return an entry that applies the ONNX operators `kinds`, in this order, to the first argument."""
+    """Return an `Entry` that applies the ONNX operators `kinds`, in this order, to the first argument."""
 
     def write(writer: _Writer, node: _Node) -> str:
         name = writer.names[node.args[0]]
@@ -240,7 +241,7 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 
 
 def _binary(kind: str, *after: str) -> Entry:
-    """Return an entry that casts two arguments to their result dtype, and applies `kind` and then all of `after`.
+    """Return an `Entry` that casts two arguments to their common dtype, and applies `kind` and then all of `after`.
 
     If the fx node has the argument `alpha`, the second argument is first multiplied by `alpha`.
     """
@@ -262,7 +263,7 @@ def _binary(kind: str, *after: str) -> Entry:
 
 
 def _reduction(kind: str) -> Entry:
-    """Return an entry that reduces the first argument over the argument `dim`. A scalar remains unchanged."""
+    """Return an `Entry` that reduces the first argument over the argument `dim`. A scalar remains unchanged."""
 
     def write(writer: _Writer, node: _Node) -> str:
         source = node.args[0]
@@ -405,7 +406,7 @@ def _convolution(writer: _Writer, node: _Node) -> str:
 
 
 def _pool(writer: _Writer, node: _Node) -> tuple[str, dict[str, Any]]:
-    """Return the name of the pooled value, and the ONNX attributes for kernel size, stride and padding."""
+    """Return the name of a pooling's input value, and the ONNX attributes for kernel size, stride and padding."""
     kernel = _argument(node, 1, "kernel_size")
     stride = _argument(node, 2, "stride") or kernel
     padding = _argument(node, 3, "padding", [0, 0])

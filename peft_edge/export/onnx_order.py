@@ -1,12 +1,14 @@
 """Add dependencies to an ONNX training step, so that runtimes need little memory in any valid order of its nodes.
 
-For a frozen activation, the backward pass needs only a mask, with a byte for each element. A runtime may run the nodes
-in any order in which the inputs of each node are computed before the node. Two orders waste memory:
+Between frozen layers, the backward pass of an activation such as ReLU needs only a mask, with one byte for each
+element. A runtime may run the nodes in any order in which the inputs of each node are computed before the node. Two
+orders waste memory:
 
 - The mask is computed in the backward pass. Until then, the activation itself stays in memory, with four bytes for
   each element. ONNX Runtime's default order does this.
-- The forward pass already converts the mask to floating point, or computes another factor of the backward pass. ONNX
-  Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced nodes.
+- The forward pass already converts the mask to floating point (four bytes for each element), or computes another factor
+  of the backward pass. ONNX Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced
+  nodes.
 
 The added nodes make both orders invalid. They compute a 1 (or True) from the size of a tensor, and multiply a number by
 1 (or combine a mask with True). This takes almost no time and changes no result.
@@ -45,8 +47,8 @@ class _Scheduler:
     """Add dependencies to the nodes of one training step.
 
     `keyed` contains the added nodes, each with a key that determines its place: (i, n) for the n-th added node, which
-    should run directly before node i. `late` and `of_batch` contain the indices of the nodes that depend on the labels
-    and on the batch.
+    should run directly before node i. `late` contains the indices of the nodes that depend on the labels. `of_batch`
+    contains the indices of the nodes that depend on the batch.
     """
 
     def __init__(
@@ -74,7 +76,7 @@ class _Scheduler:
             if index in forward or index in self.late or index not in self.of_batch:
                 continue
             # This node computes a factor of the backward pass, but all its inputs are known in the forward pass. The
-            # gate delays the node until the gradient that is multiplied by the factor is known.
+            # value from `_gate` delays the node until the gradient that is multiplied by the factor is known.
             if node.op_type == "Cast" and self._is_early_mask(node.input[0], loss):
                 masks.append(node.input[0])
                 node.input[0] = self._add(index, "And", [node.input[0], self._gate(index, _BOOL)])
@@ -114,8 +116,8 @@ class _Scheduler:
     def _gate(self, index: int, code: int) -> str:
         """Return the name of a scalar 1 (True if `code` is `_BOOL`) that is computed from the size of a gradient.
 
-        This is the gradient that a later node combines with the result of node `index`. The scalar is therefore not
-        available before the gradient.
+        A later node combines this gradient with the result of node `index`. A node that uses the scalar cannot run
+        before the gradient is known.
         """
         seen, pending = set(), [index]
         while pending:

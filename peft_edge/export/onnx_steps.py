@@ -1,10 +1,10 @@
 """Run the files of an exported training step. `export_train_step` starts this script in a process without PyTorch.
 
 `python onnx_steps.py train FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES. This file
-contains the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`, and for a split step also
-`features.0`, ... Then the script computes the logits of the first images with the trained adapter. It writes the
-losses, the numbers of correct predictions, the logits, the new state, the time of the fastest step and the peak memory
-of the process to the safetensors file OUT.
+contains the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`, and also `features.0`, ...
+if the step takes features instead of images. Then the script computes the logits of `images.0` with the trained
+adapter. The script writes the losses, the numbers of correct predictions, the logits, the new state, the time of the
+fastest step and the peak memory of the process to the safetensors file OUT.
 
 `python onnx_steps.py features FOLDER BATCHES OUT` writes the features of the images: `features.0`, ...
 """
@@ -23,7 +23,7 @@ from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 
 Read = Callable[[str], np.ndarray]
-"""A function that returns the tensor with a given name in BATCHES."""
+"""A function from the name of a tensor in BATCHES to this tensor."""
 
 
 def open_session(file: Path) -> onnxruntime.InferenceSession:
@@ -50,7 +50,7 @@ def process_peak_bytes() -> int:
 
 
 def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
-    """Take `count` steps from the initial state in `folder`. Return the contents of OUT (see the module docstring)."""
+    """Take `count` steps from the initial state in `folder`. Return the tensors that the script writes to OUT."""
     session = open_session(folder / "train_step.onnx")
     data = "features" if "features" in {each.name for each in session.get_inputs()} else "images"
     names = [output.name for output in session.get_outputs()]

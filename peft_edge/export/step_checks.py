@@ -39,15 +39,15 @@ DOUBLE_TOLERANCE = 1e-10
 # In single precision, the check also trains with images that it changes by this relative amount. The effect of the
 # change on the trained adapter measures how much training amplifies rounding errors.
 INPUT_CHANGE = 1e-6
-# The exported step may differ from eager training by this many times the effect. In 14 training runs of seven networks,
-# the largest ratio was 1.1, and a tiny network in the tests had 4.1. The effect of a single change may be too small,
-# because only some changes flip the sign of an activation near 0. The check therefore takes the largest effect of up to
-# `INPUT_CHANGES` changes.
+# The exported step may differ from eager training by at most `ALLOWED_RATIO` times this effect. In 14 training runs of
+# seven networks, the largest ratio was 1.1. A tiny network in the tests had a ratio of 4.1. The effect of a single
+# change may be too small, because only some changes flip the sign of an activation near 0. The check therefore takes
+# the largest effect of up to `INPUT_CHANGES` changes.
 ALLOWED_RATIO, INPUT_CHANGES = 5, 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
-# With this `mmap_threshold`, glibc returns freed memory to the system at once. With huge pages, a step then takes only
-# half as long.
+# With this `mmap_threshold`, glibc returns freed memory to the system at once. `hugetlb=1` switches on huge pages,
+# which halve the time of a step.
 MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
 
 Batch = dict[str, Tensor]
@@ -64,10 +64,11 @@ class StepReport:
             ||eager - initial||. ONNX Runtime has trained the adapter `exported`, and PyTorch the adapter `eager`.
         allowed_difference: The largest accepted `single_difference`.
         step_s: Seconds of the fastest step in ONNX Runtime on one thread of this machine.
-        peak_rss_bytes: Peak physical memory of the process that trained in ONNX Runtime.
+        peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime.
         parameters: Number of trained parameters.
-        prefix_error: Relative error of the features of an 8-bit prefix: the norm of the error, divided by the norm of
-            the features. None without an 8-bit prefix.
+        prefix_error: Relative error of the features (the outputs of the first frozen layers) if these layers are
+            quantised to 8 bits: the norm of the error, divided by the norm of the features. None if they are not
+            quantised.
     """
 
     double_difference: float
@@ -97,7 +98,7 @@ def report_lines(report: StepReport) -> str:
 def random_batches(batch_size: int, size: Sequence[int], num_classes: int) -> list[Batch]:
     """Return `PROOF_STEPS` batches of random images (B, *size), labels and masks.
 
-    If B > 1, half of the last batch is padding (mask 0).
+    B is `batch_size`. The last B // 2 samples of the last batch are padding (mask 0).
     """
     generator = torch.Generator().manual_seed(0)
     batches = []
@@ -155,7 +156,7 @@ def proof_rate(step: TrainStep, batch: Batch) -> float:
 
 
 def _double(step: TrainStep, batch: Batch) -> Batch:
-    """Return `batch` in double precision. If `step` is split, add the features of the images."""
+    """Return `batch` in double precision. If `step` takes features, add the features of the images."""
     double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     return {**double, step.data: step.features(double[IMAGES])}
 
@@ -168,7 +169,7 @@ def _norm(tensors: Mapping[str, Tensor]) -> float:
 def check_double(
     model: PeftModel, step: TrainStep, optimizer: StepOptimizer, batches: Sequence[Batch], rate: float
 ) -> float:
-    """Run the captured step on all batches in double precision, and return `StepReport.double_difference`.
+    """Compare the captured step with eager training in double precision. Return `StepReport.double_difference`.
 
     Raises:
         ValueError: If the difference exceeds `DOUBLE_TOLERANCE` or is NaN.
@@ -204,12 +205,13 @@ def check_single(
     folder: Path,
     double_difference: float,
 ) -> StepReport:
-    """Run the files in `folder` in new processes, and compare the results with eager training in single precision.
+    """Run the ONNX files in `folder` in new processes. Compare the results with eager training in single precision.
 
     Return the report with `prefix_error=None`. Its `double_difference` is the argument `double_difference`.
 
     Raises:
-        ValueError: If ONNX Runtime cannot run a file, or a result differs by more than rounding errors.
+        ValueError: If ONNX Runtime cannot run a file, or a result differs from eager training by more than rounding
+            errors.
     """
     losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float32)
     if step.prefix is not None:
@@ -270,7 +272,7 @@ def check_single(
 def run_onnx_steps(
     folder: Path, batches: Sequence[Batch], learning_rate: float, *, mode: Literal["train", "features"] = "train"
 ) -> dict[str, Tensor]:
-    """Run `onnx_steps.py` on the files in `folder` in a new process, and return the tensors that it writes.
+    """Run `onnx_steps.py` in a new process on the ONNX files in `folder`. Return the tensors that the script writes.
 
     Raises:
         ValueError: If the process fails.
@@ -293,7 +295,7 @@ def run_onnx_steps(
 
 
 def _with_adapter(model: PeftModel, values: Mapping[str, Tensor]) -> PeftModel:
-    """Return a copy of `model` in eval mode whose trained parameters have the given values."""
+    """Return a copy of `model` in eval mode, with the trained parameters set to `values`."""
     model = undo_lean_training(copy.deepcopy(model)).cpu().eval()
     parameters = dict(model.get_base_model().named_parameters())
     with torch.no_grad():

@@ -19,20 +19,20 @@ from peft_edge.export.step_checks import MALLOC_TUNABLES
 from peft_edge.export.train_step import CapturedGraph, capture_graph
 from peft_edge.files import requires_extra
 
-# `NODE_BYTES` is the predicted memory of each node of the graph in addition to its result. `ALLOCATOR_FACTOR` is the
-# predicted memory of the allocator divided by that of the tensors. With these values, the predictions for five steps of
-# four networks are within 9 % of the measured peaks, which are 71 to 323 MiB.
+# `NODE_BYTES` is the predicted memory of each node of the graph, without the result of the node. `ALLOCATOR_FACTOR` is
+# the predicted memory of the allocator, divided by the bytes of all tensors. With these values, the predictions for
+# five steps of four networks are within 9 % of the measured peaks, which are 71 to 323 MiB.
 NODE_BYTES, ALLOCATOR_FACTOR = 8192, 1.6
 # Bytes of an element in the ONNX file, where float64 becomes float32.
 _BYTES = {torch.float64: 4, torch.float32: 4, torch.int64: 8, torch.int32: 4, torch.bool: 1}
 
 
 def step_memory(graph: CapturedGraph) -> tuple[int, int]:
-    """Return the bytes of the constants of a step, and the peak bytes of all its other tensors.
+    """Return the bytes of the constants in a graph, and the peak bytes of all other tensors while the graph runs.
 
     The function assumes that the nodes run in the order of the graph, and that a tensor is freed after its last use.
-    Elementwise operators and reshapes write to the memory of an operand of the same size that no later node uses.
-    Inputs and outputs are kept until the end of the step, because the caller holds them.
+    An elementwise operator or a reshape overwrites an operand if the operand has the size of the result, and no later
+    node uses the operand. Inputs and outputs stay in memory until the end of the step, because the caller holds them.
     """
     nodes = list(graph.module.graph.nodes)
     outputs: Any = graph.module.graph.output_node().args[0]
@@ -60,7 +60,7 @@ def _writes_in_place(node: fx.Node) -> bool:
 
 
 def _size(node: fx.Node) -> int:
-    """Return the bytes of all result tensors of a node in the ONNX file."""
+    """Return the bytes that all result tensors of a node take in ONNX, where float64 becomes float32."""
     values = node.meta["val"]
     values = [values] if isinstance(values, Tensor) else [value for value in values if isinstance(value, Tensor)]
     return sum(value.numel() * _BYTES[value.dtype] for value in values)
@@ -68,7 +68,7 @@ def _size(node: fx.Node) -> int:
 
 @cache
 def runtime_memory() -> int:
-    """Return the peak memory in bytes of a Python process on this machine that runs a tiny graph in ONNX Runtime.
+    """Run a tiny graph in ONNX Runtime in a new Python process, and return the peak memory of this process in bytes.
 
     Raises:
         ImportError: If onnx or onnxruntime is not installed.
@@ -94,7 +94,7 @@ def runtime_memory() -> int:
 
 
 def runtime_process_memory(graph: CapturedGraph) -> int:
-    """Predict the peak memory in bytes of a Python process that runs the step `graph` in ONNX Runtime on this machine.
+    """Predict the peak memory in bytes of a Python process in which ONNX Runtime runs `graph` on this machine.
 
     Raises:
         ImportError: If onnx or onnxruntime is not installed.

@@ -40,7 +40,7 @@ aten = torch.ops.aten
 
 IMAGES, FEATURES, LABELS, MASK, LEARNING_RATE = "images", "features", "labels", "mask", "learning_rate"
 LOSS, CORRECT, LOGITS, STEP = "loss", "correct", "logits", "step"
-NEW = "new:"  # prefix of outputs; the output `new:<name>` replaces the input `<name>` in the next step
+NEW = "new:"  # prefix of output names; the output `new:<name>` replaces the input `<name>` in the next step
 PREFIX = "base_model.model."  # prefix of the names in a saved PEFT adapter
 
 _BatchNorm = nn.modules.batchnorm._BatchNorm
@@ -87,7 +87,7 @@ class StepOptimizer:
 
     @property
     def slots(self) -> tuple[str, ...]:
-        """The names of the optimizer's state tensors for each tensor of the adapter."""
+        """The kinds of state that the optimizer keeps for each tensor of the adapter, such as `exp_avg`."""
         if self.name == "adamw":
             return ("exp_avg", "exp_avg_sq")
         return ("momentum",) if self.momentum else ()
@@ -123,7 +123,7 @@ class StepOptimizer:
     def _sgd(self, value: Tensor, gradient: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the new parameter and the new momentum. With `momentum=0`, return only the new parameter.
 
-        `rest` contains the momentum, unless `momentum` is 0, and the learning rate.
+        `rest` is (momentum buffer, learning rate). With `momentum=0`, it is only the learning rate.
         """
         *kept, lr = rest
         if self.weight_decay:
@@ -185,9 +185,10 @@ class TrainStep:
 
     Attributes:
         step: The graph of a training step; the module docstring lists its inputs and outputs.
-        predict: The graph that computes the logits. Its inputs are the adapter, and features (with a prefix) or images.
-        prefix: The graph that maps images to features. None if the step is not split.
-        start: The name of the first module after the prefix. None if the step is not split.
+        predict: The graph that computes the logits. Its inputs are images (features if `prefix` is not None) and the
+            adapter.
+        prefix: The graph that maps images to features. None if the step was captured with `split=False`.
+        start: The name of the first module after the prefix. None if `prefix` is None.
         adapter: A dict from the names in the saved adapter to the initial tensors.
         state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
     """
@@ -201,11 +202,11 @@ class TrainStep:
 
     @property
     def data(self) -> str:
-        """The name of the first input of `step` and `predict`: `features` with a prefix, otherwise `images`."""
+        """The name of the first input of `step` and `predict`: `images` if `prefix` is None, otherwise `features`."""
         return IMAGES if self.prefix is None else FEATURES
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the input of `step` for `images`: their features with a prefix, otherwise the images themselves."""
+        """Return the first input of `step`: `images` itself if `prefix` is None, otherwise the features of `images`."""
         return images if self.prefix is None else self.prefix.run({IMAGES: images})[FEATURES]
 
     def initial_tensors(self) -> dict[str, Tensor]:
@@ -291,7 +292,9 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 def _capture_prefix(
     network: nn.Module, images: Tensor, frozen: Mapping[str, Tensor]
 ) -> tuple[str, nn.Module, CapturedGraph]:
-    """Return the name of the first module after the prefix, the network without the prefix, and the prefix as a graph.
+    """Split off the prefix: the frozen layers before the first trained layer.
+
+    Return the name of the first module after the prefix, the network without the prefix, and the graph of the prefix.
 
     Raises:
         ValueError: If `FrozenPrefix` cannot split the network.
@@ -321,7 +324,7 @@ def _capture_prefix(
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
-    """Return a dict from the names of trained parameters in the saved adapter to their names in the base model.
+    """Return a dict that maps the name of each trained parameter in the saved adapter to its name in the base model.
 
     Raises:
         ValueError: If no parameter is trainable, or a trainable parameter is not saved, or is saved under two names.
@@ -536,7 +539,7 @@ def _remove_copies(graph: fx.Graph) -> None:
 
 
 def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) -> None:
-    """Compute the nodes that depend only on `constants`, and store the results that other nodes use as buffers.
+    """Compute the nodes that depend only on `constants`. Results that the remaining nodes need become buffers.
 
     `constants` maps placeholders of the graph to tensors. The placeholders and the computed nodes are removed.
     """
@@ -551,7 +554,7 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
     for node, value in folded.items():
         if not isinstance(value, Tensor) or all(user in folded for user in node.users):
             continue
-        # Nodes whose values have the same memory share a buffer, such as a kernel that forward and backward pass use.
+        # Values in the same memory share one buffer, for example a kernel that both forward and backward pass use.
         key = (value.data_ptr(), value.shape, value.stride())
         if key not in names:
             names[key] = f"constant_{len(names)}"
@@ -568,8 +571,9 @@ def _compare_early(graph: fx.Graph) -> None:
     """Move each comparison, such as `x > 0`, directly after the last other use of the compared tensor.
 
     Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor.
-    Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares its input with its limits.
-    In these comparisons, the output replaces the input, because the next layer may keep the output anyway.
+    Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares the input of the hardtanh
+    with the two limits. This function makes it compare the output instead, because the next layer may keep the output
+    anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

@@ -23,7 +23,7 @@ from peft_edge.profiling.tables import text_table
 
 CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
-TEST_SIZE = 1000  # `peft-edge export` compares at most this many images of each name after `--test`
+TEST_SIZE = 1000  # `peft-edge export` compares at most this many images of each dataset that `--test` names
 
 
 class Images(NamedTuple):
@@ -31,7 +31,7 @@ class Images(NamedTuple):
 
     Attributes:
         calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), to compute the quantisation scales.
-        comparison: At most `comparison_size` test images (M, C, H, W).
+        comparison: Test images (M, C, H, W), at most as many as the argument `comparison_size` of `read_images`.
         labels: Class indices (M,) of `comparison`, in the order of the model's outputs. None if the model has no class
             names, or does not know all classes of the images.
     """
@@ -49,16 +49,17 @@ def read_images(
     run: Mapping[str, Any] | None = None,
     comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
-    """Read images for calibration and for comparison, and preprocess them as for the evaluation of a model.
+    """Read images for calibration and for comparison, with the preprocessing of the evaluation of `model`.
 
-    If `run` is given, `comparison` contains no image that the run trained on. A dataset that the run used is split as
-    in the run. From other datasets, images that are copies of training images of the run are left out.
+    If `run` is given, `comparison` contains no image that this training run used for training. A dataset that the run
+    used is split as in the run. From other datasets, copies of the run's training images are left out, unless the run
+    used `digits` or `shapes`.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
             `source` or `target`: the source or target images of the run.
         model: A timm model, or a PEFT model with a timm base.
-        image_size: Height and width in pixels; by default timm's size for the evaluation of the model.
+        image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
         run: The configuration of the run that trained the model: `record.run_info.train_config`.
         comparison_size: The maximum number of images in `comparison`.
 
@@ -85,7 +86,7 @@ def read_images(
 
 
 def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return timm's data configuration of a model (`mean`, `std`, ...), with `image_size` if it is not None."""
+    """Return timm's data configuration of a model. If `image_size` is not None, it replaces `input_size`."""
     config = resolve_model_data_config(model)
     return config if image_size is None else {**config, "input_size": (3, image_size, image_size)}
 
@@ -99,7 +100,7 @@ def _read_domain(name: str, image_size: int) -> Domain:
 
 
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Domain:
-    """Return the domain `name`. Its test split contains no image that the run trained on.
+    """Return the dataset `name` as a domain whose test split contains no image that the run trained on.
 
     A dataset that the run did not use is searched for copies of training images, unless the run used an embedded
     benchmark such as `digits`.
@@ -114,8 +115,8 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed)
     if role == "source" and data.get("new_classes"):
-        # The test split of each domain contains only some of the classes, so join the domains. Only the features of the
-        # last target name all classes.
+        # The test split of each domain contains only some of the classes, so join the domains. Only the `features` of
+        # the last target list all classes.
         features = task.targets[-1].test.features
         domains = (task.source, *task.targets)
         train, test = (
@@ -135,7 +136,7 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
 
 
 def _is_same(name: str, other: str) -> bool:
-    """Return whether both names are equal or lead to the same folder."""
+    """Return whether the two names are equal, or are paths of the same folder."""
     folders = Path(name).expanduser(), Path(other).expanduser()
     return name == other or (folders[0].is_dir() and folders[0].resolve() == folders[1].resolve())
 
@@ -167,7 +168,7 @@ def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> 
 
 
 def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
-    """Yield batches of `batch_size` images. The last batch is padded with copies of its last image.
+    """Yield batches of `batch_size` images. If the last batch is smaller, it is padded with copies of its last image.
 
     If `batch_size` is None, yield batches of at most 32 images without padding.
     """
@@ -188,9 +189,10 @@ class Comparison:
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
-        accuracies: A dict from folder names to the accuracies of the file on the images in the folders. The dict is
-            empty if the images have no folders or no labels.
-        model_accuracies: The same dict for the model.
+        accuracies: For each folder name, the accuracy of the file on the images in this folder. The dict is empty if
+            the images have no folders or no labels.
+        model_accuracies: For each folder name, the accuracy of the model on the images in this folder. The dict is
+            empty if `accuracies` is empty.
     """
 
     name: str
@@ -205,7 +207,7 @@ class Comparison:
 
     @property
     def losses(self) -> dict[str, float]:
-        """A dict from folder names to differences: the accuracy of the model minus the accuracy of the file."""
+        """For each folder name, the accuracy of the model minus the accuracy of the file."""
         return {name: self.model_accuracies[name] - accuracy for name, accuracy in self.accuracies.items()}
 
 
@@ -246,9 +248,9 @@ def compare_logits(
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row for each file. If the accuracy of the model is known, the model has the first row.
+    """Return a text table with a row for each file, and a first row for the model if its accuracy is known.
 
-    The table has a column with the accuracy for each folder. If the images have no folders, there is one such column.
+    The table has one accuracy column for each folder. If the images have no folders, it has a single accuracy column.
     """
     folders = list(comparisons[0].accuracies)
     titles = [f"accuracy on {folder}" for folder in folders] if len(folders) > 1 else ["accuracy"]

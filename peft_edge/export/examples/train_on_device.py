@@ -4,7 +4,8 @@ python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.
 
 EXPORTED is the folder that `export_train_step` wrote. IMAGES is a folder with one subfolder for each class. STATE is
 the file for the trained adapter and the optimizer state. If STATE exists, training continues from this file. If
-EXPORTED contains `prefix.onnx`, the features of each image are computed only once.
+EXPORTED contains `prefix.onnx` (the frozen first layers), the outputs of these layers are computed only once for each
+image.
 """
 
 import argparse
@@ -29,7 +30,7 @@ def open_file(file: Path) -> onnxruntime.InferenceSession:
 
 
 def read_image(file: Path, preprocessing: dict) -> np.ndarray:
-    """Return an image (C, H, W), resized, cropped and normalised as peft_edge does in evaluation."""
+    """Return an image (C, H, W) with the resizing, cropping and normalisation that peft_edge uses for test images."""
     _, height, width = preprocessing["input_size"]
     image = Image.open(file).convert("RGB")
     method = Image.Resampling[preprocessing["interpolation"].upper()]
@@ -87,7 +88,7 @@ def train_from_images() -> None:
     save_file(state, unfinished, metadata={**origin, "runtime": f"onnxruntime {onnxruntime.__version__}"})
     with unfinished.open("rb+") as file:
         os.fsync(file.fileno())
-    unfinished.replace(options.state)  # an interruption leaves either the old or the new state
+    unfinished.replace(options.state)  # after an interruption, the file has either its old or its new content
 
 
 if __name__ == "__main__":
