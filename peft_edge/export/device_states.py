@@ -1,7 +1,7 @@
 """Convert the state files of devices to a PEFT adapter.
 
-A device trains with the folder that `peft_edge.export.export_train_step` wrote. It saves its adapter and optimizer
-state in a safetensors file, the state file.
+A device trains with the folder that `peft_edge.export.export_train_step` wrote. A state file is the safetensors file in
+which the device saves the trained adapter and the optimizer state.
 """
 
 from __future__ import annotations

@@ -61,7 +61,7 @@ def export_model(
 
     Returns:
         A list with the comparison of the floating-point network with `model`. If the file is quantised, the second
-        element is the comparison of the 8-bit network. Its differences have no limit.
+        element is the comparison of the 8-bit network. The differences of the 8-bit network are not limited.
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix of `file`, or cannot be quantised; if the batch
@@ -120,9 +120,10 @@ def export_model(
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` with merged active adapters, and with original layers instead of lean layers.
+    """Return a copy of `model` in which the active adapters are merged.
 
-    The copy is on the CPU, frozen and in eval mode.
+    The copy contains the original layers instead of lean layers (see `peft_edge.lean`). It is on the CPU, frozen and in
+    eval mode.
 
     Raises:
         ValueError: If an adapter cannot be merged, or a merged weight is not finite.
@@ -140,8 +141,9 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 def fuse_batch_norms(model: nn.Module) -> None:
     """Fuse each BatchNorm into the convolution before it, in place, if no other layer uses the convolution's output.
 
-    Outputs are unchanged up to rounding. A BatchNorm remains if it follows a sum or a concatenation, or a convolution
-    whose output another layer uses. `model` must be in eval mode, without adapters and without trainable parameters.
+    Outputs are unchanged up to rounding. A BatchNorm remains if its input is a sum, a concatenation, or the output of a
+    convolution that another layer also uses. `model` must be in eval mode, without adapters and without trainable
+    parameters.
     """
     # `inplace_norms` returns the pairs in which only the BatchNorm uses the convolution's output.
     prepare_model_for_lean_training(model, inplace_norm=True)

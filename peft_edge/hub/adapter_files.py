@@ -39,7 +39,7 @@ JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand byt
 HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred bytes per tensor
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""A dict from the name of each tensor in a file to its shape and dtype."""
+"""A dict from the name of each tensor in a file to the shape and dtype of this tensor."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 # PEFT's other tuners are not supported, because they may read further files or compile code.
@@ -53,10 +53,11 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Save the active adapter, the class names and a model card, and replace `folder` when all files are complete.
+    """Save the active adapter, the class names and a model card to `folder`.
 
-    A fingerprint of the base weights is also saved, and `load_pretrained` then rejects a base with other weights. The
-    fingerprint is left out if the adapter is merged, or if its initialisation may have changed base weights (PiSSA).
+    `folder` is created or replaced only after all files have been written. A fingerprint (hash) of the base weights is
+    also saved, so that `load_pretrained` can reject a base with other weights. The fingerprint is left out if the
+    adapter is merged, or if its initialisation may have changed base weights, as with PiSSA.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -67,7 +68,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` with the given model card to `folder`.
+    """Write the files of `save_adapter` to `folder`, with `card` as the model card.
 
     `base_name`, if given, replaces `base_model_name_or_path` in the configuration.
     """
@@ -169,8 +170,9 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
         elif isinstance(value, list | set | dict) and len(value) > len(modules):
             raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
-            # PEFT uses the first pattern that matches the end of a name. The first pattern is therefore written last.
-            # A pattern with "^" must match the whole name.
+            # PEFT uses the first pattern that matches the end of a name. The loop visits the patterns in reverse order,
+            # so that the first pattern overwrites the results of later patterns. A pattern with "^" must match the
+            # whole name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
@@ -184,7 +186,7 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
 
 
 def exact_pattern(names: Iterable[str]) -> str:
-    """Return a regular expression that matches exactly the given names."""
+    """Return a regular expression that matches the given names and no others."""
     return "|".join(map(re.escape, sorted(names)))
 
 

@@ -39,8 +39,8 @@ class CardSubject:
         architecture: The name of the timm architecture, or of the Python class if the base is not from timm.
         peft_type: The adapter's `peft_type`, such as `CONV_LORA`; None for a whole model.
         source: The Hub id from which the code examples of the card load the adapter or model.
-        license: The Hub's identifier of a license. None uses the license of timm's pretrained weights if the run used
-            these weights.
+        license: The Hub's identifier of a license. With None, the card names the license of timm's pretrained weights
+            if the run used these weights, and no license otherwise.
     """
 
     base: str
@@ -51,7 +51,7 @@ class CardSubject:
 
     @classmethod
     def from_model(cls, model: PeftModel, **more: str | None) -> CardSubject:
-        """Return the subject for the active adapter of `model`. `more` sets or replaces fields."""
+        """Return the subject for the active adapter of `model`. The fields in `more` have the given values."""
         config, base = model.peft_config[model.active_adapter], model.get_base_model()
         name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or "unknown"
         architecture = getattr(base, "pretrained_cfg", {}).get("architecture", type(base).__name__)
@@ -61,8 +61,9 @@ class CardSubject:
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
     """Build the model card of an adapter or of a whole model.
 
-    A `record`, which must come from `shareable`, adds accuracy and cost. If the record has a step profile, `folder` is
-    given and matplotlib is installed, a plot of the cost is saved as `PICTURE_NAME` in `folder`.
+    `record` contains the results of a run, and must come from `shareable`. If it is given, the card also shows accuracy
+    and cost. If the record has a step profile, `folder` is given and matplotlib is installed, a plot of the cost is
+    saved as `PICTURE_NAME` in `folder`.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
@@ -73,7 +74,10 @@ def adapter_card(subject: CardSubject, record: Record | None = None, folder: Pat
 
 
 def _results(record: Record, folder: Path | None) -> dict[str, object]:
-    """Return the values of the template for the results of a run. With `folder`, also save the plot of the cost."""
+    """Return the values of the template for the results of a run.
+
+    If the record has a step profile, `folder` is given and matplotlib is installed, also save the plot of the cost.
+    """
     # Imported here to keep the import of the package fast.
     from peft_edge.profiling.figures import save_cost_figure
     from peft_edge.profiling.tables import profile_table, text_table
@@ -125,7 +129,7 @@ def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
 
 
 def _eval_results(record: Record) -> list[EvalResult]:
-    """Return the test accuracies after training, on target and source. An accuracy that is not recorded is left out."""
+    """Return the test accuracies after training, on target and source images. Accuracies that are None are left out."""
     data, measured = record.run_info.train_config["data"], record.train_info.metrics[-1]
     source = _label(data["name"], data.get("source_filters", []))
     domains = {"test accuracy": f"{source}, {_shift(data)}", "source test accuracy": f"{source}, source"}
@@ -151,7 +155,10 @@ def _label(name: object, filters: Any) -> str:
 
 
 def _shift(data: Mapping[str, Any]) -> str:
-    """Return the target data as text: the new classes, or the shift and its severity. Without a shift: the dataset."""
+    """Return the new classes as text. Without new classes, return the shift, or the dataset if there is no shift.
+
+    If the severity of the shift is not None, it is added.
+    """
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
     shift = _label(data["shift"] or data["name"], data.get("shift_filters", []))

@@ -37,19 +37,21 @@ def combine_adapters(
     """Load adapters of type `CONV_LORA`, and combine them with `ConvLoraModel.add_weighted_adapter`.
 
     Weights that add up to 1 give an average. Other weights give task arithmetic (arXiv 2212.04089). The statistics of
-    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). Each of these adapters
-    then counts by its number of batches instead of its weight.
+    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). This pooling weights each
+    of these adapters by its number of training batches, not by `weights`.
 
     Args:
-        adapters: Folders, or ids on the Hub, as for `load_pretrained`.
-        weights: A weight for each adapter; by default 1 / (number of adapters).
-        base: The base model, as for `load_pretrained`.
+        adapters: Folders of adapters, or ids of adapters on the Hub.
+        weights: A weight for each adapter. By default, each weight is 1 / (number of adapters).
+        base: The base model of all adapters. By default, it is the base model that `load_pretrained` loads for the
+            first adapter.
         combination: How PEFT combines A and B, one of `COMBINATIONS`. `cat` is exact: the kernel update is the weighted
             sum of the updates, and the rank is the sum of the ranks. `svd` gives the best approximation of this sum
             with rank `svd_rank`. `linear` combines A and B separately. Other names are variants of TIES, DARE and
             magnitude pruning.
-        svd_rank: The rank for the combinations with SVD; by default the largest rank of the adapters.
-        density: The fraction of values to keep, for TIES, DARE and magnitude pruning.
+        svd_rank: The rank for the combinations with SVD. By default, it is the largest rank of the adapters.
+        density: The fraction of values that TIES, DARE and magnitude pruning keep. These combinations require
+            `density`.
 
     Returns:
         The model in eval mode with the adapters `adapter_0`, `adapter_1`, ... and the active adapter `COMBINED`.
@@ -91,7 +93,7 @@ def combine_adapters(
 
 
 def _check_same(first_name: object, first: PeftModel, name: object, other: PeftModel) -> None:
-    """Raise a ValueError if type, settings or classes of `other` and `first` differ. Both names are for the message."""
+    """Raise a ValueError if type, settings or classes of `other` and `first` differ. The names are for the message."""
     config, expected = other.active_peft_config, first.active_peft_config
     if not isinstance(config, ConvLoraConfig):
         raise ValueError(

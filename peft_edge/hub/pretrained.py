@@ -52,8 +52,8 @@ def load_pretrained(
     Args:
         adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
         base: The backbone. The adapter is added to a copy of `base`, whose head gets as many classes as the adapter's
-            head. By default, the backbone is loaded from the adapter's subfolder `source_model` if it exists, or by the
-            name in the adapter's configuration.
+            head. By default, the backbone is loaded from the adapter's subfolder `source_model`. If there is no such
+            subfolder, the backbone that the adapter's configuration names is loaded.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
         allow_other_base: Whether to accept a backbone whose weights differ from those that the adapter was trained on.
             An adapter without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's
@@ -149,7 +149,8 @@ def _download(repo_id: str, files: list[str], expected: str, *, revision: str | 
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
     """Load the backbone of the adapter in `folder`: from `source_model`, from a local folder, or from the Hub.
 
-    If the configuration names an architecture without weights, warn, and return a model with other random weights.
+    If the configuration names only a timm architecture, without saved weights, warn, and return a model with new random
+    weights.
     """
     name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
@@ -213,7 +214,7 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
     """Raise a ValueError if the adapter in the file, described by `layout`, does not fit `model`.
 
     The adapter is added to a copy of `model` on the meta device. The names and shapes of its tensors must be those of
-    `layout`. The dtypes must agree in being floating-point or not.
+    `layout`. The dtype of a tensor must be floating-point in both or in neither.
     """
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
@@ -235,7 +236,7 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device. The weights are never copied, which saves their memory."""
+    """Return a copy of a model on the meta device. The values of the weights are never copied, which saves memory."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         values = tensor.detach().to("meta")

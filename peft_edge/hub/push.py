@@ -45,8 +45,8 @@ def push_adapter(
         repo_id: `"owner/name"`; the repository is created if missing.
         record: The file `record.json` of the run that trained the adapter. It is pushed, and its results are added to
             the card.
-        license: The Hub's identifier of a license, for the card. By default, the card has the license of timm's
-            pretrained weights if `record` says that the run used them.
+        license: The Hub's identifier of a license, for the card. With None, the card names the license of timm's
+            pretrained weights if, according to `record`, the run used these weights. Otherwise, it names no license.
         private: Whether a repository that this function creates is private. None uses the default of the Hub.
         revision: The branch to push to; it is created if missing.
         token: A Hub token; by default the token of `hf auth login` or of the environment variable `HF_TOKEN`.
