@@ -29,7 +29,10 @@ LEAN_RECOMPUTE = {**LEAN_FROZEN, "recompute": True}
 
 @dataclass(frozen=True)
 class Contender:
-    """A method of this or another package whose step is measured. All contenders except `inference` train the head."""
+    """A method of this or another package. The bench measures its training step.
+
+    All contenders except `inference` train the head.
+    """
 
     label: str
     """Name in tables."""
@@ -45,7 +48,7 @@ class Contender:
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Build a step that trains the parameters that require a gradient or, with `config`, an adapter of PEFT."""
+    """Build a training step: of all parameters that require a gradient, or of a PEFT adapter if `config` is given."""
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 
@@ -126,9 +129,9 @@ def _with_eval_norms(build: Build) -> Build:
 
 
 def _ours(method: str, lean: Mapping[str, object] | None, norm: str = "stats", **adapter: str) -> Build:
-    """Return a function that builds a method of this package. `lean` and `norm` are as in `prepare_step`.
+    """Return a function that builds a method of this package. `lean` is the argument of `prepare_step`.
 
-    `adapter` contains further settings of the adapter. GaLore ignores them, and uses the LoRA rank as its rank.
+    `norm` and `adapter` are settings of the method. GaLore ignores `adapter`, and uses the LoRA rank as its rank.
     """
 
     def build(model: nn.Module, lora_rank: int) -> Step:
@@ -188,7 +191,7 @@ CONTENDERS: dict[str, Contender] = {
     "lora-fa-project": Contender("our LoRA-FA, project, frozen norms, lean", _frozen("lora-fa", "project")),
     "dora-dense": Contender("our DoRA, dense, frozen norms, lean", _frozen("dora", "dense")),
 }
-"""A dict from the names of contenders to contenders: first those without this package, then ours.
+"""A dict from names to contenders. Contenders that do not use this package come first.
 
 BatchNorm uses the statistics of the batch unless the label says otherwise. In labels, `checkpointed` means timm's
 gradient checkpointing, `compiled` means `torch.compile`, and `eval norms` means BatchNorm layers in eval mode."""

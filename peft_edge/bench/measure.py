@@ -1,4 +1,4 @@
-"""Measure the training steps of contenders with and without huge pages, each in a separate process."""
+"""Measure the training steps of contenders in separate processes, with and without huge pages."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ def run_bench(
     `backbone` is the name of a timm model, which then has random weights, or the folder of a saved model. `contenders`
     are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
-    Each contender runs in a separate process, with torch's huge pages. A step that is not timed counts the memory of
-    tensors and the FLOPs. Then each contender takes one timed step in each round, and the order of the contenders is
-    reversed after each round. With `without_huge_pages`, each contender also runs in a second process without huge
-    pages, and both processes take turns. If a contender cannot be built, its output differs from the network's output,
-    or its process dies, the field `error` of its row contains the reason.
+    Each contender runs in a separate process, with torch's huge pages. In a step that is not timed, the bench counts
+    the FLOPs and the memory of the tensors. Then each contender takes one timed step in each round, and the order of
+    the contenders is reversed after each round. With `without_huge_pages`, each contender also runs in a second process
+    without huge pages, and both processes take turns. If a contender cannot be built, its output differs from the
+    network's output, or its process dies, the field `error` of its row contains the reason.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -113,7 +113,7 @@ class _Costs(NamedTuple):
     profile: StepProfile | None
     """The costs of a step. None if the request was `build`."""
     compile_s: float | None
-    """See `BenchRow.compile_s`."""
+    """Seconds of the first step if `torch.compile` compiles the model; otherwise None."""
 
 
 class _Growth(NamedTuple):
@@ -134,11 +134,11 @@ Reply = _Costs | PhaseTimes | _Growth | _Failure
 
 
 class _Group:
-    """One process for each contender, either all with huge pages or all without. They end with the `with` block.
+    """One process for each contender, all with huge pages or all without. The `with` block ends the processes.
 
-    A host process with the right environment variables loads the network. On Linux, it then forks itself for each
-    contender, and on other systems it starts new processes. A forked process starts at once, and shares the memory of
-    the loaded libraries with the other processes.
+    A host process with the right environment variables loads the network. On Linux, the host then forks itself for each
+    contender. On other systems, it starts new processes. A forked process starts at once, and shares the memory of the
+    loaded libraries with the other processes.
     """
 
     def __init__(self, names: Sequence[str], setting: Setting, cache: str, *, huge_pages: bool) -> None:
@@ -206,7 +206,7 @@ class _Group:
         """Send a request to a contender's process, and return the reply.
 
         If the contender fails, now or in an earlier call, its row contains only the reason, and the reply is a
-        `_Failure`. If the contender is the reference, raise a RuntimeError.
+        `_Failure`. If the contender that fails is the reference, raise a RuntimeError.
         """
         row = self.rows[name]
         if row.error:

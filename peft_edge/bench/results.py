@@ -19,9 +19,9 @@ class PhaseTimes(JsonModel):
     forward_s: float
     """Forward pass, including the loss."""
     backward_s: float
-    """0 if there is no backward pass."""
+    """Backward pass. 0 if the step has no backward pass."""
     optimizer_s: float
-    """0 if there is no update."""
+    """Update by the optimizer. 0 if the step has no update."""
 
     @property
     def step_s(self) -> float:
@@ -41,11 +41,15 @@ class BenchRow(JsonModel):
     profile: StepProfile | None = None
     """FLOPs and memory of a step, and the median times of its phases.
 
-    A compiled step has only the number of trainable parameters, the times and the memory of the process. None if the
-    contender did not run, and in rows without huge pages."""
+    The profile of a compiled step contains only the number of trainable parameters, the times and the memory of the
+    process. `profile` is None if the contender did not run, and in `rows_without_huge_pages`."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
+    """The times of the timed steps, one for each round. Empty if the contender did not run."""
     ratio_best: float | None = None
-    """Time of the contender's fastest step divided by the time of the reference's fastest step."""
+    """Time of the contender's fastest step divided by the time of the reference's fastest step.
+
+    The reference is full fine-tuning. All four ratios are None if the contender did not run.
+    """
     ratio_median: float | None = None
     """The median of the ratios of all rounds.
 
@@ -55,11 +59,15 @@ class BenchRow(JsonModel):
     ratio_highest: float | None = None
     """The highest ratio of a round."""
     rss_growth_bytes: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Peak memory of the process in the timed steps, minus its memory before them, when model and optimizer exist.
+    """Peak memory of the process in the timed steps, minus the memory of the process before these steps.
 
-    None in old records, and if the system cannot reset the peak."""
+    Model and optimizer exist before these steps. None in old records, if the contender did not run, or if the system
+    cannot reset the peak.
+    """
     compile_s: float | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Seconds of the first step of a contender that uses `torch.compile`; None for other contenders."""
+    """Seconds of the first step, in which `torch.compile` compiles the model.
+
+    None if the contender does not use `torch.compile`, or failed before the timed steps."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
         """Compute the four ratios from `rounds` and `reference`, the rounds of the reference.
@@ -82,7 +90,7 @@ class BenchRecord(JsonModel):
     created_at: str
     """Start of the comparison: ISO 8601, UTC."""
     setting: dict[str, str | int]
-    """Backbone, classes, batch and image size, LoRA rank, rounds and threads."""
+    """Name of the backbone, number of classes, batch size, image size, LoRA rank, number of rounds and of threads."""
     rows: list[BenchRow]
     """One row for each contender. The first row is the reference."""
     rows_without_huge_pages: list[BenchRow] = Field(default=[], exclude_if=lambda rows: not rows)
@@ -94,7 +102,7 @@ class BenchRecord(JsonModel):
     load_average: list[float | None]
     """Load average of the last minute, at the start and at the end. If other processes ran, times are less reliable.
 
-    None if the system has no load average."""
+    An entry is None if the system has no load average."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
@@ -109,7 +117,7 @@ class BenchRecord(JsonModel):
 
     @property
     def measured(self) -> list[tuple[BenchRow, StepProfile]]:
-        """The rows of the contenders that ran, with their profiles."""
+        """A pair (row, profile) for each contender that ran."""
         return [(row, row.profile) for row in self.rows if row.profile is not None and row.rounds]
 
 
@@ -167,9 +175,10 @@ def _scaled(value: float | None, unit: int) -> str:
 def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None:
     """Draw two panels of stacked bars: the peak memory of tensors by kind, and `ratio_median` by phase.
 
-    In the first panel, diamonds show the growth of the process. In the second panel, diamonds show the median time
-    without huge pages, divided by the time of full fine-tuning with huge pages. Error bars show `ratio_lowest` and
-    `ratio_highest`. At least one contender must have run. `save_bars` describes the file and the errors.
+    In the first panel, diamonds show the memory growth of the process (`rss_growth_bytes`). In the second panel, error
+    bars show `ratio_lowest` and `ratio_highest`. Diamonds show the median ratio without huge pages: the time of a step
+    without huge pages divided by the time of full fine-tuning with huge pages. At least one contender must have run.
+    `save_bars` describes the file and the errors.
     """
     rows, profiles = zip(*record.measured, strict=True)
     panels = [_memory_panel(rows, profiles), _time_panel(rows, record.rows_without_huge_pages)]
@@ -197,7 +206,7 @@ def _memory_panel(rows: Sequence[BenchRow], profiles: Sequence[StepProfile]) -> 
 
 def _time_panel(rows: Sequence[BenchRow], others: Sequence[BenchRow]) -> StackedBars:
     def length(row: BenchRow, phase: str) -> float:
-        # The mean fractions of the three phases add up to 1. Their median fractions do not.
+        # The mean fractions of the three phases add up to 1. The median fractions would not.
         fraction = statistics.fmean(getattr(times, phase) / times.step_s for times in row.rounds)
         return (row.ratio_median or 0) * fraction
 
