@@ -2,14 +2,15 @@
 
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
   `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
-  anyway, `clipped_activation` saves the same tensor instead of a mask. If its input can be recomputed from a tensor
-  that another function saves, such as the input of a BatchNorm in training mode, `clipped_activation` saves no further
-  feature map.
-- `smooth_activation`, for example for SiLU, saves its input, or the inputs of the recomputation of its input.
+  anyway, `clipped_activation` also saves the output instead of a mask. This takes no further memory. If the input of
+  `clipped_activation` can be recomputed from a tensor that another function saves, `clipped_activation` saves no
+  further feature map. An example of such a tensor is the input of a BatchNorm in training mode.
+- `smooth_activation`, for example for SiLU, saves its input. If this input can be recomputed from other tensors, the
+  function saves these tensors instead.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
-  `gate` and `x`. If `x` can be recomputed, the function saves the inputs of the recomputation instead of `x`.
-- `max_pool2d` saves its input, or the inputs of the recomputation of its input. The backward pass finds the maxima
-  again.
+  `gate` and `x`. If `x` can be recomputed from other tensors, the function saves these tensors instead of `x`.
+- `max_pool2d` saves its input. If this input can be recomputed from other tensors, the function saves these tensors
+  instead. The backward pass finds the maxima again.
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ Kept = Literal["output", "byte", "bit"]
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    If x can be recomputed from a tensor that another function saves, `keep` is ignored, and only the inputs of the
-    recomputation of x are saved. If the output is neither contiguous nor channels-last, the output is saved.
-    `forward` must compute the activation for x, or for a one-dimensional part of x. `upper` is infinity for ReLU. With
+    If x can be recomputed from a tensor that another function saves, `keep` is ignored, and only the tensors from which
+    x can be recomputed are saved. If the output is neither contiguous nor channels-last, the output is saved. `forward`
+    must compute the activation for x, and also for a one-dimensional part of x. `upper` is infinity for ReLU. With
     `inplace`, the output overwrites x.
     """
     source = get_recompute(x)
@@ -163,9 +164,10 @@ def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor
 
 
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
-    """Return `forward(x)`. Save x or, if x can be recomputed, the inputs of its recomputation.
+    """Return `forward(x)`. Save x or, if x can be recomputed from other tensors, these tensors.
 
-    `backward` must map the gradient of the output and x to the gradient of x, and must accept the tensor `out`.
+    `backward` must map the gradient of the output and x to the gradient of x, and must accept the keyword argument
+    `out`.
     """
     y = _SmoothActivation.apply(x, forward, backward)
     return set_recompute(y, get_recompute(x).then(partial(_activate, forward=forward), is_pointwise=True))
@@ -199,8 +201,7 @@ def silu_gradient(gradient: Tensor, x: Tensor, *, out: Tensor | None = None) -> 
 def gated_product(x: Tensor, gate: Tensor) -> Tensor:
     """Return x * gate, for x of shape (B, C, *size) and `gate` of shape (B, C, 1, ...).
 
-    The function saves `gate` and x. If x can be recomputed, the function saves the inputs of the recomputation
-    instead of x.
+    The function saves `gate` and x. If x can be recomputed from other tensors, it saves these tensors instead of x.
     """
     y = _GatedProduct.apply(x, gate)
     return set_recompute(y, get_recompute(x).then(_multiply, gate))
@@ -227,7 +228,10 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def max_pool2d(x: Tensor, *options: Any) -> Tensor:  # Any, because `F.max_pool2d` has overloads
-    """Return `F.max_pool2d(x, *options)`. Save x, or the inputs of its recomputation, but not the indices."""
+    """Return `F.max_pool2d(x, *options)`. Save x, but not the indices.
+
+    If x can be recomputed from other tensors, the function saves these tensors instead of x.
+    """
     return _MaxPool.apply(x, options)
 
 

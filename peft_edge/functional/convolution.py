@@ -1,7 +1,8 @@
 """Convolutions in one to three dimensions, and separate functions for their gradients.
 
 Autograd's convolution always saves its input. `lean_convolution` saves only the kernel if the kernel is frozen. If the
-kernel is trainable and the input can be recomputed, `lean_convolution` saves the inputs of the recomputation instead.
+kernel is trainable, `lean_convolution` also saves the input or, if the input can be recomputed from other tensors,
+these tensors.
 
 Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, C_out, *output size). `weight` is
 (C_out, C_in/g, *kernel) with g groups. `bias` is (C_out,) or None. In formulas, * denotes the convolution.
@@ -99,10 +100,11 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
 def lean_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *, recompute: bool = False
 ) -> Tensor:
-    """Convolve x, and save x, or the inputs of its recomputation, only if the kernel is trainable.
+    """Convolve x, and save x only if the kernel is trainable.
 
-    With `recompute`, later functions recompute the output instead of saving the output. This applies only if this or
-    another function saves x, or the inputs of its recomputation.
+    If x can be recomputed from other tensors, the function saves these tensors instead of x. With `recompute`, later
+    functions recompute the output instead of saving the output. This applies only if this or another function saves x,
+    or the tensors from which x can be recomputed.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     >>> y = lean_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
@@ -118,8 +120,8 @@ def lean_convolution(
 def note_convolution(y: Tensor, x: Tensor, step: Step, *operands: Tensor | None) -> Tensor:
     """Store on y, the output of a convolution of x, how to recompute y, and return y.
 
-    If no function saves x or the inputs of its recomputation, nothing is stored. `step` and `operands` are the
-    arguments of `Recompute.then`.
+    If no function saves x or the tensors from which x can be recomputed, nothing is stored. `step` and `operands` are
+    the arguments of `Recompute.then`.
     """
     source = get_recompute(x)
     return set_recompute(y, source.then(step, *operands, is_convolution=True)) if source.node.inputs_are_saved else y

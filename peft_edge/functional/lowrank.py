@@ -121,10 +121,10 @@ def _recompute_lowrank(
 def lowrank_keeps_input(
     groups: int, *, trains_a: bool, trains_b: bool, trains_magnitude: bool = False, route: GradientRoute | None = None
 ) -> bool:
-    """Return whether `lowrank_conv2d` saves x, or the inputs from which to recompute x, for the backward pass.
+    """Return whether the backward pass of `lowrank_conv2d` needs x.
 
-    The gradients of A and of the magnitude need x. The gradient of B needs x only for a grouped kernel or the route
-    `full_kernel`.
+    If so, the forward pass saves x or, if x can be recomputed from other tensors, these tensors. The gradients of A and
+    of the magnitude need x. The gradient of B needs x only for a grouped kernel or the route `full_kernel`.
     """
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "full_kernel"))
 
@@ -312,8 +312,8 @@ def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_for
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
 
-# Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of maps read per second,
-# and seconds per call of a tiny convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
+# Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of feature maps read per
+# second, and seconds per call of a tiny convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
 # with torch 2.15. The CUDA speeds are a guess for a large GPU. The speeds are not measured at run time: the two routes
 # round differently, and a resumed run must choose the same routes.
 _SPEEDS = {

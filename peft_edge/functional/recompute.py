@@ -43,7 +43,7 @@ class Recomputation:
     the forward pass. Each function that uses the object saves the inputs with `ctx.save_for_backward`. Checkpointing,
     hooks and autograd's checks of in-place changes therefore also apply to the inputs.
     The output of a recomputed convolution stays in memory until the last function that called `add_user` has used it.
-    All other steps are cheap, and run again for each function.
+    All other steps are cheap, and run again for each function that uses the object.
     """
 
     def __init__(

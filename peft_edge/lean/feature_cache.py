@@ -52,8 +52,8 @@ class FrozenPrefix:
     Args:
         model: A model that takes one tensor. Its prefix must be a chain of modules, as in timm's CNNs.
         images: A batch with which to check the split, (B, 3, H, W) with B > 1, on the model's device.
-        eval_only: Whether the model stays in eval mode during training. If so, the outputs of the prefix may differ in
-            training mode.
+        eval_only: Whether the model stays in eval mode during training. If so, a prefix that changes in training mode
+            is accepted.
 
     Raises:
         ValueError: If the model has no trainable parameters, or no layer with weights before the first trainable layer.
@@ -221,7 +221,7 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Return a copy of `module` with `nn.Identity` in place of `skipped`. Modules without skipped parts are shared."""
+    """Return a copy of `module` with `nn.Identity` in place of `skipped`. Parts without skipped modules are shared."""
     return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
@@ -231,7 +231,7 @@ StoredType = Literal["float32", "float16", "int8"]
 Views = Callable[[int], Iterable[Mapping[str, Tensor]]]
 """A function from the number of a view to batches of `pixel_values` and `labels`.
 
-All views must contain the images in the same order.
+A view is one augmented version of all training images. All views must contain the images in the same order.
 """
 
 
@@ -253,10 +253,12 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     (torch.Size([2, 8, 6, 6]), tensor([4, 2]))
 
     Attributes:
-        info: A dict of `start` (as in `FrozenPrefix`), `images` and `views` (the number of each), `dtype` (as stored),
-            `shape`, `computed_dtype` and `channels_last` (of the original features), `relative_error` (norm of the
-            rounding error divided by the norm of the features), `size_bytes`, `fill_flops` (convolutions and matrix
-            products; a multiply-add is two) and `fill_s`.
+        info: A dict with facts about the cache. `start` is the attribute of `FrozenPrefix`. `images` and `views` are
+            the numbers of images and views. `dtype` is the dtype of the stored features. `shape`, `computed_dtype` and
+            `channels_last` describe the features of one image before they are stored. `relative_error` is the norm of
+            the rounding error divided by the norm of the features. `size_bytes` is the size of the file with the
+            features. `fill_s` is the number of seconds that filling the cache took. `fill_flops` is the number of FLOPs
+            of computing the features: only convolutions and matrix products count, and a multiply-add is two FLOPs.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -270,7 +272,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def open(
         cls, root: Path, prefix: FrozenPrefix, images: Views, *, key: str, views: int = 1, dtype: StoredType = "float32"
     ) -> FeatureCache:
-        """Open the cache of a prefix and its images inside `root`. `open` fills a missing or incomplete cache.
+        """Open the cache for a prefix and images in the folder `root`. Fill the cache if it is missing or incomplete.
 
         `images(view)` must return the training images, augmented as in training. `key` must identify everything on
         which the images depend: data, transforms, seeds. If several processes open the same cache, one process fills
@@ -278,7 +280,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
         Raises:
             ValueError: If `dtype` is unknown, there are no images, or views have different numbers of images. If a
-                feature is infinite or NaN, or `dtype` is float16 and a feature exceeds its range.
+                feature is infinite or NaN, or if `dtype` is float16 and a feature exceeds the range of float16.
             OSError: If the disk is full.
         """
         if dtype not in get_args(StoredType):

@@ -35,9 +35,9 @@ from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable,
 Function = Callable[..., object]
 
 Masks = Literal["byte", "bit", "off"]
-"""The size of a mask per element. With "off", clipped activations save their output instead of a mask."""
+"""What a clipped activation such as ReLU saves: a mask of one byte or one bit per element, or with "off" its output."""
 
-# The output of a convolution is recomputed only if it takes at most this many products per output element.
+# The output of a convolution is recomputed only if the convolution takes at most this many products per output element.
 _MAX_RECOMPUTED_PRODUCTS = 100
 
 # torch's pooling layers save their input, even if they need only its shape.
@@ -45,7 +45,7 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def layer_keeps_input(module: nn.Module) -> bool:
-    """Return the attribute `keeps_input` of a layer. If it is missing or None, estimate whether the input is saved."""
+    """Return whether a layer saves its input: `keeps_input`, or an estimate if this attribute is missing or None."""
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
@@ -66,11 +66,12 @@ def _runs_plain(x: Tensor) -> bool:
 class LeanConvolution(ConvolutionBase):
     """A convolution that saves only its kernel while it is frozen.
 
-    With a trainable kernel, it also saves its input x, or the inputs of the recomputation of x.
+    With a trainable kernel, it also saves its input x. If x can be recomputed from other tensors, it saves these
+    tensors instead of x.
     """
 
     inplace_norm: InplaceNorm | None = None
-    """The pair of this convolution and the norm that may overwrite its output; None without such a norm."""
+    """References to this convolution and to the norm that may overwrite its output. None if there is no such norm."""
     recompute: bool = False
     """The argument `recompute` of `prepare_model_for_lean_training`."""
 
@@ -96,7 +97,7 @@ class LeanConvolution(ConvolutionBase):
 class LeanBatchNorm(BatchNorm):
     """A BatchNorm whose output later layers recompute from its input. A frozen BatchNorm does not save its input.
 
-    In training mode, gradient checkpointing repeats the forward pass. Only the first pass counts in the statistics.
+    If gradient checkpointing repeats a forward pass in training mode, only the first pass updates the statistics.
     """
 
     @property
@@ -135,7 +136,10 @@ class LeanBatchNorm(BatchNorm):
         return self.act(self.drop(x)) if isinstance(self, BatchNormAct2d) else x
 
     def _count_batch(self) -> float:
-        """Count a batch. Return its weight in the running statistics: `momentum`, or 1 / count without `momentum`."""
+        """Count a batch, and return the weight of the batch in the running statistics.
+
+        The weight is `momentum`. If `momentum` is None, it is 1 / (number of batches), or 0 if batches are not counted.
+        """
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
         if self.momentum is not None:
@@ -144,7 +148,7 @@ class LeanBatchNorm(BatchNorm):
 
 
 class LeanClippedActivation(nn.Module):
-    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if a consumer saves this output anyway."""
+    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if another layer saves this anyway."""
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
@@ -173,9 +177,10 @@ class LeanClippedActivation(nn.Module):
 
 
 class LeanSmoothActivation(nn.Module):
-    """An activation that saves its input x, or the inputs of the recomputation of x.
+    """An activation that saves its input x.
 
-    If a backward pass follows, `inplace` is ignored.
+    If x can be recomputed from other tensors, the layer saves these tensors instead of x. If a backward pass follows,
+    `inplace` is ignored.
     """
 
     keeps_input = True
@@ -190,9 +195,10 @@ class LeanSmoothActivation(nn.Module):
 
 
 class LeanMaxPool(nn.MaxPool2d):
-    """A max-pooling that saves its input x, or the inputs of the recomputation of x, and no indices.
+    """A max-pooling that saves its input x, but no indices.
 
-    With `return_indices`, it runs the original forward pass.
+    If x can be recomputed from other tensors, the layer saves these tensors instead of x. With `return_indices`, it
+    runs the original forward pass.
     """
 
     keeps_input = True
@@ -206,7 +212,10 @@ class LeanMaxPool(nn.MaxPool2d):
 
 
 class LeanGate(nn.Module):
-    """A squeeze-excite layer that saves its gate, and either its input x or the inputs of the recomputation of x."""
+    """A squeeze-excite layer that saves its gate, and its input x.
+
+    If x can be recomputed from other tensors, the layer saves these tensors instead of x.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the output of the original layer."""
@@ -232,7 +241,7 @@ class _GatedProducts(TorchFunctionMode):
 
 
 LEAN: dict[type[nn.Module], type[nn.Module]] = {}
-"""Maps original classes to lean classes. Subclasses of an original class are not replaced."""
+"""A dict from original classes to lean classes. Subclasses of an original class are not replaced."""
 
 
 def _lean_class(lean: type[nn.Module], plain: type[nn.Module], **attributes: object) -> type[nn.Module]:
@@ -261,4 +270,4 @@ LeanSqueezeExcite = _lean_class(LeanGate, SqueezeExcite)
 LeanSEModule = _lean_class(LeanGate, SEModule)
 
 PLAIN = {lean: plain for plain, lean in LEAN.items()}
-"""Maps lean classes to original classes."""
+"""A dict from lean classes to original classes."""

@@ -38,10 +38,10 @@ def prepare_model_for_lean_training(
     Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. BatchNorm in training mode
     or with trained weights saves its input. The activations, gates and trained convolutions after it save nothing else:
     the backward pass recomputes their inputs. A frozen convolution saves only its kernel. A frozen BatchNorm in eval
-    mode saves one number per channel, and ReLU after it saves a mask, or its output if the next layer saves the output
-    anyway. Layers of all other classes save the same tensors as before. `get_peft_model` may run before or after this
-    function. Adapters of other tuners than ours become lean only if `get_peft_model` runs before. Weights, statistics,
-    adapters and training modes may change at any time. Saved models are unchanged.
+    mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its output if the next layer saves
+    this output anyway. Layers of all other classes save the same tensors as before. `get_peft_model` may run before or
+    after this function. Adapters of other tuners than ours become lean only if `get_peft_model` runs before this
+    function. Weights, statistics, adapters and training modes may change at any time. Saved models are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -55,15 +55,15 @@ def prepare_model_for_lean_training(
     Args:
         model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. The model is changed in place.
         inplace_norm: Whether a BatchNorm overwrites the output of the convolution before it. The norm does this only if
-            no other layer receives this output, and if the norm is frozen or can recompute the output (`recompute`).
-            Both layers keep their weights, so trained adapters also fit the original model. If the model stores the
-            output as an attribute, the attribute becomes the normalised tensor.
+            no other layer receives this output, and if the norm is frozen or the output can be recomputed (see
+            `recompute`). Both layers keep their weights, so trained adapters also fit the original model. If the model
+            stores the output as an attribute, the attribute becomes the normalised tensor.
         masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
             "off", activations save their outputs instead of masks.
         recompute: Whether the backward pass recomputes the outputs of cheap convolutions instead of saving them. A
-            convolution is cheap with at most 100 products per output element, such as a depthwise convolution.
+            convolution with at most 100 products per output element is cheap. Depthwise convolutions are examples.
         checkpoint: Whether to switch on timm's gradient checkpointing, which runs the forward pass of each block again
-            in the backward pass. Statistics of BatchNorm count each batch once.
+            in the backward pass. The running statistics of BatchNorm still count each batch once.
 
     Returns:
         The model. `undo_lean_training` restores the original layers.
@@ -125,7 +125,7 @@ def undo_lean_training(model: Model) -> Model:
 
 
 def _switch_on_checkpointing(model: nn.Module) -> None:
-    """Switch on timm's gradient checkpointing, so that `undo_lean_training` switches it off.
+    """Switch on timm's gradient checkpointing, and mark the network so that `undo_lean_training` switches it off.
 
     If checkpointing is on already, nothing changes. Raise a ValueError if the model does not support checkpointing.
     """
@@ -147,7 +147,7 @@ def _switch_on_checkpointing(model: nn.Module) -> None:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield each convolution whose output only one norm receives, and the `InplaceNorm` of both.
+    """Yield each convolution whose output only one norm receives, and the `InplaceNorm` of convolution and norm.
 
     A norm with a second input is left out, and so are layers inside PEFT's wrappers.
     """
@@ -172,7 +172,7 @@ def _find_inplace_norms(
 
 
 def lean_summary(model: nn.Module) -> str:
-    """Return a table with a count of layers, the class of these layers, and what they save for the backward pass.
+    """Return a table: the number of layers of each class, and what these layers save for the backward pass.
 
     Rows of layers without known behaviour say "what torch keeps", and name the first such layer. After a BatchNorm that
     saves its input, the layers do not save the listed tensors, but recompute these tensors from the BatchNorm's input.
@@ -244,8 +244,8 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
 
     The result maps the name of a layer to its consumers: for each use of the output, the name of a layer, `PRODUCT` or
     `FUNCTION`. A layer is a module without children, a norm, or an adapted layer. If a norm contains an activation, the
-    output of the norm is listed under the activation. With `intermediates`, timm's `forward_intermediates` runs instead
-    of `forward`.
+    output of the norm is listed under the activation. With `training`, the copy is in training mode, otherwise in eval
+    mode. With `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
     """
     traced = meta_copy(model).train(training)
     trace = _Trace()

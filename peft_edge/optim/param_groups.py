@@ -92,7 +92,7 @@ def galore_param_groups(
 def _groups(
     model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
-    """Return the groups of `galore_param_groups`. The first group contains `projected` and has the keys `galore`."""
+    """Return the groups of `galore_param_groups`. The first group contains `projected` and has the keys of `galore`."""
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
         {"params": [], "weight_decay": weight_decay},
