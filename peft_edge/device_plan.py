@@ -47,7 +47,7 @@ def find_device_options(
     image_size: int = 224,
     optimizer: str = "sgd",
 ) -> list[DeviceOption]:
-    """Return the options for all combinations of method, target modules and rank, in order of trained parameters.
+    """Return the options for all combinations of method, target modules and rank, sorted by trained parameters.
 
     The option with the most trained parameters is first. Norms are frozen. Each adapter also trains the head. If the
     model can be split before the first trained layer, a combination has two options: a step on images, and a step on

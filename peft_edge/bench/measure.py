@@ -224,7 +224,7 @@ class _Group:
 
 
 def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connection]) -> None:
-    """Load the network, start a process for each contender, and send the state of the huge pages or a `_Failure`.
+    """Load the network, start a process for each contender, and report the state of the huge pages or a `_Failure`.
 
     The first of `connections` belongs to the host, and the others belong to the contenders. When the parent process
     closes its end of the first connection, this process and the processes of the contenders end.
@@ -332,11 +332,13 @@ class _Steps:
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def begin(self, *, is_counted: bool) -> _Costs:
-        """Take the first step, which compiles the model and creates the optimizer's state.
+        """Take the first step. In this step, torch compiles the model, if required, and the optimizer creates its
+        state.
 
-        With `is_counted`, take a second step, and count its FLOPs and the memory of its tensors. A compiled step cannot
-        be counted, because torch runs the original model inside a counter (a dispatch mode). The profile of a compiled
-        contender therefore contains only the number of trainable parameters.
+        With `is_counted`, return a profile, too. For the profile, the contender takes a second step, whose FLOPs and
+        memory of tensors are counted. A compiled step cannot be counted, because torch runs the original model inside a
+        counter (a dispatch mode). The profile of a compiled contender therefore contains only the number of trainable
+        parameters.
         """
         if self._is_compiled:
             self._model.compile()

@@ -94,7 +94,7 @@ class BenchRecord(JsonModel):
     rows: list[BenchRow]
     """One row for each contender. The first row is the reference."""
     rows_without_huge_pages: list[BenchRow] = Field(default=[], exclude_if=lambda rows: not rows)
-    """Times and memory of the same contenders in processes without huge pages; empty if they were not measured.
+    """Times and memory of the same contenders in processes without huge pages. Empty without such processes.
 
     The ratios of these rows refer to full fine-tuning without huge pages."""
     total_time: float

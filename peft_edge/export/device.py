@@ -89,11 +89,11 @@ def export_train_step(
     therefore do not change on the device. A model in training mode is rejected if it uses batch statistics or dropout.
 
     Args:
-        model: A PEFT model with one active adapter, or a folder or Hub id for `load_pretrained`. It is not changed.
+        model: A PEFT model with one active adapter, or the folder or Hub id of an adapter. The model is not changed.
         out: The folder to write. It is created or replaced only if all checks succeed.
         image_size: Height and width of the images in pixels.
         batch_size: Samples in a step. The device must pad smaller batches, and set `mask` to 0 for the padding.
-        optimizer: `sgd` for the update of `torch.optim.SGD`, or `adamw` for that of `torch.optim.AdamW`.
+        optimizer: `sgd` (update rule of `torch.optim.SGD`) or `adamw` (update rule of `torch.optim.AdamW`).
         momentum: Momentum of SGD. AdamW ignores this argument.
         weight_decay: Weight decay of SGD or AdamW.
         max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients

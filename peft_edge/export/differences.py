@@ -90,7 +90,9 @@ def write_diff(
 
 
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Return a copy of `base` with the tensors in `file`, bit-identical to the merged model of `write_diff`.
+    """Return a copy of `base` with the tensors in `file`.
+
+    The copy is bit-identical to the merged model of `write_diff`.
 
     Args:
         base: The timm model that was the `base` of `write_diff`. It is not changed.

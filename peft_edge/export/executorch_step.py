@@ -12,7 +12,7 @@ ExecuTorch's interface for mutable state may still change. Load a program with t
 
 `python -m peft_edge.export.executorch_step PROGRAM BATCHES OUT` calls `run_program` in a separate process, because a
 program may crash its process. BATCHES is a safetensors file with the argument `batches` of `run_program`. OUT is the
-safetensors file for its result.
+safetensors file for the result of `run_program`.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ from peft_edge.export.train_step import (
 from peft_edge.files import requires_extra
 
 STEPS = 3  # number of steps in the check
-ALLOWED_RATIO = 10  # the error may be this many times the error of PyTorch with the same graph in single precision
+ALLOWED_RATIO = 10  # the error may be at most this many times the error of PyTorch in single precision
 FLOOR = 1e-6  # an error of at most this fraction of the adapter's change by training is always allowed
 _BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter and the optimizer state
 

@@ -141,8 +141,8 @@ def merge_adapters(model: nn.Module) -> nn.Module:
 def fuse_batch_norms(model: nn.Module) -> None:
     """Fuse each BatchNorm into the convolution before it, in place, if no other layer uses the convolution's output.
 
-    Outputs are unchanged up to rounding. A BatchNorm remains if its input is a sum, a concatenation, or the output of a
-    convolution that another layer also uses. `model` must be in eval mode, without adapters and without trainable
+    Outputs are unchanged up to rounding. A BatchNorm remains if its input is a sum, a concatenation, or a convolution
+    output that another layer also uses. `model` must be in eval mode, without adapters and without trainable
     parameters.
     """
     # `inplace_norms` returns the pairs in which only the BatchNorm uses the convolution's output.

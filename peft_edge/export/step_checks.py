@@ -115,9 +115,10 @@ def random_batches(batch_size: int, size: Sequence[int], num_classes: int) -> li
 def train_eagerly(
     model: PeftModel, optimizer: StepOptimizer, batches: Sequence[Batch], learning_rate: float, dtype: torch.dtype
 ) -> tuple[list[float], dict[str, Tensor]]:
-    """Train a copy of `model` in eval mode with `torch.optim`, one step for each batch. Leave out padding.
+    """Train a copy of `model` in eval mode with `torch.optim`, one step for each batch.
 
-    Return the losses, and a dict from the names in the saved adapter to the trained tensors.
+    Samples with mask 0 are left out. Return the losses, and a dict from the names in the saved adapter to the trained
+    tensors.
     """
     model = undo_lean_training(copy.deepcopy(model)).cpu().to(dtype).eval()
     parameters = dict(model.get_base_model().named_parameters())
@@ -145,8 +146,8 @@ def train_eagerly(
 def proof_rate(step: TrainStep, batch: Batch) -> float:
     """Return the learning rate of the checks, at most `PROOF_RATE`.
 
-    With the returned learning rate, the first step changes the adapter by at most `PROOF_CHANGE` of the adapter's norm.
-    With a larger learning rate, some networks would amplify rounding errors from step to step.
+    With the returned learning rate, the first step changes the adapter by at most `PROOF_CHANGE` times the norm of the
+    adapter. With a larger learning rate, some networks would amplify rounding errors from step to step.
     """
     found = step.step.run(
         {**step.adapter, **step.state, **_double(step, batch), LEARNING_RATE: torch.tensor(1.0, dtype=torch.float64)}

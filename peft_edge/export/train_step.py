@@ -93,7 +93,10 @@ class StepOptimizer:
         return ("momentum",) if self.momentum else ()
 
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state before the first step: zeros with the names `<slot>:<tensor>` and, for AdamW, `step`."""
+        """Return the state before the first step: zeros with the names `<slot>:<tensor>` and, for AdamW, `step`.
+
+        A slot is an entry of `slots`.
+        """
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
             state[STEP] = next(iter(adapter.values())).new_zeros(())

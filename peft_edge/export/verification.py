@@ -49,7 +49,7 @@ def read_images(
     run: Mapping[str, Any] | None = None,
     comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
-    """Read images for calibration and for comparison, with the preprocessing of the evaluation of `model`.
+    """Read images for calibration and for comparison, and preprocess them for the evaluation of `model`.
 
     If `run` is given, `comparison` contains no image that this training run used for training. A dataset that the run
     used is split as in the run. From other datasets, copies of the run's training images are left out, unless the run

@@ -114,8 +114,8 @@ def batch_norm(
 ) -> Tensor:
     """Normalise x like `F.batch_norm`. Save only x and values per channel.
 
-    If x can be recomputed from other tensors, the function saves these tensors instead of x. With
-    `inplace`, y overwrites x if x can be recomputed and `mean` is not None.
+    If x can be recomputed from other tensors, the function saves these tensors instead of x. With `inplace`, y
+    overwrites x if x can be recomputed and `mean` is not None.
 
     In training mode, x is normalised by the statistics of the batch, and the running statistics `mean` and `var` are
     updated unless they are None. With `synchronise`, the statistics are those of the batches of all processes of

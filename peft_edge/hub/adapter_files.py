@@ -32,7 +32,7 @@ from peft_edge.roles import ROLES
 from peft_edge.tuners.injection import base_fingerprint, iter_target_modules
 
 LABELS_NAME = "label_names.json"
-BASE_NAME = "base_fingerprint.json"  # contains the fingerprint of the base weights that the adapter was trained on
+BASE_NAME = "base_fingerprint.json"  # contains a hash of the base weights that the adapter was trained on
 SOURCE_NAME = "source_model"  # subfolder with the backbone, unless the backbone is a timm model on the Hub
 BACKBONE_FILES = ("config.json", "model.safetensors")
 JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand bytes
@@ -154,10 +154,11 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
 
 
 def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """Replace each regular expression in `config`, in place, by an exact pattern for the names in `modules` that match.
+    """Replace each regular expression in `config` by an exact pattern for the names in `modules` that it matches.
 
-    PEFT matches with Python's `re`, which takes exponential time for some patterns ("catastrophic backtracking").
-    This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which takes linear time.
+    `config` is changed in place. PEFT matches names with Python's `re`, which takes exponential time for some patterns
+    ("catastrophic backtracking"). This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which
+    takes linear time.
 
     Raises:
         ValueError: If a pattern is invalid or uses lookaround or backreferences, which RE2 does not support; if a field

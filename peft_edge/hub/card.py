@@ -51,7 +51,7 @@ class CardSubject:
 
     @classmethod
     def from_model(cls, model: PeftModel, **more: str | None) -> CardSubject:
-        """Return the subject for the active adapter of `model`. The fields in `more` have the given values."""
+        """Return the subject for the active adapter of `model`. Keyword arguments set or replace fields."""
         config, base = model.peft_config[model.active_adapter], model.get_base_model()
         name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or "unknown"
         architecture = getattr(base, "pretrained_cfg", {}).get("architecture", type(base).__name__)
@@ -62,8 +62,8 @@ def adapter_card(subject: CardSubject, record: Record | None = None, folder: Pat
     """Build the model card of an adapter or of a whole model.
 
     `record` contains the results of a run, and must come from `shareable`. If it is given, the card also shows accuracy
-    and cost. If the record has a step profile, `folder` is given and matplotlib is installed, a plot of the cost is
-    saved as `PICTURE_NAME` in `folder`.
+    and cost. If the record has a profile of a training step, `folder` is given and matplotlib is installed, a plot of
+    the cost is saved as `PICTURE_NAME` in `folder`.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
@@ -76,7 +76,8 @@ def adapter_card(subject: CardSubject, record: Record | None = None, folder: Pat
 def _results(record: Record, folder: Path | None) -> dict[str, object]:
     """Return the values of the template for the results of a run.
 
-    If the record has a step profile, `folder` is given and matplotlib is installed, also save the plot of the cost.
+    If the record has a profile of a training step, `folder` is given and matplotlib is installed, also save a plot of
+    the cost.
     """
     # Imported here to keep the import of the package fast.
     from peft_edge.profiling.figures import save_cost_figure
@@ -157,7 +158,7 @@ def _label(name: object, filters: Any) -> str:
 def _shift(data: Mapping[str, Any]) -> str:
     """Return the new classes as text. Without new classes, return the shift, or the dataset if there is no shift.
 
-    If the severity of the shift is not None, it is added.
+    The severity is added to the shift or dataset unless it is None.
     """
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
@@ -166,7 +167,7 @@ def _shift(data: Mapping[str, Any]) -> str:
 
 
 def shareable(record: Record) -> Record:
-    """Return a copy of a record that keeps only the last component of every local path."""
+    """Return a copy of a record in which each local path is shortened to its last component."""
     return type(record).from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
 
 

@@ -1,4 +1,4 @@
-"""Latent replay: compute the features of a frozen prefix once, store them, and train the rest of the model on them.
+"""Latent replay: compute the outputs of the frozen first layers once, store them, and train the other layers on them.
 
 Backpropagation stops at the first trainable layer. All earlier layers are frozen, so their outputs for a training image
 are the same in every epoch (Pellegrini et al. 2019, arXiv 1912.01100, section III). `FrozenPrefix` splits a model at or
@@ -236,11 +236,11 @@ A view is one augmented version of all training images. All views must contain t
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """The stored features of one or several augmented views of every training image. Use `open` to get a cache.
+    """The stored features of all training images, in one or several augmented views. Use `open` to get a cache.
 
-    `__getitems__` takes pairs (epoch, image) and returns a batch of `labels` and `pixel_values`. The `pixel_values` are
-    inputs for `FrozenPrefix.tail`, in the dtype and memory format of the original features. Epoch e reads the view
-    e % views.
+    Features are outputs of a `FrozenPrefix`. `__getitems__` takes pairs (epoch, image) and returns a batch of `labels`
+    and `pixel_values`. The `pixel_values` are inputs for `FrozenPrefix.tail`, in the dtype and memory format of the
+    original features. Epoch e reads the view e % views.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.ReLU(), nn.Conv2d(8, 4, 1))

@@ -73,7 +73,7 @@ class InplaceNorm(NamedTuple):
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return the convolution and the norm, each with its adapter.
+        """Return the convolution and the norm. For an adapted layer, return the adapter instead of its base layer.
 
         Return None if a layer is missing, or if other code may read the tensor that the convolution passes to the norm.
         """
@@ -125,6 +125,6 @@ def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
 
 
 def _is_observed(layer: nn.Module) -> bool:
-    """Return whether other code may read the input or output of a layer, for example a hook."""
+    """Return whether other code, such as a hook, may read the input or output of a layer."""
     # PEFT's `AuxiliaryTrainingWrapper` shows the attributes of one layer, but may run another layer.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -95,7 +95,7 @@ class LeanConvolution(ConvolutionBase):
 
 
 class LeanBatchNorm(BatchNorm):
-    """A BatchNorm whose output later layers recompute from its input. A frozen BatchNorm does not save its input.
+    """A BatchNorm that lets later layers recompute its output from its input. A frozen BatchNorm saves no input.
 
     If gradient checkpointing repeats a forward pass in training mode, only the first pass updates the statistics.
     """

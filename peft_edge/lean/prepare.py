@@ -36,12 +36,13 @@ def prepare_model_for_lean_training(
     """Make the layers of a convolutional network save only what the backward pass needs.
 
     Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. BatchNorm in training mode
-    or with trained weights saves its input. The activations, gates and trained convolutions after it save nothing else:
-    the backward pass recomputes their inputs. A frozen convolution saves only its kernel. A frozen BatchNorm in eval
-    mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its output if the next layer saves
-    this output anyway. Layers of all other classes save the same tensors as before. `get_peft_model` may run before or
-    after this function. Adapters of other tuners than ours become lean only if `get_peft_model` runs before this
-    function. Weights, statistics, adapters and training modes may change at any time. Saved models are unchanged.
+    or with trained weights saves its input. The activations, gates and trained convolutions after such a BatchNorm save
+    no further feature maps: the backward pass recomputes their inputs. A frozen convolution saves only its kernel. A
+    frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its
+    output if the next layer saves this output anyway. Layers of all other classes save the same tensors as before.
+    `get_peft_model` may run before or after this function. Adapters of other tuners than ours become lean only if
+    `get_peft_model` runs before this function. Weights, statistics, adapters and training modes may change at any time.
+    Saved models are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
