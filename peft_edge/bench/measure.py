@@ -332,8 +332,7 @@ class _Steps:
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def begin(self, *, is_counted: bool) -> _Costs:
-        """Take the first step. In this step, torch compiles the model, if required, and the optimizer creates its
-        state.
+        """Take the first step. It compiles the model if the contender requires this, and creates the optimizer's state.
 
         With `is_counted`, return a profile, too. For the profile, the contender takes a second step, whose FLOPs and
         memory of tensors are counted. A compiled step cannot be counted, because torch runs the original model inside a
