@@ -1,4 +1,4 @@
-"""Read weights from a file of another program, and match its tensors with those of a timm model."""
+"""Read weights from a file of another program, and match the tensors in the file with those of a timm model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class WeightMatch:
     Attributes:
         source: The name of the file.
         names: A dict from the name of each matched tensor in the model to its name in the file.
-        is_by_name: Whether the tensors were matched by name, ignoring a common prefix. Otherwise, they were matched by
-            order.
+        is_by_name: True if the tensors were matched by name, without a prefix that all names in the file share. False
+            if the tensors were matched by order.
         num_classes: The number of classes of the file's head, or None if the file has no head.
     """
 
@@ -53,8 +53,8 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     `model_ema`) are preferred. The prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`) are removed.
 
     Raises:
-        FileNotFoundError: If the file does not exist or has another ending.
-        ValueError: If the file is damaged, has objects that PyTorch does not read safely, or has no state dict.
+        FileNotFoundError: If the file does not exist, or its suffix is not in `WEIGHTS_SUFFIXES`.
+        ValueError: If the file is damaged, has objects that ``weights_only=True`` rejects, or has no state dict.
     """
     path = Path(file)
     if not path.is_file() or path.suffix not in WEIGHTS_SUFFIXES:
@@ -99,18 +99,19 @@ def _is_state_dict(values: Mapping[str, object]) -> bool:
 def match_weights(
     model: nn.Module, weights: Mapping[str, Tensor], *, source: str, is_ordered: bool = True
 ) -> WeightMatch:
-    """Match the tensors of `weights` with those of a timm model, by name or else by order.
+    """Match the tensors of `weights` with those of a timm model: by name, or by order if the names differ.
 
-    A prefix that all names in `weights` share is ignored. If the names differ, tensors are matched by order, unless
-    more than half of the names are equal. In each pair, the shapes and the last components of the names (such as
-    `weight` or `running_mean`) must be equal. The order cannot distinguish two tensors of the same shape and kind.
-    Therefore check a match by order on images. The number of classes in the head may differ. `weights` may lack the
-    head and the counters `num_batches_tracked`. `source` is the name of the file in messages. Pass `is_ordered=False`
-    if the order of `weights` is not the order in which the model was saved. Then tensors are matched only by name.
+    A prefix that all names in `weights` share is ignored. In each pair, the shapes and the last components of the names
+    (such as `weight` or `running_mean`) must be equal. The order cannot distinguish two tensors of the same shape and
+    kind. Therefore, after a match by order, check the accuracy on images. The number of classes in the head may differ.
+    `weights` may lack the head and the counters `num_batches_tracked`. `source` is the name of the file in messages.
+    Pass `is_ordered=False` if the order of `weights` is not the order in which the model was saved: tensors are then
+    matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If a tensor of the model has no counterpart, or a tensor of `weights` is left over.
+        ValueError: If a tensor of the model or of `weights` has no counterpart, or the tensors of a pair do not fit. If
+            the names differ and `is_ordered` is False. If some names differ, but more than half of them are equal.
     """
     architecture = as_timm_model(model).pretrained_cfg["architecture"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -164,7 +165,7 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
 
     Raises:
         TypeError: If the model was not built by timm.
-        FileNotFoundError: If the file does not exist or has another ending.
+        FileNotFoundError: If the file does not exist, or its suffix is not in `WEIGHTS_SUFFIXES`.
         ValueError: If the file is damaged, has no state dict, or does not fit the model.
 
     Example:
@@ -182,6 +183,6 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
     if match.num_classes is not None and match.num_classes != as_timm_model(model).num_classes:
         as_timm_model(model).reset_classifier(match.num_classes)
         set_class_names(model, None)
-    # `match_weights` has checked all names. Only a head and counters may be missing.
+    # `match_weights` has checked all names. Only the head and the counters may be missing in the file.
     model.load_state_dict({name: weights[in_file] for name, in_file in match.names.items()}, strict=False)
     return match

@@ -31,7 +31,7 @@ class Domain:
     Each split is a Hugging Face dataset with columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`).
 
     Attributes:
-        train: Training images. For a target domain, these are the few images that the model is adapted to.
+        train: Training images. For a target domain, these are the images that the model is adapted to.
         validation: Images for selecting the learning rate. The results of a run are not measured on these images.
         test: Images for the reported accuracies. No setting is selected on the test images.
     """

@@ -119,7 +119,10 @@ _COLOURS_AND_SIDES = v2.Compose(
 
 
 def _shifted(pixels: Tensor) -> Tensor:
-    """Shift an image (3, H, W) along both sides by up to an eighth of the side. Fill the gap with edge pixels."""
+    """Shift an image (3, H, W) by random distances, up to an eighth of its height and width.
+
+    The edge pixels are repeated to fill the gaps.
+    """
     sizes = pixels.shape[1:]
     for dim, (part, size) in enumerate(zip(((torch.rand(2) - 0.5) / 4).tolist(), sizes, strict=True), start=1):
         # Indexing with clamped positions would take ten times as long as `roll` and one copy of the edge.
