@@ -1,7 +1,7 @@
 """Helpers of all commands: parse arguments, declare options, and load models.
 
-Arguments are checked before torch is imported, so each command imports its modules inside its function. Constants in
-this folder repeat names that these modules define. A test checks that both agree.
+Arguments are checked before torch is imported, so each command imports modules that need torch inside its function.
+Constants in this folder repeat names that those modules define. A test checks that the names agree.
 """
 
 from __future__ import annotations
