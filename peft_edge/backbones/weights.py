@@ -26,8 +26,8 @@ class WeightMatch:
     Attributes:
         source: The name of the file.
         names: A dict from the name of each matched tensor in the model to its name in the file.
-        is_by_name: True if the tensors were matched by name, without a prefix that all names in the file share. False
-            if the tensors were matched by order.
+        is_by_name: True if the tensors were matched by name, False if they were matched by order. Names are compared
+            without a prefix that all names in the file share.
         num_classes: The number of classes of the file's head, or None if the file has no head.
     """
 
@@ -49,8 +49,9 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the state dict in a .safetensors file, or in a file that `torch.save` wrote (.pth, .pt, .bin, ...).
 
     Pickled files are read with ``weights_only=True``, so no code in the file runs. The state dict may be an entry of a
-    checkpoint, such as `state_dict` or `model`. The weights of an exponential moving average (`state_dict_ema` or
-    `model_ema`) are preferred. The prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`) are removed.
+    checkpoint, such as `state_dict` or `model`. If the checkpoint also has an exponential moving average of the weights
+    (`state_dict_ema` or `model_ema`), the average is returned. The prefixes of DataParallel (`module.`) and
+    torch.compile (`_orig_mod.`) are removed.
 
     Raises:
         FileNotFoundError: If the file does not exist, or its suffix is not in `WEIGHTS_SUFFIXES`.
@@ -161,7 +162,7 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
 
     The head of the model gets the number of classes in the file. If the file has no head, the model keeps its head. If
     an error is raised, the model is unchanged. See :func:`read_weights` for the formats, and :func:`match_weights` for
-    the match.
+    the rules of matching.
 
     Raises:
         TypeError: If the model was not built by timm.

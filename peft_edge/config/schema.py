@@ -130,8 +130,8 @@ class DataConfig(Section):
     dataset, or a folder with one subfolder per domain. For such a folder, the only column is `domain`, the name of the
     subfolder: `[[domain, "==", photo]]`."""
     shift: str | None = None
-    """The shifted images to adapt to: a corruption of images of `name`, another split of `name`, another dataset, or
-    another folder."""
+    """Shift of the target images. Either the name of a corruption, such as fog, that is applied to images of `name`; or
+    the place of shifted images: another split of `name`, another dataset, or another folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 (mild) to 5 (strong); by default 5. Only for corruptions with severities."""
     shift_filters: list[list[str | int | float | list[str]]] = []
@@ -244,7 +244,7 @@ class TrainingConfig(Section):
     """Peak learning rate, or a list to try. The rate with the best accuracy on the target's validation split is chosen.
     Usual values: 3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
-    """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of the named optimizer."""
+    """Optimizer: adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of this optimizer."""
     weight_decay: NonNegative = 0.0
     """Weight decay of all trainable weights except norms and biases. 0 is usual for adapters."""
     warmup_steps: Count = 10
@@ -340,10 +340,10 @@ class RunConfig(Section):
     """CPU threads per process. The number of threads changes rounding, so runs with different numbers do not share a
     source model."""
     num_workers: Count | None = None
-    """Number of worker processes that load images, for each training process. 0: the training process loads them. By
-    default 0 for `digits`, `shapes`, and images whose median width or height is below 128 pixels, in a study, and on
-    systems where processes do not start by fork. In all other cases, the default is the number of CPU cores per
-    training process minus num_threads, but at least 0 and at most 4. The number does not change the batches."""
+    """Number of worker processes that load images, for each training process. 0: the training process loads them. The
+    number does not change the batches. The default is 0 for `digits`, for `shapes`, for images whose median width or
+    height is below 128 pixels, in a study, and where processes do not start by fork. In all other cases, the default is
+    the number of CPU cores per training process minus num_threads, but at least 0 and at most 4."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Tools that receive the training curves: any of tensorboard, wandb and trackio."""
 

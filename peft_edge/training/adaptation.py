@@ -78,7 +78,7 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
             "there would be nothing to save: return a PEFT model, or register it with saves_full_model=True"
         )
     if settings.replay:
-        frozen_prefix(config, model)  # raises a ValueError if there is no prefix
+        frozen_prefix(config, model)  # raises a ValueError if replay does not fit the model
     if method.optimizer is None:
         return
     _optimizer(config, model, settings.learning_rate[0])
@@ -221,8 +221,8 @@ class _Trained:
 
         The argument `process_peak_bytes` is the peak memory of the calling process, or None if it is unknown. In the
         result, `process_peak_bytes` is the maximum over all processes, `flops` is the sum over all processes, and the
-        times are those of the calling process. `flops` is None if optimizer steps were taken, but none was profiled or
-        a profile lacks its FLOPs. Without optimizer steps, `flops` counts only `recalibrate` and latent replay.
+        times are those of the calling process. `flops` also counts `recalibrate` and the storing of features for latent
+        replay. `flops` is None if optimizer steps were taken but no step was profiled, or a profile has no FLOPs.
         """
         progress, step_flops = self.progress, [row.flops for row in self.profile if row.scope == "step"]
         measured = gather_object([(process_peak_bytes, self.statistics_flops)])
@@ -362,7 +362,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
     """Write the adapter of `model` to `folder/adapter`.
 
-    If `saves_full_model` is True, write the whole model to `folder/model` instead. If this model is a PEFT model, its
+    If `saves_full_model` is True, write the whole model to `folder/model` instead. If `model` is a PEFT model, its
     adapter is first merged in place.
     """
     if saves_full_model:
@@ -372,7 +372,7 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load the model from one of the folders `adapter` and `model` that `save_update` writes. Move it to `device`."""
+    """Load the model from `folder`, a folder `adapter` or `model` of `save_update`, and return it on `device`."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 

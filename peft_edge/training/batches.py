@@ -70,12 +70,12 @@ def _are_photographs(config: RunConfig, images: Dataset) -> bool:
 def _num_workers(config: RunConfig, images: Dataset) -> int:
     """Return `config.num_workers`. If it is None, choose a number from 0 to 4.
 
-    The chosen number is the number of CPU cores for this process minus `config.num_threads`, limited to 0 to 4. It is 0
-    instead in each of these cases:
+    The default is the number of CPU cores for this process minus `config.num_threads`, at least 0 and at most 4. In
+    each of the following cases, the default is 0:
 
     - The images are not photographs (see `PHOTOGRAPH_SIZE`). Decoding small images takes little time.
     - A study started this process. The study uses the cores for other runs.
-    - Processes do not start by fork. Each worker process would first import torch.
+    - Processes do not start by fork. Each worker process would first have to import torch.
     - The number of cores is unknown.
     """
     if config.num_workers is not None:
@@ -121,8 +121,9 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
     """Return the frozen layers of `model` before its first trainable layer.
 
     Raises:
-        ValueError: If the model has no trainable layer, or no frozen layer before it. If the outputs or buffers of the
-            frozen layers change in training mode. If later layers need more than the output of the last frozen layer.
+        ValueError: If the model has no trainable layer, or no frozen layer before the first trainable layer. If the
+            outputs or buffers of the frozen layers change in training mode. If later layers need more than the output
+            of the last frozen layer.
     """
     size, generator = config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
@@ -133,10 +134,10 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Open latent replay: stored outputs of the frozen layers of `model` for the training images of `target`.
+    """Prepare latent replay: store the outputs of the frozen layers of `model` for the training images of `target`.
 
-    The frozen layers are those before the first trainable layer. If no earlier run stored their outputs, the outputs
-    are computed and stored now. `model` must be ready for training: if `norm` is recalibrate, the caller must have
+    Only the frozen layers before the first trainable layer count. If an earlier run has stored the same outputs, these
+    outputs are reused. `model` must be ready for training: if `norm` is recalibrate, the caller must have
     called `recalibrate`. Images are preprocessed with the settings of the source model `source`.
 
     Raises:
@@ -170,7 +171,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return a copy of `profile` in which `adapter_bytes` of the `step` rows is the size of the adapter of `model`.
+    """Return a copy of `profile`. In rows of scope `step`, `adapter_bytes` is the size of the whole adapter of `model`.
 
     `profile` was measured on `Replay.tail`. The saved adapter also contains BatchNorm statistics of the frozen layers
     before the tail, so `adapter_bytes` in `profile` is too small. If `model` is not a PEFT model, return `profile`.

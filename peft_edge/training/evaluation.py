@@ -86,7 +86,7 @@ def predict_source_tests(
     """Return the result of `predict_tests` for the source model, using the shared cache.
 
     Many runs have the same source model, so its predictions are computed once and stored in the cache. If the cache
-    folder cannot be written, the predictions are only returned.
+    folder cannot be written, the predictions are returned without being stored.
     """
     found = []
     for domain in (task.source, *task.targets):

@@ -136,7 +136,7 @@ def class_mean_accuracy(features: Tensor, labels: Tensor, test_features: Tensor,
 
 
 def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
-    """Return the index of the output for each name in `names`, or None if one of the names is unknown.
+    """Return the index of the output for each name in `names`, or None if a name is not a known class of the head.
 
     If the model has no class names, timm infers from the number of classes whether the model was trained on ImageNet.
     For an ImageNet model, a name is a WordNet id (`n02123045`) or a word (`tabby`).
