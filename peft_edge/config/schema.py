@@ -130,8 +130,8 @@ class DataConfig(Section):
     dataset, or a folder with one subfolder per domain. For such a folder, the only column is `domain`, the name of the
     subfolder: `[[domain, "==", photo]]`."""
     shift: str | None = None
-    """Shift of the target images. Either the name of a corruption, such as fog, that is applied to images of `name`; or
-    the place of shifted images: another split of `name`, another dataset, or another folder."""
+    """Shift of the target images. Either the name of a corruption (such as fog), which is applied to images of `name`;
+    or the name of shifted data: another split of `name`, another dataset, or another folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 (mild) to 5 (strong); by default 5. Only for corruptions with severities."""
     shift_filters: list[list[str | int | float | list[str]]] = []

@@ -156,8 +156,8 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
 def distance_fields() -> dict[str, Tensor]:
     """Return a dict from class name to a (RESOLUTION, RESOLUTION) tensor of signed distances to the outline of a shape.
 
-    Distances are negative inside the shape. BASE_CLASSES come before UNSEEN_CLASSES. A rotation by 90
-    degrees turns no shape into another shape.
+    Distances are negative inside the shape. BASE_CLASSES come before UNSEEN_CLASSES. A rotation by 90 degrees
+    turns no shape into another shape.
     """
     side = torch.linspace(-EXTENT, EXTENT, RESOLUTION)
     y, x = torch.meshgrid(side, side, indexing="ij")

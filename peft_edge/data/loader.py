@@ -38,11 +38,11 @@ class BatchDataset(Protocol):
 def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Augmentation = "shift") -> Transform:
     """Return a function that converts an image to the normalised input of a backbone.
 
-    An image that is both higher and wider than `input_size` is resized, and its centre is cropped. Both follow the
-    transform that timm uses for evaluation. Any other image is resized to `input_size` without a crop, because
-    `crop_pct` is meant for photographs with a margin. This resizing can change the aspect ratio. The augmentation
-    `"photo"` replaces both cases: it takes a random crop of every image. A JPEG whose sides are at least four times as
-    long as needed is decoded at a reduced size.
+    An image that is both higher and wider than `input_size` is resized, and its centre is cropped. The resizing and the
+    crop follow timm's transform for evaluation. Any other image is resized to `input_size` without a crop, because
+    `crop_pct` is meant for photographs with a margin. Resizing without a crop can change the aspect ratio. With the
+    augmentation `"photo"`, a random crop of every image is resized instead. A JPEG whose sides are at least four times
+    as long as needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.

@@ -60,7 +60,7 @@ def load_task(
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
         shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
             Hugging Face dataset with the same classes.
-        severity: 1 to 5, for a corruption with severities. None means 5.
+        severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. In all other cases, None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
             `[("domain", "==", "photo")]`. `name` must be a Hugging Face dataset with this column, or a folder with one
             subfolder per domain, whose only column is `domain`.
@@ -77,7 +77,7 @@ def load_task(
         subset: The configuration of a Hugging Face dataset. This and the next three arguments apply to both `name` and
             `shift`.
         train_split: The split of `name` to train on. If `shift` is another dataset, the target's training images are
-            its split of the same name.
+            those in its split with the same name.
         image_column: The name of the image column. Required if there are several image columns.
         label_column: The name of the label column. Required if there are several label columns.
 
