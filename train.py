@@ -3,8 +3,8 @@
     accelerate launch train.py --config configs/quickstart.yaml
     python train.py --config configs/quickstart.yaml method=dora adapter.r=8 --output_dir runs/dora
 
-Set any key of the configuration as `key=value` or `--key value`. A later file overrides an earlier file. The same
-command resumes an interrupted run from its newest checkpoint.
+Set any key of the configuration as `key=value` or `--key value`. If `--config` is given several times, a later file
+overrides an earlier file. The same command resumes an interrupted run from its newest checkpoint.
 """
 
 from __future__ import annotations
@@ -37,15 +37,16 @@ def print_help() -> None:
     try:
         print(f"{__doc__}\n{describe_keys()}", flush=True)
     except BrokenPipeError:
-        # The reader of the output has ended, as in `train.py --help | head`. Without this line, Python would print an
-        # error when it flushes the output again at exit.
+        # The program that reads the output has ended, for example `head` in `train.py --help | head`. Redirect the
+        # output, because Python would print another error when it flushes the output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command() -> None:
-    """Run with the arguments in `sys.argv`. After an expected error, print one message and exit with code 2.
+    """Run with the arguments in `sys.argv`.
 
-    After Ctrl-C, the exit code is 130.
+    After a ValueError, OSError or ImportError, print the message of the error, and exit with code 2. After Ctrl-C, exit
+    with code 130.
     """
     if {"-h", "--help"} & set(sys.argv[1:]):
         print_help()

@@ -86,12 +86,13 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
 
 
 def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Add rows for new classes to the classifier in place, with the initial values of :func:`replace_head`.
+    """Add rows for new classes to the classifier in place, until the head has `num_classes` classes.
 
-    The old rows are unchanged. The class names are removed: call :func:`set_class_names` with the names of all classes.
-    The parameters of the head are new objects: create the optimizer afterwards. If the model already has `num_classes`
-    classes, nothing changes, and the class names are kept. `model` may also be a PEFT model. If its head is one of the
-    `modules_to_save`, the original head and the copy in each adapter grow.
+    The new rows have the same initial values as in :func:`replace_head`. The old rows are unchanged. The class names
+    are removed: call :func:`set_class_names` with the names of all classes. The parameters of the head are new objects:
+    create the optimizer afterwards. If the model already has `num_classes` classes, nothing changes, and the class
+    names are kept. `model` may also be a PEFT model. If its head is one of the `modules_to_save`, the original head and
+    the copy in each adapter grow.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -139,9 +140,9 @@ def _check_no_adapter(base: nn.Module) -> None:
 def change_classes(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None = None) -> None:
     """Change the classes of a model in place to `names`. Rows of the head for classes that already exist are kept.
 
-    Rows for new classes have the initial values of :func:`replace_head`. Rows of classes that are not in `names` are
-    removed. If the model has no class names, all its rows are removed. `model` may also be a PEFT model whose head is
-    one of the `modules_to_save`, see :func:`grow_head`.
+    Rows for new classes have the same initial values as in :func:`replace_head`. Rows of classes that are not in
+    `names` are removed. If the model has no class names, all old rows are removed. `model` may also be a PEFT model
+    whose head is one of the `modules_to_save`, see :func:`grow_head`.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -181,7 +182,8 @@ def _append_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
     """Set the class names of a timm model, in the order of its outputs. None removes the names.
 
-    The names are stored in `pretrained_cfg`, as timm does. `save_backbone` and `save_adapter` save them.
+    The names are stored in timm's entry ``model.pretrained_cfg["label_names"]``. `save_backbone` and `save_adapter`
+    save them with the model.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -201,7 +203,9 @@ def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
 
 
 def class_names(model: nn.Module) -> list[str] | None:
-    """Return the class names in the order of the outputs. None without class names, or if timm did not build the model.
+    """Return the class names of a timm model, in the order of its outputs.
+
+    Return None if the model has no class names, or if timm did not build the model.
 
     Raises:
         ValueError: If the number of names is not the number of classes, for example after timm's `reset_classifier`.

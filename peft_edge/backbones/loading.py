@@ -53,7 +53,7 @@ EDGE_FAMILIES = {
     "resnet": "resnet10t",
     "repvgg": "repvgg_a0",
 }
-"""A dict from each supported family of edge networks to the name of a small timm model, on which the tests run."""
+"""For each supported family of edge networks, the name of a small timm model. The tests use these models."""
 
 # timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save `bn_eps`. Always pass one value.
 _FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
@@ -74,31 +74,33 @@ def load_backbone(
 ) -> nn.Module:
     """Create a timm CNN in train mode, and set ``model.name_or_path``.
 
-    The weights are random unless `name` is a folder, or `pretrained` or `checkpoint` is given. If a folder has the name
-    of a timm model, pass the folder as `checkpoint`. Only safetensors files are read from folders and from the Hub.
+    The weights are random unless `name` is a folder, `pretrained` is True, or `checkpoint` is given. If a folder has
+    the same name as a timm model, pass the folder as `checkpoint`. From folders and from the Hub, only safetensors
+    files are read.
 
     Args:
         name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
             model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
-        num_classes: The number of classes. None keeps the number of the loaded weights, or timm's default for random
-            weights. A loaded head with another number of classes is replaced by :func:`replace_head`.
+        num_classes: The number of classes. A loaded head with another number of classes is replaced by
+            :func:`replace_head`. None keeps the loaded head. With random weights, None means timm's default number.
         pretrained: Load the weights from the Hub or its local cache. Required for Hub ids outside ``timm/``.
         checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a file of another program
-            (``.safetensors``, ``.pth``, ...), as described in :func:`import_weights`. `name` must then be a timm model
-            name, with or without ``timm/``.
+            (``.safetensors``, ``.pth``, ...; see :func:`import_weights`). If `checkpoint` is given, `name` must be a
+            timm model name, with or without ``timm/``.
         small_images: Set the stride of the first convolution from 2 to 1. This doubles the resolution inside the
             network. Use it for images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
-        mean: Replaces the mean in the preprocessing of the weights, as in :func:`set_preprocessing`.
-        std: Replaces the standard deviation.
-        interpolation: Replaces the filter for resizing.
-        crop_pct: Replaces the size of the centre crop.
+        mean: The mean of the preprocessing. :func:`set_preprocessing` explains the values of this argument and of
+            `std`, `interpolation` and `crop_pct`. None keeps the value in ``model.pretrained_cfg``.
+        std: The standard deviation of the preprocessing, or None.
+        interpolation: The filter for resizing, or None.
+        crop_pct: The fraction of an image's side that the centre crop keeps, or None.
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
-        ValueError: If an argument is invalid, the model is not a CNN, `small_images` does not support its stem, or the
+        ValueError: If an argument is invalid, the model is not a CNN, the stem does not support `small_images`, or the
             checkpoint is damaged or belongs to another model.
-        FileNotFoundError: If `checkpoint` does not exist or is a file of another format, or if the folder or the Hub
-            repository has no ``config.json`` or ``model.safetensors``.
+        FileNotFoundError: If `checkpoint` does not exist, or is a file whose suffix is not in `WEIGHTS_SUFFIXES`. If a
+            folder or Hub repository has no ``config.json`` or no ``model.safetensors``.
         OSError: If the pretrained weights are not in the local cache and cannot be downloaded.
 
     Example:
@@ -150,8 +152,9 @@ def set_preprocessing(
         mean: The mean that is subtracted from pixels between 0 and 1: three numbers, or one for all channels.
         std: The standard deviation by which pixels are then divided: three numbers, or one for all channels.
         interpolation: The filter for resizing: nearest, bilinear, bicubic, lanczos, box or hamming.
-        crop_pct: The fraction of a resized photograph's side that the centre crop keeps.
-        image_size: The height and width of the input in pixels. A run uses `data.image_size` instead.
+        crop_pct: The fraction of a resized image's side that the centre crop keeps.
+        image_size: The height and width of the input in pixels. A training run uses `data.image_size` of its
+            configuration instead.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -315,9 +318,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file into `model`. Its tensors must have the same names and shapes as those of `model`.
+    """Load a safetensors file into `model`. The tensors must have the same names and shapes as those of `model`.
 
-    Only the number of classes may differ: the head of `model` is then first replaced by a head of the right size.
+    Only the number of classes may differ. In this case, the head of `model` is first replaced by a head of the size in
+    the file.
     """
     try:
         weights = safetensors.torch.load_file(path)

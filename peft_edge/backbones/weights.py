@@ -1,4 +1,4 @@
-"""Read weights from a file of another program, and match its tensors with those of a timm model."""
+"""Read weights from a file of another program, and match the tensors in the file with those of a timm model."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class WeightMatch:
     Attributes:
         source: The name of the file.
         names: A dict from the name of each matched tensor in the model to its name in the file.
-        is_by_name: Whether the tensors were matched by name, ignoring a common prefix. Otherwise, they were matched by
-            order.
+        is_by_name: True if the tensors were matched by name, False if they were matched by order. Names are compared
+            without a prefix that all names in the file share.
         num_classes: The number of classes of the file's head, or None if the file has no head.
     """
 
@@ -49,12 +49,13 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the state dict in a .safetensors file, or in a file that `torch.save` wrote (.pth, .pt, .bin, ...).
 
     Pickled files are read with ``weights_only=True``, so no code in the file runs. The state dict may be an entry of a
-    checkpoint, such as `state_dict` or `model`. The weights of an exponential moving average (`state_dict_ema` or
-    `model_ema`) are preferred. The prefixes of DataParallel (`module.`) and torch.compile (`_orig_mod.`) are removed.
+    checkpoint, such as `state_dict` or `model`. If the checkpoint also has an exponential moving average of the weights
+    (`state_dict_ema` or `model_ema`), the average is returned. The prefixes of DataParallel (`module.`) and
+    torch.compile (`_orig_mod.`) are removed.
 
     Raises:
-        FileNotFoundError: If the file does not exist or has another ending.
-        ValueError: If the file is damaged, has objects that PyTorch does not read safely, or has no state dict.
+        FileNotFoundError: If the file does not exist, or its suffix is not in `WEIGHTS_SUFFIXES`.
+        ValueError: If the file is damaged, has objects that ``weights_only=True`` rejects, or has no state dict.
     """
     path = Path(file)
     if not path.is_file() or path.suffix not in WEIGHTS_SUFFIXES:
@@ -99,18 +100,19 @@ def _is_state_dict(values: Mapping[str, object]) -> bool:
 def match_weights(
     model: nn.Module, weights: Mapping[str, Tensor], *, source: str, is_ordered: bool = True
 ) -> WeightMatch:
-    """Match the tensors of `weights` with those of a timm model, by name or else by order.
+    """Match the tensors of `weights` with those of a timm model: by name, or by order if the names differ.
 
-    A prefix that all names in `weights` share is ignored. If the names differ, tensors are matched by order, unless
-    more than half of the names are equal. In each pair, the shapes and the last components of the names (such as
-    `weight` or `running_mean`) must be equal. The order cannot distinguish two tensors of the same shape and kind.
-    Therefore check a match by order on images. The number of classes in the head may differ. `weights` may lack the
-    head and the counters `num_batches_tracked`. `source` is the name of the file in messages. Pass `is_ordered=False`
-    if the order of `weights` is not the order in which the model was saved. Then tensors are matched only by name.
+    A prefix that all names in `weights` share is ignored. In each pair, the shapes and the last components of the names
+    (such as `weight` or `running_mean`) must be equal. The order cannot distinguish two tensors of the same shape and
+    kind. Therefore, after a match by order, check the accuracy on images. The number of classes in the head may differ.
+    `weights` may lack the head and the counters `num_batches_tracked`. `source` is the name of the file in messages.
+    Pass `is_ordered=False` if the order of `weights` is not the order in which the model was saved: tensors are then
+    matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If a tensor of the model has no counterpart, or a tensor of `weights` is left over.
+        ValueError: If a tensor of the model or of `weights` has no counterpart, or the tensors of a pair do not fit. If
+            the names differ and `is_ordered` is False. If some names differ, but more than half of them are equal.
     """
     architecture = as_timm_model(model).pretrained_cfg["architecture"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -160,11 +162,11 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
 
     The head of the model gets the number of classes in the file. If the file has no head, the model keeps its head. If
     an error is raised, the model is unchanged. See :func:`read_weights` for the formats, and :func:`match_weights` for
-    the match.
+    the rules of matching.
 
     Raises:
         TypeError: If the model was not built by timm.
-        FileNotFoundError: If the file does not exist or has another ending.
+        FileNotFoundError: If the file does not exist, or its suffix is not in `WEIGHTS_SUFFIXES`.
         ValueError: If the file is damaged, has no state dict, or does not fit the model.
 
     Example:
@@ -182,6 +184,6 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
     if match.num_classes is not None and match.num_classes != as_timm_model(model).num_classes:
         as_timm_model(model).reset_classifier(match.num_classes)
         set_class_names(model, None)
-    # `match_weights` has checked all names. Only a head and counters may be missing.
+    # `match_weights` has checked all names. Only the head and the counters may be missing in the file.
     model.load_state_dict({name: weights[in_file] for name, in_file in match.names.items()}, strict=False)
     return match

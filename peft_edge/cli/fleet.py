@@ -35,7 +35,9 @@ def merge_adapters_of_fleet(
         list[str] | None,
         Option(metavar="FOLDER ...", help="Folders with one subfolder of images per class, to compare accuracies."),
     ] = None,
-    image_size: Annotated[int | None, count("Height and width in pixels; by default as in the first run.")] = None,
+    image_size: Annotated[
+        int | None, count("Height and width in pixels; by default those of the run that trained the first adapter.")
+    ] = None,
 ) -> None:
     """Combine the adapters of several devices into one adapter.
 
@@ -71,8 +73,8 @@ def merge_adapters_of_fleet(
 def accuracies(model: PeftModel, num_adapters: int, folder: str, image_size: int | None) -> list[float]:
     """Return the accuracies of the base model, of each adapter and of the combined adapter on the images in `folder`.
 
-    If the folder has no split `test`, the images of `train` are used: without split folders, these are all images. The
-    combined adapter is active afterwards.
+    If the folder has no split `test`, the images of the split `train` are used. If the folder has no split folders, all
+    its images are used. The combined adapter is active afterwards.
 
     Raises:
         ValueError: If the folder cannot be read, or has classes that the model does not know.

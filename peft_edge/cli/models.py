@@ -49,7 +49,7 @@ def import_(
         str | None,
         path(
             "FOLDER",
-            "Photographs with one subfolder per class, to check whether the features and the preprocessing are right.",
+            "Photographs with one subfolder per class. The weights and the preprocessing are checked on these images.",
         ),
     ] = None,
 ) -> None:
@@ -291,9 +291,10 @@ def load_states(
 
 
 def run_config(folder: Path) -> JsonObject | None:
-    """Return the configuration of the run that wrote `folder`. None if `folder` does not exist or there is no record.
+    """Return the configuration of the run that wrote `folder`, as read from the file `record.json`.
 
-    `record.json` is in `folder` after a download from the Hub. On the machine of the run, it is in the parent folder.
+    After a download from the Hub, `record.json` is in `folder`. On the machine of the run, it is in the parent folder.
+    Return None if `folder` does not exist or there is no such file.
     """
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:

@@ -1,7 +1,7 @@
 """Helpers of all commands: parse arguments, declare options, and load models.
 
-Arguments are checked before torch is imported, so each command imports its modules inside its function. Constants in
-this folder repeat names that these modules define. A test checks that both agree.
+Arguments are checked before torch is imported, so each command imports modules that need torch inside its function.
+Constants in this folder repeat names that those modules define. A test checks that the names agree.
 """
 
 from __future__ import annotations
@@ -75,9 +75,9 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 def role_or_regex(text: str) -> str:
-    """Return `text` if it is a role or a regular expression, otherwise raise BadParameter.
+    """Return `text` if it is the name of a role or a regular expression, otherwise raise BadParameter.
 
-    Lower-case words joined by hyphens, such as `last-stage`, must be a role.
+    A text of lower-case words joined by hyphens, such as `last-stage`, must be one of `ROLE_NAMES`.
     """
     if re.fullmatch("[a-z]+(-[a-z]+)+", text):
         return one_of(ROLE_NAMES)(text)
@@ -101,7 +101,7 @@ def choice(names: Collection[str], meaning: str) -> OptionInfo:
 
 
 def limit(parse: Callable[[str], int], units: Collection[str], example: str, meaning: str) -> OptionInfo:
-    """Declare an option for a number with a unit. `parse` converts its text to a number or raises a ValueError."""
+    """Declare an option for a number with a unit. `parse` converts the text of the option, or raises a ValueError."""
 
     def read(text: str) -> int:
         try:

@@ -17,7 +17,7 @@ from peft_edge.config.schema import COST_KEYS, RunConfig, Section, conflicts
 
 
 class ConfigError(ValueError):
-    """Errors in a configuration, one per line. Each line names the key or the argument, and the file if any."""
+    """Errors in a configuration, one per line. Each line names the key or the argument, and says where it was given."""
 
 
 class _Loader(yaml.SafeLoader):

@@ -1,8 +1,8 @@
 """Define the configuration keys of a run (types, ranges, defaults, descriptions), and check their combinations.
 
 This module does not import torch, so that errors in a configuration are reported in a fraction of a second. Therefore
-it repeats the names of methods, optimizers, layer roles and keys of cost analyses. Tests compare these names with
-`METHODS`, `OPTIMIZERS`, `ROLES` and `CostSetting`.
+it repeats the names of methods, optimizers, groups of layers (roles, such as `all-conv`) and keys of cost analyses.
+Tests compare these names with `METHODS`, `OPTIMIZERS`, `ROLES` and `CostSetting`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project"
 
 def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
     def check(name: str) -> str:
-        # Importing peft_edge.methods here would import torch. A program that adds methods has imported this module.
+        # Importing peft_edge.methods here would import torch. A program that registers methods has already imported it.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
             nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
@@ -100,58 +100,64 @@ class BackboneConfig(Section):
     name: str = "mobilenetv3_small_050"
     """A timm model name, the id of a timm model on the Hub, or the folder of a saved or imported model."""
     pretrained: bool = False
-    """Start from timm's pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
+    """Start from pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
     checkpoint: str | None = None
     """Start from the weights at this path: a folder that `save_backbone` wrote, or a .safetensors, .pth, .pt, .bin,
-    .ckpt or .tar file of another program. Tensors of a file are matched by name, or else by order and shape."""
+    .ckpt or .tar file of another program. The tensors in a file of another program are matched by name or, if the names
+    differ, by order and shape."""
     small_images: bool = False
     """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
     mean: Channels | None = None
-    """Mean that is subtracted from pixels between 0 and 1: one number, or a list of three. The default is saved with
-    the weights. Use the value with which the weights were trained."""
+    """Mean that is subtracted from pixels between 0 and 1: one number, or a list of three. By default, the value in
+    timm's configuration of the weights. Use the value with which the weights were trained."""
     std: Channels | None = None
-    """Standard deviation by which pixels are then divided: one number, or a list of three. The default is saved with
-    the weights."""
+    """Standard deviation by which pixels are divided after the mean is subtracted: one number, or a list of three. By
+    default, the value in timm's configuration of the weights."""
     interpolation: Interpolation | None = None
-    """Filter for resizing images. The default is saved with the weights."""
+    """Filter for resizing images. By default, the filter in timm's configuration of the weights."""
     crop_pct: Annotated[float, Field(gt=0, le=1)] | None = None
-    """Fraction of a resized photograph's side that the centre crop keeps. The default is saved with the weights."""
+    """Fraction of a resized image's side that the centre crop keeps. By default, the value in timm's configuration of
+    the weights."""
 
 
 class DataConfig(Section):
-    """The task: source images, and target images with a shift or with new classes."""
+    """The task: source images to train the source model on, and target images with a shift or with new classes."""
 
     name: str = "digits"
     """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
     source_filters: list[list[str | int | float | list[str]]] = []
     """Read only rows of `name` that meet all conditions `[column, operator, value]`. `name` must be a Hugging Face
-    dataset or a folder of domains. In a folder of domains, the only column is `domain`, the name of the subfolder:
-    `[[domain, "==", photo]]`."""
+    dataset, or a folder with one subfolder per domain. For such a folder, the only column is `domain`, the name of the
+    subfolder: `[[domain, "==", photo]]`."""
     shift: str | None = None
-    """Where the target images come from: a corruption, another split of `name`, another dataset, or another folder."""
+    """Shift of the target images. Either the name of a corruption (such as fog), which is applied to images of `name`;
+    or the name of shifted data: another split of `name`, another dataset, or another folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """Severity of the corruption, 1 to 5. Only for corruptions with severities, whose default is 5."""
+    """Severity of the corruption, 1 (mild) to 5 (strong); by default 5. Only for corruptions with severities."""
     shift_filters: list[list[str | int | float | list[str]]] = []
-    """Read only rows of `shift` that meet all conditions; see `source_filters`. `shift` is then by default `name`."""
+    """Read only rows of `shift` that meet all conditions; see `source_filters`. With conditions, `shift` is by default
+    `name`."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
     """Classes that the source model does not know, in the order of addition. Set either `new_classes` or `shift`."""
     increments: PositiveCount = 1
-    """Number of groups into which `new_classes` is divided. Each group is one target, and targets are added in turn."""
+    """Number of groups into which `new_classes` is divided. The model is adapted to one group after another."""
     rehearsal_size: Count = 0
-    """Maximum number of images of all earlier classes in an increment. 0: freeze the head rows of earlier classes."""
+    """Maximum total number of images of earlier classes in the training images of an increment. 0: use no such images,
+    and freeze the head rows of earlier classes."""
     image_size: PositiveCount = 48
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount | None = None
-    """Maximum number of target training images; by default all of them. With new classes, the maximum for each
-    increment. For a corruption of your own images, at most a quarter of the training images."""
+    """Maximum number of training images of the target. By default, all are used. With new classes, the maximum applies
+    to each increment. A corruption of your own images uses at most a quarter of the training images in any case."""
     augment: Literal["none", "shift", "photo", "auto"] = "auto"
-    """Augmentation of training images. shift: move the image by up to an eighth of its sides. photo: random crop, flip
-    and colour changes. auto: photo if the shorter side has at least 128 pixels, otherwise shift. Choose shift for text,
-    signs and other images that must not be flipped."""
+    """Augmentation of training images. none: no change. shift: move the image by up to an eighth of its sides. photo:
+    random crop, flip and colour changes. auto: shift for `digits`, `shapes`, and images whose median width or height is
+    below 128 pixels; photo for all other images. Choose shift for text, signs and other images that must not be
+    flipped."""
     subset: str | None = None
-    """Configuration name of a Hugging Face dataset."""
+    """Name of a configuration (subset) of a Hugging Face dataset."""
     train_split: str = "train"
-    """Split of the training images, for a dataset with splits."""
+    """Name of the split that contains the training images."""
     image_column: str | None = None
     """Column with the images. Required if a dataset has several image columns."""
     label_column: str | None = None
@@ -166,24 +172,28 @@ class AdapterConfig(Section):
     lora_alpha: Positive = 8
     """The low-rank update is multiplied by lora_alpha / r. A good first value is 2 * r."""
     lora_dropout: Fraction = 0.0
-    """Probability of dropping adapter inputs, or ranks for peft-loha and peft-lokr. Above 0, training takes longer."""
+    """Probability with which inputs of the adapter are dropped. In peft-loha and peft-lokr, ranks are dropped instead
+    of inputs. A value above 0 makes training slower."""
     target_modules: Targets = "all-conv"
-    """Layers to adapt: a role (`all-conv`, `dense`, `depthwise`, ...), a list of names, or a regular expression."""
+    """Layers to adapt: a role, a list of module names, or a regular expression. A role is a name for a group of layers:
+    all-conv, dense, depthwise, pointwise, expand, project or last-stage."""
 
 
 class ConvAdapterOptions(Section):
     """Options of method conv-adapter, named as in `ConvAdapterConfig`."""
 
     reduction: PositiveCount = 4
-    """With C input channels of the adapter, the bottleneck has max(1, C // reduction) channels."""
+    """The bottleneck has max(1, C // reduction) channels, where C is the number of the adapter's input channels."""
     kernel_size: PositiveCount | None = None
-    """Kernel size of the depthwise convolution; by default that of the adapted layer, or 3 for a block. 1: omit it."""
+    """Kernel size of the adapter's depthwise convolution. By default, the kernel size of the adapted layer, or 3 if a
+    block is adapted. 1: no depthwise convolution."""
     placement: Literal["parallel", "sequential"] = "parallel"
-    """Input of the bottleneck: the input (parallel) or the output (sequential) of the adapted layer."""
+    """What the bottleneck takes as its input: the input (parallel) or the output (sequential) of the adapted layer."""
     activation: str | None = None
-    """timm's name of the bottleneck's activation, such as relu; by default none. An activation prevents merging."""
+    """timm's name of the bottleneck's activation, such as relu. By default, there is no activation. An adapter with an
+    activation cannot be merged."""
     target_modules: Targets = "dense"
-    """Layers or blocks to adapt: a role, a list of names, or a regular expression."""
+    """Layers or blocks to adapt: a role such as `dense`, a list of module names, or a regular expression."""
 
 
 class GaloreOptions(Section):
@@ -198,16 +208,17 @@ class GaloreOptions(Section):
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
     """Side of the gradient to project: left, right, both (full), the shorter (std) or the longer (reverse_std)."""
     target_modules: str | list[str] = "dense"
-    """Convolutions whose gradients are projected: a role, a module name, or a list of roles and names."""
+    """Convolutions whose gradients are projected: a role such as `dense`, a module name, or a list of roles and module
+    names."""
     layerwise: bool = False
     """Update each parameter during the backward pass, so that only one gradient is in memory at a time."""
 
 
 class SourceConfig(Section):
-    """Training of the source model, by SGD with Nesterov momentum and a one-cycle schedule."""
+    """Training of the source model on the source images, by SGD with a one-cycle schedule."""
 
     epochs: Count = 12
-    """Passes over the source's training images. 0: use the backbone's initial weights without training."""
+    """Passes over the training images of the source. 0: use the backbone's initial weights without training."""
     batch_size: PositiveCount = 32
     """Images per step."""
     learning_rate: Positive = 0.1
@@ -233,7 +244,7 @@ class TrainingConfig(Section):
     """Peak learning rate, or a list to try. The rate with the best accuracy on the target's validation split is chosen.
     Usual values: 3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
-    """adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of the named optimizer."""
+    """Optimizer: adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of this optimizer."""
     weight_decay: NonNegative = 0.0
     """Weight decay of all trainable weights except norms and biases. 0 is usual for adapters."""
     warmup_steps: Count = 10
@@ -243,7 +254,7 @@ class TrainingConfig(Section):
     gradient_accumulation_steps: PositiveCount = 1
     """Number of parts into which each batch is split to save memory."""
     mixed_precision: Literal["no", "fp16", "bf16"] = "no"
-    """Autocast dtype of training and evaluation: no (float32), fp16 (GPU only) or bf16."""
+    """Autocast dtype of training and evaluation: no (float32 without autocast), fp16 (GPU only) or bf16."""
     eval_batch_size: PositiveCount = 128
     """Images per evaluation step, summed over all processes."""
     eval_every_epochs: PositiveCount = 1
@@ -251,7 +262,7 @@ class TrainingConfig(Section):
     checkpoint_every_steps: PositiveCount = 50
     """Optimizer steps between checkpoints. An interrupted run repeats at most this number of steps."""
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
-    """Number of newest checkpoints to keep. At least 2, because training may diverge right after a checkpoint."""
+    """Number of newest checkpoints to keep. At least 2, because the newest may contain weights that have diverged."""
     replay: bool = False
     """Latent replay: store the outputs of the frozen layers before the first trainable layer, and train on these
     outputs. `norm` must be frozen or recalibrate."""
@@ -267,9 +278,9 @@ class LeanConfig(Section):
     enabled: bool = True
     """Use lean layers during training. The saved update has the same format with and without lean training."""
     inplace_norm: bool | None = None
-    """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Needs
-    `norm` frozen or recalibrate, or `recompute`. By default true if `norm` is frozen or recalibrate, and the model can
-    be traced."""
+    """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
+    that `norm` is frozen or recalibrate, or that `recompute` is true. By default true if `norm` is frozen or
+    recalibrate and the model runs on the meta device, otherwise false."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool = False
@@ -279,10 +290,11 @@ class LeanConfig(Section):
 
 
 class ProfilingConfig(Section):
-    """Measurement of FLOPs, memory and times in some training steps, for the record and the trackers."""
+    """Measurement of the FLOPs, memory and time of some training steps, for the record and the trackers."""
 
     every_n_steps: Count = 1000
-    """Optimizer steps between two measurements. The first measurement covers steps 2 and 3. 0: no measurements."""
+    """Number of optimizer steps from one measurement to the next. The first measurement covers steps 2 and 3. 0: no
+    measurements."""
     trace: bool = False
     """Write a torch.profiler trace of one step to output_dir/traces, for each process."""
 
@@ -297,11 +309,15 @@ class HubConfig(Section):
     revision: str | None = None
     """Branch to upload to; main by default."""
     license: str | None = None
-    """The Hub's identifier of a license, for the model card; by default the license of timm's pretrained weights."""
+    """License in the model card, as an identifier of the Hub such as apache-2.0. By default, the license of timm's
+    pretrained weights if the run used them, otherwise none."""
 
 
 class RunConfig(Section):
-    """The configuration of a run. A run adapts a source model to one or several targets with one method."""
+    """The configuration of a run. A run adapts a source model to one or several targets with one method.
+
+    The source model is trained on the source images of `data`. A target consists of shifted images or of new classes.
+    """
 
     output_dir: str
     """Folder of the adapter, the record, checkpoints and logs."""
@@ -309,21 +325,25 @@ class RunConfig(Section):
     """Adaptation method: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter or
     galore; or PEFT's peft-lora, peft-dora, peft-loha or peft-lokr."""
     norm: Literal["frozen", "recalibrate", "stats", "affine"] = "frozen"
-    """BatchNorm in training. frozen: the source's statistics, which keep the accuracy on the source. recalibrate:
-    statistics estimated once on target images. stats: batch statistics. affine: batch statistics, and trainable weight
-    and bias. Methods none, norm-stats and norm-affine ignore this key. PEFT's methods do not accept recalibrate. In
-    full and galore, BatchNorm's weight and bias are always trainable."""
+    """How BatchNorm normalises in training. frozen: with the running statistics of the source model. recalibrate: with
+    statistics that are estimated once on target images. stats: with batch statistics. affine: with batch statistics,
+    and BatchNorm's weight and bias are trained. Choose frozen if the model must stay accurate on source images. Methods
+    none, norm-stats and norm-affine ignore this key. PEFT's methods do not accept recalibrate. In full and galore,
+    BatchNorm's weight and bias are always trained."""
     seed: Count = 0
     """Seed of the splits, the initial weights, the augmentations and the order of the images."""
     cache_dir: str | None = None
-    """Folder in which runs share source models and stored features; by default `cache` next to output_dir."""
+    """Folder in which runs share source models and stored features; by default `cache` in the parent of output_dir."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     num_threads: PositiveCount = 1
-    """CPU threads per process. The number changes rounding, so runs with different numbers share no source model."""
+    """CPU threads per process. The number of threads changes rounding, so runs with different numbers do not share a
+    source model."""
     num_workers: Count | None = None
-    """Worker processes that load images, per training process. 0: the training process loads them. By default, up to
-    4 on free cores if the images are photographs, except in a study. The number does not change the batches."""
+    """Number of worker processes that load images, for each training process. 0: the training process loads them. The
+    number does not change the batches. The default is 0 for `digits`, for `shapes`, for images whose median width or
+    height is below 128 pixels, in a study, and where processes do not start by fork. In all other cases, the default is
+    the number of CPU cores per training process minus num_threads, but at least 0 and at most 4."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Tools that receive the training curves: any of tensorboard, wandb and trackio."""
 

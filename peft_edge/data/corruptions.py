@@ -37,7 +37,8 @@ class Shift:
 
     Args:
         name: One of `SHIFTS`.
-        severity: 1 (mild) to 5 (strong); None means 5. Must be None for a corruption without severities.
+        severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. For any other corruption,
+            None.
 
     Raises:
         ValueError: If `name` is unknown, or the corruption does not have this severity.
@@ -75,7 +76,10 @@ class Shift:
 
 
 class Corruption(NamedTuple):
-    """A corruption. `apply` takes a (3, H, W) uint8 image and, unless `levels` is empty, an element of `levels`."""
+    """A corruption. `apply` takes a (3, H, W) uint8 image and, unless `levels` is empty, an element of `levels`.
+
+    `levels` has one element for each severity, and is empty for a corruption without severities.
+    """
 
     apply: Callable[..., Tensor]
     levels: tuple[float, ...] = ()
@@ -172,7 +176,7 @@ def _jpeg(image: Tensor, quality: float) -> Tensor:
 
 
 def _pixelate(image: Tensor, factor: float) -> Tensor:
-    """Multiply height and width by `factor`, and enlarge the image again without interpolation."""
+    """Multiply height and width by `factor`, a number below 1. Then enlarge the image again without interpolation."""
     height, width = image.shape[-2:]
     small = F.resize(image, [math.ceil(height * factor), math.ceil(width * factor)])
     return F.resize(small, [height, width], v2.InterpolationMode.NEAREST)

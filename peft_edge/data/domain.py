@@ -31,8 +31,8 @@ class Domain:
     Each split is a Hugging Face dataset with columns `image` (`datasets.Image`) and `label` (`datasets.ClassLabel`).
 
     Attributes:
-        train: Training images. For a target domain, these are the few images that the model is adapted to.
-        validation: Images for selecting the learning rate and the epoch. Accuracies on them are not reported.
+        train: Training images. For a target domain, these are the images that the model is adapted to.
+        validation: Images for selecting the learning rate. The results of a run are not measured on these images.
         test: Images for the reported accuracies. No setting is selected on the test images.
     """
 
@@ -96,7 +96,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
     """Draw `size` random images with the class proportions of the dataset. Return (remaining images, drawn images).
 
     Raises:
-        ValueError: If a class has a single image, or `size` does not leave room for every class in both parts.
+        ValueError: If a class has a single image, or one of the two parts would have fewer images than classes.
     """
     names = dataset.features["label"].names
     counts = Counter(dataset["label"][:])
@@ -129,7 +129,10 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Return an in-memory copy of a dataset, made with its transform. All images must be RGB and have the same size."""
+    """Return an in-memory copy of a dataset, to whose images the dataset's transform has been applied.
+
+    All images must be RGB and have the same size.
+    """
     rows = dataset[:]
     images = torch.stack([F.pil_to_tensor(image) for image in rows["image"]]).permute(0, 2, 3, 1)
     return dataset_from_arrays(images.contiguous(), torch.tensor(rows["label"]), dataset.features["label"].names)

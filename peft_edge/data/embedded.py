@@ -4,8 +4,8 @@
 Handwritten Digits" (Alpaydin and Kaynak 1998). The images of 8 x 8 pixels with 17 grey levels are enlarged.
 
 `shapes` contains rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and
-sensor noise. A table with the signed distances of each shape is computed once. The renderer samples this table at
-random poses.
+sensor noise. For each shape, a table of signed distances to the outline is computed once. The renderer samples this
+table at random poses.
 """
 
 from __future__ import annotations
@@ -33,7 +33,10 @@ UNSEEN_CLASSES = ("pentagon", "bar", "chevron", "ell", "aitch", "frame", "half-d
 
 EXTENT = 1.5
 RESOLUTION = 129
-"""A distance field has RESOLUTION rows and columns, which span -EXTENT to EXTENT. The radius of a shape is about 1."""
+"""Each table of signed distances has RESOLUTION rows and columns, which span the coordinates from -EXTENT to EXTENT.
+
+The radius of a shape is about 1 in these coordinates.
+"""
 
 _Points = list[tuple[float, float]]
 _NUM_CLUTTER = 3
@@ -44,7 +47,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Load `digits`, enlarged to `image_size` x `image_size` pixels. All splits have the same class proportions.
 
     Returns:
-        The source domain (700 training, 150 validation, 547 test images), and 400 unshifted adaptation images.
+        The source domain (700 training, 150 validation, 547 test images), and 400 adaptation images without a shift.
     """
     with requires_extra("train"):
         from sklearn.datasets import load_digits
@@ -65,7 +68,8 @@ def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Render `shapes`. `seed` determines every pixel. In each split, class sizes differ by at most one.
 
     Returns:
-        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 unshifted adaptation images.
+        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 adaptation images without a
+        shift.
     """
     splits = _render_splits(tuple(SHAPES_SPLIT_SIZES.items()), image_size, seed)
     source = Domain(train=splits["source"], validation=splits["validation"], test=splits["test"])
@@ -133,7 +137,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
         scale: (N,), the factor by which the shape is enlarged.
         offset: (N, 2), the movement from the centre: to the right, and downwards.
         angle: (N,), the clockwise rotation in radians.
-        shear: (N,), the shift of x per unit of y, before the rotation.
+        shear: (N,), the shift of u per unit of v.
         size: Height and width of the image in pixels.
     """
     # Sample `fields` at pixel centres, so that a shape has the same place in images of any size.
@@ -150,9 +154,10 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
 
 @cache
 def distance_fields() -> dict[str, Tensor]:
-    """Return a dict from class name to signed distances of shape (RESOLUTION, RESOLUTION), negative inside the shape.
+    """Return a dict from class name to a (RESOLUTION, RESOLUTION) tensor of signed distances to the outline of a shape.
 
-    BASE_CLASSES come before UNSEEN_CLASSES. No shape becomes another shape by a rotation of 90 degrees.
+    Distances are negative inside the shape. BASE_CLASSES come before UNSEEN_CLASSES. A rotation by 90 degrees
+    turns no shape into another shape.
     """
     side = torch.linspace(-EXTENT, EXTENT, RESOLUTION)
     y, x = torch.meshgrid(side, side, indexing="ij")
@@ -177,7 +182,7 @@ def _disc(x: Tensor, y: Tensor, radius: float = 0.85) -> Tensor:
 
 
 def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
-    """Return the signed distances of the points (x, y) to a polygon, which are negative inside the polygon.
+    """Return the signed distance of each point (x, y) to a polygon. Distances inside the polygon are negative.
 
     A point is inside if a ray to the right crosses an odd number of edges.
     """

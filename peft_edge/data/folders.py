@@ -52,7 +52,7 @@ def split_of(name: str) -> str | None:
 class _Found:
     """The images of each split as (path, class), and the files and folders that were left out.
 
-    `left_out` is the number of left-out files and folders for each reason, and `first` is the first one of each reason.
+    For each reason, `left_out` is the number of left-out files and folders, and `first` is the path of one of them.
     """
 
     folder: Path
@@ -259,7 +259,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
-    """Yield (path, class name) for each image in the class folders of `root`, sorted by the names in each folder."""
+    """Yield (path, class name) for each image in the class folders of `root`. Visit each folder in order of names."""
     for child in _visible(root, found):
         if child.is_dir():
             inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}

@@ -38,10 +38,11 @@ class BatchDataset(Protocol):
 def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Augmentation = "shift") -> Transform:
     """Return a function that converts an image to the normalised input of a backbone.
 
-    Images that are higher and wider than `input_size` are resized and cropped as in timm's evaluation. Other images are
-    resized to `input_size` without a crop, because `crop_pct` is meant for photographs with a margin. This resizing can
-    change the aspect ratio. The augmentation `"photo"` takes a random crop instead. A JPEG that is at least four times
-    as large as needed is decoded at a reduced size.
+    An image that is both higher and wider than `input_size` is resized, and its centre is cropped. The resizing and the
+    crop follow timm's transform for evaluation. Any other image is resized to `input_size` without a crop, because
+    `crop_pct` is meant for photographs with a margin. Resizing without a crop can change the aspect ratio. With the
+    augmentation `"photo"`, a random crop of every image is resized instead. A JPEG whose sides are at least four times
+    as long as needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -49,9 +50,9 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
         augment: The augmentation; only used if `train` is true. `"shift"` moves the image horizontally and vertically,
             by up to an eighth of its width and height, and repeats its edge pixels. It suits digits, text and small
             images. `"photo"` takes a random crop of 70 to 100 % of the area, flips half of the images, and changes
-            brightness, contrast and saturation by up to 30 %. Gulrajani and Lopez-Paz (2021, arXiv 2007.01434) do this
-            for PACS. They also change the hue and make images grey, which would take more time than all other changes.
-            `"none"` changes nothing.
+            brightness, contrast and saturation by up to 30 %. Gulrajani and Lopez-Paz (2021, arXiv 2007.01434) use
+            these changes for PACS. They also change the hue and make some images grey. These two changes are left out,
+            because they would take more time than all others. `"none"` changes nothing.
 
     Raises:
         ValueError: If `augment` is unknown.
@@ -80,7 +81,11 @@ def _preprocess(
 def _centre_view(
     image: Image.Image, size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float
 ) -> Image.Image:
-    """Return the image as RGB with `size` (height, width). Only a higher and wider image is cropped, as timm does."""
+    """Return the image as RGB with `size` (height, width).
+
+    An image that is both higher and wider than `size` is resized until it just covers `size / crop_pct`. Then its
+    centre is cropped, as in timm's transform for evaluation. Any other image is resized to `size` without a crop.
+    """
     height, width = size
     old_width, old_height = upright_size(image)
     if old_width > width and old_height > height:
@@ -114,7 +119,10 @@ _COLOURS_AND_SIDES = v2.Compose(
 
 
 def _shifted(pixels: Tensor) -> Tensor:
-    """Shift an image (3, H, W) by a random fraction of each side, at most an eighth, and repeat its edge pixels."""
+    """Shift an image (3, H, W) by random distances, up to an eighth of its height and width.
+
+    The edge pixels are repeated to fill the gaps.
+    """
     sizes = pixels.shape[1:]
     for dim, (part, size) in enumerate(zip(((torch.rand(2) - 0.5) / 4).tolist(), sizes, strict=True), start=1):
         # Indexing with clamped positions would take ten times as long as `roll` and one copy of the edge.
@@ -126,7 +134,7 @@ def _shifted(pixels: Tensor) -> Tensor:
 
 
 def typical_size(dataset: Dataset) -> tuple[int, int]:
-    """Return the median width and the median height of at most 63 evenly spaced images, read from file headers."""
+    """Return the median width and the median height, in pixels, of at most 63 images at evenly spaced indices."""
     rows = list(range(0, len(dataset), max(1, len(dataset) // 32)))
     sizes = [upright_size(open_image(value)) for value in _undecoded(dataset)[rows]["image"]]
     widths, heights = zip(*sizes, strict=True)
@@ -143,9 +151,9 @@ def build_loader(
 ) -> DataLoader[Batch]:
     """Build a loader whose batches are the same in every run with the same seed.
 
-    With Accelerate, set `split_batches=True`, so that batches are the same for any number of processes. Before each
-    epoch, and before `skip_first_batches`, call `set_epoch(epoch)` on the loader that `prepare` returned. Without
-    Accelerate, call `loader.sampler.set_epoch(epoch)`.
+    With Accelerate, set `split_batches=True` in the `DataLoaderConfiguration`, so that batches are the same for any
+    number of processes. Before each epoch, and before Accelerate's `skip_first_batches`, call `set_epoch(epoch)` on the
+    loader that `prepare` returned. Without Accelerate, call `loader.sampler.set_epoch(epoch)` before each epoch.
 
     Args:
         dataset: A dataset with the columns `image` and `label`.
@@ -156,7 +164,7 @@ def build_loader(
         num_workers: The number of worker processes that read images. The batches do not depend on this number.
 
     Raises:
-        ValueError: If `shuffle` is set and there are fewer images than `batch_size`.
+        ValueError: If `shuffle` is True and there are fewer images than `batch_size`.
     """
     images = TransformedImages(dataset, transform, seed)
     return load_batches(images, batch_size=batch_size, shuffle=shuffle, seed=seed, num_workers=num_workers)
@@ -187,10 +195,10 @@ def _as_is(batch: object) -> object:
 
 
 class EpochSampler(Sampler[Key]):
-    """Yield each index once per epoch, in an order that only the seed and the epoch determine.
+    """Yield a key (epoch, index) for each index of a dataset, in an order that only the seed and the epoch determine.
 
-    Each key is (epoch, index), because worker processes seed the augmentation with the epoch. If `shuffle` is False,
-    the indices are in ascending order. Accelerate's loaders pass the epoch on to `set_epoch`.
+    The key contains the epoch because worker processes seed the augmentation with it. If `shuffle` is False, the
+    indices are in ascending order. The method `set_epoch` of Accelerate's loaders calls `set_epoch` of this sampler.
     """
 
     def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:

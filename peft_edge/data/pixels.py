@@ -11,7 +11,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageFile, ImageOps, UnidentifiedImageError
 from PIL.JpegImagePlugin import JpegImageFile
 
-with suppress(ImportError):  # HEIC images are then refused, see HEIC_REMEDY
+with suppress(ImportError):  # without pillow-heif, HEIC images are rejected, see HEIC_REMEDY
     from pillow_heif import register_heif_opener
 
     register_heif_opener()
@@ -71,9 +71,10 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 
 
 def open_image(value: dict[str, Any]) -> Image.Image:
-    """Open an image from a row of `datasets.Image(decode=False)`: a dict with `bytes` or, without bytes, a `path`.
+    """Open an image from `value`, the dict that a column of type `datasets.Image(decode=False)` has in each row.
 
-    A JPEG is only opened, and `read_rgb` decodes its pixels. All other formats are decoded at once.
+    If `bytes` is None in this dict, the file at `path` is read. A JPEG is only opened: `read_rgb` decodes its pixels
+    later. All other formats are decoded at once.
     """
     content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
     image = Image.open(io.BytesIO(content))
@@ -87,7 +88,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the width and height that an image has after the rotation that its EXIF orientation requires."""
+    """Return the width and height of an image after it is rotated according to its EXIF orientation."""
     width, height = image.size
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
@@ -95,9 +96,10 @@ def upright_size(image: Image.Image) -> tuple[int, int]:
 def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
     """Decode an opened image, rotate it according to its EXIF orientation, and convert it with `to_rgb`.
 
-    `shrink` is the factor by which the caller will reduce the image. If `shrink` is at least 4, a JPEG is decoded at a
-    half, a quarter or an eighth of its size. The decoded image is still at least twice as large as the reduced image,
-    so that resizing loses no detail. This takes about a fifth of the time for a photograph of a phone.
+    `shrink` is the factor by which the caller will reduce height and width afterwards. If `shrink` is at least 4, a
+    JPEG is decoded at a half, a quarter or an eighth of its height and width. The decoded image is still at least twice
+    as high and wide as the caller needs, so that the caller's resizing loses no detail. For a photograph from a phone,
+    decoding at the reduced size takes about a fifth of the time of decoding at full size.
     """
     if shrink >= 4:
         image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))

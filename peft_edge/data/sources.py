@@ -38,11 +38,12 @@ def read_splits(
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
-        filters: Conditions that all rows must meet. A Hugging Face dataset must then consist of Parquet files. A folder
-            must have one subfolder for each domain; see `choose_domains`.
+        filters: Conditions (column, operator, value); only rows that meet all conditions are read. If there are
+            conditions, a Hugging Face dataset must consist of Parquet files, and a folder must have one subfolder for
+            each domain (see `choose_domains`).
         image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
-        label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`, or
-            without such a column, `label` or `labels`.
+        label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`. If
+            there is no column of this type, the default is `label` or `labels`.
 
     Raises:
         ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file of a folder is
@@ -80,7 +81,7 @@ def read_splits(
 
 
 def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
-    """Return `split` with the column `content`. Its fingerprint depends only on `content`, `label` and class names."""
+    """Return `split` with the column `content`. The new fingerprint depends on `content`, `label` and class names."""
     contents = file_hashes(split) if contents is None else contents
     parts = json.dumps([split.features["label"].names, split["label"][:], contents])
     fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -103,11 +104,12 @@ def domain_from_splits(
 ) -> Domain:
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
-    A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. No
-    two splits contain the same `content`: copies of test images are removed from validation and training, and copies of
-    validation images are removed from training. Before images are drawn from `train_split`, its repeated images are
-    removed. Images with a `content` in `exclude` are removed from all splits. A warning states how many images are
-    removed. `name` is the name of the dataset in messages.
+    A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. Each
+    of them gets at least as many images as there are classes. No image file is in two splits: copies of test images are
+    removed from validation and training, and copies of validation images are removed from training. If a split is drawn
+    from `train_split`, repeated images are removed from `train_split` first. Images whose `content` hash is in
+    `exclude` are removed from all splits. A warning states how many images are removed. `name` is the name of the
+    dataset in messages.
 
     Raises:
         ValueError: If `splits` has no `train_split`, removal leaves a split empty, or there are too few images to draw.

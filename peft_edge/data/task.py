@@ -51,22 +51,22 @@ def load_task(
 ) -> Task:
     """Load a source domain, and either one target with shifted images or targets with new classes.
 
-    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. Its training
-    images are corrupted, too. They are at most a quarter of the source's training images and are removed from the
-    source (`digits` and `shapes` have separate adaptation images). With `new_classes`, the source contains only the
-    other classes, and `class_increments` describes the targets.
+    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. The target's
+    training images are corrupted, too. For `digits` and `shapes`, they are separate adaptation images. For other data,
+    they are at most a quarter of the source's training images, and are removed from the source. If `new_classes` are
+    given, the source contains only the other classes. See `class_increments` for the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
         shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
             Hugging Face dataset with the same classes.
-        severity: 1 to 5, for a corruption with severities. None means 5.
+        severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. In all other cases, None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
             `[("domain", "==", "photo")]`. `name` must be a Hugging Face dataset with this column, or a folder with one
             subfolder per domain, whose only column is `domain`.
         shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
-            ("corruption_level", "==", 3)]`. With conditions, `shift` must be a dataset or a folder of domains, as for
-            `source_filters`. It defaults to `name`, and is never read as a split of `name`.
+            ("corruption_level", "==", 3)]`. If there are conditions, `shift` must be a Hugging Face dataset or a folder
+            with one subfolder per domain. In this case, `shift` defaults to `name`, and is not the name of a split.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
         increments: The number of targets. `new_classes` are divided among the targets.
         rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
@@ -76,7 +76,8 @@ def load_task(
             limit. If images of the target are left out, a warning states how many.
         subset: The configuration of a Hugging Face dataset. This and the next three arguments apply to both `name` and
             `shift`.
-        train_split: The split of `name` to train on. If `shift` is another dataset, also its split to adapt to.
+        train_split: The split of `name` to train on. If `shift` is another dataset, the target's training images are
+            those in its split with the same name.
         image_column: The name of the image column. Required if there are several image columns.
         label_column: The name of the label column. Required if there are several label columns.
 
@@ -280,8 +281,8 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
     """Return `splits` with the class order of `source`. Raise a ValueError if the class names differ.
 
-    `names` are the names of the two datasets in messages. If the classes of a Hugging Face dataset are only called 0,
-    1, ..., these numbers are indices of the source's classes.
+    `names` are the names of the two datasets in messages. If `splits` are from a Hugging Face dataset without class
+    names, its labels 0, 1, ... are indices of the source's classes.
     """
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)

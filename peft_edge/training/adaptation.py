@@ -1,7 +1,8 @@
 """Adapt the source model to one target. Train one candidate per learning rate, all for the same number of epochs.
 
-A candidate is a copy of the source model that `Method.prepare` has changed, trained with one learning rate. The part
-of a candidate that is saved is its update: an adapter, or the whole model if the method has `saves_full_model`.
+The source model is the network that was trained on the source domain. A candidate is a model that `Method.prepare`
+returned, trained with one learning rate. The saved part of a candidate is called its update. The update is an adapter,
+or the whole model if the method has `saves_full_model`.
 """
 
 from __future__ import annotations
@@ -57,9 +58,10 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """Check the configuration on an untrained backbone, before the source model is trained.
 
     Raises:
-        ValueError: If the method or replay does not fit the backbone. If the method returns no PEFT model, and its
-            `saves_full_model` is False. If a target has fewer training images than one batch, or the warm-up takes all
-            steps.
+        ValueError: If the method or `training.replay` does not fit the backbone. For all methods except none: if a
+            target has fewer training images than `training.batch_size`, or if the method returns no PEFT model and its
+            `saves_full_model` is False. For methods with an optimizer: if `training.warmup_steps` is not smaller than
+            the number of optimizer steps.
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -76,7 +78,7 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
             "there would be nothing to save: return a PEFT model, or register it with saves_full_model=True"
         )
     if settings.replay:
-        frozen_prefix(config, model)  # raises a ValueError if there is no prefix
+        frozen_prefix(config, model)  # raises a ValueError if replay does not fit the model
     if method.optimizer is None:
         return
     _optimizer(config, model, settings.learning_rate[0])
@@ -90,7 +92,7 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
 
 
 class TrainedCandidate(BaseModel):
-    """The results of a candidate, read from `candidate.json` in its folder."""
+    """The results of training a candidate, read from `candidate.json` in `folder`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -100,9 +102,9 @@ class TrainedCandidate(BaseModel):
     num_trainable_params: int
     train_time: float  # seconds in optimizer steps; if `learning_rate` is None, seconds in `recalibrate`
     costs: TrainingCosts
-    metrics: list[dict[str, int | float | None]]  # measurements of each epoch
-    profile: list[StepProfile]  # for each process, a row for the whole step and a row for each LoRA rank
-    replay: dict[str, object] | None  # `FeatureCache.info`; None without replay
+    metrics: list[dict[str, int | float | None]]  # one dict per epoch: loss, accuracy and time
+    profile: list[StepProfile]  # for each process, rows for the step and for each rank; empty without profiling
+    replay: dict[str, object] | None  # size and cost of the stored features; None if `training.replay` is False
 
     @property
     def update(self) -> Path:
@@ -111,7 +113,7 @@ class TrainedCandidate(BaseModel):
 
     @property
     def logits(self) -> Tensor:
-        """Logits (B, num_classes) of the trained model for the images that `first_images` returns."""
+        """Logits (B, num_classes) of the trained model for the target's first test images (see `first_images`)."""
         return load_file(self.folder / "logits.safetensors")["logits"]
 
 
@@ -121,14 +123,16 @@ def sweep(
     """Train a candidate for every learning rate of the configuration. `source` does not change.
 
     A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
-    `increment` is the number of `target`, starting at 1. From the second target on, `previous` is the folder of the
-    update for the previous target. Candidates that an interrupted run has already finished are read, not trained again.
+    `increment` is the number of `target`, starting at 1; otherwise it is None. From the second target on, `previous` is
+    the folder of the update for the previous target; for the first target, it is None. Candidates that an interrupted
+    run has already finished are read, not trained again.
 
     Returns:
-        The candidates that did not diverge, and one entry of `TrainInfo.sweep` for each learning rate.
+        The candidates that did not diverge, and one dict for each learning rate. The dict contains the validation
+        accuracy or the error of divergence. The record stores these dicts in `TrainInfo.sweep`.
 
     Raises:
-        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the entries.
+        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts.
         OSError: If a checkpoint or a result cannot be written.
     """
     method = find_method(run.config.method)
@@ -162,9 +166,10 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train the candidate `name` from its newest checkpoint, if there is one, and save it. Then read its results.
+    """Train and save the candidate `name`, and return its results as read from its folder.
 
-    If the folder of the candidate exists, the candidate is finished and only its results are read.
+    If the candidate has a checkpoint, training continues from the newest checkpoint. If the folder of the candidate
+    exists, the candidate is already trained, so its results are only read.
     """
     config, accelerator = run.config, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name
@@ -207,15 +212,17 @@ class _Trained:
     num_trainable_params: int
     progress: Progress
     profile: list[StepProfile]  # of all processes; empty if no step was profiled
-    replay: dict[str, Any] | None  # `FeatureCache.info`
-    statistics_s: float  # seconds in `recalibrate`
-    statistics_flops: int  # FLOPs of `recalibrate` in this process
+    replay: dict[str, Any] | None  # size and cost of the stored features; None if `training.replay` is False
+    statistics_s: float  # seconds in `recalibrate`; 0 if it was not called
+    statistics_flops: int  # FLOPs of `recalibrate` in this process; 0 if it was not called
 
     def costs(self, process_peak_bytes: int | None) -> TrainingCosts:
         """Return the costs of this training run. All processes must call this method.
 
-        `process_peak_bytes` is the peak of the calling process. The result has the maximum over all processes, the
-        FLOPs of all processes, and the times of the calling process. `flops` is None if no step was profiled.
+        The argument `process_peak_bytes` is the peak memory of the calling process, or None if it is unknown. In the
+        result, `process_peak_bytes` is the maximum over all processes, `flops` is the sum over all processes, and the
+        times are those of the calling process. `flops` also counts `recalibrate` and the storing of features for latent
+        replay. `flops` is None if optimizer steps were taken but no step was profiled, or a profile has no FLOPs.
         """
         progress, step_flops = self.progress, [row.flops for row in self.profile if row.scope == "step"]
         measured = gather_object([(process_peak_bytes, self.statistics_flops)])
@@ -292,7 +299,7 @@ def _make_lean(model: nn.Module, config: RunConfig) -> None:
     options = config.lean.model_dump(exclude={"enabled", "inplace_norm"})
     inplace_norm = config.lean.inplace_norm
     if inplace_norm is None and config.norm in ("frozen", "recalibrate"):
-        with suppress(ValueError):  # if the model cannot be traced, prepare it below without `inplace_norm`
+        with suppress(ValueError):  # if the model does not run on the meta device, leave out `inplace_norm`
             prepare_model_for_lean_training(model, inplace_norm=True, **options)
             return
     prepare_model_for_lean_training(model, inplace_norm=bool(inplace_norm), **options)
@@ -308,10 +315,11 @@ def _optimizer(config: RunConfig, model: nn.Module, learning_rate: float) -> Opt
 def new_learner(
     config: RunConfig, method: Method, source: nn.Module, target: Domain, previous: Path | None
 ) -> nn.Module:
-    """Return the model to train on `target`, which starts from the update in `previous`, or from `source` without one.
+    """Return a model for training on `target`.
 
-    If the method uses gradients and `target` has more classes than the model, the head grows. If `data.rehearsal_size`
-    is 0, the head rows of earlier classes are then frozen. `source` does not change.
+    The model starts from the update in the folder `previous`, or from `source` if `previous` is None. `source` does not
+    change. If the method uses gradients and `target` has more classes than the model, the head gets rows for the new
+    classes. If `data.rehearsal_size` is 0 as well, the head rows of earlier classes are frozen.
 
     Raises:
         ValueError: If the method does not fit the model.
@@ -352,7 +360,11 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write `folder/adapter`. With `saves_full_model`, merge `model` in place and write `folder/model` instead."""
+    """Write the adapter of `model` to `folder/adapter`.
+
+    If `saves_full_model` is True, write the whole model to `folder/model` instead. If `model` is a PEFT model, its
+    adapter is first merged in place.
+    """
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
     else:
@@ -360,7 +372,7 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load the folder `adapter` or `model` that `save_update` wrote, and return the model on `device`."""
+    """Load the model from `folder`, a folder `adapter` or `model` of `save_update`, and return it on `device`."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 

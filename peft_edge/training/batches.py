@@ -23,7 +23,10 @@ from peft_edge.records import StepProfile
 from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 PHOTOGRAPH_SIZE = 128
-"""Images whose shorter side has at least this many pixels are treated as photographs, unless they are embedded data."""
+"""Images are treated as photographs if their median width and height are at least this number of pixels.
+
+The images of `digits` and `shapes` are never treated as photographs.
+"""
 
 
 def training_batches(config: RunConfig, backbone: nn.Module, images: Dataset, *, batch_size: int) -> DataLoader:
@@ -51,7 +54,10 @@ def _batches(
 
 
 def augmentation_of(config: RunConfig, images: Dataset) -> Augmentation:
-    """Return `data.augment`. For `auto`, return `photo` if `images` are photographs, otherwise `shift`."""
+    """Return `data.augment`. If it is `auto`, return `photo` for photographs, otherwise `shift`.
+
+    `PHOTOGRAPH_SIZE` says which images are photographs.
+    """
     if config.data.augment != "auto":
         return config.data.augment
     return "photo" if _are_photographs(config, images) else "shift"
@@ -62,11 +68,15 @@ def _are_photographs(config: RunConfig, images: Dataset) -> bool:
 
 
 def _num_workers(config: RunConfig, images: Dataset) -> int:
-    """Return `config.num_workers`. If it is None, return the number of free cores, but at most 4.
+    """Return `config.num_workers`. If it is None, choose a number from 0 to 4.
 
-    The default is 0 if the images are not photographs, because decoding then takes little time. It is 0 in a study,
-    which uses the cores for other runs. It is also 0 if the number of cores is unknown, or if processes do not start by
-    fork, because each worker process would first import torch.
+    The default is the number of CPU cores for this process minus `config.num_threads`, at least 0 and at most 4. In
+    each of the following cases, the default is 0:
+
+    - The images are not photographs (see `PHOTOGRAPH_SIZE`). Decoding small images takes little time.
+    - A study started this process. The study uses the cores for other runs.
+    - Processes do not start by fork. Each worker process would first have to import torch.
+    - The number of cores is unknown.
     """
     if config.num_workers is not None:
         return config.num_workers
@@ -81,7 +91,7 @@ def _num_workers(config: RunConfig, images: Dataset) -> int:
 def augmentation_key(config: RunConfig, images: Dataset) -> dict[str, object]:
     """Return the part of a cache key that identifies the augmentation.
 
-    It is empty for `shift`, because earlier versions had only this augmentation and no such part in their keys.
+    The dict is empty for `shift`: earlier versions had only this augmentation, and did not include it in the key.
     """
     augment = augmentation_of(config, images)
     return {} if augment == "shift" else {"augment": augment}
@@ -94,25 +104,26 @@ def timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:
-    """Set the epoch, which determines the order and the augmentation. Accelerate must not have prepared `batches`."""
+    """Set the epoch, which determines order and augmentation. Pass a loader that Accelerate has not prepared."""
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 
 
 @dataclass(frozen=True)
 class Replay:
-    """The trainable part of a model, and batches of the stored outputs of its frozen prefix."""
+    """The trainable part of a model, and batches of the stored outputs of the frozen layers before this part."""
 
     tail: nn.Module  # maps stored features to logits; shares its modules with the model
     batches: DataLoader  # stored features under the key `pixel_values`, and `labels`
-    info: dict[str, object]  # `FeatureCache.info`: number, size and dtype of the features, and the cost of storing them
+    info: dict[str, object]  # `FeatureCache.info`: number, size and dtype of the features, and the cost of storing
 
 
 def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
     """Return the frozen layers of `model` before its first trainable layer.
 
     Raises:
-        ValueError: If the model has no trainable layer, or no frozen layer before it. If the outputs or buffers of the
-            frozen layers change in training mode. If later layers need more than the output of the last frozen layer.
+        ValueError: If the model has no trainable layer, or no frozen layer before the first trainable layer. If the
+            outputs or buffers of the frozen layers change in training mode. If later layers need more than the output
+            of the last frozen layer.
     """
     size, generator = config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
@@ -123,13 +134,15 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Store the outputs of the frozen prefix for the training images of `target`, unless an earlier run stored them.
+    """Prepare latent replay: store the outputs of the frozen layers of `model` for the training images of `target`.
 
-    `model` must be ready for training: if `norm` is recalibrate, the caller must have called `recalibrate`. `source`
-    determines the preprocessing of the images.
+    Only the frozen layers before the first trainable layer count. If an earlier run has stored the same outputs, these
+    outputs are reused. `model` must be ready for training: if `norm` is recalibrate, the caller must have
+    called `recalibrate`. Images are preprocessed with the settings of the source model `source`.
 
     Raises:
-        ValueError: If `frozen_prefix` raises it. If an output is not finite or too large for `training.replay_dtype`.
+        ValueError: If `frozen_prefix` raises this error. If an output is not finite or too large for
+            `training.replay_dtype`.
         OSError: If the outputs cannot be written, for example because the disk is full.
     """
     config, settings, accelerator = run.config, run.config.training, run.accelerator
@@ -158,10 +171,10 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return a copy of `profile` in which `adapter_bytes` of the `step` rows is the size of the adapter of `model`.
+    """Return a copy of `profile`. In rows of scope `step`, `adapter_bytes` is the size of the whole adapter of `model`.
 
-    `profile` was measured on `Replay.tail`. Its `adapter_bytes` therefore lack the BatchNorm statistics of the prefix,
-    which the saved adapter includes. If `model` is not a PEFT model, return `profile`.
+    `profile` was measured on `Replay.tail`. The saved adapter also contains BatchNorm statistics of the frozen layers
+    before the tail, so `adapter_bytes` in `profile` is too small. If `model` is not a PEFT model, return `profile`.
     """
     if not isinstance(model, PeftModel):
         return profile

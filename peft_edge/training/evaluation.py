@@ -86,7 +86,7 @@ def predict_source_tests(
     """Return the result of `predict_tests` for the source model, using the shared cache.
 
     Many runs have the same source model, so its predictions are computed once and stored in the cache. If the cache
-    folder cannot be written, they are not stored.
+    folder cannot be written, the predictions are returned without being stored.
     """
     found = []
     for domain in (task.source, *task.targets):
@@ -142,9 +142,10 @@ def results(predictions: list[list[Predictions]]) -> dict[str, object]:
     """Return the test results of a run as a dict: accuracies, retention, forgetting and a harmonic mean.
 
     `predictions[0]` is the result of `predict_tests` for the source model, and `predictions[i]` is the result for the
-    model after target i. For method none, there is only `predictions[0]`. `harmonic mean` is computed from the final
-    accuracies on the target and on the source. With several targets, `TARGET` is the accuracy on the test images of all
-    targets together, and the dict also contains the matrix `accuracies`.
+    model after target i. For method none, there is only `predictions[0]`. The entry `TARGET` is the accuracy on the
+    test images of all targets together. The entry `harmonic mean` is computed from the final accuracies on the targets
+    and on the source. If `predictions` has more than two elements, the dict also contains `accuracies`. Row i of this
+    list has the accuracies of the model after target i: on the source, then on the targets 1 to i.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
     # For method none, the source model is also the final model.
@@ -215,11 +216,11 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Return a dict from the name of each changed convolution to its `KernelChange`.
+    """Return a `KernelChange` for each convolution whose kernel the update changes, in a dict keyed by layer name.
 
     `updated` is `source` with the update merged. Let `old` be a kernel of `source`, reshaped to (C_out, -1). Let
     `change` be the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm = |change|_F / |old|_F and
-    stable_rank = |change|_F² / |change|_2². Convolutions with an unchanged kernel are left out.
+    stable_rank = |change|_F² / |change|_2².
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
     >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))

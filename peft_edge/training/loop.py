@@ -109,11 +109,12 @@ def train(
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, send)
                 seconds = time.perf_counter() - started
                 if profiling.is_measuring and progress.step:
-                    # Measuring slows this step down, so the mean time of all earlier steps replaces its time.
+                    # Measuring slows this step down, so count the mean time of all earlier steps instead.
                     seconds = progress.train_time / progress.step
                 progress.step = state.global_step = progress.step + 1
                 send("on_step_end")
-                # `item` waits for the device, so its time is part of the step. Writing step profiles (above) is not.
+                # `item` waits for the device, so the waiting time belongs to the step. The time in which
+                # `on_step_end` writes a step profile does not belong to the step.
                 started = time.perf_counter()
                 mean_loss = accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += seconds + time.perf_counter() - started
@@ -183,7 +184,10 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Set `handler` for SIGTERM inside the block. Do nothing outside the main thread, where Python forbids handlers."""
+    """Set `handler` for SIGTERM inside the block. Do nothing if the current thread is not the main thread.
+
+    Python allows signal handlers only in the main thread.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
@@ -199,8 +203,8 @@ def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
     """Defer the first SIGTERM inside the block, and yield a function that returns whether SIGTERM has arrived.
 
     A second SIGTERM calls the previous handler. If `is_alone` is False, SIGTERM is not deferred, and the function
-    always returns False. Pass False if the run has several processes: a process may have died, and without it, the
-    other processes cannot write a checkpoint.
+    always returns False. Pass False if the run has several processes: SIGTERM may mean that one of them has died, and
+    the other processes cannot write a checkpoint without the dead process.
     """
     if not is_alone:
         yield lambda: False

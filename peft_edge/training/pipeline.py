@@ -33,16 +33,17 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Record:
     """Train or load the source model, adapt it to each target in turn, save the update, and test the saved update.
 
-    Afterwards `config.output_dir` contains the update and the record. Method none has no update. If `hub.repo_id` is
-    set, the update and the record are also uploaded. An interrupted run continues from its newest checkpoint. If the
-    run is already finished, it is not repeated: the function returns its record, and uploads again if `hub.repo_id` is
-    set.
+    The update is an adapter, or the whole model for methods such as full fine-tuning. Method none has no update.
+    Afterwards, `config.output_dir` contains the update and the record. If `hub.repo_id` is set, both are also uploaded
+    to the Hub. An interrupted run continues from its newest checkpoint. If the run is already finished, nothing is
+    trained: the function returns the existing record, and uploads again if `hub.repo_id` is set.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
         DivergedError: If training on a target diverges at every learning rate.
-        RuntimeError: If the logits of the saved or merged model differ from those of the trained model.
-        OSError: If a file cannot be read or written, or the push fails after the run has succeeded.
+        RuntimeError: If the logits of the saved or merged model differ from those of the trained model by more than a
+            tolerance.
+        OSError: If a file cannot be read or written, or the upload fails after the run has succeeded.
     """
     accelerator = start_accelerator(config)
     with (
@@ -136,7 +137,7 @@ def _run_stages(run: ActiveRun) -> Record:
 
 
 def train_source(config: RunConfig) -> None:
-    """Train the source model of a run and write it to the cache, unless it is there.
+    """Train the source model of a run and write it to the cache. If the cache contains the model, only load it.
 
     Raises:
         ValueError: If the source model cannot be trained with this configuration.

@@ -27,7 +27,7 @@ from peft_edge.data.domain import stratified_split
 from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.profiling.tables import text_table
 
-MEAN_SIZE, TEST_SIZE = 20, 200  # maximum number of images: per class for its mean feature, and to be classified
+MEAN_SIZE, TEST_SIZE = 20, 200  # maximum numbers of images: training images per class, and test images
 IMPORTED, RANDOM = "as imported", "random weights"
 NORMALISATIONS = {
     "mean and std of ImageNet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -40,8 +40,8 @@ class WeightProbe:
     """The accuracies of a network on images that it was not trained on.
 
     Attributes:
-        class_mean: A dict from setting to the accuracy of the nearest class mean. The settings are `IMPORTED`, other
-            normalisations of the input, and `RANDOM`.
+        class_mean: The accuracy of nearest-class-mean classification for each setting. The settings are `IMPORTED` (the
+            given weights and preprocessing), names of other input normalisations, and `RANDOM` (random weights).
         head: The accuracy of the network's own head. None if the classes of the head are unknown or lack a class of the
             images.
     """
@@ -78,8 +78,9 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
 
     Each test image gets the class whose mean feature has the largest cosine similarity with the image's feature, as in
     nearest-class-mean classification (Mensink et al. 2013). Features are the inputs of the head, minus their mean over
-    the training images. The images are also classified with other normalisations and with random weights. If one of
-    these is better than the imported weights, the weights or the preprocessing are probably wrong.
+    the training images. The images are classified again with other input normalisations, and with random weights. If
+    one of these accuracies is better than that of the imported weights, the weights or the preprocessing are probably
+    wrong.
 
     Args:
         model: A timm model. It is not changed.
@@ -127,7 +128,7 @@ def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset) 
 
 
 def class_mean_accuracy(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Classify test features (M, F) by the class means of features (N, F), and return the accuracy."""
+    """Assign each of the test features (M, F) to the nearest class mean of `features` (N, F). Return the accuracy."""
     centre = features.mean(0)
     means = torch.stack([(features[labels == label] - centre).mean(0) for label in labels.unique()])
     similarity = F.normalize(test_features - centre) @ F.normalize(means).T
@@ -135,10 +136,10 @@ def class_mean_accuracy(features: Tensor, labels: Tensor, test_features: Tensor,
 
 
 def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
-    """Return the index of the output for each name in `names`, or None if the head lacks one of these classes.
+    """Return the index of the output for each name in `names`, or None if a name is not a known class of the head.
 
-    If the model has no class names, timm infers from the number of classes whether they are those of ImageNet. The
-    names of these classes are WordNet ids (`n02123045`) and words (`tabby`).
+    If the model has no class names, timm infers from the number of classes whether the model was trained on ImageNet.
+    For an ImageNet model, a name is a WordNet id (`n02123045`) or a word (`tabby`).
 
     Example:
         >>> head_outputs(load_backbone("mobilenetv2_035"), ["n02123045", "Tabby", "daisy"])

@@ -51,7 +51,7 @@ class ActiveRun:
             return False
 
     def write_record(self, record: Record) -> None:
-        """Write `record.json` on the main process. If its status is success, delete all intermediate results."""
+        """Write `record.json` on the main process. If the record reports success, delete all intermediate results."""
         if self.accelerator.is_main_process:
             with atomic_write(self.path / "record.json") as unfinished:
                 unfinished.write_text(record.to_json(), encoding="utf-8")
@@ -60,7 +60,7 @@ class ActiveRun:
                     remove(self.path / name)
 
     def publish(self, update: Path) -> Path:
-        """Copy the folder `update`, named `adapter` or `model`, into `path`, and return the path of the copy."""
+        """Copy the folder `update`, named `adapter` or `model`, into `self.path`, and return the path of the copy."""
         published = self.path / update.name
         if self.accelerator.is_main_process:
             with atomic_write(published) as unfinished:
@@ -99,9 +99,9 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     """If a process fails inside the block, end all other processes of the run with exit code 1, and print the reason.
 
     Not every launcher ends the other processes, which would otherwise wait for the failed process. The failed process
-    writes the reason to a file next to `output_dir`. A thread of every process looks for this file once a second, and
-    ends its process five seconds later. If a collective operation fails in these five seconds, the process ends with
-    that error instead, and can still write its record.
+    writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this file once a
+    second, and ends its process five seconds after it finds the file. If a collective operation of the process fails in
+    these five seconds, the process ends with that error instead, and can still write its record.
     """
     if accelerator.num_processes == 1:
         yield
@@ -116,7 +116,7 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     def watch() -> None:
         while not is_over.wait(1):
             if file.exists() and not is_over.wait(5):
-                # End the process from this thread: no exception reaches a main thread in a collective operation.
+                # End the process from this thread: a main thread in a collective operation receives no exception.
                 print(f"process {index} ends, because {file.read_text(encoding='utf-8')}", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -217,7 +217,7 @@ class Progress:
 
     num_processes: int
     step: int = 0  # number of finished optimizer steps
-    train_time: float = 0.0  # seconds spent in the finished steps
+    train_time: float = 0.0  # seconds spent in the finished steps; without gradients, seconds in `recalibrate`
     loading_time: float = 0.0  # seconds in which the finished steps waited for their batches
     validation_time: float = 0.0  # seconds of the validation after finished epochs
     loss_sum: float = 0.0  # sum of the losses of the finished steps in the current epoch
@@ -225,7 +225,9 @@ class Progress:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> None:
-    """Write `folder/step_<n>` atomically, then keep only the newest `keep` checkpoints. All processes must call this.
+    """Write `folder/step_<n>` atomically, then delete all but the newest `keep` checkpoints.
+
+    All processes must call this function.
 
     Raises:
         OSError: If the checkpoint cannot be written. Earlier checkpoints are kept.

@@ -41,7 +41,8 @@ Say = Callable[[str], object]
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
     """Set the random seed, and return the backbone with the initial weights of the source model.
 
-    If loaded weights have another number of classes, the head is replaced, and `say` is called with a message.
+    If the loaded head has another number of classes than `num_classes`, the head is replaced. `say` is called with a
+    message about this if `backbone.pretrained` or `backbone.checkpoint` is set.
     """
     set_seed(config.seed)
     options = config.backbone
@@ -57,10 +58,10 @@ def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda messa
 def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Say = lambda message: None) -> nn.Module:
     """Train the source model, or load it from the cache, and return it on `device` in channels_last.
 
-    One process trains the model, while all other processes that need it wait, including processes of other runs.
+    One process trains the model, while all other processes that need the model wait, including processes of other runs.
     Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone
-    with its initial weights. Interrupted training continues from its newest checkpoint. The resulting weights are then
-    bit-identical to those of uninterrupted training.
+    with its initial weights. Interrupted training continues from its newest checkpoint, and gives bit-identical weights
+    to uninterrupted training.
 
     Raises:
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
@@ -68,7 +69,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
     """
     model = new_backbone(config, task.source.num_classes, say=say)
     set_class_names(model, task.source.class_names)
-    # Unmodified weights from the Hub need no copy in the cache, because an adapter can load them by name.
+    # Unmodified weights from the Hub need no copy in the cache: a saved adapter refers to them by their Hub id.
     is_unmodified = config.backbone == BackboneConfig(name=config.backbone.name, pretrained=True)
     if config.source.epochs > 0 or not is_unmodified:
         key = cache_key(
@@ -99,7 +100,12 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
 
 
 def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device, checkpoint: Path) -> None:
-    """Train `model` in place, from the file `checkpoint` if it exists. The file is deleted if the loss diverges."""
+    """Train `model` in place, starting from the file `checkpoint` if this file exists.
+
+    Raises:
+        ValueError: If the images do not fill one batch, or training has fewer than two steps. If the loss at the end of
+            an epoch is not finite; the checkpoint is then deleted.
+    """
     settings = config.source
     batches = training_batches(config, model, task.source.train, batch_size=settings.batch_size)
     model.to(device).to(memory_format=torch.channels_last).train()
@@ -111,7 +117,8 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
             f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
             f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
         )
-    # OneCycleLR divides by the number of warm-up steps minus one. With pct_start=0.2, five steps have one warm-up step.
+    # OneCycleLR divides by the number of warm-up steps minus one. A schedule of five steps with pct_start=0.2 has
+    # exactly one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}
@@ -158,7 +165,10 @@ def _save_checkpoint(file: Path, parts: Mapping[str, Any], step: int, device: to
 
 
 def _load_checkpoint(file: Path, parts: Mapping[str, Any], device: torch.device) -> int:
-    """Load the checkpoint into `parts`, and return the number of finished steps: 0 without a readable checkpoint."""
+    """Load the state dict of each part from `file`, and return the number of finished steps.
+
+    If the file does not exist or cannot be read, load nothing and return 0.
+    """
     if not file.exists():
         return 0
     try:

@@ -62,10 +62,11 @@ def build_record(
 ) -> Record:
     """Return the record of a run that has succeeded.
 
-    `started` is in seconds since 1970. `total_time` is in seconds, and None for a resumed run. `predictions` is the
-    argument of `results`. `chosen` contains the best candidate for each target, and `tried` the dicts that `sweep`
-    returned for all targets. `update` is the folder of the saved adapter or model, or None for method none. `checks`
-    and `changes` are the results of `check_saved` and `kernel_changes` for the last target.
+    `started` is in seconds since 1970. `total_time` is in seconds, and None for a resumed run. `predictions` contains
+    the test predictions of the source model, then those of the model after each target. `chosen` contains the best
+    candidate for each target. `tried` contains one dict for each target and learning rate, as returned by `sweep`.
+    `update` is the folder of the saved adapter or model, or None for method none. `checks` and `changes` are the
+    results of `check_saved` and `kernel_changes` for the last target.
     """
     config = run.config
     steps = sum(int(best.metrics[-1]["step"] or 0) for best in chosen)
@@ -172,7 +173,7 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
 
 
 def retention_warning(record: Record) -> str | None:
-    """Return a warning if the update lost more than half of the accuracy on the source, otherwise None."""
+    """Return a warning if the update lost more than half of the accuracy on the source domain, otherwise None."""
     config, results = record.run_info.train_config, record.train_info.metrics[-1]
     if results["retention"] is None or results["retention"] >= 0.5:
         return None
