@@ -147,7 +147,7 @@ def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
     """
     known = class_names(model)
     if known is not None:
-        outputs = {name.lower(): index for index, name in enumerate(known)}
+        outputs = {_key(name): index for index, name in enumerate(known)}
     else:
         subset = infer_imagenet_subset(model)
         if subset is None:
@@ -156,6 +156,11 @@ def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
         for index in range(info.num_classes()):
             words = [info.index_to_label_name(index), *info.index_to_description(index).split(",")]
             for word in words:
-                outputs.setdefault(word.strip().lower(), index)
-    found = [outputs.get(name.lower().replace("_", " ")) for name in names]
+                outputs.setdefault(_key(word), index)
+    found = [outputs.get(_key(name)) for name in names]
     return None if None in found else [index for index in found if index is not None]
+
+
+def _key(name: str) -> str:
+    # Folders often have an underscore in place of a space.
+    return name.strip().lower().replace("_", " ")

@@ -32,6 +32,8 @@ def test_classes_of_the_head_are_found_by_name() -> None:
     assert head_outputs(own, ["daisy"]) is None
     set_class_names(own, ["Cat", "dog", "owl"])
     assert head_outputs(own, ["owl", "cat"]) == [2, 0]
+    set_class_names(own, ["polar_bear", "Grey wolf", "cat"])
+    assert head_outputs(own, ["Polar bear", "grey_wolf"]) == [0, 1]
 
 
 def folder_of_colours(folder: Path) -> Path:
