@@ -20,7 +20,7 @@ from peft_edge.lean.layers import LeanBatchNorm, LeanConvolution
 from peft_edge.roles import is_convolution
 
 FROZEN_NORMS = (FrozenBatchNorm2d, FrozenBatchNormAct2d)
-"""BatchNorm classes with constant statistics. timm's `freeze` and `freeze_batch_norm_2d` convert layers to them."""
+"""BatchNorm classes with constant statistics. timm's `freeze` and `freeze_batch_norm_2d` create such layers."""
 
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d, Conv2dSame, LeanConvolution)
 _BATCH_NORMS = (nn.BatchNorm1d, nn.SyncBatchNorm, BatchNormAct2d, SyncBatchNormAct, LeanBatchNorm, *FROZEN_NORMS)
@@ -83,7 +83,7 @@ def replaces_forward(layer: nn.Module) -> bool:
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Return whether `layer` has hooks or a replaced forward pass, which run only if the layer is called."""
+    """Return whether `layer` has hooks or a replaced forward pass. Both run only if `layer` itself is called."""
     return has_hooks(layer) or replaces_forward(layer)
 
 
@@ -106,7 +106,7 @@ def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: 
 
 @contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
-    """Load the weights of `modules` that Accelerate has offloaded, and offload them again after the context."""
+    """If Accelerate has offloaded weights of `modules`, load them, and offload them again after the context."""
     hooks: list[tuple[nn.Module, ModelHook]] = [(m, m._hf_hook) for m in modules if hasattr(m, "_hf_hook")]
     for module, hook in hooks:
         hook.pre_forward(module)
@@ -125,9 +125,9 @@ def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
 
 
 def innermost_layer(layer: nn.Module) -> nn.Module:
-    """Return the layer inside all tuner layers around it, or `layer` itself without such layers.
+    """Return the layer inside the nested tuner layers of `layer`, or `layer` itself if it is not a tuner layer.
 
-    If the layer is a block with a child `base_layer`, PEFT's `get_base_layer` would return this child.
+    PEFT's `get_base_layer` differs for a block that has a child with the name `base_layer`: it returns this child.
     """
     inner: Any = layer
     while isinstance(inner, BaseTunerLayer):
@@ -173,7 +173,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Add a child module. Functions that fuse, convert or freeze layers call this method with a new base layer.
 
         Raises:
-            ValueError: If the new base layer cannot replace the old base layer without a change of the adapter.
+            ValueError: If the adapter cannot be used with the new base layer.
         """
         old = self._modules.get("base_layer")
         if name == "base_layer" and old is not None and module is not None and module is not old:
@@ -205,7 +205,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """The weight with which the layer computes its output: the base layer's weight, changed by the active adapters.
 
         Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, the result is a
-        copy. An `AttributeError` is raised if no weight can replace the active adapters.
+        copy. If no single weight has the effect of the active adapters, an `AttributeError` is raised.
         """
         return self._effective_tensor("weight")
 
@@ -227,7 +227,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return tensor if changed is None else changed.to(tensor)
 
     def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
-        """Return the base layer's tensor `name` after the change by `adapters`, or None if they do not change it."""
+        """Return the base layer's tensor `name` as changed by `adapters`, or None if no adapter changes it."""
         raise NotImplementedError
 
     def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
@@ -259,13 +259,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def _applied_adapters(self) -> list[str]:
-        """Return the names of the adapters that `forward` must apply, in order."""
+        """Return the names of the adapters that `forward` must apply, in the order of application."""
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self._adapters]
 
     def _base_tensor(self, name: str) -> Tensor | None:
-        """Return the base layer's parameter or buffer `name`, with its value before any merge. It may be None."""
+        """Return the base layer's parameter or buffer `name` as it was before any merge. A missing bias is None."""
         tensor = getattr(self.get_base_layer(), name)
         # The model may have moved to another device after the merge.
         return self._unmerged[name].to(tensor.device) if name in self._unmerged else tensor
@@ -330,7 +330,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Restore the tensors of the base layer to their exact values before the merge.
 
         If a tensor was changed after the merge (by an optimizer step or pruning), the adapters are subtracted from the
-        changed tensor instead. If its dtype was changed, the old values are restored in the new dtype.
+        changed tensor instead. If the dtype of a tensor was changed, its old values are restored in the new dtype.
 
         Raises:
             ValueError: If the base layer computes its weight in each forward pass (pruning, parametrisation).

@@ -1,4 +1,4 @@
-"""Inject adapters into a model: resolve layer roles in `target_modules`, and adapt the BatchNorm layers."""
+"""Inject adapters. Replace role names such as `all-conv` in `target_modules`, and adapt the BatchNorm layers."""
 
 from __future__ import annotations
 
@@ -28,10 +28,11 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class TargetModule(NamedTuple):
-    """A module `base` of the unadapted network, its `name` in this network, and its place in the adapted network.
+    """A module of the unadapted network, and its place in the adapted network.
 
-    Its place is the child `child_name` of `parent`. `module` is this child: the tuner layer around `base`, or `base`
-    itself if `base` is not adapted.
+    `base` is the module, and `name` its name in the unadapted network. In the adapted network, `parent` has the child
+    `module` with the name `child_name`. `module` is the tuner layer around `base`, or `base` itself if it is not
+    adapted.
     """
 
     name: str
@@ -42,9 +43,9 @@ class TargetModule(NamedTuple):
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield the modules of the unadapted network, except those in `modules_to_save`. Names start with `prefix`.
+    """Yield each module of the unadapted network, except modules in `modules_to_save`.
 
-    A module that is in several places is yielded once, with the name of the first place, as in `named_modules`.
+    All names start with `prefix`. A module that is registered more than once is yielded once, with its first name.
     """
     yield from _iter_modules(model, prefix, set())
 
@@ -62,7 +63,7 @@ def _iter_modules(model: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterat
 
 
 def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetModule]:
-    """Yield the BatchNorm layers with running statistics that `config` does not exclude."""
+    """Yield the BatchNorm layers that have running statistics and are not in `config.exclude_modules`."""
     for target in iter_target_modules(model):
         has_statistics = isinstance(target.base, BatchNorm) and target.base.running_mean is not None
         if has_statistics and not is_excluded(config, target.name):
@@ -70,13 +71,14 @@ def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetMo
 
 
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
-    """Replace the layer roles in `config.target_modules` by the names of the modules with these roles.
+    """Replace role names such as `all-conv` in `config.target_modules` by the names of the modules with these roles.
 
-    If PEFT would also match other modules with these names, `target_modules` becomes a regular expression.
+    If PEFT would match further modules by these names, `target_modules` becomes a regular expression that excludes
+    them.
 
     Raises:
-        NoMatchingPeftModuleError: If all targets are roles, and no module has any of these roles.
-        ValueError: If a target is a misspelt role.
+        NoMatchingPeftModuleError: If all targets are role names, and no module has any of these roles.
+        ValueError: If a target matches no module and is spelt almost like a role name.
     """
     keys = [name for name, _ in model.named_modules() if name]
     ends = {key.rpartition(".")[2] for key in keys}
@@ -108,7 +110,7 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _check_spelling(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
-    """Raise a `ValueError` for a misspelt role, which PEFT would ignore if another target matches a module."""
+    """Raise a `ValueError` for a misspelt role name. PEFT would ignore it if another target matches a module."""
     if isinstance(config.target_modules, str):
         unknown = set() if _matches(config, keys) else {config.target_modules}
     else:
@@ -123,7 +125,7 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
 
 
 def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
-    """Return the end of an error message for targets without a match: the targets, all roles, and similar names."""
+    """Return the end of an error message for targets without a match: the targets, all role names, similar names."""
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -134,7 +136,10 @@ def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
 
 
 def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, str]]]:
-    """Return a dict from each module to all its places (parent, name). `named_modules` lists only the first place."""
+    """Return, for each module, the (parent, attribute name) pairs of all places where it is registered.
+
+    `named_modules` yields only the first place of each module.
+    """
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = defaultdict(set)
     for parent in model.modules():
         for name, child in parent._modules.items():
@@ -147,8 +152,8 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
     """Check that no layer to adapt shares a tensor with another module, because merging would change both modules.
 
     Raises:
-        ValueError: If a convolution or norm to adapt shares a tensor. If a module in `modules_to_save` is in several
-            places, and `ensure_weight_tying` is not set.
+        ValueError: If a convolution or norm to adapt shares a tensor. If a module in `modules_to_save` is registered
+            more than once, and `ensure_weight_tying` is not set.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     places = places_of_modules(model)
@@ -179,13 +184,13 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 
 
 def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
-    """Replace a module in `config.modules_to_save` by its parts if its name also matches one of the parts.
+    """Replace a module in `config.modules_to_save` by its submodules if its name also matches a submodule.
 
-    PEFT matches the ends of names. The name `classifier` therefore also matches `classifier.low_classifier`. PEFT would
-    save this part twice, and could not load the adapter.
+    PEFT matches the ends of names. The name `classifier` therefore also matches the submodule
+    `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter.
 
     Raises:
-        ValueError: If no list of parts avoids such repeated matches.
+        ValueError: If no list of submodules avoids such repeated matches.
     """
     ends = tuple(getattr(config, "modules_to_save", None) or ())
     bases = {name: base for name, *_, base in iter_target_modules(model)}
@@ -265,7 +270,8 @@ def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -
     attributes = [(vars(config), dict(vars(config)))]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            # Copy the dictionaries that PEFT's layers have for their adapters. Those of nn.Module start with "_".
+            # Copy the dictionaries in which PEFT's layers store their adapters. Names of nn.Module's own dictionaries
+            # start with "_".
             own = {key: copy.copy(value) for key, value in vars(module).items() if key == "_active_adapter"}
             own |= {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and not k.startswith("_")}
             attributes.append((vars(module), own))
@@ -291,16 +297,18 @@ def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -
 class Injection(BaseTuner):
     """Base class of the tuner models in this package.
 
-    It resolves layer roles before PEFT injects the adapters, and adapts the BatchNorm layers afterwards.
+    Before PEFT injects an adapter, this class replaces role names such as `all-conv` in `target_modules` by module
+    names. After the injection, it adapts the BatchNorm layers.
     """
 
     config_class: type[PeftConfig]
-    """The class of the tuner's configuration. In a mixed model, PEFT handles all other configurations."""
+    """The tuner's configuration class. In a `PeftMixedModel`, PEFT injects adapters with other configuration classes.
+    """
 
     _shared: Mapping[nn.Module, set[tuple[nn.Module, str]]] = MappingProxyType({})
-    """A dict from each module in several places to its places (parent, name).
+    """For each module that is registered more than once: its (parent, attribute name) pairs.
 
-    It is set only while adapters are injected or unloaded, and empty otherwise.
+    The mapping is filled only while adapters are injected or unloaded. At all other times it is empty.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
@@ -308,7 +316,7 @@ class Injection(BaseTuner):
 
         Raises:
             NoMatchingPeftModuleError: If no module matches `target_modules`.
-            ValueError: If a matching module cannot be adapted, or the adapter's name is empty or contains a dot.
+            ValueError: If a matching module cannot be adapted, or `adapter_name` is empty or contains a dot.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, self.config_class):
@@ -322,7 +330,7 @@ class Injection(BaseTuner):
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"The name of an adapter must be non-empty and have no dot, found {adapter_name!r}.")
-        # If target_modules is missing, this call sets PEFT's defaults for the model, or raises PEFT's error.
+        # If target_modules is None, this call sets PEFT's default for the architecture. Without a default, it raises.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_modules_to_save(config, model)
         resolve_roles(config, model)
@@ -336,7 +344,7 @@ class Injection(BaseTuner):
         check_ties(config, model)
         merged = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged]
         if merged:
-            # New adapters (DoRA, BatchNorm) start with values of the base layer, which must not contain other adapters.
+            # New adapters (DoRA, BatchNorm) copy values of the base layer, which must not contain merged adapters.
             warnings.warn("Unmerging the adapters of this model before another one is added.", stacklevel=2)
             for layer in merged:
                 layer.unmerge()
@@ -392,17 +400,19 @@ class Injection(BaseTuner):
             del self._shared
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        """Merge adapters into the base layers, as PEFT does. An error leaves the model unchanged.
+        """Merge adapters, by default the active ones, into the base layers. An error leaves the model unchanged.
 
         Raises:
-            ValueError: If `safe_merge` finds a value that is not finite, or a base layer computes its weight.
+            ValueError: If `safe_merge` is True and a merged value is not finite, or if a base layer computes its weight
+                in each forward pass (pruning, parametrisation).
             RuntimeError: If an adapter has a bias and the base layer has none.
+            NotImplementedError: If an adapter of a `ConvAdapterModel` cannot be merged.
         """
         self._check_merge(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise the errors that merging would raise in any layer, before a layer changes."""
+        """Raise any error that merging would raise. No layer changes."""
         for layer in self.model.modules():
             if isinstance(layer, AdaptedLayer):
                 names = layer.active_adapters if adapter_names is None else adapter_names
@@ -424,7 +434,7 @@ class Injection(BaseTuner):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from all layers. PEFT would skip layers whose module path contains `prefix`."""
+        """Delete an adapter from all layers. PEFT's method skips layers whose module path contains `self.prefix`."""
         self.prefix = "\0"
         try:
             super().delete_adapter(adapter_name)
@@ -504,7 +514,7 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
 
 
 def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return a dict from names to parameters of the unadapted network, without the modules in `modules_to_save`."""
+    """Return the parameters of the unadapted network by name, except those of modules in `modules_to_save`."""
     base = model.get_base_model()
     replaced: list[str] = []
     for name, module in base.named_modules():
@@ -520,10 +530,11 @@ def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def base_fingerprint(model: PeftModel) -> str | None:
-    """Return a SHA-256 hash of the names, shapes, dtypes and values of `base_parameters`, or None.
+    """Return a SHA-256 hash of the names, shapes, dtypes and values in `base_parameters(model)`, or None.
 
     BatchNorm statistics are not hashed, because training may update the statistics of the base model. The result is
-    None if an adapter is merged, or if the initialisation of an adapter changes base parameters (PiSSA).
+    None if an adapter is merged, or if `init_lora_weights` of an adapter is not True, False or `"gaussian"`. Other
+    initialisations, such as PiSSA, may change base parameters.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}

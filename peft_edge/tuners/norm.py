@@ -42,11 +42,11 @@ _WITH_ACTIVATION = (BatchNormAct2d, SyncBatchNormAct, FrozenBatchNormAct2d)
 
 
 class NormState(nn.Module):
-    """The tensors of one adapter that replace tensors of a BatchNorm layer with C features.
+    """BatchNorm tensors of one adapter. They replace the tensors of the base layer, which has C features.
 
-    Unless `norm` is `"frozen"`, the state has the buffers `running_mean` and `running_var` of shape (C,), and the
-    number of batches in these averages, `num_batches_tracked`. If `norm` is `"affine"`, it also has copies of the
-    layer's parameters `weight` and `bias`. All other tensors are None, and the adapter uses those of the layer.
+    Unless `norm` is `"frozen"`, the state has the buffers `running_mean` and `running_var` of shape (C,), and the batch
+    counter `num_batches_tracked`. If `norm` is `"affine"`, it also has copies of the base layer's parameters `weight`
+    and `bias`. If a tensor of the state is None, the adapter uses the base layer's tensor.
     """
 
     running_mean: Tensor | None
@@ -71,26 +71,26 @@ class NormState(nn.Module):
         if count is None:
             count = torch.zeros((), dtype=torch.long, device=copies["running_mean"].device)
         # Start with the count of the base layer. With a momentum of None and a count of 0, the first batch would
-        # replace the statistics of the base layer.
+        # replace the statistics that are copied from the base layer.
         self.register_buffer("num_batches_tracked", count.detach().clone() if has_statistics else None)
         for name in ("weight", "bias"):
             is_trained = norm == "affine" and name in copies
             self.register_parameter(name, nn.Parameter(copies[name]) if is_trained else None)
 
 
-_BASE_STATE = NormState(nn.BatchNorm1d(1), "frozen")  # has no tensors: the base layer's are used
+_BASE_STATE = NormState(nn.BatchNorm1d(1), "frozen")  # all its tensors are None, which selects the base layer's tensors
 
 
 class BatchNormLayer(AdaptedLayer):
     """A BatchNorm layer (torch's, or timm's `BatchNormAct2d`) with a `NormState` for each adapter.
 
     Training never updates the statistics of the base layer, not even while the adapters are disabled. If several
-    adapters are active, the state of the last adapter is used. In distributed training, batch statistics are computed
-    over the batches of all processes. Each tuner has a subclass that sets `adapter_layer_names`.
+    adapters are active, the layer uses the state of the last one. In distributed training, batch statistics are
+    computed over the batches of all processes. Each tuner has a subclass that sets `adapter_layer_names`.
 
-    The statistics of the adapters are frozen if the base layer is in eval mode, or if timm's `freeze` or
+    Training does not change the statistics of the adapters if the base layer is in eval mode, or if timm's `freeze` or
     `freeze_batch_norm_2d` converted the base layer. `torch.optim.swa_utils.update_bn` resets and estimates the
-    statistics of the last active adapter. As in torch, each process then uses only its own batches.
+    statistics of the last active adapter. During `update_bn`, each process uses only its own batches.
 
     Raises:
         ValueError: If the base layer computes more than batch normalisation and an activation.
@@ -112,7 +112,7 @@ class BatchNormLayer(AdaptedLayer):
         """Add a child module. Functions that convert or freeze norms call this method to replace the base layer.
 
         Raises:
-            ValueError: If the new base layer is not batch normalisation, or lacks the activation of the old one.
+            ValueError: If the new base layer is not batch normalisation, or lacks the activation of the old base layer.
         """
         super().add_module(name, module)
         if name == "base_layer":
@@ -134,7 +134,7 @@ class BatchNormLayer(AdaptedLayer):
         return new
 
     def intercept_reset(self) -> None:
-        """Make `update_bn` of torch reset the statistics of the adapter when it resets the base layer."""
+        """Replace the base layer's `reset_running_stats`, so that torch's `update_bn` resets the adapter instead."""
         base = self.get_base_layer()
         if isinstance(base, BatchNorm):
             vars(base)["reset_running_stats"] = self.reset_running_stats
@@ -145,7 +145,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @torch.no_grad()
     def reset_running_stats(self) -> None:
-        """Reset the statistics of the last active adapter. The base layer calls this method within torch's `update_bn`.
+        """Reset the statistics of the last active adapter. torch's `update_bn` calls this method.
 
         Raises:
             ValueError: If no adapter is active, or `norm` of the last active adapter is not `"stats"` or `"affine"`. If
@@ -177,7 +177,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def bias(self) -> None:
-        """Always None, so that PEFT's `bias="lora_only"` trains no bias. `norm` selects the trained tensors."""
+        """Always None, so that PEFT's `bias="lora_only"` finds no bias to train. The option `norm` decides instead."""
         return None
 
     def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:
@@ -193,7 +193,7 @@ class BatchNormLayer(AdaptedLayer):
         self.states[adapter_name] = state
 
     def forward(self, x: Tensor, *, adapter_names: list[str] | None = None) -> Tensor:
-        """Apply batch normalisation and, if it exists, the base layer's activation to x of shape (B, C, *size).
+        """Apply batch normalisation to x of shape (B, C, *size), and then the base layer's activation, if it has one.
 
         `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
@@ -217,9 +217,10 @@ class BatchNormLayer(AdaptedLayer):
     def _by_state(
         self, x: Tensor, adapter_names: list[str] | None, function: Callable[[Tensor, NormState], Tensor]
     ) -> Tensor:
-        """Return `function(x, self.current_state())`.
+        """If `adapter_names` is None, return `function(x, self.current_state())`.
 
-        With `adapter_names`, call `function` once for each adapter, with the samples and the state of this adapter.
+        Otherwise, call `function` once for each adapter, with the samples and the state of this adapter, and return
+        the outputs in the order of `x`.
         """
         if adapter_names is None:
             return function(x, self.current_state())
@@ -255,13 +256,13 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether autograd saves the input for the backward pass, with the present settings."""
+        """Whether autograd saves the layer's input for the backward pass, with the present mode and active adapters."""
         state = self.current_state()
         return self._uses_batch_statistics(state) or _requires_grad(self._tensors(state))
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether, with the present settings, the layer normalises each batch with the statistics of this batch."""
+        """Whether a forward pass now would normalise the batch with the batch's own statistics."""
         return self._uses_batch_statistics(self.current_state())
 
     def _state(self, adapter: str) -> NormState:
@@ -277,7 +278,8 @@ class BatchNormLayer(AdaptedLayer):
         return self.estimating or (self.training and base.training and state.norm in ("stats", "affine"))
 
     def _is_distributed(self) -> bool:
-        # Do not synchronise while `update_bn` runs, because it may run in only one process. It sets `momentum` to None.
+        # Do not synchronise while `update_bn` runs, because it may run in only one process. `update_bn` sets `momentum`
+        # to None.
         is_local = not self.synchronises or (self._is_updated and self.get_base_layer().momentum is None)
         return not is_local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -335,10 +337,11 @@ class BatchNormLayer(AdaptedLayer):
 
     @torch.no_grad()
     def pool(self, adapter_names: list[str], into: str) -> None:
-        """Set the statistics of adapter `into` to the statistics of all images that `adapter_names` were trained on.
+        """Pool the statistics of the adapters `adapter_names`, and copy the result to the adapter `into`.
 
         Adapter i has counted n_i batches, and gets the weight p_i = n_i / (sum of n). If all counts are 0, the weights
-        are equal. By the law of total variance, mean = sum p_i mean_i and var = sum p_i (var_i + mean_i²) - mean².
+        are equal. By the law of total variance, mean = sum p_i mean_i and var = sum p_i (var_i + mean_i²) - mean². If
+        `into` has no statistics, nothing changes.
         """
         target, states = self._state(into), [self._state(name) for name in adapter_names]
         if target.running_mean is None or target.running_var is None:
@@ -372,19 +375,19 @@ def _requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor], *, synchronise: bool = False) -> None:
-    """Estimate the BatchNorm statistics of the active adapters on target images, using only forward passes.
+    """Estimate the BatchNorm statistics of the active adapters on target images. No backward pass is needed.
 
     The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. The statistics of the
-    base layers do not change. Dropout is off, and each module has its old mode afterwards. If a batch raises an error,
-    the old statistics are restored. With `norm="recalibrate"`, later training does not change the new statistics.
-    Norms that timm's `freeze` converted keep their statistics.
+    base layers do not change. The other layers run in eval mode, and each module has its old mode after the call. If a
+    batch raises an error, the old statistics are restored. With `norm="recalibrate"`, later training does not change
+    the new statistics. Norms that timm's `freeze` converted keep their statistics.
 
     Args:
         model: Model with ConvLoRA or ConvAdapter adapters.
         batches: Inputs of the model, each (B, C, H, W) with B > 1, on the device of the model.
         synchronise: Whether to average over the batches of all processes. If True, all processes must call
-            `recalibrate` with equally many batches. If False, each process uses only its own batches. Then pass the
-            same batches in all processes, or call `recalibrate` and save the adapter in a single process.
+            `recalibrate` with equally many batches. If False, each process uses only its own batches. In this case,
+            pass the same batches in all processes, or call `recalibrate` and save the adapter in a single process.
 
     Raises:
         ValueError: If no active adapter has its own statistics, or `batches` is empty.

@@ -23,8 +23,8 @@ class ConvAdapterConfig(PeftConfig):
     adapter of Rebuffi et al. (2018, arXiv 1803.10082). `ConvAdapterLayer` has the formula.
 
     Args:
-        target_modules: Module names, a regular expression, or layer roles, as in `ConvLoraConfig`. A name such as
-            `blocks.2.0` adapts this block as a whole. All adapters of a model must adapt the same blocks.
+        target_modules: Module names, a regular expression, or role names such as `all-conv`, see `ConvLoraConfig`. A
+            name such as `blocks.2.0` adapts this block as a whole. All adapters of a model must adapt the same blocks.
         exclude_modules: Names or a regular expression of modules to leave out.
         modules_to_save: Names of modules that are trained and saved as a whole, such as a new head.
         reduction: The bottleneck has max(1, C // reduction) channels for an adapter with C input channels.
@@ -35,9 +35,9 @@ class ConvAdapterConfig(PeftConfig):
             (`"sequential"`). The adapter's output is added to the output of the layer.
         activation: timm's name of the activation, such as `"relu"`. With None, the adapter is linear. A linear adapter
             parallel to an ungrouped convolution can be merged, and then has no cost at inference.
-        norm: How the adapter treats the BatchNorm layers, as in `ConvLoraConfig`.
-        init_weights: Initialise the last convolution to zero, so that the untrained adapter does not change the
-            output. False initialises it randomly, for tests.
+        norm: How the adapter treats the BatchNorm layers. `ConvLoraConfig` describes the values.
+        init_weights: If True, the last convolution is initialised to zero, so that the untrained adapter does not
+            change the output. If False, it is initialised randomly, for tests.
 
     Raises:
         ValueError: If `placement`, `norm` or `activation` is unknown, or if `reduction` or `kernel_size` is not a

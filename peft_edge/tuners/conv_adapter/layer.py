@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from peft_edge.roles import Convolution
 
 _CONVOLUTIONS: dict[int, Callable[..., Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# An even and an odd size, large enough for the strides of a whole stage.
+# Image sizes for measuring the stride of a block: an even and an odd size, large enough for the strides of a stage.
 _PROBED_SIZES = (64, 65)
 
 
@@ -67,7 +67,8 @@ class ConvSpec:
         The stride is measured on the meta device. The first convolution of the block must take the block's input.
 
         Raises:
-            ValueError: If the block `name` does not map (B, C_in, *size) to (B, C_out, *ceil(size / stride)).
+            ValueError: If the block `name` contains no convolution, or does not map (B, C_in, *size) to
+                (B, C_out, *ceil(size / stride)).
         """
         conv = next((conv for _, conv, _ in named_convolutions(block)), None)
         if conv is None:
@@ -97,7 +98,7 @@ class ConvSpec:
         return cls(conv.in_channels, shapes[0][1], (3,) * dims, stride, (1,) * dims, (1,) * (2 * dims))
 
     def of_output(self) -> ConvSpec:
-        """Return the options of a convolution with the same kernel size that keeps the shape of the layer's output."""
+        """Return the options of a shape-preserving convolution with this kernel size for the output of the layer."""
         ones = (1,) * len(self.kernel_size)
         padding = tuple(side for size in reversed(self.kernel_size) for side in ((size - 1) // 2, size // 2))
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
@@ -113,8 +114,8 @@ class ConvSpec:
     def pad(self, x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
         """Pad or crop `x`, (B, C, *size), for an unpadded convolution with a kernel of size `kernel_size`.
 
-        The output of the unpadded convolution then has the size that these options describe. The centre of its kernel
-        is at the centre of a kernel of size `self.kernel_size`.
+        The output of the unpadded convolution has the size that a convolution with these options would return. Both
+        kernels have their centres at the same pixels of `x`.
         """
         sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]
@@ -140,7 +141,7 @@ class ConvAdapterLayer(AdaptedLayer):
     """A convolution or block with bottleneck adapters: y = base_layer(x) + up(activation(depthwise(down(x)))).
 
     With `placement="sequential"`, the input of the adapter is `base_layer(x)` instead of x. An adapter has no biases.
-    If its input has C_in channels, and w = max(1, C_in // reduction) and k = kernel_size, its weights are:
+    For an adapter with C_in input channels, w = max(1, C_in // reduction) and k = kernel_size, the weights are:
 
     - `conv_adapter_down[name].weight`: (w, C_in, 1, 1),
     - `conv_adapter_depthwise[name].weight`: (w, 1, k, k), absent if k = 1,

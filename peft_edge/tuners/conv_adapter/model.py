@@ -19,7 +19,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A network with ConvAdapter adapters, made by `get_peft_model`. Its arguments are those of `peft.LoraModel`.
+    """A network with ConvAdapter adapters, made by `get_peft_model`. The arguments are those of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.

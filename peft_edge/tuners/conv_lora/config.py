@@ -23,18 +23,18 @@ class ConvLoraConfig(LoraConfig):
     Args:
         target_modules: Module names or a regular expression, as in PEFT, or layer roles: `all-conv`, `dense`,
             `depthwise`, `pointwise`, `expand`, `project`, `last-stage` (see `peft_edge.roles`). A list may contain
-            names and roles. A module with the name of a role takes precedence. Adding the adapter to a model replaces
-            the roles by module names.
+            names and roles. If a module has the name of a role, the name means this module. Adding the adapter to a
+            model replaces the roles by module names.
         norm: How the adapter treats the BatchNorm layers. Their changes are saved, merged, switched and deleted with
             the adapter.
 
-            - `"frozen"`: the statistics of the base model, also after `model.train()`. The adapter saves nothing. The
-              base model must be trained: the statistics of random weights normalise badly.
+            - `"frozen"`: the statistics of the base model, also after `model.train()`. The adapter saves no BatchNorm
+              tensors. The base model must be trained: the statistics of random weights normalise badly.
             - `"recalibrate"`: statistics of the adapter, which only `peft_edge.recalibrate` changes.
             - `"stats"`: batch statistics in training mode, running statistics of the adapter in eval mode.
-            - `"affine"`: as `"stats"`, with a trainable weight and bias of the adapter.
-        freeze_a: Train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). In an ungrouped convolution, autograd
-            then saves the output of A (r channels) for the backward pass instead of the layer's input.
+            - `"affine"`: like `"stats"`, and the adapter also has a trainable weight and bias.
+        freeze_a: Whether to train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). If True, autograd saves the
+            output of A (r channels) for the backward pass of an ungrouped convolution, instead of the layer's input.
 
     Raises:
         ValueError: If `norm` is unknown, or `peft.LoraConfig` rejects an argument.
@@ -67,7 +67,7 @@ class ConvLoraConfig(LoraConfig):
 
     @property
     def init_weights(self) -> bool | str:
-        """An alias of `init_lora_weights`. PEFT reads this name if the type of a PiSSA adapter to save is not LORA."""
+        """An alias of `init_lora_weights`. PEFT reads it when it saves a PiSSA adapter whose PEFT type is not LORA."""
         return self.init_lora_weights
 
     @init_weights.setter

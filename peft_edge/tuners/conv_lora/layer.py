@@ -71,7 +71,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     norm m: y = conv(x; (m / ||W'||) W') + b. The backward pass treats ||W'|| as a constant (section 4.3).
 
     By default, the layer adds the update to the kernel and runs one convolution, see `lowrank_conv2d`. In half
-    precision, including autocast, the sum would lose small updates. The layer then runs separate convolutions with W
+    precision, including autocast, the sum would lose small updates. There, the layer runs separate convolutions with W
     and with the update.
 
     Hooks of the base layer run, and receive the adapted output. If `forward` of the base layer was replaced, the
@@ -82,8 +82,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     belong to the first adapter. Error messages contain `target_name`, the name of the layer.
 
     Raises:
-        ValueError: If the rank is not a positive integer, or the base layer has a forward pass of its own, such as a
-            weight-standardised convolution.
+        ValueError: If the rank is not a positive integer, or if the base layer computes more than a plain convolution,
+            such as weight standardisation.
 
     Example:
         >>> import torch
@@ -112,7 +112,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type | None]:
-        """The variants of LoRA that PEFT may choose for this layer: LoRA itself, or DoRA."""
+        """The LoRA variants of this layer: plain LoRA without a flag, and DoRA for the flag `use_dora`."""
         return {(): None, ("use_dora",): _DORA_VARIANTS[len(self.get_base_layer().kernel_size)]}
 
     def update_layer(
@@ -199,7 +199,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         adapters: list[str],
         adapter_names: list[str] | None,
     ) -> Tensor:
-        """Return `function(x, adapters)`. With `adapter_names`, call `function` once per adapter, on its samples."""
+        """If `adapter_names` is None, return `function(x, adapters)`.
+
+        Otherwise, call `function` once for each adapter, with the samples of this adapter, and return the outputs in
+        the order of `x`.
+        """
         if adapter_names is None:
             return function(x, adapters)
         rows = rows_by_adapter(adapter_names)
@@ -220,9 +224,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return self._convolve(x, *self._compose(adapters))
 
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
-        """Call the base layer, whose `forward` was replaced on the instance, with the composed kernel.
+        """Call the base layer, whose `forward` was replaced on the instance, with the adapted kernel.
 
-        If separate convolutions are necessary, call the base layer with its own kernel, and add the adapters' outputs.
+        If `_has_two_branches(adapters)`, or if the base layer computes its weight (pruning, parametrisation), call the
+        base layer with its own kernel, and add the outputs of the adapters.
         """
         conv = self.get_base_layer()
         if not adapters or self._has_two_branches(adapters) or "weight" not in conv._parameters:
@@ -258,7 +263,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether autograd saves the input for the backward pass, with the present settings."""
+        """Whether autograd saves the layer's input for the backward pass, with the present mode and active adapters."""
         adapters = self._applied_adapters()
         if not adapters:
             return getattr(self.base_layer, "keeps_input", True)
@@ -373,7 +378,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return {"weight": kernel, "bias": bias}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether `get_delta_weight` is the whole kernel change, as PEFT's conversion to LoRA requires."""
+        """Return whether `get_delta_weight` is the whole kernel change. PEFT's conversion to LoRA requires this."""
         return not self.use_dora.get(adapter_name, False)
 
 
@@ -388,7 +393,7 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
     def update_layer(  # type: ignore[override]  # PEFT passes the rank as a positional argument
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object
     ) -> None:
-        """Add or reset an adapter. The rank and alpha are stored because hotswapping compares them."""
+        """Add or reset an adapter. The rank and alpha are stored because PEFT's hotswapping compares them."""
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = 1.0

@@ -89,11 +89,11 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, *args: object, **kwargs: object
     ) -> None:
-        """Combine adapters into a new adapter as in PEFT. All tensors except A and B are combined by task arithmetic.
+        """Combine adapters into a new adapter: A and B with PEFT's method, all other tensors by task arithmetic.
 
         Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089) sets a tensor to base + the sum of weights[i] * (tensor
-        of adapters[i] - base). It applies to BatchNorm states, DoRA's magnitudes, biases of B, and modules that
-        `modules_to_save` names, which PEFT refuses to combine. If `adapter_name` already exists, nothing changes.
+        of adapters[i] - base). It applies to BatchNorm states, DoRA's magnitudes, biases of B, and the modules in
+        `modules_to_save`. PEFT refuses to combine such modules. If `adapter_name` already exists, nothing changes.
 
         Raises:
             ValueError: If PEFT rejects the arguments, or modules in `modules_to_save` have different shapes.
@@ -154,7 +154,7 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], into: str) -> None:
     """Rescale A of adapter `into`, and combine the biases of B and DoRA's magnitudes.
 
-    PEFT has combined A and B before this call, for a scale of 1. The layer may lack some of `adapters`.
+    PEFT has already combined A and B, as if the scale of `into` were 1. The layer may lack some of `adapters`.
     """
     scale, found = (
         layer.scaling[into],
@@ -175,7 +175,10 @@ def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], i
 
 @torch.no_grad()
 def _combine_saved(wrapper: ModulesToSaveWrapper, adapters: list[str], weights: list[float], into: str) -> None:
-    """Set the copy of a module for adapter `into` by task arithmetic. Adapters without a copy contribute no change."""
+    """Set the copy of a saved module that adapter `into` trains, by task arithmetic.
+
+    Adapters without a copy of this module contribute no change.
+    """
     found = [
         (wrapper.modules_to_save[name], w)
         for name, w in zip(adapters, weights, strict=True)
