@@ -43,9 +43,9 @@ class Analysis:
 
     flops: FlopCount
     memory: MemoryProfile
-    """Bytes at the peak and at the end of the forward pass. The fields of CUDA and of the process are None."""
+    """Bytes of tensors. `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes` are None."""
     profile: list[StepProfile]
-    """FLOPs and memory as rows of a record: first a row for the whole step, then a row for each LoRA rank."""
+    """FLOPs and memory as table rows: first a row for the whole step, then a row for each LoRA rank."""
     num_trainable_params: int
     num_total_params: int
 
@@ -78,8 +78,9 @@ def analyse(
         backbone: The name of a timm model, or a model. The model is not changed and may be on the meta device.
         method: A key of `METHODS` (timm models only), or a PEFT configuration, such as `peft.LoraConfig`. None trains
             the parameters that require a gradient.
-        lora_rank: Rank of the adapter. None uses the default of `train.py`, or `r` of the PEFT configuration. With a
-            method name, `lora_alpha` becomes `2 * lora_rank`. Method names without an adapter ignore this argument.
+        lora_rank: Rank of the adapter. None means the default of `train.py` for a method name, and `r` for a PEFT
+            configuration. If `method` is a name and `lora_rank` is given, `lora_alpha` is `2 * lora_rank`. Method names
+            without an adapter ignore this argument.
         batch_size: Images or sequences in the step.
         image_size: Height and width of the images in pixels.
         sequence_length: Tokens in a sequence, for text models of transformers.
@@ -88,8 +89,8 @@ def analyse(
         adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. Requires a method name.
         lean: Arguments of `prepare_model_for_lean_training`. None does not call this function.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments. Tensors may be on the
-            meta device. The default is images of shape (batch_size, 3, image_size, image_size). For text models of
-            transformers, the default is token ids of shape (batch_size, sequence_length).
+            meta device. None means token ids of shape (batch_size, sequence_length) for text models of transformers,
+            and images of shape (batch_size, 3, image_size, image_size) for all other models.
         accounting: See `FlopCounter`.
 
     Raises:
@@ -135,7 +136,7 @@ def compare_methods(
 ) -> dict[str, StepProfile]:
     """Analyse a step of each method. Methods with adapters are analysed once for each rank in `lora_ranks`.
 
-    `options` are further arguments of `analyse`. The returned dict has the row of the whole step for each key. The keys
+    `options` are further arguments of `analyse`. Each value of the returned dict is the row for a whole step. The keys
     are `<method>, rank <r>` for methods with adapters, and `<method>` for other methods.
 
     >>> costs = compare_methods("mobilenetv2_035", ["head", "lora"], lora_ranks=[2, 4], batch_size=2, image_size=32)

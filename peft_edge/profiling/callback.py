@@ -39,8 +39,9 @@ _NOT_LOGGED = {"process_index", "scope", "lora_rank", "steps", "memory_peak_phas
 class _Measuring(threading.local):
     """The callbacks of this thread that are measuring a step.
 
-    `Trainer` has no event for a run that fails inside a step. The dispatch modes of the measurement would then stay
-    active in this thread. Therefore the next training run in this thread closes the measurements that are still open.
+    `Trainer` has no event for a run that fails inside a step. After such a failure, the dispatch modes of the
+    measurement are still active in this thread. Therefore the next training run in this thread closes open
+    measurements.
     """
 
     def __init__(self) -> None:
@@ -77,17 +78,18 @@ class ProfilingCallback(TrainerCallback):
     >>> callback.rows[0].flops_forward
     48
 
-    During the run, `rows` holds the step profiles of this process. After the run, `rows` holds those of all processes.
+    During the run, `rows` holds the step profiles of this process. After the run, `rows` holds the step profiles of all
+    processes.
 
     Args:
         every_n_steps: Optimizer steps from one sample to the next; 0 for no samples. A sample takes about as long as
             five steps of a small network, so training takes about half a percent longer with the default.
-        output_dir: Folder of the files. The default is `output_dir` of the training arguments.
-        name: Distinguishes training runs that share `output_dir`.
+        output_dir: Folder for the folders `profile` and `traces`. None means `output_dir` of the training arguments.
+        name: A name that distinguishes training runs with the same `output_dir`.
         log: Function that the main process calls after each sample with a dict from names to measurements.
-        trace: Trace the step after the first sample, and write `<output_dir>/traces/<name>/process_<index>.json`, which
-            chrome://tracing and Perfetto can show.
-        show_table: Print the step profiles of all processes on the main process at the end.
+        trace: Whether to trace the step after the first sample. The file, in the format of chrome://tracing and
+            Perfetto, is `<output_dir>/traces/<name>/process_<index>.json`.
+        show_table: Whether the main process prints the step profiles of all processes at the end.
 
     Raises:
         ValueError: If `every_n_steps` is negative.
@@ -130,7 +132,7 @@ class ProfilingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
-        """Delete the files of an earlier run if `state.global_step` is 0, otherwise read this process's file."""
+        """Delete the profiles of an earlier run if `state.global_step` is 0. Otherwise, read this process's profile."""
         for callback in list(_measuring.callbacks):
             callback.close()
         self._begin([], [])
@@ -178,7 +180,7 @@ class ProfilingCallback(TrainerCallback):
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
-        """If the step was measured, end the measurement and write this process's file of step profiles."""
+        """If the step was measured, end the measurement and write the step profiles of this process to their file."""
         step = self._end_step()
         if isinstance(step, CountedStep):
             self._counted = step.rows(self._process_index)
@@ -202,11 +204,11 @@ class ProfilingCallback(TrainerCallback):
 
     @property
     def is_measuring(self) -> bool:
-        """Whether the running step is measured, until `on_step_end` or `close`. A measured step is slower."""
+        """Whether the current step is being measured. A measured step is slower."""
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Set `self.rows` to `counted` if `counted` has the higher peak. Update the median times and write the file."""
+        """Keep `self.rows` or `counted`, whichever has the higher memory peak. Update the times, and write the file."""
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]
@@ -231,7 +233,7 @@ class ProfilingCallback(TrainerCallback):
 
 
 def read_profile(folder: Path) -> list[StepProfile]:
-    """Read the step profiles that the processes of a run wrote inside `folder`. Warn of damaged files and skip them."""
+    """Read the step profiles that the processes of a run wrote inside `folder`. Skip damaged files with a warning."""
     rows = [row for file in folder.rglob("process_*.json") for row in _read(file)[0]]
     return sorted(rows, key=lambda row: row.process_index)
 
@@ -285,7 +287,11 @@ class CountedStep(ExitStack):
 
 
 class StepTimes(NamedTuple):
-    """Seconds of each phase, and samples per second. If a phase did not run, its time and `samples_per_s` are None."""
+    """Seconds of each phase, and samples per second.
+
+    The time of a phase that did not run is None. `samples_per_s` is None if a phase did not run, or if the model had no
+    input with a batch dimension.
+    """
 
     forward_s: float | None
     backward_s: float | None

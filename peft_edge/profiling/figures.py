@@ -29,15 +29,15 @@ class StackedBars:
     label: str
     """Label of the horizontal axis: the quantity with its unit."""
     parts: Mapping[str, Sequence[float]]
-    """A dict from the label of each part to its length in each bar. Only the first six parts are drawn."""
+    """The length of each part in each bar, by the label of the part. Only the first six parts are drawn."""
     spread: Sequence[tuple[float, float]] = ()
-    """The lowest and the highest measured length of each bar. Empty draws no ranges."""
+    """The lowest and the highest measured length of each bar. If `spread` is empty, no ranges are drawn."""
     line: float | None = None
     """Position of a dashed reference line. None draws no line."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """A dict from label to the positions of a diamond on each bar. None draws no diamond on this bar."""
+    """Diamonds on the bars: for each label in the legend, a position on each bar. None draws no diamond on this bar."""
     number_format: str = ""
-    """The format of the total length that is printed at the end of each bar. Empty prints no lengths."""
+    """The format of the total length that is printed at the end of each bar. If it is empty, no length is printed."""
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
@@ -59,7 +59,7 @@ def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: 
 
 
 def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw `panels` side by side, with the bar of the first name at the top. The same arguments give the same file.
+    """Draw `panels` side by side, with the bar of the first name at the top. The same arguments give identical files.
 
     Raises:
         ValueError: If the path does not end in .png, .svg or .pdf.

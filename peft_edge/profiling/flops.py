@@ -65,12 +65,12 @@ class FlopCount(Flops):
     """
 
     by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """A dict from module names to FLOPs, which include the submodules. Modules without counted operators are missing.
+    """The FLOPs of each module and its submodules, by module name. Modules without counted operators are missing.
 
     `""` is the model, without the loss and the optimizer.
     """
     by_operator: dict[str, Flops] = field(default_factory=dict, repr=False)
-    """A dict from operators, such as `aten.convolution_backward`, to FLOPs."""
+    """The FLOPs of each operator, by names such as `aten.convolution_backward`."""
 
 
 def count_flops(
@@ -93,7 +93,7 @@ def count_flops(
     FlopCount(forward=480, backward=160, optimizer=36, elementwise_forward=50, elementwise_backward=20)
 
     Args:
-        model: The model, in train or eval mode. Without trainable parameters there is no backward pass.
+        model: The model, in train or eval mode. The backward pass is omitted if the loss requires no gradient.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments.
         optimizer: The optimizer of the model's parameters. None omits the update.
         loss_fn: Function that maps the model's output to a scalar. None uses the default loss of `take_step`.
@@ -124,9 +124,10 @@ class FlopCounter(FlopCounterMode):
     FlopCount(forward=48, backward=48, optimizer=0, elementwise_forward=6, elementwise_backward=6)
 
     Args:
-        model: The model. `by_module` contains its modules. Operators outside the model count only in the other fields.
-        accounting: `exact` or `source-study`. `source-study` counts as the profiler of arXiv 2507.23536 does: with
-            torch's formula for the backward pass of convolutions, and with normalisation in `forward` and `backward`.
+        model: The model. `by_module` contains its modules, but no operators outside the model.
+        accounting: `exact` or `source-study`. With `source-study`, the rules are those of arXiv 2507.23536: torch's
+            formula for the backward pass of convolutions, and normalisation in `forward` and `backward` instead of
+            the elementwise fields.
 
     Raises:
         ValueError: If the accounting is unknown.
@@ -213,7 +214,7 @@ def _sgd(*_: object, weight_decay: float, momentum: float, nesterov: bool, **__:
 
 
 _NORMALISATIONS: dict[str, int | Formula] = {
-    # As in fvcore, mean, variance, shift and scale cost five operations in training.
+    # fvcore uses the same number: in training, mean, variance, shift and scale cost five operations for each element.
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": 2,
@@ -257,7 +258,7 @@ _MOVES = {"clone", "masked_fill", "where"}
 
 @functools.cache
 def elementwise_formulas() -> dict[object, Formula]:
-    """Return a dict from all elementwise operators in `torch.ops.aten`, including in-place operators, to formulas."""
+    """Return the formula of each elementwise operator in `torch.ops.aten`, including in-place operators."""
     formulas: dict[object, Formula] = {}
     for name in sorted({name.split(".")[0] for name in operator_names() if name.startswith("aten::")}):
         packet = getattr(aten, name.removeprefix("aten::"), None)
@@ -269,9 +270,9 @@ def elementwise_formulas() -> dict[object, Formula]:
 
 
 def _operations(kind: str) -> int | Formula | None:
-    """Return the number of operations for each element, or a function that computes it.
+    """Return the number of operations for each element, or a function that computes this number.
 
-    Return None if the operator is not elementwise.
+    Return None if the operator `kind` is not elementwise.
     """
     if kind in _PER_ELEMENT:
         return _PER_ELEMENT[kind]
@@ -285,8 +286,8 @@ def _operations(kind: str) -> int | Formula | None:
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
     """Return a formula that multiplies `operations` by a number of elements.
 
-    This is the number of elements of the largest tensor among the arguments. If `is_list`, it is the number of elements
-    of all tensors in the first argument, which is a list.
+    If `is_list` is False, this is the number of elements of the largest tensor among the arguments. If `is_list` is
+    True, the first argument is a list, and this is the number of elements of all tensors in the list.
     """
 
     def formula(*arguments: Any, out_val: object = None, **options: Any) -> int:

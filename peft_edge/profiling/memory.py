@@ -49,8 +49,8 @@ class MemoryProfile:
 
     - `parameters`, `buffers`: trainable and frozen parameters, and all buffers of the model.
     - `gradients`: tensors that became the `grad` of a parameter.
-    - `activations`: inputs and tensors of the forward pass that are alive when the forward pass ends or, without a
-      backward pass, when the block ends.
+    - `activations`: the inputs, and tensors of the forward pass that are alive at its end. Without a backward pass, the
+      end of the `with` block counts as the end of the forward pass.
     - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
     - `optimizer`: the state of the optimizer.
 
@@ -84,13 +84,16 @@ class MemoryProfile:
     Inputs, the loss and temporaries of the optimizer are only in the totals.
     """
     forward_end_by_module: dict[str, KindBytes] = field(repr=False)
-    """The same as `peak_by_module`, at the time of `forward_end_bytes`."""
+    """Bytes of each module at the time of `forward_end_bytes`, assigned to modules by the rules of `peak_by_module`."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator. None without CUDA, for a fake step, and with `MemoryTracker`."""
+    """Peak of the CUDA allocator in bytes. None without CUDA, for a fake step, and in the result of `MemoryTracker`."""
     peak_rss_bytes: int | None = None
-    """Peak of the physical memory of the process. None on Windows, for a fake step, and with `MemoryTracker`."""
+    """Peak of the physical memory of the process in bytes.
+
+    It is None on Windows, for a fake step, and in the result of `MemoryTracker`.
+    """
     rss_growth_bytes: int | None = None
-    """`peak_rss_bytes` minus the physical memory before the step. None if one of the two values was not measured."""
+    """`peak_rss_bytes` minus the physical memory before the step. None if one of these two values was not measured."""
 
 
 def track_memory(
@@ -346,7 +349,10 @@ class StorageLog:
 
 
 def innermost_around(module: str | None, other: str | None) -> str | None:
-    """Return the innermost module that contains both modules (a module contains itself). None if either is None."""
+    """Return the name of the innermost module that contains `module` and `other`, or None if either is None.
+
+    A module contains itself.
+    """
     if module == other:
         return module
     around = set(ancestors(other))
@@ -359,19 +365,25 @@ def cuda_device(model: nn.Module) -> torch.device | None:
 
 
 class ProcessPeak:
-    """Measure the peak memory of this process inside a `with` block. A block may be inside another block.
+    """Measure the peak memory of this process inside a `with` block. Blocks may be nested.
 
-    At its start, the block resets the peak counters of CUDA and, on Linux, of the process. The process grows by more
-    than the bytes of its tensors, because malloc cannot reuse all memory. With glibc we measured up to 75 % more in a
-    training step, and up to 5 % more with the environment variable `MALLOC_MMAP_THRESHOLD_=65536`.
+    At its start, a block resets the peak counters of CUDA and, on Linux, of the process. The values below are None
+    until the block ends or an inner block starts.
+
+    The process grows by more than the bytes of its tensors, because malloc cannot reuse all memory. With glibc we
+    measured up to 75 % more in a training step, and up to 5 % more with the environment variable
+    `MALLOC_MMAP_THRESHOLD_=65536`.
     """
 
     peak_rss_bytes: int | None = None
-    """The result of the function `peak_rss_bytes` at the end of the block."""
+    """Peak of the process's physical memory in the block, in bytes. None on Windows.
+
+    If the system cannot reset the peak counter, this is the peak since the process started.
+    """
     rss_growth_bytes: int | None = None
-    """`peak_rss_bytes` minus the physical memory before the block. None if the system cannot reset the peak."""
+    """`peak_rss_bytes` minus the physical memory at the start of the block. None if the peak counter was not reset."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator on `device`. None if `device` is None."""
+    """Peak of the CUDA allocator on `device` in the block, in bytes. None if `device` is None."""
 
     def __init__(self, device: torch.device | None = None) -> None:
         self._device = device
@@ -427,7 +439,7 @@ def peak_rss_bytes() -> int | None:
 
 
 def reset_peak_rss() -> bool:
-    """Reset the peak to the current physical memory, and return whether this succeeded. It succeeds only on Linux."""
+    """Reset the process's peak to its current physical memory. Return whether this succeeded: never outside Linux."""
     try:
         # According to proc(5), the value 5 resets only the peak.
         _CLEAR_REFS.write_text("5")

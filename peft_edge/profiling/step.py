@@ -80,7 +80,8 @@ class StepLocation:
     In the forward pass, the module is the innermost running module. In the backward pass, the module is the one whose
     forward pass created the current autograd node. Autograd numbers the nodes in the order of creation, so this class
     records which module was running at which number. (`torch.utils.module_tracker.ModuleTracker` uses tensor hooks. In
-    the backward pass, it never leaves a module whose input requires no gradient. This is common for frozen layers.)
+    the backward pass, this tracker never leaves a module whose input requires no gradient. Many frozen layers have such
+    inputs.)
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Convert FLOP and memory counts to rows of a record, and these rows to text tables."""
+"""Convert FLOP and memory counts to `StepProfile` rows, and format such rows as text tables."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from peft_edge.records import StepProfile
 def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, process_index: int) -> list[StepProfile]:
     """Return a row for the whole step and a row for each LoRA rank, without times.
 
-    The row for a rank sums over all layers with an active adapter of this rank. `model` is the measured model without
-    the wrapper of distributed training.
+    The row for a rank contains the sums over all layers with an active adapter of this rank. `model` is the measured
+    model without the wrapper of distributed training.
     """
     layers_of, saved = _lora_layers(model), _saved_bytes(model)
     rows = [
@@ -157,7 +157,7 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
 
 
 def profile_table(rows: Sequence[StepProfile]) -> str:
-    """Return the tables of `cost_table` for the rows of a record, labelled by process and LoRA rank."""
+    """Return the tables of `cost_table` for `rows`. The label of a row contains its process and LoRA rank."""
     layers = [f", layers of rank {row.lora_rank}" if row.scope == "layers" else "" for row in rows]
     return cost_table({f"process {row.process_index}{name}": row for row, name in zip(rows, layers, strict=True)})
 

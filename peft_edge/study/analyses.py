@@ -46,14 +46,15 @@ class CostSetting(Section):
     Attributes:
         method: A key of `METHODS`; for a Transformers model, one of `TRANSFORMER_METHODS`.
         lora_rank: The rank of the adapters or of GaLore's projection. For adapters of timm models, null means the
-            default of the method.
+            default of the method. GaLore, and adapters of Transformers models, require a number.
         batch_size: The number of images or sequences.
         image_size: Height and width of the images in pixels.
         sequence_length: The number of tokens in a sequence.
-        target_modules: A layer role or a regular expression; null means the default of the method.
+        target_modules: A role name such as `all-conv`, or a regular expression; null means the default of the method.
         norm: How adapters treat BatchNorm layers; null means `stats`.
-        lean: How lean activation layers store their masks; null means training without lean layers.
-        inplace_norm: Whether lean convolutions apply the frozen BatchNorm that follows them in place.
+        lean: The argument `masks` of `prepare_model_for_lean_training`; null means training without lean layers.
+        inplace_norm: The argument `inplace_norm` of `prepare_model_for_lean_training`. If `lean` is null, it has no
+            effect.
         replay: Whether the step trains on cached outputs of the frozen first layers. If true, `lean` and `inplace_norm`
             have no effect.
         accounting: See `FlopCounter`.
@@ -110,7 +111,7 @@ class CostJob(Job):
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def check_folder(self) -> None:
-        """Do nothing, because an analysis may replace the only file of its folder, the record."""
+        """Do nothing. The record is the only file in the folder, and a new analysis may replace the record."""
 
     def train_source(self) -> None:
         """Do nothing, because an analysis needs no trained weights."""
@@ -124,7 +125,7 @@ class CostJob(Job):
 
 
 def is_transformer(network: str) -> bool:
-    """Return whether `network` ends with `.json`, as a file with a Transformers configuration does."""
+    """Return whether `network` is the path of a Transformers configuration. Such a path ends with `.json`."""
     return network.endswith(".json")
 
 
@@ -153,7 +154,7 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return `transformer` if `model` has no convolution, `depthwise` if a convolution is depthwise, or `standard`."""
+    """Return `transformer` for a model without convolutions, else `depthwise` if one is depthwise, else `standard`."""
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
 
@@ -201,7 +202,10 @@ def analyse_replay(
     image_size: int,
     accounting: Accounting,
 ) -> Analysis:
-    """Analyse a step that trains `FrozenPrefix.tail` on cached prefix outputs. `backbone` is changed in place."""
+    """Analyse a step that trains the later layers of `backbone` on cached outputs of the frozen first layers.
+
+    `FrozenPrefix` splits the network between these layers. `backbone` is changed in place.
+    """
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
     prefix = FrozenPrefix(model, images)

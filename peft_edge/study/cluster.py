@@ -1,7 +1,8 @@
 """Run the jobs of a study as tasks on a Ray cluster, whose nodes need not share a file system with this machine.
 
 A job runs in a temporary folder of its node. Its log and its files return to this machine as the result of the task. A
-separate task trains each source model. Ray passes its result to the tasks of all runs that need this model.
+separate task trains each source model (the network before adaptation). Ray passes the trained model to the tasks of all
+runs that adapt this model.
 """
 
 from __future__ import annotations
@@ -43,21 +44,21 @@ _SOURCES = Path("cache") / "sources"
 class Cluster:
     """A Ray cluster, and the resources that each run needs.
 
-    Every node needs an installation of peft-edge. Data and weights must be at the paths that the configurations name.
-    If a node or a worker process dies, Ray repeats the run up to three times. The repeated run continues from its last
-    checkpoint if its temporary folder still exists, for example in a `TMPDIR` that the nodes share. Otherwise it starts
-    from the beginning.
+    Every node needs an installation of peft-edge, and needs data and weights at the paths in the configurations. If a
+    node or a worker process dies, Ray repeats the run up to three times. The repeated run continues from its last
+    checkpoint if its temporary folder still exists, for example in a `TMPDIR` that the nodes share. If the folder is
+    missing, the run starts from the beginning.
 
     Attributes:
         address: The address of the cluster; `auto` for the cluster that this machine belongs to, or `local` to start
             Ray on this machine alone.
-        num_cpus: CPU cores for each run, by default its `num_threads`.
+        num_cpus: CPU cores for each run. None means `num_threads` of the run.
         num_gpus: GPUs for each run. With 0.5, two runs share a GPU.
         memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory without a
             reservation. None reserves no memory.
         artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes upload the subfolders of each finished
-            run (the saved update and the training curves) to this address. Without an address, they return these
-            folders to the output folder.
+            run (the saved update and the training curves) to this address. If it is None, the nodes send these folders
+            back to the output folder.
     """
 
     address: str = "auto"
@@ -70,16 +71,16 @@ class Cluster:
         """Run the jobs, and yield (job, cause) for each job that ends.
 
         `cause` is an error message if the task failed, for example because its node died, or if `job.check_folder`
-        rejects the job's folder. Otherwise `cause` is None, even if the job itself failed: its record then contains the
-        failure. The description of `bar` shows the number of nodes.
+        rejects the job's folder. Otherwise `cause` is None, even if the job itself failed: the reason is in its log.
+        The description of `bar` shows the number of nodes.
 
         Raises:
             ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
             ValueError: If the protocol of `artifacts` is unknown.
             OSError: If the cluster cannot be reached, or a file cannot be written.
         """
-        # Without this variable, which must be set before the import, Ray repeats a task that its memory monitor kills
-        # without limit.
+        # If Ray's memory monitor kills a task, Ray repeats the task. Without this variable, it repeats the task without
+        # limit. The variable must be set before the import.
         os.environ.setdefault("RAY_task_oom_retries", str(_MAX_RETRIES))
         with requires_extra("cluster"):
             import fsspec
@@ -138,7 +139,7 @@ class Cluster:
         return {**needs, "max_retries": _MAX_RETRIES}
 
     def _source(self, job: Job) -> ObjectRef:
-        """Return a reference to the packed source model of `job`.
+        """Return a Ray reference to the source model of `job` as a tar file.
 
         If the output folder does not contain this model, start a task that trains it.
         """
@@ -160,16 +161,16 @@ def _study_id(job: Job) -> str:
 def _source_name(job: Job) -> Path:
     """Return the path of a file that contains the name of the folder with the job's source model.
 
-    The file exists if this study or an earlier study has trained the model.
+    `_keep_source` writes the file after a task of this study or an earlier study has trained the model.
     """
     key = hashlib.sha256(repr((job.source, package_info())).encode()).hexdigest()[:16]
     return job.folder.parent / _SOURCES / f"{key}.txt"
 
 
 def _keep_source(job: Job, packed: bytes) -> None:
-    """Unpack the source model into the output folder, to which saved adapters refer.
+    """Unpack the source model of `job` into the output folder, because saved adapters refer to this copy of the model.
 
-    The file `_source_name(job)` then contains the name of the model's folder.
+    Write the name of the model's folder to the file `_source_name(job)`.
     """
     for folder in _unpack(packed, job.folder.parent / _SOURCES, keep=True):
         with atomic_write(_source_name(job)) as unfinished:
@@ -189,8 +190,8 @@ def _train_source(job: Job, study: str) -> bytes:
 def _run_on_node(job: Job, study: str, source: bytes | None, artifacts: str | None) -> tuple[Path, str, bytes]:
     """Run `job` on a node. Return the study's folder on the node, the text of the log, and the packed files of the job.
 
-    If the job did not finish, only its record is packed. Its other files stay on the node, and a new attempt on this
-    node continues from its last checkpoint.
+    If the job did not finish, only its record is packed. The other files of the job stay on the node, and a new attempt
+    on this node continues from the last checkpoint.
     """
     root = Path(tempfile.gettempdir(), study)
     moved = job.moved_to(root)

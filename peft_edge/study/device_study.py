@@ -45,7 +45,10 @@ BATCH_SIZE, MOMENTUM, LORA_RANK = 8, 0.9, 4
 
 
 class DeviceCase(NamedTuple):
-    """A network, its images and the layers to train. If `task` is empty, the images are random and have no accuracy."""
+    """A network, its images and the layers to train.
+
+    If `task` is empty, the images are random, and no accuracy is measured.
+    """
 
     name: str
     """The name in records and tables."""
@@ -118,7 +121,7 @@ class DeviceRecord(JsonModel):
     export_s: float
     """Seconds that `export_train_step` took."""
     file_bytes: dict[str, int]
-    """A dict from the name of each file in the exported folder to its size in bytes."""
+    """The size in bytes of each file in the exported folder, by file name."""
     parameters: int
     """The number of trained parameters."""
     system: dict[str, str]
@@ -228,7 +231,7 @@ def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
 
 
 def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]:
-    """Return the base model and its images: those of the first target or, without a task, random images."""
+    """Return the base model, and the images of the first target domain. If the case has no task, images are random."""
     if not case.task:
         torch.manual_seed(seed)
         base = load_backbone(case.network, 10)
@@ -288,7 +291,7 @@ def read_device_records(folder: Path) -> list[DeviceRecord]:
     """Read all records in `folder`, in the order of their cases in `CASES`.
 
     Raises:
-        ValueError: If a file is not a record.
+        ValueError: If a `.json` file in `folder` is not a record.
     """
     records = [DeviceRecord.from_json(file.read_bytes()) for file in sorted(folder.glob("*.json"))]
     order = {(case.name, case.network, case.target_modules): index for index, case in enumerate(CASES)}

@@ -1,6 +1,6 @@
 """Train an exported adapter in ONNX Runtime or in PyTorch. `device_study` starts this script in a process of its own.
 
-`python device_worker.py onnx|torch JOB` reads the JSON file JOB, which `device_study` describes. With `onnx`, the
+`python device_worker.py onnx|torch JOB` reads the JSON file JOB, which `device_study` has written. With `onnx`, the
 process imports neither PyTorch nor this package.
 """
 

@@ -1,4 +1,4 @@
-"""Define the class `Job`, which training runs and cost analyses of a study share, and the class of training runs."""
+"""`Job`, the base class of the training runs and cost analyses in a study, and `RunJob`, the class of training runs."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class Job(ABC):
     def source(self) -> str | None:
         """A string that identifies the source model of the job. None if the job has no source model.
 
-        Jobs with the same string share one source model.
+        The source model is the network before adaptation. Jobs with the same string share one source model.
         """
         return None
 
@@ -119,7 +119,7 @@ class Job(ABC):
 
     @abstractmethod
     def train_source(self) -> None:
-        """Train the source model and write it to the cache, unless it is there. Do nothing if `source` is None."""
+        """Train the source model and write it to the cache. Do nothing if it is in the cache or `source` is None."""
 
     @abstractmethod
     def run(self) -> None:
@@ -127,7 +127,7 @@ class Job(ABC):
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Record that the job failed. Called if `run` wrote no record, for example because its process was killed."""
+        """Record that the job failed. The caller makes sure that `run` has written no record of this failure."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,8 @@ class RunJob(Job):
     @property
     def record(self) -> Record | None:
         """The newest record of this configuration, of a success or a failure. None if there is no such record."""
-        # Ignore records of an earlier version of the recipe. Folders are not compared, because they may have moved.
+        # Ignore records of other configurations, such as one from before a configuration file was edited. Folders are
+        # not compared, because they may have moved.
         config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
         found = filter(
             None, (read_record(folder / "record.json", Record) for folder in (self.folder, self.failed_folder))

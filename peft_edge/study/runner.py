@@ -39,7 +39,8 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
         cluster: The Ray cluster that runs the jobs instead of processes on this machine.
 
     Raises:
-        ValueError: If another call is working in the same folder, or a record is damaged. The message names the file.
+        ValueError: If another call is working in the same output folder, or a record is damaged. The message contains
+            the path.
         OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
@@ -71,7 +72,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs with the first job of each `source` in front. Other jobs of this source wait for its model."""
+    """Return the jobs in a new order: first one job for each source model, then all jobs that share these models."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source or job.name, []).append(job)
@@ -79,7 +80,7 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _copy_record(job: Job, results: Path) -> None:
-    """Copy the record of `job` without local paths to `results`, unless an equal copy exists or there is no record."""
+    """Copy the record of `job`, without local paths, to `results`. Do nothing if there is no record or no change."""
     record = job.record
     if record is None:
         return
