@@ -137,7 +137,7 @@ def is_in_backward() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape but no values, as in `peft_edge.profiling`."""
+    """Return whether a tensor has a shape but no values. `peft_edge.profiling` runs models on such tensors."""
     return isinstance(tensor, FakeTensor)
 
 

@@ -20,9 +20,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
     """Yield a temporary path in the folder of `path`, and rename the file or folder there to `path` after the block.
 
     If the block fails, `path` is unchanged. If the process is killed, the temporary file remains until the next call
-    deletes it. A file always has either its old or its new content, even after a power cut. Replacing a folder by a
-    folder takes two renames. If the process is killed between the two renames, `path` is missing, and the old folder is
-    at `.<name>.replaced`.
+    for `path` deletes it. A file always has either its old or its new content, even after a power cut. Replacing a
+    folder by a folder takes two renames. If the process is killed between the two renames, `path` is missing, and the
+    old folder is at `.<name>.replaced`.
 
     Raises:
         OSError: If the disk is full, if a file would replace a folder, or if a folder would replace a file.

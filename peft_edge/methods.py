@@ -32,7 +32,7 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "sgd-momentum": partial(SGD, momentum=0.9),
     "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
 }
-"""A dict from name to optimizer constructor. Adafactor is from Transformers, without its own schedule."""
+"""The constructor of each optimizer, by name. Adafactor is the one from Transformers, without its own schedule."""
 
 _GALORE: dict[str, OptimizerFactory] = {
     "adamw": optim.GaLoreAdamW,
@@ -48,7 +48,7 @@ def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
-    # Names in `target_modules` lack PEFT's prefix, so they are looked up in the backbone itself.
+    # `target_modules` contains names of the backbone, without the prefix that PEFT adds to them.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     groups = optim.galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
@@ -76,14 +76,15 @@ class Method:
     in place."""
 
     section: str | None = "adapter"
-    """Configuration section whose keys are the options, in addition to `norm`. None: `norm` is the only option."""
+    """The configuration section whose keys are options of the method. `norm` is an option of every method. If `section`
+    is None, it is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
     """A function that takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and
-    `weight_decay`, and returns the optimizer. None: the method uses no gradients."""
+    `weight_decay`, and returns the optimizer. It is None if the method uses no gradients."""
 
     saves_full_model: bool = False
-    """Save the whole model instead of a PEFT adapter. Needed if the adapter would not contain all trained weights."""
+    """Whether to save the whole model. If False, a PEFT adapter is saved, which must contain all trained weights."""
 
 
 def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
@@ -120,9 +121,8 @@ def _eval_mode(norm: nn.Module, inputs: object) -> None:
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
     """Return a `prepare` function for one of PEFT's own adapters.
 
-    Unless `norm` is frozen, the adapter includes all BatchNorm layers.
-
-    `names` maps keys of the configuration section `adapter` to arguments of `config`.
+    Unless the option `norm` is `frozen`, all BatchNorm layers are saved with the adapter. `names` maps keys of the
+    configuration section `adapter` to arguments of `config`. `fixed` are further arguments of `config`.
     """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
@@ -175,7 +175,7 @@ METHODS: dict[str, Method] = {
     "peft-loha": Method(prepare=_peft(LoHaConfig, _PEFT_LYCORIS)),
     "peft-lokr": Method(prepare=_peft(LoKrConfig, _PEFT_LYCORIS)),
 }
-"""A dict from name to method. The head is trainable in all methods except `none` and `norm-stats`."""
+"""All methods by name. The head is trainable in all methods except `none` and `norm-stats`."""
 
 
 def find_method(name: str) -> Method:

@@ -27,9 +27,9 @@ PLACEMENTS = ("all-conv", "dense", "project", "last-stage")
 LORA_RANKS = (4, 16)
 
 BYTES = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
-"""A dict from unit to number of bytes."""
+"""The number of bytes in each unit."""
 FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
-"""A dict from unit to number of FLOPs."""
+"""The number of FLOPs in each unit."""
 
 
 class Setting(NamedTuple):
@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """The options beyond the defaults of `train.py`, such as `recompute, checkpoint`, or `default`."""
+        """The options that are off by default but on here, such as `recompute, checkpoint`; `default` without any."""
         return ", ".join(name for name in ("recompute", "checkpoint") if self.lean.get(name)) or "default"
 
 
@@ -222,13 +222,13 @@ class PlanOption:
     method: str
     """A key of `METHODS`."""
     target_modules: str | None
-    """A layer role or a regular expression. None if the method does not use the section `adapter`."""
+    """A role name such as `all-conv`, or a regular expression. None if the method has no section `adapter`."""
     lora_rank: int | None
-    """The rank of the adapters. None if the method does not use the section `adapter`."""
+    """The rank of the adapters. None if the method has no section `adapter`."""
     setting: Setting
-    """The first setting with which the step fits. If none fits, the setting of `profile`."""
+    """The first setting with which the step fits. If no setting fits, the last setting that was analysed."""
     profile: StepProfile
-    """The cost of the step."""
+    """The cost of the step with `setting`."""
     excess: list[str]
     """One line for each limit of the budget that the step exceeds; empty if the step fits."""
     evidence: Evidence | None = None
@@ -236,7 +236,7 @@ class PlanOption:
 
     @property
     def name(self) -> str:
-        """Method, placement and rank as text. A placement or rank of None is left out."""
+        """`method`, `target_modules` and `lora_rank` as text. Values that are None are left out."""
         rank = "" if self.lora_rank is None else f"rank {self.lora_rank}"
         return ", ".join(filter(None, (self.method, self.target_modules, rank)))
 
@@ -246,9 +246,10 @@ class Plan:
     """The options that fit a budget, and the options that exceed the budget."""
 
     fitting: list[PlanOption]
-    """Options with evidence, largest `advantage` first; then the others, most trainable parameters first."""
+    """First the options with evidence, in order of decreasing `advantage`; then all options without evidence, in order
+    of decreasing number of trainable parameters."""
     exceeding: list[PlanOption]
-    """Options that exceed the budget with every setting. Higher ranks of the same placement are left out."""
+    """Options that no setting brings within the budget. Higher ranks of the same placement are left out."""
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
@@ -278,10 +279,10 @@ def find_plan(
     without timm's gradient checkpointing. If a rank does not fit, higher ranks are skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
-    and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are layer roles or regular expressions. `norm` is a value
-    of the key `norm` of `train.py`. Methods that train norms always use "stats". `records` is a folder with records of
-    runs. The runs of this backbone determine the order of the options. If this backbone has no runs, all runs determine
-    the order. `library_bytes` is stored in the result.
+    and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
+    expressions. `norm` is a value of the key `norm` of `train.py`. Methods that train weights of norms always use
+    "stats". `records` is a folder with records of runs. The runs of this backbone determine the order of the options.
+    If this backbone has no runs, all runs determine the order. `library_bytes` is stored in the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.

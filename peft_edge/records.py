@@ -70,13 +70,16 @@ class RunInfo(JsonModel):
     created_at: str
     """When the run started: ISO 8601, UTC."""
     experiment_name: str
-    """`<method>/<name>`, as in PEFT's results."""
+    """`<method>/<name>`, the format that PEFT's `method_comparison` uses."""
     train_config: JsonObject
     """The resolved configuration. The additional key `model_id` is the name of the backbone."""
     peft_config: JsonObject | None = None
     """The configuration of the adapter; null for a method without an adapter."""
     total_time: float | None = None
-    """Duration of the run including source stage and evaluation; null if the run was interrupted and resumed."""
+    """Duration of the run, including the training of the source model and the evaluation.
+
+    Null if the run was resumed after an interruption, or if it failed.
+    """
     peft_branch: str | None = None
     """The git branch of PEFT; null for a released version."""
     error_msg: str = ""
@@ -111,7 +114,7 @@ class TrainingCosts(JsonModel):
     loading_s: float
     """Time in which training waited for batches of images or of stored features."""
     storing_s: float
-    """Time to load the images and store their features for replay, which an earlier run may have done."""
+    """Time to load the images and store their features for replay. If an earlier run did this, the time of that run."""
     statistics_s: float
     """Time to load the images and estimate BatchNorm statistics."""
     validation_s: float
@@ -153,9 +156,10 @@ class TrainInfo(JsonModel):
     replay: JsonObject | None = None
     """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
     checks: dict[str, float] = {}
-    """The largest absolute logit difference of the reloaded model, and of the merged model, from the trained model."""
+    """The largest absolute difference between logits of the trained model and of the reloaded model, and the largest
+    absolute difference between logits of the trained model and of the merged model."""
     changes: dict[str, KernelChange] = {}
-    """A dict from the name of each changed convolution to its change; empty if the update cannot be merged."""
+    """The change of each changed convolution, by module name. Also empty if the update cannot be merged."""
 
     @property
     def seconds(self) -> float | None:
@@ -226,9 +230,12 @@ class StepProfile(JsonModel):
     memory_forward_end_bytes: int | None = None
     """Bytes of all live tensors at the end of the forward pass."""
     cuda_peak_bytes: int | None = None
-    """Peak bytes of CUDA's allocator in the step; null for layers, and without CUDA."""
+    """Peak bytes of CUDA's allocator in the step; null for layers, without CUDA, and for analyses on fake tensors."""
     peak_rss_bytes: int | None = None
-    """Peak physical memory of the process in the step; since the process start if the system cannot reset the peak."""
+    """Peak physical memory of the process in the step. If the system cannot reset the peak, since the process started.
+
+    Null for layers, on Windows, and for analyses on fake tensors.
+    """
     adapter_bytes: int | None = None
     """Bytes of the tensors in the saved adapter, or of the trainable parameters for a method without an adapter."""
 
@@ -266,7 +273,7 @@ class CostRecord(JsonModel):
     kind: str
     """`standard`, `depthwise` (a network with depthwise convolutions) or `transformer`."""
     method: str
-    """`full`, `lora`, `dora` or another key of `METHODS`."""
+    """A key of `METHODS`, such as `full`, `lora` or `dora`."""
     setting: JsonObject
     """LoRA rank, batch size, image size or sequence length, optimizer, FLOP accounting, norm, target modules and lean
     options; an option that does not apply is null."""
@@ -297,7 +304,7 @@ def read_record(file: Path, kind: type[M]) -> M | None:
 
 
 def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
-    """Write a record on one line to `<folder>/<name>.json`, replacing an existing file, and return the path."""
+    """Write a record on one line to the file `<folder>/<name>.json`. Replace an existing file, and return the path."""
     file = folder / f"{name}.json"
     with atomic_write(file) as unfinished:
         text = json.dumps(record.model_dump(), separators=(",", ":"), allow_nan=False)
@@ -383,7 +390,10 @@ def _find_record(file: Path) -> Record | CostRecord | None:
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Return a dict from `<name>-version` to a version or None, for packages that affect results and for `more`."""
+    """Return the versions of packages that affect results, and of the packages `more`. The keys are `<name>-version`.
+
+    The version of a package that is not installed is None.
+    """
     names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
     return {f"{name}-version": _version(name) for name in names}
 
@@ -396,7 +406,7 @@ def _version(name: str) -> str | None:
 
 
 def system_info(**more: str) -> dict[str, str]:
-    """Return a dict with the names of the operating system, its version, the processor, and the entries of `more`."""
+    """Return a description of the operating system and the processor as a dict, with the additional entries `more`."""
     return {
         "system": platform.system(),
         "release": platform.release(),

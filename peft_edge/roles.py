@@ -90,7 +90,7 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a module, with base layers for adapted layers. Layers of `modules_to_save` are left out."""
+    """Yield the children of a module, but the base layers of adapted layers. Leave out layers in `modules_to_save`."""
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

@@ -67,7 +67,7 @@ def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
 
 
 def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title: str, label: str) -> None:
-    """Draw a stacked bar for each row of `parts`, from the top, and a dashed line at 100.
+    """Draw a stacked bar for each row of `parts`, with the first row at the top, and a dashed line at 100.
 
     `parts` holds the length of each part (column) of each bar (row). The columns `min` and `max` of `ranges` are the
     range of the total length of each bar. `label` is the quantity with its unit.
@@ -91,9 +91,9 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
 def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str) -> None:
     """Draw a panel of bars for each title in `panels`. `label` is the quantity with its unit.
 
-    Each frame in `panels` holds the lengths of the bars: a row for each name, from the top, and a column for each
-    group. All frames must have the same rows. A group has the same style in every panel. A missing length is shown as
-    "no record".
+    Each frame in `panels` holds the lengths of the bars. It has a column for each group of bars, and a row for each
+    name, with the first row at the top. All frames must have the same rows. A group has the same style in every panel.
+    A missing length is shown as "no record".
     """
     groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
     names = next(iter(panels.values())).index.tolist()
@@ -132,7 +132,7 @@ def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
-    """Return a dict from each method to its colour, marker and line. Keys of `METHODS` always have the same style."""
+    """Return colour, marker and line of each method. A key of `METHODS` has the same style in every figure."""
     order = [*METHODS, *(name for name in names if name not in METHODS)]
     return {
         name: {

@@ -50,7 +50,7 @@ CSV_NAMES = {
     "file": "record",
     "full_file": "full_record",
 }
-"""A dict from column names in frames to column names in CSV files. Other columns keep their names."""
+"""For columns that have another name in CSV files than in frames: the name in CSV files, by the name in frames."""
 
 _GRID = "configs/study/costs.yaml"
 _LARGEST_REDUCTIONS = {
@@ -79,8 +79,8 @@ class Claim:
         details: Further results as text.
         setting: Ranks and input sizes of the measured steps.
         table: The table on the page; see `markdown_table`.
-        data: The full table, which names the records of each row.
-        charts: A dict from file names without a suffix to figures.
+        data: The full table for the CSV file, which names the records of each row.
+        charts: The figures, by file name without a suffix.
     """
 
     verdict: str
@@ -177,7 +177,7 @@ def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path
 
 
 def arithmetic_claim(costs: DataFrame) -> Claim:
-    """Compare the FLOPs that adapters save by the accounting of the source study and by the exact accounting."""
+    """Compute how many FLOPs adapters save, counted exactly and counted with the rules of the source study."""
     lacking = not_measured("an adapter's step on a convolutional network", _GRID)
     if costs.empty:
         return lacking
@@ -236,8 +236,9 @@ def _setting_text(steps: DataFrame) -> str:
 def timing_table(timings: DataFrame) -> DataFrame:
     """Return a table of strings with a row for each method and a column for each network and size.
 
-    A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. If `timings` has
-    no ratios without huge pages, a cell has only the first ratio. The cell of a failed contender is `NO_VALUE`.
+    A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. A time ratio is
+    the time of a step divided by the time of a step of full fine-tuning. If `timings` has no ratios without huge pages,
+    a cell has only the first ratio. If a method failed, its cell is `NO_VALUE`.
     """
     cells = []
     for row in timings.itertuples():

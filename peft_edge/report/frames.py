@@ -1,10 +1,11 @@
 """Convert records to pandas frames, and compute the statistics of the report.
 
-`run_frame`, `change_frame`, `cost_frame` and `timing_frame` have one row for each run, changed kernel, analysed step
-and timed step. Every row names the file of its record. `variant_frame` summarises the runs over their seeds.
-`archive_frame` holds every field of every record.
+`run_frame` has one row for each run, `change_frame` for each changed kernel, `cost_frame` for each analysed step, and
+`timing_frame` for each timed step. Every row names the file of its record. `variant_frame` summarises the runs over
+their seeds. `archive_frame` holds every field of every record.
 
-Paths of files and `folder`, the folder of the records, are relative to the page. Without records, a frame is empty.
+Paths of files are relative to the page. So is the argument `folder`, the folder of the records. Without records, a
+frame is empty.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 """The kinds of networks, in the order of tables."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
-"""The forms of a training step: without layers of this package, with its adapter layers, after
-`prepare_model_for_lean_training`, and on stored features."""
+"""The forms of a training step: without layers of this package; with its adapter layers, but without lean training;
+after `prepare_model_for_lean_training`; and on stored outputs of the frozen first layers."""
 
 MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
@@ -60,7 +61,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row for each run that succeeded, sorted by task, network, method, rank and seed.
 
     Columns:
-        name, file: Path of the record in the archive, and relative to the page.
+        name, file: Path of the record: relative to the folder of the records, and relative to the page.
         task: Data set, and the name of the shift or `new classes`.
         backbone, kind: Network, and `depthwise`, `standard` or `unknown`.
         method: Key of `METHODS`, followed by the settings that distinguish runs with the same key, task and network.
@@ -68,12 +69,13 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
         variant: Method and rank. The report compares variants.
         order, seed, trains: Position in `METHODS`, seed, and whether the run has trainable parameters.
-        target, target_before, source, forgetting: Test results.
-        score: Accuracy on the target or, with new classes, the harmonic mean of new and old accuracy.
+        target, target_before: Test accuracy on the target after and before the update.
+        source, forgetting: Test accuracy on the source after the update, and its drop by the update.
+        score: Accuracy on the target. With new classes, the harmonic mean of the accuracies on new and old classes.
         score_label: Label of the score in figures, with its unit.
         memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
-        is_real: Whether the images are not those of an embedded benchmark.
-        norm, retained: The key `norm`, and the retention.
+        is_real: Whether the data set is not one of the benchmarks in `EMBEDDED`, which need no download.
+        norm, retained: Value of the configuration key `norm`, and source accuracy after divided by before the update.
         seconds, training_flops, process: Seconds and FLOPs of the whole training, and peak bytes of the process.
 
     Raises:
@@ -265,7 +267,7 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
         family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
         variant: Family, followed by the settings that distinguish steps with the same family and form.
-        method: Family and form, such as `lora (lean)`, followed by the same settings.
+        method: Family and form, such as `lora (lean)`, followed by the settings that `variant` contains.
         peak, flops: Bytes at the peak, and FLOPs of convolutions and products in the forward and backward pass.
         activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
         is_reference: Whether the step is full fine-tuning in the form `AS_IS`.
@@ -327,16 +329,18 @@ def _cost_row(file: str, record: CostRecord) -> dict[str, object]:
 
 
 def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
-    """Return one row for each contender in each record of `peft-edge bench`. The keys of `records` are paths.
+    """Return one row for each contender (measured method) in each record of `peft-edge bench`.
+
+    The keys of `records` are paths.
 
     Columns, in addition to the network, the setting, the processor, the method (the contender's label) and the record:
-        ratio: Median over the rounds of the step time divided by the time of full fine-tuning in the same round.
+        ratio: Time of a step divided by the time of full fine-tuning in the same round; the median over all rounds.
         lowest, highest: Range of these ratios.
         peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step.
         error: First line of the error; empty if the contender ran.
         process_bytes: Growth of the process in the timed steps.
         compile_s: Seconds of the first step of a compiled contender.
-        ratio_without_huge_pages: As `ratio`, measured without huge pages.
+        ratio_without_huge_pages: The same quantity as `ratio`, measured without huge pages.
 
     Each of the last three columns is omitted if no record has a value for it.
     """

@@ -37,7 +37,8 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
     Args:
         records: Folder with the records of runs and analyses.
         out: Folder of the report. It receives `README.md`, `data.csv` with every record, `claims` with the full table
-            of each section, and `figures` as PNG and SVG. It also receives `photographs.md` if any run is `is_real`.
+            of each section, and `figures` as PNG and SVG. It also receives `photographs.md` if any run used a data set
+            outside `EMBEDDED`.
         bench: Folder with records of `peft-edge bench`. None omits the measured times.
 
     Returns:
@@ -84,7 +85,8 @@ def make_report(
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, real = frames.timing_frame(measured), photographs(archive, runs)
-    # Runs with `is_real` have their own section. If all runs are `is_real`, the other sections also contain them.
+    # Runs with `is_real` (on other data sets than the embedded benchmarks) have their own section. If all runs are such
+    # runs, the other sections contain them too.
     if not runs.empty and not runs["is_real"].all():
         runs = runs[~runs["is_real"]]
     variants = frames.variant_frame(runs)
@@ -159,5 +161,8 @@ def _relative(folder: Path, out: Path) -> str:
 
 
 def _from_beside(out: Path, folder: str) -> str:
-    """Return the path of a folder relative to the parent of `out`, so that the page contains no absolute paths."""
+    """Convert a path relative to `out` to a path relative to the parent of `out`.
+
+    With this path, the command on the page needs no absolute paths.
+    """
     return Path(os.path.normpath(Path(out.resolve().name) / folder)).as_posix()

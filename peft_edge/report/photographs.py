@@ -1,4 +1,4 @@
-"""Compute the section of the report on runs whose images are not those of an embedded benchmark."""
+"""Compute the section of the report on photographs: runs on data sets outside `EMBEDDED`, the embedded benchmarks."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _COSTS: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs:
-    """The section on runs with `is_real`, whose images are not those of an embedded benchmark.
+    """The section on runs with `is_real`: runs on data sets outside `EMBEDDED`, the embedded benchmarks.
 
     Attributes:
         claims: The claims `accuracy`, `updates` and `choice` of the page, computed from these runs alone.
         retention: A sentence that compares the retention with `norm=frozen` and with `norm=stats`. Empty if no method
-            was run with both.
-        tables: A dict from "<task>, <network>" to a table with a row for each variant.
-        data: A row for each task, network and variant, with means, standard errors and the names of its records.
+            was run with both values of `norm`.
+        tables: Tables with a row for each variant. The keys have the form "<task>, <network>".
+        data: A row for each task, network and variant, with means, standard errors and the names of the records.
     """
 
     claims: dict[str, Claim]
@@ -41,7 +41,7 @@ class Photographs:
 
 
 def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
-    """Return the section on the rows of `runs` with `is_real`, or None if there is no such row."""
+    """Return the section on the rows of `runs` for which `is_real` is True, or None if there is no such row."""
     runs = runs[runs["is_real"]] if not runs.empty else runs
     if runs.empty:
         return None

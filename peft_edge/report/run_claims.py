@@ -39,7 +39,7 @@ _MEASURE_LABELS = {
 
 
 def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
-    """Compare the scores of all methods and ranks, by paired differences over seeds."""
+    """Compare the scores of all methods and ranks. Differences are paired: between runs with the same seed."""
     if runs.empty:
         return not_measured("a run that has succeeded", _GRID)
     trained, charts = variants[variants["trains"]], {}

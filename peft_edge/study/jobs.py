@@ -127,7 +127,7 @@ class Job(ABC):
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
-        """Record that the job failed. The caller makes sure that `run` has written no record of this failure."""
+        """Record that the job failed with `reason`, for example because its process was killed."""
 
 
 @dataclass(frozen=True)
