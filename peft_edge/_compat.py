@@ -254,7 +254,7 @@ RAW_FORMULA = "_get_raw"
 
 
 def backward_pass_id() -> int:
-    """Return the number of the backward pass of this thread, or -1 outside a pass; torch has no public function."""
+    """Return the number of this thread's backward pass, or -1 if none runs; torch has no public function for this."""
     return torch._C._current_graph_task_id()
 
 

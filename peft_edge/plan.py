@@ -66,7 +66,7 @@ class Budget:
     flops: int | None = None
     """FLOPs of a step, including the optimizer step. A multiply-add counts as two FLOPs."""
     adapter_bytes: int | None = None
-    """Bytes of the saved update."""
+    """Bytes of the saved adapter or, for a method without an adapter, of the trainable parameters."""
 
     def excess(self, profile: StepProfile) -> list[str]:
         """Return one line of text for each limit that the profiled step exceeds. None in `profile` counts as 0."""
@@ -217,7 +217,7 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """A method with placement, rank and setting, and the cost of a training step with these choices."""
+    """A method, the layers that it adapts, its rank and its setting, and the cost of such a training step."""
 
     method: str
     """A key of `METHODS`."""
@@ -298,8 +298,8 @@ def find_plan(
     can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # Method, layers, and index of the setting in the option. For a placement that contains all these layers and
-        # more, the search starts at this setting.
+        # Method, layers, and index of the setting that was found for them. For a placement that contains all these
+        # layers and more, the search starts at this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         lean_options = [lean for lean in _LEAN_OPTIONS if can_checkpoint or not lean.get("checkpoint")]
         for method, (place, layers) in bar:
@@ -339,10 +339,10 @@ def _can_checkpoint(backbone: nn.Module) -> bool:
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return the name and the layers of each placement in `target_modules`, fewest layers first.
+    """Return (name, names of layers) for each entry of `target_modules`, with fewest layers first.
 
-    Placements without layers are left out. If several placements have the same layers, only the first is returned. If
-    the method does not use the configuration section `adapter`, return one pair: None and no layers.
+    Entries without layers are left out. If several entries have the same layers, only the first entry is returned. If
+    the method does not use the configuration section `adapter`, return only the pair of None and an empty set.
     """
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role

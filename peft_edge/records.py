@@ -285,7 +285,7 @@ class CostRecord(JsonModel):
 
 
 def read_record(file: Path, kind: type[M]) -> M | None:
-    """Read the record in a file, or return None if there is no file.
+    """Read the record in `file`, or return None if `file` does not exist.
 
     Raises:
         ValueError: If the file is damaged, or a newer version has written it. The message names the file.

@@ -120,8 +120,8 @@ def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
     """Return the name of the last stage, or None if timm's `feature_info` is missing or lists no stages.
 
     timm lists only stages after which the resolution changes. Other stages may follow (in GhostNet, `blocks.9` follows
-    `blocks.7`). Let `stack` be the module that contains the last listed stage. The result is the last child of `stack`
-    with convolutions or, if the stage is not inside another module, the last listed stage.
+    `blocks.7`). If the last listed stage is inside a module, such as `blocks`, the result is the last child of this
+    module that contains convolutions. Otherwise, the result is the last listed stage itself.
     """
     found = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
     # timm's blocks have a method `feature_info`, whereas networks have an attribute of this name.

@@ -84,10 +84,10 @@ def analyse(
         batch_size: Images or sequences in the step.
         image_size: Height and width of the images in pixels.
         sequence_length: Tokens in a sequence, for text models of transformers.
-        optimizer: A key of `OPTIMIZERS`, or a function that maps the list of trainable parameters to an optimizer. None
-            omits the update.
+        optimizer: A key of `OPTIMIZERS`, or a function that maps the list of trainable parameters to an optimizer. If
+            it is None, the step ends without an update.
         adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. Requires a method name.
-        lean: Arguments of `prepare_model_for_lean_training`. None does not call this function.
+        lean: Arguments of `prepare_model_for_lean_training`. If it is None, the model is not prepared in this way.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments. Tensors may be on the
             meta device. None means token ids of shape (batch_size, sequence_length) for text models of transformers,
             and images of shape (batch_size, 3, image_size, image_size) for all other models.

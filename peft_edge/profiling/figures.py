@@ -33,9 +33,10 @@ class StackedBars:
     spread: Sequence[tuple[float, float]] = ()
     """The lowest and the highest measured length of each bar. If `spread` is empty, no ranges are drawn."""
     line: float | None = None
-    """Position of a dashed reference line. None draws no line."""
+    """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Diamonds on the bars: for each label in the legend, a position on each bar. None draws no diamond on this bar."""
+    """The positions of diamonds: one for each bar, by label in the legend. At a position of None, there is no diamond.
+    """
     number_format: str = ""
     """The format of the total length that is printed at the end of each bar. If it is empty, no length is printed."""
 

@@ -95,8 +95,8 @@ def count_flops(
     Args:
         model: The model, in train or eval mode. The backward pass is omitted if the loss requires no gradient.
         inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments.
-        optimizer: The optimizer of the model's parameters. None omits the update.
-        loss_fn: Function that maps the model's output to a scalar. None uses the default loss of `take_step`.
+        optimizer: The optimizer of the model's parameters. If it is None, the step ends without an update.
+        loss_fn: Function that maps the model's output to a scalar. None means the default loss of `take_step`.
         accounting: See `FlopCounter`.
 
     Raises:

@@ -407,7 +407,7 @@ class ProcessPeak:
         self._read()
 
     def _read(self) -> None:
-        """Update the peaks of this block with the peaks since the last reset, if these are higher."""
+        """Read the peaks since the last reset, and update the peaks of this block where the new values are higher."""
         peak = peak_rss_bytes()
         self.peak_rss_bytes = None if peak is None else max(peak, self.peak_rss_bytes or 0)
         if self._rss_before is not None and self.peak_rss_bytes is not None:
@@ -439,7 +439,10 @@ def peak_rss_bytes() -> int | None:
 
 
 def reset_peak_rss() -> bool:
-    """Reset the process's peak to its current physical memory. Return whether this succeeded: never outside Linux."""
+    """Reset the peak of the process's physical memory to the current value. Return whether the reset succeeded.
+
+    It fails on all systems except Linux, and in containers that do not allow it.
+    """
     try:
         # According to proc(5), the value 5 resets only the peak.
         _CLEAR_REFS.write_text("5")

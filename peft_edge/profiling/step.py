@@ -63,7 +63,7 @@ def _default_loss(output: object) -> Tensor:
 
 
 def logits_of(output: object, *, advice: str) -> Tensor:
-    """Return `output.logits` if the output has this attribute, otherwise the output.
+    """Return `output.logits` if `output` has this attribute. Otherwise, return `output`.
 
     Raises:
         ValueError: If the result is not a tensor. The message ends with `advice`.

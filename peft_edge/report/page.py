@@ -39,7 +39,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
         out: Folder of the report. It receives `README.md`, `data.csv` with every record, `claims` with the full table
             of each section, and `figures` as PNG and SVG. It also receives `photographs.md` if any run used a data set
             outside `EMBEDDED`.
-        bench: Folder with records of `peft-edge bench`. None omits the measured times.
+        bench: Folder with records of `peft-edge bench`. If it is None, the page contains no measured times.
 
     Returns:
         The paths of the written files.

@@ -133,7 +133,9 @@ def short_labels(variants: list[str]) -> list[str]:
 
 
 def _retention(runs: DataFrame) -> str:
-    """Return a sentence that compares runs with `norm=frozen` and with `norm=stats`, or `""` if no method has both.
+    """Return a sentence that compares runs with `norm=frozen` to runs with `norm=stats`.
+
+    If no method has runs with both values, return `""`.
 
     Only variants with the largest number of seeds are compared.
     """

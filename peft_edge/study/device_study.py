@@ -1,9 +1,8 @@
 """Train adapters in ONNX Runtime and in PyTorch on the same batches, and record accuracy, time, memory and file sizes.
 
 `python -m peft_edge.study.device_study --out reports/device --work runs/device-study` writes one record for each case
-of `CASES` and each seed. Records that exist are not measured again. `--guide FILE` replaces the table in a Markdown
-file.
-The photographs and sketches are those of PACS, which `configs/tasks/pacs_sketch.yaml` describes.
+of `CASES` and each seed. A case whose record exists is not run again. `--guide FILE` replaces the table in a Markdown
+file. The case `photos to sketches` needs the data set PACS in the folders that `configs/tasks/pacs_sketch.yaml` names.
 
 Both runtimes train on one thread, each in a process of its own, with the same options of the memory allocator.
 """
@@ -95,7 +94,7 @@ class RuntimeResult(JsonModel):
     accuracy: float | None
     """The fraction of the target's test images that are classified correctly. None for random images."""
     step_cpu_s: float
-    """The median CPU time of a step in seconds, on one thread, without the first step."""
+    """The median CPU time of a step in seconds, on one thread. The first step does not count."""
     peak_bytes: int
     """The peak physical memory of the process, from its start."""
 

@@ -21,7 +21,9 @@ Step = Callable[[dict[str, np.ndarray]], None]
 
 
 def read_rows(file: Path, shape: list[int], rows: list[int]) -> np.ndarray:
-    """Read rows of a binary file of float32 values. A memory-mapped file would count as memory of the process.
+    """Read rows of a binary file of float32 values.
+
+    The function does not map the file into memory, because mapped pages would count as memory of the process.
 
     Returns:
         The rows, of shape (len(rows), *shape).

@@ -27,7 +27,7 @@ class RunGrid(Section):
     Attributes:
         recipes: Lists of configuration files; wildcards are supported. A run combines one file from each list. If files
             set the same key, the file from the later list takes precedence.
-        grid: A dict from configuration key to the values to try. These values override those of the files.
+        grid: The values to try for each configuration key. They override the values in the configuration files.
     """
 
     recipes: Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]
@@ -39,7 +39,7 @@ class CostGrid(Section):
 
     Attributes:
         networks: Names of timm models, and JSON files with Transformers configurations; wildcards are supported.
-        grid: A dict from attribute of `CostSetting` to the values to try.
+        grid: The values to try for each attribute of `CostSetting`.
     """
 
     networks: Annotated[list[str], Field(min_length=1)]

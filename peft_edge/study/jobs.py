@@ -154,7 +154,7 @@ class RunJob(Job):
 
     @property
     def record(self) -> Record | None:
-        """The newest record of this configuration, of a success or a failure. None if there is no such record."""
+        """The newest record of a run with this configuration, successful or failed. None if there is no such record."""
         # Ignore records of other configurations, such as one from before a configuration file was edited. Folders are
         # not compared, because they may have moved.
         config = self.config.model_dump(exclude={"output_dir", "cache_dir"})

@@ -165,7 +165,7 @@ def study_table(jobs: Sequence[Job]) -> str:
     A table without rows is left out. A cell contains the mean over the successful jobs ± its standard error, or only
     the mean if all values are equal. The standard error is the sample standard deviation divided by the square root of
     the number of values. The column `runs` or `analyses` contains the number of successful jobs and the statuses of
-    other jobs. `training seconds` is `total_s` of `TrainingCosts`. `tensors MiB` is the peak memory of the tensors in a
+    other jobs. `training seconds` is `seconds` of `TrainInfo`. `tensors MiB` is the peak memory of the tensors in a
     step, and `process MiB` is the peak memory of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]

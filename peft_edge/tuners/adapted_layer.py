@@ -299,7 +299,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
-        """Return the tensors that the base layer would have after also merging `adapter_names`.
+        """Return the tensors that the base layer would have if `adapter_names` were merged too.
 
         The layer does not change. Raise the errors that `merge` would raise.
         """

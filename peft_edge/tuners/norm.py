@@ -172,7 +172,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def states(self) -> nn.ModuleDict:
-        """A dict from adapter names to their `NormState`."""
+        """The `NormState` of each adapter, by adapter name."""
         return self._adapters
 
     @property

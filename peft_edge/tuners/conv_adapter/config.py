@@ -34,7 +34,7 @@ class ConvAdapterConfig(PeftConfig):
         placement: The input of the adapter: the input of the adapted layer (`"parallel"`) or its output
             (`"sequential"`). The adapter's output is added to the output of the layer.
         activation: timm's name of the activation, such as `"relu"`. With None, the adapter is linear. A linear adapter
-            parallel to an ungrouped convolution can be merged, and then has no cost at inference.
+            parallel to an ungrouped convolution can be merged. After merging, it has no cost at inference.
         norm: How the adapter treats the BatchNorm layers. `ConvLoraConfig` describes the values.
         init_weights: If True, the last convolution is initialised to zero, so that the untrained adapter does not
             change the output. If False, it is initialised randomly, for tests.

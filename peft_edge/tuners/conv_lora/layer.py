@@ -142,7 +142,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         conv_cls = _CONVOLUTIONS[len(conv.kernel_size)]
         self.lora_A[adapter_name] = conv_cls(conv.in_channels // conv.groups, r, conv.kernel_size, bias=False)
         self.lora_B[adapter_name] = conv_cls(r, conv.out_channels, 1, bias=config.lora_bias)
-        # LoRA-GA applies only to linear layers. As in PEFT, convolutions then get the default initialisation.
+        # LoRA-GA applies only to linear layers. If it is chosen, PEFT gives convolutions the default initialisation.
         init = True if config.init_lora_weights == "lora_ga" else config.init_lora_weights
         if init:
             self.reset_lora_parameters(adapter_name, init)
