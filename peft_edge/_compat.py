@@ -103,7 +103,9 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Return a shallow copy of a module with `function` applied to its children, or the module if no child changes.
+    """Apply `function` to the children of a module, and return a shallow copy of the module with the results.
+
+    If no child changes, return the module itself.
 
     `setattr` on a shallow copy would also change the original, because both share `_modules`.
     """
@@ -121,7 +123,8 @@ def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) 
 def is_excluded(config: PeftConfig, name: str) -> bool:
     """Return whether `exclude_modules` of `config` matches a module name.
 
-    PEFT's `check_target_module_exists` also returns a false value for a module that matches no pattern at all.
+    PEFT's `check_target_module_exists` returns a falsy value both for excluded modules and for modules that match no
+    pattern, but the types of the two values differ.
     """
     return isinstance(check_target_module_exists(config, name), _ExcludedModule)
 

@@ -97,7 +97,7 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
     """Return a `prepare` function that adapts no convolution, only BatchNorm according to the option `norm`.
 
-    With `saves_head`, the head is also trained. `fixed` are further arguments of `ConvLoraConfig`.
+    If `saves_head` is True, the head is also trained. `fixed` are further arguments of `ConvLoraConfig`.
     """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:

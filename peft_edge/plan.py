@@ -45,7 +45,7 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """The options that are off by default but on here, such as `recompute, checkpoint`; `default` without any."""
+        """The options that are off by default but on here, such as `recompute, checkpoint`. If none, `default`."""
         return ", ".join(name for name in ("recompute", "checkpoint") if self.lean.get(name)) or "default"
 
 
@@ -192,7 +192,7 @@ class Evidence(NamedTuple):
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
-    """Return the evidence for each variant that occurs in `records`. All records must be of successful runs."""
+    """Return the accuracy of each variant that occurs in `records`. All records must be of successful runs."""
     from peft_edge.methods import METHODS
 
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -249,7 +249,7 @@ class Plan:
     """First the options with evidence, in order of decreasing `advantage`; then all options without evidence, in order
     of decreasing number of trainable parameters."""
     exceeding: list[PlanOption]
-    """Options that no setting brings within the budget. Higher ranks of the same placement are left out."""
+    """Options that no setting brings within the budget. Options that differ only by a higher rank are left out."""
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
@@ -272,11 +272,11 @@ def find_plan(
     records: Path | None = None,
     library_bytes: int | None = None,
 ) -> Plan:
-    """Find the methods, placements and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
+    """Find methods, target modules and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
 
     Each combination is analysed with up to three settings, until the step fits: with the lean training of `train.py`,
     then also with recomputation, and then also with checkpointed blocks. The last setting is skipped for networks
-    without timm's gradient checkpointing. If a rank does not fit, higher ranks are skipped.
+    without timm's gradient checkpointing. If the step does not fit with a rank, higher ranks are skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
@@ -366,9 +366,9 @@ def _first_fitting(
     settings: Sequence[Setting],
     step: Mapping[str, Any],
 ) -> PlanOption:
-    """Analyse the step with each of `settings` until it fits, and return the option with the last analysed setting.
+    """Analyse the step with each of `settings` until the step fits. Return the option with the last analysed setting.
 
-    The search also ends if the step exceeds another limit than the memory, because lean options save only memory.
+    The search also ends if the step exceeds a limit other than `memory_bytes`, because lean options save only memory.
     """
     from peft_edge.profiling import analysis
 

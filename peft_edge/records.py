@@ -52,7 +52,8 @@ class JsonModel(BaseModel):
         """Read a block from JSON text.
 
         Raises:
-            ValueError: If a required field is missing or a field has the wrong type. The message names each such field.
+            ValueError: If a required field is missing or a field has an invalid value. The message names all wrong
+                fields.
             UnknownFieldError: If unknown fields are the only mistake.
         """
         try:
@@ -288,7 +289,8 @@ def read_record(file: Path, kind: type[M]) -> M | None:
     """Read the record in `file`, or return None if `file` does not exist.
 
     Raises:
-        ValueError: If the file is damaged, or a newer version has written it. The message names the file.
+        ValueError: If the file is damaged, or a newer version of this package has written it. The message names the
+            file.
     """
     try:
         return kind.from_json(file.read_bytes()) if file.exists() else None

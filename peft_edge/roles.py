@@ -90,7 +90,10 @@ def _walk(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution
 
 
 def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield the children of a module, but the base layers of adapted layers. Leave out layers in `modules_to_save`."""
+    """Yield (name, child) for each child of a module, except layers in `modules_to_save`.
+
+    If a child is an adapted layer, yield its base layer instead.
+    """
     from peft.tuners.tuners_utils import BaseTunerLayer
     from peft.utils import AuxiliaryTrainingWrapper
 

@@ -119,7 +119,7 @@ class ProfilingCallback(TrainerCallback):
         self._planned: deque[AbstractContextManager[object]] = deque()
 
     def close(self) -> None:
-        """End the measurement of the running step, if this step is measured, and discard its sample."""
+        """End the measurement of the running step, if this step is measured, and discard the sample of two steps."""
         self._end_step()
         self._planned.clear()
 
@@ -155,7 +155,7 @@ class ProfilingCallback(TrainerCallback):
     def on_step_begin(
         self, *arguments: object, model: nn.Module, optimizer: Optimizer | None = None, **kwargs: object
     ) -> None:
-        """Start to measure the step if it belongs to a sample."""
+        """Start to measure the step if it is one of the two steps of a sample."""
         is_due = self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0
         if is_due and not self._planned:
             self._planned.extend((CountedStep(model, optimizer), TimedStep(model)))

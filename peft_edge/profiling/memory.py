@@ -106,16 +106,16 @@ def track_memory(
 ) -> MemoryProfile:
     """Measure the memory of one training step, on copies of the model, the optimizer and the inputs.
 
-    Two steps run. The second one is measured, because the first one creates the optimizer's state. The CUDA peak
-    excludes memory that was allocated before the copies.
+    Two steps run. The second step is measured, because the first step creates the optimizer's state. The CUDA peak
+    excludes memory that was allocated before the model was copied.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     >>> profile = track_memory(model, torch.ones(32, 16), optimizer=torch.optim.AdamW(model.parameters()))
     >>> profile.forward_end["parameters"], profile.forward_end["optimizer"]  # two averages and four step counters
     (2176, 4368)
 
-    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. See `count_flops` for
-    the other arguments.
+    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. `count_flops`
+    describes `model`, `inputs`, `optimizer` and `loss_fn`.
 
     Raises:
         ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, the model or the

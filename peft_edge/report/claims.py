@@ -93,7 +93,7 @@ class Claim:
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result. Its `finding` contains the command that creates the `lacking` records."""
+    """Return a claim without a result. Its `finding` names the missing records (`lacking`) and the command for them."""
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
     return Claim(verdict=NOT_MEASURED, finding=finding)
@@ -223,7 +223,7 @@ def _draw_arithmetic(adapters: DataFrame, path: Path) -> None:
 
 
 def comparable_steps(costs: DataFrame) -> DataFrame:
-    """Return the rows of `costs` that have a reference (`full_file`). The references themselves are excluded."""
+    """Return the rows of `costs` that have a reference, a step of full fine-tuning. The references are excluded."""
     return costs[~costs["is_reference"] & costs["full_file"].notna()]
 
 

@@ -63,19 +63,20 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     Columns:
         name, file: Path of the record: relative to the folder of the records, and relative to the page.
         task: Data set, and the name of the shift or `new classes`.
-        backbone, kind: Network, and `depthwise`, `standard` or `unknown`.
+        backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
         method: Key of `METHODS`, followed by the settings that distinguish runs with the same key, task and network.
         family: Key of `METHODS` without `peft-`.
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
         variant: Method and rank. The report compares variants.
         order, seed, trains: Position in `METHODS`, seed, and whether the run has trainable parameters.
         target, target_before: Test accuracy on the target after and before the update.
-        source, forgetting: Test accuracy on the source after the update, and its drop by the update.
+        source, forgetting: Test accuracy on the source after the update, and how much the update lowered it.
         score: Accuracy on the target. With new classes, the harmonic mean of the accuracies on new and old classes.
         score_label: Label of the score in figures, with its unit.
         memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
         is_real: Whether the data set is not one of the benchmarks in `EMBEDDED`, which need no download.
-        norm, retained: Value of the configuration key `norm`, and source accuracy after divided by before the update.
+        norm: Value of the configuration key `norm`.
+        retained: Test accuracy on the source after the update, divided by the accuracy before the update.
         seconds, training_flops, process: Seconds and FLOPs of the whole training, and peak bytes of the process.
 
     Raises:
@@ -153,11 +154,12 @@ def variant_frame(runs: DataFrame) -> DataFrame:
         seeds, records: Number of runs, and the files of their records.
         score, target, source: Means over the seeds.
         score_std, target_std, source_std: Sample standard deviations; missing for one seed.
-        gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in points.
+        gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in percentage points.
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
         is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
-        is_equal: Whether the paired difference from the best variant is not clear. True with fewer than two pairs.
+        is_equal: Whether the paired difference from the best variant is not clear (see `paired_differences`). True with
+            fewer than two pairs.
         is_pareto: Whether no other variant dominates this variant in score and costs. False if the costs are missing.
         to_full_..., to_head_...: `paired_differences` with the references `full` and `head`.
     """
@@ -218,8 +220,9 @@ def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
 
     Returns:
         For each row the `mean` difference, its standard `error`, the number of `pairs`, and whether the difference is
-        `clear`. `error` is the sample standard deviation divided by sqrt(pairs). With fewer than two pairs, `error` is
-        missing and `clear` is False. The row `reference` has 0 pairs. Without this row, all rows have 0 pairs.
+        `clear` (see `STANDARD_ERRORS`). `error` is the sample standard deviation divided by sqrt(pairs). With fewer
+        than two pairs, `error` is missing and `clear` is False. The row `reference` has 0 pairs. If `scores` has no row
+        `reference`, all rows have 0 pairs.
     """
     differences = scores - scores.loc[reference] if reference in scores.index else scores * np.nan
     differences.loc[differences.index == reference] = np.nan
@@ -335,7 +338,7 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
 
     Columns, in addition to the network, the setting, the processor, the method (the contender's label) and the record:
         ratio: Time of a step divided by the time of full fine-tuning in the same round; the median over all rounds.
-        lowest, highest: Range of these ratios.
+        lowest, highest: Smallest and largest ratio of all rounds.
         peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step.
         error: First line of the error; empty if the contender ran.
         process_bytes: Growth of the process in the timed steps.

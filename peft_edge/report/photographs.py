@@ -135,9 +135,7 @@ def short_labels(variants: list[str]) -> list[str]:
 def _retention(runs: DataFrame) -> str:
     """Return a sentence that compares runs with `norm=frozen` to runs with `norm=stats`.
 
-    If no method has runs with both values, return `""`.
-
-    Only variants with the largest number of seeds are compared.
+    If no method has runs with both values, return `""`. Only variants with the largest number of seeds are compared.
     """
     trained = runs[runs["trains"] & ~runs["family"].isin(["norm-affine", "norm-stats"])]
     seeds = trained.groupby([*CONTEST, "variant"])["seed"].transform("nunique")

@@ -94,7 +94,7 @@ class CostSetting(Section):
 
 @dataclass(frozen=True)
 class CostJob(Job):
-    """A job that analyses the cost of a network. `network` is an argument of `load_network`."""
+    """A job that analyses the cost of a network. `network` is a timm name or a JSON file; see `load_network`."""
 
     network: str
     options: CostSetting
@@ -160,7 +160,7 @@ def kind_of(model: nn.Module) -> str:
 
 
 def analyse_cost(network: str, setting: CostSetting) -> CostRecord:
-    """Compute the cost of one training step. `network` is an argument of `load_network`."""
+    """Compute the cost of one training step. `network` is a timm name or a JSON file; see `load_network`."""
     model, setting = load_network(network), setting.applicable_to(network)
     kind = kind_of(model)
     step = setting.model_dump(include={"batch_size", "image_size", "sequence_length", "accounting"}, exclude_none=True)

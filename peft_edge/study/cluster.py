@@ -55,7 +55,7 @@ class Cluster:
         num_cpus: CPU cores for each run. None means `num_threads` of the run.
         num_gpus: GPUs for each run. With 0.5, two runs share a GPU.
         memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory without a
-            reservation. None reserves no memory.
+            reservation. If it is None, no memory is reserved.
         artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes upload the subfolders of each finished
             run (the saved update and the training curves) to this address. If it is None, the nodes send these folders
             back to the output folder.
@@ -178,7 +178,7 @@ def _keep_source(job: Job, packed: bytes) -> None:
 
 
 def _train_source(job: Job, study: str) -> bytes:
-    """Train the source model of `job` on a node. Return its folder as a tar file, and delete the files on the node."""
+    """Train the source model of `job` on a node. Return the model as a tar file, and delete the files on the node."""
     moved = job.moved_to(Path(tempfile.gettempdir(), study, "source", _source_name(job).stem))
     moved.train_source()
     folder = moved.folder.parent / _SOURCES
@@ -228,7 +228,7 @@ def _upload(folder: Path, artifacts: str) -> None:
 
 
 def _pack(folders: Sequence[Path]) -> bytes:
-    """Return `folders` as an uncompressed tar file, because weights hardly compress."""
+    """Return the bytes of a tar file with `folders`. The file is not compressed, because weights hardly compress."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as archive:
         for folder in folders:

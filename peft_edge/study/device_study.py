@@ -230,7 +230,7 @@ def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
 
 
 def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]:
-    """Return the base model, and the images of the first target domain. If the case has no task, images are random."""
+    """Return the base model and the images of the first target domain, or random images if `case.task` is empty."""
     if not case.task:
         torch.manual_seed(seed)
         base = load_backbone(case.network, 10)

@@ -33,7 +33,7 @@ def read_rows(file: Path, shape: list[int], rows: list[int]) -> np.ndarray:
 
 
 def prepare_onnx(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
-    """Return a function that takes a step in ONNX Runtime, and a function that saves the state."""
+    """Return a function that takes a step in ONNX Runtime, and a function that saves the tensors that steps update."""
     from safetensors.numpy import load_file, save_file
 
     folder = Path(job["folder"])

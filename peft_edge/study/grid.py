@@ -27,7 +27,7 @@ class RunGrid(Section):
     Attributes:
         recipes: Lists of configuration files; wildcards are supported. A run combines one file from each list. If files
             set the same key, the file from the later list takes precedence.
-        grid: The values to try for each configuration key. They override the values in the configuration files.
+        grid: The values to try for each configuration key. These values override the configuration files.
     """
 
     recipes: Annotated[list[Annotated[list[str], Field(min_length=1)]], Field(min_length=1)]

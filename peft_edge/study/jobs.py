@@ -119,7 +119,7 @@ class Job(ABC):
 
     @abstractmethod
     def train_source(self) -> None:
-        """Train the source model and write it to the cache. Do nothing if it is in the cache or `source` is None."""
+        """Train the source model and write it to the cache. Do nothing if the cache has it, or if `source` is None."""
 
     @abstractmethod
     def run(self) -> None:

@@ -241,7 +241,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
     def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
-        """Return the original layer, inside the layers of all tuners."""
+        """Return the layer of the unadapted network, inside the layers of all tuners."""
         return innermost_layer(self.base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
@@ -280,8 +280,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         With `safe_merge=True`, the result is checked for NaN and infinity before the base layer changes.
 
         Raises:
-            ValueError: If `safe_merge` finds a value that is not finite in the base layer's dtype, or if the base layer
-                computes its weight in each forward pass (pruning, parametrisation).
+            ValueError: If `safe_merge` is True and a merged value is not finite in the base layer's dtype, or if the
+                base layer computes its weight in each forward pass (pruning, parametrisation).
             RuntimeError: If an adapter has a bias and the base layer has none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._adapters]

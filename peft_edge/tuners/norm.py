@@ -177,7 +177,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def bias(self) -> None:
-        """Always None, so that PEFT's `bias="lora_only"` finds no bias to train. The option `norm` decides instead."""
+        """Always None, so that PEFT's `bias="lora_only"` does not train it. A `NormState` has the adapter's bias."""
         return None
 
     def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:

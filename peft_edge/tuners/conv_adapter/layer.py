@@ -54,7 +54,7 @@ class ConvSpec:
 
     @classmethod
     def of_convolution(cls, conv: Convolution) -> ConvSpec:
-        """Return the options of a given convolution."""
+        """Return the options of `conv`."""
         padding = None if isinstance(conv, Conv2dSame) else f_pad_sides(conv)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         channels = conv.in_channels, conv.out_channels

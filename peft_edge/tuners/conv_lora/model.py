@@ -175,9 +175,9 @@ def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], i
 
 @torch.no_grad()
 def _combine_saved(wrapper: ModulesToSaveWrapper, adapters: list[str], weights: list[float], into: str) -> None:
-    """Set the copy of a saved module that adapter `into` trains, by task arithmetic.
+    """Combine the adapters' copies of a module in `modules_to_save` by task arithmetic.
 
-    Adapters without a copy of this module contribute no change.
+    The result becomes the copy of adapter `into`. Adapters without a copy of this module contribute no change.
     """
     found = [
         (wrapper.modules_to_save[name], w)
