@@ -77,14 +77,14 @@ class Method:
 
     section: str | None = "adapter"
     """The configuration section whose keys are options of the method. `norm` is an option of every method. If `section`
-    is None, it is the only option."""
+    is None, `norm` is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
     """A function that takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and
     `weight_decay`, and returns the optimizer. It is None if the method uses no gradients."""
 
     saves_full_model: bool = False
-    """Whether to save the whole model. If False, a PEFT adapter is saved, which must contain all trained weights."""
+    """Whether to save the whole model instead of a PEFT adapter. Must be True if the adapter lacks trained weights."""
 
 
 def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:

@@ -229,7 +229,7 @@ class StepProfile(JsonModel):
     temporaries."""
 
     memory_forward_end_bytes: int | None = None
-    """Bytes of all live tensors at the end of the forward pass."""
+    """Bytes of all live tensors at the end of the forward pass. For layers: only the tensors of these layers."""
     cuda_peak_bytes: int | None = None
     """Peak bytes of CUDA's allocator in the step; null for layers, without CUDA, and for analyses on fake tensors."""
     peak_rss_bytes: int | None = None

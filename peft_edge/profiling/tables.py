@@ -89,7 +89,10 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
 
 
 def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
-    """Return (name, bytes) for the saved tensors of the active adapters and for trainable parameters outside adapters."""
+    """Return (name, bytes) for each saved tensor of the active adapters.
+
+    The list also contains each trainable parameter that is not part of an adapter.
+    """
     tensors: list[tuple[str, Tensor]] = []
     adapters: list[str] = []
     if getattr(model, "peft_config", None):

@@ -26,7 +26,7 @@ STUDY_FAMILIES = ("lora", "dora", "galore")
 """The methods of the source study."""
 
 ABOUT_HALF = (0.25, 0.75)
-"""The smallest and the largest ratio that count as "about half". These ratios are nearer to 0.5 than to 0 or 1.
+"""The smallest and the largest ratio that count as "about half". Ratios between them are nearer to 0.5 than to 0 or 1.
 
 The ratio is the saving of a method on depthwise-separable networks divided by its saving on language models.
 """
@@ -50,7 +50,7 @@ CSV_NAMES = {
     "file": "record",
     "full_file": "full_record",
 }
-"""For columns that have another name in CSV files than in frames: the name in CSV files, by the name in frames."""
+"""The names of columns in CSV files, by their names in frames. All other columns have the same name in both."""
 
 _GRID = "configs/study/costs.yaml"
 _LARGEST_REDUCTIONS = {

@@ -79,8 +79,8 @@ class Cluster:
             ValueError: If the protocol of `artifacts` is unknown.
             OSError: If the cluster cannot be reached, or a file cannot be written.
         """
-        # If Ray's memory monitor kills a task, Ray repeats the task. Without this variable, it repeats the task without
-        # limit. The variable must be set before the import.
+        # If Ray's memory monitor kills a task, Ray repeats the task. This variable limits the number of repetitions. It
+        # must be set before the import.
         os.environ.setdefault("RAY_task_oom_retries", str(_MAX_RETRIES))
         with requires_extra("cluster"):
             import fsspec

@@ -330,7 +330,7 @@ class Injection(BaseTuner):
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"The name of an adapter must be non-empty and have no dot, found {adapter_name!r}.")
-        # If target_modules is None, this call sets PEFT's default for the architecture. Without a default, it raises.
+        # If target_modules is None, this call sets PEFT's default for the architecture, or raises if there is none.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_modules_to_save(config, model)
         resolve_roles(config, model)

@@ -177,7 +177,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
                 for adapter, rows in rows_by_adapter(adapter_names).items():
                     y[rows] = self._add_branches(x[rows], y[rows], [adapter] if adapter in self.lora_A else [])
                 return y
-            # If the base layer has hooks or a replaced forward pass, call the base layer so that they run.
+            # If the base layer has hooks or a replaced forward pass, call the base layer. Otherwise they would not run.
             conv = self.base_layer
             if replaces_forward(conv) and not hasattr(conv, "_hf_hook"):
                 return self._by_rows(self._call_replaced_forward, x, adapters, adapter_names)
