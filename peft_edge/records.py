@@ -122,7 +122,8 @@ class TrainingCosts(JsonModel):
     """Time of validation after epochs, which `total_s` does not include."""
     flops: int | None
     """FLOPs of all optimizer steps, of storing features and of estimating statistics, summed over all processes. Null
-    if steps were taken and none was profiled, or if a profile has no FLOPs. The FLOPs of storing and estimating count convolutions and matrix products."""
+    if steps were taken and none was profiled, or if a profile has no FLOPs. The FLOPs of storing and estimating count
+    convolutions and matrix products."""
     process_peak_bytes: int | None
     """Peak physical memory of a training process since the start or the resumption of training, including validation
     and storing. It includes Python and its libraries, but not worker processes that load images. Null on Windows."""
