@@ -246,10 +246,11 @@ class Plan:
     """The options that fit a budget, and the options that exceed the budget."""
 
     fitting: list[PlanOption]
-    """First the options with evidence, in order of decreasing `advantage`; then all options without evidence, in order
-    of decreasing number of trainable parameters."""
+    """First the options whose accuracy is known from runs, in order of decreasing `advantage`; then all other options,
+    in order of decreasing number of trainable parameters."""
     exceeding: list[PlanOption]
-    """Options that no setting brings within the budget. Options that differ only by a higher rank are left out."""
+    """Options that no setting brings within the budget. If several ranks of a method and placement exceed it,
+    only the lowest of these ranks is listed."""
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool

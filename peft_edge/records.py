@@ -136,7 +136,8 @@ class TrainInfo(JsonModel):
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
     """Time of the optimizer steps (`step_s` of `costs`). For a method without gradients, the time in which it estimates
-    statistics. The times of all targets are added. For each target, only the selected learning rate counts."""
+    statistics. The times of all targets are added. If several learning rates were tried for a target, only the
+    time with the selected learning rate is included."""
     costs: TrainingCosts | None = Field(default=None, exclude_if=lambda value: value is None)
     """The costs of training; absent from records of earlier versions, and if nothing was trained."""
     file_size: int | None = None
@@ -161,7 +162,8 @@ class TrainInfo(JsonModel):
     """The largest absolute difference between logits of the trained model and of the reloaded model, and the largest
     absolute difference between logits of the trained model and of the merged model."""
     changes: dict[str, KernelChange] = {}
-    """The change of each changed convolution, by module name. Also empty if the update cannot be merged."""
+    """The change of each changed convolution, by module name. The dict is empty if no convolution changed, or if
+    the update cannot be merged."""
 
     @property
     def seconds(self) -> float | None:

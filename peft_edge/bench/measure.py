@@ -57,11 +57,12 @@ def run_bench(
     `backbone` is the name of a timm model, which then has random weights, or the folder of a saved model. `contenders`
     are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
-    Each contender runs in a separate process, with torch's huge pages. In a step that is not timed, the bench counts
-    the FLOPs and the memory of the tensors. Then each contender takes one timed step in each round, and the order of
-    the contenders is reversed after each round. With `without_huge_pages`, each contender also runs in a second process
-    without huge pages, and both processes take turns. If a contender cannot be built, its output differs from the
-    network's output, or its process dies, the field `error` of its row contains the reason.
+    Each contender runs in a separate process, in which torch allocates large tensors in huge pages. In a step that is
+    not timed, the bench counts the FLOPs and the memory of the tensors. Then each contender takes one timed step in
+    each round, and the order of the contenders is reversed after each round. With `without_huge_pages`, each contender
+    also runs in a second process without huge pages, and both processes take turns. The field `error` of a row contains
+    the reason if the contender cannot be built, if its output differs from the network's output, or if its process
+    dies.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.

@@ -238,7 +238,7 @@ class TransformedImages:
         indices = [index for _, index in keys]
         try:
             rows = self._rows[indices]
-            # `open_image` only opens a JPEG file. `transform` decodes the file, because it knows the required size.
+            # `open_image` opens a JPEG file but does not decode it. `transform` decodes the file at the required size.
             images = [open_image(value) if isinstance(value, dict) else value for value in rows["image"]]
             pixel_values = self._transformed(images, keys)
         except Exception as error:  # Pillow raises many types of exceptions for damaged files

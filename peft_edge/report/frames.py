@@ -341,7 +341,7 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
         lowest, highest: Smallest and largest ratio of all rounds.
         peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step.
         error: First line of the error; empty if the contender ran.
-        process_bytes: Growth of the process in the timed steps.
+        process_bytes: Growth of the physical memory of the process in the timed steps.
         compile_s: Seconds of the first step of a compiled contender.
         ratio_without_huge_pages: The same quantity as `ratio`, measured without huge pages.
 

@@ -377,8 +377,8 @@ def _requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 def recalibrate(model: nn.Module, batches: Iterable[Tensor], *, synchronise: bool = False) -> None:
     """Estimate the BatchNorm statistics of the active adapters on target images. No backward pass is needed.
 
-    The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. The statistics of the
-    base layers do not change. The other layers run in eval mode, and each module has its old mode after the call. If a
+    The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. All other layers run
+    in eval mode, and after the call each module has its old mode. The statistics of the base layers do not change. If a
     batch raises an error, the old statistics are restored. With `norm="recalibrate"`, later training does not change
     the new statistics. Norms that timm's `freeze` converted keep their statistics.
 
