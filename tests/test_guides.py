@@ -150,8 +150,8 @@ def test_a_guide_has_no_link_to_a_missing_file() -> None:
 ROWS_OF_PHOTOGRAPHS = [
     ("none", "none"),
     ("full", "full"),
-    ("lora", "lora"),
-    ("lora", "lora--frozen"),
+    ("lora", "lora--norm=stats"),
+    ("lora", "lora--norm=frozen"),
     ("lora", "lora-last-stage"),
     ("head", "head-replay"),
 ]
@@ -176,10 +176,10 @@ def test_the_table_of_photographs_is_of_the_records() -> None:
     assert len(table) == len(ROWS_OF_PHOTOGRAPHS)
     for line, (method, name) in zip(table, ROWS_OF_PHOTOGRAPHS, strict=True):
         wanted = []
-        for task in ("pacs_sketch", "pacs_art_painting"):
+        for task in ("pacs_sketch", "pacs_art_painting", "pacs_new_classes"):
             records = [
-                json.loads((ROOT / f"reports/results/{method}--{task}--{name}{seed}.json").read_text())
-                for seed in ("", "--seed=1", "--seed=2")
+                json.loads((ROOT / f"reports/results/{method}--{task}--{name}--seed={seed}.json").read_text())
+                for seed in range(3)
             ]
             for key in ("test accuracy", "source test accuracy"):
                 wanted.append(
