@@ -51,6 +51,8 @@ STANDARD_ERRORS = 2
 """A paired difference is clear if its mean is more than this many standard errors from zero."""
 
 _TASK_SETTINGS = ("backbone.", "data.", "source.")
+# These settings of the data belong to the training.
+_TRAINING_SETTINGS = ("data.augment",)
 # Settings that do not change the result, and the seed, because the report averages over seeds.
 _NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling.", "seed")
 # The report compares analysed steps that have the same values in these columns.
@@ -96,7 +98,10 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
         for name in frame["backbone"]
     ]
-    tasks = [{key: config[key] for key in config if key.startswith(_TASK_SETTINGS)} for config in configs]
+    tasks = [
+        {key: config[key] for key in config if key.startswith(_TASK_SETTINGS) and key not in _TRAINING_SETTINGS}
+        for config in configs
+    ]
     frame["task"] += distinguishing_settings(frame[["backbone", "task"]], tasks)
     methods = [{key: config[key] for key in config if not key.startswith(_NOT_COMPARED)} for config in configs]
     frame["method"] += distinguishing_settings(frame[["backbone", "task", "lora_rank", "method"]], methods)

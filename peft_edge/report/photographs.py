@@ -91,7 +91,7 @@ def _table(rows: DataFrame, variants: DataFrame) -> DataFrame:
     for label, (_, row) in zip(labels, rows.iterrows(), strict=True):
         cell = {"method": label, "seeds": str(row["seeds"])}
         cell |= {title: _with_error(row, name) for name, title in _ACCURACIES.items()}
-        if equal[row["variant"]]:
+        if equal[row["variant"]] and row["seeds"] > 1:
             cell["method"] = f"**{label}**"
         for name, (title, unit) in _COSTS.items():
             cell[title] = NO_VALUE if isna(row[name]) else short(row[name] / unit)
@@ -113,6 +113,7 @@ _SHORTER = {
     r", training\.replay_views=(\d+)": r", \1 stored views",
     r", training\.learning_rate=\[([^]]*)\]": r", lr \1",
     r", adapter\.target_modules=": ", ",
+    r", data\.augment=": ", augment ",
 }
 
 
