@@ -1,7 +1,7 @@
-"""Private interfaces of torch, PEFT and timm that this package uses, in one place.
+"""Private interfaces of torch, PEFT, timm and other libraries that this package uses, in one place.
 
 Each entry says why the public interface is not enough. All entries were checked with torch 2.14.1, PEFT 0.21.2, timm
-1.0.31, datasets 5.2.0 and accelerate 1.15.0. `tests/test_compat.py` fails if an upgrade breaks an entry.
+1.0.31, datasets 5.2.0, accelerate 1.15.0 and ray 2.60.0. `tests/test_compat.py` fails if an upgrade breaks an entry.
 """
 
 from __future__ import annotations
@@ -299,3 +299,17 @@ def reset_accelerator() -> None:
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def ray_address(address: str) -> str | None:
+    """Return the `HOST:PORT` to which `ray.init(address)` would connect; None if it would start Ray on this machine.
+
+    Ray has no public function for this. `auto` is the value of `RAY_ADDRESS`, or the cluster that was started last.
+
+    Raises:
+        ConnectionError: If `address` is `auto`, and Ray finds no cluster.
+        ValueError: If `address` is neither `HOST:PORT` nor `auto` nor `local`.
+    """
+    from ray._private.services import canonicalize_bootstrap_address
+
+    return canonicalize_bootstrap_address(address)

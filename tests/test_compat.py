@@ -346,3 +346,12 @@ def test_reset_accelerator_allows_other_settings() -> None:
     Accelerator(cpu=True, mixed_precision="bf16")
     _compat.reset_accelerator()
     assert Accelerator(cpu=True).mixed_precision == "no"
+
+
+def test_ray_address_resolves_what_ray_would(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert _compat.ray_address("auto") == "10.0.0.1:6379"
+    assert _compat.ray_address("10.0.0.2:6379") == "10.0.0.2:6379"
+    assert _compat.ray_address("local") is None
+    with pytest.raises(ValueError, match="Invalid address format: head"):
+        _compat.ray_address("head")

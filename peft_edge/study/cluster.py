@@ -13,6 +13,7 @@ import io
 import logging
 import os
 import platform
+import socket
 import tarfile
 import tempfile
 import time
@@ -24,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from filelock import FileLock
 from tqdm.auto import tqdm
 
+from peft_edge._compat import ray_address
 from peft_edge.files import atomic_write, remove, requires_extra
 from peft_edge.records import add_record, package_info
 from peft_edge.study.jobs import Job
@@ -50,8 +52,8 @@ class Cluster:
     missing, the run starts from the beginning.
 
     Attributes:
-        address: The address of the cluster; `auto` for the cluster that this machine belongs to, or `local` to start
-            Ray on this machine alone.
+        address: `auto` for the cluster that this machine belongs to, `HOST:PORT` if this machine belongs to several
+            clusters, or `local` to start Ray on this machine alone.
         num_cpus: CPU cores for each run. None means `num_threads` of the run.
         num_gpus: GPUs for each run. With 0.5, two runs share a GPU.
         memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory without a
@@ -76,25 +78,30 @@ class Cluster:
 
         Raises:
             ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
-            ValueError: If the protocol of `artifacts` is unknown.
-            OSError: If the cluster cannot be reached, or a file cannot be written.
+            ValueError: If `address` has another form, or the protocol of `artifacts` is unknown.
+            OSError: If the cluster cannot be reached, or `artifacts` or a file cannot be written.
         """
         # If Ray's memory monitor kills a task, Ray repeats the task. This variable limits the number of repetitions. It
         # must be set before the import.
         os.environ.setdefault("RAY_task_oom_retries", str(_MAX_RETRIES))
         with requires_extra("cluster"):
-            import fsspec
             import ray
-        if self.artifacts is not None:
-            fsspec.url_to_fs(self.artifacts)
+
+            if self.artifacts is not None:
+                _check_artifacts(self.artifacts)
         if not jobs:
             return
         is_ours = not ray.is_initialized()
         if is_ours:
+            _check_address(self.address)
             try:
                 ray.init(self.address, log_to_driver=False, logging_level=logging.WARNING)
             except RuntimeError as error:  # for example if the versions of Ray differ
-                raise ConnectionError(f"cannot use the Ray cluster at {self.address}: {error}") from error
+                raise ConnectionError(
+                    f"cannot use the Ray cluster at {self.address}: {error}\nThis machine must belong to the cluster: "
+                    "`ray start --address=HOST:PORT --num-cpus=0` adds it without running jobs here"
+                ) from error
+        self._warn_if_no_node_fits(jobs)
         tasks: dict[ObjectRef, Job] = {}
         sources: dict[str | None, ObjectRef] = {}
         try:
@@ -112,7 +119,7 @@ class Cluster:
             while tasks:
                 if time.monotonic() - refreshed >= _REFRESH_S:
                     refreshed = time.monotonic()
-                    bar.set_description(f"study, {sum(node['Alive'] for node in ray.nodes())} nodes")
+                    bar.set_description(f"study, nodes: {sum(node['Alive'] for node in ray.nodes())}")
                 for ref in ray.wait(list(tasks), timeout=_REFRESH_S, fetch_local=False)[0]:
                     job, cause = tasks.pop(ref), None
                     try:
@@ -133,6 +140,24 @@ class Cluster:
                 for ref in tasks:
                     ray.cancel(ref, force=True)
 
+    def _warn_if_no_node_fits(self, jobs: Sequence[Job]) -> None:
+        """Warn about jobs that no present node can run. They wait, because such a node may join later."""
+        import ray
+
+        def in_words(resources: tuple[float, ...]) -> str:
+            return "{:g} CPU, {:g} GPU and {:.1f} GiB".format(*resources)
+
+        found = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+        nodes = [(node.get("CPU", 0), node.get("GPU", 0), node.get("memory", 0) / 2**30) for node in found]
+        for num_cpus in {self._options(job)["num_cpus"] for job in jobs}:
+            needs = (num_cpus, self.num_gpus, (self.memory or 0) / 2**30)
+            if not any(all(have >= need for have, need in zip(node, needs, strict=True)) for node in nodes):
+                logger.warning(
+                    "a run needs %s. It waits until such a node joins, because the nodes have %s",
+                    in_words(needs),
+                    "; ".join(map(in_words, nodes)),
+                )
+
     def _options(self, job: Job) -> dict[str, Any]:
         num_cpus = job.num_threads if self.num_cpus is None else self.num_cpus
         needs = {"num_cpus": num_cpus, "num_gpus": self.num_gpus, "memory": self.memory}
@@ -150,6 +175,39 @@ class Cluster:
         if folder is not None and folder.is_dir():
             return ray.put(_pack([folder]))
         return ray.remote(_train_source).options(**self._options(job)).remote(job, _study_id(job))
+
+
+def _check_address(address: str) -> None:
+    """Raise an error if nothing listens at the address of the cluster. Ray would try for many minutes."""
+    found = None
+    try:
+        found = ray_address(address)
+        if found is not None:
+            host, _, port = found.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=10).close()
+    except ValueError as error:
+        raise ValueError(
+            f"cluster: expected auto, local or HOST:PORT such as 10.0.0.1:6379, found {address!r}"
+        ) from error
+    except (OSError, OverflowError) as error:
+        raise ConnectionError(
+            f"no Ray cluster answers at {found or address} ({error}): "
+            "start one with `ray start --head --port=6379`, or give the address that it printed"
+        ) from error
+
+
+def _check_artifacts(artifacts: str) -> None:
+    """Write a file to the address `artifacts`, so that a wrong address stops the study before any job runs."""
+    import fsspec
+
+    system, path = fsspec.url_to_fs(artifacts)
+    with tempfile.TemporaryDirectory() as folder:
+        note = "The records of these runs are in the output folder of the study.\n"
+        Path(folder, "peft-edge-study.txt").write_text(note, encoding="utf-8")
+        try:
+            system.put(f"{folder}/", f"{path}/", recursive=True)
+        except Exception as error:  # each file system has errors of its own
+            raise OSError(f"cannot write to {artifacts}: {error!r}") from error
 
 
 def _study_id(job: Job) -> str:

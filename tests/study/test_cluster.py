@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import socket
+import sys
 import tempfile
 import threading
 import time
@@ -101,9 +103,46 @@ def test_artifacts_go_to_their_address_and_the_record_returns(tmp_path: Path, no
     assert job.status == SUCCESS
 
 
-def test_unknown_protocol_is_refused_before_ray_starts(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="Protocol not known: nonsense"):
-        run_grid([fake_job(tmp_path / "a")], results=tmp_path, cluster=Cluster(artifacts="nonsense://bucket"))
+@pytest.fixture
+def closed_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected", "error"),
+    [
+        ({"address": "127.0.0.1:{closed_port}"}, OSError, "no Ray cluster answers at .*refused.*: start one with"),
+        ({"address": "auto"}, OSError, "no Ray cluster answers at .*refused.*: start one with"),
+        ({"address": "10.0.0.1"}, ValueError, "expected auto, local or HOST:PORT .*, found '10.0.0.1'"),
+        ({"address": "localhost:123456"}, OSError, "no Ray cluster answers at .*:123456 "),
+        ({"artifacts": "nonsense://bucket"}, ValueError, "Protocol not known: nonsense"),
+        ({"artifacts": "file://{folder}/file/runs"}, OSError, "cannot write to file://.*/file/runs: "),
+    ],
+)
+def test_wrong_addresses_are_named_before_ray_starts(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    closed_port: int,
+    options: dict[str, str],
+    expected: type[Exception],
+    error: str,
+) -> None:
+    (tmp_path / "file").touch()
+    # A cluster that has ended leaves its address behind.
+    monkeypatch.setenv("RAY_ADDRESS", f"127.0.0.1:{closed_port}")
+    options = {key: value.format(closed_port=closed_port, folder=tmp_path) for key, value in options.items()}
+    with pytest.raises(expected, match=error):
+        run_grid([fake_job(tmp_path / "a")], results=tmp_path, cluster=Cluster(**options))
+    assert not ray.is_initialized()
+    assert not (tmp_path / "a.failed").exists()
+
+
+def test_missing_ray_is_named_with_its_extra(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(ImportError, match=r'ray is not installed: pip install "peft-edge\[cluster\]"'):
+        run_grid([fake_job(tmp_path / "a")], results=tmp_path, cluster=Cluster())
 
 
 @pytest.fixture
@@ -117,7 +156,9 @@ def two_nodes() -> Iterator[ClusterOfNodes]:
 
 
 @pytest.mark.slow
-def test_study_survives_the_loss_of_a_node(tmp_path: Path, two_nodes: ClusterOfNodes) -> None:
+def test_study_survives_the_loss_of_a_node(
+    tmp_path: Path, two_nodes: ClusterOfNodes, caplog: pytest.LogCaptureFixture
+) -> None:
     output_dir = tmp_path / "study"
     jobs = [fake_job(output_dir / str(number), seconds=0.3) for number in range(12)]
     jobs.append(fake_job(output_dir / "killed", "killed"))
@@ -144,3 +185,10 @@ def test_study_survives_the_loss_of_a_node(tmp_path: Path, two_nodes: ClusterOfN
     logs = [job.log.read_text().splitlines() for job in jobs[:11]]
     assert len({lines[0] for lines in logs}) == 1
     assert logs[0][0].startswith("source ")
+    # Runs that no node can hold would wait for a new node.
+    Cluster(memory=2**30)._warn_if_no_node_fits(jobs)
+    assert not caplog.messages
+    Cluster(num_cpus=0.5, num_gpus=1, memory=2**50)._warn_if_no_node_fits(jobs)
+    (warning,) = caplog.messages
+    assert warning.startswith("a run needs 0.5 CPU, 1 GPU and 1048576.0 GiB. It waits until such a node joins")
+    assert "because the nodes have 1 CPU, 0 GPU and " in warning

@@ -117,7 +117,9 @@ def test_a_failure_of_one_process_ends_the_others_with_its_reason(arguments: lis
 
 
 @pytest.mark.distributed
-def test_if_a_machine_dies_the_other_ends_with_the_reason(arguments: list[str], tmp_path: Path) -> None:
+def test_if_a_machine_dies_the_other_ends_with_the_reason_and_one_process_cannot_resume(
+    arguments: list[str], tmp_path: Path
+) -> None:
     first, second = start_on_two_machines("train.py", [*arguments, "training.epochs=1000"], tmp_path / "run")
     while not list(tmp_path.glob("run/checkpoints/*/step_*")):
         assert first.poll() is None, first.communicate()[1]
@@ -133,3 +135,10 @@ def test_if_a_machine_dies_the_other_ends_with_the_reason(arguments: list[str], 
     record = record_of(tmp_path / "run")
     assert record.train_info.status == FAILED
     assert "Connection" in record.run_info.error_msg
+
+    checkpoints = sorted(tmp_path.glob("run/checkpoints/*/step_*"))
+    command = [sys.executable, "train.py", *arguments, "training.epochs=1000", f"output_dir={tmp_path / 'run'}"]
+    alone = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert alone.returncode != 0
+    assert "a run with --num_processes 2, and this one has 1" in alone.stderr
+    assert sorted(tmp_path.glob("run/checkpoints/*/step_*")) == checkpoints
