@@ -14,11 +14,14 @@ import sys
 from collections.abc import Sequence
 
 from peft_edge.allocator import use_huge_pages
-from peft_edge.config import describe_keys, load_config
+
+# Other modules are imported inside the functions, so that Ctrl-C also ends their import with one line.
 
 
 def main(arguments: Sequence[str]) -> None:
     """Run the configuration that `arguments` describe, and print a summary on the main process."""
+    from peft_edge.config import load_config
+
     config = load_config(arguments)
     from peft_edge import training  # after the configuration is checked, because importing torch takes seconds
 
@@ -34,6 +37,8 @@ def is_main_process() -> bool:
 
 def print_help() -> None:
     """Print how to use this program, and all configuration keys."""
+    from peft_edge.config import describe_keys
+
     try:
         print(f"{__doc__}\n{describe_keys()}", flush=True)
     except BrokenPipeError:

@@ -262,6 +262,11 @@ class Record(JsonModel):
     """For each process, one profile of the step and one per LoRA rank. For a failed run, profiles may be missing."""
 
     @property
+    def data_fingerprint(self) -> str | None:
+        """The fingerprint of the images of all domains; None if the run failed before it read them."""
+        return next((info["sha"] for info in self.meta_info.dataset_info.values()), None)
+
+    @property
     def step(self) -> StepProfile | None:
         """The first profile of a whole step, normally of process 0. None if no step was sampled."""
         return next((row for row in self.profile if row.scope == "step"), None)
@@ -343,7 +348,7 @@ def read_archive(folder: Path) -> Archive:
     archive = Archive()
     seen: set[str] = set()
     for file in sorted(folder.rglob("*.json")):
-        record = _find_record(file)
+        record = None if file.is_dir() else _find_record(file)
         # A study stores each record twice: in the folder of the run and, without local paths, in its results.
         if record is None or (key := _identity(record)) in seen:
             continue
@@ -374,21 +379,27 @@ def _find_record(file: Path) -> Record | CostRecord | None:
     Raises:
         ValueError: If the file is a damaged or incomplete record, or a newer version has written the record.
     """
-    # Records of PEFT's own benchmark have the same blocks, but their `train_config` lacks these keys.
+    # Records of PEFT's own benchmark have the same blocks, but their `train_config` has none of these keys.
     keys = {"method", "norm", "backbone", "data", "adapter"}
     content = file.read_bytes()
     try:
         block = json.loads(content)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         if file.name == "record.json" or any(key in content for key in (b'"run_info"', b'"network"')):
             raise ValueError(f"{file} is a record that is cut short or damaged: move it away ({error})") from error
         logger.warning("%s is no JSON, and was left out: %s", file, error)
         return None
     try:
         is_cost = {"network", "method", "profile"}.issubset(block)
-        is_run = "train_info" in block and keys.issubset(block["run_info"]["train_config"])
+        is_run = "train_info" in block and not keys.isdisjoint(block["run_info"]["train_config"])
+        missing = sorted(keys.difference(block["run_info"]["train_config"])) if is_run else []
     except (KeyError, TypeError):  # other JSON files, such as configurations, are no records
         return None
+    if missing:
+        raise ValueError(
+            f"{file} is a record whose run_info.train_config lacks {', '.join(missing)}, so it is damaged, or another "
+            "version of peft-edge has written it: move it away, or install that version"
+        )
     if is_cost:
         return read_record(file, CostRecord)
     return read_record(file, Record) if is_run else None

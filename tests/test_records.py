@@ -244,3 +244,20 @@ def test_machine_is_described_with_additional_entries() -> None:
     assert all(isinstance(value, str) for value in machine.values())
     load = load_average()
     assert load is None or load >= 0
+
+
+def test_record_without_some_keys_of_the_configuration_is_named(tmp_path: Path, record: Callable[..., Record]) -> None:
+    run = record("lora", 0.5)
+    del run.run_info.train_config["norm"]
+    add_record(tmp_path, "a", run)
+    with pytest.raises(ValueError, match=r"a\.json is a record whose run_info.train_config lacks norm"):
+        read_archive(tmp_path)
+
+
+def test_record_of_pefts_benchmark_is_left_out(tmp_path: Path, record: Callable[..., Record]) -> None:
+    add_record(tmp_path, "ours", record("lora", 0.5))
+    run = record("lora", 0.5)
+    run.run_info.train_config = {"model_id": "meta-llama/Llama-3.2-3B", "batch_size": 4}
+    add_record(tmp_path, "theirs", run)
+    (tmp_path / "folder.json").mkdir()
+    assert [*read_archive(tmp_path).runs] == ["ours.json"]

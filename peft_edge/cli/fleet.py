@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
-from peft_edge.cli.models import run_config
+from peft_edge.cli.models import run_record
 from peft_edge.cli.options import choice, count, load_base_model, path
 
 if TYPE_CHECKING:
@@ -58,8 +58,8 @@ def merge_adapters_of_fleet(
         svd_rank=lora_rank,
         density=density,
     )
-    run = run_config(Path(adapters[0]))
-    size = image_size or (run["data"]["image_size"] if run else None)
+    record = run_record(Path(adapters[0]))
+    size = image_size or (record.run_info.train_config["data"]["image_size"] if record else None)
     # Read all folders before anything is written.
     columns = [(folder, accuracies(model, len(adapters), folder, size)) for folder in test or ()]
     save_adapter(model, out)

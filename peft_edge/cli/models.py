@@ -18,7 +18,7 @@ from peft_edge.cli.options import (
     path,
 )
 from peft_edge.config.schema import Interpolation
-from peft_edge.records import JsonObject, Record, read_record
+from peft_edge.records import Record, read_record
 
 IMAGES_HELP = (
     "one or several folders with one subfolder of images per class; also digits, shapes, or source and target for the "
@@ -202,12 +202,14 @@ def _export_network(
     from peft_edge.export.verification import COMPARISON_SIZE, TEST_SIZE, comparison_table, read_images
 
     model = load_any_model(adapter)
-    run = run_config(Path(adapter))
+    record = run_record(Path(adapter))
+    run = record.run_info.train_config if record else None
+    fingerprint = record.data_fingerprint if record else None
     size = image_size or (run["data"]["image_size"] if run else None)
     names = test or calibration or (["source", "target"] if run else ["digits"])
     most = TEST_SIZE if test else COMPARISON_SIZE
     images = {
-        name: read_images(name, model, image_size=size, run=run, comparison_size=most)
+        name: read_images(name, model, image_size=size, run=run, fingerprint=fingerprint, comparison_size=most)
         for name in dict.fromkeys([*names, *calibration])
     }
     if unknown := [name for name in test if images[name].labels is None]:
@@ -256,7 +258,8 @@ def _export_step(
     if not isinstance(model, PeftModel):
         raise ValueError(f"{adapter} is a whole model: --train needs the folder of an adapter, whose weights it trains")
     model.set_adapter(model.active_adapter)  # makes the adapter trainable
-    run = run_config(Path(adapter))
+    record = run_record(Path(adapter))
+    run = record.run_info.train_config if record else None
     size = image_size or (run["data"]["image_size"] if run else input_config(model, None)["input_size"][-1])
     if calibration:
         parts = [read_images(name, model, image_size=size, run=run).calibration for name in calibration]
@@ -290,15 +293,15 @@ def load_states(
     print(f"{out}: the adapter of {', '.join(str(state) for state in states)}")
 
 
-def run_config(folder: Path) -> JsonObject | None:
-    """Return the configuration of the run that wrote `folder`, as read from the file `record.json`.
+def run_record(folder: Path) -> Record | None:
+    """Return the record of the run that wrote `folder`, as read from the file `record.json`.
 
     After a download from the Hub, `record.json` is in `folder`. On the machine of the run, it is in the parent folder.
     Return None if `folder` does not exist or there is no such file.
     """
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:
-            return record.run_info.train_config
+            return record
     return None
 
 

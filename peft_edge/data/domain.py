@@ -7,9 +7,10 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import TypedDict
 
+import numpy as np
 import pyarrow as pa
 import torch
-from datasets import ClassLabel, Dataset, Features, Image
+from datasets import ClassLabel, Dataset, Features, Image, concatenate_datasets
 from PIL import Image as PillowImage
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
@@ -95,6 +96,8 @@ def _hash(*parts: str) -> str:
 def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
     """Draw `size` random images with the class proportions of the dataset. Return (remaining images, drawn images).
 
+    Both parts contain at least one image of each class.
+
     Raises:
         ValueError: If a class has a single image, or one of the two parts would have fewer images than classes.
     """
@@ -112,7 +115,22 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
             "add images, or choose another number"
         )
     parts = dataset.train_test_split(test_size=size, stratify_by_column="label", seed=seed)
-    return parts["train"], parts["test"]
+    return _with_all_classes(parts["train"], parts["test"])
+
+
+def _with_all_classes(rest: Dataset, drawn: Dataset) -> tuple[Dataset, Dataset]:
+    """Exchange images so that both parts have each class: the share of a small class may round to no image."""
+    if {*rest["label"][:]} == {*drawn["label"][:]}:
+        return rest, drawn
+    whole = concatenate_datasets([rest, drawn])
+    labels, is_drawn = np.array(whole["label"][:]), np.arange(len(whole)) >= len(rest)
+    for part in (True, False):
+        for label in np.unique(labels):
+            if not (is_drawn[labels == label] == part).any():
+                largest = np.bincount(labels[is_drawn == part]).argmax()
+                given = np.flatnonzero((labels == largest) & (is_drawn == part))[-1]
+                is_drawn[np.flatnonzero(labels == label)[-1]], is_drawn[given] = part, not part
+    return whole.select(np.flatnonzero(~is_drawn)), whole.select(np.flatnonzero(is_drawn))
 
 
 def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) -> Dataset:

@@ -228,6 +228,7 @@ def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
                 f"{splits['train'][0]} holds images and no class folders: expected one subfolder for each class in "
                 "every split"
             )
+        _check_no_hidden_splits(folder, children)
         return {"train": folder}
     if "train" not in nested:
         raise ValueError(
@@ -252,6 +253,23 @@ def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
         if child not in chosen.values():
             found.leave_out(f"{'folder' if child.is_dir() else 'file'} next to the splits", child)
     return chosen
+
+
+def _check_no_hidden_splits(folder: Path, children: list[Path]) -> None:
+    """Raise a `ValueError` for folders such as `data_train` and `data_test`, which would be read as classes."""
+    found: dict[str, Path] = {}
+    for child in children:
+        if _has_class_folders(child):
+            for word in re.split(r"[\W\d_]+", child.name):
+                if split := split_of(word):
+                    found.setdefault(split, child)
+    if "train" in found and len(found) > 1:
+        names = {split: path.name for split, path in found.items()}
+        raise ValueError(
+            f"{folder}: expected classes, or splits with the names train, validation and test; "
+            f"{' and '.join(names.values())} contain folders and could be either. If they are splits, rename them to "
+            f"{' and '.join(names)}; if they are classes, move their images out of the inner folders"
+        )
 
 
 def _has_class_folders(folder: Path) -> bool:
@@ -300,6 +318,9 @@ def _visible(folder: Path, found: _Found) -> list[Path]:
             found.leave_out(f"hidden {'folder' if path.is_dir() else 'file'}", path)
         elif not path.exists():
             found.leave_out("broken link", path)
+        elif any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):
+            # Python keeps bytes of a name that are not UTF-8 as surrogates.
+            raise ValueError(f"the path {str(path)!r} is not valid UTF-8: rename it")
         else:
             visible.append(path)
     return visible

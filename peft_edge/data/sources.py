@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, load_dataset
+from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets, load_dataset
 from datasets.exceptions import DatasetGenerationError
 
 from peft_edge.data.domain import Domain, stratified_split
@@ -105,7 +106,8 @@ def domain_from_splits(
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
     A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. Each
-    of them gets at least as many images as there are classes. No image file is in two splits: copies of test images are
+    of them gets at least one image of each class. A class with a single image left keeps it for training, and a warning
+    names the class. No image file is in two splits: copies of test images are
     removed from validation and training, and copies of validation images are removed from training. If a split is drawn
     from `train_split`, repeated images are removed from `train_split` first. Images whose `content` hash is in
     `exclude` are removed from all splits. A warning states how many images are removed. `name` is the name of the
@@ -128,8 +130,35 @@ def domain_from_splits(
     if test is None:
         train, test = stratified_split(train, max(classes, images // 5), seed=seed)
     if validation is None:
-        train, validation = stratified_split(train, max(classes, images // 10), seed=seed)
-    return Domain(train=train, validation=validation, test=test)
+        train, validation = _draw_validation(train, max(classes, images // 10), seed=seed)
+    domain = Domain(train=train, validation=validation, test=test)
+    _warn_unmeasured(name, domain)
+    return domain
+
+
+def _draw_validation(train: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
+    """Draw validation images as `stratified_split` does, but a class with a single image keeps it for training."""
+    labels = train["label"][:]
+    counts = Counter(labels)
+    single = [row for row, label in enumerate(labels) if counts[label] == 1]
+    if not single or len(single) == len(train):
+        return stratified_split(train, size, seed=seed)
+    others = train.select([row for row, label in enumerate(labels) if counts[label] > 1])
+    rest, validation = stratified_split(others, size - len(single), seed=seed)
+    return concatenate_datasets([rest, train.select(single)]), validation
+
+
+def _warn_unmeasured(name: str, domain: Domain) -> None:
+    """Warn about classes without an image in validation or test, which the accuracy of this split does not include."""
+    trained = set(domain.train["label"][:])
+    for key, split in (("validation", domain.validation), ("test", domain.test)):
+        if missing := sorted(trained.difference(split["label"][:])):
+            logger.warning(
+                "%s: the %s split has no image of %s: its accuracy does not include these classes",
+                name,
+                key,
+                ", ".join(domain.class_names[label] for label in missing),
+            )
 
 
 def _without_copies(

@@ -5,9 +5,10 @@ from __future__ import annotations
 import difflib
 import logging
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import datasets
 import numpy as np
@@ -169,6 +170,17 @@ def load_task(
         target = Domain(**shifted)
     change = domain_label(shift, shift_filters) + (f" at severity {severity}" if severity is not None else "")
     return Task(name=domain_label(name, source_filters), change=change, source=source, targets=(target,))
+
+
+def load_configured_task(data: Mapping[str, Any], *, seed: int) -> Task:
+    """Load the task that the section `data` of a configuration describes, as `train.py` and its records contain it.
+
+    The section also has the key `augment`. It is an option of training, and does not change the task.
+
+    Raises:
+        ValueError: If `load_task` raises it.
+    """
+    return load_task(**{key: value for key, value in data.items() if key != "augment"}, seed=seed)
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:

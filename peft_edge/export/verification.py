@@ -15,7 +15,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from peft_edge.backbones import class_names
-from peft_edge.data import Domain, Task, build_transform, load_task
+from peft_edge.data import Domain, Task, build_transform, load_configured_task
 from peft_edge.data.sources import domain_from_splits, file_hashes, read_splits
 from peft_edge.data.task import EMBEDDED
 from peft_edge.export.formats import Network
@@ -47,6 +47,7 @@ def read_images(
     *,
     image_size: int | None = None,
     run: Mapping[str, Any] | None = None,
+    fingerprint: str | None = None,
     comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
     """Read images for calibration and for comparison, and preprocess them for the evaluation of `model`.
@@ -61,17 +62,19 @@ def read_images(
         model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
         run: The configuration of the run that trained the model: `record.run_info.train_config`.
+        fingerprint: The fingerprint of the run's images, `record.data_fingerprint`. If the images have another one
+            today, they are divided otherwise, and test images may have been trained on.
         comparison_size: The maximum number of images in `comparison`.
 
     Raises:
-        ValueError: If `name` or `image_size` is invalid, an image is unreadable, there are too few images, or the run
-            trained on all test images.
+        ValueError: If `name` or `image_size` is invalid, an image is unreadable, there are too few images, the run
+            trained on all test images, or the images of the run have changed since.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
     config = input_config(model, image_size)
     size = config["input_size"][-1]
-    domain = _read_domain(name, size) if run is None else _untrained_domain(name, size, run)
+    domain = _read_domain(name, size) if run is None else _untrained_domain(name, size, run, fingerprint)
     transform = build_transform(config, train=False)
     train, test = _sample(domain.train, CALIBRATION_SIZE), _sample(domain.test, comparison_size)
     known, labels = class_names(model), None
@@ -99,7 +102,7 @@ def _read_domain(name: str, image_size: int) -> Domain:
     return domain_from_splits(name, read_splits(name), train_split="train", seed=0)
 
 
-def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Domain:
+def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], fingerprint: str | None) -> Domain:
     """Return the dataset `name` as a domain whose test split contains no image that the run trained on.
 
     A dataset that the run did not use is searched for copies of training images, unless the run used an embedded
@@ -109,11 +112,11 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any]) -> Dom
     known = {"source": data["name"], "target": data.get("shift")}
     role = next((role for role, other in known.items() if other and _is_same(name, other)), None)
     if name in known and not Path(name).is_dir():
-        task = _run_task(name, data, seed)
+        task = _run_task(name, data, seed, fingerprint)
         return task.source if name == "source" else task.targets[-1]
     if role is None and data["name"] in EMBEDDED:
         return _read_domain(name, image_size)
-    task = _run_task(name, data, seed)
+    task = _run_task(name, data, seed, fingerprint)
     if role == "source" and data.get("new_classes"):
         # The test split of each domain contains only some of the classes, so join the domains. Only the `features` of
         # the last target list all classes.
@@ -143,18 +146,26 @@ def _is_same(name: str, other: str) -> bool:
 
 @functools.lru_cache(maxsize=1)  # a command may read several names with the data of the same run
 def _load_task(data: str, seed: int) -> Task:
-    return load_task(**json.loads(data), seed=seed)
+    return load_configured_task(json.loads(data), seed=seed)
 
 
-def _run_task(name: str, data: Mapping[str, Any], seed: int) -> Task:
+def _run_task(name: str, data: Mapping[str, Any], seed: int, fingerprint: str | None) -> Task:
     try:
-        return _load_task(json.dumps({key: value for key, value in data.items() if key != "augment"}), seed)
+        task = _load_task(json.dumps(dict(data)), seed)
+        # The fingerprint of an embedded data set depends on the image size, and its images do not change.
+        is_embedded = {data["name"], data.get("shift")} & EMBEDDED.keys()
+        if fingerprint is not None and task.fingerprint != fingerprint and not is_embedded:
+            raise ValueError(
+                f"its images have changed since the run, or another version of peft-edge divided them (fingerprint "
+                f"{task.fingerprint}, in the record {fingerprint}); restore them"
+            )
     except ValueError as error:
         raise ValueError(
-            f"{name}: the images that the run trained on cannot be excluded, because its data "
-            f"{data['name']!r} cannot be read: {error}. To compare without this exclusion, name a copy of the adapter "
-            "without the record of the run"
+            f"{name}: the images that the run trained on cannot be excluded, because its data {data['name']!r} cannot "
+            f"be read as in the run: {error}. To compare without this exclusion, name a copy of the adapter without "
+            "the record of the run"
         ) from error
+    return task
 
 
 def _sample(images: Dataset, size: int) -> Dataset:

@@ -55,9 +55,10 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save the active adapter, the class names and a model card to `folder`.
 
-    `folder` is created or replaced only after all files have been written. A fingerprint (hash) of the base weights is
-    also saved, so that `load_pretrained` can reject a base with other weights. The fingerprint is left out if the
-    adapter is merged, or if its initialisation may have changed base weights, as with PiSSA.
+    `folder` is created or replaced only after all files have been written. Fingerprints (hashes) of the base weights,
+    and of the statistics of frozen norms, are also saved, so that `load_pretrained` can reject a base with other
+    values. They are left out if the adapter is merged, or if its initialisation may have changed base weights, as with
+    PiSSA.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.

@@ -118,17 +118,24 @@ def _check_base(adapted: PeftModel, path: Path) -> None:
         return
     try:
         expected = read_json(path)
-        if not isinstance(expected, str) or not re.fullmatch("[0-9a-f]{64}", expected):
+        if isinstance(expected, str):  # earlier versions wrote only the hash of the parameters
+            expected = {"parameters": expected}
+        if not isinstance(expected, dict) or not {"parameters"} <= expected.keys() <= {"parameters", "statistics"}:
+            raise ValueError("expected the hashes of the parameters and, for frozen norms, of the statistics")
+        if not all(re.fullmatch("[0-9a-f]{64}", str(value)) for value in expected.values()):
             raise ValueError("it is not a SHA-256 hash")
     except ValueError as error:
         raise ValueError(f"{path}: expected the fingerprint of the base: {error}. Copy the file again") from error
-    found = base_fingerprint(adapted)
-    if found not in (expected, None):
-        raise ValueError(
-            f"{path.parent}: the adapter was trained on other weights of this network: expected the fingerprint "
-            f"{expected[:16]}, found {str(found)[:16]}. Pass the backbone that it was trained on as base=, with the "
-            "dtype that it had in training, or pass allow_other_base=True to accept these weights"
-        )
+    found = base_fingerprint(adapted) or {}
+    names = {"parameters": "weights", "statistics": "BatchNorm statistics"}
+    for key in expected.keys() & found.keys():
+        if found[key] != expected[key]:
+            raise ValueError(
+                f"{path.parent}: the adapter was trained on other {names[key]} of this network: expected the "
+                f"fingerprint {expected[key][:16]}, found {found[key][:16]}. Pass the backbone that it was trained on "
+                "as base=, with the dtype that it had in training, or pass allow_other_base=True to accept these "
+                f"{names[key]}"
+            )
 
 
 def _download(repo_id: str, files: list[str], expected: str, *, revision: str | None = None) -> Path:

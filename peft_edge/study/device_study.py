@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from peft_edge.backbones import head_names, load_backbone, save_backbone
 from peft_edge.config import load_config
-from peft_edge.data import Domain, build_transform, load_task
+from peft_edge.data import Domain, build_transform, load_configured_task
 from peft_edge.export.device import export_train_step
 from peft_edge.export.onnx_steps import open_session
 from peft_edge.export.step_checks import MALLOC_TUNABLES
@@ -239,7 +239,7 @@ def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]
         labels = torch.randint(10, (count,))
         return base, _Data(images, labels, images[:0], labels[:0])
     config = load_config([*case.task, f"seed={seed}", f"output_dir={work / 'run'}", f"cache_dir={work / 'cache'}"])
-    task = load_task(**config.data.model_dump(exclude={"augment"}), seed=seed)
+    task = load_configured_task(config.data.model_dump(), seed=seed)
     base = source_model(config, task, torch.device("cpu")).to(memory_format=torch.contiguous_format).eval()
     return base, _read_images(task.targets[0], base, case.image_size)
 

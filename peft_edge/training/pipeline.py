@@ -16,7 +16,7 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 
 from peft_edge.config import RunConfig, flatten
-from peft_edge.data import load_task
+from peft_edge.data import load_configured_task
 from peft_edge.data.loader import typical_size
 from peft_edge.hub import push_update
 from peft_edge.records import Record
@@ -85,7 +85,7 @@ def _run_stages(run: ActiveRun) -> Record:
         new_backbone(config, num_classes=2)
 
         # Data: the source and the targets.
-        task = load_task(**config.data.model_dump(exclude={"augment"}), seed=config.seed)
+        task = load_configured_task(config.data.model_dump(), seed=config.seed)
         check_adaptation(config, task)
         for name, domain in {"source": task.source, "target": task.targets[0]}.items():
             sizes = ", ".join(f"{len(split):,} {key}" for key, split in vars(domain).items())
@@ -144,7 +144,7 @@ def train_source(config: RunConfig) -> None:
         OSError: If a file cannot be read or written.
     """
     accelerator = start_accelerator(config)
-    task = load_task(**config.data.model_dump(exclude={"augment"}), seed=config.seed)
+    task = load_configured_task(config.data.model_dump(), seed=config.seed)
     source_model(config, task, accelerator.device)
     accelerator.end_training()
 

@@ -160,14 +160,27 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def __setattr__(self, name: str, value: Any) -> None:  # Any, as in PyTorch
         if name in ("weight", "bias"):
-            raise AttributeError(
-                f"layer {self.target_name!r} is adapted: its {name} cannot be assigned, as fusing or reparametrising "
-                "would. Call merge_and_unload() first, or assign to get_base_layer()."
-            )
+            raise AttributeError(self._not_assignable(name))
         if name == "base_layer" and isinstance(value, nn.Module):
             self.add_module(name, value)  # checks a replacement, unlike nn.Module.__setattr__
         else:
             super().__setattr__(name, value)
+
+    def _not_assignable(self, name: str) -> str:
+        return (
+            f"layer {self.target_name!r} is adapted: its {name} cannot be assigned, as fusing, pruning or "
+            "reparametrising would. Call merge_and_unload() first, or change get_base_layer()."
+        )
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """Register a parameter, but refuse `weight_orig` and the like, as which pruning registers the weight.
+
+        Raises:
+            AttributeError: If the name starts with `weight` or `bias`.
+        """
+        if name.startswith(("weight", "bias")):
+            raise AttributeError(self._not_assignable(name.partition("_")[0]))
+        super().register_parameter(name, param)
 
     def add_module(self, name: str, module: nn.Module | None) -> None:
         """Add a child module. Functions that fuse, convert or freeze layers call this method with a new base layer.

@@ -529,19 +529,31 @@ def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     }
 
 
-def base_fingerprint(model: PeftModel) -> str | None:
-    """Return a SHA-256 hash of the names, shapes, dtypes and values in `base_parameters(model)`, or None.
+def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
+    """Return SHA-256 hashes of the base model's `parameters` and of the `statistics` that a frozen BatchNorm uses.
 
-    BatchNorm statistics are not hashed, because training may update the statistics of the base model. The result is
-    None if an adapter is merged, or if `init_lora_weights` of an adapter is not True, False or `"gaussian"`. Other
-    initialisations, such as PiSSA, may change base parameters.
+    The hash of the parameters covers the names, shapes, dtypes and values of `base_parameters`. Statistics of other
+    norms are not hashed, because training may update them. Without a frozen norm, the key `statistics` is missing.
+
+    The result is None if the base parameters may have changed since loading: an adapter is merged, or its
+    initialisation changes them (PiSSA).
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}
     if any(layer.merged for layer in layers) or not initial <= {True, False, "gaussian"}:
         return None
+    statistics = {
+        f"{target.name}.{name}": getattr(target.base, name)
+        for target in iter_target_modules(model.get_base_model())
+        if isinstance(target.module, BatchNormLayer) and target.module.current_state().running_mean is None
+        for name in ("running_mean", "running_var")
+    }
+    return {"parameters": _hash(base_parameters(model))} | ({"statistics": _hash(statistics)} if statistics else {})
+
+
+def _hash(tensors: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(base_parameters(model).items()):
-        digest.update(f"{name} {tuple(parameter.shape)} {parameter.dtype}\n".encode())
-        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()

@@ -89,8 +89,11 @@ class BatchNormLayer(AdaptedLayer):
     computed over the batches of all processes. Each tuner has a subclass that sets `adapter_layer_names`.
 
     Training does not change the statistics of the adapters if the base layer is in eval mode, or if timm's `freeze` or
-    `freeze_batch_norm_2d` converted the base layer. `torch.optim.swa_utils.update_bn` resets and estimates the
-    statistics of the last active adapter. During `update_bn`, each process uses only its own batches.
+    `freeze_batch_norm_2d` converted the base layer. If `track_running_stats` of the base layer was set to False,
+    training uses batch statistics and does not update running statistics, as in torch.
+
+    `torch.optim.swa_utils.update_bn` resets and estimates the statistics of the last active adapter. During
+    `update_bn`, each process uses only its own batches.
 
     Raises:
         ValueError: If the base layer computes more than batch normalisation and an activation.
@@ -151,6 +154,8 @@ class BatchNormLayer(AdaptedLayer):
             ValueError: If no adapter is active, or `norm` of the last active adapter is not `"stats"` or `"affine"`. If
                 the momentum of the base layer is None in distributed training.
         """
+        if not self.get_base_layer().track_running_stats:
+            return  # as in torch
         state, momentum = self.current_state(), self.get_base_layer().momentum
         if state.norm not in ("stats", "affine"):
             raise ValueError(
@@ -305,8 +310,10 @@ class BatchNormLayer(AdaptedLayer):
     def _count_batch(self, state: NormState) -> float:
         """Count a batch, and return its weight in the running averages.
 
-        In the backward pass, return 0 and count nothing.
+        In the backward pass, or if the base layer does not track statistics, return 0 and count nothing.
         """
+        if not (self.estimating or self.get_base_layer().track_running_stats):
+            return 0.0
         if not torch.compiler.is_compiling() and is_in_backward():
             # Gradient checkpointing repeats the forward pass of a batch that has already been counted.
             return 0.0

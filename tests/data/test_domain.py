@@ -77,6 +77,22 @@ def test_split_ignores_classes_without_images(random_images: Callable[..., Datas
     assert Counter(stratified_split(whole, 2, seed=0)[1]["label"]) == {0: 1, 1: 1}
 
 
+PROPORTIONS = {"small class in part": ({"a": 60, "b": 3, "c": 37}, 10), "nearly all drawn": ({"a": 40, "b": 2}, 40)}
+
+
+@pytest.mark.parametrize("case", PROPORTIONS)
+def test_split_has_a_small_class_in_both_parts(case: str, random_images: Callable[..., Dataset]) -> None:
+    counts, size = PROPORTIONS[case]
+    labels = [label for label, count in enumerate(counts.values()) for _ in range(count)]
+    images = random_images(len(labels), list(counts))
+    whole = images.remove_columns("label").add_column("label", labels, feature=images.features["label"])
+    rest, part = stratified_split(whole, size, seed=0)
+    assert set(rest["label"]) == set(part["label"]) == set(labels)
+    assert len(part) == size
+    found = [np.asarray(image).tobytes() for split in (rest, part) for image in split["image"]]
+    assert sorted(found) == sorted(np.asarray(image).tobytes() for image in whole["image"])
+
+
 @pytest.mark.parametrize("size", [2, 10])
 def test_split_refuses_too_few_images_for_both_sides(size: int, random_images: Callable[..., Dataset]) -> None:
     with pytest.raises(ValueError, match=f"cannot split {size} images off 12 with all 3 classes"):

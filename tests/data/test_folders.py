@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,14 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "two validation splits": ((*SPLITS, "dev/cat/1.png"), "several folders for validation: dev, val"),
     "no training split": (tuple(name for name in SPLITS if name[:5] != "train"), "test/ and .*no train/"),
+    "splits with other words": (
+        tuple(f"data_{name}" for name in SPLITS),
+        "data_test and data_train and data_val contain folders and could be either",
+    ),
+    "words of splits": (
+        tuple(f"{name}/inner/1.png" for name in ("train station", "test-pattern", "bus")),
+        "test-pattern and train station contain folders",
+    ),
     "splits inside of the classes": (
         tuple(f"{name.split('/')[0]}/{split}/1.png" for name in PETS for split in ("train", "test")),
         "cat contains the split folders test and train",
@@ -155,6 +164,14 @@ def test_ambiguous_layout_is_refused(case: str, tmp_path: Path) -> None:
     files, message = REFUSED[case]
     with pytest.raises(ValueError, match=message):
         read_splits(str(make(tmp_path / "data", *files)))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_name_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    folder = make(tmp_path / "data", *PETS)
+    (folder / "cat" / "1.png").rename(folder / "cat" / os.fsdecode(b"\xff.png"))
+    with pytest.raises(ValueError, match=r"cat/\\udcff.png' is not valid UTF-8: rename it"):
+        read_splits(str(folder))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="links need a permission")

@@ -64,6 +64,20 @@ def test_missing_splits_are_split_off_the_training_images(image_folder: ImageFol
     assert [len(split) for split in vars(domain).values()] == [70, 10, 20]
 
 
+def test_class_with_too_few_images_for_validation_is_named(
+    image_folder: ImageFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folder = image_folder("pets", ["cat", "dog"], count=50)
+    for path in sorted((folder / "dog").iterdir())[2:]:
+        path.unlink()
+    domain = domain_from_splits("pets", read_splits(str(folder)), train_split="train", seed=0)
+    assert [split["label"][:].count(1) for split in vars(domain).values()] == [1, 0, 1]
+    assert [split["label"][:].count(0) for split in vars(domain).values()] == [37, 4, 9]
+    assert caplog.messages == [
+        "pets: the validation split has no image of dog: its accuracy does not include these classes"
+    ]
+
+
 def test_existing_splits_are_used(image_folder: ImageFolder) -> None:
     splits = read_splits(str(image_folder("pets", ["cat", "dog"], splits=("train", "validation", "test"))))
     domain = domain_from_splits("pets", splits, train_split="train", seed=0)

@@ -16,7 +16,7 @@ from datasets import Dataset, DatasetDict, are_progress_bars_disabled
 from datasets import Image as ImageFeature
 from PIL import Image
 
-from peft_edge.data import Domain, Task, embedded, load_task, sources, task
+from peft_edge.data import Domain, Task, embedded, load_configured_task, load_task, sources, task
 from peft_edge.data.task import class_increments
 from tests.data.conftest import ImageFolder
 from tests.data.conftest import pixels_of as pixels
@@ -416,3 +416,10 @@ def test_fingerprints_are_equal_in_another_process() -> None:
     script = f"from peft_edge.data import load_task; print(*{tasks})"
     there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
     assert there == [load_task("digits", image_size=8, **some).fingerprint for some in options]
+
+
+def test_configured_task_does_not_depend_on_the_augmentation() -> None:
+    options = {"shift": "invert", "image_size": 16}
+    expected = load_task("digits", **options, seed=3).fingerprint
+    for extra in ({}, {"augment": "none"}, {"augment": "photo"}):
+        assert load_configured_task({"name": "digits", **options, **extra}, seed=3).fingerprint == expected

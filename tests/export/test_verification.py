@@ -14,6 +14,7 @@ from peft_edge.backbones import load_backbone, set_class_names
 from peft_edge.data import build_transform, load_task
 from peft_edge.export.verification import (
     Images,
+    _load_task,
     compare_logits,
     comparison_table,
     input_config,
@@ -117,6 +118,19 @@ def test_no_image_is_compared_that_the_run_trained_on(
     # With another seed, the same folder is divided otherwise, and training images are among those compared.
     if name == "folder" and seed and change == {"shift": "contrast"}:
         assert images_of(read_images(named, model, image_size=16).comparison) & pixels(task.source.train)
+
+
+@pytest.mark.parametrize("name", ["source", "target", "folder"])
+def test_images_that_changed_since_the_run_are_refused(name: str, noise: Callable[..., Path]) -> None:
+    folder = noise("folder")
+    run = {"seed": 1, "data": {"name": str(folder), "shift": "contrast"}}
+    fingerprint = load_task(**run["data"], seed=1).fingerprint
+    model, wanted = load_backbone("test_efficientnet", 2), str(folder) if name == "folder" else name
+    read_images(wanted, model, run=run, fingerprint=fingerprint)
+    Image.new("RGB", (16, 16), "red").save(folder / "a" / "new.png")
+    _load_task.cache_clear()
+    with pytest.raises(ValueError, match=r"trained on cannot be excluded.*its images have changed since"):
+        read_images(wanted, model, run=run, fingerprint=fingerprint)
 
 
 def test_data_of_the_run_that_is_missing_is_named(noise: Callable[..., Path]) -> None:

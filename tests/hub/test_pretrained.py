@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -117,6 +117,35 @@ def test_other_weights_of_the_same_network_are_refused(method: str, name: str, t
     # Adapters of PEFT's own `save_pretrained` have no fingerprint.
     (tmp_path / "adapter" / "base_fingerprint.json").unlink()
     load_pretrained(tmp_path / "adapter", base=other)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "stats"])
+@pytest.mark.parametrize("config_cls", [ConvLoraConfig, ConvAdapterConfig])
+def test_other_statistics_are_refused_where_the_adapter_uses_them(
+    config_cls: type[PeftConfig], norm: str, tmp_path: Path
+) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    model = get_peft_model(copy.deepcopy(base), config_cls(target_modules="pointwise", norm=norm))
+    model.train()(torch.randn(4, 3, 32, 32))
+    save_adapter(model, tmp_path / "adapter")
+    other = copy.deepcopy(base)
+    other.bn1.running_var[0] += 1
+    load_pretrained(tmp_path / "adapter", base=base)
+    if norm == "stats":
+        load_pretrained(tmp_path / "adapter", base=other)
+    else:
+        with pytest.raises(ValueError, match="was trained on other BatchNorm statistics of this network"):
+            load_pretrained(tmp_path / "adapter", base=other)
+
+
+def test_fingerprint_of_an_earlier_version_is_compared(tmp_path: Path) -> None:
+    base = load_backbone(NAME, num_classes=3)
+    save_adapter(get_peft_model(copy.deepcopy(base), ConvLoraConfig(target_modules="pointwise")), tmp_path / "adapter")
+    file = tmp_path / "adapter" / "base_fingerprint.json"
+    file.write_text(json.dumps(json.loads(file.read_text())["parameters"]))
+    load_pretrained(tmp_path / "adapter", base=base)
+    with pytest.raises(ValueError, match="was trained on other weights of this network"):
+        load_pretrained(tmp_path / "adapter", base=other_weights(base, "conv_stem.weight"))
 
 
 def test_weights_that_the_adapter_replaces_may_differ(tmp_path: Path) -> None:

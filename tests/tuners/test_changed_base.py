@@ -265,6 +265,21 @@ def test_assigning_what_fusing_computes_is_refused(config: Config, fuse: Callabl
     torch.testing.assert_close(model(x), expected)
 
 
+@pytest.mark.parametrize("is_active", [True, False])
+@pytest.mark.parametrize("name", ["weight", "bias"])
+def test_pruning_an_adapted_layer_is_refused(config: Config, name: str, *, is_active: bool) -> None:
+    model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), config(target_modules=["0"]))
+    if not is_active:
+        model.base_model.disable_adapter_layers()
+    before = [*model.state_dict()]
+
+    with pytest.raises(AttributeError, match=rf"'0' is adapted: its {name} cannot.*pruning.*get_base_layer\(\)"):
+        prune.l1_unstructured(model.base_model.model[0], name, 0.5)
+
+    assert [*model.state_dict()] == before
+    prune.l1_unstructured(model.base_model.model[0].get_base_layer(), name, 0.5)
+
+
 @pytest.mark.parametrize("index", [0, 1])
 def test_quantised_base_layer_is_refused(index: int) -> None:
     model = get_peft_model(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4)), lora_config())

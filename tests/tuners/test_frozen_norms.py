@@ -53,6 +53,22 @@ def test_norms_in_eval_mode_are_frozen(config: Config, small: nn.Module, bright:
     assert not _equal(_statistics(model), before)
 
 
+@pytest.mark.parametrize("norm", ["stats", "affine"])
+def test_norms_that_do_not_track_statistics_keep_them_as_in_torch(config: Config, bright: Tensor, norm: str) -> None:
+    network = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4))
+    model = get_peft_model(network, config(target_modules=["0"], norm=norm)).train()
+    plain = copy.deepcopy(model).merge_and_unload().train()
+    before = _statistics(model)
+    for layer in (plain[1], network[1].get_base_layer()):
+        layer.track_running_stats = False
+
+    torch.testing.assert_close(model(bright), plain(bright))
+    update_bn([bright], model)
+
+    assert _equal(_statistics(model), before)
+    torch.testing.assert_close(model.eval()(bright), plain.eval()(bright))
+
+
 @pytest.mark.parametrize("is_first", [True, False])
 @pytest.mark.parametrize("backbone", ["mobilenetv3_small_050", "resnet10t"])
 def test_freeze_of_timm_is_respected_and_undone(
