@@ -16,7 +16,7 @@ from peft_edge.hub import load_pretrained, save_adapter
 from peft_edge.hub.pretrained import _without_values
 from tests.hub.support import adapted, change_json
 
-NAME = "mobilenetv2_035"
+NAME = "test_efficientnet"
 
 
 @pytest.fixture(scope="module")
