@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import multiprocessing
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -26,8 +28,15 @@ from torch import nn  # noqa: E402
 from transformers import TrainingArguments, set_seed  # noqa: E402
 
 from peft_edge.records import MetaInfo, Record, RunInfo, TrainInfo  # noqa: E402
+from tests.processes import FORK_OF_SERVER  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_collection_finish() -> None:
+    """Exclude what the imports made from garbage collection, which would take half a second each time."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
@@ -47,6 +56,12 @@ def fresh_accelerator() -> Iterator[None]:
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
     torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fork the workers of a study or a benchmark. Without this fixture, each worker starts and imports torch."""
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORK_OF_SERVER)
 
 
 @pytest.fixture

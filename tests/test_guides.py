@@ -79,14 +79,22 @@ pytestmark = [
 ]
 
 
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return the cache of all guides, so that equal source models are trained once."""
+    return tmp_path_factory.mktemp("sources")
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: Path) -> Iterator[Path]:
     """Return a folder like the repository's, with the photographs and models that the guides take for granted."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(embedded, "DIGITS_SPLIT_SIZES", {"adaptation": 64, "validation": 30, "test": 60})
     for name in ("configs", "train.py"):
         (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "cache").symlink_to(sources)
     for number in range(36):
         for folder, light in PHOTOGRAPHS.items():
             file = tmp_path / folder / ("owl", "fox", "hare")[number % 3] / f"{number}.jpg"

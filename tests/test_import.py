@@ -41,7 +41,7 @@ def test_tuners_are_registered_in_whatever_order_modules_are_imported(tmp_path: 
     statements += ["import peft_edge", "import peft, peft_edge", "from peft_edge.lean.layers import *"]
     # Each child imports only PEFT and our modules, because its parent has imported all other packages.
     program = f"""
-import os, sys, traceback
+import gc, os, sys, traceback
 from contextlib import suppress
 from importlib import import_module
 import timm, torch, transformers.modeling_utils
@@ -64,6 +64,7 @@ for name in open({str(modules)!r}).read().split():
         with suppress(ImportError, AttributeError):  # modules that another module generates
             import_module(name)
 assert "peft_edge" not in sys.modules
+gc.freeze()  # otherwise every child would collect the garbage of all these packages
 for name in [name for name in sys.modules if name.partition(".")[0] == "peft"]:  # other packages import PEFT
     del sys.modules[name]
 for statement in {statements}:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import resource
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -28,6 +26,7 @@ from peft_edge.backbones import (
     set_preprocessing,
 )
 from peft_edge.backbones.loading import stem_names
+from tests.processes import run_program
 
 
 def map_size(model: torch.nn.Module) -> int:
@@ -100,9 +99,8 @@ def test_constructor_arguments_are_saved_and_memory_format_is_kept(tmp_path: Pat
 @pytest.mark.slow
 def test_another_process_reads_the_same_weights(tmp_path: Path, tiny_backbone: nn.Module) -> None:
     save_backbone(tiny_backbone, tmp_path)
-    code = f"from peft_edge.backbones import *; print(fingerprint(load_backbone({str(tmp_path)!r})))"
-    printed = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout
-    assert printed.strip() == fingerprint(tiny_backbone)
+    program = "from peft_edge.backbones import *; print(fingerprint(load_backbone('.')))"
+    assert run_program(program, tmp_path) == f"{fingerprint(tiny_backbone)}\n"
 
 
 def test_saving_again_keeps_other_files(tmp_path: Path, tiny_backbone: nn.Module) -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from peft_edge.backbones import load_backbone
-from peft_edge.cli import main
+from peft_edge.cli import costs, main
 from peft_edge.profiling.analysis import analyse
 from peft_edge.profiling.tables import cost_table
 from peft_edge.records import StepProfile
@@ -55,6 +55,13 @@ def test_json_is_written_to_a_device_and_through_a_link(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "costs.json").read_text(encoding="utf-8"))["num_classes"] == 10
 
 
+@pytest.fixture
+def known_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Measure no process that imports torch, which takes seconds."""
+    monkeypatch.setattr(costs, "library_memory", lambda: 500 * 2**20)
+
+
+@pytest.mark.usefixtures("known_libraries")
 def test_plan_lists_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--method", "head", "lora", "--target-modules", "project", "--lora-rank", "4"]
     main([*PLAN, *options, "--adapter-bytes", "60KiB"])
@@ -66,6 +73,7 @@ def test_plan_lists_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[st
     assert [line.split()[0] for line in printed.splitlines() if " stats " in line] == ["lora,", "head"]
 
 
+@pytest.mark.usefixtures("quick_workers")
 def test_bench_prints_a_table_and_writes_the_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     json_file, picture = tmp_path / "bench.json", tmp_path / "bench.png"
     main([*BENCH, "--methods", "inference", "--huge-pages-only", "--json", str(json_file), "--picture", str(picture)])

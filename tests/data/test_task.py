@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import io
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from peft_edge.data import Domain, Task, embedded, load_configured_task, load_ta
 from peft_edge.data.task import class_increments
 from tests.data.conftest import ImageFolder
 from tests.data.conftest import pixels_of as pixels
+from tests.processes import run_program
 
 NAMES = ["a", "b", "c", "d", "e", "f"]
 SPLITS = ("train", "validation", "test")
@@ -410,11 +409,10 @@ def test_task_fingerprint_depends_on_severity_and_seed() -> None:
 
 
 @pytest.mark.slow
-def test_fingerprints_are_equal_in_another_process() -> None:
+def test_fingerprints_are_equal_in_another_process(tmp_path: Path) -> None:
     options = [{"shift": "blend"}, {"new_classes": ["6", "9"], "increments": 2, "rehearsal_size": 30}]
     tasks = f"[load_task('digits', image_size=8, **options).fingerprint for options in {options}]"
-    script = f"from peft_edge.data import load_task; print(*{tasks})"
-    there = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True).stdout.split()
+    there = run_program(f"from peft_edge.data import load_task; print(*{tasks})", tmp_path).split()
     assert there == [load_task("digits", image_size=8, **some).fingerprint for some in options]
 
 

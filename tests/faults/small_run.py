@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
-import os
 import re
 import sys
 import time
@@ -16,6 +14,7 @@ import torch
 
 import train
 from peft_edge.data import embedded
+from tests.processes import start_process
 
 OPTIONS = (
     "backbone.name=mobilenetv3_small_050",
@@ -37,10 +36,6 @@ FIRST_TRAINING = "lr_0.003"
 
 _BEGIN = "--- a process begins"
 
-# Each process is forked from a server process that has imported everything and computed nothing.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__])
-
 
 def arguments(folder: Path, *options: str) -> list[str]:
     return [*OPTIONS, *options, f"output_dir={folder}"]
@@ -55,9 +50,7 @@ def begin(folder: Path, *options: str, prepare: Callable[[], object] | None = No
         prepare: Called first in the new process, to cause a fault.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    process = _PROCESSES.Process(target=_run, args=(arguments(folder, *options), folder, prepare))
-    process.start()
-    return process
+    return start_process(_run, arguments(folder, *options), prepare, log=log_of(folder))
 
 
 def log_of(folder: Path) -> Path:
@@ -106,10 +99,7 @@ def digest(folder: Path) -> str:
     return hashlib.sha256((folder / "adapter" / "adapter_model.safetensors").read_bytes()).hexdigest()
 
 
-def _run(options: list[str], folder: Path, prepare: Callable[[], object] | None) -> None:
-    with log_of(folder).open("a") as log:
-        os.dup2(log.fileno(), sys.stdout.fileno())
-        os.dup2(log.fileno(), sys.stderr.fileno())
+def _run(options: list[str], prepare: Callable[[], object] | None) -> None:
     print(_BEGIN, flush=True)
     if prepare is not None:
         prepare()

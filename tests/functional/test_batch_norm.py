@@ -14,6 +14,7 @@ from torch import Tensor
 from peft_edge.functional import recompute
 from peft_edge.functional.activations import silu_gradient, smooth_activation
 from peft_edge.functional.batch_norm import batch_norm, frozen_batch_norm
+from tests.processes import FORK_OF_SERVER
 
 
 @pytest.mark.parametrize("inplace", [False, True])
@@ -162,10 +163,10 @@ def test_two_processes_normalise_like_one_with_the_whole_batch() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
+    results = FORK_OF_SERVER.SimpleQueue()
     processes = [
-        context.Process(target=_batch_norm_in_two_processes, args=(rank, port, x, target, results)) for rank in range(2)
+        FORK_OF_SERVER.Process(target=_batch_norm_in_two_processes, args=(rank, port, x, target, results))
+        for rank in range(2)
     ]
     for process in processes:
         process.start()

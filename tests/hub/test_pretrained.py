@@ -16,7 +16,7 @@ from peft_edge.hub import load_pretrained, save_adapter
 from peft_edge.hub.pretrained import _without_values
 from tests.hub.support import adapted, change_json
 
-NAME = "mobilenetv2_035"
+NAME = "test_efficientnet"
 
 
 @pytest.fixture(scope="module")
@@ -305,7 +305,7 @@ def test_adapter_with_outdated_class_names_is_not_saved(tmp_path: Path) -> None:
             {"target_modules": "(?!classifier).*"},
             "target_modules: .* is not a regular expression that can be",
         ),
-        ({"target_modules": "(.*)*conv"}, "No modules were targeted"),
+        ({"target_modules": "(.*)*conv_"}, "No modules were targeted"),
         ({"modules_to_save": None}, r"classifier\.\w+ has no place in this backbone"),
     ],
 )

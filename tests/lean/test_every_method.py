@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -123,12 +124,24 @@ def test_every_method_is_exact(method: str) -> None:
         check_exact(SMALL[(index + number) % 2], method, setting, memory_format)
 
 
+# Every network meets every method, and each of both meets every setting and memory format, and so do the settings.
+NETWORK_CASES = [
+    (name, method, list(SETTINGS)[(row + column) % 4], list(FORMATS)[(row + column // 2) % 2])
+    for row, name in enumerate(NETWORKS)
+    for column, method in enumerate(["full", "lora dense stats", "lora all affine", "PEFT lora"])
+]
+
+
+def test_cases_of_networks_have_every_pair_of_values() -> None:
+    for first, second in itertools.combinations(range(4), 2):
+        values = [{case[column] for case in NETWORK_CASES} for column in (first, second)]
+        assert {(case[first], case[second]) for case in NETWORK_CASES} == {*itertools.product(*values)}
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", NETWORKS)
-@pytest.mark.parametrize("method", ["full", "lora dense stats", "lora all affine", "PEFT lora"])
-def test_networks_are_exact(name: str, method: str) -> None:
-    for number, setting in enumerate(SETTINGS):
-        check_exact(name, method, setting, list(FORMATS.values())[number % 2])
+@pytest.mark.parametrize(("name", "method", "setting", "memory_format"), NETWORK_CASES)
+def test_networks_are_exact(name: str, method: str, setting: str, memory_format: str) -> None:
+    check_exact(name, method, setting, FORMATS[memory_format])
 
 
 def _kept_and_convolutions(model: nn.Module, **options: Any) -> tuple[int, int]:

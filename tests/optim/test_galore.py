@@ -21,6 +21,7 @@ from transformers.optimization import Adafactor
 
 from peft_edge.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreSGD
 from peft_edge.optim.galore import PROJ_TYPES, new_basis
+from tests.processes import FORK_OF_SERVER
 
 SIDES = {
     (12, 7): {"std": "right", "reverse_std": "left"},
@@ -124,9 +125,8 @@ def test_all_processes_use_the_bases_of_process_0() -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = mp.get_context("spawn")
-    results = context.SimpleQueue()
-    processes = [context.Process(target=_train_in_two_processes, args=(i, port, results)) for i in range(2)]
+    results = FORK_OF_SERVER.SimpleQueue()
+    processes = [FORK_OF_SERVER.Process(target=_train_in_two_processes, args=(i, port, results)) for i in range(2)]
     for process in processes:
         process.start()
     weights = dict(results.get() for _ in processes)

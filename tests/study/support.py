@@ -82,7 +82,7 @@ recipes: [[task.yaml]]
 grid: {seed: [0, 1]}
 """
 SMALL_TASK = """
-backbone: {name: mobilenetv3_small_050}
+backbone: {name: test_efficientnet}
 data: {name: %s, shift: invert, image_size: 16}
 source: {epochs: 1, batch_size: 8}
 training: {epochs: 10, batch_size: 4, warmup_steps: 0, checkpoint_every_steps: 1, learning_rate: [0.01]}

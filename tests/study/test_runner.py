@@ -6,11 +6,10 @@ import multiprocessing
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ import psutil
 import pytest
 from filelock import FileLock
 
+from peft_edge.cli import main
 from peft_edge.config import RunConfig
 from peft_edge.hub.card import shareable
 from peft_edge.records import (
@@ -34,49 +34,30 @@ from peft_edge.records import (
 from peft_edge.study.grid import read_grid
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.study.runner import run_grid, study_table
+from tests.processes import start_process
 from tests.study.support import done_in, fake_job, record_of, reproducible, small_grid
 
-ROOT = Path(__file__).parents[2]
 
-
-def start(*code: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-c", "\n".join(code)]
-    return subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-    )
-
-
-def start_study(grid: Path, output_dir: Path) -> subprocess.Popen[str]:
+def start_study(grid: Path, output_dir: Path) -> BaseProcess:
     options = ["study", "--grid", str(grid), "--output-dir", str(output_dir)]
-    return start(
-        # A process in the background ignores Ctrl-C.
-        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)",
-        "from peft_edge.cli import main",
-        f"if __name__ == '__main__': main({options})",
-    )
+    return start_process(_study, options, log=output_dir.with_suffix(".log"))
 
 
-def start_fakes(folder: Path, num_jobs: int, seconds: float) -> subprocess.Popen[str]:
-    return start(
-        "from pathlib import Path",
-        "from peft_edge.study.runner import run_grid",
-        "from tests.study.support import fake_job",
-        f"jobs = [fake_job(Path({str(folder)!r}, str(n)), seconds={seconds}) for n in range({num_jobs})]",
-        f"run_grid(jobs, results=Path({str(folder)!r}, 'results'))",
-        "assert all(job.is_finished for job in jobs)",
-    )
+def _study(options: list[str]) -> None:
+    os.setsid()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a process in the background ignores Ctrl-C
+    main(options)
 
 
-def finish(process: subprocess.Popen[str], returncode: int = 0) -> tuple[str, str]:
-    output, errors = process.communicate(timeout=300)
-    assert process.returncode == returncode, errors
-    return output, errors
+def _fake_jobs(folder: Path, num_jobs: int, seconds: float) -> None:
+    jobs = [fake_job(folder / str(number), seconds=seconds) for number in range(num_jobs)]
+    run_grid(jobs, results=folder / "results")
 
 
-def wait_until(condition: Callable[[], Any], process: subprocess.Popen[str]) -> None:
+def wait_until(condition: Callable[[], Any], process: BaseProcess) -> None:
     deadline = time.monotonic() + 200
     while not condition():
-        assert process.poll() is None, process.communicate()
+        assert process.is_alive()
         assert time.monotonic() < deadline
         time.sleep(0.01)
 
@@ -86,6 +67,7 @@ def results_in(folder: Path) -> dict[str, Record]:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_one_job_of_each_source_is_first_and_failures_stop_no_other(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -106,6 +88,7 @@ def test_empty_grid_starts_no_process(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_killed_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
     endings = {"a": SUCCESS, "b": "killed", "c": "memory", "d": SUCCESS}
     jobs = [fake_job(tmp_path / name, ending) for name, ending in endings.items()]
@@ -126,6 +109,7 @@ def test_killed_job_stops_no_other_and_is_tried_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_damaged_record_stops_the_study_and_its_processes(tmp_path: Path) -> None:
     jobs = [fake_job(tmp_path / "a", "damaged"), fake_job(tmp_path / "b", seconds=500)]
     with pytest.raises(ValueError, match=r"a/record\.json is damaged"):
@@ -161,24 +145,25 @@ def test_missing_old_and_damaged_copies_are_replaced(tmp_path: Path, found: str)
 
 @pytest.mark.slow
 def test_processes_of_a_killed_study_end(tmp_path: Path) -> None:
-    study = start_fakes(tmp_path, 2, 60)
+    study = start_process(_fake_jobs, tmp_path, 2, 60, log=tmp_path / "study.log")
     wait_until(lambda: done_in(tmp_path), study)
     processes = psutil.Process(study.pid).children()
     study.kill()
-    study.communicate()
+    study.join()
     assert psutil.wait_procs(processes, timeout=10)[1] == []
     assert done_in(tmp_path) == ["0"]
     assert not (tmp_path / "0").exists()
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("quick_workers")
 def test_resumed_study_has_the_records_of_runs_without_a_study(tmp_path: Path) -> None:
     grid = small_grid(tmp_path)
     killed = start_study(grid, tmp_path / "study")
     found = ("results/*.json", "*/checkpoints/*/step_0000000[4-9]")
     wait_until(lambda: all(list(tmp_path.glob(f"study/{pattern}")) for pattern in found), killed)
     killed.kill()
-    killed.communicate()
+    killed.join()
     stopped = {file: file.stat().st_mtime_ns for file in (tmp_path / "study/results").iterdir()}
     assert len(stopped) == 1
 
@@ -202,9 +187,11 @@ def test_interrupted_study_prints_one_line(tmp_path: Path) -> None:
     wait_until(lambda: list((tmp_path / "runs").glob("*.log")), study)
     # A terminal interrupts every process.
     os.killpg(study.pid, signal.SIGINT)
-    _, errors = finish(study, 130)
-    assert errors.splitlines()[-1] == "stopped: finished results are kept"
-    assert "Traceback" not in errors
+    study.join(300)
+    assert study.exitcode == 130
+    said = (tmp_path / "runs.log").read_text()
+    assert said.splitlines()[-1] == "stopped: finished results are kept"
+    assert "Traceback" not in said
     assert not list((tmp_path / "runs").glob("*/record.json"))
 
 

@@ -13,7 +13,7 @@ from peft_edge.records import Record
 from tests.training.support import RunTraining, record_of
 
 SHORT = [
-    "backbone.name=mobilenetv3_small_050",
+    "backbone.name=test_efficientnet",
     "data.name=digits",
     "data.shift=blend",
     "data.image_size=32",

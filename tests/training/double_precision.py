@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import socket
 import sys
@@ -17,10 +16,7 @@ from torch import nn
 import train
 from peft_edge.data import embedded
 from peft_edge.training import pipeline
-
-# Each process is forked from a server process that has imported everything and computed nothing.
-_PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload([__name__])
+from tests.processes import start_process
 
 
 def run_in_double(arguments: list[str], output_dir: Path, num_processes: int = 1) -> None:
@@ -45,9 +41,7 @@ def start_processes(
         environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": num_processes, "LOCAL_WORLD_SIZE": num_processes}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} if num_processes > 1 else {}
         options = [*arguments, f"output_dir={output_dir}"]
-        process = _PROCESSES.Process(target=target, args=(options, log, environment if num_processes > 1 else {}))
-        process.start()
-        processes.append(process)
+        processes.append(start_process(target, options, environment if num_processes > 1 else {}, log=log))
     return processes, log
 
 
@@ -55,7 +49,7 @@ def _in_double(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, .
     return tuple(item.double() if torch.is_tensor(item) and item.is_floating_point() else item for item in inputs)
 
 
-def fail_on_process_0(options: list[str], log: Path, environment: dict[str, object]) -> None:
+def fail_on_process_0(options: list[str], environment: dict[str, object]) -> None:
     """Run train.py, whose process 0 fails in the source stage and lives on, as with a launcher that ends nobody."""
 
     def fail(*arguments: object, **names: object) -> nn.Module:
@@ -65,15 +59,12 @@ def fail_on_process_0(options: list[str], log: Path, environment: dict[str, obje
 
     source_model, pipeline.source_model = pipeline.source_model, fail
     try:
-        _run(options, log, environment)
+        _run(options, environment)
     except OSError:
         time.sleep(100)
 
 
-def _run(options: list[str], log: Path, environment: dict[str, object]) -> None:
-    with log.open("a") as output:
-        os.dup2(output.fileno(), sys.stdout.fileno())
-        os.dup2(output.fileno(), sys.stderr.fileno())
+def _run(options: list[str], environment: dict[str, object]) -> None:
     os.environ |= {name: str(value) for name, value in environment.items()}
     _train_in_double(options)
 

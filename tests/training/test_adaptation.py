@@ -32,7 +32,7 @@ def options(name: str) -> dict:
 
 @pytest.fixture
 def source(tmp_path: Path) -> nn.Module:
-    save_backbone(load_backbone("mobilenetv3_small_050", num_classes=5), tmp_path / "source")
+    save_backbone(load_backbone("test_efficientnet", num_classes=5), tmp_path / "source")
     return load_backbone(str(tmp_path / "source")).to(memory_format=torch.channels_last)
 
 
@@ -74,7 +74,7 @@ def config_for(method: str, *overrides: str) -> RunConfig:
 
 @pytest.fixture
 def learner_source() -> nn.Module:
-    return load_backbone("mobilenetv3_small_050", num_classes=3).eval()
+    return load_backbone("test_efficientnet", num_classes=3).eval()
 
 
 @pytest.mark.parametrize("method", ["head", "full", "lora", "conv-adapter", "peft-loha"])

@@ -267,5 +267,5 @@ def test_without_rehearsal_the_old_rows_of_the_head_do_not_change(run: RunTraini
     head = load_update(tmp_path / "run" / "adapter", torch.device("cpu")).get_base_model().get_classifier()
     assert torch.equal(head.weight[:9], source.classifier.weight)
     assert torch.equal(head.bias[:9], source.classifier.bias)
-    # It was drawn from N(0, 0.01), and then learned.
-    assert head.weight[9].norm() > 1.05 * 0.01 * 1024**0.5
+    # It was drawn from N(0, 0.01²), and then learned.
+    assert head.weight[9].norm() > 1.2 * 0.01 * head.in_features**0.5

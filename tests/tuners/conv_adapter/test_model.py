@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import copy
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 from peft_edge import recalibrate
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig, ConvAdapterLayer
 from peft_edge.tuners.norm import BatchNormLayer
+from tests.processes import run_program
 from tests.tuners.support import adapter_config, shifted
 
 BLOCKS = r"blocks\.[1-3]\.\d"
@@ -71,7 +70,7 @@ def test_reload_in_a_new_process_gives_identical_logits(small: nn.Module, images
     model = shifted(get_peft_model(small, adapter_config(activation="relu")), images)
     model.save_pretrained(tmp_path)
     save_file({"images": images, "logits": model(images)}, tmp_path / "expected.safetensors")
-    code = """
+    program = """
 import timm, torch, peft_edge.tuners.conv_adapter
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -82,7 +81,7 @@ expected = load_file("expected.safetensors")
 model = PeftModel.from_pretrained(base, ".").eval()
 assert torch.equal(model(expected["images"]), expected["logits"])
 """
-    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    run_program(program, tmp_path)
 
 
 def test_merged_network_gives_the_same_output(tiny_backbone: nn.Module, images: Tensor) -> None:
