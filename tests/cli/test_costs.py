@@ -70,7 +70,7 @@ def test_plan_lists_what_fits_and_what_does_not(capsys: pytest.CaptureFixture[st
         "Training steps of test_efficientnet, 10 classes, batch 2, 32 px, adamw; at most saved update 60 KiB\n"
     )
     assert "nothing is known of their accuracy" in printed
-    assert [line.split()[0] for line in printed.splitlines() if " stats " in line] == ["lora,", "head"]
+    assert [line.split()[0] for line in printed.splitlines() if " frozen " in line] == ["lora,", "head"]
 
 
 @pytest.mark.usefixtures("quick_workers")
