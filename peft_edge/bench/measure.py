@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import multiprocessing
 import os
 import signal
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from datetime import datetime, timezone
 from multiprocessing.connection import Connection
 from multiprocessing.process import BaseProcess
@@ -59,10 +58,10 @@ def run_bench(
 
     Each contender runs in a separate process, in which torch allocates large tensors in huge pages. In a step that is
     not timed, the bench counts the FLOPs and the memory of the tensors. Then each contender takes one timed step in
-    each round, and the order of the contenders is reversed after each round. With `without_huge_pages`, each contender
-    also runs in a second process without huge pages, and both processes take turns. The field `error` of a row contains
-    the reason if the contender cannot be built, if its output differs from the network's output, or if its process
-    dies.
+    each round, and the order of the contenders is reversed after each round. With `without_huge_pages`, the bench then
+    ends these processes, and repeats the timed steps in processes without huge pages. The field `error` of a row
+    contains the reason if the contender cannot be built, if its output differs from the network's output, or if its
+    process dies.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -79,22 +78,26 @@ def run_bench(
         "rounds": rounds,
         "threads": threads,
     }
-    with ExitStack() as entered:
-        cache = entered.enter_context(tempfile.TemporaryDirectory())
-        choices = (True, False) if without_huge_pages else (True,)
-        groups = [entered.enter_context(_Group(names, setting, cache, huge_pages=is_on)) for is_on in choices]
-        bar = entered.enter_context(tqdm(total=len(groups) * len(names) * (1 + rounds), leave=False, disable=None))
-        for group, name in itertools.product(groups, names):
-            bar.set_description(f"counting {name}")
-            group.begin(name, is_counted=group is groups[0])
-            bar.update()
-        for number in range(rounds):
-            bar.set_description(f"round {number + 1} of {rounds}")
-            for name, group in itertools.product(names if number % 2 == 0 else names[::-1], groups):
-                group.time(name)
-                bar.update()
-        for group in groups:
-            group.finish()
+    choices = (True, False) if without_huge_pages else (True,)
+    groups = []
+    with (
+        tempfile.TemporaryDirectory() as cache,
+        tqdm(total=len(choices) * len(names) * (1 + rounds), leave=False, disable=None) as bar,
+    ):
+        # One group after the other, because the processes of a group keep some of their memory until the group ends.
+        for huge_pages in choices:
+            with _Group(names, setting, cache, huge_pages=huge_pages) as group:
+                for name in names:
+                    bar.set_description(f"counting {name}")
+                    group.begin(name, is_counted=huge_pages)
+                    bar.update()
+                for number in range(rounds):
+                    bar.set_description(f"round {number + 1} of {rounds}")
+                    for name in names if number % 2 == 0 else names[::-1]:
+                        group.time(name)
+                        bar.update()
+                group.finish()
+            groups.append(group)
     return BenchRecord(
         created_at=created_at.isoformat(timespec="seconds"),
         setting=dict(setting),
