@@ -32,6 +32,7 @@ LAYERS = {
     "peft_edge/export/": 4,
     "peft_edge/export/device.py": 5,
     "peft_edge/export/device_states.py": 5,
+    "peft_edge/export/executorch_step.py": 5,
     "peft_edge/export/step_checks.py": 5,
     "peft_edge/export/step_memory.py": 5,
     "peft_edge/export/__init__.py": 5,  # gathers the names of its folder

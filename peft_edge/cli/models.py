@@ -27,6 +27,7 @@ IMAGES_HELP = (
 MAX_LOSS = 0.02
 EXPORT_FORMATS = ("onnx", "torch-export", "executorch")
 CHANNELS_HELP = "of input pixels from 0 to 1: one number, or one for each channel. By default timm's."
+STEP_FORMATS = ("onnx", "executorch")  # with --train
 
 
 def import_(
@@ -150,9 +151,9 @@ def export(
     the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
 
     With --train, exports a training step of the adapter to a folder. An ONNX file contains the forward pass, gradients
-    and optimizer, so that a device can train with ONNX Runtime. The step is compared with training in PyTorch. If the
-    results differ too much, no folder is written. `peft-edge import-state` converts the state that the device saves
-    after training to an adapter.
+    and optimizer, so that a device can train with ONNX Runtime; with --format executorch (experimental), an ExecuTorch
+    program does. The step is compared with training in PyTorch. If the results differ too much, no folder is written.
+    `peft-edge import-state` converts the state that the device saves after training to an adapter.
     """
     if quantize and not calibration:
         raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
@@ -171,8 +172,10 @@ def export(
             raise ValueError(f"{names}: only for the export of a training step: pass --train as well")
         _export_network(adapter, out, format, image_size, batch_size, quantize, calibration or [], test or [])
         return
-    if format != "onnx":
-        raise ValueError(f"--train: expected the format onnx, found {format}")
+    if format not in STEP_FORMATS:
+        raise ValueError(f"--train: expected the format {' or '.join(STEP_FORMATS)}, found {format}")
+    if quantize and format != "onnx":
+        raise ValueError(f"--quantize: with --train, only for --format onnx, found {format}")
     if optimizer == "adamw" and momentum is not None:
         raise ValueError("--momentum: only for --optimizer sgd")
     if quantize and not split:
@@ -183,7 +186,7 @@ def export(
         raise ValueError("--test: a training step is compared on random images: leave this option out")
     if out.is_file():
         raise ValueError(f"{out} is a file, but --train writes a folder: choose another name")
-    _export_step(adapter, out, image_size, batch_size or 8, calibration or [], given)
+    _export_step(adapter, out, image_size, batch_size or 8, calibration or [], given | {"format": format})
 
 
 def _export_network(

@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
@@ -28,12 +29,14 @@ from peft_edge.export.device_states import (
     FORMAT_VERSION,
     PREDICT_NAME,
     PREFIX_NAME,
+    PROGRAM_NAME,
     STATE_NAME,
     STEP_NAME,
 )
+from peft_edge.export.executorch_step import export_train_program
 from peft_edge.export.formats import quantize_onnx
 from peft_edge.export.onnx_graph import missing_operators, write_onnx_graph
-from peft_edge.export.step_checks import StepReport, check_double, check_single, proof_rate, random_batches
+from peft_edge.export.step_checks import Batch, StepReport, check_double, check_single, proof_rate, random_batches
 from peft_edge.export.train_step import (
     FEATURES,
     IMAGES,
@@ -61,6 +64,7 @@ def export_train_step(
     *,
     image_size: int,
     batch_size: int = 8,
+    format: Literal["onnx", "executorch"] = "onnx",
     optimizer: Literal["sgd", "adamw"] = "sgd",
     momentum: float = 0.9,
     weight_decay: float = 0.0,
@@ -85,6 +89,9 @@ def export_train_step(
       machine, and package versions.
     - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
 
+    With `format="executorch"` (experimental), the program `train.pte` replaces the ONNX files. Its methods are
+    `train_step`, `predict`, `get_state`, `set_state` and, with `split`, `prefix`; see `executorch_step`.
+
     All norms use their stored statistics, on the device and in the comparison. With `norm="stats"`, the statistics
     therefore do not change on the device. A model in training mode is rejected if it uses batch statistics or dropout.
 
@@ -93,6 +100,7 @@ def export_train_step(
         out: The folder to write. It is created or replaced only if all checks succeed.
         image_size: Height and width of the images in pixels.
         batch_size: Samples in a step. The device must pad smaller batches, and set `mask` to 0 for the padding.
+        format: The format of the step: `onnx` or `executorch`.
         optimizer: `sgd` (update rule of `torch.optim.SGD`) or `adamw` (update rule of `torch.optim.AdamW`).
         momentum: Momentum of SGD. AdamW ignores this argument.
         weight_decay: Weight decay of SGD or AdamW.
@@ -110,21 +118,26 @@ def export_train_step(
             from eager training by more than rounding errors. The folder `out` is then unchanged.
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
             padding, or of an average pool with `ceil_mode` at an odd size.
-        ImportError: If onnx or onnxruntime is not installed.
+        ImportError: If the packages for `format` are not installed.
         OSError: If the folder cannot be written.
     """
     for name, value in (("image_size", image_size), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{name}: expected at least 1, found {value}")
+    if format not in ("onnx", "executorch"):
+        raise ValueError(f"format: expected onnx or executorch, found {format!r}")
+    if calibration is not None and format != "onnx":
+        raise ValueError(f"calibration: only a prefix in the format onnx is quantised, found the format {format}")
     if calibration is not None and not split:
         raise ValueError("calibration: only the prefix of a split step is quantised: pass split=True as well")
     if calibration is not None and calibration.shape[2:] != (image_size, image_size):
         raise ValueError(
             f"calibration: expected images of {image_size} x {image_size} pixels, found {tuple(calibration.shape[2:])}"
         )
-    with requires_extra("onnx"):
-        import onnx  # noqa: F401 - raises an error early if onnx is missing
-        import onnxruntime  # noqa: F401 - raises an error early if onnxruntime is missing
+    packages = ("onnx", "onnxruntime") if format == "onnx" else ("executorch",)
+    with requires_extra(format):
+        for package in packages:
+            import_module(package)  # raises an error early if a package is missing
     options = StepOptimizer(name=optimizer, momentum=momentum, weight_decay=weight_decay, max_grad_norm=max_grad_norm)
     if not isinstance(model, PeftModel):
         model = load_pretrained(model)
@@ -142,28 +155,57 @@ def export_train_step(
     config = input_config(model.get_base_model(), image_size)
     step = capture_train_step(model, torch.zeros(batch_size, *config["input_size"]), options, split=split)
     graphs = [graph for graph in (step.step, step.predict, step.prefix) if graph is not None]
-    if missing := sorted({operator for graph in graphs for operator in missing_operators(graph)}):
+    missing = sorted({operator for graph in graphs for operator in missing_operators(graph)})
+    if missing and format == "onnx":
         raise ValueError(f"the training step cannot be exported: no ONNX operator is known for {', '.join(missing)}")
-    batches = random_batches(batch_size, config["input_size"], step.predict.output_shapes[LOGITS][1])
+    num_classes = step.predict.output_shapes[LOGITS][1]
+    if num_classes < 2:
+        raise ValueError("the model has one class, so that its loss is always 0: expected at least two classes")
+    batches = random_batches(batch_size, config["input_size"], num_classes)
     rate = proof_rate(step, batches[0])
     double_difference = check_double(model, step, options, batches, rate)
 
     with atomic_write(Path(out)) as unfinished:
         unfinished.mkdir()
         save_file(step.initial_tensors(), unfinished / STATE_NAME)
-        _write_graph(step.step, unfinished / STEP_NAME)
-        _write_graph(step.predict, unfinished / PREDICT_NAME, any_batch_size=True)
-        if step.prefix is not None:
-            _write_graph(step.prefix, unfinished / PREFIX_NAME, any_batch_size=True)
-            _join_prefix(unfinished, unfinished / PREDICT_NAME)
-        report = check_single(model, step, options, batches, rate, unfinished, double_difference)
+        if format == "onnx":
+            _write_onnx_files(step, unfinished)
+            report = check_single(model, step, options, batches, rate, unfinished, double_difference)
+        else:
+            report = _write_program(step, unfinished / PROGRAM_NAME, batches, rate, double_difference)
         if calibration is not None:
             report = replace(report, prefix_error=_quantize_prefix(step, unfinished, calibration))
         description = _describe_step(model, step, options, config, report)
+        description |= {"versions": {name: version(name) for name in ("peft-edge", "torch", "peft", "timm", *packages)}}
         description |= {"base": base, "files": {file.name: _file_entry(file) for file in sorted(unfinished.iterdir())}}
         save_adapter(model, unfinished / ADAPTER_FOLDER)
         (unfinished / DESCRIPTION_NAME).write_text(json.dumps(description, indent=2), encoding="utf-8")
     return report
+
+
+def _write_onnx_files(step: TrainStep, folder: Path) -> None:
+    _write_graph(step.step, folder / STEP_NAME)
+    _write_graph(step.predict, folder / PREDICT_NAME, any_batch_size=True)
+    if step.prefix is not None:
+        _write_graph(step.prefix, folder / PREFIX_NAME, any_batch_size=True)
+        _join_prefix(folder, folder / PREDICT_NAME)
+
+
+def _write_program(
+    step: TrainStep, file: Path, batches: Sequence[Batch], rate: float, double_difference: float
+) -> StepReport:
+    """Write the ExecuTorch program, and return what `export_train_program` has measured."""
+    program = export_train_program(step, file, batches, rate)
+    return StepReport(
+        double_difference=double_difference,
+        single_difference=program.difference,
+        allowed_difference=program.allowed_difference,
+        step_s=program.step_s,
+        peak_rss_bytes=None,
+        parameters=sum(value.numel() for value in step.adapter.values()),
+        arena_bytes=program.arena_bytes,
+        xnnpack=program.xnnpack,
+    )
 
 
 def _write_graph(graph: CapturedGraph, file: Path, *, any_batch_size: bool = False) -> None:
@@ -212,12 +254,13 @@ def _describe_step(
     """Return the contents of `step.json` without `base` and `files`, which `export_train_step` adds."""
     shapes = step.step.input_shapes
     images = {IMAGES: (step.prefix or step.predict).input_shapes[IMAGES]}
+    any_batch_size = report.arena_bytes is None  # ExecuTorch plans its memory for a fixed batch size
     prefix = None
     if step.prefix is not None:
         prefix = {
             "start": step.start,
-            "inputs": _any_batch(images),
-            "outputs": _any_batch(step.prefix.output_shapes),
+            "inputs": _batch_shapes(images, any_batch_size),
+            "outputs": _batch_shapes(step.prefix.output_shapes, any_batch_size),
             "quantized": report.prefix_error is not None,
         }
     return {
@@ -228,20 +271,22 @@ def _describe_step(
         "outputs": {name: shape for name, shape in step.step.output_shapes.items() if not name.startswith(NEW)},
         "new_prefix": NEW,
         "int64": [LABELS],  # all other tensors are float32
-        "predict": {"inputs": _any_batch(images), "outputs": _any_batch(step.predict.output_shapes)},
+        "predict": {
+            "inputs": _batch_shapes(images, any_batch_size),
+            "outputs": _batch_shapes(step.predict.output_shapes, any_batch_size),
+        },
         "prefix": prefix,
         "preprocessing": {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "mean", "std")},
         "class_names": class_names(model.get_base_model()),
         "optimizer": asdict(optimizer),
         "checks": asdict(report),
         "measured_on": system_info(),
-        "versions": {name: version(name) for name in ("peft-edge", "torch", "peft", "timm", "onnx", "onnxruntime")},
     }
 
 
-def _any_batch(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int | str]]:
-    """Return `shapes` with the text "batch" as the first dimension of each shape."""
-    return {name: ["batch", *shape[1:]] for name, shape in shapes.items()}
+def _batch_shapes(shapes: Mapping[str, Sequence[int]], any_batch_size: bool) -> dict[str, list[int | str]]:
+    """Return `shapes`, with the text "batch" as the first dimension of each shape if `any_batch_size` is set."""
+    return {name: ["batch" if any_batch_size else shape[0], *shape[1:]] for name, shape in shapes.items()}
 
 
 def _file_entry(file: Path) -> dict[str, int | str]:

@@ -25,6 +25,7 @@ from peft_edge.files import atomic_write
 from peft_edge.hub.adapter_files import read_json, read_layout
 
 STEP_NAME, PREDICT_NAME, PREFIX_NAME = "train_step.onnx", "predict.onnx", "prefix.onnx"
+PROGRAM_NAME = "train.pte"  # for ExecuTorch, in place of the three ONNX files
 STATE_NAME, DESCRIPTION_NAME = "state.safetensors", "step.json"
 ADAPTER_FOLDER, ORIGIN_NAME = "adapter", "device_training.json"
 FORMAT_VERSION = 1
@@ -79,7 +80,7 @@ def import_state(
     adapter = load_file(source / SAFETENSORS_WEIGHTS_NAME)
     adapter |= {name: value.to(adapter[name].dtype) for name, value in averages.items()}
     record = {
-        "trained_by": STEP_NAME,
+        "trained_by": PROGRAM_NAME if PROGRAM_NAME in description["files"] else STEP_NAME,
         "imported": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         "states": origins,
         **{name: description[name] for name in ("base", "optimizer", "versions")},

@@ -1,10 +1,11 @@
 """Write a captured training step as an ExecuTorch program (experimental).
 
-The program has four methods, which share the buffers of the adapter and the optimizer state:
+The methods of the program share the buffers of the adapter and the optimizer state:
 
 - `train_step(images, labels, mask, learning_rate)` changes the adapter and the optimizer state, and returns the loss
   and the number of correct predictions.
 - `predict(images)` returns the logits.
+- `prefix(images)`: only in a split step, whose `train_step` takes features. Returns the features of images.
 - `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
 - `set_state(...)` takes tensors in the same order, and replaces the adapter and the optimizer state by these tensors.
 
@@ -25,7 +26,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -33,8 +34,10 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_aggregate
 
 from peft_edge.export.exporter import LOGIT_TOLERANCE
+from peft_edge.export.step_checks import Batch
 from peft_edge.export.train_step import (
     CORRECT,
+    IMAGES,
     LABELS,
     LEARNING_RATE,
     LOGITS,
@@ -46,7 +49,6 @@ from peft_edge.export.train_step import (
 )
 from peft_edge.files import requires_extra
 
-STEPS = 3  # number of steps in the check
 ALLOWED_RATIO = 10  # the error may be at most this many times the error of PyTorch in single precision
 FLOOR = 1e-6  # an error of at most this fraction of the adapter's change by training is always allowed
 _BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter and the optimizer state
@@ -75,7 +77,7 @@ class TrainProgram:
     allowed_difference: float
 
 
-def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
+def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], learning_rate: float) -> TrainProgram:
     """Write a program in single precision, run it in a separate process, and compare it with the captured graph.
 
     The first program uses XNNPACK. If this program cannot be written, crashes, or differs from the captured graph, a
@@ -84,6 +86,8 @@ def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
     Args:
         step: The captured step.
         file: The `.pte` file. It is removed if no program succeeds.
+        batches: The batches of the check, from `step_checks.random_batches`.
+        learning_rate: The learning rate of the check.
 
     Raises:
         ValueError: If neither program runs and agrees with the captured graph.
@@ -92,12 +96,11 @@ def export_train_program(step: TrainStep, file: Path) -> TrainProgram:
     with requires_extra("executorch"):
         import executorch  # noqa: F401 - raises an error early if executorch is missing
     problems = []
-    batches = _random_batches(step)
     for xnnpack in (True, False):
         try:
             arena_bytes = write_train_program(step, file, xnnpack=xnnpack)
-            found = _run_program(file, batches)
-            difference, allowed = _compare(step, batches, found)
+            found = _run_program(file, batches, learning_rate)
+            difference, allowed = _compare(step, batches, learning_rate, found)
         except Exception as error:  # the converter of ExecuTorch raises errors of many classes
             problems.append(f"{'with' if xnnpack else 'without'} XNNPACK: {error}")
             continue
@@ -191,8 +194,12 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
             buffer.copy_(found[f"{NEW}{name}"])
         return found[LOSS], found[CORRECT]
 
-    def predict(module: nn.Module, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
-        return run_predict(module, buffers, inputs)[LOGITS]
+    def predict(network: nn.ModuleList, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        *frozen, last = network
+        return run_predict(last, buffers, frozen[0](*inputs) if frozen else inputs)[LOGITS]
+
+    def prefix(module: nn.Module, _: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
+        return module(*inputs)[0]
 
     def get(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
         return tuple(buffer.clone() for buffer in buffers)
@@ -202,13 +209,20 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
             buffer.copy_(value)
         return inputs[0].sum()  # any number will do, but a method must return a result
 
-    step_module, predict_module = _single_precision(step.step.module), _single_precision(step.predict.module)
-    return {
-        "train_step": (_Method(values, train, step_module), tuple(examples[name] for name in batch)),
-        "predict": (_Method(values, predict, predict_module), (examples[batch[0]],)),
+    network = nn.ModuleList(_single_precision(graph.module) for graph in (step.prefix, step.predict) if graph)
+    images = (torch.zeros((step.prefix or step.predict).input_shapes[IMAGES]),)
+    methods = {
+        "train_step": (
+            _Method(values, train, _single_precision(step.step.module)),
+            tuple(examples[name] for name in batch),
+        ),
+        "predict": (_Method(values, predict, network), images),
         "get_state": (_Method(values, get), ()),
         "set_state": (_Method(values, replace), tuple(values)),
     }
+    if step.prefix is not None:
+        methods["prefix"] = (_Method(values, prefix, _single_precision(step.prefix.module)), images)
+    return methods
 
 
 def _single(dtype: torch.dtype) -> torch.dtype:
@@ -232,39 +246,13 @@ def _single_argument(value: Any) -> Any:
 
 # --- check ----------------------------------------------------------------------------------------------------------
 
-Batch = dict[str, Tensor]
 
-
-def _random_batches(step: TrainStep) -> list[Batch]:
-    """Return `STEPS` random batches. Each batch is a dict in the order of the inputs of `train_step`."""
-    generator = torch.Generator().manual_seed(0)
-    data = step.step.inputs[0]
-    nodes = {name: node.meta["val"] for name, node in _placeholders(step.step).items()}
-    size = len(nodes[data])
-    classes = _outputs(step.predict)[LOGITS].shape[1]
-    return [
-        {
-            data: torch.randn(nodes[data].shape, generator=generator),
-            LABELS: torch.randint(classes, (size,), generator=generator),
-            MASK: torch.ones(size),
-            LEARNING_RATE: torch.tensor(1e-4),
-        }
-        for _ in range(STEPS)
-    ]
-
-
-def _run_program(file: Path, batches: Sequence[Batch]) -> dict[str, Tensor]:
+def _run_program(file: Path, batches: Sequence[Batch], learning_rate: float) -> dict[str, Tensor]:
     """Call `run_program` in a new process, and return its result. Raise a RuntimeError if the process fails."""
     with tempfile.TemporaryDirectory() as scratch:
         inputs, outputs = Path(scratch) / "batches.safetensors", Path(scratch) / "results.safetensors"
-        save_file(
-            {
-                f"{place}.{index}": value
-                for index, batch in enumerate(batches)
-                for place, value in enumerate(batch.values())
-            },
-            inputs,
-        )
+        tensors = {f"{name}.{index}": value for index, batch in enumerate(batches) for name, value in batch.items()}
+        save_file({**tensors, LEARNING_RATE: torch.tensor(learning_rate)}, inputs)
         command = [sys.executable, "-m", __name__, str(file), str(inputs), str(outputs)]
         ended = subprocess.run(command, capture_output=True, text=True)
         if ended.returncode:
@@ -278,7 +266,7 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Args:
         file: The `.pte` file.
-        batches: A dict from `<place>.<index>` to a tensor: argument number `place` of `train_step` in step `index`.
+        batches: The tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`.
 
     Returns:
         A dict with the `losses`, the tensors of `get_state` at three times, the `logits` of the first batch after the
@@ -288,26 +276,30 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
     from executorch.runtime import Runtime
 
     program = Runtime.get().load_program(file)
-    methods = {name: program.load_method(name) for name in ("train_step", "predict", "get_state", "set_state")}
+    methods = {name: program.load_method(name) for name in program.method_names}
 
     def run(name: str, *inputs: Tensor) -> list[Tensor]:
         return [value.clone() for value in methods[name].execute(inputs)]  # the next call overwrites the results
 
     old, losses, seconds = run("get_state"), [], []
-    for index in range(len(batches) // 4):
+    for index in range(sum(name.startswith(f"{LABELS}.") for name in batches)):
+        images, labels, mask = (batches[f"{name}.{index}"] for name in (IMAGES, LABELS, MASK))
+        (data,) = run("prefix", images) if "prefix" in methods else (images,)
         start = time.perf_counter()
-        loss, _ = run("train_step", *(batches[f"{place}.{index}"] for place in range(4)))
+        loss, _ = run("train_step", data, labels, mask, batches[LEARNING_RATE])
         seconds.append(time.perf_counter() - start)
         losses.append(loss)
     results = {f"old.{place}": value for place, value in enumerate(old)}
     results |= {f"new.{place}": value for place, value in enumerate(run("get_state"))}
-    (results[LOGITS],) = run("predict", batches["0.0"])
+    (results[LOGITS],) = run("predict", batches[f"{IMAGES}.0"])
     run("set_state", *old)
     results |= {f"reset.{place}": value for place, value in enumerate(run("get_state"))}
     return {**results, "losses": torch.stack(losses), "step_s": torch.tensor(min(seconds))}
 
 
-def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tensor]) -> tuple[float, float]:
+def _compare(
+    step: TrainStep, batches: Sequence[Batch], learning_rate: float, found: Mapping[str, Tensor]
+) -> tuple[float, float]:
     """Compare `found`, the result of `run_program`, with PyTorch.
 
     Return `difference` and `allowed_difference` of `TrainProgram`.
@@ -321,7 +313,7 @@ def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tens
         for label in ("old", "reset"):
             if not torch.equal(found[f"{label}.{place}"], value.float()):
                 raise RuntimeError("get_state does not return the state that was set")
-    exact, rounded = (_train(step, batches, dtype) for dtype in (torch.float64, torch.float32))
+    exact, rounded = (_train(step, batches, learning_rate, dtype) for dtype in (torch.float64, torch.float32))
     trained = {name: found[f"new.{place}"].double() for place, name in enumerate(state)}
 
     def distance(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> float:
@@ -334,37 +326,27 @@ def _compare(step: TrainStep, batches: Sequence[Batch], found: Mapping[str, Tens
         raise RuntimeError(
             f"the adapter differs from PyTorch's by {difference:.1e} of its change ({allowed:.1e} allowed)"
         )
-    data = step.step.inputs[0]
-    logits = step.predict.run({**trained, data: batches[0][data].double()})[LOGITS]
+    logits = step.predict.run({**trained, step.data: step.features(batches[0][IMAGES].double())})[LOGITS]
     gap = (found[LOGITS] - logits).abs().max().item()
     if not gap <= LOGIT_TOLERANCE * max(1.0, logits.abs().max().item()):
         raise RuntimeError(f"the logits differ from PyTorch's by {gap:.1e}")
     return difference, allowed
 
 
-def _train(step: TrainStep, batches: Sequence[Batch], dtype: torch.dtype) -> dict[str, Tensor]:
+def _train(step: TrainStep, batches: Sequence[Batch], learning_rate: float, dtype: torch.dtype) -> dict[str, Tensor]:
     """Run the captured graph in PyTorch, one step for each batch. Return the new adapter and optimizer state."""
-    double = dtype == torch.float64
-    module = step.step.module if double else _single_precision(step.step.module)
+    module = step.step.module if dtype == torch.float64 else _single_precision(step.step.module)
     values = {name: value.to(dtype) for name, value in {**step.adapter, **step.state}.items()}
     for batch in batches:
-        converted = {name: value.to(dtype) if value.is_floating_point() else value for name, value in batch.items()}
-        known = {**values, **converted}
+        features, rate = step.features(batch[IMAGES].double()), torch.tensor(learning_rate)
+        inputs = {step.data: features, LABELS: batch[LABELS], MASK: batch[MASK], LEARNING_RATE: rate}
+        known = values | {
+            name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()
+        }
         with torch.no_grad():
             found = dict(zip(step.step.outputs, module(*[known[name] for name in step.step.inputs]), strict=True))
         values = {name: found[f"{NEW}{name}"] for name in values}
     return values
-
-
-def _placeholders(graph: CapturedGraph) -> dict[str, fx.Node]:
-    """Return a dict from the name of each input to its fx node."""
-    return dict(zip(graph.inputs, graph.module.graph.find_nodes(op="placeholder"), strict=True))
-
-
-def _outputs(graph: CapturedGraph) -> dict[str, Tensor]:
-    """Return a dict from the name of each output to a fake tensor with its shape and dtype."""
-    nodes = cast("tuple[fx.Node, ...]", graph.module.graph.output_node().args[0])
-    return {name: node.meta["val"] for name, node in zip(graph.outputs, nodes, strict=True)}
 
 
 if __name__ == "__main__":

@@ -39,11 +39,14 @@ DOUBLE_TOLERANCE = 1e-10
 # In single precision, the check also trains with images that it changes by this relative amount. The effect of the
 # change on the trained adapter measures how much training amplifies rounding errors.
 INPUT_CHANGE = 1e-6
-# The exported step may differ from eager training by at most `ALLOWED_RATIO` times this effect. In 14 training runs of
-# seven networks, the largest ratio was 1.1. A tiny network in the tests had a ratio of 4.1. The effect of a single
-# change may be too small, because only some changes flip the sign of an activation near 0. The check therefore takes
-# the largest effect of up to `INPUT_CHANGES` changes.
-ALLOWED_RATIO, INPUT_CHANGES = 5, 8
+# The exported step may differ from eager training by at most `ALLOWED_RATIO` times this effect. In 26 exports of four
+# networks (32 to 224 px) with SGD, the ratio was 0.4 to 1.5, so 3 is twice the largest. In five exports with AdamW it
+# was 0.03 to 4.4 (a tiny network, batch 2): AdamW divides by the size of the gradient, and so amplifies the rounding
+# errors of gradients near 0.
+ALLOWED_RATIO = {"sgd": 3, "adamw": 5}
+# The effect of a single change may be too small, because only some changes flip the sign of an activation near 0. The
+# check therefore takes the largest effect of up to `INPUT_CHANGES` changes.
+INPUT_CHANGES = 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
 # With this `mmap_threshold`, glibc returns freed memory to the system at once. `hugetlb=1` switches on huge pages,
@@ -61,23 +64,29 @@ class StepReport:
         double_difference: Largest absolute difference between the captured step and eager training in double
             precision, over the losses and all elements of the trained adapter.
         single_difference: Relative difference between the trained adapters in single precision: ||exported - eager|| /
-            ||eager - initial||. ONNX Runtime has trained the adapter `exported`, and PyTorch the adapter `eager`.
+            ||eager - initial||. The runtime has trained the adapter `exported`, and PyTorch the adapter `eager`. For
+            ExecuTorch, the captured step in double precision has trained `eager`.
         allowed_difference: The largest accepted `single_difference`.
-        step_s: Seconds of the fastest step in ONNX Runtime on one thread of this machine.
-        peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime.
+        step_s: Seconds of the fastest step in the runtime on one thread of this machine.
+        peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime. None for ExecuTorch.
         parameters: Number of trained parameters.
         prefix_error: Relative error of the features (the outputs of the first frozen layers) if these layers are
             quantised to 8 bits: the norm of the error, divided by the norm of the features. None if they are not
             quantised.
+        arena_bytes: For ExecuTorch: a dict from the name of each method to the sizes of its memory arenas in bytes,
+            which the program plans in advance. All methods share the last arena, which contains the state.
+        xnnpack: For ExecuTorch: whether XNNPACK computes the parts that it supports.
     """
 
     double_difference: float
     single_difference: float
     allowed_difference: float
     step_s: float
-    peak_rss_bytes: int
+    peak_rss_bytes: int | None
     parameters: int
     prefix_error: float | None = None
+    arena_bytes: dict[str, list[int]] | None = None
+    xnnpack: bool | None = None
 
 
 def report_lines(report: StepReport) -> str:
@@ -87,9 +96,13 @@ def report_lines(report: StepReport) -> str:
         f"single precision, in a process of its own: {report.single_difference:.1e} of the change by training "
         f"(allowed {report.allowed_difference:.1e})",
         f"fastest step: {1000 * report.step_s:,.1f} ms on one thread",
-        f"peak memory of the process: {report.peak_rss_bytes / 2**20:,.1f} MiB",
         f"adapter: {report.parameters:,} parameters",
     ]
+    if report.peak_rss_bytes is not None:
+        lines.append(f"peak memory of the process: {report.peak_rss_bytes / 2**20:,.1f} MiB")
+    if report.arena_bytes is not None:
+        arenas = ", ".join(f"{name} {sum(sizes) / 2**10:,.0f} KiB" for name, sizes in report.arena_bytes.items())
+        lines.append(f"planned memory, {'with' if report.xnnpack else 'without'} XNNPACK: {arenas}")
     if report.prefix_error is not None:
         lines.append(f"8-bit prefix: relative error of the features {report.prefix_error:.1e}")
     return "\n".join(lines)
@@ -242,7 +255,7 @@ def check_single(
             for batch in batches
         ]
         effect = distance(train_eagerly(model, optimizer, changed, rate, torch.float32)[1], expected) / moved
-        allowed = max(allowed, ALLOWED_RATIO * effect)
+        allowed = max(allowed, ALLOWED_RATIO[optimizer.name] * effect)
         if difference <= allowed:
             break
     else:

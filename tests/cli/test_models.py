@@ -241,7 +241,11 @@ def test_step_is_exported_and_what_was_learned_comes_home(
     ("options", "message"),
     [
         (["--split", "--momentum", "0.5"], "--momentum, --split: only for the export of a training step"),
-        (["--train", "--format", "torch-export"], "--train: expected the format onnx, found torch-export"),
+        (["--train", "--format", "torch-export"], "expected the format onnx or executorch, found torch-export"),
+        (
+            ["--train", "--split", "--format", "executorch", "--quantize", "int8", "--calibration", "digits"],
+            "--quantize: with --train, only for --format onnx, found executorch",
+        ),
         (["--train", "--optimizer", "adamw", "--momentum", "0.5"], "--momentum: only for --optimizer sgd"),
         (["--train", "--quantize", "int8", "--calibration", "digits"], "pass --split as well"),
         (["--train", "--split", "--calibration", "digits"], "pass --split --quantize int8 as well"),

@@ -102,6 +102,12 @@ def test_what_cannot_be_exported_is_refused_before_anything_is_written(device_ba
         export_train_step(frozen_head, out, image_size=IMAGE_SIZE, classes=["owl"])
     with pytest.raises(ValueError, match="each name once, found"):
         export_train_step(adapted(device_base), out, image_size=IMAGE_SIZE, classes=["owl", "owl"])
+    with pytest.raises(ValueError, match="the model has one class, so that its loss is always 0"):
+        export_train_step(adapted(device_base), out, image_size=IMAGE_SIZE, classes=["owl"])
+    with pytest.raises(ValueError, match="format: expected onnx or executorch, found 'torch-export'"):
+        export_train_step(adapted(device_base), out, image_size=IMAGE_SIZE, format="torch-export")
+    with pytest.raises(ValueError, match="calibration: only a prefix in the format onnx is quantised"):
+        export_train_step(adapted(device_base), out, image_size=48, calibration=images, split=True, format="executorch")
     with pytest.raises(ValueError, match="batch_size: expected at least 1, found 0"):
         export_train_step(adapted(device_base), out, image_size=IMAGE_SIZE, batch_size=0)
     with pytest.raises(ValueError, match="expected sgd or adamw, found 'adam'"):
