@@ -29,7 +29,7 @@ from peft_edge.bench.results import BenchRecord, BenchRow, PhaseTimes
 from peft_edge.methods import training_memory_format
 from peft_edge.profiling.analysis import classification_loss
 from peft_edge.profiling.callback import CountedStep
-from peft_edge.profiling.memory import ProcessPeak
+from peft_edge.profiling.memory import ProcessPeak, release_free_memory
 from peft_edge.records import StepProfile, load_average, package_info, system_info
 
 Setting = Mapping[str, str | int]
@@ -57,11 +57,11 @@ def run_bench(
     are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
     Each contender runs in a separate process, in which torch allocates large tensors in huge pages. In a step that is
-    not timed, the bench counts the FLOPs and the memory of the tensors. Then each contender takes one timed step in
-    each round, and the order of the contenders is reversed after each round. With `without_huge_pages`, the bench then
-    ends these processes, and repeats the timed steps in processes without huge pages. The field `error` of a row
-    contains the reason if the contender cannot be built, if its output differs from the network's output, or if its
-    process dies.
+    not timed, the bench counts the FLOPs and the memory of the tensors. Then each contender takes two steps in each
+    round, of which the second is timed, and the order of the contenders is reversed after each round. With
+    `without_huge_pages`, the bench then ends these processes, and repeats the timed steps in processes without huge
+    pages. The field `error` of a row contains the reason if the contender cannot be built, if its output differs from
+    the network's output, or if its process dies.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -303,10 +303,12 @@ def _contend(
                 if steps is None:
                     steps = _Steps(CONTENDERS[name], network, images, int(setting["lora_rank"]))
                     reply = steps.begin(is_counted=request == "build and count")
-                    memory.__enter__()
+                    memory.__enter__()  # also releases free memory
                 elif request == "step":
                     gc.collect()  # otherwise Python may collect garbage during the timed step
+                    steps.time()  # takes the memory that the timed step then reuses, as steps of a long training do
                     reply = steps.time()
+                    release_free_memory()  # the other contenders need it
                 else:
                     memory.__exit__()
                     reply = _Growth(memory.rss_growth_bytes, memory.peak_rss_bytes)

@@ -396,9 +396,7 @@ class ProcessPeak:
         _open_peaks.append(self)
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
-        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
-            # glibc keeps freed memory. If the block reused this memory, the process would not grow.
-            libc.malloc_trim(0)
+        release_free_memory()  # if the block reused this memory, the process would not grow
         self._rss_before = psutil.Process().memory_info().rss if reset_peak_rss() else None
         return self
 
@@ -414,6 +412,12 @@ class ProcessPeak:
             self.rss_growth_bytes = self.peak_rss_bytes - self._rss_before
         if self._device is not None:
             self.cuda_peak_bytes = max(torch.cuda.max_memory_allocated(self._device), self.cuda_peak_bytes or 0)
+
+
+def release_free_memory() -> None:
+    """Return freed memory, which malloc keeps for later, to the system. Only glibc on Linux can do this."""
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
 
 
 _open_peaks: list[ProcessPeak] = []
