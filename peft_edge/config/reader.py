@@ -211,6 +211,8 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
 def _unknown(key: str, keys: Collection[str]) -> str:
     section, _, name = key.rpartition(".")
     in_section = [valid for valid in keys if valid.rpartition(".")[0] == section]
+    if not section:
+        in_section += {valid.partition(".")[0] for valid in keys}  # the sections themselves
     nearest = (
         difflib.get_close_matches(key, in_section, n=1, cutoff=0.8)
         or [valid for valid in keys if valid.rpartition(".")[2] == name]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -182,12 +183,23 @@ def load_batches(
         sampler=EpochSampler(len(dataset), shuffle=shuffle, seed=seed),
         num_workers=num_workers,
         persistent_workers=num_workers > 0,
+        worker_init_fn=_leave_process_group,
         collate_fn=_as_is,
         drop_last=shuffle,
         # Every iterator draws a seed for its workers. A draw from torch's global generator would change the random
         # numbers of a training run that resumes in the middle of an epoch.
         generator=torch.Generator(),
     )
+
+
+def _leave_process_group(worker: int) -> None:
+    """Move this worker process to a process group of its own.
+
+    `timeout` and many schedulers send SIGTERM to the process group of the training process. Without its workers, the
+    training process could not finish its step and write a checkpoint.
+    """
+    if hasattr(os, "setpgid"):  # not on Windows
+        os.setpgid(0, 0)
 
 
 def _as_is(batch: object) -> object:

@@ -71,8 +71,8 @@ def write_diff(
         if other := [name for name in own if name in given and _differ(own[name], given[name])]:
             raise ValueError(
                 f"the adapted model has another base: {other[0]} differs, {len(other)} of {len(own)} tensors in all. "
-                "Pass the base that the adapter was loaded with, or allow_other_base=True to write the base's "
-                "differences, too"
+                "Pass the base that the adapter was loaded with, or write the differences of the base, too "
+                "(allow_other_base=True or --allow-other-base)"
             )
     result = merge_adapters(model)
     before, after = base.state_dict(), result.state_dict()

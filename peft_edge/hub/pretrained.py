@@ -104,13 +104,15 @@ def load_pretrained(
             f"{config.base_model_name_or_path!s:.200}: load that backbone, or pass it as base="
         ) from error
     if not allow_other_base:
-        _check_base(adapted, folder / BASE_NAME)
+        _check_base(adapted, folder / BASE_NAME, config.base_model_name_or_path)
     _set_class_names(adapted, folder / LABELS_NAME)
     return adapted
 
 
-def _check_base(adapted: PeftModel, path: Path) -> None:
+def _check_base(adapted: PeftModel, path: Path, name: str | None) -> None:
     """Raise a ValueError if the base weights of `adapted` do not have the fingerprint in the file `path`.
+
+    `name` is the folder or repository of the backbone on which the adapter was trained, for the message.
 
     If the file is missing, or the fingerprint of `adapted` cannot be computed, there is no error.
     """
@@ -132,9 +134,9 @@ def _check_base(adapted: PeftModel, path: Path) -> None:
         if found[key] != expected[key]:
             raise ValueError(
                 f"{path.parent}: the adapter was trained on other {names[key]} of this network: expected the "
-                f"fingerprint {expected[key][:16]}, found {found[key][:16]}. Pass the backbone that it was trained on "
-                "as base=, with the dtype that it had in training, or pass allow_other_base=True to accept these "
-                f"{names[key]}"
+                f"fingerprint {expected[key][:16]}, found {found[key][:16]}. Pass the backbone on which it was trained "
+                f"(base= or --base {name!s:.200}), with the dtype that it had in training, or accept these "
+                f"{names[key]} (allow_other_base=True or --allow-other-base)"
             )
 
 

@@ -83,6 +83,11 @@ def test_an_unknown_or_old_key_names_the_nearest_of_its_section(errors_of: Error
     assert f"{key.partition('=')[0]}: unknown key; did you mean {nearest}?" in errors_of("output_dir=a", key)
 
 
+def test_an_unknown_section_names_the_nearest_section(errors_of: ErrorsOf) -> None:
+    message = errors_of("output_dir=a", "traning.epochs=3")
+    assert "traning: unknown key; did you mean training? (command line)" in message
+
+
 def test_a_missing_output_dir_and_a_missing_file_are_named(tmp_path: Path, errors_of: ErrorsOf) -> None:
     message = errors_of("--config", str(tmp_path / "none.yaml"))
     assert "none.yaml: No such file" in message

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import re
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -247,6 +248,15 @@ def test_global_random_state_is_unchanged(loader: Callable[..., DataLoader]) -> 
     state = torch.get_rng_state()
     next(batches)
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.skipif(not hasattr(os, "setpgid"), reason="process groups of POSIX")
+def test_signals_to_the_process_group_do_not_reach_the_workers(loader: Callable[..., DataLoader]) -> None:
+    own = os.getpgid(0)
+    batches = iter(loader(num_workers=1))
+    next(batches)  # the worker has started
+    (worker,) = batches._workers
+    assert os.getpgid(worker.pid) == worker.pid != own
 
 
 def test_worker_processes_do_not_change_batches(loader: Callable[..., DataLoader]) -> None:

@@ -162,8 +162,10 @@ def test_resumed_study_has_the_records_of_runs_without_a_study(tmp_path: Path) -
     killed = start_study(grid, tmp_path / "study")
     found = ("results/*.json", "*/checkpoints/*/step_0000000[4-9]")
     wait_until(lambda: all(list(tmp_path.glob(f"study/{pattern}")) for pattern in found), killed)
+    processes = psutil.Process(killed.pid).children(recursive=True)
     killed.kill()
     killed.join()
+    psutil.wait_procs(processes, timeout=60)  # until then, the workers hold the locks of their folders
     stopped = {file: file.stat().st_mtime_ns for file in (tmp_path / "study/results").iterdir()}
     assert len(stopped) == 1
 
