@@ -64,11 +64,12 @@ def test_the_record_of_a_failed_run_holds_the_profile_measured_so_far(tmp_path: 
 def test_a_terminated_run_leaves_a_record(tmp_path: Path) -> None:
     config = load_config([f"output_dir={tmp_path}", "data.shift=blend"])
     run = open_run(config, Accelerator(cpu=True))
+    handler = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as caught, failure_recorded(run, 0.0):
         os.kill(os.getpid(), signal.SIGTERM)
     assert caught.value.code == 128 + signal.SIGTERM
     assert record_of(tmp_path).train_info.status == FAILED
-    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGTERM) is handler
 
 
 def test_the_summary_table_shows_gain_loss_and_cost() -> None:
