@@ -58,9 +58,11 @@ def combine_adapters(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If an adapter cannot be loaded, `weights` or `density` is invalid, or the adapters differ in base,
+        ValueError: If there is no adapter, an adapter cannot be loaded, `weights` or `density` is invalid, or the adapters differ in base,
             type, classes or one of the settings `norm`, `use_dora`, `use_rslora`, `lora_bias` and `modules_to_save`.
     """
+    if not adapters:
+        raise ValueError("adapters: expected at least one adapter, found none")
     weights = [1 / len(adapters)] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
         raise ValueError(f"weights: expected one weight for each of the {len(adapters)} adapters, found {len(weights)}")

@@ -119,6 +119,8 @@ def test_other_combinations_of_peft_keep_the_rank(base: nn.Module, tmp_path: Pat
 
 def test_what_cannot_be_combined_is_named(base: nn.Module, tmp_path: Path) -> None:
     first = device(tmp_path, base, 1)
+    with pytest.raises(ValueError, match="adapters: expected at least one adapter, found none"):
+        combine_adapters([], base=base)
     with pytest.raises(ValueError, match="weights: expected one weight for each of the 2 adapters, found 1"):
         combine_adapters([first, first], [1.0], base=base)
     with pytest.raises(ValueError, match="combination 'ties' needs a density"):
