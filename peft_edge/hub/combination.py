@@ -58,8 +58,9 @@ def combine_adapters(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If there is no adapter, an adapter cannot be loaded, `weights` or `density` is invalid, or the adapters differ in base,
-            type, classes or one of the settings `norm`, `use_dora`, `use_rslora`, `lora_bias` and `modules_to_save`.
+        ValueError: If there is no adapter, an adapter cannot be loaded, `weights` or `density` is invalid, or the
+            adapters differ in base, type, classes or one of the settings `norm`, `use_dora`, `use_rslora`,
+            `lora_bias` and `modules_to_save`.
     """
     if not adapters:
         raise ValueError("adapters: expected at least one adapter, found none")
