@@ -46,13 +46,15 @@ class Setting(NamedTuple):
     @property
     def lean_text(self) -> str:
         """The options that are off by default but on here, such as `recompute, checkpoint`. If none, `default`."""
-        return ", ".join(name for name in ("recompute", "checkpoint") if self.lean.get(name)) or "default"
+        values = {name: self.lean.get(name, False) for name in ("recompute", "checkpoint")}
+        texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value]
+        return ", ".join(texts) or "default"
 
 
 # The lean training of `train.py`, and then options that repeat parts of the forward pass to save more memory.
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
-_LEAN_OPTIONS = (_LEAN, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
+_LEAN_OPTIONS = (_LEAN, {**_LEAN, "recompute": "depthwise"}, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
 # These methods train the weights of the norms, so they are always planned with the norm mode "stats".
 _NEVER_FROZEN = ("norm-affine", "galore", "full")
 
@@ -275,9 +277,10 @@ def find_plan(
 ) -> Plan:
     """Find methods, target modules and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
 
-    Each combination is analysed with up to three settings, until the step fits: with the lean training of `train.py`,
-    then also with recomputation, and then also with checkpointed blocks. The last setting is skipped for networks
-    without timm's gradient checkpointing. If the step does not fit with a rank, higher ranks are skipped.
+    Each combination is analysed with up to four settings, until the step fits: with the lean training of `train.py`,
+    then also with recomputed depthwise convolutions, with all cheap convolutions recomputed, and with checkpointed
+    blocks. The last setting is skipped for networks without timm's gradient checkpointing. If the step does not fit
+    with a rank, higher ranks are skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular

@@ -132,7 +132,7 @@ def test_options_that_fit_have_that_peak_in_a_real_step() -> None:
     ("method", "setting"),
     [
         ("full", Setting("stats", {"masks": "bit", "inplace_norm": True, "recompute": True, "checkpoint": True})),
-        ("galore", Setting("stats", {"masks": "bit", "inplace_norm": True, "recompute": True})),
+        ("galore", Setting("stats", {"masks": "bit", "inplace_norm": True, "recompute": "depthwise"})),
         ("conv-adapter", Setting("frozen", {"masks": "bit", "inplace_norm": True})),
         ("lora", Setting("frozen", {"masks": "bit", "inplace_norm": True, "recompute": True, "checkpoint": True})),
         ("peft-lora", Setting("stats", {"masks": "bit"})),
@@ -219,7 +219,7 @@ class Costs:
         place, lean = adapter.get("target_modules"), options["lean"]
         self.asked.append((method, place, lora_rank, str(Setting(adapter["norm"], lean))))
         layers = {None: 2, "project": 2, "dense": 3, "all-conv": 4}[place]
-        saved = 3 * lean.get("recompute", 0) + 3 * lean.get("checkpoint", 0)
+        saved = {False: 0, "depthwise": 1, True: 3}[lean.get("recompute", False)] + 3 * lean.get("checkpoint", 0)
         mib = 10 * layers + (lora_rank or 0) - saved
         profile = StepProfile(
             process_index=0,
@@ -250,7 +250,7 @@ def test_each_option_has_the_fewest_lean_options_that_fit(tiny_backbone: nn.Modu
     assert found == {
         "head": ("frozen", "default"),
         "lora, project, rank 1": ("frozen", "default"),
-        "lora, project, rank 8": ("frozen", "recompute"),
+        "lora, project, rank 8": ("frozen", "recompute=depthwise"),
         "lora, dense, rank 1": ("frozen", "recompute, checkpoint"),
     }
     # No accuracy is known, so most trained parameters come first.
@@ -261,13 +261,13 @@ def test_each_option_has_the_fewest_lean_options_that_fit(tiny_backbone: nn.Modu
     ]
     asked = [entry[1:] for entry in costs.asked if entry[0] == "lora"]
     # The search starts from the setting that a part of the layers, or a lower rank, needed.
-    default, recompute, checkpoint = (
-        f"norm frozen, lean {text}" for text in ("default", "recompute", "recompute, checkpoint")
+    default, depthwise, recompute, checkpoint = (
+        f"norm frozen, lean {text}" for text in ("default", "recompute=depthwise", "recompute", "recompute, checkpoint")
     )
     assert asked == [
         ("project", 1, default),
-        *(("project", 8, setting) for setting in (default, recompute)),
-        *(("dense", 1, setting) for setting in (default, recompute, checkpoint)),
+        *(("project", 8, setting) for setting in (default, depthwise)),
+        *(("dense", 1, setting) for setting in (default, depthwise, recompute, checkpoint)),
         ("dense", 8, checkpoint),
         ("all-conv", 1, checkpoint),
     ]
@@ -292,7 +292,8 @@ def test_networks_without_checkpointing_are_planned_without_it(
 ) -> None:
     monkeypatch.delattr(type(tiny_backbone), "set_grad_checkpointing")
     find_plan(tiny_backbone, Budget(memory_bytes=0), methods=["head"])
-    assert [entry[3] for entry in costs.asked] == ["norm frozen, lean default", "norm frozen, lean recompute"]
+    tried = ("default", "recompute=depthwise", "recompute")
+    assert [entry[3] for entry in costs.asked] == [f"norm frozen, lean {options}" for options in tried]
 
 
 def test_lean_options_are_not_tried_if_other_limits_are_exceeded(tiny_backbone: nn.Module, costs: Costs) -> None:

@@ -187,6 +187,10 @@ CONTENDERS: dict[str, Contender] = {
         "our LoRA, dense, frozen norms, lean, checkpointed", _checkpointed(_frozen("lora", "dense"))
     ),
     "lora-all-conv": Contender("our LoRA, all convolutions, frozen norms, lean", _frozen("lora", "all-conv")),
+    "lora-all-conv-depthwise": Contender(
+        "our LoRA, all convolutions, frozen norms, lean, recompute=depthwise",
+        _frozen("lora", "all-conv", {**LEAN_FROZEN, "recompute": "depthwise"}),
+    ),
     "lora-project": Contender("our LoRA, project, frozen norms, lean", _frozen("lora", "project")),
     "lora-fa-project": Contender("our LoRA-FA, project, frozen norms, lean", _frozen("lora-fa", "project")),
     "dora-dense": Contender("our DoRA, dense, frozen norms, lean", _frozen("dora", "dense")),

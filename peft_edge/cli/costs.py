@@ -51,6 +51,7 @@ CONTENDERS = [
     *("full-lean", "full-recompute", "galore", "galore-lean", "galore-recompute", "peft-lora-lean"),
     *("lora-stats", "lora-stats-recompute", "lora-stats-checkpoint"),
     *("lora-plain", "lora-dense", "lora-recompute", "lora-checkpoint", "lora-all-conv"),
+    "lora-all-conv-depthwise",
     *("lora-project", "lora-fa-project", "dora-dense"),
 ]
 NORMS = ("frozen", "recalibrate", "stats", "affine")

@@ -279,12 +279,13 @@ class LeanConfig(Section):
     """Use lean layers during training. The saved update has the same format with and without lean training."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
-    that `norm` is frozen or recalibrate, or that `recompute` is true. By default true if `norm` is frozen or
+    that `norm` is frozen or recalibrate, or that `recompute` is set. By default true if `norm` is frozen or
     recalibrate and the model runs on the meta device, otherwise false."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
-    recompute: bool = False
-    """In the backward pass, recompute the outputs of cheap convolutions instead of saving these outputs."""
+    recompute: bool | Literal["depthwise"] = False
+    """Convolutions whose outputs the backward pass recomputes instead of saving them: all cheap convolutions (true),
+    only the depthwise ones (depthwise), or none (false)."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 

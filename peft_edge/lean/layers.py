@@ -37,6 +37,9 @@ Function = Callable[..., object]
 Masks = Literal["byte", "bit", "off"]
 """What a clipped activation such as ReLU saves: a mask of one byte or one bit per element, or with "off" its output."""
 
+Recomputed = bool | Literal["depthwise"]
+"""The convolutions whose outputs are recomputed: none (False), the depthwise ones, or all cheap ones (True)."""
+
 # The output of a convolution is recomputed only if the convolution takes at most this many products per output element.
 _MAX_RECOMPUTED_PRODUCTS = 100
 
@@ -72,7 +75,7 @@ class LeanConvolution(ConvolutionBase):
 
     inplace_norm: InplaceNorm | None = None
     """References to this convolution and to the norm that may overwrite its output. None if there is no such norm."""
-    recompute: bool = False
+    recompute: Recomputed = False
     """The argument `recompute` of `prepare_model_for_lean_training`."""
 
     @property
@@ -82,7 +85,9 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def lets_recompute(self) -> bool:
-        """Whether `recompute` is set and recomputing the output is cheap. Adapters of this layer read this property."""
+        """Whether the output is recomputed instead of saved. Adapters of this layer read this property."""
+        if self.recompute == "depthwise":
+            return 1 < self.groups == self.in_channels
         return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
     def forward(self, x: Tensor) -> Tensor:

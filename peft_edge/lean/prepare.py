@@ -16,7 +16,16 @@ from torch.overrides import TorchFunctionMode
 
 from peft_edge._compat import BatchNorm, ConvolutionBase, leaves
 from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, base_layer, inplace_norms
-from peft_edge.lean.layers import LEAN, PLAIN, Function, LeanBatchNorm, LeanClippedActivation, LeanConvolution, Masks
+from peft_edge.lean.layers import (
+    LEAN,
+    PLAIN,
+    Function,
+    LeanBatchNorm,
+    LeanClippedActivation,
+    LeanConvolution,
+    Masks,
+    Recomputed,
+)
 from peft_edge.roles import meta_copy
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -30,7 +39,7 @@ def prepare_model_for_lean_training(
     *,
     inplace_norm: bool = False,
     masks: Masks = "byte",
-    recompute: bool = False,
+    recompute: Recomputed = False,
     checkpoint: bool = False,
 ) -> Model:
     """Make the layers of a convolutional network save only what the backward pass needs.
@@ -61,8 +70,9 @@ def prepare_model_for_lean_training(
             stores the output as an attribute, the attribute becomes the normalised tensor.
         masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
             "off", activations save their outputs instead of masks.
-        recompute: Whether the backward pass recomputes the outputs of cheap convolutions instead of saving them. A
-            convolution with at most 100 products per output element is cheap. Depthwise convolutions are examples.
+        recompute: The convolutions whose outputs the backward pass recomputes instead of saving them: with "depthwise"
+            the depthwise convolutions, with True all cheap convolutions, which have at most 100 products per output
+            element.
         checkpoint: Whether to switch on timm's gradient checkpointing, which runs the forward pass of each block again
             in the backward pass. The running statistics of BatchNorm still count each batch once.
 
@@ -70,11 +80,13 @@ def prepare_model_for_lean_training(
         The model. `undo_lean_training` restores the original layers.
 
     Raises:
-        ValueError: If `masks` is unknown, if `inplace_norm` is set and the model does not run on the meta device, or if
-            `checkpoint` is set and the model does not support timm's gradient checkpointing.
+        ValueError: If `masks` or `recompute` is unknown, if `inplace_norm` is set and the model does not run on the
+            meta device, or if `checkpoint` is set and the model does not support timm's gradient checkpointing.
     """
     if masks not in get_args(Masks):
         raise ValueError(f"masks is {masks!r}, expected one of: {', '.join(get_args(Masks))}")
+    if recompute not in (False, True, "depthwise"):
+        raise ValueError(f"recompute is {recompute!r}, expected one of: False, True, 'depthwise'")
     try:
         consumers = find_consumers(model)
     except Exception as error:

@@ -77,6 +77,7 @@ METHODS: dict[str, Callable[[nn.Module], nn.Module]] = {
 SETTINGS: dict[str, dict[str, Any]] = {
     "lean": {"masks": "bit"},
     "recompute": {"recompute": True, "inplace_norm": True},
+    "depthwise": {"recompute": "depthwise", "inplace_norm": True},
     "checkpoint": {"checkpoint": True},
     "all": {"recompute": True, "inplace_norm": True, "checkpoint": True, "masks": "bit"},
 }
@@ -126,9 +127,9 @@ def test_every_method_is_exact(method: str) -> None:
 
 # Every network meets every method, and each of both meets every setting and memory format, and so do the settings.
 NETWORK_CASES = [
-    (name, method, list(SETTINGS)[(row + column) % 4], list(FORMATS)[(row + column // 2) % 2])
+    (name, method, list(SETTINGS)[(row + column) % 5], list(FORMATS)[(row + column // 2) % 2])
     for row, name in enumerate(NETWORKS)
-    for column, method in enumerate(["full", "lora dense stats", "lora all affine", "PEFT lora"])
+    for column, method in enumerate(["full", "lora dense stats", "lora all affine", "dora frozen", "PEFT lora"])
 ]
 
 
