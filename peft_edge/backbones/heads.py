@@ -89,10 +89,10 @@ def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator 
     """Add rows for new classes to the classifier in place, until the head has `num_classes` classes.
 
     The new rows have the same initial values as in :func:`replace_head`. The old rows are unchanged. The class names
-    are removed: call :func:`set_class_names` with the names of all classes. The parameters of the head are new objects:
-    create the optimizer afterwards. If the model already has `num_classes` classes, nothing changes, and the class
-    names are kept. `model` may also be a PEFT model. If its head is one of the `modules_to_save`, the original head and
-    the copy in each adapter grow.
+    are removed, so call :func:`set_class_names` afterwards. The parameters of the head are new objects, so create the
+    optimizer after this call. If the model already has `num_classes` classes, nothing changes, and the class names are
+    kept. `model` may also be a PEFT model. If its head is one of the `modules_to_save`, the original head and the copy
+    in each adapter grow.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -138,7 +138,7 @@ def _check_no_adapter(base: nn.Module) -> None:
 
 
 def change_classes(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None = None) -> None:
-    """Change the classes of a model in place to `names`. Rows of the head for classes that already exist are kept.
+    """Change the classes of a timm model in place to `names`. Classes that the model already has keep their rows.
 
     Rows for new classes have the same initial values as in :func:`replace_head`. Rows of classes that are not in
     `names` are removed. If the model has no class names, all old rows are removed. `model` may also be a PEFT model

@@ -72,7 +72,10 @@ def load_backbone(
     crop_pct: float | None = None,
     **timm_kwargs: Any,
 ) -> nn.Module:
-    """Create a timm CNN in train mode, and set ``model.name_or_path``.
+    """Create a timm CNN in train mode.
+
+    The attribute ``name_or_path`` of the model, which PEFT saves with every adapter, is set to the Hub id, folder or
+    file of the weights. For random weights, it is set to the timm model name.
 
     The weights are random unless `name` is a folder, `pretrained` is True, or `checkpoint` is given. If a folder has
     the same name as a timm model, pass the folder as `checkpoint`. From folders and from the Hub, only safetensors
@@ -83,6 +86,7 @@ def load_backbone(
             model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
         num_classes: The number of classes. A loaded head with another number of classes is replaced by
             :func:`replace_head`. None keeps the loaded head. With random weights, None means timm's default number.
+            If the file `checkpoint` contains no head, this argument is required.
         pretrained: Load the weights from the Hub or its local cache. Required for Hub ids outside ``timm/``.
         checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a file of another program
             (``.safetensors``, ``.pth``, ...; see :func:`import_weights`). If `checkpoint` is given, `name` must be a
@@ -230,7 +234,7 @@ def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
             f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all pretrained weights."
         )
     hub_id = get_pretrained_cfg(registry_name).hf_hub_id
-    # Pass a file, because with a Hub id, timm would unpickle the weights if the repository has no safetensors file.
+    # Pass the safetensors file. With only a Hub id, timm would unpickle the weights of a repository without this file.
     weights = {"file": str(_download(hub_id, WEIGHTS_NAME))}
     model = _create(registry_name, timm_kwargs, pretrained=True, pretrained_cfg_overlay=weights)
     model.name_or_path = hub_id
@@ -270,12 +274,13 @@ def _from_file(path: Path, name: str, num_classes: int | None, timm_kwargs: dict
 
 @functools.cache
 def _warn_once(message: str) -> None:
-    # A run loads its backbone several times.
+    # A training run loads its backbone several times, but should log each message only once.
     logger.warning(message)
 
 
 def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
-    # If `name` is None, `path` must be a folder, because the folder's configuration contains the architecture.
+    # `path` must be a folder, whose configuration contains the architecture. If `name` is given, it must name the same
+    # architecture.
     path = path.absolute()
     if path.is_dir():
         config = _read_config(path / CONFIG_NAME)
@@ -318,9 +323,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file into `model`. The tensors must have the same names and shapes as those of `model`.
+    """Load a safetensors file into `model`. Names and shapes of the tensors must be those in the state dict of `model`.
 
-    Only the number of classes may differ. In this case, the head of `model` is first replaced by a head of the size in
+    Only the number of classes may differ. If it differs, `model` first gets a new head with the number of classes in
     the file.
     """
     try:
@@ -378,7 +383,8 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     ``config.json`` contains the class names, if the model has class names. ``load_backbone(folder)`` and
     ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` load the model, but only ``load_backbone`` restores
-    `small_images`. Existing files in `folder` are replaced only after both new files are complete.
+    `small_images` (stride 1 instead of 2 in the first convolution). Existing files in `folder` are replaced only after
+    both new files are complete.
 
     Raises:
         TypeError: If the model was not built by timm.

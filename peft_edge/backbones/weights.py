@@ -103,16 +103,16 @@ def match_weights(
     """Match the tensors of `weights` with those of a timm model: by name, or by order if the names differ.
 
     A prefix that all names in `weights` share is ignored. In each pair, the shapes and the last components of the names
-    (such as `weight` or `running_mean`) must be equal. The order cannot distinguish two tensors of the same shape and
-    kind. Therefore, after a match by order, check the accuracy on images. The number of classes in the head may differ.
-    `weights` may lack the head and the counters `num_batches_tracked`. `source` is the name of the file in messages.
-    Pass `is_ordered=False` if the order of `weights` is not the order in which the model was saved: tensors are then
-    matched only by name.
+    (such as `weight` or `running_mean`) must be equal. Only the number of classes in the head may differ. The order
+    cannot distinguish two tensors of the same shape and kind. Therefore, after a match by order, check the accuracy on
+    images. `weights` may lack the head and the counters `num_batches_tracked`. `source` is the name of the file in
+    messages. Pass `is_ordered=False` if the order of `weights` is not the order in which the model was saved: tensors
+    are then matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.
         ValueError: If a tensor of the model or of `weights` has no counterpart, or the tensors of a pair do not fit. If
-            the names differ and `is_ordered` is False. If some names differ, but more than half of them are equal.
+            the names differ, and `is_ordered` is False. If some names differ, but more than half of them are equal.
     """
     architecture = as_timm_model(model).pretrained_cfg["architecture"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -184,6 +184,6 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
     if match.num_classes is not None and match.num_classes != as_timm_model(model).num_classes:
         as_timm_model(model).reset_classifier(match.num_classes)
         set_class_names(model, None)
-    # `match_weights` has checked all names. Only the head and the counters may be missing in the file.
+    # `match_weights` has checked all names. Only the head and the counters `num_batches_tracked` may be missing.
     model.load_state_dict({name: weights[in_file] for name, in_file in match.names.items()}, strict=False)
     return match
