@@ -55,9 +55,9 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
     """Save the active adapter, the class names and a model card to `folder`.
 
-    `folder` is created or replaced only after all files have been written. Fingerprints (hashes) of the base weights,
-    and of the statistics of frozen norms, are also saved, so that `load_pretrained` can reject a base with other
-    values. They are left out if the adapter is merged, or if its initialisation may have changed base weights, as with
+    `folder` is created or replaced only after all files have been written. Fingerprints (hashes) of the base weights
+    and of frozen BatchNorm statistics are also saved, so that `load_pretrained` can reject a base with other values.
+    Fingerprints are left out if the adapter is merged, or if its initialisation may have changed base weights, as with
     PiSSA.
 
     Raises:
@@ -86,7 +86,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     if (fingerprint := base_fingerprint(model)) is not None:
         (folder / BASE_NAME).write_text(json.dumps(fingerprint), encoding="utf-8")
 
-    # `load_pretrained` rejects patterns that RE2 does not support. Write the names that such a pattern matches instead.
+    # `load_pretrained` rejects patterns that RE2 does not support. Replace such a pattern by the names that it matches.
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
     modules = [target.name for target in iter_target_modules(model.get_base_model())]
@@ -155,7 +155,7 @@ def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, o
 
 
 def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
-    """Replace each regular expression in `config` by an exact pattern for the names in `modules` that it matches.
+    """In `config`, replace each regular expression by the names in `modules` that it matches.
 
     `config` is changed in place. PEFT matches names with Python's `re`, which takes exponential time for some patterns
     ("catastrophic backtracking"). This function uses RE2 (Cox 2010, "Regular Expression Matching in the Wild"), which
@@ -193,7 +193,7 @@ def exact_pattern(names: Iterable[str]) -> str:
 
 
 def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """Return each name that `pattern` matches as a whole. Raise a ValueError if RE2 does not support `pattern`."""
+    """Return each name that `pattern` matches completely. Raise a ValueError if RE2 does not support `pattern`."""
     # Imported here to keep the import of the package fast.
     import pyarrow as pa
     import pyarrow.compute as pc

@@ -61,9 +61,9 @@ class CardSubject:
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
     """Build the model card of an adapter or of a whole model.
 
-    `record` contains the results of a run, and must come from `shareable`. If it is given, the card also shows accuracy
-    and cost. If the record has a profile of a training step, `folder` is given and matplotlib is installed, a plot of
-    the cost is saved as `PICTURE_NAME` in `folder`.
+    `record` contains the results of a run, and must come from `shareable`, which removes local paths. If it is given,
+    the card also shows accuracy and cost. If `folder` is given, a plot of the cost is saved in it as `PICTURE_NAME`.
+    This requires matplotlib, and a record with a profile of a training step. Without them, no plot is saved.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
@@ -74,10 +74,10 @@ def adapter_card(subject: CardSubject, record: Record | None = None, folder: Pat
 
 
 def _results(record: Record, folder: Path | None) -> dict[str, object]:
-    """Return the values of the template for the results of a run.
+    """Return the values of the card's template for the results of a run.
 
-    If the record has a profile of a training step, `folder` is given and matplotlib is installed, also save a plot of
-    the cost.
+    If `folder` is given, also save a plot of the cost in it. This requires matplotlib, and a record with a profile of a
+    training step. Without them, no plot is saved.
     """
     # Imported here to keep the import of the package fast.
     from peft_edge.profiling.figures import save_cost_figure
@@ -158,7 +158,7 @@ def _label(name: object, filters: Any) -> str:
 def _shift(data: Mapping[str, Any]) -> str:
     """Return the new classes as text. Without new classes, return the shift, or the dataset if there is no shift.
 
-    The severity is added to the shift or dataset unless it is None.
+    If the severity is not None, append it to the shift or dataset.
     """
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"

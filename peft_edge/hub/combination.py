@@ -37,8 +37,8 @@ def combine_adapters(
     """Load adapters of type `CONV_LORA`, and combine them with `ConvLoraModel.add_weighted_adapter`.
 
     Weights that add up to 1 give an average. Other weights give task arithmetic (arXiv 2212.04089). The statistics of
-    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). This pooling weights each
-    of these adapters by its number of training batches, not by `weights`.
+    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). In the pooled statistics,
+    each adapter counts by its number of training batches, not by its weight.
 
     Args:
         adapters: Folders of adapters, or ids of adapters on the Hub.
@@ -54,7 +54,8 @@ def combine_adapters(
             `density`.
 
     Returns:
-        The model in eval mode with the adapters `adapter_0`, `adapter_1`, ... and the active adapter `COMBINED`.
+        The model in eval mode. Its adapters are `adapter_0`, `adapter_1`, ... and the combined adapter. The latter is
+        active, and has the name `COMBINED`.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -96,7 +97,10 @@ def combine_adapters(
 
 
 def _check_same(first_name: object, first: PeftModel, name: object, other: PeftModel) -> None:
-    """Raise a ValueError if type, settings or classes of `other` and `first` differ. The names are for the message."""
+    """Raise a ValueError if type, settings or classes of `other` and `first` differ.
+
+    `first_name` and `name` occur only in the message.
+    """
     config, expected = other.active_peft_config, first.active_peft_config
     if not isinstance(config, ConvLoraConfig):
         raise ValueError(
@@ -112,10 +116,9 @@ def _check_same(first_name: object, first: PeftModel, name: object, other: PeftM
 
 
 def _exact_config(model: PeftModel) -> ConvLoraConfig:
-    """Return a copy of the configuration in which `target_modules` alone determines the adapted layers.
+    """Return a copy of the adapter's configuration in which `target_modules` alone determines the adapted layers.
 
-    In a combined adapter, PEFT joins the `target_modules` of all adapters. All other fields, such as
-    `exclude_modules`, are those of the first adapter.
+    When PEFT combines adapters, it joins their `target_modules`, but takes `exclude_modules` from the first adapter.
     """
     config = copy.deepcopy(model.active_peft_config)
     config.target_modules = exact_pattern(model.base_model.targeted_module_names)

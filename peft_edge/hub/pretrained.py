@@ -56,8 +56,8 @@ def load_pretrained(
             subfolder, the backbone that the adapter's configuration names is loaded.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
         allow_other_base: Whether to accept a backbone whose weights differ from those that the adapter was trained on.
-            An adapter without a fingerprint of its base weights is always accepted if its tensors fit. PEFT's
-            `save_pretrained` writes no fingerprint.
+            `save_adapter` saves a fingerprint (hash) of the base weights, which reveals the difference. An adapter that
+            PEFT's `save_pretrained` saved has no fingerprint, and is always accepted if its tensors fit.
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
@@ -222,8 +222,8 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
     """Raise a ValueError if the adapter in the file, described by `layout`, does not fit `model`.
 
-    The adapter is added to a copy of `model` on the meta device. The names and shapes of its tensors must be those of
-    `layout`. The dtype of a tensor must be floating-point in both or in neither.
+    The adapter is added to a copy of `model` on the meta device. Its tensors must have the names and shapes in
+    `layout`. The copy and `layout` must agree on which tensors have a floating-point dtype.
     """
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
@@ -255,10 +255,10 @@ def _without_values(model: nn.Module) -> nn.Module:
 
 
 def _resize_head(base: nn.Module, layout: Layout) -> None:
-    """Give the head of `base` as many classes as the head in `layout`, in place.
+    """Give the head of `base` as many classes as the adapter's head has, in place.
 
-    A head that grows keeps its old rows. A head that shrinks gets new weights. Without a head in `layout`, nothing
-    changes.
+    `layout` contains the names and shapes of the adapter's tensors. A head that grows keeps its old rows. A head that
+    shrinks gets new weights. If the adapter has no head, nothing changes.
     """
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))

@@ -105,7 +105,7 @@ def push_update(
 
 
 def _read_shareable(path: str | os.PathLike[str] | None) -> Record | None:
-    """Read a record, and shorten local paths in it. Return None if `path` is None."""
+    """Read the record of a run, and shorten local paths in it. Return None if `path` is None."""
     from peft_edge.records import Record
 
     return None if path is None else shareable(Record.from_json(Path(path).read_text(encoding="utf-8")))
