@@ -75,7 +75,7 @@ def export_train_step(
 ) -> StepReport:
     """Export a training step of an adapter for devices without PyTorch, and compare the step with eager training.
 
-    The folder contains:
+    The function writes these files to the folder `out`:
 
     - `train_step.onnx`: the training step. The inputs are images, labels, mask, learning rate, adapter and optimizer
       state. The outputs are the loss, the number of correct predictions, and the new adapter and optimizer state. In
@@ -92,14 +92,16 @@ def export_train_step(
     With `format="executorch"` (experimental), the program `train.pte` replaces the ONNX files. Its methods are
     `train_step`, `predict`, `get_state`, `set_state` and, with `split`, `prefix`; see `executorch_step`.
 
-    All norms use their stored statistics, on the device and in the comparison. With `norm="stats"`, the statistics
-    therefore do not change on the device. A model in training mode is rejected if it uses batch statistics or dropout.
+    BatchNorm uses its stored statistics, on the device and in the comparison. Training on the device therefore does not
+    change the statistics, not even those of an adapter with `norm="stats"`. A model in training mode is rejected if it
+    uses batch statistics or dropout.
 
     Args:
         model: A PEFT model with one active adapter, or the folder or Hub id of an adapter. The model is not changed.
         out: The folder to write. It is created or replaced only if all checks succeed.
         image_size: Height and width of the images in pixels.
-        batch_size: Samples in a step. The device must pad smaller batches, and set `mask` to 0 for the padding.
+        batch_size: Number of samples in a step. The device must pad smaller batches, and set `mask` to 0 for the
+            padding.
         format: The format of the step: `onnx` or `executorch`.
         optimizer: `sgd` (update rule of `torch.optim.SGD`) or `adamw` (update rule of `torch.optim.AdamW`).
         momentum: Momentum of SGD. AdamW ignores this argument.
@@ -194,7 +196,7 @@ def _write_onnx_files(step: TrainStep, folder: Path) -> None:
 def _write_program(
     step: TrainStep, file: Path, batches: Sequence[Batch], rate: float, double_difference: float
 ) -> StepReport:
-    """Write the ExecuTorch program, and return what `export_train_program` has measured."""
+    """Write the ExecuTorch program. Return a report with `double_difference` and the program's own measurements."""
     program = export_train_program(step, file, batches, rate)
     return StepReport(
         double_difference=double_difference,
@@ -213,9 +215,10 @@ def _write_graph(graph: CapturedGraph, file: Path, *, any_batch_size: bool = Fal
 
 
 def _join_prefix(folder: Path, tail: Path) -> None:
-    """Write `predict.onnx` in `folder`: the network of `prefix.onnx`, followed by the network of the file `tail`.
+    """Write `predict.onnx` in `folder`: the graph of `prefix.onnx`, followed by the graph of the file `tail`.
 
-    `tail` maps features and the adapter to logits. `tail` may be the file `predict.onnx` itself.
+    `prefix.onnx` maps images to features. `tail` maps these features and the adapter to logits. `tail` may be the file
+    `predict.onnx` itself.
     """
     import onnx
 
@@ -227,9 +230,10 @@ def _join_prefix(folder: Path, tail: Path) -> None:
 
 
 def _quantize_prefix(step: TrainStep, folder: Path, calibration: Tensor) -> float:
-    """Quantise `prefix.onnx` and the same layers in `predict.onnx`, and return the relative error of the features.
+    """Quantise `prefix.onnx` and the same layers in `predict.onnx` to 8 bits. Return the error of the features.
 
-    The error is ||int8 - float|| / ||float||, over the features of all images in `calibration`.
+    The features are the outputs of `prefix.onnx`. Their error is ||int8 - float|| / ||float||, over all images in
+    `calibration`.
     """
     import onnxruntime
 
@@ -251,7 +255,7 @@ def _quantize_prefix(step: TrainStep, folder: Path, calibration: Tensor) -> floa
 def _describe_step(
     model: PeftModel, step: TrainStep, optimizer: StepOptimizer, config: Mapping[str, Any], report: StepReport
 ) -> dict[str, Any]:
-    """Return the contents of `step.json` without `base` and `files`, which `export_train_step` adds."""
+    """Return the contents of `step.json`, except `versions`, `base` and `files`, which `export_train_step` adds."""
     shapes = step.step.input_shapes
     images = {IMAGES: (step.prefix or step.predict).input_shapes[IMAGES]}
     any_batch_size = report.arena_bytes is None  # ExecuTorch plans its memory for a fixed batch size

@@ -43,7 +43,7 @@ def import_state(
     The states of several devices are averaged (FedAvg, McMahan et al. 2017, arXiv 1602.05629). The LoRA matrices A and
     B are averaged separately. Therefore the product of the averages is not exactly the average of the products.
 
-    The adapter's folder contains `device_training.json`. This file has an entry for each state file: name, SHA-256,
+    The folder `out` also contains `device_training.json`. This file has an entry for each state file: name, SHA-256,
     weight divided by the sum of all weights, and metadata. The metadata are texts that the device stored, such as the
     name of the device and the number of steps. `device_training.json` also contains the name of the base model, its
     fingerprint (a hash of its weights), the optimizer, and package versions.
@@ -57,8 +57,8 @@ def import_state(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If `step.json` or a state file is damaged, a state file does not belong to `folder`, an adapter
-            value is not finite, or `weights` is invalid.
+        ValueError: If `step.json` or a state file is damaged, a state file has other tensors than the step in `folder`,
+            an adapter value is not finite, or `weights` is invalid.
         OSError: If the adapter cannot be written.
     """
     folder = Path(folder)
@@ -125,14 +125,14 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 
 
 def read_state(file: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Return the adapter's tensors from a state file.
+    """Return the adapter's tensors from a state file, in which a device saved the adapter and the optimizer state.
 
-    `description` is the content of `step.json`. Tensors of the optimizer state may be missing in the file.
+    `description` is the content of `step.json`. Tensors of the optimizer state may be missing in the state file.
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If the file is damaged, an adapter tensor is missing, a tensor is not listed in `description` or has
-            another shape than listed, a tensor is not float32, or an adapter value is not finite.
+        ValueError: If the file is damaged, an adapter tensor is missing, an adapter value is not finite, or a tensor is
+            not float32. If `description` does not list a tensor, or lists another shape.
     """
     layout = read_layout(file)
     adapter = {name: tuple(shape) for name, shape in description["adapter"].items()}

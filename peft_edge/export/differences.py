@@ -29,10 +29,10 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff.
+    """The metadata of a diff, a file with the tensors that an adaptation changed.
 
-    A diff is a file that `write_diff` writes. `base` is the fingerprint (a hash of all tensors) of the base model, and
-    `result` is the fingerprint of the merged model. `class_names` are the class names of the merged model.
+    `base` is the fingerprint (a hash of all tensors) of the base model, and `result` is the fingerprint of the merged
+    model. `class_names` are the class names of the merged model.
     """
 
     base: str
@@ -40,21 +40,23 @@ class _Header:
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of this metadata. The tensors are not hashed, because `apply_diff` checks `result`."""
+        """Return the SHA-256 of the metadata. The tensors are checked with `result`, a hash of the merged model."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Merge the adapters in a copy of `model`, and write each tensor of the copy that is not bit-identical in `base`.
+    """Write the tensors in which `model`, with merged adapters, differs from `base`.
+
+    Tensors are compared bit by bit. The adapters are merged in a copy of `model`.
 
     Args:
         base: The timm model that is on the devices. It is not changed.
         model: The adapted or fully trained network. It is not changed. Its head may have another number of classes than
             the head of `base`.
-        file: The safetensors file to write or replace. Its metadata contains the fingerprints of `base` and of the
-            merged copy of `model`.
+        file: The safetensors file to write or replace. Its metadata contains the fingerprints (hashes) of `base` and
+            of the merged copy of `model`.
         allow_other_base: Whether to accept a PEFT model whose base weights differ from those of `base`. The diff then
             contains the differing base weights, too.
 
@@ -90,13 +92,13 @@ def write_diff(
 
 
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
-    """Return a copy of `base` with the tensors in `file`.
+    """Return a copy of `base` in which the tensors in `file` replace the tensors of the same names.
 
-    The copy is bit-identical to the merged model of `write_diff`.
+    The copy is bit-identical to the merged network from which `write_diff` wrote the file.
 
     Args:
-        base: The timm model that was the `base` of `write_diff`. It is not changed.
-        file: A file that `write_diff` wrote. Checksum and fingerprints detect a damaged file.
+        base: A timm model with the same tensors as the argument `base` of `write_diff`. It is not changed.
+        file: A file that `write_diff` wrote. Its checksum and fingerprints (hashes) reveal damage.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -181,7 +183,7 @@ def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, ad
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Return whether shape, dtype or bytes differ. A comparison of numbers would treat 0 and -0 as equal."""
+    """Return whether shape, dtype or bytes differ. The bytes of 0 and -0 differ, although the numbers are equal."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return True
     first, second = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))

@@ -56,14 +56,14 @@ _BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter a
 
 @dataclass(frozen=True, kw_only=True)
 class TrainProgram:
-    """The description of a program that `export_train_program` wrote.
+    """The description of an ExecuTorch program that `export_train_program` wrote.
 
     Attributes:
         state_names: Names of the tensors that `get_state` returns and `set_state` takes.
         xnnpack: Whether XNNPACK, a CPU library, computes the parts of the graph that it supports.
         arena_bytes: For each method name, a list of the sizes of the method's memory arenas in bytes. The last arena
             contains the adapter and the optimizer state. All methods share this arena.
-        step_s: Seconds of the fastest step of the check. The check runs on one thread.
+        step_s: Seconds of the fastest training step when the program was checked.
         difference: Relative error of the adapter that the program has trained: ||trained - exact|| / ||exact -
             initial||. The captured graph has trained the adapter `exact` in double precision, starting from `initial`.
         allowed_difference: The largest accepted `difference`.
@@ -78,19 +78,19 @@ class TrainProgram:
 
 
 def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], learning_rate: float) -> TrainProgram:
-    """Write a program in single precision, run it in a separate process, and compare it with the captured graph.
+    """Write the step as an ExecuTorch program in single precision, run it, and compare it with the captured graph.
 
-    The first program uses XNNPACK. If this program cannot be written, crashes, or differs from the captured graph, a
-    program without XNNPACK replaces it.
+    The program runs in a separate process, because it may crash. The first program uses XNNPACK. If this program cannot
+    be written, crashes, or differs from the captured graph, a program without XNNPACK replaces it.
 
     Args:
         step: The captured step.
         file: The `.pte` file. It is removed if no program succeeds.
-        batches: The batches of the check, from `step_checks.random_batches`.
-        learning_rate: The learning rate of the check.
+        batches: The batches for the comparison, from `step_checks.random_batches`.
+        learning_rate: The learning rate for the comparison.
 
     Raises:
-        ValueError: If neither program runs and agrees with the captured graph.
+        ValueError: If both programs fail, with and without XNNPACK.
         ImportError: If executorch is not installed.
     """
     with requires_extra("executorch"):
@@ -117,7 +117,7 @@ def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], 
 
 
 class _Method(nn.Module):
-    """A module whose `forward` is one method of the program: `function(body, buffers, inputs)`.
+    """A module whose `forward` is one method of the ExecuTorch program: it calls `function(body, buffers, inputs)`.
 
     All methods have the buffers `state_0`, `state_1`, ..., which hold the adapter and the optimizer state.
     """
@@ -135,7 +135,7 @@ class _Method(nn.Module):
 
 
 def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[str, list[int]]:
-    """Write a program without running it. Return the sizes of its memory arenas (`TrainProgram.arena_bytes`).
+    """Write the step as an ExecuTorch program. Return the sizes of its memory arenas (`TrainProgram.arena_bytes`).
 
     Raises:
         RuntimeError: If ExecuTorch cannot convert the step.
@@ -154,7 +154,7 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
     edge = to_edge_transform_and_lower(
         programs,
         partitioner={name: [XnnpackPartitioner()] if xnnpack else [] for name in programs},
-        # The check may reject convolutions of the backward pass, which have unusual arguments.
+        # The validity check may reject convolutions of the backward pass, which have unusual arguments.
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     lowered = edge.to_executorch(
@@ -170,7 +170,7 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
 
 
 def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
-    """Return a dict from the name of each method to a pair: the method's module and example inputs."""
+    """Return a dict from the name of each ExecuTorch method to a pair: the method's module and example inputs."""
     state = {**step.adapter, **step.state}
     values = [value.float() for value in state.values()]
     batch = [name for name in step.step.inputs if name not in state]
@@ -207,7 +207,7 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
     def replace(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         for buffer, value in zip(buffers, inputs, strict=True):
             buffer.copy_(value)
-        return inputs[0].sum()  # any number will do, but a method must return a result
+        return inputs[0].sum()  # an ExecuTorch method must return a result, which is not used
 
     network = nn.ModuleList(_single_precision(graph.module) for graph in (step.prefix, step.predict) if graph)
     images = (torch.zeros((step.prefix or step.predict).input_shapes[IMAGES]),)
@@ -262,16 +262,16 @@ def _run_program(file: Path, batches: Sequence[Batch], learning_rate: float) -> 
 
 
 def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Run all methods of the program in this process.
+    """Run all methods of an ExecuTorch program in this process.
 
     Args:
         file: The `.pte` file.
         batches: The tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`.
 
     Returns:
-        A dict with the `losses`, the tensors of `get_state` at three times, the `logits` of the first batch after the
-        steps, and `step_s`, the seconds of the fastest step. The names of the tensors of `get_state` are `old.<place>`
-        before the steps, `new.<place>` after the steps, and `reset.<place>` after `set_state` with the old tensors.
+        A dict with the `losses`, the `logits` of the first batch after the steps, `step_s` (the seconds of the fastest
+        step), and the results of three calls of `get_state`. The i-th tensor of `get_state` has the name `old.<i>`
+        before the steps, `new.<i>` after the steps, and `reset.<i>` after `set_state` with the old tensors.
     """
     from executorch.runtime import Runtime
 
@@ -300,7 +300,7 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _compare(
     step: TrainStep, batches: Sequence[Batch], learning_rate: float, found: Mapping[str, Tensor]
 ) -> tuple[float, float]:
-    """Compare `found`, the result of `run_program`, with PyTorch.
+    """Compare `found`, the result of `run_program`, with the captured graph in PyTorch.
 
     Return `difference` and `allowed_difference` of `TrainProgram`.
 

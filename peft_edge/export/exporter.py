@@ -61,13 +61,13 @@ def export_model(
 
     Returns:
         A list with the comparison of the floating-point network with `model`. If the file is quantised, the second
-        element is the comparison of the 8-bit network. The differences of the 8-bit network are not limited.
+        element is the comparison of the 8-bit network with `model`. The 8-bit network may differ by any amount.
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix of `file`, or cannot be quantised; if the batch
             size is less than 1; if an adapter cannot be merged; if the model does not run on the images; if a logit is
             not finite; or if a logit of the floating-point network differs from that of `model` by more than
-            `LOGIT_TOLERANCE * max(1, largest_logit)`.
+            `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
         ImportError: If the format needs a package that is not installed. The message names the extra.
         OSError: If the file cannot be written.
     """
@@ -122,8 +122,8 @@ def export_model(
 def merge_adapters(model: nn.Module) -> nn.Module:
     """Return a copy of `model` in which the active adapters are merged.
 
-    The copy contains the original layers instead of lean layers (see `peft_edge.lean`). It is on the CPU, frozen and in
-    eval mode.
+    The copy is on the CPU, frozen and in eval mode. The memory-saving layers of `peft_edge.lean` are replaced by the
+    original layers.
 
     Raises:
         ValueError: If an adapter cannot be merged, or a merged weight is not finite.
@@ -145,7 +145,7 @@ def fuse_batch_norms(model: nn.Module) -> None:
     output that another layer also uses. `model` must be in eval mode, without adapters and without trainable
     parameters.
     """
-    # `inplace_norms` returns the pairs in which only the BatchNorm uses the convolution's output.
+    # `inplace_norms` returns (convolution, BatchNorm) pairs in which no other layer uses the convolution's output.
     prepare_model_for_lean_training(model, inplace_norm=True)
     pairs = inplace_norms(model)
     undo_lean_training(model)

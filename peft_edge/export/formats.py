@@ -20,13 +20,14 @@ Network = Callable[[Tensor], Tensor]
 
 
 class Format(NamedTuple):
-    """A file format.
+    """A file format for exported networks.
 
     Attributes:
         suffix: The suffix that a file name must have.
-        write: A function that writes an exported network to a file, together with a dict from names to texts.
+        write: A function that writes an exported network and metadata (a dict from names to texts) to a file.
         load: A function that reads a file, and returns its network as a function from images to logits.
-        any_batch_size: Whether a file can accept batches of any size. Otherwise, the batch size is fixed at export.
+        any_batch_size: Whether the network in a file can accept batches of any size. Otherwise, the batch size is fixed
+            at export.
     """
 
     suffix: str

@@ -38,25 +38,25 @@ def write_onnx_graph(
     Args:
         graph: The graph.
         any_batch_size: Whether to declare the first dimension of the first input and of the first output as dynamic.
-            This requires that only arguments of reshapes in `graph` contain the batch size. The function does not check
-            this.
+            If True, the batch size may occur in `graph` only as an argument of reshapes. This is not checked.
         metadata: A dict from names to texts, which are stored in the model.
 
     Raises:
-        ValueError: If `_OPERATORS` lacks an operator of the graph, or an average pool has `divisor_override`.
+        ValueError: If no conversion to ONNX is known for an operator of the graph, or an average pool has
+            `divisor_override`.
         ImportError: If onnx is not installed.
     """
     return _Writer(graph).write(any_batch_size, metadata or {})
 
 
 def missing_operators(graph: CapturedGraph) -> list[str]:
-    """Return the names of the operators in `graph` that `_OPERATORS` lacks."""
+    """Return the names of the operators in `graph` for which `_OPERATORS` has no conversion to ONNX."""
     targets = {node.target for node in graph.module.graph.nodes if node.op == "call_function"}
     return sorted(str(target) for target in targets if target not in _OPERATORS)
 
 
 class _Writer:
-    """Convert one captured graph.
+    """Convert one captured graph to ONNX.
 
     `nodes` and `initializers` are the nodes and constants of the ONNX graph. `names` maps each fx node to the name of
     its value in the ONNX graph.
@@ -134,7 +134,7 @@ class _Writer:
             array = exact = torch.tensor(value, dtype=dtype).numpy()
             if dtype == torch.float64:
                 # In single precision, a tiny double would become 0, and a huge double infinity. Replace both by the
-                # nearest number in the range of single precision. Infinity itself remains.
+                # nearest number in the range of single precision. Do not replace doubles that are infinite.
                 limits = np.finfo(np.float32)
                 tiny = (array != 0) & (np.abs(array) < limits.tiny)
                 array = np.where(tiny, np.copysign(limits.tiny, array), array).clip(limits.min, limits.max)
@@ -146,17 +146,17 @@ class _Writer:
         return self.constant(list(values), torch.int64)
 
     def operand(self, value: Any, like: _Node) -> str:
-        """Return the name of the value of a node, or of a constant with the dtype of `like` if `value` is a number."""
+        """Return the ONNX name of `value`, a node or a number. A number becomes a constant with the dtype of `like`."""
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
     def cast(self, node: _Node, dtype: torch.dtype) -> str:
-        """Return the name of the value of `node`, cast to `dtype`."""
+        """Cast the value of `node` to `dtype`, and return the ONNX name of the result."""
         code = self.type_code(dtype)
         same = code == self.type_code(_type(node))
         return self.names[node] if same else self.emit("Cast", self.names[node], to=code)
 
     def reshape(self, name: str, old: Sequence[int], new: Sequence[int]) -> str:
-        """Return the name of the value `name`, reshaped from the shape `old` to the shape `new`."""
+        """Reshape the ONNX value `name` from the shape `old` to the shape `new`, and return the name of the result."""
         if list(old) == list(new):
             return name
         # In the target shape of an ONNX `Reshape`, 0 means the size of the input in this dimension. With 0 as the first
@@ -182,9 +182,10 @@ class _Writer:
         }[dtype]
 
     def _rename_outputs(self) -> None:
-        """Rename computed values to the names of their outputs, and remove the `Identity` nodes of these outputs.
+        """Remove `Identity` nodes that only name an output of the graph, and give this name to the node's input value.
 
-        An `Identity` remains if its value is an input or an initializer, or already has the name of another output.
+        An `Identity` remains if its input value is an input of the graph or an initializer, or if the value already has
+        the name of another output.
         """
         made = {name: (node, index) for node in self.nodes for index, name in enumerate(node.output)}
         copies = [node for node in self.nodes if node.op_type == "Identity" and node.output[0] in self.graph.outputs]
@@ -216,7 +217,7 @@ def _argument(node: _Node, index: int, name: str, default: Any = None) -> Any:
 
 
 def _axes(node: _Node, index: int, rank: int) -> list[int]:
-    """Return the argument `dim` as a list of non-negative numbers. Without this argument, return all dimensions."""
+    """Return the argument `dim` of an fx node as a list of non-negative numbers. Without `dim`, list all dimensions."""
     dims = _argument(node, index, "dim")
     dims = [dims] if isinstance(dims, int) else list(dims or range(rank))
     return [dim % max(rank, 1) for dim in dims]
@@ -229,7 +230,7 @@ Entry = Callable[[_Writer, _Node], str]
 
 
 def _unary(*kinds: str, **attributes: Any) -> Entry:
-    """Return an `Entry` that applies the ONNX operators `kinds`, in this order, to the first argument."""
+    """Return a converter that applies the ONNX operators `kinds`, in this order, to an fx node's first argument."""
 
     def write(writer: _Writer, node: _Node) -> str:
         name = writer.names[node.args[0]]
@@ -241,9 +242,10 @@ def _unary(*kinds: str, **attributes: Any) -> Entry:
 
 
 def _binary(kind: str, *after: str) -> Entry:
-    """Return an `Entry` that casts two arguments to their common dtype, and applies `kind` and then all of `after`.
+    """Return a converter for fx nodes with two arguments. It casts both arguments to their common dtype.
 
-    If the fx node has the argument `alpha`, the second argument is first multiplied by `alpha`.
+    The converter then applies the ONNX operator `kind` to both arguments, and the operators `after` to the result. If
+    the fx node has the argument `alpha`, the second argument is first multiplied by `alpha`.
     """
 
     def write(writer: _Writer, node: _Node) -> str:
@@ -263,7 +265,10 @@ def _binary(kind: str, *after: str) -> Entry:
 
 
 def _reduction(kind: str) -> Entry:
-    """Return an `Entry` that reduces the first argument over the argument `dim`. A scalar remains unchanged."""
+    """Return a converter that reduces the first argument of an fx node over `dim` with the ONNX operator `kind`.
+
+    If the first argument is a scalar, the converter returns it unchanged.
+    """
 
     def write(writer: _Writer, node: _Node) -> str:
         source = node.args[0]
@@ -338,7 +343,7 @@ def _pad(writer: _Writer, node: _Node) -> str:
 
 
 def _fill(writer: _Writer, node: _Node) -> str:
-    # The number is the last argument that is neither a node nor a shape.
+    # The fill value is the last argument that is neither a node nor a shape.
     value = next(arg for arg in reversed(node.args) if not isinstance(arg, fx.Node | list | tuple))
     name = writer.constant(value, _type(node))
     return writer.emit("Expand", name, writer.integers(_shape(node))) if _shape(node) else name
@@ -406,7 +411,7 @@ def _convolution(writer: _Writer, node: _Node) -> str:
 
 
 def _pool(writer: _Writer, node: _Node) -> tuple[str, dict[str, Any]]:
-    """Return the name of a pooling's input value, and the ONNX attributes for kernel size, stride and padding."""
+    """Return the name of a pooling node's input, and the ONNX attributes for kernel size, stride and padding."""
     kernel = _argument(node, 1, "kernel_size")
     stride = _argument(node, 2, "stride") or kernel
     padding = _argument(node, 3, "padding", [0, 0])
@@ -437,7 +442,7 @@ def _item(writer: _Writer, node: _Node) -> str:
 
 
 def _max_pool_backward(writer: _Writer, node: _Node) -> str:
-    # PyTorch's indices are positions in one channel. The indices of ONNX's MaxPool are positions in the whole tensor.
+    # `indices` are those of ONNX's MaxPool: positions in the whole tensor. PyTorch's are positions in one channel.
     grad, x, indices = node.args[0], node.args[1], node.args[-1]
     flat = [int(np.prod(_shape(grad)))]
     size = int(np.prod(_shape(x)))

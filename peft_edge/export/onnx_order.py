@@ -30,7 +30,10 @@ _BOOL, _FLOAT = 9, 1  # codes of onnx.TensorProto
 def schedule_masks(
     nodes: Sequence[NodeProto], initializers: Sequence[TensorProto], *, batch: str, labels: str, correct: str
 ) -> list[NodeProto]:
-    """Return the nodes of a training step with added dependencies, in a valid order.
+    """Add nodes to an ONNX training step that restrict the order of its nodes, so that a runtime needs less memory.
+
+    The forward pass must then compute the masks of activations, such as `x > 0`. Other factors of the backward pass
+    must wait for the gradients that they multiply. Return all nodes in a valid order.
 
     Args:
         nodes: The nodes in a valid order. Masks that the forward pass should compute must precede the loss.
@@ -44,11 +47,11 @@ def schedule_masks(
 
 
 class _Scheduler:
-    """Add dependencies to the nodes of one training step.
+    """Add nodes to an ONNX training step that restrict the order of its nodes.
 
-    `keyed` contains the added nodes, each with a key that determines its place: (i, n) for the n-th added node, which
-    should run directly before node i. `late` contains the indices of the nodes that depend on the labels. `of_batch`
-    contains the indices of the nodes that depend on the batch.
+    `keyed` contains the added nodes, each with the key (i, n): the n-th added node should run directly before node i.
+    `late` contains the indices of the nodes that depend on the labels. `of_batch` contains the indices of the nodes
+    that depend on the batch.
     """
 
     def __init__(
@@ -66,7 +69,10 @@ class _Scheduler:
         self._gates: dict[tuple[str, int], str] = {}
 
     def schedule(self, correct: str) -> list[NodeProto]:
-        """Return all nodes in a valid order. If no node computes `correct`, return the nodes unchanged."""
+        """Add nodes that restrict the order, and return all nodes in a valid order.
+
+        If no node computes the value `correct`, return the nodes unchanged.
+        """
         if correct not in self.made:
             return self.nodes
         forward = self._ancestors(correct)
@@ -98,7 +104,7 @@ class _Scheduler:
         return found
 
     def _ancestors(self, name: str) -> set[int]:
-        """Return the indices of all nodes that the value `name` depends on, with the node that computes this value."""
+        """Return the indices of all nodes that the value `name` depends on, including the node that computes it."""
         found: set[int] = set()
         pending = [self.made[name]]
         while pending:
@@ -163,7 +169,8 @@ class _Scheduler:
     def _sorted(self) -> list[NodeProto]:
         """Return the original and the added nodes in topological order.
 
-        Of the nodes whose inputs are all computed, the node with the smallest key is next.
+        Of the nodes whose inputs are all computed, the node with the smallest key is next. The n-th added node has the
+        key (i, n) if it should run before node i. Node i itself has a larger key.
         """
         added = len(self.keyed)
         keyed = self.keyed + [((index, added), node) for index, node in enumerate(self.nodes)]

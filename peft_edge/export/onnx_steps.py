@@ -50,7 +50,10 @@ def process_peak_bytes() -> int:
 
 
 def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
-    """Take `count` steps from the initial state in `folder`. Return the tensors that the script writes to OUT."""
+    """Take `count` training steps from the initial state in `folder`, then predict with the trained adapter.
+
+    Return the new state, losses, numbers of correct predictions, logits, seconds of the fastest step and peak memory.
+    """
     session = open_session(folder / "train_step.onnx")
     data = "features" if "features" in {each.name for each in session.get_inputs()} else "images"
     names = [output.name for output in session.get_outputs()]
@@ -75,7 +78,7 @@ def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
 
 
 def run_prefix(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
-    """Return a dict with the features of the images in all `count` batches: `features.0`, `features.1`, ..."""
+    """Run `prefix.onnx` on the images of `count` batches, and return its outputs: `features.0`, `features.1`, ..."""
     session = open_session(folder / "prefix.onnx")
     return {f"features.{i}": session.run(["features"], {"images": read(f"images.{i}")})[0] for i in range(count)}
 

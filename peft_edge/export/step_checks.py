@@ -67,15 +67,14 @@ class StepReport:
             ||eager - initial||. The runtime has trained the adapter `exported`, and PyTorch the adapter `eager`. For
             ExecuTorch, the captured step in double precision has trained `eager`.
         allowed_difference: The largest accepted `single_difference`.
-        step_s: Seconds of the fastest step in the runtime on one thread of this machine.
+        step_s: Seconds of the fastest step in the runtime on this machine. ONNX Runtime uses one thread.
         peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime. None for ExecuTorch.
         parameters: Number of trained parameters.
-        prefix_error: Relative error of the features (the outputs of the first frozen layers) if these layers are
-            quantised to 8 bits: the norm of the error, divided by the norm of the features. None if they are not
-            quantised.
+        prefix_error: If the frozen layers before the first trained layer are quantised to 8 bits: the relative error of
+            their outputs (the norm of the error, divided by the norm of the outputs). None if they are not quantised.
         arena_bytes: For ExecuTorch: a dict from the name of each method to the sizes of its memory arenas in bytes,
             which the program plans in advance. All methods share the last arena, which contains the state.
-        xnnpack: For ExecuTorch: whether XNNPACK computes the parts that it supports.
+        xnnpack: For ExecuTorch: whether XNNPACK, a CPU library, computes the parts that it supports.
     """
 
     double_difference: float
@@ -157,7 +156,7 @@ def train_eagerly(
 
 
 def proof_rate(step: TrainStep, batch: Batch) -> float:
-    """Return the learning rate of the checks, at most `PROOF_RATE`.
+    """Return the learning rate for the comparison with eager training, at most `PROOF_RATE`.
 
     With the returned learning rate, the first step changes the adapter by at most `PROOF_CHANGE` times the norm of the
     adapter. With a larger learning rate, some networks would amplify rounding errors from step to step.
@@ -170,7 +169,7 @@ def proof_rate(step: TrainStep, batch: Batch) -> float:
 
 
 def _double(step: TrainStep, batch: Batch) -> Batch:
-    """Return `batch` in double precision. If `step` takes features, add the features of the images."""
+    """Return `batch` in double precision. If `step` takes features instead of images, add the features."""
     double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     return {**double, step.data: step.features(double[IMAGES])}
 

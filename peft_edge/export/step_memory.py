@@ -68,7 +68,7 @@ def _size(node: fx.Node) -> int:
 
 @cache
 def runtime_memory() -> int:
-    """Run a tiny graph in ONNX Runtime in a new Python process, and return the peak memory of this process in bytes.
+    """Run a tiny graph in ONNX Runtime in a new Python process, and return that process's peak memory in bytes.
 
     Raises:
         ImportError: If onnx or onnxruntime is not installed.

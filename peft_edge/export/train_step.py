@@ -53,8 +53,8 @@ class StepOptimizer:
     Attributes:
         name: `sgd` or `adamw`.
         momentum: Momentum of SGD. With 0, SGD has no state. AdamW ignores this field.
-        weight_decay: SGD adds `weight_decay * value` to the gradient. AdamW subtracts `lr * weight_decay * value` from
-            the parameter `value`.
+        weight_decay: SGD adds `weight_decay * parameter` to the gradient. AdamW subtracts
+            `lr * weight_decay * parameter` from the parameter.
         betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
         eps: A small number that AdamW adds to the denominator.
         max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
@@ -93,9 +93,9 @@ class StepOptimizer:
         return ("momentum",) if self.momentum else ()
 
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the state before the first step: zeros with the names `<slot>:<tensor>` and, for AdamW, `step`.
+        """Return the optimizer state before the first step. All values are zero.
 
-        A slot is an entry of `slots`.
+        The names are `<slot>:<name>`, for each slot in `slots` and each name in `adapter`. AdamW also has `step`.
         """
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
@@ -152,7 +152,7 @@ class StepOptimizer:
 
 @dataclass(frozen=True, kw_only=True)
 class CapturedGraph:
-    """A functional graph in double precision.
+    """An fx graph of ATen operators in double precision, without in-place operators.
 
     Attributes:
         module: The graph. It maps the input tensors to a tuple of output tensors. Frozen weights are buffers.
@@ -184,13 +184,16 @@ class CapturedGraph:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStep:
-    """The result of `capture_train_step`.
+    """The graphs that `capture_train_step` returns.
 
     Attributes:
-        step: The graph of a training step; the module docstring lists its inputs and outputs.
+        step: The graph of a training step. It maps images (features if `prefix` is not None), labels, mask, learning
+            rate, adapter and optimizer state to the loss, the number of correct predictions and the new adapter and
+            optimizer state.
         predict: The graph that computes the logits. Its inputs are images (features if `prefix` is not None) and the
             adapter.
-        prefix: The graph that maps images to features. None if the step was captured with `split=False`.
+        prefix: The graph of the frozen layers before the first trained layer. It maps images to features. None if the
+            step was captured with `split=False`.
         start: The name of the first module after the prefix. None if `prefix` is None.
         adapter: A dict from the names in the saved adapter to the initial tensors.
         state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
@@ -218,9 +221,9 @@ class TrainStep:
 
 
 def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimizer, *, split: bool = False) -> TrainStep:
-    """Capture a training step of the active adapter of `model`, and the computation of the logits.
+    """Capture two graphs: a training step of the active adapter of `model`, and the computation of the logits.
 
-    The loss is the cross-entropy, averaged over the samples whose mask is 1. All norms use their stored statistics.
+    BatchNorm uses its stored statistics. The loss is the cross-entropy, averaged over the samples whose mask is 1.
     Samples with mask 0 are padding, and have no effect on the result. If all samples are padding, the loss and all
     gradients are 0. Momentum and weight decay can then still change the adapter.
 
@@ -228,7 +231,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         model: A PEFT model with one active adapter. It is not changed.
         images: Example images (B, C, H, W). Only their shape matters.
         optimizer: The optimizer, whose update is a part of the step.
-        split: Whether to capture the frozen layers before the first trained layer as a graph of their own.
+        split: Whether to capture the frozen layers before the first trained layer as a third graph, the prefix.
 
     Raises:
         ValueError: If `check_exportable` or `trained_names` rejects the model, or a trained parameter has no effect on
@@ -295,7 +298,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 def _capture_prefix(
     network: nn.Module, images: Tensor, frozen: Mapping[str, Tensor]
 ) -> tuple[str, nn.Module, CapturedGraph]:
-    """Split off the prefix: the frozen layers before the first trained layer.
+    """Split the prefix (the frozen layers before the first trained layer) from the network.
 
     Return the name of the first module after the prefix, the network without the prefix, and the graph of the prefix.
 
@@ -327,7 +330,7 @@ def _capture_prefix(
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
-    """Return a dict that maps the name of each trained parameter in the saved adapter to its name in the base model.
+    """Return a dict from each trained parameter's name in the saved adapter to its name in the base model.
 
     Raises:
         ValueError: If no parameter is trainable, or a trainable parameter is not saved, or is saved under two names.
@@ -353,8 +356,8 @@ def trained_names(model: PeftModel) -> dict[str, str]:
 def check_exportable(model: PeftModel) -> None:
     """Check that the forward pass of `model`, in its present mode, uses no batch statistics and no dropout.
 
-    The exported step uses the stored statistics of all norms. An adapter with `norm="stats"` or `"affine"` therefore
-    keeps its present statistics.
+    The exported step always uses the stored statistics of BatchNorm. An adapter that trains with batch statistics
+    (`norm="stats"` or `"affine"`) therefore keeps its present statistics.
 
     Raises:
         ValueError: If a layer uses batch statistics or dropout, the adapter of a convolution is merged, or the number
@@ -426,7 +429,7 @@ def _base_layer(layer: Any) -> Any:
 
 
 def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Replace the forward pass of a norm that is fused into a convolution.
+    """Replace the forward pass of a BatchNorm that is fused into a convolution.
 
     Apply the dropout and the activation of timm's BatchNormAct2d to x. For any other norm, return x.
     """
@@ -434,7 +437,7 @@ def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
 
 
 def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
-    """Return scale and shift, of shape (C,), of a frozen BatchNorm: y = scale * x + shift. None if `norm` is None."""
+    """Return scale and shift (C,) of a frozen BatchNorm: y = scale * x + shift. If `norm` is None, return None."""
     if norm is None:
         return None
     base = _base_layer(norm)
@@ -449,7 +452,7 @@ def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    """Return the kernel and bias after fusing `affine`, a pair (scale, shift). If `affine` is None, change nothing."""
+    """Fuse `affine`, a pair (scale, shift) or None, into a convolution, and return its new kernel and bias."""
     if affine is None:
         return kernel, bias
     scale, shift = affine
@@ -462,7 +465,7 @@ def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
 
 
 def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Replace `conv.forward`: return the output of a convolution without an adapter, with `norm` fused."""
+    """Replace `conv.forward` of a convolution that has no adapter: return its output, with `norm` fused."""
     x, geometry = pad(conv, x)
     return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
 
@@ -576,7 +579,7 @@ def _compare_early(graph: fx.Graph) -> None:
     Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor.
     Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares the input of the hardtanh
     with the two limits. This function makes it compare the output instead, because the next layer may keep the output
-    anyway.
+    in memory anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

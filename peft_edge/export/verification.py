@@ -50,7 +50,7 @@ def read_images(
     fingerprint: str | None = None,
     comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
-    """Read images for calibration and for comparison, and preprocess them for the evaluation of `model`.
+    """Read images for 8-bit calibration and for comparison, and preprocess them for the evaluation of `model`.
 
     If `run` is given, `comparison` contains no image that this training run used for training. A dataset that the run
     used is split as in the run. From other datasets, copies of the run's training images are left out, unless the run
@@ -62,8 +62,9 @@ def read_images(
         model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
         run: The configuration of the run that trained the model: `record.run_info.train_config`.
-        fingerprint: The fingerprint of the run's images, `record.data_fingerprint`. If the images have another one
-            today, they are divided otherwise, and test images may have been trained on.
+        fingerprint: A hash of the run's images, `record.data_fingerprint`. If the run used a folder or a Hugging Face
+            dataset that has another hash today, an error is raised, because the split into training and test images may
+            have changed.
         comparison_size: The maximum number of images in `comparison`.
 
     Raises:
@@ -103,10 +104,10 @@ def _read_domain(name: str, image_size: int) -> Domain:
 
 
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], fingerprint: str | None) -> Domain:
-    """Return the dataset `name` as a domain whose test split contains no image that the run trained on.
+    """Return the splits of the dataset `name`. The test split contains no image that the run trained on.
 
-    A dataset that the run did not use is searched for copies of training images, unless the run used an embedded
-    benchmark such as `digits`.
+    `name` may also be `source` or `target`, the data of the run itself. From a dataset that the run did not use, copies
+    of the run's training images are removed, unless the run used a benchmark that is part of this package.
     """
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
@@ -118,8 +119,8 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], finger
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed, fingerprint)
     if role == "source" and data.get("new_classes"):
-        # The test split of each domain contains only some of the classes, so join the domains. Only the `features` of
-        # the last target list all classes.
+        # The test splits of the source and of each target contain only some of the classes, so join these splits. Only
+        # the `features` of the last target list all classes.
         features = task.targets[-1].test.features
         domains = (task.source, *task.targets)
         train, test = (
@@ -144,7 +145,7 @@ def _is_same(name: str, other: str) -> bool:
     return name == other or (folders[0].is_dir() and folders[0].resolve() == folders[1].resolve())
 
 
-@functools.lru_cache(maxsize=1)  # a command may read several names with the data of the same run
+@functools.lru_cache(maxsize=1)  # a command may need the data of the same run several times
 def _load_task(data: str, seed: int) -> Task:
     return load_configured_task(json.loads(data), seed=seed)
 
@@ -152,7 +153,8 @@ def _load_task(data: str, seed: int) -> Task:
 def _run_task(name: str, data: Mapping[str, Any], seed: int, fingerprint: str | None) -> Task:
     try:
         task = _load_task(json.dumps(dict(data)), seed)
-        # The fingerprint of an embedded data set depends on the image size, and its images do not change.
+        # Do not check data sets that are part of this package: their images never change, but their fingerprint depends
+        # on the image size.
         is_embedded = {data["name"], data.get("shift")} & EMBEDDED.keys()
         if fingerprint is not None and task.fingerprint != fingerprint and not is_embedded:
             raise ValueError(
@@ -190,7 +192,7 @@ def iter_batches(images: Tensor, batch_size: int | None) -> Iterator[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Comparison:
-    """The differences between an exported file and its model on the same images.
+    """The differences between an exported file and the PyTorch model that was exported, on the same images.
 
     Attributes:
         name: The format, followed by `int8` if the file is quantised.
@@ -230,7 +232,7 @@ def compare_logits(
     labels: Tensor | None,
     folders: Sequence[str] = (),
 ) -> Comparison:
-    """Compare `found`, the logits (N, num_classes) of a file, with `expected`, the logits of its model.
+    """Compare `found`, the logits (N, num_classes) of an exported file, with the logits `expected` of its model.
 
     `folders` contains the name of each image's folder (N), to compute an accuracy for each folder. Without `labels`, no
     accuracy is computed.
@@ -259,9 +261,10 @@ def compare_logits(
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row for each file, and a first row for the model if its accuracy is known.
+    """Return a text table with a row for each file, and a first row for the PyTorch model if its accuracy is known.
 
-    The table has one accuracy column for each folder. If the images have no folders, it has a single accuracy column.
+    With images of several folders, the table has an accuracy column for each folder. Otherwise, it has one accuracy
+    column.
     """
     folders = list(comparisons[0].accuracies)
     titles = [f"accuracy on {folder}" for folder in folders] if len(folders) > 1 else ["accuracy"]
