@@ -46,7 +46,10 @@ class Derivative(Protocol):
     """Maps the output gradient dY, and the input x or the output y, to the input gradient dX."""
 
     def __call__(self, gradient: Tensor, value: Tensor, /, *, out: Tensor = ...) -> Tensor:
-        """Return dX. If `out` is given, write dX to `out`, which may be the tensor `gradient`."""
+        """Return the gradient of the input.
+
+        If `out` is given, write the result to `out`, which may be `gradient` itself.
+        """
 
 
 Kept = Literal["output", "byte", "bit"]
@@ -56,9 +59,9 @@ Kept = Literal["output", "byte", "bit"]
 def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Kept, inplace: bool = False) -> Tensor:
     """Return `min(max(x, 0), upper)`, and save the output or a mask (`keep`) for the backward pass.
 
-    If x can be recomputed from a tensor that another function saves, `keep` is ignored, and only the tensors from which
-    x can be recomputed are saved. If the output is neither contiguous nor channels-last, the output is saved. `forward`
-    must compute the activation for x, and also for a one-dimensional part of x. `upper` is infinity for ReLU. With
+    If x can be recomputed from tensors that another function needs anyway, these tensors are saved instead, and `keep`
+    is ignored. If the output is neither contiguous nor channels-last, it is saved instead of a mask. `forward` must
+    compute the activation for x, and also for a one-dimensional part of x. `upper` is infinity for ReLU. With
     `inplace`, the output overwrites x.
     """
     source = get_recompute(x)
@@ -71,7 +74,10 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
 
 
 def _activate(x: Tensor, *, forward: Activation, overwrite: bool) -> Tensor:
-    """Return the activation of x, as a step of a recomputation."""
+    """Return `forward(x)`, in place if `overwrite` is set.
+
+    A recomputation calls its steps, such as this one, with the keyword `overwrite`.
+    """
     return forward(x, inplace=overwrite)
 
 
@@ -94,7 +100,8 @@ class _ClippedActivation(torch.autograd.Function):
                 ctx.mark_dirty(x)
             return forward(x, inplace=inplace)
         ctx.x = None
-        # With `inplace`, `make_mask` activates x part by part, and computes each mask while the part is in the cache.
+        # With `inplace`, `make_mask` applies the activation to one part of x at a time. It computes the mask of this
+        # part while the part is in the cache.
         activates_parts = inplace and keep != "output" and has_standard_layout(x)
         y = x if activates_parts else forward(x, inplace=inplace)
         if inplace:
@@ -140,7 +147,7 @@ def _map_parts(
 ) -> Tensor:
     """Return `function(gradient, value)`, where `value` is the tensor that `node` recomputes from `inputs`.
 
-    With `overwrites`, the result overwrites `gradient`.
+    With `overwrites`, the result may overwrite `gradient`.
     """
     if torch.is_grad_enabled():
         return function(gradient, node.value(inputs))
@@ -193,7 +200,10 @@ class _SmoothActivation(torch.autograd.Function):
 
 
 def silu_gradient(gradient: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:
-    """Return the gradient of x for SiLU. If `out` is given, write the result to `out`."""
+    """Return the input gradient of SiLU for the output gradient `gradient` and the input x.
+
+    If `out` is given, write the result to `out`.
+    """
     operator = torch.ops.aten.silu_backward
     return operator(gradient, x) if out is None else operator.grad_input(gradient, x, grad_input=out)
 
@@ -277,11 +287,11 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield the one-dimensional parts of x in memory order, each with a block of `mask` and a number.
+    """Yield one-dimensional parts of x in memory order, each with its block of `mask` and the value of a bit.
 
-    For element i of a part, the mask is in byte i of the block. All elements of a part use the same bit of their bytes:
-    the bit of the number (1, 2, 4, ..., 128 if the mask is packed, otherwise always 1). One operation can therefore
-    read or set all bits of a part.
+    Byte i of the block contains the mask of element i of the part. In a packed mask, eight parts share a block: each
+    part uses one bit of every byte, with the value 1, 2, 4, ... or 128. In an unpacked mask, the value is always 1. One
+    operation can therefore read or set the mask of a whole part.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

@@ -42,7 +42,7 @@ def frozen_batch_norm(
 
     x has the shape (B, C, *size) and is the only tensor that gets a gradient. All other tensors have the shape (C,). If
     `weight` is None, the factor is 1. If `bias` is None, 0 is added. The forward pass saves one number per channel for
-    the backward pass. With `inplace`, y overwrites x.
+    the backward pass. With `inplace`, the output overwrites x.
     """
     if not needs_backward():
         return _normalise(x, mean, var, weight, bias, eps=eps, overwrite=inplace)
@@ -112,9 +112,9 @@ def batch_norm(
     synchronise: bool = False,
     inplace: bool = False,
 ) -> Tensor:
-    """Normalise x like `F.batch_norm`. Save only x and values per channel.
+    """Normalise x like `F.batch_norm`. Save only x and values per channel for the backward pass.
 
-    If x can be recomputed from other tensors, the function saves these tensors instead of x. With `inplace`, y
+    If x can be recomputed from other tensors, the function saves these tensors instead of x. With `inplace`, the output
     overwrites x if x can be recomputed and `mean` is not None.
 
     In training mode, x is normalised by the statistics of the batch, and the running statistics `mean` and `var` are
@@ -156,7 +156,8 @@ def _normalise_by_batch(
     if torch.is_grad_enabled():
         # A second derivative also needs the derivatives of the statistics.
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
-    # Both modes of torch's operator compute x * scale + (bias - mean * scale), so this result is bit-identical.
+    # Both modes of torch's operator compute x * scale + (bias - mean * scale), so this result is bit-identical to that
+    # of training mode.
     scale = invstd if weight is None else invstd * weight
     return _normalise(x, mean, torch.ones_like(mean), scale, bias, eps=0.0, overwrite=overwrite)
 
@@ -215,7 +216,7 @@ class _BatchNorm(torch.autograd.Function):
         if has_standard_layout(x) and grad_y.stride() != x.stride():
             # Pooling returns contiguous gradients even for channels-last maps.
             grad_y, overwrites = torch.empty_like(x, dtype=grad_y.dtype).copy_(grad_y), True
-        # The gradients of the bias, sum(dY), and of the weight, sum(dY xhat).
+        # The gradients of the bias, sum(dY), and of the weight, sum(dY * normalised x).
         sums = mean.new_zeros(2, len(mean))
         for x_part, part in iter_parts(x, grad_y):
             arguments = part, x_part, weight, *statistics, ctx.training, ctx.eps
@@ -245,7 +246,7 @@ class _BatchNorm(torch.autograd.Function):
 def _statistics_of_all_processes(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Return m, 1 / sqrt(v + eps) and the number of values per channel, for the batches of all processes together.
+    """Return mean, 1 / sqrt(variance + eps) and number of values per channel, over the batches of all processes.
 
     Also update the running statistics in place.
     """
@@ -257,8 +258,8 @@ def _statistics_of_all_processes(
     dist.all_reduce(total)
     count = float(total[-1])
     mean = (total[:-1] / count).to(values.dtype)
-    # Sum again over all processes. The difference E[x²] - E[x]² would lose all digits if the mean is much larger than
-    # the standard deviation.
+    # Sum the squared deviations in a second pass. The formula E[x²] - E[x]² would lose all digits if the mean is much
+    # larger than the standard deviation.
     square_sum = (values - _per_channel(mean, x)).square_().sum(dims, dtype=torch.float64)
     dist.all_reduce(square_sum)
     _check_count(x, count)

@@ -35,10 +35,11 @@ class Geometry(NamedTuple):
 
 
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return the input tensor and the geometry with which to call `convolution` for the layer `conv`.
+    """Return the (padded) input and the `Geometry` (stride, padding, dilation, groups) to pass to `convolution`.
 
-    The function pads x only if `Geometry` cannot express the padding: modes other than zeros, unequal sides and timm's
-    same-padding. Otherwise the function returns x itself, and the geometry contains the padding.
+    A `Geometry` can only add equally many zeros at both ends of a dimension. For all other padding of the layer `conv`,
+    the function pads x itself: other modes than zeros, unequal sides, timm's same-padding. Without such padding, it
+    returns x.
     """
     padding, recompute = conv.padding, None
     if isinstance(conv, Conv2dSame):
@@ -74,7 +75,7 @@ def convolution(x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geomet
 
 
 def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry: Geometry) -> Tensor:
-    """Return the gradient of x, of shape `x_size`, for the convolution y = x * weight."""
+    """Return the gradient of x, of shape `x_size`, for y = conv(x; weight)."""
     stride, padding, dilation, groups = geometry
     # `aten.convolution_backward` returns the same gradient, but requires an input tensor and copies this tensor.
     output_padding = tuple(
@@ -87,7 +88,7 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 
 
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
-    """Return the gradient of the kernel, of shape `weight_size`, for the convolution y = x * weight."""
+    """Return the gradient of the kernel, of shape `weight_size`, for y = conv(x; weight)."""
     stride, padding, dilation, groups = geometry
     # The operator reads only the shape and memory format of `weight`, so the values need not be set. An expanded scalar
     # would not save memory, because the operator would copy it.
@@ -103,8 +104,8 @@ def lean_convolution(
     """Convolve x, and save x only if the kernel is trainable.
 
     If x can be recomputed from other tensors, the function saves these tensors instead of x. With `recompute`, later
-    functions recompute the output instead of saving the output. This applies only if this or another function saves x,
-    or the tensors from which x can be recomputed.
+    functions recompute the output instead of saving the output. This applies only if x, or the tensors from which x can
+    be recomputed, are saved anyway.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     >>> y = lean_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))
@@ -120,7 +121,7 @@ def lean_convolution(
 def note_convolution(y: Tensor, x: Tensor, step: Step, *operands: Tensor | None) -> Tensor:
     """Store on y, the output of a convolution of x, how to recompute y, and return y.
 
-    If no function saves x or the tensors from which x can be recomputed, nothing is stored. `step` and `operands` are
+    Nothing is stored unless a function saves x or the tensors from which x can be recomputed. `step` and `operands` are
     the arguments of `Recompute.then`.
     """
     source = get_recompute(x)
@@ -146,7 +147,7 @@ class _LeanConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns contiguous gradients even for channels-last maps. This line restores the memory format of y.
+        # Pooling returns contiguous gradients even for channels-last maps. Restore the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         weight, *inputs = ctx.saved_tensors
         wants_x, wants_weight, wants_bias, _ = ctx.needs_input_grad

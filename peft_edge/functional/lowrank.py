@@ -60,10 +60,10 @@ def lowrank_conv2d(
     route: GradientRoute | None = None,
     recompute: bool = False,
 ) -> Tensor:
-    """Return x * (f (W + s B A)) + bias, where * is a convolution in one to three dimensions.
+    """Return conv(x; f (W + s B A)) + bias, in one to three dimensions.
 
-    `x`, `lora_a`, `lora_b`, `magnitude` and `bias` get gradients; `weight` and `scaling` do not. The function runs only
-    standard operators, which FLOP counters, fake tensors, compilers and exporters support.
+    The factor f = m / ||W + s B A|| of DoRA is 1 if `magnitude` is None. `weight` and `scaling` get no gradients. The
+    function runs only standard operators, which FLOP counters, fake tensors, compilers and exporters support.
 
     >>> x, weight = torch.randn(2, 3, 8, 8), torch.randn(8, 3, 3, 3)
     >>> lora_a, lora_b = torch.randn(4, 3, 3, 3), torch.zeros(8, 4, 1, 1)
@@ -80,10 +80,12 @@ def lowrank_conv2d(
         geometry: Stride, padding, dilation and groups.
         bias: (C_out,) or None.
         magnitude: DoRA's m, C_out elements in any shape, or None.
-        route: The route that computes dA and dB. None chooses `full_kernel` for a grouped kernel or a trainable
-            magnitude, `low_rank` if A is frozen, and otherwise the result of `choose_gradient_route`.
-        recompute: Whether later functions recompute the output in their backward pass instead of saving the output, if
-            x is saved anyway.
+        route: How to compute the gradients of A and B: from the gradient of the whole kernel (`full_kernel`) or from
+            maps with r channels (`low_rank`). None chooses `full_kernel` for a grouped kernel or a trainable magnitude.
+            For all other kernels, None chooses `low_rank` if A is frozen, and the estimate of `choose_gradient_route`
+            if A is trainable.
+        recompute: Whether later functions recompute the output in their backward pass instead of saving the output.
+            This applies only if x is saved anyway.
 
     Raises:
         ValueError: If `route` is "low_rank" for a grouped kernel or a trainable magnitude.
@@ -132,14 +134,14 @@ def lowrank_keeps_input(
 def _composed_kernel(
     weight: Tensor, lora_a: Tensor, lora_b: Tensor, magnitude: Tensor | None, scaling: float | Tensor
 ) -> Tensor:
-    """Return W' = f (W + s B A)."""
+    """Return W' = f (W + s B A). DoRA's factor f is 1 if `magnitude` is None."""
     kernel = _updated_kernel(weight, lora_a, lora_b, scaling)
     factor = None if magnitude is None else dora_scale(kernel, magnitude)
     return _scaled(kernel, factor, weight.dtype, inplace=True)
 
 
 class _LowRankConvolution(torch.autograd.Function):
-    """y = x * W' + bias with W' = f (W + s B A). The module docstring states the gradients."""
+    """y = conv(x; W') + bias with W' = f (W + s B A) and DoRA's factor f. The module docstring states the gradients."""
 
     @staticmethod
     def forward(
@@ -172,7 +174,7 @@ class _LowRankConvolution(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: AutogradContext, grad_y: Tensor) -> tuple[Tensor | None, ...]:
-        # Pooling returns contiguous gradients even for channels-last maps. This line restores the memory format of y.
+        # Pooling returns contiguous gradients even for channels-last maps. Restore the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         z, weight, lora_a, lora_b, magnitude, *saved_x = ctx.saved_tensors
         x = None if ctx.x is None else ctx.x.value(saved_x)
@@ -192,7 +194,8 @@ class _LowRankConvolution(torch.autograd.Function):
 
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
         if x is not None and route == "full_kernel":
-            # Scaling B and the rows of grad_b instead of dW' avoids a second tensor of the size of dW'.
+            # Apply `row_scaling` to B and to the rows of `grad_b`. Scaling `grad_kernel` (dW') would need a second
+            # tensor of its size.
             grad_kernel = kernel_gradient(grad_y, x.to(dtype), weight.shape, geometry).to(lora_a.dtype)
             layout = memory_format_of(grad_kernel)
             rows = as_matrix(grad_kernel, layout)
@@ -202,7 +205,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_a = as_kernel(scaled_b.mT @ rows, lora_a.shape, layout)
             if wants_b:  # dB = s f dW' A^T
                 grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(lora_b.shape)
-            if wants_magnitude and kernel is not None:  # dm = (sum of dW' V over each row) / ||V||, V = W + s B A
+            if wants_magnitude and kernel is not None:  # dm = (row sums of dW' times V) / ||V||, V = W + s B A
                 inverse_norm = dora_scale(kernel, torch.ones_like(magnitude)).flatten()
                 products = torch.linalg.vecdot(rows, as_matrix(kernel, layout)) * inverse_norm
                 grad_magnitude = products.to(magnitude.dtype).view_as(magnitude)
@@ -221,7 +224,7 @@ class _LowRankConvolution(torch.autograd.Function):
             if z is not None:  # dB = s f dY z^T
                 products = kernel_gradient(grad_y, z.to(dtype), lora_b.shape, pointwise) * scaling
                 grad_b = _scaled(products, factor, lora_b.dtype)
-            if x is not None and wants_a:  # u = (s f B)^T dY, dA from x and u
+            if x is not None and wants_a:  # u = (s f B)^T dY; dA is the kernel gradient for x and output gradient u
                 u_size = torch.Size([len(x), len(lora_a), *grad_y.shape[2:]])
                 u = input_gradient(grad_y, _scaled(lora_b * scaling, factor, dtype), u_size, pointwise)
                 grad_a = kernel_gradient(u, x, lora_a.shape, geometry)
@@ -234,7 +237,7 @@ class _LowRankConvolution(torch.autograd.Function):
 
 
 def _down_projection(x: Tensor, lora_a: Tensor, geometry: Geometry) -> Tensor:
-    """Return the map z = x * A, which has r channels."""
+    """Return z = conv(x; A), which has r channels."""
     if geometry == _pointwise(x) and lora_a[0, 0].numel() == 1 and memory_format_of(x) != torch.contiguous_format:
         # On a CPU, `F.linear` takes about half the time of a convolution with r channels.
         return F.linear(x.movedim(1, -1), lora_a.flatten(1)).movedim(-1, 1)
@@ -323,14 +326,15 @@ _SPEEDS = {
 
 
 def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, rank: int) -> GradientRoute:
-    """Return the route with the shorter estimated time for dA and dB; `full_kernel` for a grouped kernel.
+    """Return the route (way to compute the gradients of A and B) with the shorter estimated time.
 
-    `low_rank` is faster if the FLOPs that it saves take longer than the memory traffic and the calls that it adds. The
-    result depends only on shapes, dtype, memory format and device.
+    `full_kernel` computes the gradient of the whole kernel, and is the only route for a grouped kernel. `low_rank`
+    computes maps with r channels instead. It is faster if the FLOPs that it saves take longer than the memory traffic
+    and the calls that it adds. The result depends only on shapes, dtype, memory format and device.
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()
     if weight_size[1] != x.shape[1]:
-        # For a grouped kernel, z and u are not convolutions of x and dY, so `low_rank` does not apply.
+        # For a grouped kernel, no map with r channels gives the gradients of A and B.
         return "full_kernel"
     positions = grad_y.numel() // c_out
     saved_flops = 2 * positions * (columns * c_out - 2 * rank * (columns + c_out))

@@ -74,14 +74,15 @@ class Recomputation:
 
     @property
     def is_identity(self) -> bool:
-        """Whether the only input is the tensor itself, so that recomputing the tensor saves nothing."""
+        """Whether the only input is the tensor itself, so that nothing is recomputed."""
         return self.parent is None
 
     @property
     def is_used(self) -> bool:
-        """Whether a function already uses the result of the last recomputed convolution, so that this result is shared.
+        """Whether the recomputation can start from a tensor that another function needs anyway.
 
-        Without a recomputed convolution: whether a function already saves the first input.
+        This tensor is the output of the last recomputed convolution or, without a recomputed convolution, the first
+        input.
         """
         if self.parent is None or self.is_convolution:
             return self._users > 0
@@ -89,23 +90,26 @@ class Recomputation:
 
     @property
     def inputs_are_saved(self) -> bool:
-        """Whether a function already saves the first input, so that recomputing the tensor needs no additional map."""
+        """Whether another function already saves the first input, from which all steps of the recomputation start.
+
+        If so, recomputing needs no further feature map in memory.
+        """
         return self._users > 0 if self.parent is None else self.parent.inputs_are_saved
 
     def add_user(self) -> Recomputation:
-        """Announce one call of `value` or `parts`, and return this object."""
+        """Announce that `value` or `parts` will be called once more, and return this object."""
         if torch.compiler.is_compiling():
-            return self  # a compiler does not trace changes of objects in autograd functions, and needs no cache
+            return self  # compilers cannot trace this change of an object, and need no cache
         if self.parent is not None and (self._users == 0 or not self.is_convolution):
             self.parent.add_user()
         self._users += 1
         return self
 
     def value(self, inputs: Sequence[Tensor]) -> Tensor:
-        """Return the recomputed tensor.
+        """Return the tensor, recomputed from `inputs`.
 
-        The caller must not change the tensor, because later functions may use it. The caller must not keep it either,
-        because later functions may overwrite it.
+        The caller must not change the tensor, because later calls may use it. The caller must not keep it either,
+        because later calls may overwrite it.
         """
         if torch.compiler.is_compiling():
             return self._compute(inputs)
@@ -127,10 +131,10 @@ class Recomputation:
             return self.step(x, *inputs[self.parent.num_inputs :], overwrite=is_owned)
 
     def parts(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield parts of the tensor that fit into the cache, each with the same part of `others`.
+        """Yield the recomputed tensor in parts that fit into the CPU's cache, each with the same part of `others`.
 
-        The pointwise steps at the end run on one part at a time. `others` must have the shape of the tensor.
-        `iter_parts` states when there is only one part.
+        The pointwise steps at the end of the recomputation run on one part at a time. `others` must have the shape of
+        the tensor. `iter_parts` states when there is only one part.
         """
         node, steps = self, list[tuple[Step, Sequence[Tensor]]]()
         while node.is_pointwise and node.parent is not None and node.step is not None:
@@ -151,7 +155,7 @@ class Recompute(NamedTuple):
 
     @property
     def is_identity(self) -> bool:
-        """Whether `inputs` contains only the tensor itself."""
+        """Whether the only input is the tensor itself, so that nothing is recomputed."""
         return self.node.is_identity
 
     def then(
@@ -166,9 +170,10 @@ class Recompute(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """A `Recompute`, stored on a tensor by `set_recompute` and `get_recompute`, with the version of the tensor.
+    """A `Recompute`, and the version of the tensor on which `set_recompute` or `get_recompute` stores it.
 
-    For the identity, `inputs` is empty: the only input is the tensor, which must not refer to itself.
+    If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor must not
+    refer to itself.
     """
 
     node: Recomputation
@@ -176,7 +181,8 @@ class _Note(NamedTuple):
     version: int
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
-        # In copies and pickles of the tensor, an empty set replaces the note. `torch.load` allows this type.
+        # In copies and pickles of the tensor, an empty set replaces this object. `torch.load` with `weights_only=True`
+        # accepts sets.
         return set, ()
 
 
@@ -193,8 +199,8 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
-    Return the identity if nothing is stored, if the tensor was changed in place since then, if the tensor was made in
-    inference mode, or if a compiler is tracing.
+    The result has no steps, and the tensor itself as its only input, in four cases: nothing is stored, the tensor was
+    changed in place since then, the tensor was made in inference mode, or a compiler is tracing.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))
@@ -222,10 +228,10 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
 
 
 def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield parts of tensors of the same shape, (B, C, *size), as views that fit into the cache of a CPU.
+    """Yield tensors of the same shape, (B, C, *size), in parts: views that fit into the cache of a CPU.
 
-    A part has the channels in dimension 1. The whole tensors are the only part if they are small or not on a CPU, or if
-    their memory layouts differ or are not standard.
+    A part has the channels in dimension 1. The tensors remain in one part if they are small or not on a CPU, if their
+    strides differ, or if they are neither contiguous nor channels-last.
     """
     first = tensors[0]
     is_common = has_standard_layout(first) and all(tensor.stride() == first.stride() for tensor in tensors)
@@ -265,7 +271,10 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 @functools.cache
 def _counts_of_sole_holder() -> tuple[int, int, int] | None:
-    """Return the counts of a gradient without another holder; None if another holder would not change the counts."""
+    """Return the reference counts of a gradient that nothing else holds.
+
+    Return None if a further reference to the gradient would not change these counts.
+    """
     held: list[Tensor] = []
 
     def hold(y: Tensor) -> Tensor:
@@ -284,10 +293,10 @@ def _counts_of_sole_holder() -> tuple[int, int, int] | None:
 
 
 def _first_counts(function: Callable[[Tensor], Tensor]) -> tuple[int, int, int]:
-    """Return the counts of the gradient that the first `_Probe` of `function` receives."""
+    """Run `function` and its backward pass, and return the first reference counts that a `_Probe` records."""
     _Probe.counts.clear()
-    # This function must not run at import, because a backward pass starts threads. `no_dispatch` hides the backward
-    # pass from FLOP and memory counters.
+    # Do not call this function at import, because a backward pass starts threads. `no_dispatch` hides the backward pass
+    # from FLOP and memory counters.
     with no_dispatch(), torch.enable_grad():
         function(torch.zeros(2, requires_grad=True)).square().sum().backward()
     return _Probe.counts[0]
@@ -309,5 +318,5 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # Each call holds a reference to its argument. This call therefore counts as many references as `can_overwrite`.
+    # A call holds a reference to its argument, so this function counts as many references as `can_overwrite` does.
     return _reference_counts(gradient)

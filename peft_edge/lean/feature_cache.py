@@ -45,15 +45,15 @@ class FrozenPrefix:
 
     Attributes:
         tail: The model without the prefix. It maps `features(images)` to `model(images)`. The tail and the model share
-            parameters and names, so training the tail trains the model.
+            parameters and parameter names, so training the tail trains the model.
         start: The name of the first trainable layer, or of a block that contains this layer. The module with this name
             receives the output of the prefix.
 
     Args:
         model: A model that takes one tensor. Its prefix must be a chain of modules, as in timm's CNNs.
         images: A batch with which to check the split, (B, 3, H, W) with B > 1, on the model's device.
-        eval_only: Whether the model stays in eval mode during training. If so, a prefix that changes in training mode
-            is accepted.
+        eval_only: Whether the model stays in eval mode during training. If so, the prefix may contain layers that
+            behave differently in training mode.
 
     Raises:
         ValueError: If the model has no trainable parameters, or no layer with weights before the first trainable layer.
@@ -75,7 +75,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return the outputs of the prefix in eval mode, (B, *shape), for images of shape (B, 3, H, W)."""
+        """Return the outputs of the prefix (the frozen layers) in eval mode, (B, *shape), for images (B, 3, H, W)."""
         training = self._model.training
         try:
             device = next(self._model.parameters()).device
@@ -95,7 +95,10 @@ class FrozenPrefix:
         return digest.hexdigest()
 
     def _check_constant(self, images: Tensor) -> None:
-        """Check on a copy of the model that training mode changes no buffer and no output of the prefix."""
+        """Raise a `ValueError` if training mode changes a buffer or an output of the prefix.
+
+        The check runs a copy of the model.
+        """
         model = copy.deepcopy(self._model)
         start, before = model.get_submodule(self.start), dict(self._model.named_buffers())
         with torch.no_grad(), torch.random.fork_rng():
@@ -121,7 +124,7 @@ def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Mo
     the model.
 
     Returns:
-        The name of this module, the modules that run before this module, and the tail.
+        The name of this module, the modules that run before this module, and the tail (the rest of the model).
 
     Raises:
         ValueError: If the model has no trainable parameters, or if it cannot be split after a layer with weights.
@@ -199,7 +202,7 @@ def _trace(model: nn.Module, images: Tensor) -> tuple[Tensor, _Call]:
 
 
 class _StopForward(Exception):
-    """Raised to stop a forward pass at the start of the tail."""
+    """Raised by a hook to stop a forward pass."""
 
 
 def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
@@ -330,7 +333,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         return (folder / "features.arrow").stat().st_size == info["size_bytes"]
-    except (OSError, ValueError, KeyError):  # an interrupted run left an incomplete folder, which is written again
+    except (OSError, ValueError, KeyError):  # an interrupted run left an incomplete folder: it is filled again
         return False
 
 

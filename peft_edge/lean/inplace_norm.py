@@ -56,7 +56,7 @@ class ModuleRef:
     def _get(self, path: str) -> nn.Module | None:
         try:
             return None if self._root is None else self._root.get_submodule(path)
-        except AttributeError:  # PEFT or the user removed the module, so the pair is no longer valid
+        except AttributeError:  # PEFT or the user has removed the module
             return None
 
     def __deepcopy__(self, memo: dict[int, nn.Module]) -> ModuleRef:
@@ -67,13 +67,13 @@ class ModuleRef:
 
 
 class InplaceNorm(NamedTuple):
-    """References to a convolution and to a norm. No other module than the norm receives the convolution's output."""
+    """References to a convolution and to the norm that may overwrite its output. Only this norm receives the output."""
 
     conv: ModuleRef
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return the convolution and the norm. For an adapted layer, return the adapter instead of its base layer.
+        """Return the convolution and the norm. If PEFT adapts one of them, return PEFT's layer instead.
 
         Return None if a layer is missing, or if other code may read the tensor that the convolution passes to the norm.
         """
@@ -98,8 +98,8 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or y.is_inference() or is_view(y) or is_transformed(y):
         return y
     pair = getattr(base_layer(layer), "inplace_norm", None)
-    # A map of one pixel is both contiguous and channels-last. In place, the norm may choose another of these two
-    # formats than for a new tensor, and round differently.
+    # A map of one pixel is both contiguous and channels-last. For such a map, an in-place norm and an ordinary norm may
+    # choose different formats, and then round differently.
     if pair is None or y.shape[2:].numel() == 1:
         return y
     layers = pair.layers()
@@ -109,7 +109,10 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
 
 
 def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
-    """Return whether x has a valid mark for `norm`, a norm or its adapter, and remove the mark from x."""
+    """Return whether `norm` may overwrite x, and remove the mark of `mark_overwritable` from x.
+
+    `norm` is a normalisation layer or its adapter.
+    """
     if torch.compiler.is_compiling():
         return False
     mark = vars(x).pop("_overwritable_by", None)
@@ -117,7 +120,7 @@ def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
-    """Return the mark that allows `norm` to overwrite y: id of the norm, version of y, grad mode, and hooks."""
+    """Return the mark that allows `norm` to overwrite y: id of `norm`, version of y, grad mode, saved-tensor hooks."""
     # Gradient checkpointing that starts between the convolution and the norm saves y, so the norm must not overwrite y.
     # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark contains only the id of
     # the norm, because the norm itself would be pickled with the tensor.
@@ -126,5 +129,5 @@ def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
 
 def _is_observed(layer: nn.Module) -> bool:
     """Return whether other code, such as a hook, may read the input or output of a layer."""
-    # PEFT's `AuxiliaryTrainingWrapper` shows the attributes of one layer, but may run another layer.
+    # PEFT's `AuxiliaryTrainingWrapper` forwards attributes to one copy of a layer, but may run another copy.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

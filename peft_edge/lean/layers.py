@@ -48,7 +48,11 @@ _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
 
 
 def layer_keeps_input(module: nn.Module) -> bool:
-    """Return whether a layer saves its input: `keeps_input`, or an estimate if this attribute is missing or None."""
+    """Return whether a layer saves its input.
+
+    The attribute `keeps_input` of the layer states this. If the attribute is missing or None, the result is an
+    estimate.
+    """
     known = getattr(module, "keeps_input", None)
     if known is not None:
         return known
@@ -67,7 +71,7 @@ def _runs_plain(x: Tensor) -> bool:
 
 
 class LeanConvolution(ConvolutionBase):
-    """A convolution that saves only its kernel while it is frozen.
+    """A convolution that, while frozen, saves only its kernel for the backward pass.
 
     With a trainable kernel, it also saves its input x. If x can be recomputed from other tensors, it saves these
     tensors instead of x.
@@ -80,18 +84,21 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the layer may save its input, because the weight or bias is trainable."""
+        """Whether the layer may save its input: True if the weight or bias is trainable."""
         return _trains(self)
 
     @property
     def lets_recompute(self) -> bool:
-        """Whether the output is recomputed instead of saved. Adapters of this layer read this property."""
+        """Whether the output is recomputed in the backward pass instead of saved.
+
+        Adapters of this layer read this property.
+        """
         if self.recompute == "depthwise":
             return 1 < self.groups == self.in_channels
         return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the original layer."""
+        """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if torch.compiler.is_compiling() and _trains(self):
             return super().forward(x)
         x, geometry = pad(self, x)
@@ -111,7 +118,7 @@ class LeanBatchNorm(BatchNorm):
         return self.training or self.running_mean is None or _trains(self)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the original layer."""
+        """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         mean, var = self.running_mean, self.running_var
         trains = _trains(self)
         is_constant = not (self.training or trains or mean is None or var is None)
@@ -153,13 +160,13 @@ class LeanBatchNorm(BatchNorm):
 
 
 class LeanClippedActivation(nn.Module):
-    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if another layer saves this anyway."""
+    """An activation `min(max(x, 0), upper)` that saves a mask, or its output if another layer also saves it."""
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
     """The layers that receive the output."""
     feeds_product: bool = False
-    """Whether a product receives the output and therefore saves the output."""
+    """Whether a product, such as that with a gate, receives the output and therefore saves it."""
     inplace: bool
     function: Activation
     upper: float
@@ -171,7 +178,7 @@ class LeanClippedActivation(nn.Module):
         return "output" if self.masks == "off" or self.feeds_product or is_kept_anyway else self.masks
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the original layer."""
+        """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x):
             return super().forward(x)
         # If x can be recomputed, so can the output of this layer. The next layers then do not save the output, so a
@@ -193,7 +200,7 @@ class LeanSmoothActivation(nn.Module):
     derivative: Derivative
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the original layer."""
+        """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x):
             return super().forward(x)
         return smooth_activation(x, type(self).function, type(self).derivative)
@@ -209,7 +216,7 @@ class LeanMaxPool(nn.MaxPool2d):
     keeps_input = True
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the original layer."""
+        """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x) or self.return_indices:
             return super().forward(x)
         sizes = (self.kernel_size, self.stride, self.padding, self.dilation)
@@ -223,7 +230,7 @@ class LeanGate(nn.Module):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the output of the original layer."""
+        """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x):
             return super().forward(x)
         with _GatedProducts(x):
@@ -250,8 +257,8 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {}
 
 
 def _lean_class(lean: type[nn.Module], plain: type[nn.Module], **attributes: object) -> type[nn.Module]:
-    """Return a new subclass of the classes `lean` and `plain`, and add the subclass to `LEAN`."""
-    # Pickle finds a class by its module and name, so the class must be assigned to its name in this module.
+    """Return a new subclass of `lean` and `plain`, and register it in `LEAN` as the lean class of `plain`."""
+    # Pickle finds a class by its module and name, so the caller must assign the class to this name in this module.
     LEAN[plain] = type(f"Lean{plain.__name__}", (lean, plain), {"__module__": __name__, **attributes})
     return LEAN[plain]
 

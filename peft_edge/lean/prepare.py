@@ -45,13 +45,13 @@ def prepare_model_for_lean_training(
     """Make the layers of a convolutional network save only what the backward pass needs.
 
     Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. BatchNorm in training mode
-    or with trained weights saves its input. The activations, gates and trained convolutions after such a BatchNorm save
-    no further feature maps: the backward pass recomputes their inputs. A frozen convolution saves only its kernel. A
-    frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its
-    output if the next layer saves this output anyway. Layers of all other classes save the same tensors as before.
-    `get_peft_model` may run before or after this function. Adapters of other tuners than ours become lean only if
-    `get_peft_model` runs before this function. Weights, statistics, adapters and training modes may change at any time.
-    Saved models are unchanged.
+    or with trainable weights saves its input. The activations, gates and trained convolutions after such a BatchNorm
+    save no further feature maps: the backward pass recomputes their inputs. A frozen convolution saves only its kernel.
+    A frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its
+    output if the next layer saves this output anyway. Layers of classes without a lean version save the same tensors as
+    before. `get_peft_model` may run before or after this function. With PEFT's own tuners, call `get_peft_model` first:
+    adapter layers that they add later do not become lean. Weights, statistics, adapters and training modes may change
+    after the call. The keys and values of the `state_dict` are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -67,11 +67,11 @@ def prepare_model_for_lean_training(
         inplace_norm: Whether a BatchNorm overwrites the output of the convolution before it. The norm does this only if
             no other layer receives this output, and if the norm is frozen or the output can be recomputed (see
             `recompute`). Both layers keep their weights, so trained adapters also fit the original model. If the model
-            stores the output as an attribute, the attribute becomes the normalised tensor.
+            stores the convolution's output as an attribute, the attribute becomes the normalised tensor.
         masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
             "off", activations save their outputs instead of masks.
-        recompute: The convolutions whose outputs the backward pass recomputes instead of saving them: with "depthwise"
-            the depthwise convolutions, with True all cheap convolutions, which have at most 100 products per output
+        recompute: The convolutions whose outputs are not saved, but recomputed in the backward pass. "depthwise"
+            selects the depthwise convolutions. True selects all convolutions with at most 100 products per output
             element.
         checkpoint: Whether to switch on timm's gradient checkpointing, which runs the forward pass of each block again
             in the backward pass. The running statistics of BatchNorm still count each batch once.
@@ -138,9 +138,9 @@ def undo_lean_training(model: Model) -> Model:
 
 
 def _switch_on_checkpointing(model: nn.Module) -> None:
-    """Switch on timm's gradient checkpointing, and mark the network so that `undo_lean_training` switches it off.
+    """Switch on timm's gradient checkpointing, and mark the network for `undo_lean_training`.
 
-    If checkpointing is on already, nothing changes. Raise a ValueError if the model does not support checkpointing.
+    If checkpointing is on already, nothing changes. Raise a `ValueError` if the model does not support checkpointing.
     """
     network = next((module for module in model.modules() if hasattr(type(module), "set_grad_checkpointing")), None)
     if getattr(network, "grad_checkpointing", False):
@@ -162,10 +162,10 @@ def _find_inplace_norms(
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
     """Yield each convolution whose output only one norm receives, and the `InplaceNorm` of convolution and norm.
 
-    A norm with a second input is left out, and so are layers inside PEFT's wrappers.
+    A norm with a second input is left out. Layers inside PEFT's wrappers (`modules_to_save`) are also left out.
     """
     num_inputs = Counter(consumer for names in consumers.values() for consumer in names)
-    # In training mode and in timm's `forward_intermediates`, the output may go to other layers than in eval mode.
+    # In training mode and in timm's `forward_intermediates`, an output may go to other layers than in eval mode.
     other_runs = [find_consumers(model, training=True)]
     if hasattr(model, "forward_intermediates"):
         with suppress(Exception):  # a method of the same name may differ from timm's
@@ -187,8 +187,9 @@ def _find_inplace_norms(
 def lean_summary(model: nn.Module) -> str:
     """Return a table: the number of layers of each class, and what these layers save for the backward pass.
 
-    Rows of layers without known behaviour say "what torch keeps", and name the first such layer. After a BatchNorm that
-    saves its input, the layers do not save the listed tensors, but recompute these tensors from the BatchNorm's input.
+    If this package does not know what a layer saves, its row says "what torch keeps" and names the first such layer.
+    Layers after a BatchNorm that saves its input do not save the tensors in the table. The backward pass recomputes
+    these tensors from the input of the BatchNorm.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -286,8 +287,8 @@ def find_consumers(model: nn.Module, *, training: bool = False, intermediates: b
 class _Trace(TorchFunctionMode):
     """Marks each output with the name of its layer, and records which layers and functions receive marked tensors.
 
-    `consumers` maps each layer to the recorded names. `enter` and `leave` are the hooks of a layer. Functions that run
-    inside a layer are not recorded.
+    `consumers` maps the name of a layer to the names of the layers and functions that receive its output. `enter` and
+    `leave` are forward hooks to register on each layer. Functions that run inside a layer are not recorded.
     """
 
     def __init__(self) -> None:
@@ -296,7 +297,10 @@ class _Trace(TorchFunctionMode):
         self._running: list[str] = []
 
     def consume(self, values: object, consumer: str) -> None:
-        """Record `consumer` as a consumer of each marked tensor in `values`."""
+        """Record `consumer` for each layer whose output is in `values`.
+
+        The attribute `_made_by` of an output names its layer.
+        """
         for value in leaves(values):
             if isinstance(value, Tensor) and (producer := getattr(value, "_made_by", None)) is not None:
                 self.consumers[producer].append(consumer)

@@ -71,7 +71,7 @@ class Basis(NamedTuple):
 
 
 def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
-    """Return the first `rank` singular vectors of `gradient`, (rows, columns), for the sides that `proj_type` projects.
+    """Return the first `rank` singular vectors of `gradient`, (rows, columns). `proj_type` selects left, right or both.
 
     The SVD is exact if the shorter side of `gradient` is at most 256 or at most four times `rank`. Otherwise the SVD is
     randomised, with its own generator and a fixed seed. In distributed training, all processes use the vectors of
@@ -83,7 +83,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     matrix = gradient.float()
     try:
         left, right = _singular_vectors(matrix, rank)
-    except torch.linalg.LinAlgError:  # NaN from process 0 make the result None in all processes
+    except torch.linalg.LinAlgError:  # NaN from process 0 makes the result None in all processes
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
@@ -149,8 +149,8 @@ class _GaLore(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        The basis of a projected weight is computed in the first step and then every `update_proj_gap` steps. If
-        `new_basis` returns None in such a step, the optimizer issues a warning, leaves this weight and its state
+        The basis of a projected weight is computed in the first step and then every `update_proj_gap` steps. If this
+        fails, for example because the gradient is not finite, the optimizer warns, leaves this weight and its state
         unchanged, and tries again in the next step. `closure` computes the gradients and returns the loss.
         """
         loss = None
@@ -175,7 +175,10 @@ class _GaLore(Optimizer):
         return loss
 
     def _step_projected(self, weight: Tensor, grad: Tensor, group: ParamGroup) -> bool:
-        """Update a projected weight. If a new basis is due but `new_basis` fails, change nothing and return False."""
+        """Update a projected weight.
+
+        If a new basis is due but `new_basis` returns None, change nothing and return False.
+        """
         state, gradient = self.state[weight], grad.flatten(1)
         step = int(state["step"]) if state else 0
         if step % group["update_proj_gap"] == 0:
@@ -198,8 +201,8 @@ class GaLoreAdamW(_GaLore, AdamW):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the projected gradients of GaLore.
 
     In groups with `rank`, `exp_avg` and `exp_avg_sq` are averages of the projected gradient R and of R^2. As in
-    galore-torch, `eps` is added before bias correction, and weight decay acts on the whole weight. The arguments are
-    the first five of `torch.optim.AdamW`; their defaults are those of galore-torch.
+    galore-torch, `eps` is added before bias correction, and weight decay is not projected. The arguments are the first
+    five of `torch.optim.AdamW`; their defaults are those of galore-torch.
 
     Raises:
         ValueError: If an argument is out of range, or `add_param_group` rejects a group.
@@ -275,9 +278,10 @@ class GaLoreSGD(_GaLore, SGD):
 class GaLoreAdafactor(_GaLore, Adafactor):
     """Adafactor (Shazeer & Stern 2018, arXiv 1804.04235) with the projected gradients of GaLore.
 
-    In groups with `rank`, `exp_avg_sq_row` and `exp_avg_sq_col` average R^2, where R is the projected gradient. Weight
-    decay acts on the whole weight. The arguments are the first seven of `transformers.Adafactor`. As in Transformers'
-    GaLore, `scale_parameter` and `relative_step` are always False, so `lr` is the step size and `eps[1]` has no effect.
+    In groups with `rank`, `exp_avg_sq_row` and `exp_avg_sq_col` are running averages of the row and column means of
+    R^2, where R is the projected gradient. Weight decay is not projected. The arguments are the first seven of
+    `transformers.Adafactor`. As in Transformers' GaLore, `scale_parameter` and `relative_step` are always False, so
+    `lr` is the step size and `eps[1]` has no effect.
 
     Raises:
         ValueError: If `add_param_group` rejects a group.

@@ -39,7 +39,7 @@ def galore_param_groups(
     weight_decay: float = 0.0,
     target_modules: str | Sequence[str] = "dense",
 ) -> list[ParamGroup]:
-    """Return the trainable parameters in three groups: kernels to project, then the two groups of `decay_groups`.
+    """Return the trainable parameters in three groups: kernels to project, other weights, and vectors (biases, norms).
 
     The first group has the keys `rank`, `update_proj_gap`, `scale` and `proj_type`, which `peft_edge.optim.galore`
     explains. A kernel (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, C_in/g * kh * kw). A kernel with at most
@@ -92,7 +92,10 @@ def galore_param_groups(
 def _groups(
     model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
-    """Return the groups of `galore_param_groups`. The first group contains `projected` and has the keys of `galore`."""
+    """Return the trainable parameters in three groups: `projected`, other weights, and vectors.
+
+    The first group has the keys of `galore`. The vectors have no weight decay. An empty group is left out of the list.
+    """
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
         {"params": [], "weight_decay": weight_decay},

@@ -45,7 +45,7 @@ _READ_BY_FUSING = {
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
-    """Raise a `ValueError` unless the layer `name` computes an ordinary convolution or batch normalisation."""
+    """Raise a `ValueError` that contains `name` unless `layer` is an ordinary convolution or batch normalisation."""
     if is_convolution(layer):
         expected = "convolution of its weight"
         is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
@@ -139,7 +139,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A layer of the base model with its adapters.
 
     A subclass stores its adapters in the `nn.ModuleDict` attributes that `adapter_layer_names` lists, and implements
-    `_merged_tensors`. `base_layer` may be a layer that another PEFT tuner adapted.
+    `_changed_tensor` and `_merged_tensors`. `base_layer` may be a layer that another PEFT tuner adapted.
     """
 
     def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT adds dictionaries
@@ -173,7 +173,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter, but refuse `weight_orig` and the like, as which pruning registers the weight.
+        """Register a parameter. Reject names such as `weight_orig`, under which pruning would register the weight.
 
         Raises:
             AttributeError: If the name starts with `weight` or `bias`.
@@ -224,7 +224,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     @property
     def bias(self) -> Tensor | None:
-        """The bias with which the layer computes its output; see `weight`."""
+        """The bias with which the layer computes its output: the base layer's bias, changed by the active adapters."""
         return self._effective_tensor("bias")
 
     def _effective_tensor(self, name: Literal["weight", "bias"]) -> Any:  # a Tensor, or None for a missing bias
@@ -254,12 +254,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
     def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
-        """Return the layer of the unadapted network, inside the layers of all tuners."""
+        """Return the layer of the base model, inside the layers of all PEFT tuners."""
         return innermost_layer(self.base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this method for tensors that were loaded with low_cpu_mem_usage. PEFT's version also casts the
-        # tensors to the base layer's dtype. Half precision would round statistics and weights.
+        # tensors to the base layer's dtype. In half precision, this would round statistics and weights.
         tensors = self.get_base_layer().state_dict().values()
         target = device or next((tensor.device for tensor in tensors if tensor.is_floating_point()), None)
         for name in self.adapter_layer_names if target is not None and target.type != "meta" else ():

@@ -28,11 +28,10 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class TargetModule(NamedTuple):
-    """A module of the unadapted network, and its place in the adapted network.
+    """A module of the base model, and its place in the adapted model.
 
-    `base` is the module, and `name` its name in the unadapted network. In the adapted network, `parent` has the child
-    `module` with the name `child_name`. `module` is the tuner layer around `base`, or `base` itself if it is not
-    adapted.
+    `base` is the module, and `name` its name in the base model. In the adapted model, `parent` has the child `module`
+    with the name `child_name`. `module` is the tuner layer around `base`, or `base` itself if it is not adapted.
     """
 
     name: str
@@ -43,9 +42,10 @@ class TargetModule(NamedTuple):
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield each module of the unadapted network, except modules in `modules_to_save`.
+    """Yield each module of the base model, except modules in `modules_to_save`.
 
-    All names start with `prefix`. A module that is registered more than once is yielded once, with its first name.
+    `prefix` is added to the start of each name. A module that is registered more than once is yielded once, with its
+    first name.
     """
     yield from _iter_modules(model, prefix, set())
 
@@ -110,7 +110,10 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
 
 
 def _check_spelling(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
-    """Raise a `ValueError` for a misspelt role name. PEFT would ignore it if another target matches a module."""
+    """Raise a `ValueError` if `target_modules` contains a misspelt role name, such as `al-conv`.
+
+    PEFT would ignore the name if another target matches a module.
+    """
     if isinstance(config.target_modules, str):
         unknown = set() if _matches(config, keys) else {config.target_modules}
     else:
@@ -125,7 +128,7 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
 
 
 def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
-    """Return the end of an error message for targets without a match: the targets, all role names, similar names."""
+    """Return the end of an error message if no module matches: the targets, all role names, and similar names."""
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -302,13 +305,12 @@ class Injection(BaseTuner):
     """
 
     config_class: type[PeftConfig]
-    """The tuner's configuration class. In a `PeftMixedModel`, PEFT injects adapters with other configuration classes.
-    """
+    """The tuner's configuration class. In a `PeftMixedModel`, PEFT itself injects adapters of other classes."""
 
     _shared: Mapping[nn.Module, set[tuple[nn.Module, str]]] = MappingProxyType({})
     """For each module that is registered more than once: its (parent, attribute name) pairs.
 
-    The mapping is filled only while adapters are injected or unloaded. At all other times it is empty.
+    The mapping is empty except while adapters are injected or unloaded.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
@@ -434,7 +436,11 @@ class Injection(BaseTuner):
             return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter from all layers. PEFT's method skips layers whose module path contains `self.prefix`."""
+        """Delete an adapter from all layers.
+
+        PEFT's method skips layers whose module path contains `self.prefix`. During the call, use a prefix that is in no
+        path.
+        """
         self.prefix = "\0"
         try:
             super().delete_adapter(adapter_name)
@@ -473,10 +479,10 @@ def _rename_child(parents: list[nn.Module], old: str, new: str) -> None:
 
 @contextmanager
 def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
-    """Within the context, pass `adapter_names` to every adapted layer. Each sample of a batch has its own adapter.
+    """Within the context, pass `adapter_names` to all adapted layers: sample i of a batch uses `adapter_names[i]`.
 
     The list has one adapter name per sample. The name `"__base__"` selects the base model. If `adapter_names` is None,
-    nothing changes. The implementation in `peft.LoraModel` does not include BatchNorm layers.
+    nothing changes. PEFT's own implementation in `peft.LoraModel` leaves out BatchNorm layers.
 
     Raises:
         ValueError: If the model is in training mode or has merged adapters, if a name is unknown, or if the number of
@@ -514,7 +520,7 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
 
 
 def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of the unadapted network by name, except those of modules in `modules_to_save`."""
+    """Return the parameters of the base model by name, except those of modules in `modules_to_save`."""
     base = model.get_base_model()
     replaced: list[str] = []
     for name, module in base.named_modules():
@@ -530,13 +536,14 @@ def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
-    """Return SHA-256 hashes of the base model's `parameters` and of the `statistics` that a frozen BatchNorm uses.
+    """Return SHA-256 hashes of the base model's `parameters` and of the `statistics` of its frozen BatchNorm layers.
 
-    The hash of the parameters covers the names, shapes, dtypes and values of `base_parameters`. Statistics of other
-    norms are not hashed, because training may update them. Without a frozen norm, the key `statistics` is missing.
+    The hash of the parameters covers the names, shapes, dtypes and values of `base_parameters`. A BatchNorm layer is
+    frozen if its active adapter has `norm="frozen"`. Statistics of other norms are not hashed, because training may
+    update them. If no norm is frozen, the key `statistics` is missing.
 
-    The result is None if the base parameters may have changed since loading: an adapter is merged, or its
-    initialisation changes them (PiSSA).
+    The result is None if an adapter is merged, or if the initialisation of an adapter changes base parameters (PiSSA).
+    In both cases, the base parameters may differ from those that were loaded.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}

@@ -82,7 +82,7 @@ _BASE_STATE = NormState(nn.BatchNorm1d(1), "frozen")  # all its tensors are None
 
 
 class BatchNormLayer(AdaptedLayer):
-    """A BatchNorm layer (torch's, or timm's `BatchNormAct2d`) with a `NormState` for each adapter.
+    """A BatchNorm layer (torch's, or timm's `BatchNormAct2d`) with a `NormState` (BatchNorm tensors) for each adapter.
 
     Training never updates the statistics of the base layer, not even while the adapters are disabled. If several
     adapters are active, the layer uses the state of the last one. In distributed training, batch statistics are
@@ -137,7 +137,10 @@ class BatchNormLayer(AdaptedLayer):
         return new
 
     def intercept_reset(self) -> None:
-        """Replace the base layer's `reset_running_stats`, so that torch's `update_bn` resets the adapter instead."""
+        """Replace the base layer's `reset_running_stats`.
+
+        torch's `update_bn` then resets the statistics of the adapter instead of those of the base layer.
+        """
         base = self.get_base_layer()
         if isinstance(base, BatchNorm):
             vars(base)["reset_running_stats"] = self.reset_running_stats
@@ -182,14 +185,17 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def bias(self) -> None:
-        """Always None, so that PEFT's `bias="lora_only"` does not train it. A `NormState` has the adapter's bias."""
+        """Always None, so that PEFT's `bias="lora_only"` finds no bias to train.
+
+        The adapter's bias is in its `NormState`.
+        """
         return None
 
     def update_layer(self, adapter_name: str, *args: object, config: PeftConfig, **kwargs: object) -> None:
         """Add an adapter with the values of the base layer, or reset an existing adapter to these values."""
         with loaded(self.get_base_layer()):
             state = NormState(self.get_base_layer(), config.norm)
-        # Set only this state, because the user may have changed requires_grad of the other states.
+        # Set `requires_grad` of this state only, because the user may have changed that of other states.
         state.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         if state.bias is not None and state.bias.requires_grad:
             # PEFT's `bias="all"` makes the bias of the base layer trainable. That bias is unused, and
@@ -261,7 +267,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether autograd saves the layer's input for the backward pass, with the present mode and active adapters."""
+        """Whether autograd saves the layer's input for the backward pass, given the mode and the active adapters."""
         state = self.current_state()
         return self._uses_batch_statistics(state) or _requires_grad(self._tensors(state))
 
@@ -283,8 +289,8 @@ class BatchNormLayer(AdaptedLayer):
         return self.estimating or (self.training and base.training and state.norm in ("stats", "affine"))
 
     def _is_distributed(self) -> bool:
-        # Do not synchronise while `update_bn` runs, because it may run in only one process. `update_bn` sets `momentum`
-        # to None.
+        # Do not synchronise while `update_bn` runs, because it may run in only one process. `update_bn` can be
+        # recognised by `momentum`, which it sets to None.
         is_local = not self.synchronises or (self._is_updated and self.get_base_layer().momentum is None)
         return not is_local and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
@@ -310,7 +316,8 @@ class BatchNormLayer(AdaptedLayer):
     def _count_batch(self, state: NormState) -> float:
         """Count a batch, and return its weight in the running averages.
 
-        In the backward pass, or if the base layer does not track statistics, return 0 and count nothing.
+        In the backward pass, return 0 and count nothing. The same applies if the base layer does not track statistics,
+        except during `recalibrate`.
         """
         if not (self.estimating or self.get_base_layer().track_running_stats):
             return 0.0

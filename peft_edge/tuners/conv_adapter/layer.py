@@ -54,7 +54,7 @@ class ConvSpec:
 
     @classmethod
     def of_convolution(cls, conv: Convolution) -> ConvSpec:
-        """Return the options of `conv`."""
+        """Return a `ConvSpec` with the options of `conv`."""
         padding = None if isinstance(conv, Conv2dSame) else f_pad_sides(conv)
         mode = "constant" if conv.padding_mode == "zeros" else conv.padding_mode
         channels = conv.in_channels, conv.out_channels
@@ -98,7 +98,10 @@ class ConvSpec:
         return cls(conv.in_channels, shapes[0][1], (3,) * dims, stride, (1,) * dims, (1,) * (2 * dims))
 
     def of_output(self) -> ConvSpec:
-        """Return the options of a shape-preserving convolution with this kernel size for the output of the layer."""
+        """Return the options of a convolution that takes the layer's output and preserves its shape.
+
+        The kernel size stays the same.
+        """
         ones = (1,) * len(self.kernel_size)
         padding = tuple(side for size in reversed(self.kernel_size) for side in ((size - 1) // 2, size // 2))
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
@@ -114,8 +117,8 @@ class ConvSpec:
     def pad(self, x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
         """Pad or crop `x`, (B, C, *size), for an unpadded convolution with a kernel of size `kernel_size`.
 
-        The output of the unpadded convolution has the size that a convolution with these options would return. Both
-        kernels have their centres at the same pixels of `x`.
+        The output then has the size that a convolution of `x` with the options `self` would return. The centres of the
+        kernels of both convolutions are at the same pixels of `x`.
         """
         sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]
@@ -151,7 +154,8 @@ class ConvAdapterLayer(AdaptedLayer):
     first adapter. Error messages contain `target_name`, the name of the layer.
 
     Raises:
-        ValueError: If the output of a block does not have the shape that `ConvSpec.of_block` requires.
+        ValueError: If `base_layer` is a block that contains no convolution. If it is a block that does not map (B,
+            C_in, *size) to (B, C_out, *ceil(size / stride)).
 
     Example:
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterLayer
@@ -275,7 +279,10 @@ class ConvAdapterLayer(AdaptedLayer):
         return (1,) * len(self.spec.kernel_size) if isinstance(depthwise, nn.Identity) else depthwise.kernel_size
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the update of the base kernel, (C_out, C_in, *size), with the same effect as a mergeable adapter."""
+        """Return the kernel update, (C_out, C_in, *size), that has the effect of the adapter.
+
+        The adapter must be mergeable.
+        """
         down, depthwise, _, up = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         kernel = down.weight if isinstance(depthwise, nn.Identity) else down.weight * depthwise.weight
         kernel = torch.tensordot(up.weight.flatten(1), kernel, dims=1)

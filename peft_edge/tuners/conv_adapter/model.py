@@ -53,7 +53,8 @@ class ConvAdapterModel(Injection):
             elif target.module is target.base:
                 ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            # Adapting a block renames the parameters inside the block, and therefore the keys of a saved adapter.
+            # Adapting a block renames all parameters inside the block, including those of other adapters. All adapters
+            # must therefore adapt the same blocks, or their saved keys would differ.
             new = {target.name for target in targets if not is_convolution(target.base)}
             adapted = (target for target in iter_target_modules(model) if isinstance(target.module, ConvAdapterLayer))
             old = {target.name for target in adapted if not is_convolution(target.base)}

@@ -23,8 +23,8 @@ class ConvLoraConfig(LoraConfig):
     Args:
         target_modules: Module names or a regular expression, as in PEFT, or layer roles: `all-conv`, `dense`,
             `depthwise`, `pointwise`, `expand`, `project`, `last-stage` (see `peft_edge.roles`). A list may contain
-            names and roles. If a module has the name of a role, the name means this module. Adding the adapter to a
-            model replaces the roles by module names.
+            names and roles. If a module has the name of a role, the name means this module. When the adapter is added
+            to a model, module names replace the roles in this configuration.
         norm: How the adapter treats the BatchNorm layers. Their changes are saved, merged, switched and deleted with
             the adapter.
 
@@ -60,14 +60,15 @@ class ConvLoraConfig(LoraConfig):
         if self.norm not in get_args(Norm):
             raise ValueError(f"ConvLoraConfig: norm is {self.norm!r}, expected one of: {', '.join(get_args(Norm))}.")
         self.peft_type = PeftType["CONV_LORA"]
-        # Register the classes here, because PEFT does not save the mapping, but calls `__post_init__` after loading.
+        # Register the classes here, because PEFT does not save the mapping of custom modules, but calls `__post_init__`
+        # after loading.
         self._register_custom_module(
             dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoraLayer) | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property
     def init_weights(self) -> bool | str:
-        """An alias of `init_lora_weights`. PEFT reads it when it saves a PiSSA adapter whose PEFT type is not LORA."""
+        """An alias of `init_lora_weights`, which PEFT reads to save a PiSSA adapter if the PEFT type is not LORA."""
         return self.init_lora_weights
 
     @init_weights.setter

@@ -153,7 +153,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def forward(self, x: Tensor, *args: object, adapter_names: list[str] | None = None, **kwargs: object) -> Tensor:
-        """Compute y = conv(x; W + (alpha/r) B A) + b for x of shape (B, C_in, *size) and the active adapters.
+        """Compute y = conv(x; W + (alpha/r) B A) + b with the active adapters, for x of shape (batch, C_in, *size).
 
         `adapter_names` selects one adapter per sample, see `peft_edge.tuners.injection.pass_adapter_names`.
         """
@@ -177,7 +177,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
                 for adapter, rows in rows_by_adapter(adapter_names).items():
                     y[rows] = self._add_branches(x[rows], y[rows], [adapter] if adapter in self.lora_A else [])
                 return y
-            # If the base layer has hooks or a replaced forward pass, call the base layer. Otherwise they would not run.
+            # Call a base layer that has hooks or a replaced forward pass, because these run only in such a call.
             conv = self.base_layer
             if replaces_forward(conv) and not hasattr(conv, "_hf_hook"):
                 return self._by_rows(self._call_replaced_forward, x, adapters, adapter_names)
@@ -226,8 +226,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """Call the base layer, whose `forward` was replaced on the instance, with the adapted kernel.
 
-        If `_has_two_branches(adapters)`, or if the base layer computes its weight (pruning, parametrisation), call the
-        base layer with its own kernel, and add the outputs of the adapters.
+        This is not possible if the base layer computes its weight (pruning, parametrisation), or if `_has_two_branches`
+        is true. In these cases, call the base layer with its own kernel, and add the outputs of the adapters.
         """
         conv = self.get_base_layer()
         if not adapters or self._has_two_branches(adapters) or "weight" not in conv._parameters:
@@ -263,7 +263,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether autograd saves the layer's input for the backward pass, with the present mode and active adapters."""
+        """Whether autograd saves the layer's input for the backward pass, given the mode and the active adapters."""
         adapters = self._applied_adapters()
         if not adapters:
             return getattr(self.base_layer, "keeps_input", True)
@@ -302,7 +302,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return not (self.use_dora[adapters[0]] and self._caches_dora())
 
     def _caches_dora(self) -> bool:
-        """Return whether to use stored weight norms: in eval mode, while `peft.helpers.DoraCaching` is on."""
+        """Return whether to use DoRA's stored weight norms: in eval mode, while `peft.helpers.DoraCaching` is on."""
         return dora.ENABLE_DORA_CACHING and not self.training
 
     def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:
@@ -334,7 +334,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format_of(weight))
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return kernel and bias after applying `adapters` in order. The kernel's dtype is at least float32."""
+        """Return the base layer's kernel, in at least float32, and its bias after applying `adapters` in order."""
         kernel, bias = self._base_tensor("weight"), self._base_tensor("bias")
         assert kernel is not None
         kernel = base_kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
@@ -378,7 +378,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return {"weight": kernel, "bias": bias}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether `get_delta_weight` is the whole kernel change. PEFT's conversion to LoRA requires this."""
+        """Return whether `get_delta_weight` is the whole change of the kernel.
+
+        PEFT's conversion to LoRA requires this.
+        """
         return not self.use_dora.get(adapter_name, False)
 
 
@@ -393,7 +396,10 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
     def update_layer(  # type: ignore[override]  # PEFT passes the rank as a positional argument
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object
     ) -> None:
-        """Add or reset an adapter. The rank and alpha are stored because PEFT's hotswapping compares them."""
+        """Add or reset an adapter.
+
+        The layer does not use the rank and alpha, but stores them because PEFT's hotswapping compares them.
+        """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
         self.scaling[adapter_name] = 1.0

@@ -34,12 +34,14 @@ class _ConvLoraInjection(Injection):
                 check_rank(config.rank_pattern.get(pattern, config.r), name)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for its own PEFT types.
+        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for PEFT types that it knows. Pass the
+        # type LORA.
         super()._check_target_module_compatiblity(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
         # PEFT unfreezes `layer.bias`, which is a copy of the base layer's bias if the adapter has `lora_bias=True`.
+        # Unfreeze the bias itself.
         if any(getattr(self.peft_config[name], "bias", "none") == "lora_only" for name in self.active_adapters):
             for layer in model.modules():
                 if isinstance(layer, ConvLoraLayer) and layer.get_base_layer().bias is not None:
@@ -92,11 +94,13 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         """Combine adapters into a new adapter: A and B with PEFT's method, all other tensors by task arithmetic.
 
         Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089) sets a tensor to base + the sum of weights[i] * (tensor
-        of adapters[i] - base). It applies to BatchNorm states, DoRA's magnitudes, biases of B, and the modules in
-        `modules_to_save`. PEFT refuses to combine such modules. If `adapter_name` already exists, nothing changes.
+        of adapters[i] - base), where base is the tensor of the base model. It applies to BatchNorm tensors, DoRA's
+        magnitudes, the biases of B (`lora_bias=True`), and the modules in `modules_to_save`, which PEFT refuses to
+        combine. If `adapter_name` already exists, nothing changes.
 
         Raises:
-            ValueError: If PEFT rejects the arguments, or modules in `modules_to_save` have different shapes.
+            ValueError: If PEFT rejects the arguments, or a module in `modules_to_save` has different shapes in these
+                adapters.
         """
         if adapter_name in self.peft_config:
             return
@@ -125,7 +129,8 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
     ) -> tuple[str, int, str]:
-        # PEFT refuses several adapters with the same module in `modules_to_save`. Pass PEFT a model without modules.
+        # PEFT's check rejects adapters that have the same module in `modules_to_save`. Pass the check a model without
+        # modules.
         without_modules = SimpleNamespace(peft_config=self.peft_config, modules=tuple)
         return LoraModel._check_add_weighted_adapter(without_modules, adapters, combination_type, svd_rank)
 
@@ -160,7 +165,7 @@ def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], i
         layer.scaling[into],
         [(name, w) for name, w in zip(adapters, weights, strict=True) if name in layer.r],
     )
-    layer.lora_A[into].weight.div_(scale)  # with `use_rslora`, the scale is the root of the new rank
+    layer.lora_A[into].weight.div_(scale)  # with `use_rslora`, the scale is the square root of the new rank
     if layer.lora_bias[into]:
         bias = layer.lora_B[into].bias
         changes = (w * layer.scaling[name] * layer.lora_B[name].bias for name, w in found if layer.lora_bias[name])
