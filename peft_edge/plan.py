@@ -45,7 +45,10 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """The names of the options `recompute` and `checkpoint` that are on, or `default` if both are off."""
+        """The options `recompute` and `checkpoint` that are on, such as `recompute=depthwise, checkpoint`.
+
+        If both are off, the text is `default`.
+        """
         values = {name: self.lean.get(name, False) for name in ("recompute", "checkpoint")}
         texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value]
         return ", ".join(texts) or "default"
