@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def is_main_process() -> bool:
-    """Return whether this process has rank 0. Only this process prints messages."""
+    """Return whether this process has rank 0. Only the process with rank 0 prints messages."""
     return int(os.environ.get("RANK", "0")) == 0
 
 

@@ -42,7 +42,10 @@ def __dir__() -> list[str]:
 
 
 def _register_with_peft(imported: ModuleType) -> None:
-    """Import the tuners and `push_to_hub` once PEFT is imported, unless a module of this package is half imported."""
+    """Import `tuners` and `hub` if PEFT is imported and no module of this package is half imported.
+
+    `imported` is the module whose import has just finished.
+    """
     if "peft" in sys.modules and not any(map(_is_half_imported, {*sys.modules} - {imported.__name__})):
         import_module(f"{__name__}.tuners")
         import_module(f"{__name__}.hub")

@@ -103,16 +103,15 @@ def has_hooks(module: nn.Module) -> bool:
 
 
 def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) -> nn.Module:
-    """Apply `function` to the children of a module, and return a shallow copy of the module with the results.
+    """Return a shallow copy of a module, in which `function(child)` replaces each child.
 
     If no child changes, return the module itself.
-
-    `setattr` on a shallow copy would also change the original, because both share `_modules`.
     """
     children = {name: child if child is None else function(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
         return module
     mapped = copy(module)
+    # `setattr(mapped, name, child)` would also change `module`, because both share the dict `_modules`.
     mapped._modules = children
     return mapped
 
@@ -178,8 +177,7 @@ def add_peft_type(name: str) -> PeftType:
 def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
     """Let `PeftMixedModel` hold adapters of `peft_type`, and use `model_cls` in place of PEFT's `MixedModel`.
 
-    A second call for the same type has no effect. `register_peft_method` does not add a type to PEFT's tuple of
-    compatible types.
+    PEFT's `register_peft_method` does neither. A second call for the same type has no effect.
     """
     if peft_type not in peft.tuners.mixed.COMPATIBLE_TUNER_TYPES:
         types = (*peft.tuners.mixed.COMPATIBLE_TUNER_TYPES, peft_type)
@@ -192,9 +190,10 @@ def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
 def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn.Module, int], bool]) -> None:
     """Let `hotswap_adapter` and `prepare_model_for_compiled_hotswap` handle adapters of `peft_type`.
 
-    `register_peft_method` does not change the hotswap module. `config_keys` are configuration keys that must agree
-    between the two adapters, in addition to the keys of LoRA. `pad(model, rank)` must pad the layers of the tuner in a
-    model to a rank, and return whether the model has such layers. A second call for the same type has no effect.
+    PEFT's `register_peft_method` does not do this. `config_keys` are configuration keys that must be equal in the old
+    and the new adapter, in addition to the keys that PEFT compares for LoRA. `pad(model, rank)` must pad the adapters
+    of `peft_type` in `model` to `rank`, and return whether `model` has such adapters. A second call for the same type
+    has no effect.
     """
     if peft_type in hotswap.CONFIG_KEYS_TO_CHECK:
         return
@@ -262,7 +261,7 @@ def backward_pass_id() -> int:
 
 
 def current_node() -> Node | None:
-    """Return the autograd node that is being executed, or None; public hooks must be registered on each node."""
+    """Return the autograd node that is being executed, or None; torch has no public function for this."""
     return torch._C._current_autograd_node()
 
 
@@ -304,7 +303,8 @@ def reset_accelerator() -> None:
 def ray_address(address: str) -> str | None:
     """Return the `HOST:PORT` to which `ray.init(address)` would connect; None if it would start Ray on this machine.
 
-    Ray has no public function for this. `auto` is the value of `RAY_ADDRESS`, or the cluster that was started last.
+    Ray has no public function for this. The address `auto` means the value of `RAY_ADDRESS`, or the cluster that was
+    started last.
 
     Raises:
         ConnectionError: If `address` is `auto`, and Ray finds no cluster.

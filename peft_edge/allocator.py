@@ -38,7 +38,7 @@ def huge_page_state() -> str:
     """
     import torch
 
-    # Allocate more than 32 MiB. For a smaller tensor, malloc may reuse freed memory, which may have other pages.
+    # Allocate more than 32 MiB. For a smaller tensor, malloc may reuse freed memory with pages of another size.
     tensor = torch.ones(10 * 2**20)
     inside = False
     try:

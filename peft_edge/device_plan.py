@@ -47,11 +47,11 @@ def find_device_options(
     image_size: int = 224,
     optimizer: str = "sgd",
 ) -> list[DeviceOption]:
-    """Return the options for all combinations of method, target modules and rank, sorted by trained parameters.
+    """Predict the memory of training on a device for all combinations of method, target modules and rank.
 
-    The option with the most trained parameters is first. Norms are frozen. Each adapter also trains the head. If the
-    model can be split before the first trained layer, a combination has two options: a step on images, and a step on
-    stored features (`split`).
+    Return the options with most trained parameters first. Norms are frozen. The head is always trained. If the model
+    can be split before the first trained layer, a combination has two options: training on images, and training on
+    stored outputs of the frozen layers (`split`).
 
     Args:
         backbone: A timm model with the head to be trained. It is not changed.

@@ -106,7 +106,7 @@ def matching_files(folder: Path, pattern: str) -> list[Path]:
 def is_disk_full(error: BaseException) -> bool:
     """Return whether `error` comes from a write to a full disk, beyond a quota, or beyond a file size limit.
 
-    Every failed write of torch.save counts, because the messages of torch.save do not state the cause.
+    The result is True for every failed write of torch.save, because the messages of torch.save do not state the cause.
     """
     if isinstance(error, OSError) and error.errno in _NO_SPACE:
         return True

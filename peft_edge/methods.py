@@ -48,7 +48,7 @@ def _plain_optimizer(model: nn.Module, name: str, options: Options, *, lr: float
 
 def _galore_optimizer(model: nn.Module, name: str, options: Options, *, lr: float, weight_decay: float) -> Optimizer:
     names = ("rank", "update_proj_gap", "scale", "proj_type", "target_modules")
-    # `target_modules` contains names of the backbone, without the prefix that PEFT adds to them.
+    # `target_modules` contains module names of the backbone, without the prefix that PEFT adds to module names.
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     groups = optim.galore_param_groups(base, weight_decay=weight_decay, **{key: options[key] for key in names})
     optimizer = _GALORE[name](groups, lr=lr)
@@ -84,7 +84,8 @@ class Method:
     `weight_decay`, and returns the optimizer. It is None if the method uses no gradients."""
 
     saves_full_model: bool = False
-    """Whether to save the whole model instead of a PEFT adapter. Must be True if the adapter lacks trained weights."""
+    """Whether to save the whole model instead of a PEFT adapter. Must be True if the method also trains weights that
+    the adapter does not contain."""
 
 
 def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:

@@ -38,7 +38,7 @@ class Accuracy(InMemoryMetric):
 
 
 class Retention(InMemoryMetric):
-    """Accuracy after an update (`predictions`) divided by accuracy before (`previous`); None if the divisor is 0."""
+    """Accuracy after adaptation (`predictions`) divided by accuracy before (`previous`); None if the divisor is 0."""
 
     inputs = ("predictions", "references", "previous")
 
@@ -50,7 +50,7 @@ class Retention(InMemoryMetric):
 
 
 class Forgetting(InMemoryMetric):
-    """Accuracy before an update (`previous`) minus accuracy after it (`predictions`); negative if accuracy rose."""
+    """Accuracy before adaptation (`previous`) minus accuracy after it (`predictions`); negative if accuracy rose."""
 
     inputs = ("predictions", "references", "previous")
 
@@ -69,8 +69,8 @@ def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
 
     `accuracies[l][j]` is the accuracy on domain j after step l, and k is the last step. The result is the mean over
     j < k of max(accuracies[l][j] for j <= l < k) - accuracies[k][j]. This is equation 3 of Chaudhry et al. 2018,
-    "Riemannian Walk for Incremental Learning", except that their maximum also includes l < j. Row l needs only the
-    domains 0 to l. With two steps the result equals `Forgetting` on the first domain.
+    "Riemannian Walk for Incremental Learning", except that their maximum also includes l < j. Row l of `accuracies`
+    needs only the domains 0 to l. With two steps the result equals `Forgetting` on the first domain.
     """
     *earlier, last = accuracies
     best = [max(row[domain] for row in earlier[domain:]) for domain in range(len(earlier))]

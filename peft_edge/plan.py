@@ -33,7 +33,7 @@ FLOPS = {"FLOP": 1, "MFLOP": 10**6, "GFLOP": 10**9, "TFLOP": 10**12}
 
 
 class Setting(NamedTuple):
-    """The norm mode and the lean options of a training step."""
+    """The norm mode and the lean (memory-saving) options of a training step."""
 
     norm: str
     """The norm mode, a value of the configuration key `norm`: what training changes in BatchNorm layers."""
@@ -45,7 +45,10 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """The options that are off by default but on here, such as `recompute, checkpoint`. If none, `default`."""
+        """The options `recompute` and `checkpoint` that are on, such as `recompute=depthwise, checkpoint`.
+
+        If both are off, the text is `default`.
+        """
         values = {name: self.lean.get(name, False) for name in ("recompute", "checkpoint")}
         texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value]
         return ", ".join(texts) or "default"
@@ -61,7 +64,7 @@ _NEVER_FROZEN = ("norm-affine", "galore", "full")
 
 @dataclass(frozen=True, kw_only=True)
 class Budget:
-    """Upper limits for a training step and for the saved update. None means no limit."""
+    """Upper limits for a training step and for the saved adapter. None means no limit."""
 
     memory_bytes: int | None = None
     """Peak bytes of all tensors in a step: weights, activations, gradients, optimizer state."""
@@ -71,7 +74,7 @@ class Budget:
     """Bytes of the saved adapter or, for a method without an adapter, of the trainable parameters."""
 
     def excess(self, profile: StepProfile) -> list[str]:
-        """Return one line of text for each limit that the profiled step exceeds. None in `profile` counts as 0."""
+        """Return a line of text for each limit that the step exceeds. A field of `profile` that is None counts as 0."""
         found = (profile.memory_peak_bytes or 0, step_flops(profile), profile.adapter_bytes or 0)
         return [
             f"{name} {amount / size:,.1f} {unit}, {(amount - most) / size:,.1f} over"
@@ -171,7 +174,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options that two runs must share so that their accuracies are averaged.
+    """Options of a run. Runs with equal options are repetitions, whose accuracies are averaged.
 
     `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
     """
@@ -183,18 +186,21 @@ class Variant(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The accuracy of one variant, according to the records."""
+    """The accuracy of one combination of method, target modules, rank and norm, according to the records."""
 
     accuracy: float
-    """The mean test accuracy of the runs with this variant."""
+    """The mean test accuracy of the runs with this combination."""
     runs: int
-    """The number of runs with this variant."""
+    """The number of runs with this combination."""
     advantage: float
-    """The variant's mean accuracy on a task minus the mean of all runs on that task, averaged over tasks."""
+    """The mean accuracy of these runs on a task minus the mean accuracy of all runs on it, averaged over tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
-    """Return the accuracy of each variant that occurs in `records`. All records must be of successful runs."""
+    """Return the accuracy of each combination of method, target modules, rank and norm in `records`.
+
+    All records must be of successful runs.
+    """
     from peft_edge.methods import METHODS
 
     by_task: dict[str, list[float]] = defaultdict(list)
@@ -219,7 +225,7 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """A method, the layers that it adapts, its rank and its setting, and the cost of such a training step."""
+    """A combination of method, adapted layers, rank and setting, with the cost of its training step."""
 
     method: str
     """A key of `METHODS`."""
@@ -251,14 +257,14 @@ class Plan:
     """First the options whose accuracy is known from runs, in order of decreasing `advantage`; then all other options,
     in order of decreasing number of trainable parameters."""
     exceeding: list[PlanOption]
-    """Options that no setting brings within the budget. If several ranks of a method and placement exceed it,
-    only the lowest of these ranks is listed."""
+    """Options that exceed the budget with every lean setting. If several ranks of a method with the same target modules
+    exceed the budget, only the lowest of these ranks is listed."""
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
     """Whether these runs used the planned backbone. False if they used other backbones, or if there are no runs."""
     library_bytes: int | None = None
-    """The result of `library_memory`; None if it was not measured."""
+    """The memory of a training process without the tensors of a step (see `library_memory`); None if not measured."""
 
 
 def find_plan(
@@ -275,12 +281,14 @@ def find_plan(
     records: Path | None = None,
     library_bytes: int | None = None,
 ) -> Plan:
-    """Find methods, target modules and ranks whose training step fits a budget. Costs follow from tensor shapes alone.
+    """Find methods, target modules and ranks whose training step fits a budget.
 
-    Each combination is analysed with up to four settings, until the step fits: with the lean training of `train.py`,
-    then also with recomputed depthwise convolutions, with all cheap convolutions recomputed, and with checkpointed
-    blocks. The last setting is skipped for networks without timm's gradient checkpointing. If the step does not fit
-    with a rank, higher ranks are skipped.
+    Costs are computed from tensor shapes, without running the step.
+
+    Each combination is analysed with up to four settings, until the step fits. The first setting is the lean training
+    of `train.py`. The second also recomputes depthwise convolutions, the third all cheap convolutions. The fourth adds
+    timm's gradient checkpointing, if the network has it. If the step does not fit with a rank, higher ranks are
+    skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
@@ -302,8 +310,8 @@ def find_plan(
     can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
     with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
-        # Method, layers, and index of the setting that was found for them. For a placement that contains all these
-        # layers and more, the search starts at this setting.
+        # Method, adapted layers, and index of the setting that was found for them. If a later placement contains all of
+        # these layers, its search starts at this setting, because it needs at least as much memory.
         needed: list[tuple[str, frozenset[str], int]] = []
         lean_options = [lean for lean in _LEAN_OPTIONS if can_checkpoint or not lean.get("checkpoint")]
         for method, (place, layers) in bar:
@@ -395,7 +403,7 @@ def _order(option: PlanOption) -> tuple[bool, float, int]:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return a text with a table of the fitting options, the order of its rows, and the `excess` of other options."""
+    """Return the plan as text: a table of the options that fit, and the exceeded limits of all other options."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

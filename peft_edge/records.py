@@ -35,12 +35,12 @@ class UnknownFieldError(ValueError):
 
 
 class JsonModel(BaseModel):
-    """A block of a JSON file. Unknown fields and missing required fields are errors."""
+    """An object in a JSON file. Unknown fields and missing required fields are errors."""
 
     model_config = ConfigDict(extra="forbid")
 
     def to_json(self) -> str:
-        """Return the block as JSON text.
+        """Return the object as JSON text.
 
         Raises:
             ValueError: If a number is infinite or NaN, which JSON cannot represent.
@@ -49,7 +49,7 @@ class JsonModel(BaseModel):
 
     @classmethod
     def from_json(cls: type[M], text: str | bytes) -> M:
-        """Read a block from JSON text.
+        """Create an object of this class from JSON text.
 
         Raises:
             ValueError: If a required field is missing or a field has an invalid value. The message names all wrong
@@ -88,15 +88,15 @@ class RunInfo(JsonModel):
 
 
 class KernelChange(JsonModel):
-    """How much an update changed the kernel of one convolution.
+    """How much adaptation changed the kernel of one convolution.
 
-    The change is the kernel after the update minus the kernel before the update, as a matrix with C_out rows.
+    The change is the kernel after adaptation minus the kernel before adaptation, as a matrix with C_out rows.
     """
 
     kind: str
     """`depthwise`, `pointwise`, `dense` (one group, kernel larger than 1 x 1) or `grouped`."""
     relative_norm: float
-    """Frobenius norm of the change divided by the Frobenius norm of the kernel before the update."""
+    """Frobenius norm of the change divided by the Frobenius norm of the kernel before adaptation."""
     stable_rank: float
     """Squared Frobenius norm of the change divided by its squared spectral norm; between 1 and the rank of the change
     (Rudelson and Vershynin 2007, arXiv math/0503442)."""
@@ -122,8 +122,8 @@ class TrainingCosts(JsonModel):
     """Time of validation after epochs, which `total_s` does not include."""
     flops: int | None
     """FLOPs of all optimizer steps, of storing features and of estimating statistics, summed over all processes. Null
-    if steps were taken and none was profiled, or if a profile has no FLOPs. The FLOPs of storing and estimating count
-    convolutions and matrix products."""
+    if steps were taken and none was profiled, or if a profile has no FLOPs. The FLOPs of storing and estimating include
+    only convolutions and matrix products."""
     process_peak_bytes: int | None
     """Peak physical memory of a training process since the start or the resumption of training, including validation
     and storing. It includes Python and its libraries, but not worker processes that load images. Null on Windows."""
@@ -135,9 +135,9 @@ class TrainInfo(JsonModel):
     status: str
     """`success`, `failed`, `canceled` or `diverged`."""
     train_time: float | None = None
-    """Time of the optimizer steps (`step_s` of `costs`). For a method without gradients, the time in which it estimates
-    statistics. The times of all targets are added. If several learning rates were tried for a target, only the
-    time with the selected learning rate is included."""
+    """Seconds of the optimizer steps (`step_s` of `costs`). For a method without gradients, the seconds in which it
+    estimates statistics. The times of all targets are added. If several learning rates were tried for a target, only
+    the time with the selected learning rate is included."""
     costs: TrainingCosts | None = Field(default=None, exclude_if=lambda value: value is None)
     """The costs of training; absent from records of earlier versions, and if nothing was trained."""
     file_size: int | None = None
@@ -153,21 +153,21 @@ class TrainInfo(JsonModel):
     """Bytes that the accelerator's allocator reserved: mean, maximum and 99th percentile."""
 
     metrics: list[JsonObject] = []
-    """One entry per epoch and target, and at the end one entry with the test results before and after the update."""
+    """One entry per epoch and target, followed by one entry with the test results before and after adaptation."""
     sweep: list[JsonObject] = []
     """One entry per tried learning rate, with its validation accuracy; the accuracy is null if training diverged."""
     replay: JsonObject | None = None
-    """`FeatureCache.info` of the last target; null if training did not use a feature cache."""
+    """The size and cost of the stored features for the last target; null if training did not use latent replay."""
     checks: dict[str, float] = {}
     """The largest absolute difference between logits of the trained model and of the reloaded model, and the largest
     absolute difference between logits of the trained model and of the merged model."""
     changes: dict[str, KernelChange] = {}
-    """The change of each changed convolution, by module name. The dict is empty if no convolution changed, or if
-    the update cannot be merged."""
+    """How much each convolution kernel changed, by module name. Unchanged convolutions are left out. The dict is empty
+    if the adapter cannot be merged."""
 
     @property
     def seconds(self) -> float | None:
-        """Time of the whole training; in records of earlier versions only the time of the optimizer steps."""
+        """Seconds of the whole training. In records of earlier versions, only the seconds of the optimizer steps."""
         return self.train_time if self.costs is None else self.costs.total_s
 
 
@@ -228,15 +228,16 @@ class StepProfile(JsonModel):
     memory_activations_bytes: int | None = None
     memory_temporaries_bytes: int | None = None
     memory_optimizer_bytes: int | None = None
-    """Bytes at the peak by kind of tensor. Activations are saved for the backward pass. Tensors of no other kind are
-    temporaries."""
+    """Bytes at the peak, by kind of tensor. Activations are the tensors that are saved for the backward pass. All
+    tensors of no other kind are temporaries."""
 
     memory_forward_end_bytes: int | None = None
     """Bytes of all live tensors at the end of the forward pass. For layers: only the tensors of these layers."""
     cuda_peak_bytes: int | None = None
     """Peak bytes of CUDA's allocator in the step; null for layers, without CUDA, and for analyses on fake tensors."""
     peak_rss_bytes: int | None = None
-    """Peak physical memory of the process in the step. If the system cannot reset the peak, since the process started.
+    """Peak physical memory of the process in the step. If the system cannot reset the peak, it is the peak since the
+    process started.
 
     Null for layers, on Windows, and for analyses on fake tensors.
     """
@@ -377,7 +378,7 @@ def _find_record(file: Path) -> Record | CostRecord | None:
     """Return the record in a JSON file. Return None for other JSON and, after a warning, for text that is not JSON.
 
     Raises:
-        ValueError: If the file is a damaged or incomplete record, or a newer version has written the record.
+        ValueError: If the file is a damaged or incomplete record, or was written by a newer version of this package.
     """
     # Records of PEFT's own benchmark have the same blocks, but their `train_config` has none of these keys.
     keys = {"method", "norm", "backbone", "data", "adapter"}

@@ -65,7 +65,9 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
 
 
 def check_grid_keys(file: Path) -> None:
-    """Check the keys of a study's grid file without importing torch. `read_grid` checks all other parts of the file.
+    """Check the keys of a grid file (the list of runs of a study) without importing torch.
+
+    `read_grid` checks all other parts of the file.
 
     Raises:
         ConfigError: If a block of runs has an unknown configuration key in its `grid`, or a block of cost analyses has

@@ -135,8 +135,8 @@ class DataConfig(Section):
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 (mild) to 5 (strong); by default 5. Only for corruptions with severities."""
     shift_filters: list[list[str | int | float | list[str]]] = []
-    """Read only rows of `shift` that meet all conditions; see `source_filters`. With conditions, `shift` is by default
-    `name`."""
+    """Read only rows of `shift` that meet all conditions; see `source_filters`. With conditions, the default of `shift`
+    is `name`."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
     """Classes that the source model does not know, in the order of addition. Set either `new_classes` or `shift`."""
     increments: PositiveCount = 1
@@ -148,7 +148,8 @@ class DataConfig(Section):
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount | None = None
     """Maximum number of training images of the target. By default, all are used. With new classes, the maximum applies
-    to each increment. A corruption of your own images uses at most a quarter of the training images in any case."""
+    to each increment. If `shift` is a corruption, and `name` is a dataset or a folder, at most a quarter of the
+    training images are used in any case."""
     augment: Literal["none", "shift", "photo", "auto"] = "auto"
     """Augmentation of training images. none: no change. shift: move the image by up to an eighth of its sides. photo:
     random crop, flip and colour changes. auto: shift for `digits`, `shapes`, and images whose median width or height is
@@ -215,7 +216,7 @@ class GaloreOptions(Section):
 
 
 class SourceConfig(Section):
-    """Training of the source model on the source images, by SGD with a one-cycle schedule."""
+    """Training of the source model (the network before adaptation), by SGD with a one-cycle schedule."""
 
     epochs: Count = 12
     """Passes over the training images of the source. 0: use the backbone's initial weights without training."""
@@ -230,7 +231,7 @@ class SourceConfig(Section):
 
 
 class TrainingConfig(Section):
-    """Adaptation to the target, with linear warm-up and a cosine schedule."""
+    """Training on the target images, with linear warm-up and a cosine schedule."""
 
     epochs: PositiveCount = 10
     """Passes over the target's training images."""
@@ -265,7 +266,7 @@ class TrainingConfig(Section):
     """Number of newest checkpoints to keep. At least 2, because the newest may contain weights that have diverged."""
     replay: bool = False
     """Latent replay: store the outputs of the frozen layers before the first trainable layer, and train on these
-    outputs. `norm` must be frozen or recalibrate."""
+    outputs. Requires that the key `norm` is frozen or recalibrate."""
     replay_views: PositiveCount = 1
     """Number of augmented views to store of each image. Epochs use the views in turn."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
@@ -276,7 +277,7 @@ class LeanConfig(Section):
     """Lean training: layers save only what the backward pass needs. Gradients change only by rounding."""
 
     enabled: bool = True
-    """Use lean layers during training. The saved update has the same format with and without lean training."""
+    """Use lean layers during training. The format of the saved adapter or model is the same without lean layers."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
     that `norm` is frozen or recalibrate, or that `recompute` is set. By default true if `norm` is frozen or
@@ -284,8 +285,8 @@ class LeanConfig(Section):
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool | Literal["depthwise"] = False
-    """Convolutions whose outputs the backward pass recomputes instead of saving them: all cheap convolutions (true),
-    only the depthwise ones (depthwise), or none (false)."""
+    """Convolutions whose outputs are not saved in the forward pass, but recomputed in the backward pass: all cheap
+    convolutions (true), only depthwise convolutions (depthwise), or none (false)."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 
@@ -301,7 +302,7 @@ class ProfilingConfig(Section):
 
 
 class HubConfig(Section):
-    """Upload of the update, its record and a model card to the Hub, with the token of `hf auth login`."""
+    """Upload of the trained adapter or model, the run's record and a model card, with the token of `hf auth login`."""
 
     repo_id: Annotated[str, AfterValidator(_check_repo_id)] | None = None
     """Repository to upload to, `owner/name`. By default nothing is uploaded."""

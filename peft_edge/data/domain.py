@@ -119,7 +119,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
 
 
 def _with_all_classes(rest: Dataset, drawn: Dataset) -> tuple[Dataset, Dataset]:
-    """Exchange images so that both parts have each class: the share of a small class may round to no image."""
+    """Exchange images so that both parts have each class. The share of a small class may have been rounded to zero."""
     if {*rest["label"][:]} == {*drawn["label"][:]}:
         return rest, drawn
     whole = concatenate_datasets([rest, drawn])
@@ -147,7 +147,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Return an in-memory copy of a dataset, to whose images the dataset's transform has been applied.
+    """Return an in-memory copy of a dataset. The dataset's transform is applied to the images of the copy.
 
     All images must be RGB and have the same size.
     """

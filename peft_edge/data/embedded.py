@@ -47,7 +47,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Load `digits`, enlarged to `image_size` x `image_size` pixels. All splits have the same class proportions.
 
     Returns:
-        The source domain (700 training, 150 validation, 547 test images), and 400 adaptation images without a shift.
+        The source domain (700 training, 150 validation, 547 test images), and 400 images to adapt to, not yet shifted.
     """
     with requires_extra("train"):
         from sklearn.datasets import load_digits
@@ -68,8 +68,8 @@ def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Render `shapes`. `seed` determines every pixel. In each split, class sizes differ by at most one.
 
     Returns:
-        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 adaptation images without a
-        shift.
+        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 images to adapt to, not yet
+        shifted.
     """
     splits = _render_splits(tuple(SHAPES_SPLIT_SIZES.items()), image_size, seed)
     source = Domain(train=splits["source"], validation=splits["validation"], test=splits["test"])

@@ -277,7 +277,7 @@ def _has_class_folders(folder: Path) -> bool:
 
 
 def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
-    """Yield (path, class name) for each image in the class folders of `root`. Visit each folder in order of names."""
+    """Yield (path, class name) for each image in the class folders of `root`, in alphabetical order."""
     for child in _visible(root, found):
         if child.is_dir():
             inner = {split_of(path.name) for path in child.iterdir() if path.is_dir()} - {None}

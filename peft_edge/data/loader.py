@@ -41,7 +41,7 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
 
     An image that is both higher and wider than `input_size` is resized, and its centre is cropped. The resizing and the
     crop follow timm's transform for evaluation. Any other image is resized to `input_size` without a crop, because
-    `crop_pct` is meant for photographs with a margin. Resizing without a crop can change the aspect ratio. With the
+    small images usually have no margin to crop. Resizing without a crop can change the aspect ratio. With the
     augmentation `"photo"`, a random crop of every image is resized instead. A JPEG whose sides are at least four times
     as long as needed is decoded at a reduced size.
 

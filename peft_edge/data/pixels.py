@@ -140,7 +140,7 @@ def check_image(content: bytes) -> None:
 
 def is_deep(image: Image.Image) -> bool:
     """Return whether an image file has more than 8 bits in a channel. `image` must be opened, but not yet loaded."""
-    # Pillow converts 16-bit colours to 8-bit RGB. Then only `tile` names the mode in the file, such as RGB;16B.
+    # Pillow gives files with 16-bit colours the mode RGB. Only `tile` contains the mode in the file, such as RGB;16B.
     return image.mode in _DEEP_MODES or ";16" in str(getattr(image, "tile", ""))
 
 

@@ -105,13 +105,14 @@ def domain_from_splits(
 ) -> Domain:
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
-    A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. Each
-    of them gets at least one image of each class. A class with a single image left keeps it for training, and a warning
-    names the class. No image file is in two splits: copies of test images are
-    removed from validation and training, and copies of validation images are removed from training. If a split is drawn
-    from `train_split`, repeated images are removed from `train_split` first. Images whose `content` hash is in
-    `exclude` are removed from all splits. A warning states how many images are removed. `name` is the name of the
-    dataset in messages.
+    A missing test split gets a fifth of the images of `train_split`, and at least one image of each class. After that,
+    a missing validation split gets a tenth, and at least one image of each class with more than one image left. A
+    warning names the classes that are missing in the validation or test split.
+
+    No image file is in two splits: copies of test images are removed from validation and training, and copies of
+    validation images are removed from training. If a split is drawn from `train_split`, repeated images are removed
+    from `train_split` first. Images whose `content` hash is in `exclude` are removed from all splits. A warning states
+    how many images are removed. `name` is the name of the dataset in messages.
 
     Raises:
         ValueError: If `splits` has no `train_split`, removal leaves a split empty, or there are too few images to draw.
@@ -137,7 +138,10 @@ def domain_from_splits(
 
 
 def _draw_validation(train: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
-    """Draw validation images as `stratified_split` does, but a class with a single image keeps it for training."""
+    """Draw validation images from `train`. Return (remaining images, drawn images).
+
+    This is `stratified_split`, except that a class with a single image keeps this image for training.
+    """
     labels = train["label"][:]
     counts = Counter(labels)
     single = [row for row, label in enumerate(labels) if counts[label] == 1]
@@ -149,7 +153,7 @@ def _draw_validation(train: Dataset, size: int, *, seed: int) -> tuple[Dataset, 
 
 
 def _warn_unmeasured(name: str, domain: Domain) -> None:
-    """Warn about classes without an image in validation or test, which the accuracy of this split does not include."""
+    """Warn about training classes without validation or test images, because the accuracy does not include them."""
     trained = set(domain.train["label"][:])
     for key, split in (("validation", domain.validation), ("test", domain.test)):
         if missing := sorted(trained.difference(split["label"][:])):

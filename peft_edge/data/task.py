@@ -173,9 +173,9 @@ def load_task(
 
 
 def load_configured_task(data: Mapping[str, Any], *, seed: int) -> Task:
-    """Load the task that the section `data` of a configuration describes, as `train.py` and its records contain it.
+    """Load the task that `data`, the section of this name in a configuration of `train.py`, describes.
 
-    The section also has the key `augment`. It is an option of training, and does not change the task.
+    The key `augment` of the section is ignored, because augmentation does not change the task.
 
     Raises:
         ValueError: If `load_task` raises it.
@@ -228,8 +228,8 @@ def class_increments(
 
     Raises:
         ValueError: If a class name is unknown or repeated, or a class has no images. If there are fewer than two base
-            classes, or more increments than new classes. If `rehearsal_size` is not 0 and less than the number of
-            classes before the last increment.
+            classes, or more increments than new classes. If `rehearsal_size` is positive, but less than the number
+            of classes before the last increment.
     """
     base = [name for name in domain.class_names if name not in new_classes]
     _check_classes(domain.class_names, new_classes, base, increments)
@@ -294,7 +294,7 @@ def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, s
     """Return `splits` with the class order of `source`. Raise a ValueError if the class names differ.
 
     `names` are the names of the two datasets in messages. If `splits` are from a Hugging Face dataset without class
-    names, its labels 0, 1, ... are indices of the source's classes.
+    names, its labels 0, 1, ... are read as indices of the source's classes.
     """
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)

@@ -58,10 +58,10 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     """Check the configuration on an untrained backbone, before the source model is trained.
 
     Raises:
-        ValueError: If the method or `training.replay` does not fit the backbone. For all methods except none: if a
-            target has fewer training images than `training.batch_size`, or if the method returns no PEFT model and its
-            `saves_full_model` is False. For methods with an optimizer: if `training.warmup_steps` is not smaller than
-            the number of optimizer steps.
+        ValueError: If the method or `training.replay` does not fit the backbone. If a target has fewer training images
+            than `training.batch_size` (except for method none). If the method returns no PEFT model, but its
+            `saves_full_model` is False (except for method none). If there is no optimizer step after
+            `training.warmup_steps` (only for methods with an optimizer).
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -92,15 +92,15 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
 
 
 class TrainedCandidate(BaseModel):
-    """The results of training a candidate, read from `candidate.json` in `folder`."""
+    """The results of training on one target with one learning rate, read from `candidate.json` in `folder`."""
 
     model_config = ConfigDict(frozen=True)
 
-    folder: Path = Field(exclude=True)  # contains the update, `logits.safetensors` and `candidate.json`
+    folder: Path = Field(exclude=True)  # contains `adapter` or `model`, `logits.safetensors` and `candidate.json`
     learning_rate: float | None  # None if `Method.optimizer` is None
     validation_accuracy: float  # measured after the last optimizer step
     num_trainable_params: int
-    train_time: float  # seconds in optimizer steps; if `learning_rate` is None, seconds in `recalibrate`
+    train_time: float  # seconds in optimizer steps or, if `learning_rate` is None, in estimating statistics
     costs: TrainingCosts
     metrics: list[dict[str, int | float | None]]  # one dict per epoch: loss, accuracy and time
     profile: list[StepProfile]  # for each process, rows for the step and for each rank; empty without profiling
@@ -108,7 +108,7 @@ class TrainedCandidate(BaseModel):
 
     @property
     def update(self) -> Path:
-        """The folder of the saved update: `adapter` or `model` in `folder`."""
+        """The folder of the saved adapter or model: `adapter` or `model` in `folder`."""
         return next(path for path in (self.folder / "adapter", self.folder / "model") if path.exists())
 
     @property
@@ -120,12 +120,12 @@ class TrainedCandidate(BaseModel):
 def sweep(
     run: ActiveRun, target: Domain, source: nn.Module, *, increment: int | None = None, previous: Path | None = None
 ) -> tuple[list[TrainedCandidate], list[dict[str, object]]]:
-    """Train a candidate for every learning rate of the configuration. `source` does not change.
+    """Train a model (a candidate) for every learning rate of the configuration. `source` does not change.
 
     A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
-    `increment` is the number of `target`, starting at 1; otherwise it is None. From the second target on, `previous` is
-    the folder of the update for the previous target; for the first target, it is None. Candidates that an interrupted
-    run has already finished are read, not trained again.
+    `increment` is the number of `target`, starting at 1; otherwise it is None. `previous` is the folder of the adapter
+    or model that was saved for the target before, or None for the first target. Candidates that an interrupted run has
+    already finished are read, not trained again.
 
     Returns:
         The candidates that did not diverge, and one dict for each learning rate. The dict contains the validation
@@ -166,7 +166,7 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train and save the candidate `name`, and return its results as read from its folder.
+    """Train and save the candidate `name`: a model for one target and one learning rate. Return its results.
 
     If the candidate has a checkpoint, training continues from the newest checkpoint. If the folder of the candidate
     exists, the candidate is already trained, so its results are only read.
@@ -213,16 +213,17 @@ class _Trained:
     progress: Progress
     profile: list[StepProfile]  # of all processes; empty if no step was profiled
     replay: dict[str, Any] | None  # size and cost of the stored features; None if `training.replay` is False
-    statistics_s: float  # seconds in `recalibrate`; 0 if it was not called
-    statistics_flops: int  # FLOPs of `recalibrate` in this process; 0 if it was not called
+    statistics_s: float  # seconds of estimating BatchNorm statistics on target images; 0 if not estimated
+    statistics_flops: int  # FLOPs of this estimation in this process; 0 if not estimated
 
     def costs(self, process_peak_bytes: int | None) -> TrainingCosts:
         """Return the costs of this training run. All processes must call this method.
 
         The argument `process_peak_bytes` is the peak memory of the calling process, or None if it is unknown. In the
         result, `process_peak_bytes` is the maximum over all processes, `flops` is the sum over all processes, and the
-        times are those of the calling process. `flops` also counts `recalibrate` and the storing of features for latent
-        replay. `flops` is None if optimizer steps were taken but no step was profiled, or a profile has no FLOPs.
+        times are those of the calling process. `flops` includes the estimation of BatchNorm statistics and the storing
+        of features for latent replay. `flops` is None if optimizer steps were taken but none was profiled. It is also
+        None if a step profile has no FLOPs.
         """
         progress, step_flops = self.progress, [row.flops for row in self.profile if row.scope == "step"]
         measured = gather_object([(process_peak_bytes, self.statistics_flops)])
@@ -317,9 +318,9 @@ def new_learner(
 ) -> nn.Module:
     """Return a model for training on `target`.
 
-    The model starts from the update in the folder `previous`, or from `source` if `previous` is None. `source` does not
-    change. If the method uses gradients and `target` has more classes than the model, the head gets rows for the new
-    classes. If `data.rehearsal_size` is 0 as well, the head rows of earlier classes are frozen.
+    The model starts from the adapter or model that is saved in the folder `previous`, or from `source` if `previous` is
+    None. `source` does not change. If the method uses gradients and `target` has more classes than the model, the head
+    gets rows for the new classes. If `data.rehearsal_size` is 0 as well, the head rows of earlier classes are frozen.
 
     Raises:
         ValueError: If the method does not fit the model.
@@ -343,10 +344,10 @@ def new_learner(
 
 
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:
-    """Return a trainable model that starts from the update in `folder`. `source` does not change.
+    """Return a trainable model that starts from the adapter or model saved in `folder`. `source` does not change.
 
-    If the update is an adapter, it is loaded into a copy of `source` that `Method.prepare` has changed. If the update
-    is a whole model, `Method.prepare` changes this model instead.
+    If an adapter is saved, `Method.prepare` is called on a copy of `source`, and the adapter is loaded into the result.
+    If a whole model is saved, `Method.prepare` is called on this model.
     """
     updated = load_update(folder, next(source.parameters()).device)
     if not isinstance(updated, PeftModel):
@@ -360,10 +361,9 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 
 
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
-    """Write the adapter of `model` to `folder/adapter`.
+    """Write the adapter of `model` to `folder/adapter` or, if `saves_full_model`, the whole model to `folder/model`.
 
-    If `saves_full_model` is True, write the whole model to `folder/model` instead. If `model` is a PEFT model, its
-    adapter is first merged in place.
+    Before the whole model is written, the adapter of a PEFT model is merged in place.
     """
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
@@ -372,7 +372,7 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load the model from `folder`, a folder `adapter` or `model` of `save_update`, and return it on `device`."""
+    """Load the model from a folder `adapter` or `model` that `save_update` wrote, and return it on `device`."""
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 

@@ -54,9 +54,10 @@ def _batches(
 
 
 def augmentation_of(config: RunConfig, images: Dataset) -> Augmentation:
-    """Return `data.augment`. If it is `auto`, return `photo` for photographs, otherwise `shift`.
+    """Return the configured augmentation `data.augment`. If it is `auto`, return `photo` or `shift`.
 
-    `PHOTOGRAPH_SIZE` says which images are photographs.
+    The result is `photo` if the median width and height are at least `PHOTOGRAPH_SIZE`. It is `shift` for smaller
+    images, and for `digits` and `shapes`.
     """
     if config.data.augment != "auto":
         return config.data.augment
@@ -89,9 +90,9 @@ def _num_workers(config: RunConfig, images: Dataset) -> int:
 
 
 def augmentation_key(config: RunConfig, images: Dataset) -> dict[str, object]:
-    """Return the part of a cache key that identifies the augmentation.
+    """Return the part of a cache key that identifies the augmentation: an empty dict for the augmentation `shift`.
 
-    The dict is empty for `shift`: earlier versions had only this augmentation, and did not include it in the key.
+    Earlier versions had only `shift`, and did not include it in the key. Their cache entries therefore remain valid.
     """
     augment = augmentation_of(config, images)
     return {} if augment == "shift" else {"augment": augment}
@@ -104,7 +105,7 @@ def timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:
-    """Set the epoch, which determines order and augmentation. Pass a loader that Accelerate has not prepared."""
+    """Set the epoch, which determines order and augmentation. `batches` must not have been prepared by Accelerate."""
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 
 
@@ -134,11 +135,11 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
 
 
 def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Domain) -> Replay:
-    """Prepare latent replay: store the outputs of the frozen layers of `model` for the training images of `target`.
+    """Prepare latent replay: store the outputs of the frozen first layers for the training images of `target`.
 
-    Only the frozen layers before the first trainable layer count. If an earlier run has stored the same outputs, these
-    outputs are reused. `model` must be ready for training: if `norm` is recalibrate, the caller must have
-    called `recalibrate`. Images are preprocessed with the settings of the source model `source`.
+    The frozen first layers are the layers of `model` before its first trainable layer. If an earlier run has stored the
+    same outputs, these outputs are reused. If the key `norm` is recalibrate, call `recalibrate` on `model` first.
+    Images are preprocessed with the settings of the source model `source`.
 
     Raises:
         ValueError: If `frozen_prefix` raises this error. If an output is not finite or too large for
@@ -173,8 +174,9 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
     """Return a copy of `profile`. In rows of scope `step`, `adapter_bytes` is the size of the whole adapter of `model`.
 
-    `profile` was measured on `Replay.tail`. The saved adapter also contains BatchNorm statistics of the frozen layers
-    before the tail, so `adapter_bytes` in `profile` is too small. If `model` is not a PEFT model, return `profile`.
+    `profile` was measured on `Replay.tail`, the part of `model` after the frozen layers. The saved adapter also
+    contains BatchNorm statistics of the frozen layers, so `adapter_bytes` in `profile` is too small. If `model` is not
+    a PEFT model, return `profile`.
     """
     if not isinstance(model, PeftModel):
         return profile

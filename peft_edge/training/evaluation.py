@@ -54,7 +54,7 @@ class Predictions:
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator, *, stage: str) -> Predictions:
     """Predict the class of every image in eval mode, and gather the predictions of all processes.
 
-    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`, and stays in eval mode.
+    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`. It is left in eval mode.
     `stage` is the text of the progress bar.
     """
     model.eval()
@@ -178,7 +178,7 @@ def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tens
 
 @torch.no_grad()
 def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return float32 logits (B, num_classes) on the CPU for images (B, 3, H, W). The model stays in eval mode."""
+    """Return float32 logits (B, num_classes) on the CPU for images (B, 3, H, W). The model is left in eval mode."""
     model.eval()
     device = next(model.parameters()).device
     return model(images.to(device)).float().cpu()
@@ -216,11 +216,11 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 
 @torch.no_grad()
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
-    """Return a `KernelChange` for each convolution whose kernel the update changes, in a dict keyed by layer name.
+    """Return a dict from layer name to `KernelChange` for each convolution whose kernel differs in the two models.
 
-    `updated` is `source` with the update merged. Let `old` be a kernel of `source`, reshaped to (C_out, -1). Let
-    `change` be the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm = |change|_F / |old|_F and
-    stable_rank = |change|_F² / |change|_2².
+    `updated` is `source` after adaptation, with any adapter merged. Let `old` be a kernel of `source`, reshaped to
+    (C_out, -1). Let `change` be the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm =
+    |change|_F / |old|_F and stable_rank = |change|_F² / |change|_2².
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
     >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))

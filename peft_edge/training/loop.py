@@ -52,8 +52,9 @@ def train(
     """Train until `training.epochs` are done, starting from the newest checkpoint if there is one.
 
     An interrupted and resumed run gives the same weights, bit for bit, as an uninterrupted run. The accelerator must
-    have prepared the first five arguments. `evaluated` is the model to evaluate: the whole model if `model` is
-    `Replay.tail`, otherwise `model`. `name` identifies this training run in folders, trackers and the progress bar.
+    have prepared the first five arguments. `evaluated` is the model to evaluate: the whole model if `model` is only the
+    part after the stored features (`Replay.tail`), otherwise `model`. `name` identifies this training run in folders,
+    trackers and the progress bar.
 
     Returns:
         The progress with the measurements of each epoch, and the step profiles of all processes. The list of profiles
@@ -61,7 +62,7 @@ def train(
 
     Raises:
         OSError: If a checkpoint or a step profile cannot be written.
-        ValueError: If the newest checkpoint is damaged or was written by another number of processes.
+        ValueError: If the newest checkpoint is damaged, or was written by a different number of processes.
         DivergedError: If a loss is above `DIVERGED_LOSS`, or a loss or a validation logit is not finite. Checkpoints
             whose weights may have diverged are deleted; earlier checkpoints are kept.
         SystemExit: If the run has a single process and this process receives SIGTERM. A checkpoint of the current step

@@ -31,12 +31,12 @@ logger = logging.getLogger(__name__)
 
 
 def run(config: RunConfig) -> Record:
-    """Train or load the source model, adapt it to each target in turn, save the update, and test the saved update.
+    """Train or load the source model, adapt it to each target in turn, and test the saved adapter.
 
-    The update is an adapter, or the whole model for methods such as full fine-tuning. Method none has no update.
-    Afterwards, `config.output_dir` contains the update and the record. If `hub.repo_id` is set, both are also uploaded
-    to the Hub. An interrupted run continues from its newest checkpoint. If the run is already finished, nothing is
-    trained: the function returns the existing record, and uploads again if `hub.repo_id` is set.
+    Methods such as full fine-tuning save the whole model instead of an adapter. Method none saves neither. Afterwards,
+    `config.output_dir` contains the adapter or model, and the record with the results. If `hub.repo_id` is set, they
+    are also uploaded to the Hub. An interrupted run continues from its newest checkpoint. If the run is already
+    finished, nothing is trained: the function returns the existing record, and uploads again if `hub.repo_id` is set.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
@@ -109,7 +109,7 @@ def _run_stages(run: ActiveRun) -> Record:
             chosen.append(best)
             tried += entries
 
-            # Test a newly loaded model with the saved update, because users load this update.
+            # Load the saved adapter or model again and test it, because users will load the same files.
             update = best.update
             reloaded = load_update(update, accelerator.device)
             merged = merged_copy(reloaded)
@@ -205,11 +205,14 @@ def start_trackers(config: RunConfig, accelerator: Accelerator) -> None:
 
 
 def _push(run: ActiveRun, record: Record, repo_id: str) -> None:
-    """Push the update of a finished run. If the push fails, add the reason to `record.json`, and raise an OSError."""
+    """Upload the adapter or model of a finished run to the Hub.
+
+    If the upload fails, add the reason to `record.json`, and raise an OSError.
+    """
     options = run.config.hub.model_dump(exclude={"repo_id"})
     update = next(path for path in (run.path / "adapter", run.path / "model") if path.exists())
     if record.run_info.error_msg:
-        # `error_msg` reports that an earlier push failed. The record on the Hub should not contain this message.
+        # `error_msg` says why an earlier upload failed. The record on the Hub should not contain this message.
         record.run_info.error_msg = ""
         run.write_record(record)
     try:

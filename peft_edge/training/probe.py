@@ -79,8 +79,7 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     Each test image gets the class whose mean feature has the largest cosine similarity with the image's feature, as in
     nearest-class-mean classification (Mensink et al. 2013). Features are the inputs of the head, minus their mean over
     the training images. The images are classified again with other input normalisations, and with random weights. If
-    one of these accuracies is better than that of the imported weights, the weights or the preprocessing are probably
-    wrong.
+    one of these changes improves the accuracy, the weights of `model` or their preprocessing are probably wrong.
 
     Args:
         model: A timm model. It is not changed.

@@ -25,7 +25,7 @@ from peft_edge.records import SUCCESS, Record, read_record
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """A run that owns the folder `config.output_dir`. Only the main process writes the record and the update."""
+    """A run that owns the folder `config.output_dir`. Only the main process writes results into it."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -98,10 +98,10 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
 def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     """If a process fails inside the block, end all other processes of the run with exit code 1, and print the reason.
 
-    Not every launcher ends the other processes, which would otherwise wait for the failed process. The failed process
-    writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this file once a
-    second, and ends its process five seconds after it finds the file. If a collective operation of the process fails in
-    these five seconds, the process ends with that error instead, and can still write its record.
+    Some launchers do not end the other processes, which would then wait for the failed process forever. The failed
+    process writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this
+    file once a second, and ends its process five seconds after it finds the file. If a collective operation of the
+    process fails in these five seconds, the process ends with that error instead, and can still write its record.
     """
     if accelerator.num_processes == 1:
         yield
@@ -116,7 +116,8 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
     def watch() -> None:
         while not is_over.wait(1):
             if file.exists() and not is_over.wait(5):
-                # End the process from this thread: a main thread in a collective operation receives no exception.
+                # End the process from this thread, because an exception cannot interrupt a collective operation in the
+                # main thread.
                 print(f"process {index} ends, because {file.read_text(encoding='utf-8')}", file=sys.stderr, flush=True)
                 os._exit(1)
 
@@ -125,7 +126,7 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
         yield
     except BaseException as error:
         is_over.set()
-        with suppress(OSError):  # on a full disk, the other processes end only with the launcher
+        with suppress(OSError):  # on a full disk, only the launcher can end the other processes
             path.parent.mkdir(parents=True, exist_ok=True)
             with file.open("x", encoding="utf-8") as reason:  # only the first failed process writes its reason
                 reason.write(f"process {index} failed: {type(error).__name__}: {error}")
@@ -155,7 +156,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 def is_started(config: RunConfig, path: Path) -> bool:
     """Return whether `path` holds the run of `config`, finished or not.
 
-    The result is also False if `path` holds a different run without checkpoints and results.
+    The result is False if `path` holds a different run without checkpoints and results.
 
     Raises:
         ConfigError: If `path` contains results of a different run, unrelated files, or a damaged `config.yaml`.
@@ -190,7 +191,8 @@ def is_started(config: RunConfig, path: Path) -> bool:
 
 def cache_folder(config: RunConfig) -> Path:
     """Return the absolute path of the folder in which runs share source models, stored features and predictions."""
-    # A saved adapter contains the path of its source model, and may be loaded from another working directory.
+    # The path is absolute, because a saved adapter contains the path of its source model. The adapter may be loaded
+    # from another working directory.
     return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
@@ -217,7 +219,7 @@ class Progress:
 
     num_processes: int
     step: int = 0  # number of finished optimizer steps
-    train_time: float = 0.0  # seconds spent in the finished steps; without gradients, seconds in `recalibrate`
+    train_time: float = 0.0  # seconds in the finished steps or, without gradients, in estimating BatchNorm statistics
     loading_time: float = 0.0  # seconds in which the finished steps waited for their batches
     validation_time: float = 0.0  # seconds of the validation after finished epochs
     loss_sum: float = 0.0  # sum of the losses of the finished steps in the current epoch
@@ -255,7 +257,7 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
     Without a checkpoint, load nothing and return the progress of step 0.
 
     Raises:
-        ValueError: If the newest checkpoint is damaged or was written by another number of processes.
+        ValueError: If the newest checkpoint is damaged, or was written by a different number of processes.
     """
     checkpoints = _checkpoints(folder)
     if not checkpoints:

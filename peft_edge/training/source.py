@@ -41,8 +41,8 @@ Say = Callable[[str], object]
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
     """Set the random seed, and return the backbone with the initial weights of the source model.
 
-    If the loaded head has another number of classes than `num_classes`, the head is replaced. `say` is called with a
-    message about this if `backbone.pretrained` or `backbone.checkpoint` is set.
+    If the loaded weights have a different number of classes than `num_classes`, the head is replaced. If
+    `backbone.pretrained` or `backbone.checkpoint` is set, `say` is called with a message about the replacement.
     """
     set_seed(config.seed)
     options = config.backbone
@@ -56,7 +56,9 @@ def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda messa
 
 
 def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Say = lambda message: None) -> nn.Module:
-    """Train the source model, or load it from the cache, and return it on `device` in channels_last.
+    """Train the source model (the network before adaptation) or load it from the cache.
+
+    The returned model is on `device` in channels_last.
 
     One process trains the model, while all other processes that need the model wait, including processes of other runs.
     Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone

@@ -173,7 +173,7 @@ def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
 
 
 def retention_warning(record: Record) -> str | None:
-    """Return a warning if the update lost more than half of the accuracy on the source domain, otherwise None."""
+    """Return a warning if adaptation lost more than half of the accuracy on the source domain, otherwise None."""
     config, results = record.run_info.train_config, record.train_info.metrics[-1]
     if results["retention"] is None or results["retention"] >= 0.5:
         return None
