@@ -48,7 +48,7 @@ class Contender:
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Build a training step: of all parameters that require a gradient, or of a PEFT adapter if `config` is given."""
+    """Build a step that trains all parameters that require a gradient or, if `config` is given, a PEFT adapter."""
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 
@@ -71,7 +71,8 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
     for name, conv in _frozen_dense_convolutions(model):
         adapter = LoConModule(name, conv, lora_dim=lora_rank, alpha=2 * lora_rank)
-        # `apply_to` replaces `conv.forward`. The model must contain `adapter`, because only its submodules are trained.
+        # `apply_to` replaces `conv.forward`. `_train` trains only submodules of `model`, so `model` must contain
+        # `adapter`.
         adapter.apply_to()
         model.add_module(f"lycoris_{name.replace('.', '_')}", adapter)
     return _train(model, lora_rank)

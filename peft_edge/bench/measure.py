@@ -57,8 +57,8 @@ def run_bench(
     are keys of `CONTENDERS`. Full fine-tuning is always measured.
 
     Each contender runs in a separate process, in which torch allocates large tensors in huge pages. In a step that is
-    not timed, the bench counts the FLOPs and the memory of the tensors. Then each contender takes two steps in each
-    round, of which the second is timed, and the order of the contenders is reversed after each round. With
+    not timed, the bench counts the FLOPs and the memory of the tensors. Then, in each round, each contender takes two
+    steps, of which the second is timed. The order of the contenders is reversed after each round. With
     `without_huge_pages`, the bench then ends these processes, and repeats the timed steps in processes without huge
     pages. The field `error` of a row contains the reason if the contender cannot be built, if its output differs from
     the network's output, or if its process dies.
@@ -115,7 +115,7 @@ class _Costs(NamedTuple):
     """The measurements of a contender's process before the timed steps."""
 
     profile: StepProfile | None
-    """The costs of a step. None if the request was `build`."""
+    """The costs of a step. None if they were not requested."""
     compile_s: float | None
     """Seconds of the first step if `torch.compile` compiles the model; otherwise None."""
 
@@ -140,9 +140,9 @@ Reply = _Costs | PhaseTimes | _Growth | _Failure
 class _Group:
     """One process for each contender, all with huge pages or all without. The `with` block ends the processes.
 
-    A host process with the right environment variables loads the network. On Linux, the host then forks itself for each
-    contender. On other systems, it starts new processes. A forked process starts at once, and shares the memory of the
-    loaded libraries with the other processes.
+    A host process, started with the environment variables of the group, loads the network. On Linux, the host then
+    forks itself for each contender. On other systems, it starts new processes. A forked process starts at once, and
+    shares the memory of the loaded libraries with the other processes.
     """
 
     def __init__(self, names: Sequence[str], setting: Setting, cache: str, *, huge_pages: bool) -> None:
@@ -194,7 +194,7 @@ class _Group:
             self.rows[name].rounds.append(reply)
 
     def finish(self) -> None:
-        """Store the memory of each process, and the ratios to the times of `REFERENCE`, in the rows.
+        """Store in each row the memory of the process, and the ratios of its step times to those of `REFERENCE`.
 
         Contenders that have failed are skipped.
         """
@@ -209,8 +209,8 @@ class _Group:
     def _ask(self, name: str, request: Request) -> Reply:
         """Send a request to a contender's process, and return the reply.
 
-        If the contender fails, now or in an earlier call, its row contains only the reason, and the reply is a
-        `_Failure`. If the contender that fails is the reference, raise a RuntimeError.
+        If the contender fails, now or in an earlier call, its row keeps only the error message, and the reply is
+        a `_Failure`. If the contender that fails is the reference, raise a RuntimeError.
         """
         row = self.rows[name]
         if row.error:
@@ -288,9 +288,10 @@ def _contend(
 ) -> None:
     """Reply to the requests of a `_Group` for one contender, until the other end of the connection closes.
 
-    `inherited` contains the connections of other processes that a fork has copied into this process.
+    `inherited` contains connections of other processes. This process received copies of them when it was forked.
     """
-    for other in inherited:  # while any copy is open, the parent process does not notice that the other process died
+    # The end of a process closes its connection, and the parent process notices this only if no copy is open.
+    for other in inherited:
         other.close()
     torch.set_num_threads(int(setting["threads"]))
     memory = ProcessPeak()
@@ -306,7 +307,7 @@ def _contend(
                     memory.__enter__()  # also releases free memory
                 elif request == "step":
                     gc.collect()  # otherwise Python may collect garbage during the timed step
-                    steps.time()  # takes the memory that the timed step then reuses, as steps of a long training do
+                    steps.time()  # an untimed step allocates the memory that the timed step reuses
                     reply = steps.time()
                     release_free_memory()  # the other contenders need it
                 else:

@@ -70,9 +70,9 @@ class BenchRow(JsonModel):
     None if the contender does not use `torch.compile`, or failed before the timed steps."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
-        """Compute the four ratios from `rounds` and `reference`, the rounds of the reference.
+        """Set the four `ratio_...` fields: step times in `rounds` divided by step times in `reference`.
 
-        Also set the times in `profile` to the medians over the rounds. A median of 0 becomes None.
+        Also set the times in `profile` to the medians over `rounds`. A median of 0 becomes None.
         """
         ratios = [own.step_s / other.step_s for own, other in zip(self.rounds, reference, strict=True)]
         self.ratio_best = min(times.step_s for times in self.rounds) / min(times.step_s for times in reference)
@@ -94,7 +94,7 @@ class BenchRecord(JsonModel):
     rows: list[BenchRow]
     """One row for each contender. The first row is the reference."""
     rows_without_huge_pages: list[BenchRow] = Field(default=[], exclude_if=lambda rows: not rows)
-    """Times and memory of the same contenders in processes without huge pages. Empty without such processes.
+    """Times and memory of the same contenders in processes without huge pages. Empty if not measured.
 
     The ratios of these rows refer to full fine-tuning without huge pages."""
     total_time: float
@@ -176,9 +176,9 @@ def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None
     """Draw two panels of stacked bars: the peak memory of tensors by kind, and `ratio_median` by phase.
 
     In the first panel, diamonds show the memory growth of the process (`rss_growth_bytes`). In the second panel, error
-    bars show `ratio_lowest` and `ratio_highest`. Diamonds show the median ratio without huge pages: the time of a step
-    without huge pages divided by the time of full fine-tuning with huge pages. At least one contender must have run.
-    `save_bars` describes the file and the errors.
+    bars show `ratio_lowest` and `ratio_highest`, and diamonds show the median ratio without huge pages: the time of a
+    step without huge pages divided by the time of full fine-tuning with huge pages. At least one contender must have
+    run. `save_bars` describes the file and the errors.
     """
     rows, profiles = zip(*record.measured, strict=True)
     panels = [_memory_panel(rows, profiles), _time_panel(rows, record.rows_without_huge_pages)]
@@ -223,5 +223,5 @@ def _time_panel(rows: Sequence[BenchRow], others: Sequence[BenchRow]) -> Stacked
 
 
 def _ratio(rounds: Sequence[PhaseTimes], reference: Sequence[PhaseTimes]) -> float:
-    """Return the median of the ratios of all rounds: the step time divided by the reference's step time."""
+    """Divide each round's step time by the reference's step time in that round, and return the median of the ratios."""
     return statistics.median(own.step_s / other.step_s for own, other in zip(rounds, reference, strict=True))

@@ -150,10 +150,11 @@ def export(
     Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
     the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
 
-    With --train, exports a training step of the adapter to a folder. An ONNX file contains the forward pass, gradients
-    and optimizer, so that a device can train with ONNX Runtime; with --format executorch (experimental), an ExecuTorch
-    program does. The step is compared with training in PyTorch. If the results differ too much, no folder is written.
-    `peft-edge import-state` converts the state that the device saves after training to an adapter.
+    With --train, exports a training step of the adapter to a folder. The step consists of the forward pass, gradients
+    and optimizer. By default it is an ONNX file, with which a device can train in ONNX Runtime. With --format
+    executorch (experimental), it is an ExecuTorch program. The step is compared with training in PyTorch. If the
+    results differ too much, no folder is written. `peft-edge import-state` converts the state that the device saves
+    after training to an adapter.
     """
     if quantize and not calibration:
         raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")

@@ -68,10 +68,10 @@ def report(
     out: Annotated[Path, path("FOLDER", "The output folder, such as reports.")],
     bench: Annotated[Path | None, path("FOLDER", "Records of peft-edge bench, for a section on step time.")] = None,
 ) -> None:
-    """Write a page, figures and a data file from records.
+    """Write a page, figures and data files from records.
 
-    Writes README.md, figures (PNG and SVG) and data.csv. The same records give byte-identical files. Other files in the
-    output folder are unchanged.
+    Writes README.md, figures (PNG and SVG), data.csv and a CSV file for each section. The same records give
+    byte-identical files. Other files in the output folder are unchanged.
     """
     from peft_edge.report import write_report
 

@@ -119,7 +119,7 @@ class ProfilingCallback(TrainerCallback):
         self._planned: deque[AbstractContextManager[object]] = deque()
 
     def close(self) -> None:
-        """End the measurement of the running step, if this step is measured, and discard the sample of two steps."""
+        """End the measurement of the current step, and cancel the measurements that are planned for the next steps."""
         self._end_step()
         self._planned.clear()
 
@@ -132,7 +132,7 @@ class ProfilingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
-        """Delete the profiles of an earlier run if `state.global_step` is 0. Otherwise, read this process's profile."""
+        """If `state.global_step` is 0, delete the profiles of an earlier run. Otherwise, continue the old profile."""
         for callback in list(_measuring.callbacks):
             callback.close()
         self._begin([], [])
@@ -155,7 +155,11 @@ class ProfilingCallback(TrainerCallback):
     def on_step_begin(
         self, *arguments: object, model: nn.Module, optimizer: Optimizer | None = None, **kwargs: object
     ) -> None:
-        """Start to measure the step if it is one of the two steps of a sample."""
+        """Start to measure the step if it is planned.
+
+        Every `every_n_steps` steps, plan two steps: one to count FLOPs and memory, then one to time. With `trace`,
+        also plan to trace the step after the first two measured steps.
+        """
         is_due = self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0
         if is_due and not self._planned:
             self._planned.extend((CountedStep(model, optimizer), TimedStep(model)))
@@ -180,7 +184,7 @@ class ProfilingCallback(TrainerCallback):
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
-        """If the step was measured, end the measurement and write the step profiles of this process to their file."""
+        """If the step was measured, end the measurement and update the profile file of this process."""
         step = self._end_step()
         if isinstance(step, CountedStep):
             self._counted = step.rows(self._process_index)
@@ -243,7 +247,7 @@ def _read(file: Path) -> tuple[list[StepProfile], list[StepTimes]]:
         content = json.loads(file.read_text(encoding="utf-8"))
         return [StepProfile(**row) for row in content["rows"]], [StepTimes(**seconds) for seconds in content["times"]]
     except (ValueError, TypeError, KeyError) as error:
-        # A damaged profile must stop neither a training run nor the report of a failed run.
+        # A damaged profile must not stop a training run or the report of a failed run.
         warnings.warn(f"{file} is damaged and is ignored: {error}", stacklevel=2)
         return [], []
 

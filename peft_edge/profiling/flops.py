@@ -124,10 +124,11 @@ class FlopCounter(FlopCounterMode):
     FlopCount(forward=48, backward=48, optimizer=0, elementwise_forward=6, elementwise_backward=6)
 
     Args:
-        model: The model. `by_module` contains its modules, but no operators outside the model.
+        model: The model. `by_module` in the result has an entry for each module that ran operators. Operators outside
+            the model count only in the totals and in `by_operator`.
         accounting: `exact` or `source-study`. With `source-study`, the rules are those of arXiv 2507.23536: torch's
-            formula for the backward pass of convolutions, and normalisation in `forward` and `backward` instead of
-            the elementwise fields.
+            formula for the backward pass of convolutions, and normalisation counts in `forward` and `backward`
+            instead of the elementwise fields.
 
     Raises:
         ValueError: If the accounting is unknown.

@@ -202,7 +202,7 @@ class MemoryTracker(DispatchMode):
         if phase == BACKWARD and self._log.phase == FORWARD:
             self._end_forward()
         self._log.phase = phase
-        # The model did not create a storage that first appears as an argument, so the storage belongs to no module.
+        # A storage that first appears as an argument was not created in the model, so it belongs to no module.
         self._log.observe(args)
         result = func(*args, **(kwargs or {}))
         self._log.observe(result, module)
@@ -296,7 +296,7 @@ class StorageLog:
         return [0, *accumulate(event.change for event in self.events)]
 
     def observe(self, value: object, module: str | None = None) -> None:
-        """Log new and resized storages of a tensor or of nested lists and tuples. New storages belong to `module`."""
+        """Log new and resized storages of the tensors in nested lists and tuples. New storages belong to `module`."""
         if isinstance(value, Tensor):
             self._observe_tensor(value, module)
         elif isinstance(value, (list, tuple)):
@@ -445,7 +445,7 @@ def peak_rss_bytes() -> int | None:
 def reset_peak_rss() -> bool:
     """Reset the peak of the process's physical memory to the current value. Return whether the reset succeeded.
 
-    It fails on all systems except Linux, and in containers that do not allow it.
+    The reset fails on all systems except Linux, and in containers that do not allow it.
     """
     try:
         # According to proc(5), the value 5 resets only the peak.

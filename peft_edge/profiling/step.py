@@ -91,7 +91,7 @@ class StepLocation:
         }
         self._thread = threading.get_ident()
         self._running: list[str | None] = []
-        # Module `_owners[i]` created the nodes with the numbers from `_numbers[i]` to `_numbers[i + 1] - 1`.
+        # Module `_owners[i]` created the autograd nodes with the numbers from `_numbers[i]` to `_numbers[i + 1] - 1`.
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
         self._updates: list[int] = []
@@ -115,7 +115,7 @@ class StepLocation:
         """Return the phase and the module name of the current operator. The name is None outside all modules."""
         phase = self._phase()
         if self._running:
-            # With gradient checkpointing, modules also run, and create nodes, in the backward pass.
+            # With gradient checkpointing, modules also run in the backward pass, and create autograd nodes there.
             self._note_owner(self._running[-1])
             return phase, self._running[-1]
         if phase == FORWARD:
@@ -151,7 +151,8 @@ class StepLocation:
         return self._owners[position] if position >= 0 else None
 
     def _note_owner(self, module: str | None) -> None:
-        # Each thread numbers its own nodes. On CUDA, the backward pass and its recomputation run in another thread.
+        # Each thread numbers its own autograd nodes. On CUDA, the backward pass, including recomputed forward passes,
+        # runs in another thread.
         if threading.get_ident() != self._thread:
             return
         # Autograd creates a node before it dispatches the operator. Without a new node, the number is unchanged.
@@ -165,7 +166,7 @@ class StepLocation:
         self._running.append(self._names.get(module, outer))
 
     def _leave_module(self, module: nn.Module, inputs: object, output: object) -> None:
-        # The list is empty if the module was entered before the block.
+        # The list is empty if the module's forward pass began before the `with` block.
         if self._running:
             self._running.pop()
 

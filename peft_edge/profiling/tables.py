@@ -160,7 +160,7 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
 
 
 def profile_table(rows: Sequence[StepProfile]) -> str:
-    """Return the tables of `cost_table` for `rows`. The label of a row contains its process and LoRA rank."""
+    """Return the tables of `cost_table` for `rows`. Labels contain the process and, for layers, the rank."""
     layers = [f", layers of rank {row.lora_rank}" if row.scope == "layers" else "" for row in rows]
     return cost_table({f"process {row.process_index}{name}": row for row, name in zip(rows, layers, strict=True)})
 

@@ -53,12 +53,15 @@ Grid = Sequence[Sequence[Subplot | None]]
 
 
 def draw_over_rank(grid: Grid, path: Path) -> None:
-    """Draw `middle` with error bars from `low` to `high` over `lora_rank`. Methods without a rank are on the left."""
+    """Draw the column `middle` over `lora_rank`, with error bars from `low` to `high`.
+
+    Methods without a rank are on the left.
+    """
     _draw_grid(grid, path, _draw_ranks, panel_width=3.6, legend_columns=min(6, 2 * len(grid[0])))
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
-    """Draw a point for each row. The markers of a method grow from row to row.
+    """Draw a point for each row of the data. In the rows of a method, each marker is larger than the one before.
 
     `with_front` adds the Pareto front: the points that no other point dominates. Small `x` and large `y` are better.
     """

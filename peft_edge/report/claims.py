@@ -71,7 +71,7 @@ class Chart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The result of a comparison of the records with a claim of the source study.
+    """The result of a comparison of the records with a claim of the source study (arXiv 2507.23536).
 
     Attributes:
         verdict: `AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`.
@@ -79,7 +79,7 @@ class Claim:
         details: Further results as text.
         setting: Ranks and input sizes of the measured steps.
         table: The table on the page; see `markdown_table`.
-        data: The full table for the CSV file, which names the records of each row.
+        data: The full table for the CSV file. Each row names its records.
         charts: The figures, by file name without a suffix.
     """
 
@@ -93,7 +93,7 @@ class Claim:
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result. Its `finding` names the missing records (`lacking`) and the command for them."""
+    """Return a claim without a result. Its `finding` names the missing records and a command that creates them."""
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
     return Claim(verdict=NOT_MEASURED, finding=finding)
@@ -154,13 +154,13 @@ def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
     """Return the mean `saved_memory` for each batch size and `label`, with columns for `NETWORK_KINDS` and `ratio`."""
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)
     means = means.reindex(columns=list(NETWORK_KINDS))
-    # The ratio has no meaning unless transformers save memory.
+    # If a method saves no memory on transformers, the ratio has no meaning.
     means["ratio"] = (means["depthwise"] / means["transformer"]).where(means["transformer"] > 0)
     return means
 
 
 def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path) -> None:
-    # Full fine-tuning comes first, then each method with its kinds of networks.
+    # The first bars are full fine-tuning. Then come the methods, each with one bar for each kind of network.
     references = costs[costs["file"].isin(steps["full_file"])].assign(method=f"full ({AS_IS})")
     methods = list(dict.fromkeys(steps["method"]))
     steps = steps.sort_values("method", key=lambda method: method.map(methods.index), kind="stable")
@@ -177,7 +177,7 @@ def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path
 
 
 def arithmetic_claim(costs: DataFrame) -> Claim:
-    """Compute how many FLOPs adapters save, counted exactly and counted with the rules of the source study."""
+    """Compute how many FLOPs adapters save, by exact counts and by the rules of the source study (arXiv 2507.23536)."""
     lacking = not_measured("an adapter's step on a convolutional network", _GRID)
     if costs.empty:
         return lacking
@@ -266,7 +266,7 @@ def percent(fraction: float) -> str:
 
 
 def short(value: float) -> str:
-    """Format a number. Below 1, show two decimals. Otherwise show three digits, or all digits before the point.
+    """Format a number. Below 1, show two decimals. Otherwise show three digits, or more if the integer part is longer.
 
     >>> short(1.234), short(12345.6)
     ('1.23', '12,346')

@@ -63,7 +63,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row for each run that succeeded, sorted by task, network, method, rank and seed.
 
     Columns:
-        name, file: Path of the record: relative to the folder of the records, and relative to the page.
+        name, file: Path of the record. `name` is relative to the folder of the records, `file` to the report page.
         task: Data set, and the name of the shift or `new classes`.
         backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
         method: Key of `METHODS`, followed by the settings that distinguish runs with the same key, task and network.
@@ -71,14 +71,14 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
         variant: Method and rank. The report compares variants.
         order, seed, trains: Position in `METHODS`, seed, and whether the run has trainable parameters.
-        target, target_before: Test accuracy on the target after and before the update.
-        source, forgetting: Test accuracy on the source after the update, and how much the update lowered it.
-        score: Accuracy on the target. With new classes, the harmonic mean of the accuracies on new and old classes.
+        target, target_before: Test accuracy on the target domain after and before the update.
+        source, forgetting: Test accuracy on the source domain after the update, and how much the update lowered it.
+        score: `target`. With new classes, the harmonic mean of the accuracies on new and old classes.
         score_label: Label of the score in figures, with its unit.
         memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
-        is_real: Whether the data set is not one of the benchmarks in `EMBEDDED`, which need no download.
+        is_real: Whether the data set is outside the embedded benchmarks (`EMBEDDED`), which need no download.
         norm: Value of the configuration key `norm`.
-        retained: Test accuracy on the source after the update, divided by the accuracy before the update.
+        retained: Test accuracy on the source domain after the update, divided by the accuracy before the update.
         seconds, training_flops, process: Seconds and FLOPs of the whole training, and peak bytes of the process.
 
     Raises:
@@ -92,7 +92,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(numbers, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # Runs that train only the head change no convolution. The kind of the network comes from all runs of this network.
+    # Runs that train only the head record no convolutions, so the kind of a network is derived from all its runs.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -159,7 +159,8 @@ def variant_frame(runs: DataFrame) -> DataFrame:
         seeds, records: Number of runs, and the files of their records.
         score, target, source: Means over the seeds.
         score_std, target_std, source_std: Sample standard deviations; missing for one seed.
-        gained_points, lost_points: Mean accuracy gained on the target and lost on the source, in percentage points.
+        gained_points, lost_points: Mean accuracy in percentage points that the update gains on the target domain, and
+            loses on the source domain.
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds of any variant of the same task and network.
         is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
@@ -221,7 +222,8 @@ def score_table(runs: DataFrame) -> DataFrame:
 def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
     """Subtract the row `reference` of a `score_table` from every row, and summarise the differences over the columns.
 
-    Runs of one seed start from the same source model, so paired differences have less noise than independent runs.
+    Runs with the same seed start from the same weights, so paired differences have less noise than differences between
+    independent runs.
 
     Returns:
         For each row the `mean` difference, its standard `error`, the number of `pairs`, and whether the difference is
@@ -271,7 +273,8 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row for each analysed step, sorted by kind, network, batch size, accounting, form and method.
 
     Columns:
-        file, kind, network, batch_size, image_size, sequence_length, accounting, lora_rank: From the record.
+        file: Path of the record, relative to the report page.
+        kind, network, batch_size, image_size, sequence_length, accounting, lora_rank: Fields of the record.
         family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
         variant: Family, followed by the settings that distinguish steps with the same family and form.

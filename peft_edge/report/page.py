@@ -30,7 +30,7 @@ TITLES = {
 
 
 def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
-    """Write the page, its figures and its CSV files. The same records give identical files.
+    """Write the report page with its figures and CSV files. The same records give identical files.
 
     If the page, a figure or a table cannot be created, no file is written. Other files in `out` do not change.
 
@@ -38,7 +38,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
         records: Folder with the records of runs and analyses.
         out: Folder of the report. It receives `README.md`, `data.csv` with every record, `claims` with the full table
             of each section, and `figures` as PNG and SVG. It also receives `photographs.md` if any run used a data set
-            outside `EMBEDDED`.
+            that is not one of the embedded benchmarks (`EMBEDDED`).
         bench: Folder with records of `peft-edge bench`. If it is None, the page contains no measured times.
 
     Returns:
@@ -163,6 +163,6 @@ def _relative(folder: Path, out: Path) -> str:
 def _from_beside(out: Path, folder: str) -> str:
     """Convert a path relative to `out` to a path relative to the parent of `out`.
 
-    With this path, the command on the page needs no absolute paths.
+    The report page shows a command with this path, which the user can run in the parent of `out`.
     """
     return Path(os.path.normpath(Path(out.resolve().name) / folder)).as_posix()

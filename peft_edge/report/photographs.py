@@ -24,12 +24,12 @@ _COSTS: dict[str, tuple[str, float]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Photographs:
-    """The section on runs with `is_real`: runs on data sets outside `EMBEDDED`, the embedded benchmarks.
+    """The section of the report on runs whose data set is not one of the embedded benchmarks (`EMBEDDED`).
 
     Attributes:
-        claims: The claims `accuracy`, `updates` and `choice` of the page, computed from these runs alone.
-        retention: A sentence that compares the retention with `norm=frozen` and with `norm=stats`. Empty if no method
-            was run with both values of `norm`.
+        claims: The claims `accuracy`, `updates` and `choice` of the report, computed from these runs alone.
+        retention: A sentence that compares the accuracy retained on the source domain with `norm=frozen` and with
+            `norm=stats`. Empty if no method was run with both values of `norm`.
         tables: Tables with a row for each variant. The keys have the form "<task>, <network>".
         data: A row for each task, network and variant, with means, standard errors and the names of the records.
     """
@@ -41,7 +41,10 @@ class Photographs:
 
 
 def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
-    """Return the section on the rows of `runs` for which `is_real` is True, or None if there is no such row."""
+    """Return the section on the runs for which `is_real` is True, or None if there are no such runs.
+
+    The data sets of these runs are not among the embedded benchmarks.
+    """
     runs = runs[runs["is_real"]] if not runs.empty else runs
     if runs.empty:
         return None
@@ -125,7 +128,7 @@ def short_labels(variants: list[str]) -> list[str]:
     """
     labels = []
     for variant in variants:
-        # Without replay, the number of views has no meaning.
+        # Without `training.replay`, `training.replay_views` has no effect.
         label = variant if "replay=True" in variant else re.sub(r", training\.replay_views=\d+", "", variant)
         for pattern, text in _SHORTER.items():
             label = re.sub(pattern, text, label)

@@ -39,7 +39,7 @@ _MEASURE_LABELS = {
 
 
 def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
-    """Compare the scores of all methods and ranks. Differences are paired: between runs with the same seed."""
+    """Compare the scores of all methods and ranks, by differences between runs with the same seed."""
     if runs.empty:
         return not_measured("a run that has succeeded", _GRID)
     trained, charts = variants[variants["trains"]], {}
@@ -61,7 +61,7 @@ def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
 
 
 def _compare_with_full(variants: DataFrame) -> Claim:
-    """Compare full fine-tuning with the best variant in `STUDY_FAMILIES`, on each task and network."""
+    """Compare full fine-tuning with the best variant of LoRA, DoRA and GaLore, on each task and network."""
     study = variants[variants["family"].isin(STUDY_FAMILIES)]
     best = study.loc[study.groupby(CONTEST)["score"].idxmax()].dropna(subset="to_full_error")
     if best.empty:
@@ -87,9 +87,10 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return the scores in %, in bold if `is_equal`: a row for each variant, a column for each task and network.
+    """Return a table of scores in %, with a row for each variant and a column for each pair of task and network.
 
-    A cell ends with the number of seeds in brackets if this number differs from `full_seeds`.
+    Scores that cannot be distinguished from the best (`is_equal`) are bold. If a variant has fewer seeds than
+    `full_seeds`, the cell ends with the number of seeds in brackets.
     """
     cells = []
     for row in variants.itertuples():
@@ -109,7 +110,7 @@ def _draw_scores(variants: DataFrame, path: Path) -> None:
 
 
 def draw_forgetting(variants: DataFrame, path: Path) -> None:
-    """Draw the accuracy lost on the source over the accuracy gained on the target."""
+    """Draw the accuracy lost on the source domain over the accuracy gained on the target domain."""
     points = variants.assign(x=variants["gained_points"], y=variants["lost_points"])
     labels = "accuracy gained on the target [points]", "accuracy lost on the source [points]"
     draw_scatter(_grid(points, lambda rows: _subplot(rows, *labels)), path)
@@ -187,7 +188,7 @@ def _draw_updates(changes: DataFrame, layers: list[str], path: Path) -> None:
     for measure, label in _MEASURE_LABELS.items():
         row = []
         for name in layers:
-            # Methods without a rank have a missing value, which `dropna=False` keeps as a group.
+            # For methods without a rank, `lora_rank` is missing; `dropna=False` keeps these rows as a group.
             groups = changes[changes["layers"] == name].groupby(["method", "lora_rank"], sort=False, dropna=False)
             points = groups[measure].quantile([0.25, 0.5, 0.75]).unstack().set_axis(["low", "middle", "high"], axis=1)
             title = name.replace(", ", "\n")
@@ -244,8 +245,9 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 def decision_table(variants: DataFrame) -> DataFrame | None:
     """Return a row of recommended methods for each task and network, with a column for accuracy and for each cost.
 
-    The candidates are the profiled variants for which `is_equal` is True. The column of a cost holds the candidate with
-    the lowest cost. Pairs of task and network without candidates are omitted. Return None if no pair remains.
+    The candidates are the profiled variants whose scores cannot be distinguished from the best (`is_equal`). The column
+    of a cost holds the candidate with the lowest cost. Pairs of task and network without candidates are omitted. Return
+    None if no pair remains.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():

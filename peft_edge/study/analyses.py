@@ -154,7 +154,10 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return `transformer` for a model without convolutions, else `depthwise` if one is depthwise, else `standard`."""
+    """Return the kind of a network.
+
+    It is `transformer` without convolutions, `depthwise` with at least one depthwise convolution, else `standard`.
+    """
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"
 
@@ -204,7 +207,7 @@ def analyse_replay(
 ) -> Analysis:
     """Analyse a step that trains the later layers of `backbone` on cached outputs of the frozen first layers.
 
-    `FrozenPrefix` splits the network between these layers. `backbone` is changed in place.
+    `FrozenPrefix` splits the network after the frozen layers. `backbone` is changed in place.
     """
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)

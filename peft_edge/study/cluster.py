@@ -72,13 +72,13 @@ class Cluster:
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Generator[tuple[Job, str | None]]:
         """Run the jobs, and yield (job, cause) for each job that ends.
 
-        `cause` is an error message if the task failed, for example because its node died, or if `job.check_folder`
-        rejects the job's folder. Otherwise `cause` is None, even if the job itself failed: the reason is in its log.
-        The description of `bar` shows the number of nodes.
+        `cause` is an error message if the job's Ray task failed, for example because its node died, or if
+        `job.check_folder` rejects the job's folder. Otherwise `cause` is None. If the job itself failed, `cause` is
+        also None, and the job's log contains the reason. The description of `bar` shows the number of nodes.
 
         Raises:
             ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
-            ValueError: If `address` has another form, or the protocol of `artifacts` is unknown.
+            ValueError: If `address` is not `auto`, `local` or `HOST:PORT`, or the protocol of `artifacts` is unknown.
             OSError: If the cluster cannot be reached, or `artifacts` or a file cannot be written.
         """
         # If Ray's memory monitor kills a task, Ray repeats the task. This variable limits the number of repetitions. It
@@ -141,7 +141,7 @@ class Cluster:
                     ray.cancel(ref, force=True)
 
     def _warn_if_no_node_fits(self, jobs: Sequence[Job]) -> None:
-        """Warn about jobs that no present node can run. They wait, because such a node may join later."""
+        """Warn about jobs that no present node can run. These jobs wait, because a larger node may join later."""
         import ray
 
         def in_words(resources: tuple[float, ...]) -> str:
@@ -178,7 +178,7 @@ class Cluster:
 
 
 def _check_address(address: str) -> None:
-    """Raise an error if nothing listens at the address of the cluster. Ray would try for many minutes."""
+    """Raise an error if nothing listens at `address`. Without this check, Ray would try to connect for many minutes."""
     found = None
     try:
         found = ray_address(address)
@@ -217,18 +217,19 @@ def _study_id(job: Job) -> str:
 
 
 def _source_name(job: Job) -> Path:
-    """Return the path of a file that contains the name of the folder with the job's source model.
+    """Return the path of a text file for the job's source model (the network before adaptation).
 
-    `_keep_source` writes the file after a task of this study or an earlier study has trained the model.
+    The file contains the name of the folder that holds the model. `_keep_source` writes the file after a task of this
+    study or an earlier study has trained the model.
     """
     key = hashlib.sha256(repr((job.source, package_info())).encode()).hexdigest()[:16]
     return job.folder.parent / _SOURCES / f"{key}.txt"
 
 
 def _keep_source(job: Job, packed: bytes) -> None:
-    """Unpack the source model of `job` into the output folder, because saved adapters refer to this copy of the model.
+    """Unpack the source model of `job` (the network before adaptation) into the output folder.
 
-    Write the name of the model's folder to the file `_source_name(job)`.
+    Saved adapters refer to this copy of the model. Write the name of its folder to the file `_source_name(job)`.
     """
     for folder in _unpack(packed, job.folder.parent / _SOURCES, keep=True):
         with atomic_write(_source_name(job)) as unfinished:
@@ -295,10 +296,11 @@ def _pack(folders: Sequence[Path]) -> bytes:
 
 
 def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: bool = False) -> list[Path]:
-    """Unpack folders into `target`, and return their paths. With `keep`, a folder that exists is not replaced.
+    """Unpack the folders in the tar file `packed` into `target`, and return their paths.
 
-    `place` is the study's folder on the node. If it is given, paths inside `place` in JSON and YAML files become paths
-    inside `target`.
+    With `keep`, a folder that already exists is not replaced. `place` is the folder on another machine from which the
+    folders were packed. If it is given, JSON and YAML files are edited: paths inside `place` become paths inside
+    `target`.
     """
     target.mkdir(parents=True, exist_ok=True)
     written = []
@@ -321,6 +323,7 @@ def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: boo
 def _replace_paths(folder: Path, place: Path, target: Path) -> None:
     for file in (path for path in folder.rglob("*") if path.suffix in (".json", ".yaml")):
         text = file.read_text(encoding="utf-8")
-        # An adapter needs the absolute path of its source model. Other paths start with `target` as the user wrote it.
+        # Adapters contain the path of their source model (the network before adaptation), which must be absolute. All
+        # other paths may be relative.
         text = text.replace(str(place / _SOURCES), str(target.absolute() / _SOURCES)).replace(str(place), str(target))
         file.write_text(text, encoding="utf-8")

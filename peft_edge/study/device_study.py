@@ -57,7 +57,7 @@ class DeviceCase(NamedTuple):
     target_modules: str
     split: bool = False
     task: tuple[str, ...] = ()
-    """Arguments of `load_config`, which describe the source model and the target images."""
+    """Arguments of `load_config`, which describe the network before adaptation and the target images."""
     learning_rate: float = 0.01
     """The learning rate of the first step. It decreases linearly towards 0."""
     epochs: int = 3
@@ -92,7 +92,7 @@ class RuntimeResult(JsonModel):
     """Accuracy, time and memory of the training in one runtime."""
 
     accuracy: float | None
-    """The fraction of the target's test images that are classified correctly. None for random images."""
+    """The fraction of the target domain's test images that are classified correctly. None for random images."""
     step_cpu_s: float
     """The median CPU time of a step in seconds, on one thread. The first step does not count."""
     peak_bytes: int

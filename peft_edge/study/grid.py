@@ -47,7 +47,7 @@ class CostGrid(Section):
 
 
 def read_grid(file: Path, output_dir: Path) -> list[Job]:
-    """Read a grid file, and return one configured job for each combination.
+    """Read a grid file, and return one configured job for each combination of its values.
 
     The YAML file is a block with the keys of `RunGrid` or of `CostGrid`, or a list of such blocks. Paths in the file
     are relative to the folder of the file. The folder of a job is in `output_dir`.
@@ -116,7 +116,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
 
 
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return a job for each combination of a network and key values. The folder of a job is in `output_dir`."""
+    """Return a job for each combination of a network and values from `block.grid`. Its folder is in `output_dir`."""
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))

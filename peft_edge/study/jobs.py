@@ -51,7 +51,10 @@ class Job(ABC):
 
     @property
     def failed_folder(self) -> Path:
-        """The folder `<folder>.failed` for the record of a failure. `folder` may be missing or hold another run."""
+        """The folder `<folder>.failed` for the record of a failure.
+
+        The record is not written to `folder`, because `folder` may contain the files of another run.
+        """
         return self.folder.with_name(f"{self.name}.failed")
 
     @property
@@ -143,7 +146,7 @@ class RunJob(Job):
 
     @property
     def source(self) -> str:
-        """The parts of the configuration that determine the source model, as a string."""
+        """A string with the configuration values that determine the source model (the network before adaptation)."""
         config = self.config
         return repr((config.backbone, config.data, config.source, config.seed, config.num_threads, config.cpu))
 
@@ -165,7 +168,7 @@ class RunJob(Job):
         return max(same, key=lambda record: record.run_info.created_at, default=None)
 
     def moved_to(self: R, output_dir: Path) -> R:
-        """Return a copy of the job whose folder and whose cache are in `output_dir`."""
+        """Return a copy of the job with its folder and its cache in `output_dir`."""
         folder = output_dir / self.name
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         return replace(self, folder=folder, config=self.config.model_copy(update=folders))
@@ -186,6 +189,6 @@ class RunJob(Job):
         remove(self.failed_folder)
 
     def record_failure(self, reason: str) -> None:
-        """Write a record to `failed_folder`."""
+        """Write a record with the error message `reason` to `failed_folder`."""
         record = training.new_record(self.config, FAILED, started=time.time(), error_msg=reason)
         add_record(self.failed_folder, "record", record)

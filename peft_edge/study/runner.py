@@ -72,7 +72,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Return the jobs in a new order: first one job for each source model, then all other jobs."""
+    """Reorder the jobs: first one job for each source model (the network before adaptation), then all other jobs."""
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source or job.name, []).append(job)
