@@ -369,10 +369,18 @@ def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
 
     Without this check, such a name would be requested from the Hub, which takes half a minute to time out.
     """
-    nearest = difflib.get_close_matches(name, list(known), n=1)
-    if Path(name).expanduser().is_dir() or not (nearest or name.startswith((".", "~", os.sep))):
+    path = Path(name).expanduser()
+    if path.is_dir():
         return
-    hint = f"did you mean {nearest[0]!r}?" if nearest else "there is no such folder."
-    raise ValueError(
-        f"unknown {kind} {name!r}: {hint} Expected {', '.join(known)}, a folder that exists, or a Hugging Face dataset"
-    )
+    # A name such as PACS/sketch can also be a dataset on the Hub. It counts as a path if there is a folder PACS.
+    is_in_folder = len(path.parts) > 1 and path.parent.is_dir()
+    if is_in_folder or name.startswith((".", "~", os.sep)):
+        siblings = [str(folder) for folder in path.parent.iterdir() if folder.is_dir()] if is_in_folder else []
+        nearest = difflib.get_close_matches(str(path), siblings, n=1)
+        expected = f"did you mean {nearest[0]!r}?" if nearest else "expected the path of a folder with images"
+        raise ValueError(f"unknown {kind} {name!r}: there is no such folder, {expected}")
+    if nearest := difflib.get_close_matches(name, list(known), n=1):
+        raise ValueError(
+            f"unknown {kind} {name!r}: did you mean {nearest[0]!r}? Expected {', '.join(known)}, a folder that exists, "
+            "or a Hugging Face dataset"
+        )

@@ -92,6 +92,8 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
     found = {pattern: matching_files(file.parent, pattern) for part in block.recipes for pattern in part}
     if missing := [pattern for pattern, paths in found.items() if not paths]:
         raise ValueError(f"{file}: no file matches {', '.join(missing)}, relative to {file.parent}")
+    if "output_dir" in block.grid:
+        raise ValueError(f"{file}: leave output_dir out: each run has a folder in the output folder of the study")
     recipes = [[path for pattern in part for path in found[pattern]] for part in block.recipes]
     jobs, errors = [], []
     for paths, values in itertools.product(itertools.product(*recipes), itertools.product(*block.grid.values())):
@@ -106,6 +108,9 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
             config = load_config(arguments)
         except ConfigError as error:
             errors.append(f"{setting}: {error}")
+            continue
+        if config.cache_dir is not None:
+            errors.append(f"{setting}: the cache of a study is in its output folder: leave cache_dir out")
             continue
         # A value such as the Hub id of a model can contain a slash.
         folder = Path("--".join([*parts, *varied.values()]).replace("/", "_"))

@@ -22,7 +22,7 @@ from peft_edge.profiling.tables import text_table
 from peft_edge.records import SUCCESS, CostRecord, Record, add_record
 from peft_edge.study.cluster import Cluster
 from peft_edge.study.jobs import Job, RunJob
-from peft_edge.training.evaluation import SOURCE, TARGET
+from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
 
 
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster: Cluster | None = None) -> None:
@@ -147,6 +147,7 @@ def _exit_with_parent() -> None:
 # Each dict maps the column titles of a table to the number formats of the columns.
 _RUN_COLUMNS = {
     "accuracy": ".3f",
+    "no update": ".3f",
     "source accuracy": ".3f",
     "retained": ".3f",
     "trained parameters": ",.0f",
@@ -165,8 +166,9 @@ def study_table(jobs: Sequence[Job]) -> str:
     A table without rows is left out. A cell contains the mean over the successful jobs ± its standard error, or only
     the mean if all values are equal. The standard error is the sample standard deviation divided by the square root of
     the number of values. The column `runs` or `analyses` contains the number of successful jobs and the statuses of
-    other jobs. `training seconds` is `seconds` of `TrainInfo`. `tensors MiB` is the peak memory of the tensors in a
-    step, and `process MiB` is the peak memory of the process.
+    other jobs. `no update` is the accuracy of the source model on the target. `training seconds` is `seconds` of
+    `TrainInfo`. `tensors MiB` is the peak memory of the tensors in a step, and `process MiB` is the peak memory of the
+    process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
@@ -195,7 +197,7 @@ def _measurements(record: Record | CostRecord) -> list[float | None]:
     flops, process = (None, None) if info.costs is None else (info.costs.flops, info.costs.process_peak_bytes)
     parts = (flops, 10**12), (tensors, 2**20), (process, 2**20)
     return [
-        *(last[name] for name in (TARGET, SOURCE, "retention")),
+        *(last[name] for name in (TARGET, TARGET_BEFORE, SOURCE, "retention")),
         *(info.num_trainable_params, info.file_size, info.seconds),
         *(None if value is None else value / unit for value, unit in parts),
     ]

@@ -19,6 +19,7 @@ from timm.data import (
 )
 from torch import Tensor, nn
 from torch.nn import functional as F
+from tqdm.auto import tqdm
 
 from peft_edge.backbones import class_names, load_backbone
 from peft_edge.backbones.heads import as_timm_model
@@ -70,7 +71,7 @@ class WeightProbe:
         for name, accuracy in self.class_mean.items():
             head = "-" if self.head is None or name != IMPORTED else f"{self.head:.3f}"
             rows.append((name, f"{accuracy:.3f}", head))
-        return "\n".join([text_table(rows), *self.warnings])
+        return "\n".join([text_table(rows), *(self.warnings or ["The weights and the preprocessing seem right."])])
 
 
 def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
@@ -104,8 +105,8 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     truth, was_training = torch.tensor(test["label"][:]), model.training
     accuracies, head = {}, None
     for name, (network, data_config) in settings.items():
-        features, _ = _predict(network, data_config, train)
-        found, logits = _predict(network, data_config, test)
+        features, _ = _predict(network, data_config, train, f"{name}, training images")
+        found, logits = _predict(network, data_config, test, f"{name}, test images")
         accuracies[name] = class_mean_accuracy(features, torch.tensor(train["label"][:]), found, truth)
         outputs = head_outputs(model, domain.class_names) if name == IMPORTED else None
         if outputs is not None:
@@ -114,15 +115,16 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     return WeightProbe(accuracies, head)
 
 
-def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the head (N, F) and the logits (N, num_classes)."""
+def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset, title: str) -> tuple[Tensor, Tensor]:
+    """Return the inputs of the head (N, F) and the logits (N, num_classes). `title` describes the progress bar."""
     network, transform = as_timm_model(model).eval(), build_transform(data_config, train=False)
     features, logits = [], []
-    with torch.no_grad():
+    with torch.no_grad(), tqdm(total=len(images), desc=title, unit="image", leave=False, disable=None) as bar:
         for batch in images.iter(16):
             maps = network.forward_features(torch.stack([transform(image) for image in batch["image"]]))
             features.append(network.forward_head(maps, pre_logits=True).flatten(1))
             logits.append(network.forward_head(maps))
+            bar.update(len(maps))
     return torch.cat(features), torch.cat(logits)
 
 

@@ -368,6 +368,15 @@ def test_wrong_name_is_refused_before_data_is_read(
         load_task(name, shift=shift)
 
 
+def test_misspelt_folder_names_the_nearest_one(image_folder: ImageFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    photo = image_folder("photo", ["cat", "dog"])
+    image_folder("sketch", ["cat", "dog"])
+    monkeypatch.chdir(photo.parents[1])
+    near = str(Path(photo.parent.name) / "sketches")
+    with pytest.raises(ValueError, match=rf"unknown shift '{near}': there is no such folder, did you .*sketch'\?$"):
+        load_task(str(photo), shift=near)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

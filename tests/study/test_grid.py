@@ -40,6 +40,13 @@ def test_every_combination_is_a_job(grid: Path, tmp_path: Path) -> None:
     assert {job.config.cache_dir for job in jobs} == {str(tmp_path / "runs" / "cache")}
 
 
+@pytest.mark.parametrize("key", ["output_dir", "cache_dir"])
+def test_folders_that_the_study_chooses_are_refused(grid: Path, tmp_path: Path, key: str) -> None:
+    grid.write_text(f"recipes: [[task.yaml]]\ngrid: {{{key}: [elsewhere]}}\n")
+    with pytest.raises(ValueError, match=rf"leave {key} out"):
+        read_grid(grid, tmp_path / "runs")
+
+
 def test_job_names_have_the_varied_values_and_no_slash(grid: Path, tmp_path: Path) -> None:
     grid.write_text(
         "recipes: [[task.yaml]]\n"

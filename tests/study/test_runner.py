@@ -241,7 +241,14 @@ def run(setting: str, status: str | None, accuracy: float = 0.0, train_time: flo
         return KnownRun(setting, Path("a"), config, None)
     record = record_of(config, status)
     if status == SUCCESS:
-        record.train_info.metrics = [{"test accuracy": accuracy, "source test accuracy": 0.5, "retention": 0.25}]
+        record.train_info.metrics = [
+            {
+                "test accuracy": accuracy,
+                "test accuracy without update": 0.375,
+                "source test accuracy": 0.5,
+                "retention": 0.25,
+            }
+        ]
         record.train_info.file_size = 12345
         record.train_info.train_time = train_time
     return KnownRun(setting, Path("a"), config, record)
@@ -273,12 +280,13 @@ def test_runs_are_averaged_over_seeds() -> None:
     accuracies = [0.7, 0.75, 0.83]
     title, row = map(cells_of, lines_of([run("task, lora", SUCCESS, accuracy) for accuracy in accuracies]))
     assert title == [
-        "runs", "accuracy", "source accuracy", "retained", "trained parameters", "saved bytes", "training seconds",
+        "runs", "accuracy", "no update", "source accuracy", "retained", "trained parameters", "saved bytes",
+        "training seconds",
         "training TFLOP", "tensors MiB", "process MiB",
     ]  # fmt: skip
     error = statistics.stdev(accuracies) / 3**0.5
     spread = f"{statistics.mean(accuracies):.3f} ± {error:.3f}"
-    assert row == ["task, lora", "3", spread, "0.500", "0.250", "-", "12,345", "-", "-", "-", "-"]
+    assert row == ["task, lora", "3", spread, "0.375", "0.500", "0.250", "-", "12,345", "-", "-", "-", "-"]
 
 
 def test_costs_of_a_run_are_those_of_the_whole_training() -> None:

@@ -74,7 +74,8 @@ def test_doubtful_weights_are_said(accuracies: dict[str, float], warnings: list[
     found = WeightProbe(accuracies, None)
     assert len(found.warnings) == len(warnings)
     assert all(text in warning for text, warning in zip(warnings, found.warnings, strict=True))
-    header, first, *_ = str(found).splitlines()
+    header, first, *_, last = str(found).splitlines()
+    assert last == (found.warnings[-1] if warnings else "The weights and the preprocessing seem right.")
     assert (header.split(), first.split()[-2:]) == (
         ["nearest", "class", "mean", "head"],
         [f"{accuracies[IMPORTED]:.3f}", "-"],
