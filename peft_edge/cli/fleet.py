@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
@@ -58,8 +59,11 @@ def merge_adapters_of_fleet(
         svd_rank=lora_rank,
         density=density,
     )
-    record = run_record(Path(adapters[0]))
-    size = image_size or (record.run_info.train_config["data"]["image_size"] if record else None)
+    records = [run_record(Path(adapter)) for adapter in adapters]
+    runs = {
+        name: record.run_info.train_config["data"] for name, record in zip(adapters, records, strict=True) if record
+    }
+    size = image_size or (runs[adapters[0]]["image_size"] if adapters[0] in runs else None)
     # Read all folders before anything is written.
     columns = [(folder, accuracies(model, len(adapters), folder, size)) for folder in test or ()]
     save_adapter(model, out)
@@ -68,6 +72,22 @@ def merge_adapters_of_fleet(
         rows = ["no update", *adapters, str(out)]
         table = [[name, *(f"{column[row]:.3f}" for _, column in columns)] for row, name in enumerate(rows)]
         print(text_table([["accuracy on", *(folder for folder, _ in columns)], *table]))
+    for folder in test or ():
+        used = [name for name, data in runs.items() if _may_be_trained_on(folder, data)]
+        if used:
+            print(
+                f"Warning: {', '.join(used)} may have been trained on some of these images of {folder}. To measure "
+                "accuracies of new images, pass a folder that no run used, or one with a subfolder test"
+            )
+
+
+def _may_be_trained_on(folder: str, data: Mapping[str, Any]) -> bool:
+    """Return whether a run with the configuration `data` used `folder`, and `folder` has no split for tests."""
+    from peft_edge.data.sources import read_splits
+    from peft_edge.export.verification import is_same_data
+
+    used = any(name and is_same_data(folder, name) for name in (data["name"], data["shift"]))
+    return used and "test" not in read_splits(folder)
 
 
 def accuracies(model: PeftModel, num_adapters: int, folder: str, image_size: int | None) -> list[float]:

@@ -266,8 +266,9 @@ def _export_step(
     run = record.run_info.train_config if record else None
     size = image_size or (run["data"]["image_size"] if run else input_config(model, None)["input_size"][-1])
     if calibration:
-        parts = [read_images(name, model, image_size=size, run=run).calibration for name in calibration]
-        options["calibration"] = torch.cat(parts)
+        fingerprint = record.data_fingerprint if record else None
+        images = [read_images(name, model, image_size=size, run=run, fingerprint=fingerprint) for name in calibration]
+        options["calibration"] = torch.cat([part.calibration for part in images])
     report = export_train_step(model, out, image_size=size, batch_size=batch_size, **options)
     print(f"{out}: a training step of {adapter}, {batch_size} images of {size} px\n{report_lines(report)}")
 

@@ -111,7 +111,7 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], finger
     """
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
-    role = next((role for role, other in known.items() if other and _is_same(name, other)), None)
+    role = next((role for role, other in known.items() if other and is_same_data(name, other)), None)
     if name in known and not Path(name).is_dir():
         task = _run_task(name, data, seed, fingerprint)
         return task.source if name == "source" else task.targets[-1]
@@ -139,7 +139,7 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], finger
     return replace(domain, test=domain.test.select(rows))
 
 
-def _is_same(name: str, other: str) -> bool:
+def is_same_data(name: str, other: str) -> bool:
     """Return whether the two names are equal, or are paths of the same folder."""
     folders = Path(name).expanduser(), Path(other).expanduser()
     return name == other or (folders[0].is_dir() and folders[0].resolve() == folders[1].resolve())

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,8 +8,11 @@ from PIL import Image
 
 from peft_edge.cli import main
 from peft_edge.cli.fleet import COMBINATION_NAMES
+from peft_edge.config import load_config
 from peft_edge.data.embedded import load_digits_domain
 from peft_edge.hub.combination import COMBINATIONS
+from peft_edge.records import SUCCESS, add_record
+from peft_edge.training import new_record
 from tests.export.support import IMAGE_SIZE, Saved
 
 
@@ -46,6 +50,27 @@ def test_two_adapters_are_combined_and_compared_on_two_folders(
     assert stop.value.code == 2
     assert "few: the classes ten are unknown to the adapters" in capsys.readouterr().err
     assert not (tmp_path / "new").exists()
+
+
+def test_images_that_a_run_may_have_trained_on_are_said(
+    saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    digits = digit_folder(tmp_path / "digits")
+    adapter = shutil.copytree(saved.adapter, tmp_path / "run" / "adapter")
+    config = load_config([f"data.name={digits}", "data.shift=invert", "data.image_size=32", "output_dir=run"])
+    add_record(tmp_path / "run", "record", new_record(config, SUCCESS, started=0.0))
+    command = ["merge-adapters", str(adapter), str(saved.adapter), "--out", str(tmp_path / "out"), "--test"]
+
+    main([*command, str(digits / ".." / "digits")])
+    warning = capsys.readouterr().out.splitlines()[-1]
+    assert warning.startswith(f"Warning: {adapter} may have been trained on some of these images of {digits}")
+
+    for split in ("train", "test"):
+        shutil.copytree(digits, tmp_path / "split" / split)
+    shutil.rmtree(digits)
+    (tmp_path / "split").rename(digits)
+    main([*command, str(digits)])
+    assert "Warning" not in capsys.readouterr().out
 
 
 def test_combinations_are_those_of_the_package() -> None:
