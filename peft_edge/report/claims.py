@@ -236,19 +236,20 @@ def _setting_text(steps: DataFrame) -> str:
 def timing_table(timings: DataFrame) -> DataFrame:
     """Return a table of strings with a row for each method and a column for each network and size.
 
-    A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. A time ratio is
-    the time of a step divided by the time of a step of full fine-tuning. If `timings` has no ratios without huge pages,
-    a cell has only the first ratio. If a method failed, its cell is `NO_VALUE`.
+    Methods that were tried on fewer than half of the networks are left out. A cell has the form `time ratio / time ratio
+    without huge pages (peak memory of tensors in MiB)`. A time ratio is the time of a step divided by the time of a
+    step of full fine-tuning. If a network was not timed without huge pages, its cells have only the first ratio. If a
+    method failed, its cell is `NO_VALUE`.
     """
     cells = []
     for row in timings.itertuples():
-        ratios = [row.ratio, *([row.ratio_without_huge_pages] if hasattr(row, "ratio_without_huge_pages") else [])]
-        text = " / ".join(fixed(ratio, 2) for ratio in ratios)
+        ratios = row.ratio, getattr(row, "ratio_without_huge_pages", None)
+        text = " / ".join(fixed(ratio, 2) for ratio in ratios if not isna(ratio))
         cells.append(NO_VALUE if row.error else f"{text} ({fixed(row.peak_bytes / 2**20, 0)})")
     networks = [f"{row.network}, batch {row.batch_size}, {row.image_size} px" for row in timings.itertuples()]
     cells = timings.assign(cell=cells, network=networks)
     table = cells.pivot_table(index="method", columns="network", values="cell", aggfunc="first", sort=False)
-    return table.fillna(NO_VALUE)
+    return table[2 * table.count(axis=1) >= len(table.columns)].fillna(NO_VALUE)
 
 
 def fixed(value: float, digits: int) -> str:

@@ -176,6 +176,14 @@ def test_timing_table_shows_ratio_and_peak(bench: BenchRecord) -> None:
     }
 
 
+def test_timing_table_leaves_out_methods_of_few_networks(bench: BenchRecord) -> None:
+    others = [bench.model_copy(update={"setting": {**bench.setting, "backbone": name}}, deep=True) for name in "ab"]
+    for other in others:
+        del other.rows[1]
+    table = timing_table(timing_frame({"net.json": bench, "a.json": others[0], "b.json": others[1]}))
+    assert list(table.index) == ["full fine-tuning", "another package"]
+
+
 def test_timing_table_shows_the_ratio_without_huge_pages(bench: BenchRecord) -> None:
     bench.rows_without_huge_pages = [
         row.model_copy(update={"ratio_median": ratio}) for row, ratio in zip(bench.rows, (1.0, 0.6, None), strict=True)
