@@ -325,7 +325,7 @@ def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """The records in a folder. The keys are file names relative to the folder, in alphabetical order."""
+    """The records in a folder. The keys of both dicts are file names relative to the folder, in alphabetical order."""
 
     runs: dict[str, Record] = field(default_factory=dict)
     """Runs of `train.py`, including failed runs."""

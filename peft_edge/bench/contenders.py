@@ -130,9 +130,10 @@ def _with_eval_norms(build: Build) -> Build:
 
 
 def _ours(method: str, lean: Mapping[str, object] | None, norm: str = "stats", **adapter: str) -> Build:
-    """Return a function that builds a method of this package. `lean` is the argument of `prepare_step`.
+    """Return a function that prepares a model for a training method of this package, such as `lora`.
 
-    `norm` and `adapter` are settings of the method. GaLore ignores `adapter`, and uses the LoRA rank as its rank.
+    `lean` is the argument of `prepare_step`. `norm` and `adapter` are settings of the method. GaLore ignores `adapter`,
+    and uses the LoRA rank as its rank.
     """
 
     def build(model: nn.Module, lora_rank: int) -> Step:

@@ -61,7 +61,7 @@ def draw_over_rank(grid: Grid, path: Path) -> None:
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
-    """Draw a point for each row of the data. In the rows of a method, each marker is larger than the one before.
+    """Draw a point for each row of the data. Among the points of one method, markers grow in the order of the rows.
 
     `with_front` adds the Pareto front: the points that no other point dominates. Small `x` and large `y` are better.
     """

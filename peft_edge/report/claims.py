@@ -185,7 +185,7 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
     steps = steps[steps["family"].isin(STUDY_FAMILIES)]
     accounting = steps["accounting"].replace("source-study", "source study's accounting")
     steps = steps.assign(count=steps["form"] + ", " + accounting)
-    # FLOPs are proportional to the batch size. The page shows only the batch size with the most forms and accountings.
+    # FLOPs are proportional to the batch size, so one batch size is enough: the one with the most distinct counts.
     coverage = {size: (rows["count"].nunique(), len(rows)) for size, rows in steps.groupby("batch_size", sort=False)}
     steps = steps[steps["batch_size"] == max(coverage, key=lambda size: coverage[size], default=None)]
     adapters = steps[steps["family"] != "galore"]
@@ -236,10 +236,11 @@ def _setting_text(steps: DataFrame) -> str:
 def timing_table(timings: DataFrame) -> DataFrame:
     """Return a table of strings with a row for each method and a column for each network and size.
 
-    Methods that were tried on fewer than half of the networks are left out. A cell has the form `time ratio / time ratio
-    without huge pages (peak memory of tensors in MiB)`. A time ratio is the time of a step divided by the time of a
-    step of full fine-tuning. If a network was not timed without huge pages, its cells have only the first ratio. If a
-    method failed, its cell is `NO_VALUE`.
+    Methods that were tried on fewer than half of the networks are left out.
+
+    A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. A time ratio is
+    the time of a step divided by the time of a step of full fine-tuning. If a network was not timed without huge pages,
+    its cells have only the first ratio. If a method failed, its cell is `NO_VALUE`.
     """
     cells = []
     for row in timings.itertuples():

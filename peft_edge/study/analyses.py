@@ -154,9 +154,10 @@ def load_network(network: str) -> nn.Module:
 
 
 def kind_of(model: nn.Module) -> str:
-    """Return the kind of a network.
+    """Return the kind of a network: `depthwise`, `standard` or `transformer`.
 
-    It is `transformer` without convolutions, `depthwise` with at least one depthwise convolution, else `standard`.
+    A network with at least one depthwise convolution is `depthwise`. A network without any convolution is
+    `transformer`. All other networks are `standard`.
     """
     roles = [roles for _, _, roles in named_convolutions(model)]
     return "depthwise" if any("depthwise" in of_one for of_one in roles) else "standard" if roles else "transformer"

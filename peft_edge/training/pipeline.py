@@ -33,9 +33,9 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Record:
     """Train or load the source model, adapt it to each target in turn, and test the saved adapter.
 
-    Methods such as full fine-tuning save the whole model instead of an adapter. Method none saves neither. Afterwards,
-    `config.output_dir` contains the adapter or model, and the record with the results. If `hub.repo_id` is set, they
-    are also uploaded to the Hub. An interrupted run continues from its newest checkpoint. If the run is already
+    Methods such as full fine-tuning save the whole model instead of an adapter. With `method="none"`, nothing is saved.
+    Afterwards, `config.output_dir` contains the adapter or model, and the record with the results. If `hub.repo_id` is
+    set, they are also uploaded to the Hub. An interrupted run continues from its newest checkpoint. If the run is already
     finished, nothing is trained: the function returns the existing record, and uploads again if `hub.repo_id` is set.
 
     Raises:

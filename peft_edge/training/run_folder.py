@@ -47,7 +47,7 @@ class ActiveRun:
         """Whether the record says that the run has succeeded. False if the record cannot be read."""
         try:
             return self.record is not None
-        except (ValueError, OSError):  # callers that need the reason read `record`, which raises the error
+        except (ValueError, OSError):  # a caller that needs the reason can read `record`, which raises the error
             return False
 
     def write_record(self, record: Record) -> None:

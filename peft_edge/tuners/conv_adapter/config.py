@@ -24,7 +24,8 @@ class ConvAdapterConfig(PeftConfig):
 
     Args:
         target_modules: Module names, a regular expression, or role names such as `all-conv`, see `ConvLoraConfig`. A
-            name such as `blocks.2.0` adapts this block as a whole. All adapters of a model must adapt the same blocks.
+            name such as `blocks.2.0` adapts this block as a whole. If a model has several PEFT adapters, they must
+            adapt the same blocks.
         exclude_modules: Names or a regular expression of modules to leave out.
         modules_to_save: Names of modules that are trained and saved as a whole, such as a new head.
         reduction: The bottleneck has max(1, C // reduction) channels for an adapter with C input channels.
