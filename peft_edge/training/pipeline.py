@@ -35,8 +35,9 @@ def run(config: RunConfig) -> Record:
 
     Methods such as full fine-tuning save the whole model instead of an adapter. With `method="none"`, nothing is saved.
     Afterwards, `config.output_dir` contains the adapter or model, and the record with the results. If `hub.repo_id` is
-    set, they are also uploaded to the Hub. An interrupted run continues from its newest checkpoint. If the run is already
-    finished, nothing is trained: the function returns the existing record, and uploads again if `hub.repo_id` is set.
+    set, they are also uploaded to the Hub. An interrupted run continues from its newest checkpoint. If the run is
+    already finished, nothing is trained: the function returns the existing record, and uploads again if `hub.repo_id`
+    is set.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
