@@ -118,7 +118,7 @@ def export(
         path(
             "FOLDER ...",
             "Images whose test split is used to compare the file with the model, and to measure an accuracy for each "
-            "folder; the same names as for --calibration. By default the images of --calibration; without it, the "
+            "folder. The option accepts the same values as --calibration. By default the images of --calibration; without it, the "
             "images of the run; without a record of the run, digits.",
         ),
     ] = None,

@@ -64,10 +64,11 @@ def load_task(
         severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. In all other cases, None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
             `[("domain", "==", "photo")]`. `name` must be a Hugging Face dataset with this column, or a folder with one
-            subfolder per domain, whose only column is `domain`.
+            subfolder per domain. For such a folder, `domain` is the only column that conditions can have.
         shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
             ("corruption_level", "==", 3)]`. If there are conditions, `shift` must be a Hugging Face dataset or a folder
-            with one subfolder per domain. In this case, `shift` defaults to `name`, and is not the name of a split.
+            with one subfolder per domain. With conditions, `shift` defaults to `name`, and cannot be the name of a
+            split.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
         increments: The number of targets. `new_classes` are divided among the targets.
         rehearsal_size: The maximum number of images of earlier classes in the training images of each target.

@@ -65,7 +65,8 @@ class TrainProgram:
             contains the adapter and the optimizer state. All methods share this arena.
         step_s: Seconds of the fastest training step when the program was checked.
         difference: Relative error of the adapter that the program has trained: ||trained - exact|| / ||exact -
-            initial||. The captured graph has trained the adapter `exact` in double precision, starting from `initial`.
+            initial||. Here, `initial` is the adapter before the training, and `exact` is the adapter after the same
+            training in PyTorch with double precision.
         allowed_difference: The largest accepted `difference`.
     """
 

@@ -257,8 +257,8 @@ def can_overwrite(gradient: Tensor) -> bool:
 
     The caller must be the `backward` of an autograd function. Any other holder of the gradient increases one of three
     counts: references to the Python object, to the C++ tensor, or to the storage. The function compares these counts
-    with the counts in a backward pass without another holder. If the counts of this version of torch or Python do not
-    reveal another holder, the result is always False.
+    with the counts in a backward pass without another holder. In versions of torch or Python whose counts do not show
+    other holders, the result is always False.
     """
     if torch.compiler.is_compiling() or torch.is_grad_enabled():
         return False

@@ -127,7 +127,7 @@ def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Mo
         The name of this module, the modules that run before this module, and the tail (the rest of the model).
 
     Raises:
-        ValueError: If the model has no trainable parameters, or if it cannot be split after a layer with weights.
+        ValueError: If the model has no trainable parameters, or if no layer with weights is before the split.
     """
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():

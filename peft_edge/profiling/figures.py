@@ -35,7 +35,7 @@ class StackedBars:
     line: float | None = None
     """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """The positions of diamonds: one for each bar, by label in the legend. For None, no diamond is drawn."""
+    """For each label in the legend: the position of a diamond in each bar, or None for no diamond."""
     number_format: str = ""
     """The format of the total length that is printed at the end of each bar. If it is empty, no length is printed."""
 

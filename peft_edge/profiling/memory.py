@@ -445,7 +445,7 @@ def peak_rss_bytes() -> int | None:
 def reset_peak_rss() -> bool:
     """Reset the peak of the process's physical memory to the current value. Return whether the reset succeeded.
 
-    The reset fails on all systems except Linux, and in containers that do not allow it.
+    The reset succeeds only on Linux. It also fails in containers that do not allow it.
     """
     try:
         # According to proc(5), the value 5 resets only the peak.

@@ -33,7 +33,8 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
     jobs; the next call continues them from their last checkpoints.
 
     Args:
-        jobs: The result of `read_grid`. `<folder>.log` contains the output of a job and the reason for a failure.
+        jobs: The result of `read_grid`. The log of a job is the file `<job.folder>.log`. It contains the output of the
+            job, and the reason for a failure.
         processes: The maximum number of worker processes on this machine. Not used with `cluster`.
         results: The folder to which all records are copied, including records of failures. The copies lack local paths.
         cluster: The Ray cluster that runs the jobs instead of processes on this machine.

@@ -71,9 +71,9 @@ class ActiveRun:
 
 @contextmanager
 def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """Lock `output_dir` against other runs inside the block. Only the main process takes and holds the lock.
+    """Lock `output_dir` during a `with` block, so that no other run can use it.
 
-    If the process dies, the operating system releases the lock.
+    Only the main process takes and holds the lock. If this process dies, the operating system releases the lock.
 
     Raises:
         ConfigError: If another run holds the lock.
