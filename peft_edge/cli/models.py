@@ -118,8 +118,8 @@ def export(
         path(
             "FOLDER ...",
             "Images whose test split is used to compare the file with the model, and to measure an accuracy for each "
-            "folder. The option accepts the same values as --calibration. By default the images of --calibration; without it, the "
-            "images of the run; without a record of the run, digits.",
+            "folder. The option accepts the same values as --calibration. By default the images of --calibration; "
+            "without it, the images of the run; without a record of the run, digits.",
         ),
     ] = None,
     train: Annotated[bool, Option("--train", help="Export a training step instead of the merged network.")] = False,

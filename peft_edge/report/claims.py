@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from math import nan
 from pathlib import Path
 from typing import NamedTuple
 
@@ -244,7 +245,7 @@ def timing_table(timings: DataFrame) -> DataFrame:
     """
     cells = []
     for row in timings.itertuples():
-        ratios = row.ratio, getattr(row, "ratio_without_huge_pages", None)
+        ratios = row.ratio, getattr(row, "ratio_without_huge_pages", nan)
         text = " / ".join(fixed(ratio, 2) for ratio in ratios if not isna(ratio))
         cells.append(NO_VALUE if row.error else f"{text} ({fixed(row.peak_bytes / 2**20, 0)})")
     networks = [f"{row.network}, batch {row.batch_size}, {row.image_size} px" for row in timings.itertuples()]
