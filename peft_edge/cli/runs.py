@@ -26,7 +26,7 @@ def study(
         ),
     ] = None,
     num_cpus: Annotated[float | None, Option(min=0.0, help="CPU cores for a run; by default its num_threads.")] = None,
-    num_gpus: Annotated[float, Option(min=0.0, help="GPUs for a run, such as 0.5.")] = 0.0,
+    num_gpus: Annotated[float | None, Option(min=0.0, help="GPUs for a run, such as 0.5; by default none.")] = None,
     memory: Annotated[int | None, limit(parse_bytes, BYTES, "4GiB", "Memory that Ray reserves for a run")] = None,
     artifacts: Annotated[
         str | None,
@@ -43,8 +43,9 @@ def study(
     from peft_edge.study import Cluster, read_grid, run_grid, study_table
 
     options = {"num_cpus": num_cpus, "num_gpus": num_gpus, "memory": memory, "artifacts": artifacts}
-    if cluster is None and any(options.values()):
-        names = ", ".join(f"--{name.replace('_', '-')}" for name, value in options.items() if value)
+    given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+    if cluster is None and given:
+        names = ", ".join(given)
         raise ValueError(f"{names}: needs --cluster, such as --cluster local for Ray on this machine alone")
     if cluster is not None and jobs is not None:
         raise ValueError("--jobs and --cluster exclude each other: --num-cpus says how many runs share a node")
@@ -53,7 +54,7 @@ def study(
         planned,
         processes=jobs or 1,
         results=results or output_dir / "results",
-        cluster=None if cluster is None else Cluster(cluster, num_cpus, num_gpus, memory, artifacts),
+        cluster=None if cluster is None else Cluster(cluster, num_cpus, num_gpus or 0.0, memory, artifacts),
     )
     print(study_table(planned))
     if failed := [job for job in planned if not job.is_finished]:

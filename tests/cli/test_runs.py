@@ -68,6 +68,7 @@ def test_options_of_a_cluster_reach_it(tmp_path: Path, monkeypatch: pytest.Monke
     ("options", "message"),
     [
         (["--num-gpus", "1"], "--num-gpus: needs --cluster"),
+        (["--num-cpus", "0"], "--num-cpus: needs --cluster"),
         (["--memory", "4GiB", "--artifacts", "s3://bucket"], "--memory, --artifacts: needs --cluster"),
         (["--cluster", "auto", "--jobs", "2"], "--jobs and --cluster exclude each other"),
     ],
