@@ -179,6 +179,28 @@ def test_the_table_of_the_readme_is_the_record() -> None:
         assert size == f"{row['profile']['adapter_bytes'] / 2**10:,.0f}"
 
 
+CONTENDERS_OF_LEAN_TABLE = [
+    ("full", "full-lean", "full-recompute", "full-checkpoint"),
+    ("galore", "galore-lean", "galore-recompute", ""),
+    ("peft-lora", "peft-lora-lean", "", "peft-lora-checkpoint"),
+    ("", "lora-stats", "lora-stats-recompute", "lora-stats-checkpoint"),
+    ("lora-plain", "lora-dense", "lora-recompute", "lora-checkpoint"),
+    ("", "lora-all-conv", "lora-all-conv-depthwise", ""),
+]
+"""Names of the contenders in each row of the table in the guide to lean training."""
+
+
+def test_the_table_of_the_lean_guide_is_the_record() -> None:
+    record = json.loads((ROOT / "reports/bench/mobilenetv2_100.json").read_text())
+    measured = {
+        row["name"]: f"{(row['profile']['memory_peak_bytes'] or 0) / 2**20:,.0f} MiB, {row['ratio_median']:.2f}"
+        for row in record["rows"]
+    }
+    table = (ROOT / "peft_edge/lean/README.md").read_text().split("| checkpointed |\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")[1:]] for line in table.splitlines()[1:]]
+    assert rows == [[measured.get(name, "") for name in names] for names in CONTENDERS_OF_LEAN_TABLE]
+
+
 def test_the_table_of_photographs_is_of_the_records() -> None:
     table = (ROOT / "README.md").read_text().split("| peak memory [MiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
     assert len(table) == len(ROWS_OF_PHOTOGRAPHS)
