@@ -62,7 +62,7 @@ def test_sigterm_saves_the_current_step(run: Path, cache: str, whole: str) -> No
     assert steps_saved(run)[-1] == step
     recover_s = completed(run, cache)
     assert digest(run) == whole
-    add(Fault("SIGTERM", "ends its step, saves a checkpoint, exits with 143", stop_s, recover_s, NOTHING))
+    add(Fault("SIGTERM", "completes its step, saves a checkpoint, and exits with 143", stop_s, recover_s, NOTHING))
 
 
 def test_a_full_disk_names_the_file_and_the_free_bytes(run: Path, cache: str, whole: str) -> None:
@@ -87,7 +87,7 @@ def test_a_full_disk_names_the_file_and_the_free_bytes(run: Path, cache: str, wh
     add(
         Fault(
             "a full disk while a checkpoint is written",
-            "exits with 2 and says which file has no space, how many bytes are free, that nothing saved is lost",
+            "exits with 2, and says which file does not fit, how many bytes are free, and that no saved file is lost",
             None,
             over - begun,
             "the steps since the checkpoint before",
@@ -126,7 +126,7 @@ def test_a_vanished_image_is_named(run: Path, tmp_path: Path) -> None:
     add(
         Fault(
             "image files that vanish",
-            "exits with 2 and says which file",
+            "exits with 2, and names the file",
             stop_s,
             recover_s,
             "the steps since the last checkpoint",
@@ -145,7 +145,7 @@ def test_a_nan_loss_stops_training_and_keeps_good_checkpoints(run: Path, cache: 
     add(
         Fault(
             "a loss of NaN",
-            "exits with 2 and says at which step, and what to lower; only checkpoints from before stay",
+            "exits with 2, and says at which step and which setting to lower; earlier checkpoints are kept",
             None,
             None,
             "the training",
@@ -183,7 +183,7 @@ def test_if_one_of_two_processes_is_killed_the_other_ends(run: Path, cache: str)
     add(
         Fault(
             "one of two processes is killed",
-            "the other ends; the launcher exits with 1, and its last lines name the process and the signal",
+            "the other process ends; the launcher exits with 1, and names the killed process and the signal",
             stop_s,
             None,
             "the steps since the last checkpoint",
@@ -206,7 +206,7 @@ def test_if_an_image_loading_process_is_killed_the_run_ends(run: Path, cache: st
     add(
         Fault(
             "a process that reads images is killed",
-            "exits with 1 and says which process",
+            "exits with 1, and names the process",
             stop_s,
             None,
             "the steps since the last checkpoint",
@@ -221,7 +221,9 @@ def test_durations_stay_right_while_the_clock_jumps(run: Path, cache: str, whole
     record = record_of(run)
     assert digest(run) == whole
     assert 0 < record.train_info.train_time < record.run_info.total_time < seconds
-    add(Fault("the clock is set back by a day, again and again", "goes on; durations stay right", None, None, NOTHING))
+    add(
+        Fault("the clock is set back by a day, again and again", "continues; durations stay right", None, None, NOTHING)
+    )
 
 
 def test_a_second_run_in_the_same_folder_is_refused(run: Path, cache: str, whole: str) -> None:
@@ -233,7 +235,15 @@ def test_a_second_run_in_the_same_folder_is_refused(run: Path, cache: str, whole
     assert "another run is working in" in error_of(log_of(run).read_text())
     assert ended(first)[0] == 0
     assert digest(run) == whole
-    add(Fault("a second run in the same folder", "the second exits with 2; the first goes on", stop_s, None, NOTHING))
+    add(
+        Fault(
+            "a second run in the same folder",
+            "the second run exits with 2; the first run continues",
+            stop_s,
+            None,
+            NOTHING,
+        )
+    )
 
 
 def test_a_damaged_checkpoint_is_named_and_recovery_uses_the_one_before(run: Path, cache: str, whole: str) -> None:
@@ -250,7 +260,7 @@ def test_a_damaged_checkpoint_is_named_and_recovery_uses_the_one_before(run: Pat
     add(
         Fault(
             "a damaged checkpoint",
-            "exits with 2 and says which checkpoint to delete, to go on from the one before",
+            "exits with 2, and names the checkpoint to delete; the next start then continues from the one before it",
             None,
             recover_s,
             "the steps since the checkpoint before",
@@ -267,7 +277,7 @@ def test_a_run_is_complete_when_the_hub_cannot_be_reached(run: Path, cache: str,
     add(
         Fault(
             "the Hub cannot be reached",
-            "completes and exits with 2; says that the same command pushes again",
+            "completes the run, exits with 2, and says that the same command pushes again",
             None,
             None,
             NOTHING,

@@ -41,9 +41,9 @@ def test_runs_killed_at_random_moments_end_with_identical_bits(tmp_path: Path) -
     add(
         Fault(
             "kill -9 at a random moment",
-            f"ends at once; started again, goes on from its last checkpoint ({KILLS} runs, all with the same adapter)",
+            f"ends at once; the next start continues from the last checkpoint ({KILLS} runs, all with equal adapters)",
             None,
             sum(recoveries) / KILLS,
-            "the steps since the last checkpoint, which are trained again to the same bits",
+            "the steps since the last checkpoint; repeating them gives the same bits",
         )
     )
