@@ -158,14 +158,18 @@ class RunJob(Job):
     @property
     def record(self) -> Record | None:
         """The newest record of a run with this configuration, successful or failed. None if there is no such record."""
-        # Ignore records of other configurations, such as one from before a configuration file was edited. Folders are
-        # not compared, because they may have moved.
-        config = self.config.model_dump(exclude={"output_dir", "cache_dir"})
         found = filter(
             None, (read_record(folder / "record.json", Record) for folder in (self.folder, self.failed_folder))
         )
-        same = [record for record in found if config.items() <= record.run_info.train_config.items()]
-        return max(same, key=lambda record: record.run_info.created_at, default=None)
+        return max(filter(self.has_record, found), key=lambda record: record.run_info.created_at, default=None)
+
+    def has_record(self, record: Record) -> bool:
+        """Return whether `record` is of a run with this configuration, in any folder.
+
+        A record has another configuration if, for example, a configuration file was edited after the run.
+        """
+        config = self.config.model_dump(exclude={"output_dir", "cache_dir"})  # folders may have moved
+        return config.items() <= record.run_info.train_config.items()
 
     def moved_to(self: R, output_dir: Path) -> R:
         """Return a copy of the job with its folder and its cache in `output_dir`."""

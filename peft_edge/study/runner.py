@@ -10,7 +10,8 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing
+from contextlib import closing, suppress
+from dataclasses import replace
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -19,7 +20,7 @@ from tqdm.auto import tqdm
 
 from peft_edge.hub.card import shareable
 from peft_edge.profiling.tables import text_table
-from peft_edge.records import SUCCESS, CostRecord, Record, add_record
+from peft_edge.records import SUCCESS, CostRecord, Record, add_record, read_record
 from peft_edge.study.cluster import Cluster
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
@@ -30,7 +31,8 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
     If a job fails or its process is killed, the reason is written to its log, and the other jobs continue. A failed
     training run also gets a record of the failure. The next call tries the failed job again. Ctrl-C kills the running
-    jobs; the next call continues them from their last checkpoints.
+    jobs; the next call continues them from their last checkpoints. A run that has succeeded is not repeated, even if
+    its name has changed because the grid has more values.
 
     Args:
         jobs: The result of `read_grid`. The log of a job is the file `<job.folder>.log`. It contains the output of the
@@ -55,6 +57,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
             f"another study is working in {output_dir}: wait for its end, or choose another --output-dir"
         ) from error
     with lock:
+        _rename_earlier_runs(jobs, output_dir, results)
         unfinished = _sources_first([job for job in jobs if not job.is_finished])
         for job in jobs:
             _copy_record(job, results)
@@ -70,6 +73,33 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
                     num_failed += not job.is_finished
                     bar.set_postfix(failed=num_failed, refresh=False)
                     bar.update()
+
+
+def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -> None:
+    """Rename the folders of successful runs that a job has under another name, so that they are not repeated.
+
+    The name of a run contains the values of the keys that the grid varies. When a grid gets a second value for a key,
+    the names of its runs change, but not their configurations. Logs are renamed, too, and copies of records in
+    `results` are deleted.
+    """
+    names = {job.name for job in jobs}
+    waiting = [job for job in jobs if isinstance(job, RunJob) and not job.folder.exists()]
+    if not waiting:
+        return
+    for file in sorted(output_dir.glob("*/record.json")):
+        if file.parent.name in names:
+            continue
+        with suppress(ValueError):  # the record of a cost analysis, or a damaged record
+            record = read_record(file, Record)
+            job = next((job for job in waiting if record is not None and job.has_record(record)), None)
+            if record is None or job is None or record.train_info.status != SUCCESS:
+                continue
+            earlier = replace(job, folder=file.parent)
+            file.parent.rename(job.folder)
+            if earlier.log.exists():
+                earlier.log.rename(job.log)
+            (results / f"{earlier.result_name}.json").unlink(missing_ok=True)
+            waiting.remove(job)
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:

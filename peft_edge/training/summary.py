@@ -179,6 +179,8 @@ def retention_warning(record: Record) -> str | None:
         return None
     if config["method"].startswith(("norm-", "peft-")):
         remedy = f"use another method with norm=frozen: {config['method']} replaces the source's BatchNorm statistics"
+    elif config["method"] == "full":
+        remedy = "use an adapter such as lora with norm=frozen, which changes less than all weights"
     elif config["norm"] != "frozen":
         remedy = f"set norm=frozen, which keeps the source's BatchNorm statistics (norm is {config['norm']})"
     elif config["data"]["new_classes"]:

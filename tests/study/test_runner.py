@@ -82,6 +82,36 @@ def test_one_job_of_each_source_is_first_and_failures_stop_no_other(
     assert "failed=1" in last_line
 
 
+def test_finished_runs_are_not_repeated_if_the_grid_has_more_values(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[list[str]] = []
+    monkeypatch.setattr(
+        "peft_edge.study.runner._run_in_pool", lambda jobs, _: iter(asked.append([job.name for job in jobs]) or [])
+    )
+    (tmp_path / "task.yaml").write_text("data: {name: digits, shift: invert}\n")
+    grid, out = tmp_path / "grid.yaml", tmp_path / "runs"
+
+    def jobs_of(seeds: list[int]) -> list[Job]:
+        grid.write_text(f"recipes: [[task.yaml]]\ngrid: {{seed: {seeds}}}\n")
+        return read_grid(grid, out)
+
+    (job,) = jobs_of([0])
+    record = record_of(job.config)
+    add_record(job.folder, "record", record)
+    job.log.write_text("its output")
+    run_grid([job], results=out / "results")
+    assert [file.name for file in (out / "results").iterdir()] == ["lora--task.json"]
+
+    first, second = jobs_of([0, 1])
+    run_grid([first, second], results=out / "results")
+
+    assert asked == [[], [second.name]]
+    assert (first.record, first.log.read_text()) == (record, "its output")
+    assert not job.folder.exists()
+    assert [file.name for file in (out / "results").iterdir()] == ["lora--task--seed=0.json"]
+
+
 def test_empty_grid_starts_no_process(tmp_path: Path) -> None:
     run_grid([], results=tmp_path / "results")
     assert multiprocessing.active_children() == []
