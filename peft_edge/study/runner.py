@@ -173,6 +173,8 @@ def _exit_with_parent() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
+    # The default lock of progress bars contains a semaphore. Python would warn of it after the worker is killed.
+    tqdm.set_lock(threading.RLock())
 
 
 # Each dict maps the column titles of a table to the number formats of the columns.
