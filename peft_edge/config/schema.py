@@ -241,9 +241,10 @@ class TrainingConfig(Section):
         list[Positive],
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
-    ] = [1e-2]
+    ] = [3e-3]
     """Peak learning rate, or a list to try. The rate with the best accuracy on the target's validation split is chosen.
-    Usual values: 3e-3 to 1e-2 for adapters, 1e-3 to 3e-3 for full fine-tuning."""
+    Usual values: 1e-3 to 3e-3 for adapters of pretrained networks, 3e-3 to 1e-2 for adapters of small networks that
+    were trained from scratch, and a third of these values for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
     """Optimizer: adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of this optimizer."""
     weight_decay: NonNegative = 0.0

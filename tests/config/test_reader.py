@@ -110,7 +110,7 @@ def test_the_resolved_configuration_reads_back_the_same(config_file: Path, tmp_p
 def test_every_key_is_described() -> None:
     keys = [key.splitlines() for key in describe_keys().split("\n\n")]
     titles = [title for title, *_ in keys]
-    assert "training.learning_rate: [0.01]" in titles
+    assert "training.learning_rate: [0.003]" in titles
     assert "output_dir: required" in titles
     assert all(description.startswith("    ") and description.strip() for _, description, *_ in keys)
 

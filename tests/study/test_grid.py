@@ -50,7 +50,7 @@ def test_folders_that_the_study_chooses_are_refused(grid: Path, tmp_path: Path, 
 def test_grid_for_own_photographs_has_a_learning_rate_for_each_method(tmp_path: Path) -> None:
     jobs = read_grid(ROOT / "configs/study/image_folder.yaml", tmp_path)
     rates = {job.config.method: job.config.training.learning_rate for job in jobs}
-    assert rates == {"none": [3e-3], "lora": [3e-3], "full": [1e-3]}
+    assert rates == {"none": [1e-3, 3e-3], "lora": [1e-3, 3e-3], "full": [3e-4, 1e-3]}
     assert {job.config.data.shift for job in jobs} == {"path/to/photos-of-the-new-camera"}
 
 
