@@ -7,7 +7,7 @@ import os
 import signal
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -86,9 +86,12 @@ def test_finished_runs_are_not_repeated_if_the_grid_has_more_values(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked: list[list[str]] = []
-    monkeypatch.setattr(
-        "peft_edge.study.runner._run_in_pool", lambda jobs, _: iter(asked.append([job.name for job in jobs]) or [])
-    )
+
+    def run_nothing(jobs: list[Job], processes: int) -> Iterator[tuple[Job, str | None]]:
+        asked.append([job.name for job in jobs])
+        yield from ()
+
+    monkeypatch.setattr("peft_edge.study.runner._run_in_pool", run_nothing)
     (tmp_path / "task.yaml").write_text("data: {name: digits, shift: invert}\n")
     grid, out = tmp_path / "grid.yaml", tmp_path / "runs"
 
