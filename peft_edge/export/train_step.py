@@ -93,10 +93,7 @@ class StepOptimizer:
         return ("momentum",) if self.momentum else ()
 
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return the optimizer state before the first step. All values are zero.
-
-        The names are `<slot>:<name>`, for each slot in `slots` and each name in `adapter`. AdamW also has `step`.
-        """
+        """Return zeros for each slot in `slots` and name in `adapter`, named `<slot>:<name>`; for AdamW also `step`."""
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
             state[STEP] = next(iter(adapter.values())).new_zeros(())
