@@ -16,6 +16,7 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 from pebble import ProcessExpired, ProcessPool
+from tqdm import std
 from tqdm.auto import tqdm
 
 from peft_edge.hub.card import shareable
@@ -174,7 +175,7 @@ def _exit_with_parent() -> None:
 
     threading.Thread(target=watch, daemon=True).start()
     # The default lock of progress bars contains a semaphore. Python would warn of it after the worker is killed.
-    tqdm.set_lock(threading.RLock())
+    std.tqdm.set_lock(threading.RLock())
 
 
 # Each dict maps the column titles of a table to the number formats of the columns.
