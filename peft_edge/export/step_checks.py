@@ -295,7 +295,9 @@ def run_onnx_steps(
         tensors = {f"{name}.{index}": value for index, batch in enumerate(batches) for name, value in batch.items()}
         save_file({**tensors, LEARNING_RATE: torch.tensor(learning_rate)}, inputs)
         script = Path(__file__).with_name("onnx_steps.py")
-        command = [sys.executable, "-P", str(script), mode, str(folder), str(inputs), str(outputs)]
+        # With -P, the script does not import modules from its own folder. Python 3.10 lacks this option.
+        safe_path = ["-P"] if sys.version_info >= (3, 11) else []
+        command = [sys.executable, *safe_path, str(script), mode, str(folder), str(inputs), str(outputs)]
         environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES}
         ended = subprocess.run(command, capture_output=True, text=True, env=environment)
         if ended.returncode:

@@ -187,7 +187,7 @@ def _draw_ranks(axes: Axes, data: DataFrame, styles: Mapping[str, Style]) -> Non
 
 def _draw_ranges(axes: Axes, places: Sequence[float], points: DataFrame, name: str, style: Style) -> None:
     low, middle, high = points[["low", "middle", "high"]].to_numpy().T
-    errors = (middle - low, high - middle)
+    errors = [(middle - low).tolist(), (high - middle).tolist()]  # matplotlib 3.10 warns of arrays of one value
     axes.errorbar(places, middle, yerr=errors, label=name, markersize=6, linewidth=1.2, elinewidth=0.8, **style)
 
 
