@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, TypeGuard
 if TYPE_CHECKING:
     from torch import nn
 
+    from peft_edge._compat import ConvolutionBase
+
     Convolution = nn.Conv1d | nn.Conv2d | nn.Conv3d
 
 ROLES: dict[str, str] = {
@@ -33,7 +35,7 @@ def is_convolution(module: nn.Module) -> TypeGuard[Convolution]:
     return isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
 
 
-def is_depthwise(conv: Convolution) -> bool:
+def is_depthwise(conv: ConvolutionBase) -> bool:
     """Return whether each input channel has its own kernels (`groups == in_channels > 1`)."""
     return 1 < conv.groups == conv.in_channels
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from typer import Argument, Option
 
@@ -12,6 +11,7 @@ from peft_edge.cli.models import run_record
 from peft_edge.cli.options import choice, count, load_base_model, path
 
 if TYPE_CHECKING:
+    from datasets import DatasetDict
     from peft import PeftModel
 
 COMBINATION_NAMES = (
@@ -45,6 +45,8 @@ def merge_adapters_of_fleet(
     Combines LoRA adapters that were trained on the same base model, and pools their BatchNorm statistics. With --test,
     prints the accuracies of the base model, of each adapter and of the combined adapter on each folder.
     """
+    from peft_edge.data.sources import read_splits
+    from peft_edge.export.verification import is_same_data
     from peft_edge.hub import save_adapter
     from peft_edge.hub.combination import combine_adapters
     from peft_edge.profiling.tables import text_table
@@ -65,7 +67,8 @@ def merge_adapters_of_fleet(
     }
     size = image_size or (runs[adapters[0]]["image_size"] if adapters[0] in runs else None)
     # Read all folders before anything is written.
-    columns = [(folder, accuracies(model, len(adapters), folder, size)) for folder in test or ()]
+    splits = {folder: read_splits(folder) for folder in test or ()}
+    columns = [(folder, accuracies(model, len(adapters), folder, splits[folder], size)) for folder in test or ()]
     save_adapter(model, out)
     print(f"{out}: {len(adapters)} adapters combined, rank {model.active_peft_config.r}")
     if columns:
@@ -73,42 +76,37 @@ def merge_adapters_of_fleet(
         table = [[name, *(f"{column[row]:.3f}" for _, column in columns)] for row, name in enumerate(rows)]
         print(text_table([["accuracy on", *(folder for folder, _ in columns)], *table]))
     for folder in test or ():
-        used = [name for name, data in runs.items() if _may_be_trained_on(folder, data)]
-        if used:
+        used = [
+            name
+            for name, data in runs.items()
+            if any(other and is_same_data(folder, other) for other in (data["name"], data["shift"]))
+        ]
+        if used and "test" not in splits[folder]:
             print(
                 f"Warning: {', '.join(used)} may have been trained on some of these images of {folder}. To measure "
                 "accuracies of new images, pass a folder that no run used, or one with a subfolder test"
             )
 
 
-def _may_be_trained_on(folder: str, data: Mapping[str, Any]) -> bool:
-    """Return whether a run with the configuration `data` used `folder`, and `folder` has no split for tests."""
-    from peft_edge.data.sources import read_splits
-    from peft_edge.export.verification import is_same_data
-
-    used = any(name and is_same_data(folder, name) for name in (data["name"], data["shift"]))
-    return used and "test" not in read_splits(folder)
-
-
-def accuracies(model: PeftModel, num_adapters: int, folder: str, image_size: int | None) -> list[float]:
+def accuracies(
+    model: PeftModel, num_adapters: int, folder: str, splits: DatasetDict, image_size: int | None
+) -> list[float]:
     """Return the accuracies of the base model, of each adapter and of the combined adapter on the images in `folder`.
 
-    If the folder has no split `test`, the images of the split `train` are used. If the folder has no split folders, all
-    its images are used. The combined adapter is active afterwards.
+    `splits` is the result of `read_splits(folder)`. If it has no split `test`, the images of the split `train` are
+    used: all images if the folder has no split folders. The combined adapter is active afterwards.
 
     Raises:
-        ValueError: If the folder cannot be read, or has classes that the model does not know.
+        ValueError: If the folder has classes that the model does not know.
     """
     from accelerate import Accelerator
 
     from peft_edge.backbones import class_names
     from peft_edge.data import build_loader, build_transform
-    from peft_edge.data.sources import read_splits
     from peft_edge.export.verification import input_config
     from peft_edge.hub.combination import COMBINED
     from peft_edge.training.evaluation import predict
 
-    splits = read_splits(folder)
     images = splits.get("test", splits["train"])
     names = images.features["label"].names
     known = class_names(model) or names

@@ -31,6 +31,7 @@ from peft_edge.functional.batch_norm import batch_norm, frozen_batch_norm
 from peft_edge.functional.convolution import lean_convolution, needs_backward, pad
 from peft_edge.functional.recompute import get_recompute
 from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable, mark_overwritable
+from peft_edge.roles import is_depthwise
 
 Function = Callable[..., object]
 
@@ -94,7 +95,7 @@ class LeanConvolution(ConvolutionBase):
         Adapters of this layer read this property.
         """
         if self.recompute == "depthwise":
-            return 1 < self.groups == self.in_channels
+            return is_depthwise(self)
         return self.recompute and self.weight[0].numel() <= _MAX_RECOMPUTED_PRODUCTS
 
     def forward(self, x: Tensor) -> Tensor:

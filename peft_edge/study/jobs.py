@@ -7,8 +7,9 @@ import traceback
 from abc import ABC, abstractmethod
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from peft_edge import training
 from peft_edge._compat import reset_accelerator
@@ -168,8 +169,12 @@ class RunJob(Job):
 
         A record has another configuration if, for example, a configuration file was edited after the run.
         """
-        config = self.config.model_dump(exclude={"output_dir", "cache_dir"})  # folders may have moved
-        return config.items() <= record.run_info.train_config.items()
+        return self._settings.items() <= record.run_info.train_config.items()
+
+    @cached_property
+    def _settings(self) -> dict[str, Any]:
+        """The configuration without folders, because these may have moved."""
+        return self.config.model_dump(exclude={"output_dir", "cache_dir"})
 
     def moved_to(self: R, output_dir: Path) -> R:
         """Return a copy of the job with its folder and its cache in `output_dir`."""

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, suppress
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 
@@ -90,17 +90,21 @@ def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -
     for file in sorted(output_dir.glob("*/record.json")):
         if file.parent.name in names:
             continue
-        with suppress(ValueError):  # the record of a cost analysis, or a damaged record
+        try:
             record = read_record(file, Record)
-            job = next((job for job in waiting if record is not None and job.has_record(record)), None)
-            if record is None or job is None or record.train_info.status != SUCCESS:
-                continue
-            earlier = replace(job, folder=file.parent)
-            file.parent.rename(job.folder)
-            if earlier.log.exists():
-                earlier.log.rename(job.log)
-            (results / f"{earlier.result_name}.json").unlink(missing_ok=True)
-            waiting.remove(job)
+        except ValueError:  # the record of a cost analysis, or a damaged record
+            continue
+        if record is None or record.train_info.status != SUCCESS:
+            continue
+        job = next((job for job in waiting if job.has_record(record)), None)
+        if job is None:
+            continue
+        earlier = replace(job, folder=file.parent)
+        file.parent.rename(job.folder)
+        if earlier.log.exists():
+            earlier.log.rename(job.log)
+        (results / f"{earlier.result_name}.json").unlink(missing_ok=True)
+        waiting.remove(job)
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
@@ -134,7 +138,7 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
     if not jobs:
         return
     context = multiprocessing.get_context("spawn")  # a forked process would inherit threads and locks
-    pool = ProcessPool(min(processes, len(jobs)), initializer=_exit_with_parent, context=context)
+    pool = ProcessPool(min(processes, len(jobs)), initializer=_begin_worker, context=context)
     try:
         futures: dict[Future[None], Job] = {pool.schedule(job.attempt): job for job in jobs}
         for future in as_completed(futures):
@@ -161,10 +165,10 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
         pool.join()
 
 
-def _exit_with_parent() -> None:
-    """Start a thread that ends this worker process when the study's process ends.
+def _begin_worker() -> None:
+    """Prepare this worker process: let it end together with the study's process, and set the lock of progress bars.
 
-    Without the thread, the job of a killed study would continue, and disturb the next study.
+    Otherwise, the job of a killed study would continue, and disturb the next study.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
