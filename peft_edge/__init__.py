@@ -41,20 +41,26 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-def _register_with_peft(imported: ModuleType) -> None:
-    """Import `tuners` and `hub` if PEFT is imported and no module of this package is half imported.
+_imported: set[str] = set()  # modules whose import is complete: PEFT, and those of this package
 
-    `imported` is the module whose import has just finished.
+
+def _register_with_peft(module: ModuleType) -> None:
+    """Import `tuners` and `hub` if PEFT's import is complete and no module of this package is half imported.
+
+    Runs after the import of PEFT and of each module of this package, perhaps in several threads at once.
     """
-    if "peft" in sys.modules and not any(map(_is_half_imported, {*sys.modules} - {imported.__name__})):
+    _imported.add(module.__name__)
+    if "peft" in _imported and not any(map(_is_half_imported, {*sys.modules})):
         import_module(f"{__name__}.tuners")
         import_module(f"{__name__}.hub")
 
 
 def _is_half_imported(module: str) -> bool:
     package, _, name = module.rpartition(".")
+    if module in _imported or not module.startswith(f"{__name__}."):
+        return False
     # A module becomes an attribute of its package when its import is complete.
-    return module.startswith(f"{__name__}.") and package in sys.modules and name not in vars(sys.modules[package])
+    return package in sys.modules and name not in vars(sys.modules[package])
 
 
 for _name in ["peft", *(f"{__name__}.{module.name}" for module in iter_modules(__path__))]:
