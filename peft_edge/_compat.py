@@ -6,6 +6,7 @@ Each entry says why the public interface is not enough. All entries were checked
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from copy import copy
 from functools import wraps
@@ -87,13 +88,23 @@ def is_transforming() -> bool:
 
 def use_counts(tensor: Tensor) -> tuple[int, int]:
     """Count the references to the C++ tensor and to its storage; `sys.getrefcount` counts neither."""
-    storage = tensor.untyped_storage()
-    return tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+    address = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
+    count = torch._C._storage_Use_Count(address)
+    if count > 1:
+        # One of the references may be that of a Python object of the storage. Such an object lives as long as the
+        # storage. Do not make one for a storage that has none, because autograd then no longer adds to it in place.
+        tensor.untyped_storage()
+        count = torch._C._storage_Use_Count(address) - 1
+    return tensor._use_count(), count  # type: ignore[attr-defined]
 
 
-def saved_tensors_hooks() -> object:
-    """Return the innermost active hooks on saved tensors, or None; gradient checkpointing installs such hooks."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True)
+def saved_tensors_hook() -> weakref.ref[Callable[[Tensor], object]] | None:
+    """Return a reference to the innermost hook that packs saved tensors, or None; checkpointing sets such a hook.
+
+    References to the same hook are the same object.
+    """
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    return None if hooks is None else weakref.ref(hooks[0])
 
 
 def has_hooks(module: nn.Module) -> bool:

@@ -128,10 +128,10 @@ def test_use_counts_rise_with_views_and_with_saved_tensors() -> None:
     assert _compat.use_counts(x)[0] > tensor_count, square
 
 
-def test_saved_tensors_hooks_are_seen_while_active() -> None:
-    assert _compat.saved_tensors_hooks() is None
+def test_saved_tensors_hook_is_seen_while_active() -> None:
+    assert _compat.saved_tensors_hook() is None
     with torch.autograd.graph.save_on_cpu():
-        assert _compat.saved_tensors_hooks() is not None
+        assert _compat.saved_tensors_hook() is not None
 
 
 @pytest.mark.parametrize(

@@ -170,24 +170,31 @@ def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor
     return operator.grad_input(gradient, value, *bounds, grad_input=out)
 
 
-def smooth_activation(x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
+def smooth_activation(x: Tensor, forward: Activation, backward: Derivative, *, inplace: bool = False) -> Tensor:
     """Return `forward(x)`. Save x or, if x can be recomputed from other tensors, these tensors.
 
     `backward` must map the gradient of the output and x to the gradient of x, and must accept the keyword argument
-    `out`.
+    `out`. With `inplace`, the output overwrites x, and a copy of x is saved if x cannot be recomputed.
     """
-    y = _SmoothActivation.apply(x, forward, backward)
-    return set_recompute(y, get_recompute(x).then(partial(_activate, forward=forward), is_pointwise=True))
+    kept = x.clone() if inplace and get_recompute(x).is_identity else x
+    source = get_recompute(kept)
+    y = _SmoothActivation.apply(kept, x if inplace else None, forward, backward)
+    return set_recompute(y, source.then(partial(_activate, forward=forward), is_pointwise=True))
 
 
 class _SmoothActivation(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: AutogradContext, x: Tensor, forward: Activation, backward: Derivative) -> Tensor:
+    def forward(
+        ctx: AutogradContext, x: Tensor, overwritten: Tensor | None, forward: Activation, backward: Derivative
+    ) -> Tensor:
         ctx.forward_of_x, ctx.backward_of_x = forward, backward
         node, inputs = get_recompute(x)
         ctx.x = node.add_user()
         ctx.save_for_backward(*inputs)
-        return forward(x)
+        if overwritten is None:
+            return forward(x)
+        ctx.mark_dirty(overwritten)
+        return forward(overwritten, inplace=True)
 
     @staticmethod
     def backward(ctx: AutogradContext, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -195,8 +202,8 @@ class _SmoothActivation(torch.autograd.Function):
         if torch.is_grad_enabled():
             # Autograd will differentiate this backward pass, but most of torch's backward operators have no derivative.
             x = ctx.x.value(ctx.saved_tensors)
-            return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None
-        return _map_parts(ctx.backward_of_x, gradient, ctx.x, ctx.saved_tensors, overwrites), None, None
+            return *torch.autograd.grad(ctx.forward_of_x(x), x, gradient, create_graph=True), None, None, None
+        return _map_parts(ctx.backward_of_x, gradient, ctx.x, ctx.saved_tensors, overwrites), None, None, None
 
 
 def silu_gradient(gradient: Tensor, x: Tensor, *, out: Tensor | None = None) -> Tensor:

@@ -10,8 +10,9 @@ Shapes: `x` is (B, C_in, *size). The output y and its gradient `grad_y` are (B, 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from timm.layers import Conv2dSame, pad_same
 from torch import Tensor
 
 from peft_edge._compat import AutogradContext, ConvolutionBase, f_pad_sides, is_transforming
-from peft_edge.functional.recompute import Step, get_recompute, memory_format_of, set_recompute
+from peft_edge.functional.recompute import Recomputation, Step, get_recompute, memory_format_of, set_recompute
 
 _CONVOLUTIONS = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 
@@ -98,6 +99,21 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
     )[1]
 
 
+def recomputed_kernel_gradient(
+    grad_y: Tensor, node: Recomputation, inputs: Sequence[Tensor], weight_size: torch.Size, geometry: Geometry
+) -> Tensor:
+    """Return the same gradient as `kernel_gradient`, for the x that `node` recomputes from `inputs`.
+
+    A large x is recomputed in batches of samples, and the gradients of the batches are added.
+    """
+    total = None
+    for x, grad in node.batches(inputs, grad_y):
+        # Under autocast the gradient and x have different dtypes.
+        part = kernel_gradient(grad, x.to(grad.dtype), weight_size, geometry)
+        total = part if total is None else total.add_(part)
+    return cast(Tensor, total)
+
+
 def lean_convolution(
     x: Tensor, weight: Tensor, bias: Tensor | None, geometry: Geometry, *, recompute: bool = False
 ) -> Tensor:
@@ -125,7 +141,9 @@ def note_convolution(y: Tensor, x: Tensor, step: Step, *operands: Tensor | None)
     the arguments of `Recompute.then`.
     """
     source = get_recompute(x)
-    return set_recompute(y, source.then(step, *operands, is_convolution=True)) if source.node.inputs_are_saved else y
+    if not source.node.inputs_are_saved:
+        return y
+    return set_recompute(y, source.then(step, *operands, is_convolution=True, shrinks=y.numel() <= x.numel()))
 
 
 def _recompute_convolution(
@@ -154,9 +172,8 @@ class _LeanConvolution(torch.autograd.Function):
         grad_x = grad_weight = grad_bias = None
         # Under autocast the gradient and the weight have different dtypes.
         if wants_weight:
-            x = ctx.x.value(inputs).to(grad_y.dtype)
-            grad_weight = kernel_gradient(grad_y, x, weight.shape, ctx.geometry).to(weight.dtype)
-            del x
+            grad_weight = recomputed_kernel_gradient(grad_y, ctx.x, inputs, weight.shape, ctx.geometry)
+            grad_weight = grad_weight.to(weight.dtype)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
         if wants_x:  # dX is last, because the recomputed input is freed by now

@@ -41,6 +41,7 @@ from peft_edge.functional.convolution import (
     kernel_gradient,
     needs_backward,
     note_convolution,
+    recomputed_kernel_gradient,
 )
 from peft_edge.functional.recompute import get_recompute, memory_format_of
 
@@ -168,8 +169,13 @@ class _LowRankConvolution(torch.autograd.Function):
             ctx.x, saved_x = None, ()
         ctx.save_for_backward(z, weight, lora_a, lora_b, magnitude, *saved_x)
         y = convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
+        if ctx.x is None:
+            route = "low_rank"
+        elif trains_magnitude:
+            route = "full_kernel"
+        ctx.route = route or choose_gradient_route(x, y, weight.shape, len(lora_a))
         ctx.x_size, ctx.memory_format = x.shape, memory_format_of(y)
-        ctx.scaling, ctx.geometry, ctx.route = scaling, geometry, route
+        ctx.scaling, ctx.geometry = scaling, geometry
         return y
 
     @staticmethod
@@ -177,7 +183,6 @@ class _LowRankConvolution(torch.autograd.Function):
         # Pooling returns contiguous gradients even for channels-last maps. Restore the memory format of y.
         grad_y = grad_y.contiguous(memory_format=ctx.memory_format)
         z, weight, lora_a, lora_b, magnitude, *saved_x = ctx.saved_tensors
-        x = None if ctx.x is None else ctx.x.value(saved_x)
         wants_x, _, wants_a, wants_b, wants_magnitude, wants_bias, *_ = ctx.needs_input_grad
         scaling, geometry = ctx.scaling, ctx.geometry
         dtype = grad_y.dtype  # under autocast, the parameters have another dtype
@@ -185,18 +190,13 @@ class _LowRankConvolution(torch.autograd.Function):
         if magnitude is not None:
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling)
             factor = dora_scale(kernel, magnitude)
-        if x is None:
-            route = "low_rank"
-        elif wants_magnitude:
-            route = "full_kernel"
-        else:
-            route = ctx.route or choose_gradient_route(x, grad_y, weight.shape, len(lora_a))
 
         grad_x = grad_a = grad_b = grad_magnitude = grad_bias = None
-        if x is not None and route == "full_kernel":
+        if ctx.route == "full_kernel":
             # Apply `row_scaling` to B and to the rows of `grad_b`. Scaling `grad_kernel` (dW') would need a second
             # tensor of its size.
-            grad_kernel = kernel_gradient(grad_y, x.to(dtype), weight.shape, geometry).to(lora_a.dtype)
+            grad_kernel = recomputed_kernel_gradient(grad_y, ctx.x, saved_x, weight.shape, geometry)
+            grad_kernel = grad_kernel.to(lora_a.dtype)
             layout = memory_format_of(grad_kernel)
             rows = as_matrix(grad_kernel, layout)
             row_scaling = scaling if factor is None else factor.flatten(1) * scaling
@@ -211,23 +211,30 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_magnitude = products.to(magnitude.dtype).view_as(magnitude)
             del grad_kernel, rows
         else:
-            pointwise = _pointwise(grad_y)
-            if x is not None:
-                x = x.to(dtype)
-                if wants_b:
-                    z = _down_projection(x, lora_a.to(dtype), geometry)
-            elif z is not None and torch.is_grad_enabled():
+            if ctx.x is None and z is not None and torch.is_grad_enabled():
                 raise RuntimeError(
                     "lowrank_conv2d: with lora_a frozen the input is not saved, so there is no second derivative. "
                     "Pass route='full_kernel', which saves the input."
                 )
-            if z is not None:  # dB = s f dY z^T
-                products = kernel_gradient(grad_y, z.to(dtype), lora_b.shape, pointwise) * scaling
-                grad_b = _scaled(products, factor, lora_b.dtype)
-            if x is not None and wants_a:  # u = (s f B)^T dY; dA is the kernel gradient for x and output gradient u
-                u_size = torch.Size([len(x), len(lora_a), *grad_y.shape[2:]])
-                u = input_gradient(grad_y, _scaled(lora_b * scaling, factor, dtype), u_size, pointwise)
-                grad_a = kernel_gradient(u, x, lora_a.shape, geometry)
+            pointwise = _pointwise(grad_y)
+            scaled_b = _scaled(lora_b * scaling, factor, dtype)
+            grad_scaled_b: Tensor | None = None
+            for x, grad in [(None, grad_y)] if ctx.x is None else ctx.x.batches(saved_x, grad_y):
+                if x is not None:
+                    x = x.to(dtype)
+                    if wants_b:
+                        z = _down_projection(x, lora_a.to(dtype), geometry)
+                if z is not None:  # dB = s f dY z^T
+                    product = kernel_gradient(grad, z.to(dtype), lora_b.shape, pointwise)
+                    grad_scaled_b = product if grad_scaled_b is None else grad_scaled_b.add_(product)
+                if x is not None and wants_a:  # u = (s f B)^T dY; dA is the kernel gradient for x and u
+                    u_size = torch.Size([len(x), len(lora_a), *grad.shape[2:]])
+                    u = input_gradient(grad, scaled_b, u_size, pointwise)
+                    product = kernel_gradient(u, x, lora_a.shape, geometry)
+                    grad_a = product if grad_a is None else grad_a.add_(product)
+            del x
+            if grad_scaled_b is not None:
+                grad_b = _scaled(grad_scaled_b * scaling, factor, lora_b.dtype)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
         if wants_x:  # dX is last, because the temporaries of the other gradients are freed by now

@@ -13,14 +13,15 @@ from __future__ import annotations
 
 import functools
 import sys
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from peft_edge._compat import AutogradContext, no_dispatch, use_counts, version_of
+from peft_edge._compat import AutogradContext, no_dispatch, saved_tensors_hook, use_counts, version_of
 
 # A recomputation runs at most this many convolutions. One inverted residual block has two cheap convolutions.
 _MAX_CONVOLUTIONS = 2
@@ -54,6 +55,7 @@ class Recomputation:
         num_inputs: int = 1,
         is_pointwise: bool = False,
         is_convolution: bool = False,
+        shrinks: bool = False,
     ) -> None:
         self.step, self.parent = step, parent
         self.num_inputs = num_inputs
@@ -61,6 +63,8 @@ class Recomputation:
         self.is_pointwise = is_pointwise
         """Whether `step` is elementwise, with operands per channel, so that it may run on parts of a feature map."""
         self.is_convolution = is_convolution
+        self.shrinks = shrinks
+        """Whether `step` is a convolution whose output has at most as many elements as its input."""
         self.num_convolutions: int = is_convolution + (0 if parent is None else parent.num_convolutions)
         """The number of convolutions that the recomputation runs."""
         self._users = 0
@@ -120,15 +124,30 @@ class Recomputation:
         return value
 
     def _compute(self, inputs: Sequence[Tensor]) -> Tensor:
-        if self.parent is None or self.step is None:
+        parent, step = self.parent, self.step
+        if parent is None or step is None:
             return inputs[0]
-        x = self.parent.value(inputs[: self.parent.num_inputs])
-        # If x was recomputed and is not cached, nothing else holds x, so `step` may overwrite x.
-        is_owned = not (self.parent.is_identity or self.parent._cached is not None or torch.is_grad_enabled())
-        with ExitStack() as stack:
-            for device, dtype in self._autocast:
-                stack.enter_context(torch.autocast(device, dtype))
-            return self.step(x, *inputs[self.parent.num_inputs :], overwrite=is_owned)
+        inputs, operands = inputs[: parent.num_inputs], inputs[parent.num_inputs :]
+        if not self.is_convolution:
+            x = parent.value(inputs)
+            # If x was recomputed and is not cached, nothing else holds x, so `step` may overwrite x.
+            is_owned = not (parent.is_identity or parent._cached is not None or torch.is_grad_enabled())
+            return step(x, *operands, overwrite=is_owned)
+        # Convolve in batches, unless x is smaller than y.
+        y, start = None, 0
+        for (x,) in parent.batches(inputs) if self.shrinks else [(parent.value(inputs),)]:
+            with ExitStack() as stack:
+                for device, dtype in self._autocast:
+                    stack.enter_context(torch.autocast(device, dtype))
+                part = step(x, *operands, overwrite=False)
+            if len(x) == len(inputs[0]):
+                return part
+            if y is None:
+                size = len(inputs[0]), *part.shape[1:]
+                y = torch.empty(size, dtype=part.dtype, memory_format=memory_format_of(part))
+            y[start : start + len(x)] = part
+            start += len(x)
+        return cast(Tensor, y)
 
     def parts(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield the recomputed tensor in parts that fit into the CPU's cache, each with the same part of `others`.
@@ -136,11 +155,27 @@ class Recomputation:
         The pointwise steps at the end of the recomputation run on one part at a time. `others` must have the shape of
         the tensor. `iter_parts` states when there is only one part.
         """
+        return self._parts(iter_parts, inputs, *others)
+
+    def batches(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """Yield the recomputed tensor in batches of samples, each with the same samples of `others`.
+
+        The pointwise steps at the end of the recomputation run on one batch at a time, so the whole tensor is never in
+        memory. `iter_sample_batches` states when there is only one batch.
+        """
+        if not self.is_pointwise or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            yield self.value(inputs), *others
+        else:
+            yield from self._parts(iter_sample_batches, inputs, *others)
+
+    def _parts(
+        self, split: Callable[..., Iterator[tuple[Tensor, ...]]], inputs: Sequence[Tensor], *others: Tensor
+    ) -> Iterator[tuple[Tensor, ...]]:
         node, steps = self, list[tuple[Step, Sequence[Tensor]]]()
         while node.is_pointwise and node.parent is not None and node.step is not None:
             steps.append((node.step, inputs[node.parent.num_inputs : node.num_inputs]))
             node = node.parent
-        for part, *rest in iter_parts(node.value(inputs[: node.num_inputs]), *others):
+        for part, *rest in split(node.value(inputs[: node.num_inputs]), *others):
             is_owned = False
             for step, operands in reversed(steps):
                 part, is_owned = step(part, *operands, overwrite=is_owned), True
@@ -159,18 +194,28 @@ class Recompute(NamedTuple):
         return self.node.is_identity
 
     def then(
-        self, step: Step, *operands: Tensor | None, is_pointwise: bool = False, is_convolution: bool = False
+        self,
+        step: Step,
+        *operands: Tensor | None,
+        is_pointwise: bool = False,
+        is_convolution: bool = False,
+        shrinks: bool = False,
     ) -> Recompute:
         """Return a `Recompute` that recomputes the tensor, and then applies `step` to the tensor and `operands`."""
         inputs = (*self.inputs, *operands)
         node = Recomputation(
-            step, self.node, num_inputs=len(inputs), is_pointwise=is_pointwise, is_convolution=is_convolution
+            step,
+            self.node,
+            num_inputs=len(inputs),
+            is_pointwise=is_pointwise,
+            is_convolution=is_convolution,
+            shrinks=shrinks,
         )
         return Recompute(node, inputs)
 
 
 class _Note(NamedTuple):
-    """A `Recompute`, and the version of the tensor on which `set_recompute` or `get_recompute` stores it.
+    """A `Recompute`, stored on a tensor, with the state in which it was stored.
 
     If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor must not
     refer to itself.
@@ -179,6 +224,9 @@ class _Note(NamedTuple):
     node: Recomputation
     inputs: tuple[Tensor | None, ...]
     version: int
+    """The version of the tensor, which an operation in place increases."""
+    hooks: weakref.ref[Callable[[Tensor], object]] | None
+    """The hook on saved tensors that was active, such as that of gradient checkpointing."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # In copies and pickles of the tensor, an empty set replaces this object. `torch.load` with `weights_only=True`
@@ -192,22 +240,26 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
     Nothing is stored if the recomputation would run more than two convolutions.
     """
     if not torch.compiler.is_compiling() and recompute.node.num_convolutions <= _MAX_CONVOLUTIONS:
-        tensor._recompute = _Note(*recompute, version_of(tensor))  # type: ignore[attr-defined]
+        tensor._recompute = _Note(*recompute, version_of(tensor), saved_tensors_hook())  # type: ignore[attr-defined]
     return tensor
 
 
 def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
-    The result has no steps, and the tensor itself as its only input, in four cases: nothing is stored, the tensor was
-    changed in place since then, the tensor was made in inference mode, or a compiler is tracing.
+    The result has no steps, and the tensor itself as its only input, in five cases: nothing is stored, the tensor was
+    changed in place since then, other hooks on saved tensors were active, the tensor was made in inference mode, or a
+    compiler is tracing.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))
+    # Gradient checkpointing sets hooks, and repeats a forward pass. In the repeated pass, the inputs may be new tensors
+    # without notes. So that both passes save the same tensors, neither uses notes from outside the checkpointed part.
+    state = version_of(tensor), saved_tensors_hook()
     note = getattr(tensor, "_recompute", None)
-    if not isinstance(note, _Note) or note.version != version_of(tensor):
+    if not isinstance(note, _Note) or (note.version, note.hooks) != state:
         # Store the identity as well, because it counts the functions that save the tensor.
-        note = tensor._recompute = _Note(Recomputation(), (), version_of(tensor))  # type: ignore[attr-defined]
+        note = tensor._recompute = _Note(Recomputation(), (), *state)  # type: ignore[attr-defined]
     return Recompute(note.node, note.inputs or (tensor,))
 
 
@@ -227,6 +279,11 @@ def memory_format_of(x: Tensor) -> torch.memory_format:
     return channels_last
 
 
+def fits_cache(x: Tensor) -> bool:
+    """Return whether a tensor is so small that elementwise operations need not process it in parts."""
+    return x.numel() <= CACHED_ELEMENTS
+
+
 def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Yield tensors of the same shape, (B, C, *size), in parts: views that fit into the cache of a CPU.
 
@@ -235,7 +292,7 @@ def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """
     first = tensors[0]
     is_common = has_standard_layout(first) and all(tensor.stride() == first.stride() for tensor in tensors)
-    if first.device.type != "cpu" or first.dim() < 2 or first.numel() <= CACHED_ELEMENTS or not is_common:
+    if first.device.type != "cpu" or first.dim() < 2 or fits_cache(first) or not is_common:
         yield tensors
     elif memory_format_of(first) == torch.contiguous_format:
         rows = max(1, CACHED_ELEMENTS // first[0].numel())
@@ -250,6 +307,19 @@ def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
             yield tuple(
                 tensor.as_strided(shape, strides, tensor.storage_offset() + start * channels) for tensor in tensors
             )
+
+
+def iter_sample_batches(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
+    """Yield tensors of equally many samples, (B, ...), in batches of samples: views, of which that of x fits the cache.
+
+    The tensors remain in one batch if x is small, not on a CPU, or smaller than one of `others`.
+    """
+    # A convolution takes longer for a small batch. Batches are faster only if they save memory traffic of a large x.
+    if x.device.type != "cpu" or x.numel() <= 4 * CACHED_ELEMENTS or any(x.numel() < each.numel() for each in others):
+        yield x, *others
+    else:
+        samples = max(1, 2 * CACHED_ELEMENTS // x[0].numel())
+        yield from zip(*(tensor.split(samples) for tensor in (x, *others)), strict=True)
 
 
 def can_overwrite(gradient: Tensor) -> bool:

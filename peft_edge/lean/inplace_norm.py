@@ -22,7 +22,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from peft_edge._compat import has_hooks, is_transformed, is_view, saved_tensors_hooks, version_of
+from peft_edge._compat import has_hooks, is_transformed, is_view, saved_tensors_hook, version_of
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
@@ -116,7 +116,7 @@ def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
     if torch.compiler.is_compiling():
         return False
     mark = vars(x).pop("_overwritable_by", None)
-    return mark is not None and mark == _mark(x, norm)
+    return mark is not None and not x.retains_grad and mark == _mark(x, norm)
 
 
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
@@ -124,7 +124,7 @@ def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
     # Gradient checkpointing that starts between the convolution and the norm saves y, so the norm must not overwrite y.
     # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark contains only the id of
     # the norm, because the norm itself would be pickled with the tensor.
-    return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hooks()
+    return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hook()
 
 
 def _is_observed(layer: nn.Module) -> bool:

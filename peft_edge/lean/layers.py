@@ -100,7 +100,8 @@ class LeanConvolution(ConvolutionBase):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
-        if torch.compiler.is_compiling() and _trains(self):
+        is_batch = x.dim() == self.weight.dim()
+        if not is_batch or (torch.compiler.is_compiling() and _trains(self)):
             return super().forward(x)
         x, geometry = pad(self, x)
         y = lean_convolution(x, self.weight, self.bias, geometry, recompute=self.lets_recompute)
@@ -120,11 +121,14 @@ class LeanBatchNorm(BatchNorm):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
+        if torch.compiler.is_compiling():
+            return super().forward(x)
         mean, var = self.running_mean, self.running_var
         trains = _trains(self)
         is_constant = not (self.training or trains or mean is None or var is None)
         has_backward = needs_backward() and (x.requires_grad or trains)
-        if torch.compiler.is_compiling() or not (is_constant or has_backward):
+        # In a repeated forward pass of checkpointing, do not count the batch again, even if no backward pass needs x.
+        if not (is_constant or has_backward or is_in_backward()):
             return super().forward(x)
         inplace = is_overwritable(x, self)
         if self.training or mean is None or var is None:
@@ -192,11 +196,11 @@ class LeanClippedActivation(nn.Module):
 class LeanSmoothActivation(nn.Module):
     """An activation that saves its input x.
 
-    If x can be recomputed from other tensors, the layer saves these tensors instead of x. If a backward pass follows,
-    `inplace` is ignored.
+    If x can be recomputed from other tensors, the layer saves these tensors instead of x.
     """
 
     keeps_input = True
+    inplace: bool
     function: Activation
     derivative: Derivative
 
@@ -204,7 +208,7 @@ class LeanSmoothActivation(nn.Module):
         """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x):
             return super().forward(x)
-        return smooth_activation(x, type(self).function, type(self).derivative)
+        return smooth_activation(x, type(self).function, type(self).derivative, inplace=self.inplace)
 
 
 class LeanMaxPool(nn.MaxPool2d):

@@ -321,7 +321,9 @@ class _Trace(TorchFunctionMode):
         self, func: Function, types: object, args: Sequence[object] = (), kwargs: dict[str, object] | None = None
     ) -> object:
         result = func(*args, **(kwargs or {}))
-        if isinstance(result, Tensor) and not self._running:
+        tensors = [value for value in leaves(result) if isinstance(value, Tensor)]
+        if tensors and not self._running:
             self.consume((args, kwargs), PRODUCT if func.__name__ in _PRODUCTS else FUNCTION)
-            result._made_by = None  # type: ignore[attr-defined]
+            for tensor in tensors:
+                tensor._made_by = None  # type: ignore[attr-defined]
         return result

@@ -19,7 +19,7 @@ from peft_edge.functional.activations import (
     silu_gradient,
     smooth_activation,
 )
-from peft_edge.functional.recompute import get_recompute, has_standard_layout
+from peft_edge.functional.recompute import get_recompute, has_standard_layout, set_recompute
 
 SIZES = [(1,), (7,), (8,), (3, 5, 7, 9), (2, 16, 130, 127)]
 
@@ -124,6 +124,26 @@ def test_smooth_activations_are_bit_identical_to_torch(name: str) -> None:
 
     assert torch.equal(found[0], expected[0])
     assert torch.equal(found[1], expected[1])
+
+
+@pytest.mark.parametrize("is_recomputed", [True, False])
+def test_smooth_activation_in_place_equals_torch(is_recomputed: bool) -> None:
+    x = torch.randn(2, 3, 5, dtype=torch.float64, requires_grad=True)
+
+    def function(x: Tensor, *, plain: bool = False) -> Tensor:
+        y = _noted_double(x) if is_recomputed and not plain else x * 2
+        z = F.silu(y, inplace=True) if plain else smooth_activation(y, F.silu, silu_gradient, inplace=True)
+        return y + z.square()  # y and z are the same tensor
+
+    found, expected = function(x), function(x, plain=True)
+
+    assert torch.equal(found, expected)
+    assert torch.equal(*(torch.autograd.grad(value.sum(), x)[0] for value in (found, expected)))
+    assert torch.autograd.gradgradcheck(function, x)
+
+
+def _noted_double(x: Tensor) -> Tensor:
+    return set_recompute(x * 2, get_recompute(x).then(lambda x, overwrite: x * 2))
 
 
 @pytest.mark.parametrize("keep", KEPT)

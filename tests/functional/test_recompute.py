@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
 from peft_edge.functional import recompute
@@ -61,6 +63,19 @@ def test_tensor_changed_in_place_loses_its_note() -> None:
     assert get_recompute(y).inputs[0] is y
 
 
+def test_note_from_outside_a_checkpoint_is_ignored_inside() -> None:
+    y = noted(torch.randn(4, requires_grad=True))
+    found = []
+
+    def block(y: Tensor) -> Tensor:
+        found.append(get_recompute(y))
+        return y.sin()
+
+    checkpoint(block, y, use_reentrant=False).sum().backward()
+
+    assert [source.is_identity for source in found] == [True, True]  # the forward pass and its repetition
+
+
 def test_note_is_neither_copied_nor_pickled() -> None:
     y = noted(torch.randn(4))
     file = io.BytesIO()
@@ -70,6 +85,21 @@ def test_note_is_neither_copied_nor_pickled() -> None:
     for other in (torch.load(file), copy.deepcopy(y)):
         assert torch.equal(other, y)
         assert get_recompute(other).is_identity
+
+
+def test_batches_hold_the_recomputed_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(recompute, "CACHED_ELEMENTS", 10)
+    x, small, large = torch.randn(7, 4, 2), torch.randn(7, 3), torch.randn(7, 9)
+    y = noted(x, is_pointwise=True)
+    node, inputs = get_recompute(y)
+
+    with torch.no_grad():
+        batches, single = list(node.batches(inputs, small)), list(node.batches(inputs, large))
+
+    assert [len(part) for part, _ in batches] == [2, 2, 2, 1]
+    assert torch.equal(torch.cat([part for part, _ in batches]), y)
+    assert torch.equal(torch.cat([other for _, other in batches]), small)
+    assert [len(part) for part, _ in single] == [7]  # no batches if x is smaller than another tensor
 
 
 def test_recomputed_convolution_is_cached_until_its_last_user() -> None:
@@ -148,6 +178,17 @@ def test_gradients_from_our_layers_can_be_overwritten(keep: Kept) -> None:
         return clipped_activation(y, F.relu, upper=float("inf"), keep=keep).exp()
 
     assert can_overwrite_results(function, x) == [True, True]
+
+
+def test_autograd_still_adds_gradients_in_place() -> None:
+    x = torch.randn(3, requires_grad=True)
+    y = x * 2
+    loss = ((_CheckOverwrite.apply(y, []) + y) * torch.ones(3)).sum()
+
+    with profile(activities=[ProfilerActivity.CPU]) as profiler:
+        loss.backward()
+
+    assert "aten::add_" in {event.key for event in profiler.key_averages()}
 
 
 def test_gradient_that_shares_its_storage_is_not_overwritten() -> None:

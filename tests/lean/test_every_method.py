@@ -6,6 +6,7 @@ import copy
 import itertools
 from collections.abc import Callable
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import timm
@@ -14,6 +15,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor, nn
 
 from peft_edge import ConvAdapterConfig, ConvLoraConfig
+from peft_edge.functional import lowrank, recompute
 from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
 from peft_edge.profiling import track_memory
 from tests.lean.support import outcome
@@ -123,6 +125,23 @@ def test_every_method_is_exact(method: str) -> None:
     for number, setting in enumerate(list(SETTINGS)[index % 2 :: 2]):
         memory_format = list(FORMATS.values())[(index // 2 + number) % 2]
         check_exact(SMALL[(index + number) % 2], method, setting, memory_format)
+
+
+@pytest.mark.parametrize("memory_format", FORMATS)
+@pytest.mark.parametrize(
+    ("method", "route"), [("full", None), ("lora dense stats", "full_kernel"), ("lora dense stats", "low_rank")]
+)
+def test_recomputation_in_batches_is_exact(
+    method: str, route: str | None, memory_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(recompute, "CACHED_ELEMENTS", 1000)
+    monkeypatch.setattr(lowrank, "choose_gradient_route", lambda *arguments: route)
+    split = Mock(wraps=recompute.iter_sample_batches)
+    monkeypatch.setattr(recompute, "iter_sample_batches", split)
+
+    check_exact("mobilenetv3_small_050", method, "recompute", FORMATS[memory_format])
+
+    assert split.called
 
 
 # Every network meets every method, and each of both meets every setting and memory format, and so do the settings.

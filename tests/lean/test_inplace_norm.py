@@ -256,3 +256,39 @@ def test_use_of_the_output_in_training_mode_prevents_overwriting() -> None:
     prepare_model_for_lean_training(model, inplace_norm=True)
 
     assert not is_overwritable(model.eval().conv(torch.randn(2, 3, 5, 5)), model.norm)
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda y: y.chunk(2, 1)[0].square(),
+        lambda y: torch.var_mean(y, (2, 3), keepdim=True)[0],
+        lambda y: y.topk(2, dim=1).values.sum(1, keepdim=True),
+    ],
+    ids=["chunk", "var_mean", "topk"],
+)
+def test_function_with_several_results_prevents_overwriting(read: Callable[[Tensor], Tensor]) -> None:
+    class Block(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.conv, self.norm = nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4).requires_grad_(False).eval()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.conv(x)
+            return self.norm(y).sum(1, keepdim=True) + read(y)
+
+    model, images = Block(), torch.randn(2, 3, 5, 5)
+    model.norm.running_var.fill_(4.0)
+    expected = model(images)
+
+    prepare_model_for_lean_training(model, inplace_norm=True)
+
+    assert torch.equal(model(images), expected)
+
+
+def test_output_that_retains_its_gradient_is_not_overwritten(lean: nn.Module, images: Tensor) -> None:
+    conv, norm = lean[0], lean[1]
+    y = conv(images.requires_grad_())
+    y.retain_grad()
+
+    assert not is_overwritable(y, norm)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import copy
+from contextlib import AbstractContextManager, nullcontext
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import save_on_cpu
+from torch.utils.checkpoint import checkpoint
 
 from peft_edge.lean import prepare_model_for_lean_training
 from tests.lean.support import MakeBackbone, assert_same, outcome, with_adapter
@@ -27,6 +30,58 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant: bool, ma
 
     found = {name: value.grad for name, value in model.named_parameters() if value.requires_grad}
     assert_same({"output": expected["output"], **found}, expected, 1e-12)
+
+
+@pytest.mark.parametrize("norm", ["frozen", "stats"])
+@pytest.mark.parametrize(
+    ("hooks", "whole", "passes"),
+    [(save_on_cpu(), False, 1), (nullcontext(), True, 1), (nullcontext(), False, 2)],
+    ids=["offloading", "nested", "two backward passes"],
+)
+def test_checkpointing_inside_hooks_on_saved_tensors_gives_the_same_gradients(
+    hooks: AbstractContextManager[None], whole: bool, passes: int, norm: str, make_backbone: MakeBackbone
+) -> None:
+    images = torch.randn(2, 3, 64, 64, dtype=torch.float64)
+    plain = with_adapter(make_backbone("mobilenetv3_small_050").double(), norm=norm).train()
+    lean = copy.deepcopy(plain)
+    prepare_model_for_lean_training(lean, inplace_norm=True, recompute=True, checkpoint=True)
+    expected = outcome(plain, images)
+
+    with hooks:
+        output = checkpoint(lean, images, use_reentrant=False) if whole else lean(images)
+    for _ in range(passes):
+        lean.zero_grad()
+        output.square().sum().backward(retain_graph=True)
+
+    gradients = {name: value.grad for name, value in lean.named_parameters() if value.requires_grad}
+    assert_same({"output": output.detach(), **gradients}, expected, 1e-8)
+
+
+def test_checkpointed_norms_without_a_backward_pass_count_each_batch_once(make_backbone: MakeBackbone) -> None:
+    model = make_backbone("mobilenetv2_035").train().requires_grad_(False)
+    model.blocks[2][1].conv_pwl.requires_grad_(True)
+    prepare_model_for_lean_training(model, checkpoint=True)
+
+    outcome(model, torch.randn(2, 3, 64, 64))
+
+    counts = {name: int(value) for name, value in model.named_buffers() if name.endswith("num_batches_tracked")}
+    assert {*counts.values()} == {1}, counts
+
+
+def test_images_without_a_batch_dimension_give_the_same_gradients() -> None:
+    layers = [
+        nn.Conv2d(3, 8, 3),
+        nn.ReLU6(),
+        nn.MaxPool2d(2),
+        nn.Conv2d(8, 8, 1),
+        nn.SiLU(),
+        nn.Conv2d(8, 8, 3, groups=8),
+    ]
+    plain, image = nn.Sequential(*layers), torch.randn(3, 16, 16)
+    lean = copy.deepcopy(plain)
+    prepare_model_for_lean_training(lean, recompute=True)
+
+    assert_same(outcome(lean, image), outcome(plain, image), 0)
 
 
 def test_autocast_gives_close_gradients(make_backbone: MakeBackbone) -> None:

@@ -176,10 +176,9 @@ def test_invalid_targets_leave_the_model_unchanged(tiny_backbone: nn.Module, tar
 
 
 @pytest.mark.parametrize("form", FORMS)
-def test_checkpointing_and_channels_last_give_the_same_gradients(
-    tiny_backbone: nn.Module, images: Tensor, form: str
-) -> None:
-    images = images.double()
+def test_checkpointing_and_channels_last_give_the_same_gradients(tiny_backbone: nn.Module, form: str) -> None:
+    # With smaller images, the last norms divide by the deviation of a few values, which amplifies rounding errors.
+    images = torch.randn(4, 3, 64, 64, dtype=torch.float64)
     model = get_peft_model(tiny_backbone.double(), adapter_config(**FORMS[form])).train()
     plain = copy.deepcopy(model)
     model.base_model.model.set_grad_checkpointing()
