@@ -168,15 +168,15 @@ def _shift(data: Mapping[str, Any]) -> str:
 
 def shareable(record: Record) -> Record:
     """Return a copy of a record in which each local path is shortened to its last component."""
-    return type(record).from_json(json.dumps(_shorten_paths(json.loads(record.to_json()))))
+    return type(record).from_json(json.dumps(shorten_paths(json.loads(record.to_json()))))
 
 
-def _shorten_paths(value: object, key: str = "") -> object:
+def shorten_paths(value: object, key: str = "") -> object:
     """Return a copy of a JSON value with only the last component of each local path. `key` is the key of `value`."""
     if isinstance(value, dict):
-        return {_shorten_paths(name): _shorten_paths(entry, name) for name, entry in value.items()}
+        return {shorten_paths(name): shorten_paths(entry, name) for name, entry in value.items()}
     if isinstance(value, list):
-        return [_shorten_paths(entry) for entry in value]
+        return [shorten_paths(entry) for entry in value]
     return Path(value).name if isinstance(value, str) and _is_local_path(value, key) else value
 
 

@@ -15,10 +15,13 @@ from peft_edge import training
 from peft_edge._compat import reset_accelerator
 from peft_edge.config import RunConfig
 from peft_edge.files import remove
+from peft_edge.hub.card import shorten_paths
 from peft_edge.records import DIVERGED, FAILED, SUCCESS, CostRecord, Record, add_record, read_record
 
 J = TypeVar("J", bound="Job")
 R = TypeVar("R", bound="RunJob")
+
+_FOLDER_KEYS = {"output_dir", "cache_dir"}
 
 
 @dataclass(frozen=True)
@@ -171,10 +174,19 @@ class RunJob(Job):
         """
         return self._settings.items() <= record.run_info.train_config.items()
 
+    def has_copy(self, copy: Record) -> bool:
+        """Return whether `copy`, the result of `shareable`, is of a run with this configuration.
+
+        Only the last components of local paths are compared, because a copy contains no more.
+        """
+        settings = self.config.model_dump(mode="json", exclude=_FOLDER_KEYS)
+        found = copy.run_info.train_config
+        return all(key in found and found[key] == shorten_paths(value, key) for key, value in settings.items())
+
     @cached_property
     def _settings(self) -> dict[str, Any]:
         """The configuration without folders, because these may have moved."""
-        return self.config.model_dump(exclude={"output_dir", "cache_dir"})
+        return self.config.model_dump(exclude=_FOLDER_KEYS)
 
     def moved_to(self: R, output_dir: Path) -> R:
         """Return a copy of the job with its folder and its cache in `output_dir`."""

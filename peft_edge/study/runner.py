@@ -13,6 +13,7 @@ from concurrent.futures.process import BrokenProcessPool
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
 from filelock import FileLock, Timeout
 from pebble import ProcessExpired, ProcessPool
@@ -21,10 +22,12 @@ from tqdm.auto import tqdm
 
 from peft_edge.hub.card import shareable
 from peft_edge.profiling.tables import text_table
-from peft_edge.records import SUCCESS, CostRecord, Record, add_record, read_record
+from peft_edge.records import DIVERGED, SUCCESS, CostRecord, Record, add_record, read_record
 from peft_edge.study.cluster import Cluster
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
+
+C = TypeVar("C", bound=Record | CostRecord)
 
 
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster: Cluster | None = None) -> None:
@@ -43,8 +46,9 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
         cluster: The Ray cluster that runs the jobs instead of processes on this machine.
 
     Raises:
-        ValueError: If another call is working in the same output folder, or a record is damaged. The message contains
-            the path.
+        ValueError: If another call is working in the same output folder, a record is damaged, or `results` is not
+            inside the output folder and contains finished runs of other configurations under the names of these jobs.
+            The message contains the path.
         OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
@@ -58,6 +62,8 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
             f"another study is working in {output_dir}: wait for its end, or choose another --output-dir"
         ) from error
     with lock:
+        if results.resolve().parent != output_dir.resolve():
+            _check_results(jobs, results)
         _rename_earlier_runs(jobs, output_dir, results)
         unfinished = _sources_first([job for job in jobs if not job.is_finished])
         for job in jobs:
@@ -74,6 +80,21 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
                     num_failed += not job.is_finished
                     bar.set_postfix(failed=num_failed, refresh=False)
                     bar.update()
+
+
+def _check_results(jobs: Sequence[Job], results: Path) -> None:
+    """Raise a `ValueError` if `results` contains finished runs of other configurations under the names of the jobs."""
+    others = []
+    for job in jobs:
+        if isinstance(job, RunJob):
+            copy = _read_copy(results, job, Record)
+            if copy is not None and copy.train_info.status in (SUCCESS, DIVERGED) and not job.has_copy(copy):
+                others.append(f"{job.result_name}.json")
+    if others:
+        raise ValueError(
+            f"{results} contains finished runs with the names of runs of this study and other configurations, perhaps "
+            f"of another study: choose another folder with --results, or delete {', '.join(others)} there"
+        )
 
 
 def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -> None:
@@ -103,7 +124,8 @@ def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -
         file.parent.rename(job.folder)
         if earlier.log.exists():
             earlier.log.rename(job.log)
-        (results / f"{earlier.result_name}.json").unlink(missing_ok=True)
+        if _read_copy(results, earlier, Record) == shareable(record):
+            (results / f"{earlier.result_name}.json").unlink()
         waiting.remove(job)
 
 
@@ -121,12 +143,16 @@ def _copy_record(job: Job, results: Path) -> None:
     if record is None:
         return
     copy = shareable(record) if isinstance(record, Record) else record
-    try:
-        found = type(copy).from_json((results / f"{job.result_name}.json").read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError):  # a missing or damaged copy is written again
-        found = None
-    if found != copy:
+    if _read_copy(results, job, type(copy)) != copy:
         add_record(results, job.result_name, copy)
+
+
+def _read_copy(results: Path, job: Job, kind: type[C]) -> C | None:
+    """Read the record with the name of `job` in `results`. Return None if the record is missing or damaged."""
+    try:
+        return read_record(results / f"{job.result_name}.json", kind)
+    except ValueError:  # a damaged copy is written again
+        return None
 
 
 def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, str | None]]:

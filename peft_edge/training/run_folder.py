@@ -142,6 +142,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 
     Raises:
         ConfigError: If the folder contains results of a different run, unrelated files, or a damaged `config.yaml`.
+        ValueError: If the folder contains a different run with a damaged `record.json`.
         OSError: If the folder cannot be written.
     """
     path = Path(config.output_dir)
@@ -160,6 +161,7 @@ def is_started(config: RunConfig, path: Path) -> bool:
 
     Raises:
         ConfigError: If `path` contains results of a different run, unrelated files, or a damaged `config.yaml`.
+        ValueError: If `path` contains a different run with a damaged `record.json`.
     """
     file = path / "config.yaml"
     # A process that is killed while it writes `config.yaml` leaves only the temporary file of `atomic_write`.
@@ -179,14 +181,17 @@ def is_started(config: RunConfig, path: Path) -> bool:
         for key in keys
         if found.get(key) != given.get(key)
     ]
-    if differences and not any((path / name).exists() for name in ("checkpoints", "candidates", "adapter", "model")):
-        # The different run failed before it had results, for example because of an error in its configuration.
-        return False
-    if differences:
+    if not differences:
+        return True
+    record = read_record(path / "record.json", Record)
+    # With `method="none"`, the record is the only result.
+    is_successful = record is not None and record.train_info.status == SUCCESS
+    if is_successful or any((path / name).exists() for name in ("checkpoints", "candidates", "adapter", "model")):
         raise ConfigError(
             "\n  ".join([f"output_dir: {path} holds another run. Choose another folder, or delete it:", *differences])
         )
-    return True
+    # The different run failed before it had results, for example because of an error in its configuration.
+    return False
 
 
 def cache_folder(config: RunConfig) -> Path:

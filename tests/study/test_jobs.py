@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from peft_edge import training
-from peft_edge.config import RunConfig
+from peft_edge.config import RunConfig, to_yaml
 from peft_edge.records import CANCELED, DIVERGED, FAILED, SUCCESS, Record, add_record, read_record
 from peft_edge.study.jobs import RunJob
 from tests.study.support import fake_job, record_of
@@ -135,6 +135,18 @@ def test_run_in_the_folder_of_another_changes_nothing_there(runs: Path) -> None:
     assert read_record(job.folder / "record.json", Record) == theirs
     assert job.status == FAILED
     assert "holds no run: choose another folder" in job.record.run_info.error_msg
+
+
+@pytest.mark.parametrize("method", ["none", "head"])
+def test_changed_configuration_in_the_folder_of_a_finished_run_is_refused(runs: Path, method: str) -> None:
+    keys = {"method": method, "data": {"shift": "blend"}, "trackers": [], "cpu": True}
+    leave_record(old := run_job(runs / "a", **keys), SUCCESS)
+    (old.folder / "config.yaml").write_text(to_yaml(old.config))
+    job = run_job(runs / "a", **keys, seed=1)
+    job.attempt()
+    assert job.status == FAILED
+    assert "holds another run" in job.record.run_info.error_msg
+    assert old.is_finished
 
 
 def test_moved_job_has_its_folder_and_its_cache_elsewhere(tmp_path: Path) -> None:

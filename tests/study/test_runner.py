@@ -8,7 +8,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -174,6 +174,49 @@ def test_missing_old_and_damaged_copies_are_replaced(tmp_path: Path, found: str)
     assert str(tmp_path) in job.record.to_json()
     assert str(tmp_path) not in copy.read_text()
     assert done_in(tmp_path / "runs") == []
+
+
+def finished_run(folder: Path, epochs: int, status: str = SUCCESS) -> RunJob:
+    config = RunConfig(output_dir=str(folder), data={"name": f"{folder}/photos"}, training={"epochs": epochs})
+    job = RunJob("a", folder, config)
+    add_record(folder, "record", record_of(config, status))
+    return job
+
+
+def test_results_of_another_study_are_not_replaced(tmp_path: Path) -> None:
+    results = tmp_path / "shared"
+    run_grid(
+        [finished_run(tmp_path / "first" / "a", 1), finished_run(tmp_path / "first" / "b", 1)],
+        results=results,
+    )
+    before = {file: file.read_bytes() for file in results.iterdir()}
+    second = [finished_run(tmp_path / "second" / name, epochs) for name, epochs in (("a", 2), ("b", 1), ("c", 2))]
+    with pytest.raises(ValueError, match=r"shared contains finished runs .* or delete lora--a\.json there"):
+        run_grid(second, results=results)
+    assert {file: file.read_bytes() for file in results.iterdir()} == before
+    run_grid(second[1:], results=results)  # b has the same configuration in both studies
+    assert sorted(file.name for file in results.iterdir()) == ["lora--a.json", "lora--b.json", "lora--c.json"]
+    run_grid(second[:1], results=tmp_path / "second" / "results")
+
+
+def test_records_of_failed_runs_and_of_own_earlier_runs_are_replaced(tmp_path: Path) -> None:
+    job, own, shared = finished_run(tmp_path / "runs" / "a", 1), tmp_path / "runs" / "results", tmp_path / "shared"
+    other = job.config.model_copy(update={"seed": 1})
+    add_record(own, job.result_name, shareable(record_of(other)))
+    add_record(shared, job.result_name, shareable(record_of(other, FAILED)))
+    for results in (own, shared):
+        run_grid([job], results=results)
+        assert read_archive(results).runs == {"lora--a.json": shareable(job.record)}
+
+
+def test_renamed_run_leaves_the_record_of_another_study(tmp_path: Path) -> None:
+    job, results = finished_run(tmp_path / "runs" / "a", 1), tmp_path / "shared"
+    other = shareable(record_of(job.config.model_copy(update={"seed": 1}), created_at="2020-01-01"))
+    add_record(results, job.result_name, other)
+    renamed = replace(job, folder=job.folder.with_name("a--seed=0"))
+    run_grid([renamed], results=results)
+    found = read_archive(results).runs
+    assert found == {"lora--a.json": other, "lora--a--seed=0.json": shareable(renamed.record)}
 
 
 @pytest.mark.slow

@@ -238,6 +238,8 @@ def test_a_finished_run_only_prints_its_table(
     monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
     assert run(tmp_path / "run", "method=none") == first
     assert "holds this run, finished" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="holds another run"):
+        run(tmp_path / "run", "method=none", "data.shift=invert")
 
 
 NEW_CLASSES = [

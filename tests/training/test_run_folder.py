@@ -8,6 +8,7 @@ from accelerate import Accelerator
 from torch import nn
 
 from peft_edge.config import ConfigError, RunConfig, load_config
+from peft_edge.records import FAILED, SUCCESS
 from peft_edge.training.run_folder import (
     Progress,
     last_good_checkpoint,
@@ -16,6 +17,7 @@ from peft_edge.training.run_folder import (
     open_run,
     save_checkpoint,
 )
+from peft_edge.training.summary import new_record
 
 
 def config_for(folder: Path, *overrides: str) -> RunConfig:
@@ -46,6 +48,23 @@ def test_the_folder_of_another_run_is_refused_and_not_changed(tmp_path: Path) ->
     assert "training.epochs is 2 there and 3 here" in str(caught.value)
     assert "seed is 0 there and 1 here" in str(caught.value)
     assert (tmp_path / "run" / "config.yaml").read_bytes() == before
+
+
+@pytest.mark.parametrize("status", [SUCCESS, FAILED])
+def test_another_run_replaces_a_failed_run_but_not_a_run_whose_record_is_its_only_result(
+    tmp_path: Path, status: str
+) -> None:
+    config = config_for(tmp_path / "run", "method=none")
+    run = open_run(config, Accelerator(cpu=True))
+    run.write_record(record := new_record(config, status, started=0.0))
+    other = config_for(tmp_path / "run", "method=none", "seed=1")
+    if status == SUCCESS:
+        with pytest.raises(ConfigError, match="holds another run") as caught:
+            open_run(other, Accelerator(cpu=True))
+        assert "seed is 0 there and 1 here" in str(caught.value)
+        assert open_run(config, Accelerator(cpu=True)).record == record
+    else:
+        assert not open_run(other, Accelerator(cpu=True)).is_resumed
 
 
 def test_the_folder_of_a_run_without_results_is_reused(tmp_path: Path) -> None:
