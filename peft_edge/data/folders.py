@@ -146,6 +146,8 @@ def domain_label(name: str, filters: Sequence[Filter]) -> str:
 def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
     """Call `read_image_folder` for each subfolder that `choose_domains` returns, and concatenate the splits.
 
+    A warning names the subfolders without a split that another subfolder has.
+
     Raises:
         ValueError: If `choose_domains` or `read_image_folder` raises this error, or if two subfolders have different
             classes.
@@ -159,6 +161,18 @@ def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
                 f"in only one of {first}/ and {name}/"
             )
     splits = {split: [part[split] for part in parts.values() if split in part] for split in _SPLIT_WORDS}
+    missing = [
+        f"no {split} split in {', '.join(name for name, part in parts.items() if split not in part)}"
+        for split, found in splits.items()
+        if 0 < len(found) < len(parts)
+    ]
+    if missing:
+        logger.warning(
+            "%s: %s: the accuracy on a split includes only the domains that have it. Give all domains the same splits, "
+            "or none",
+            folder,
+            "; ".join(missing),
+        )
     return DatasetDict({split: concatenate_datasets(found) for split, found in splits.items() if found})
 
 

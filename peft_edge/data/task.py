@@ -160,6 +160,10 @@ def load_task(
                 f"that can be read: {error}"
             ) from error
         other = _with_classes_of(source, other, names=(name, shift))
+        if all(Path(place).expanduser().is_dir() for place in (name, shift)):
+            _warn_unequal_splits(
+                {domain_label(name, source_filters): splits, domain_label(shift, shift_filters): other}
+            )
         target = domain_from_splits(shift, other, train_split=train_split, seed=seed, exclude=contents)
     target = _without_contents(target)
     target = replace(target, train=_limited(target.train, adaptation_size, seed=seed))
@@ -182,6 +186,18 @@ def load_configured_task(data: Mapping[str, Any], *, seed: int) -> Task:
         ValueError: If `load_task` raises it.
     """
     return load_task(**{key: value for key, value in data.items() if key != "augment"}, seed=seed)
+
+
+def _warn_unequal_splits(both: Mapping[str, DatasetDict]) -> None:
+    """Warn if only one of source and target has a test split. The keys of `both` are names for the message."""
+    without = [name for name, splits in both.items() if "test" not in splits]
+    if len(without) == 1:
+        logger.warning(
+            "only one of %s has a test split. The test images of %s are drawn from its training images, so the "
+            "accuracies on source and target are not comparable: give both a test split, or neither",
+            " and ".join(both),
+            without[0],
+        )
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:

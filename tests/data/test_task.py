@@ -322,6 +322,43 @@ def test_wrong_conditions_on_a_folder_are_refused_before_images_are_read(
         load_task(str(folder), source_filters=[["domain", "==", "photo"]], shift_filters=[condition])
 
 
+ALL = ("train", "val", "test")
+
+
+@pytest.mark.parametrize(
+    ("photo", "sketch", "expected"),
+    [
+        (ALL, ("",), ["no validation split in sketch; no test split in sketch", "test images of {sketch} are drawn"]),
+        (("train", "val"), ALL, ["no test split in photo", "test images of {photo} are drawn"]),
+        (("train", "val"), ("",), ["no validation split in sketch", ""]),
+        (ALL, ALL, ["", ""]),
+        (("",), ("",), ["", ""]),
+    ],
+)
+def test_domains_with_unequal_splits_give_one_warning(
+    photo: tuple, sketch: tuple, expected: list[str], image_folder: ImageFolder, caplog: pytest.LogCaptureFixture
+) -> None:
+    folders = {
+        name: image_folder(f"pacs/{name}", ["cat", "dog"], splits=splits)
+        for name, splits in (("photo", photo), ("sketch", sketch), ("cartoon", ("",)))
+    }
+    pacs = str(folders["photo"].parent)
+    several = [["domain", "in", ["photo", "sketch"]]]
+    for options, message in zip(
+        (
+            {"name": pacs, "source_filters": several, "shift": "invert"},
+            {"name": str(folders["photo"]), "shift": str(folders["sketch"])},
+        ),
+        expected,
+        strict=True,
+    ):
+        caplog.clear()
+        load_task(**options)
+        lines = [line for line in caplog.messages if "split" in line and "copies" not in line]
+        assert len(lines) == bool(message)
+        assert message.format(**folders) in "".join(lines)
+
+
 def test_domains_with_different_classes_are_refused(image_folder: ImageFolder) -> None:
     image_folder("pacs/photo", ["cat", "dog"])
     folder = image_folder("pacs/sketch", ["cat", "owl"]).parent
