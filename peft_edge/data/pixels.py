@@ -23,6 +23,7 @@ HEIC_REMEDY = "pip install pillow-heif, or convert it to JPEG"
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 # The largest values of 8, 10, 12, 14 and 16 bits. Cameras store values of 10 to 14 bits in 16 bits.
 _DEEP_RANGES = (255, 1023, 4095, 16383, 65535)
+_JPEG_END = b"\xff\xd9"
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -114,16 +115,22 @@ def is_heic(start: bytes) -> bool:
 
 
 def check_image(content: bytes) -> None:
-    """Check the content of an image file. The pixels are decoded only if a channel has more than 8 bits.
+    """Check the content of an image file.
+
+    For a PNG, Pillow verifies the checksums, and for a WebP, the length. A JPEG is decoded only if its last bytes are
+    not the end marker. Files of other formats, and files with more than 8 bits in a channel, are decoded.
 
     Raises:
-        ValueError: If the content is not an image, is damaged (according to Pillow's `verify`), or has too many pixels.
-            If a channel has more than 8 bits, and the image cannot be converted to RGB correctly.
+        ValueError: If the content is not an image, is cut short or otherwise damaged, or has too many pixels. If a
+            channel has more than 8 bits, and the image cannot be converted to RGB correctly.
     """
     try:
         image = Image.open(io.BytesIO(content))
-        if is_deep(image):
-            _check_deep(image)
+        deep = is_deep(image)
+        if deep or not _is_whole(image, content):
+            image.load()
+            if deep:
+                _check_deep(image)
             image = Image.open(io.BytesIO(content))
         image.verify()
     except Image.DecompressionBombError as error:
@@ -138,6 +145,13 @@ def check_image(content: bytes) -> None:
         raise ValueError(str(error) or type(error).__name__) from error
 
 
+def _is_whole(image: Image.Image, content: bytes) -> bool:
+    """Return whether an opened file needs no decoding to see that it is not cut short."""
+    if isinstance(image, JpegImageFile):
+        return content.endswith(_JPEG_END)
+    return image.format in ("PNG", "WEBP")  # `verify` reads a PNG to its end, and Pillow opens no incomplete WebP
+
+
 def is_deep(image: Image.Image) -> bool:
     """Return whether an image file has more than 8 bits in a channel. `image` must be opened, but not yet loaded."""
     # Pillow gives files with 16-bit colours the mode RGB. Only `tile` contains the mode in the file, such as RGB;16B.
@@ -145,7 +159,6 @@ def is_deep(image: Image.Image) -> bool:
 
 
 def _check_deep(image: Image.Image) -> None:
-    image.load()
     if image.mode in _DEEP_MODES:
         to_rgb(image)
         return

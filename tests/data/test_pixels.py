@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image, PngImagePlugin, features
+from PIL.JpegImagePlugin import JpegImageFile
 from torchvision.transforms.v2 import functional as F
 
 from peft_edge.data import build_loader, pixels
@@ -277,6 +278,32 @@ def test_unreadable_file_is_refused_by_its_name(case: str, tmp_path: Path) -> No
     assert len(message.splitlines()) == 1
     del refused
     gc.collect()
+
+
+FORMATS = ("JPEG", "PNG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "PCX", "SGI")
+NOISE = Image.effect_noise((64, 64), 90).convert("RGB")
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Truncated File Read")  # from Pillow, about TIFF
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.95])
+def test_truncated_file_is_refused_when_it_is_checked(kind: str, share: float) -> None:
+    content = encode(NOISE, kind)
+    check_image(content)
+    with pytest.raises(ValueError, match=r"\w"):  # each format has its own message
+        check_image(content[: int(share * len(content))])
+
+
+@pytest.mark.parametrize(("options", "is_decoded"), [({}, False), ({"progressive": True}, False), ({}, True)])
+def test_jpeg_is_decoded_only_if_its_end_is_in_doubt(
+    options: dict, is_decoded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded = []
+    load = JpegImageFile.load
+    monkeypatch.setattr(JpegImageFile, "load", lambda image: decoded.append(True) or load(image))
+    # Cameras append, for example, a film to a photograph.
+    check_image(encode(NOISE, "JPEG", **options) + is_decoded * b"film")
+    assert bool(decoded) == is_decoded
 
 
 @pytest.mark.skipif(not features.check("avif"), reason="this Pillow cannot write AVIF")
