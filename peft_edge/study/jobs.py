@@ -177,11 +177,12 @@ class RunJob(Job):
     def has_copy(self, copy: Record) -> bool:
         """Return whether `copy`, the result of `shareable`, is of a run with this configuration.
 
-        Only the last components of local paths are compared, because a copy contains no more.
+        Only the last components of local paths are compared, because a copy contains no more. Keys that the copy does
+        not have are newer than the copy, and are not compared.
         """
         settings = self.config.model_dump(mode="json", exclude=_FOLDER_KEYS)
         found = copy.run_info.train_config
-        return all(key in found and found[key] == shorten_paths(value, key) for key, value in settings.items())
+        return all(found[key] == shorten_paths(value, key) for key, value in settings.items() if key in found)
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
