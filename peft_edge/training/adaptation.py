@@ -60,8 +60,7 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
     Raises:
         ValueError: If the method or `training.replay` does not fit the backbone. If a target has fewer training images
             than `training.batch_size` (except for method none). If the method returns no PEFT model, but its
-            `saves_full_model` is False (except for method none). If there is no optimizer step after
-            `training.warmup_steps` (only for methods with an optimizer).
+            `saves_full_model` is False (except for method none).
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -83,12 +82,16 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
         return
     _optimizer(config, model, settings.learning_rate[0])
     steps = settings.epochs * (fewest_images // settings.batch_size)
-    if settings.warmup_steps >= steps:
-        raise ValueError(
-            f"training.warmup_steps: {settings.warmup_steps} take all of the {steps} steps that {fewest_images} images "
-            f"in batches of {settings.batch_size} make in {settings.epochs} epochs: lower training.warmup_steps or "
-            "training.batch_size, or raise training.epochs"
+    if _warmup_steps(config, steps) < settings.warmup_steps:
+        logger.warning(
+            f"warm-up takes {_warmup_steps(config, steps)} instead of {settings.warmup_steps} steps, because "
+            f"{fewest_images} images in batches of {settings.batch_size} make only {steps} steps in {settings.epochs} "
+            "epochs. For more steps, lower training.batch_size or raise training.epochs"
         )
+
+
+def _warmup_steps(config: RunConfig, total_steps: int) -> int:
+    return min(config.training.warmup_steps, total_steps // 2)
 
 
 class TrainedCandidate(BaseModel):
@@ -279,7 +282,7 @@ def _train_candidate(
         optimizer = _optimizer(config, model, learning_rate)
         trained, batches = (model, batches) if replay is None else (replay.tail, replay.batches)
         total_steps = settings.epochs * len(batches)
-        schedule = get_cosine_schedule_with_warmup(optimizer, settings.warmup_steps, total_steps)
+        schedule = get_cosine_schedule_with_warmup(optimizer, _warmup_steps(config, total_steps), total_steps)
         prepared = accelerator.prepare(trained, optimizer, schedule, batches, validation)
         evaluated = prepared[0] if replay is None else model
         progress, profile = train(*prepared, evaluated=evaluated, run=run, name=name)

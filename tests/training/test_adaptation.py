@@ -14,7 +14,7 @@ from peft_edge.methods import METHODS, Method
 from peft_edge.records import DIVERGED
 from peft_edge.training.adaptation import continue_update, load_update, new_learner, save_update
 from peft_edge.training.loop import DivergedError
-from tests.training.support import RunTraining, record_of
+from tests.training.support import RunTraining, adapter_of, record_of
 
 METHOD_NAMES = ["head", "norm-affine", "bias", "full", "lora", "conv-adapter", "peft-lora"]
 CPU = torch.device("cpu")
@@ -108,9 +108,15 @@ def test_without_rehearsal_the_old_rows_get_no_gradient(
     assert (weight.grad[:3] != 0).any() == rehearses
 
 
-def test_warm_up_that_takes_all_steps_is_refused(run: RunTraining, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"training\.warmup_steps: 4 take all of the 4 steps"):
-        run(tmp_path / "run", "training.warmup_steps=4")
+def test_warm_up_takes_at_most_half_of_the_steps(
+    run: RunTraining, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The default of 10 steps must not refuse a few photographs."""
+    run(tmp_path / "half", "training.warmup_steps=2")
+    assert "warm-up takes" not in caplog.text
+    run(tmp_path / "more", "training.warmup_steps=10")
+    assert "warm-up takes 2 instead of 10 steps, because 64 images in batches of 32 make only 4 steps" in caplog.text
+    torch.testing.assert_close(adapter_of(tmp_path / "half"), adapter_of(tmp_path / "more"), atol=0, rtol=0)
 
 
 def test_diverged_training_keeps_and_names_the_last_good_checkpoint(run: RunTraining, tmp_path: Path) -> None:
