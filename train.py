@@ -22,7 +22,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run the configuration that `arguments` describe, and print a summary on the main process."""
     from peft_edge.config import load_config
 
-    config = load_config(arguments)
+    config = load_config(arguments, check_files=True)
     from peft_edge import training  # after the configuration is checked, because importing torch takes seconds
 
     record = training.run(config)

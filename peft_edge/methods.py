@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers.optimization import Adafactor
 
 from peft_edge import optim
 from peft_edge.backbones import head_names
+from peft_edge.names import did_you_mean
 from peft_edge.roles import ROLES, modules_with_role
 from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 from peft_edge.tuners.conv_lora import ConvLoraConfig
@@ -183,11 +183,11 @@ def find_method(name: str) -> Method:
     """Return the method with this name.
 
     Raises:
-        ValueError: If `METHODS` has no such name. The message contains the most similar name.
+        ValueError: If `METHODS` has no such name. The message contains a similar name, if there is one.
     """
     if name not in METHODS:
-        nearest = difflib.get_close_matches(name, METHODS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"unknown method {name!r}; the nearest is {nearest!r}. Known methods: {', '.join(METHODS)}")
+        hint = did_you_mean(name, METHODS)
+        raise ValueError(f"unknown method {name!r}: expected one of {', '.join(METHODS)}{hint}")
     return METHODS[name]
 
 

@@ -18,6 +18,7 @@ LAYERS = {
     "peft_edge/_compat.py": 0,
     "peft_edge/allocator.py": 0,
     "peft_edge/files.py": 0,
+    "peft_edge/names.py": 0,
     "peft_edge/functional/": 1,
     "peft_edge/roles.py": 1,
     "peft_edge/records.py": 1,

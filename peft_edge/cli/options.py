@@ -6,7 +6,6 @@ Constants in this folder repeat names that those modules define. A test checks t
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Callable, Collection
@@ -20,6 +19,7 @@ from typer.models import OptionInfo
 
 from peft_edge.config.schema import METHOD_NAMES, OPTIMIZER_NAMES, ROLE_NAMES
 from peft_edge.files import atomic_write
+from peft_edge.names import did_you_mean
 
 if TYPE_CHECKING:
     from torch import nn
@@ -63,12 +63,12 @@ class Command(TyperCommand):
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """Return a parser that accepts only `names`. For other texts, it raises BadParameter with the nearest name."""
+    """Return a parser that accepts only `names`. For other texts, it raises BadParameter with a similar name."""
 
     def parse(text: str) -> str:
         if text not in names:
-            nearest = difflib.get_close_matches(text, names, n=1, cutoff=0.0)[0]
-            raise BadParameter(f"expected one of {', '.join(names)}, found {text!r}; did you mean {nearest}?")
+            hint = did_you_mean(text, names)
+            raise BadParameter(f"expected one of {', '.join(names)}, found {text!r}{hint}")
         return text
 
     return parse

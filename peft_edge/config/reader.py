@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import re
 import textwrap
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -13,7 +12,8 @@ from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
-from peft_edge.config.schema import COST_KEYS, RunConfig, Section, conflicts
+from peft_edge.config.schema import COST_KEYS, RunConfig, Section, conflicts, missing_files
+from peft_edge.names import nearest_name
 
 
 class ConfigError(ValueError):
@@ -32,7 +32,7 @@ _Loader.add_implicit_resolver("tag:yaml.org,2002:bool", re.compile("(true|True|T
 _Loader.add_implicit_resolver("tag:yaml.org,2002:float", re.compile("[-+]?[0-9]+[eE][-+]?[0-9]+$"), [*"-+0123456789"])
 
 
-def load_config(arguments: Sequence[str]) -> RunConfig:
+def load_config(arguments: Sequence[str], *, check_files: bool = False) -> RunConfig:
     """Read the configuration of a run from command-line arguments, without importing torch or PEFT.
 
     >>> arguments = ["output_dir=runs/a", "data.shift=blend", "--training.learning_rate", "1e-3"]
@@ -47,14 +47,26 @@ def load_config(arguments: Sequence[str]) -> RunConfig:
         arguments: `--config FILE`, any number of times, and overrides: `key=value`, `--key value` or `--key=value`.
             Keys of a section are dotted (`training.epochs=3`). Values are read as YAML. A `--key` without a value
             sets the key to true. Overrides take precedence over all files, and a later file over an earlier file.
+        check_files: Whether the folders and files that the configuration names must exist on this machine. They are
+            not checked if `output_dir` already contains a record, because a finished run only prints its summary.
 
     Raises:
         ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
-            values contradict each other.
+            values contradict each other. If a configuration file is unreadable, values are not checked, because
+            errors in them may be its consequence.
     """
-    values, origins, errors = _collect(arguments)
+    values, origins, errors, unread = _collect(arguments)
     config, invalid = _validate(values)
-    for key, message in [*invalid, *conflicts(config)]:
+    found = [(key, message) for key, message in invalid if key not in unread]
+    combined = [*conflicts(config)]
+    if check_files and not Path(config.output_dir, "record.json").exists():
+        combined += missing_files(config)
+    # If a section has an error, a key that seems to be missing there may be the consequence.
+    wrong = {key.partition(".")[0] for key in (*unread, *dict(invalid))}
+    found += [(key, message) for key, message in combined if key.partition(".")[0] not in wrong]
+    if "config" in unread:
+        found = []
+    for key, message in found:
         # If `key` is a section, report the origin of the first key that was given in this section.
         origin = next((origin for given, origin in origins.items() if f"{given}.".startswith(f"{key}.")), "not given")
         errors.append(f"{key}: {message} ({origin})")
@@ -122,11 +134,12 @@ def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
             yield f"{prefix}{name}", field
 
 
-def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str]]:
-    """Return a dict from keys to values, a dict from keys to their origins, and an error for each bad argument."""
+def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str], set[str]]:
+    """Return a dict from keys to values, a dict from keys to origins, errors of arguments, and keys without a value."""
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
+    unread: set[str] = set()
     # Read all files before the overrides, so that overrides take precedence, wherever they are among the arguments.
     for key, text, argument in sorted(_split(arguments), key=lambda item: item[0] != "config"):
         try:
@@ -135,10 +148,11 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
             read = flatten(_read_file(Path(text))) if key == "config" else {key: yaml.load(text, _Loader)}
         except (ConfigError, yaml.YAMLError) as error:
             errors.append(f"{argument}: {' '.join(str(error).split())}")
+            unread.add(key)
             continue
         values.update(read)
         origins.update(dict.fromkeys(read, text if key == "config" else "command line"))
-    return values, origins, errors
+    return values, origins, errors, unread
 
 
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
@@ -160,11 +174,29 @@ def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
 def _read_file(path: Path) -> dict[str, object]:
     try:
         content = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except FileNotFoundError as error:
+        nearest = _nearest_file(path)
+        where = "" if path.is_absolute() else f" in {Path.cwd()}"
+        raise ConfigError(
+            f"cannot read {path}: there is no such file{where}{f'; did you mean {nearest}?' if nearest else ''}"
+        ) from error
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"cannot read {path}: {getattr(error, 'strerror', error)}") from error
     if not isinstance(content, dict):
         raise ConfigError(f"{path}: expected keys and values, found {type(content).__name__}")
     return {str(key): value for key, value in content.items()}
+
+
+def _nearest_file(path: Path) -> str | None:
+    """Return the path of the YAML file that is most similar to `path`, which does not exist.
+
+    The file is in the nearest folder above `path` that exists, at the depth of `path` or in a folder one level deeper.
+    """
+    folder = next(parent for parent in path.parents if parent.is_dir())
+    depth = len(path.relative_to(folder).parts)
+    files = [file for level in (depth, depth + 1) for file in folder.glob("*/" * (level - 1) + "*.y*ml")]
+    stem = nearest_name(path.stem, [file.stem for file in files])
+    return nearest_name(str(path), [str(file) for file in files if file.stem == stem], cutoff=0)
 
 
 def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, str]]]:
@@ -212,12 +244,12 @@ def _explain(detail: ErrorDetails, key: str, keys: Collection[str]) -> str:
 
 def _unknown(key: str, keys: Collection[str]) -> str:
     section, _, name = key.rpartition(".")
-    in_section = [valid for valid in keys if valid.rpartition(".")[0] == section]
+    in_section = {valid.rpartition(".")[2]: valid for valid in keys if valid.rpartition(".")[0] == section}
     if not section:
-        in_section += {valid.partition(".")[0] for valid in keys}  # the sections themselves
-    nearest = (
-        difflib.get_close_matches(key, in_section, n=1, cutoff=0.8)
-        or [valid for valid in keys if valid.rpartition(".")[2] == name]
-        or difflib.get_close_matches(key, keys, n=1, cutoff=0.5)
-    )
-    return "unknown key" + (f"; did you mean {' or '.join(nearest)}?" if nearest else "")
+        in_section |= {valid.partition(".")[0]: valid.partition(".")[0] for valid in keys}  # the sections themselves
+    nearest = nearest_name(name, in_section, cutoff=0.55)
+    alike = [nearest] if nearest else [other for other in in_section if name.startswith(other)]
+    same_name = [valid for valid in keys if valid.rpartition(".")[2] == name]
+    if suggestions := [in_section[other] for other in alike] or same_name:
+        return f"unknown key; did you mean {' or '.join(suggestions)}?"
+    return "unknown key" + (f"; the section {section} has {', '.join(in_section)}" if section and in_section else "")

@@ -7,7 +7,6 @@ Tests compare these names with `METHODS`, `OPTIMIZERS`, `ROLES` and `CostSetting
 
 from __future__ import annotations
 
-import difflib
 import re
 import sys
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+
+from peft_edge.names import did_you_mean, may_be_on_hub, missing_folder, problem_of_data, problem_of_shift
 
 METHOD_NAMES = (
     *("none", "head", "norm-stats", "norm-affine", "bias", "full"),
@@ -35,8 +36,7 @@ def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
         # Importing peft_edge.methods here would import torch. A program that registers methods has already imported it.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
-            nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-            raise ValueError(f"expected one of {', '.join(known)}, found {name!r}; did you mean {nearest}?")
+            raise ValueError(f"expected one of {', '.join(known)}, found {name!r}{did_you_mean(name, known)}")
         return name
 
     return AfterValidator(check)
@@ -250,7 +250,7 @@ class TrainingConfig(Section):
     weight_decay: NonNegative = 0.0
     """Weight decay of all trainable weights except norms and biases. 0 is usual for adapters."""
     warmup_steps: Count = 10
-    """Optimizer steps of linear warm-up. Must be smaller than the total number of optimizer steps."""
+    """Optimizer steps of linear warm-up. Warm-up takes at most half of all optimizer steps."""
     max_grad_norm: Positive | None = None
     """Maximum total norm of all gradients. By default, gradients are not clipped. Try 1 if training diverges."""
     gradient_accumulation_steps: PositiveCount = 1
@@ -405,3 +405,21 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
         yield "lean.inplace_norm", f"needs frozen BatchNorm, and norm is {config.norm}: {advice}"
     if config.hub.repo_id is not None and config.method == "none":
         yield "hub.repo_id", "is set, and method none produces nothing to push: unset it, or choose a method"
+
+
+def missing_files(config: RunConfig) -> Iterator[tuple[str, str]]:
+    """Yield the key and the error message of each file or folder that does not exist, without a request to the Hub."""
+    data, backbone = config.data, config.backbone
+    if problem := problem_of_data(data.name):
+        yield "data.name", problem
+    if data.shift is not None and (problem := problem_of_shift(data.shift, data.name)):
+        yield "data.shift", problem
+    if backbone.checkpoint is not None and not Path(backbone.checkpoint).exists():
+        yield "backbone.checkpoint", f"there is no file or folder {backbone.checkpoint!r}"
+    # A name without a slash is the name of a timm model, which only timm can check.
+    if "/" in backbone.name and not backbone.name.startswith("timm/") and not Path(backbone.name).is_dir():
+        if not may_be_on_hub(backbone.name):
+            yield "backbone.name", f"unknown model {backbone.name!r}: {missing_folder(backbone.name)}"
+        elif not backbone.pretrained:
+            advice = "for a model on the Hub, set backbone.pretrained=true"
+            yield "backbone.name", f"there is no folder {backbone.name!r}; {advice}"

@@ -7,7 +7,6 @@ small images remain recognisable.
 
 from __future__ import annotations
 
-import difflib
 import io
 import math
 import zlib
@@ -26,6 +25,7 @@ from torchvision.transforms.v2 import functional as F
 from peft_edge.data.domain import ImageBatch
 from peft_edge.data.pixels import to_rgb
 from peft_edge.files import requires_extra
+from peft_edge.names import did_you_mean
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,8 @@ class Shift:
 
     def __post_init__(self) -> None:
         if self.name not in _BY_NAME:
-            nearest = difflib.get_close_matches(self.name, SHIFTS, n=1, cutoff=0)[0]
-            raise ValueError(f"unknown shift {self.name!r}: did you mean {nearest!r}? There are {', '.join(SHIFTS)}")
+            hint = did_you_mean(self.name, SHIFTS)
+            raise ValueError(f"unknown shift {self.name!r}: expected one of {', '.join(SHIFTS)}{hint}")
         levels = _BY_NAME[self.name].levels
         if self.severity is not None and not levels:
             raise ValueError(f"the shift {self.name!r} has no severities: leave severity out; found {self.severity}")

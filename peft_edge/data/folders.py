@@ -15,17 +15,13 @@ from typing import Any
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, Value, concatenate_datasets
 
 from peft_edge.data.pixels import HEIC_REMEDY, check_image, identify, is_heic, is_image_suffix
+from peft_edge.names import SPLIT_WORDS, split_of
 
 logger = logging.getLogger(__name__)
 
 Filter = Sequence[str | int | float | list[str]]
 """A condition: a column name, an operator and a value. With the operators `in` and `not in`, the value is a list."""
 
-_SPLIT_WORDS = {
-    "train": "train|training",
-    "validation": "validation|valid|val|dev",
-    "test": "test|testing",
-}
 _OPERATORS: dict[str, Callable[[str, Any], bool]] = {
     "==": operator.eq,
     "!=": operator.ne,
@@ -36,23 +32,12 @@ _OPERATORS: dict[str, Callable[[str, Any], bool]] = {
 _SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
-def split_of(name: str) -> str | None:
-    """Return the split that a folder name stands for (`train`, `validation` or `test`), or None if it names no split.
-
-    >>> [split_of(name) for name in ("Train", "training_set", "val", "TEST", "train station")]
-    ['train', 'train', 'validation', 'test', None]
-    """
-    for split, words in _SPLIT_WORDS.items():
-        if re.fullmatch(rf"({words})([ _-]?(set|split|data|images?))?", name.lower()):
-            return split
-    return None
-
-
 @dataclass
 class _Found:
     """The images of each split as (path, class), and the files and folders that were left out.
 
-    For each reason, `left_out` is the number of left-out files and folders, and `first` is the path of one of them.
+    For each reason, `left_out` is the number of left-out files and folders, and `first` is the path of one of them. A
+    reason begins with a noun in the singular, perhaps after adjectives, such as `hidden file`.
     """
 
     folder: Path
@@ -65,10 +50,12 @@ class _Found:
         self.first.setdefault(reason, path.relative_to(self.folder))
 
     def summary(self) -> str:
-        return "; ".join(
-            f"{count} {reason} ({'' if count == 1 else 'first '}{self.first[reason]})"
-            for reason, count in sorted(self.left_out.items())
-        )
+        parts = []
+        for reason, count in sorted(self.left_out.items()):
+            first = self.first[reason]
+            plural = re.sub(r"\b(file|folder|link|image)\b", r"\1s", reason, count=1)
+            parts.append(f"1 {reason} ({first})" if count == 1 else f"{count} {plural} (first {first})")
+        return "; ".join(parts)
 
 
 def read_image_folder(folder: Path) -> DatasetDict:
@@ -106,6 +93,14 @@ def read_image_folder(folder: Path) -> DatasetDict:
     _warn_untrained(folder, names, found)
     _warn_contradictions(folder, splits, found)
     return splits
+
+
+def class_folders(folder: Path, names: Sequence[str]) -> list[Path]:
+    """Return the folders of the named classes in `folder` and in its split folders, with or without images."""
+    folder = folder.expanduser()
+    children = [path for path in _entries(folder) if path.is_dir()] if folder.is_dir() else []
+    roots = [folder, *(child for child in children if split_of(child.name))]
+    return [root / name for name in names for root in roots if (root / name).is_dir()]
 
 
 def choose_domains(folder: Path, filters: Sequence[Filter]) -> list[str]:
@@ -160,7 +155,7 @@ def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
                 f"{folder}: expected the same classes in all domains, found {', '.join(sorted({*found} ^ {*classes}))} "
                 f"in only one of {first}/ and {name}/"
             )
-    splits = {split: [part[split] for part in parts.values() if split in part] for split in _SPLIT_WORDS}
+    splits = {split: [part[split] for part in parts.values() if split in part] for split in SPLIT_WORDS}
     missing = [
         f"no {split} split in {', '.join(name for name, part in parts.items() if split not in part)}"
         for split, found in splits.items()
@@ -255,7 +250,7 @@ def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
                 f"{folder} has several folders for {split}: {', '.join(path.name for path in paths)}. Keep one of "
                 "them, or rename the others"
             )
-    chosen = {split: nested[split][0] for split in _SPLIT_WORDS if split in nested}
+    chosen = {split: nested[split][0] for split in SPLIT_WORDS if split in nested}
     others = [child for child in children if child not in chosen.values()]
     if len(chosen) == 1 and others:
         raise ValueError(
@@ -351,7 +346,7 @@ def _is_hidden(path: Path) -> bool:
 def _is_image(path: Path, found: _Found) -> bool:
     """Return whether `path` is a file with the suffix or content of an image. If not, count it in `found.left_out`."""
     if not path.is_file():
-        found.leave_out("entry that is no file", path)
+        found.leave_out("special file", path)
         return False
     if is_image_suffix(path.suffix):
         return True
@@ -362,5 +357,6 @@ def _is_image(path: Path, found: _Found) -> bool:
         if is_heic(file.read(12)):
             found.leave_out(f"HEIC image ({HEIC_REMEDY})", path)
             return False
-    found.leave_out(f"{path.suffix or 'file without an ending'} that is no image Pillow can read", path)
+    kind = f"{path.suffix} file" if path.suffix else "file without an ending"
+    found.leave_out(f"{kind} that Pillow cannot read as an image", path)
     return False

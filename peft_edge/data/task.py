@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,9 @@ from datasets import ClassLabel, Dataset, DatasetDict, concatenate_datasets
 from peft_edge.data.corruptions import SHIFTS, Shift
 from peft_edge.data.domain import Domain, Task, read_into_memory, stratified_split
 from peft_edge.data.embedded import load_digits_domain, load_shapes_domain
-from peft_edge.data.folders import Filter, choose_domains, domain_label, split_of
+from peft_edge.data.folders import Filter, choose_domains, class_folders, domain_label
 from peft_edge.data.sources import domain_from_splits, read_splits
+from peft_edge.names import did_you_mean, problem_of_data, problem_of_shift, split_of
 
 logger = logging.getLogger(__name__)
 
@@ -102,8 +101,8 @@ def load_task(
     if shift == train_split and not shift_filters:
         raise ValueError(f"shift: {shift!r} is the split that the source is trained on: name another one")
     _check_change(name, shift, severity, source_filters, shift_filters, new_classes, increments, rehearsal_size)
-    if name not in EMBEDDED:
-        _check_spelling("data", name, EMBEDDED)
+    if problem := problem_of_data(name) or (problem_of_shift(shift, name) if shift is not None else None):
+        raise ValueError(problem)
     for place, filters in ((name, source_filters), (shift, shift_filters)):
         if filters and place is not None and Path(place).expanduser().is_dir():
             choose_domains(Path(place).expanduser(), filters)
@@ -151,13 +150,18 @@ def load_task(
         )
     else:
         try:
+            if problem := problem_of_data(shift):  # the name of a split that a dataset on the Hub does not have
+                raise ValueError(problem)
             other = read_splits(
                 shift, subset=subset, filters=shift_filters, image_column=image_column, label_column=label_column
             )
         except ValueError as error:
+            if Path(shift).expanduser().is_dir():
+                raise  # the message names the folder or file
+            found = f" ({', '.join(splits)})" if splits else ""
             raise ValueError(
-                f"shift {shift!r} is neither a corruption ({', '.join(SHIFTS)}), nor a split of the data, nor data "
-                f"that can be read: {error}"
+                f"shift {shift!r} is neither a corruption ({', '.join(SHIFTS)}), nor a split of the data{found}, nor "
+                f"data that can be read: {error}"
             ) from error
         other = _with_classes_of(source, other, names=(name, shift))
         if all(Path(place).expanduser().is_dir() for place in (name, shift)):
@@ -319,9 +323,14 @@ def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, s
         return splits.cast_column("label", ClassLabel(names=expected))
     missing, extra = sorted(set(expected) - set(found)), sorted(set(found) - set(expected))
     if missing or extra:
+        empty = [*class_folders(Path(names[1]), missing), *class_folders(Path(names[0]), extra)]
+        only = [
+            f"only {name!r} has {', '.join(part)}" for name, part in zip(names, (missing, extra), strict=True) if part
+        ]
         raise ValueError(
-            f"the classes of {names[1]!r} differ from those of {names[0]!r}: missing {missing or 'none'}, "
-            f"extra {extra or 'none'}. Rename or remove classes until both have the same"
+            f"{names[0]!r} and {names[1]!r} have images of different classes: {', and '.join(only)}. "
+            + (f"There are folders without images: {', '.join(map(str, empty))}. " if empty else "")
+            + "Add images, rename or remove classes until both have the same"
         )
     mapping = {name: index for index, name in enumerate(expected)}
     return splits if found == expected else splits.align_labels_with_mapping(mapping, "label")
@@ -330,9 +339,9 @@ def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, s
 def _check_classes(names: list[str], new_classes: Sequence[str], base: list[str], increments: int) -> None:
     for name in new_classes:
         if name not in names:
-            nearest = difflib.get_close_matches(name, names, n=1, cutoff=0.0)[0]
             raise ValueError(
-                f"new_classes: there is no class {name!r}; did you mean {nearest!r}? There are {', '.join(names)}"
+                f"new_classes: there are no images of a class {name!r}, only of {', '.join(names)}"
+                f"{did_you_mean(name, names)}"
             )
     if len(set(new_classes)) < len(new_classes):
         raise ValueError(f"new_classes: expected each class once, found {', '.join(new_classes)}")
@@ -376,28 +385,4 @@ def _check_change(
         if is_misplaced:
             raise ValueError(f"{key} applies to {owner} only: leave it out with {change}; found {value}")
     if shift in SHIFTS:
-        Shift(shift, severity)
-    elif shift is not None:
-        _check_spelling("shift", shift, SHIFTS)
-
-
-def _check_spelling(kind: str, name: str, known: Iterable[str]) -> None:
-    """Raise a ValueError for a misspelt name or a missing folder.
-
-    Without this check, such a name would be requested from the Hub, which takes half a minute to time out.
-    """
-    path = Path(name).expanduser()
-    if path.is_dir():
-        return
-    # A name such as PACS/sketch can also be a dataset on the Hub. It counts as a path if there is a folder PACS.
-    is_in_folder = len(path.parts) > 1 and path.parent.is_dir()
-    if is_in_folder or name.startswith((".", "~", os.sep)):
-        siblings = [str(folder) for folder in path.parent.iterdir() if folder.is_dir()] if is_in_folder else []
-        nearest = difflib.get_close_matches(str(path), siblings, n=1)
-        expected = f"did you mean {nearest[0]!r}?" if nearest else "expected the path of a folder with images"
-        raise ValueError(f"unknown {kind} {name!r}: there is no such folder, {expected}")
-    if nearest := difflib.get_close_matches(name, list(known), n=1):
-        raise ValueError(
-            f"unknown {kind} {name!r}: did you mean {nearest[0]!r}? Expected {', '.join(known)}, a folder that exists, "
-            "or a Hugging Face dataset"
-        )
+        Shift(shift, severity)  # checks the severity

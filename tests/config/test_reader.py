@@ -54,7 +54,9 @@ def test_every_error_is_reported_with_its_origin(config_file: Path, errors_of: E
         "output_dir: 3\ntraining:\n  epochs: 0\n  leraning_rate: 1\nadapter: {r: four}\nsource: 3\n"
         "data: {shift: blend}\n"
     )
-    message = errors_of("--config", str(config_file), "seed=true", "norm=restat", "method=laro", "stray", "data.name=[")
+    message = errors_of(
+        "--config", str(config_file), "seed=true", "norm=restat", "method=lorra", "stray", "data.name=["
+    )
     assert message.startswith("10 errors")
     for expected in (
         f"output_dir: should be a valid string, found 3 ({config_file})",
@@ -64,7 +66,7 @@ def test_every_error_is_reported_with_its_origin(config_file: Path, errors_of: E
         f"source: expected a section of keys, found 3 ({config_file})",
         "seed: should be a valid integer, found True (command line)",
         "norm: should be 'frozen', 'recalibrate', 'stats' or 'affine', found 'restat' (command line)",
-        "found 'laro'; did you mean lora? (command line)",
+        "found 'lorra'; did you mean lora? (command line)",
         "stray: expected key=value or --key value",
         "data.name=[: while parsing",
     ):
@@ -76,8 +78,18 @@ def test_a_key_without_its_section_names_the_sections_that_have_it(errors_of: Er
     assert "epochs: unknown key; did you mean source.epochs or training.epochs? (command line)" in message
 
 
+def test_an_unknown_key_without_a_similar_key_names_the_keys_of_its_section(errors_of: ErrorsOf) -> None:
+    assert "adapter.xyz: unknown key; the section adapter has r, lora_alpha, " in errors_of("adapter.xyz=1")
+    assert "foo: unknown key (" in errors_of("foo=1")
+
+
 @pytest.mark.parametrize(
-    ("key", "nearest"), [("adapter.rank=4", "adapter.r"), ("lean.fold_norm=true", "lean.inplace_norm")]
+    ("key", "nearest"),
+    [
+        ("adapter.rank=4", "adapter.r"),
+        ("lean.fold_norm=true", "lean.inplace_norm"),
+        ("training.momentum=0", "source.momentum"),
+    ],
 )
 def test_an_unknown_or_old_key_names_the_nearest_of_its_section(errors_of: ErrorsOf, key: str, nearest: str) -> None:
     assert f"{key.partition('=')[0]}: unknown key; did you mean {nearest}?" in errors_of("output_dir=a", key)
@@ -88,10 +100,78 @@ def test_an_unknown_section_names_the_nearest_section(errors_of: ErrorsOf) -> No
     assert "traning: unknown key; did you mean training? (command line)" in message
 
 
-def test_a_missing_output_dir_and_a_missing_file_are_named(tmp_path: Path, errors_of: ErrorsOf) -> None:
-    message = errors_of("--config", str(tmp_path / "none.yaml"))
-    assert "none.yaml: No such file" in message
-    assert "output_dir: is required (not given)" in message
+def test_a_missing_output_dir_is_named(errors_of: ErrorsOf) -> None:
+    assert "output_dir: is required (not given)" in errors_of("data.shift=blend")
+
+
+@pytest.mark.parametrize("name", ["none.yaml", "notes.txt", "photo.png", "folder"])
+def test_an_unreadable_file_is_the_only_error(name: str, tmp_path: Path, errors_of: ErrorsOf) -> None:
+    """Without the file, `output_dir` and `data.shift` are missing, too."""
+    (tmp_path / "notes.txt").write_text("some notes")
+    (tmp_path / "photo.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    (tmp_path / "folder").mkdir()
+    message = errors_of("--config", str(tmp_path / name), "training.epochs=3")
+    assert message.startswith("1 error in the configuration:\n  --config: ")
+    assert str(tmp_path / name) in message
+
+
+@pytest.mark.parametrize(
+    ("given", "nearest"),
+    [
+        ("configs/quikstart.yaml", "configs/quickstart.yaml"),
+        ("quickstart.yaml", "configs/quickstart.yaml"),
+        ("config/quickstart.yml", "configs/quickstart.yaml"),
+        ("configs/lora.yaml", "configs/methods/lora.yaml"),
+        ("configs/methods/tflite.yaml", None),
+    ],
+)
+def test_a_misspelt_file_names_the_nearest_file(
+    given: str, nearest: str | None, errors_of: ErrorsOf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(ROOT)
+    end = f"; did you mean {nearest}?" if nearest else ""
+    assert errors_of("--config", given).endswith(f"cannot read {given}: there is no such file in {ROOT}{end}")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error"),
+    [
+        (["data.shfit=fog"], "data.shfit: unknown key; did you mean data.shift?"),
+        (["data.new_classes=3"], "data.new_classes: should be a valid list"),
+        (["data.shift=["], "data.shift=[: while parsing"),
+        (["data.shift=fog", "output_dir=["], "output_dir=[: while parsing"),
+    ],
+)
+def test_a_mistake_has_no_second_error_as_its_consequence(
+    arguments: list[str], error: str, errors_of: ErrorsOf
+) -> None:
+    message = errors_of("output_dir=a", *arguments)
+    assert message.startswith(f"1 error in the configuration:\n  {error}")
+
+
+def test_missing_folders_are_reported_with_all_other_errors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    missing = ["data.name=path/to/photos", "data.shift=./night", "backbone.name=models/lite0", "output_dir=a"]
+    assert load_config(missing).data.name == "path/to/photos"  # a study may start on a machine without the data
+    with pytest.raises(ConfigError) as caught:
+        load_config([*missing, "training.epochs=0"], check_files=True)
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "4 errors in the configuration:"
+    for line, (key, part) in zip(
+        lines[1:],
+        [
+            ("training.epochs", "greater than or equal to 1"),
+            ("data.name", "unknown data 'path/to/photos': there is no such folder (command line)"),
+            ("data.shift", "unknown shift './night': there is no such folder (command line)"),
+            ("backbone.name", "there is no folder 'models/lite0'; for a model on the Hub"),
+        ],
+        strict=True,
+    ):
+        assert line.startswith(f"  {key}: ")
+        assert part in line
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "record.json").touch()
+    assert load_config(missing, check_files=True).output_dir == "a"  # prints its summary without the data
 
 
 def test_a_file_without_keys_is_refused(config_file: Path, errors_of: ErrorsOf) -> None:
@@ -130,7 +210,12 @@ except SystemExit as ending:
 
 @pytest.mark.parametrize(
     ("arguments", "code"),
-    [(["--help"], None), (["adapter.rr=3"], 2), (["method=laro", "training.optimizer=adam"], 2), (["norm=restat"], 2)],
+    [
+        (["--help"], None),
+        (["adapter.rr=3"], 2),
+        (["method=laro", "training.optimizer=adam"], 2),
+        (["data.name=path/to/photos"], 2),
+    ],
 )
 def test_help_and_mistakes_are_answered_before_torch_is_imported(arguments: list[str], code: int | None) -> None:
     quickstart = ["--config", "configs/quickstart.yaml"]

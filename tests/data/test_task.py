@@ -135,7 +135,7 @@ def test_renumbering_shows_no_progress_bar(increments: Increments, capfd: pytest
 @pytest.mark.parametrize(
     ("new_classes", "options", "message"),
     [
-        (["g"], {}, "no class 'g'.*There are a, b, c, d, e, f"),
+        (["g"], {}, r"no images of a class 'g', only of a, b, c, d, e, f$"),
         (["e", "e"], {}, "expected each class once, found e, e"),
         (["a", "b", "c", "d", "e"], {}, "of 6 classes 1 would be left for the source"),
         (["e", "b"], {"increments": 3}, "increments: expected 1 to 2, .* found 3"),
@@ -252,6 +252,19 @@ def test_second_split_as_target(hub: dict[str, list[str]]) -> None:
     task = load_task("owner/pets", shift="dusk")
     assert sizes(task.source) == [28, 4, 8]
     assert sizes(task.targets[0]) == [21, 3, 6]
+
+
+def test_a_split_that_a_dataset_lacks_is_not_requested_from_the_hub(hub: dict[str, list[str]]) -> None:
+    hub["owner/pets"] = ["cat", "dog"]
+    with pytest.raises(ValueError, match=r"nor a split of the data \(train, dusk\), .*: unknown data 'dawn': expected"):
+        load_task("owner/pets", shift="dawn")
+
+
+def test_an_error_in_a_second_folder_is_reported_as_it_is(image_folder: ImageFolder) -> None:
+    day, night = image_folder("day", ["cat", "dog"]), image_folder("night", ["cat", "dog"])
+    (night / "cat" / "0.png").write_text("damaged")
+    with pytest.raises(ValueError, match=f"^cannot read the image file '{night / 'cat' / '0.png'}'"):
+        load_task(str(day), shift=str(night))
 
 
 def test_classes_in_another_order_are_renumbered(hub: dict[str, list[str]]) -> None:
@@ -384,7 +397,19 @@ def test_new_classes_of_a_folder(image_folder: ImageFolder) -> None:
 
 def test_target_with_other_classes_is_refused(image_folder: ImageFolder) -> None:
     day, night = image_folder("day", ["cat", "dog"]), image_folder("night", ["cat", "owl"])
-    with pytest.raises(ValueError, match=r"missing \['dog'\], extra \['owl'\]"):
+    with pytest.raises(ValueError, match=f"only '{day}' has dog, and only '{night}' has owl. Add"):
+        load_task(str(day), shift=str(night))
+
+
+@pytest.mark.parametrize("is_source", [True, False])
+def test_an_empty_class_folder_is_named_if_classes_differ(image_folder: ImageFolder, is_source: bool) -> None:
+    day, night = image_folder("day", ["cat", "dog", "owl"]), image_folder("night", ["cat", "dog", "owl"])
+    empty = (day if is_source else night) / "dog"
+    for file in empty.rglob("*.*"):
+        file.unlink()
+    only = night if is_source else day
+    message = f"classes: only '{only}' has dog. There are folders without images: {empty}. Add images"
+    with pytest.raises(ValueError, match=message):
         load_task(str(day), shift=str(night))
 
 
@@ -395,6 +420,8 @@ def test_target_with_other_classes_is_refused(image_folder: ImageFolder) -> None
         ("./nowhere", "invert", "unknown data './nowhere': there is no such folder"),
         ("digits", "bland", "unknown shift 'bland': did you mean 'blend'"),
         ("digits", "/nowhere/at/all", "there is no such folder"),
+        ("photos", "invert", "unknown data 'photos': expected digits, shapes, a folder that exists, or a Hugging Face"),
+        ("digits", "validation", "unknown shift 'validation': expected blend, .*snow, a folder"),
     ],
 )
 def test_wrong_name_is_refused_before_data_is_read(
@@ -410,7 +437,7 @@ def test_misspelt_folder_names_the_nearest_one(image_folder: ImageFolder, monkey
     image_folder("sketch", ["cat", "dog"])
     monkeypatch.chdir(photo.parents[1])
     near = str(Path(photo.parent.name) / "sketches")
-    with pytest.raises(ValueError, match=rf"unknown shift '{near}': there is no such folder, did you .*sketch'\?$"):
+    with pytest.raises(ValueError, match=rf"unknown shift '{near}': there is no such folder; did you .*sketch'\?$"):
         load_task(str(photo), shift=near)
 
 

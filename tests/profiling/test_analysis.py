@@ -173,7 +173,7 @@ def test_model_without_a_head_is_refused() -> None:
 @pytest.mark.parametrize(
     ("method", "options", "message"),
     [
-        ("lorra", {}, "unknown method 'lorra'; the nearest is 'lora'"),
+        ("lorra", {}, "unknown method 'lorra': .*; did you mean lora"),
         ("lora", {"adapter": {"target_modules": "depth-wise"}}, "depth-wise"),
         ("lora", {"adapter": {"rr": 3}}, "unexpected keyword argument 'rr'.*; lora has the options norm, r, "),
         (LoraConfig(target_modules=["conv_head"]), {"adapter": {"r": 3}}, "set it in the PEFT configuration"),

@@ -1,0 +1,134 @@
+"""Check names that users type, and suggest the nearest valid name. This module does not import torch.
+
+It repeats the names of the embedded benchmarks and of the corruptions. A test compares them with `EMBEDDED` and
+`SHIFTS`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+DATA_NAMES = ("digits", "shapes")
+SHIFT_NAMES = (
+    *("blend", "brightness", "contrast", "defocus_blur", "elastic", "fog", "gaussian_blur", "gaussian_noise"),
+    *("grayscale", "impulse_noise", "invert", "jpeg", "motion_blur", "pixelate", "rotation", "shot_noise", "snow"),
+)
+_OTHER_DATA = "a folder that exists, or a Hugging Face dataset with its owner, such as uoft-cs/cifar10"
+SPLIT_WORDS = {
+    "train": "train|training",
+    "validation": "validation|valid|val|dev",
+    "test": "test|testing",
+}
+"""A dict from each split to a regular expression for the names of its folder."""
+
+
+def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
+    """Return the name in `known` that is most similar to `name`, or None if no name is similar. Ignore case.
+
+    Two names are similar if their `difflib.SequenceMatcher.ratio` is at least `cutoff`.
+
+    >>> [nearest_name(name, ["lora", "dora", "full"]) for name in ("LoRA", "ful", "tflite")]
+    ['lora', 'full', None]
+    """
+    by_lower_case = {each.lower(): each for each in known}
+    close = difflib.get_close_matches(name.lower(), by_lower_case, n=1, cutoff=cutoff)
+    return by_lower_case[close[0]] if close else None
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return the end of an error message: a question with the nearest name, or an empty text without a similar name.
+
+    >>> did_you_mean("lorra", ["lora", "full"]), did_you_mean("fox", ["cat", "dog"])
+    ('; did you mean lora?', '')
+    """
+    nearest = nearest_name(name, known)
+    return "" if nearest is None else f"; did you mean {nearest}?"
+
+
+def split_of(name: str) -> str | None:
+    """Return the split that a folder name stands for (`train`, `validation` or `test`), or None if it names no split.
+
+    >>> [split_of(name) for name in ("Train", "training_set", "val", "TEST", "train station")]
+    ['train', 'train', 'validation', 'test', None]
+    """
+    for split, words in SPLIT_WORDS.items():
+        if re.fullmatch(rf"({words})([ _-]?(set|split|data|images?))?", name.lower()):
+            return split
+    return None
+
+
+def problem_of_data(name: str) -> str | None:
+    """Return why `name` cannot be data: it is no benchmark, no folder, and no id of a dataset on the Hub.
+
+    Return None if `name` may be data. A request to the Hub would take half a minute to fail without network.
+
+    >>> [problem_of_data(name) for name in ("digits", "uoft-cs/cifar10")]
+    [None, None]
+    >>> problem_of_data("path/to/photos")
+    "unknown data 'path/to/photos': there is no such folder"
+    """
+    if name in DATA_NAMES or Path(name).expanduser().is_dir() or may_be_on_hub(name):
+        return None
+    return f"unknown data {name!r}: {_problem(name, DATA_NAMES, ', '.join([*DATA_NAMES, _OTHER_DATA]))}"
+
+
+def problem_of_shift(shift: str, data: str) -> str | None:
+    """Return why `shift` cannot be a shift of `data`: it is no corruption, no split, and no data.
+
+    Return None if `shift` may be a shift.
+
+    >>> problem_of_shift("blend", "digits"), problem_of_shift("night/photos", "digits")
+    (None, None)
+    >>> problem_of_shift("invret", "digits").partition("?")[0]
+    "unknown shift 'invret': did you mean 'invert'"
+    """
+    if shift in SHIFT_NAMES or Path(shift).expanduser().is_dir() or may_be_on_hub(shift):
+        return None
+    splits: dict[str, str] = {} if data in DATA_NAMES else SPLIT_WORDS
+    if splits and not _is_path(shift):
+        # A dataset on the Hub may have splits of any name, such as "noise". Only a very similar name is a misspelling.
+        is_on_hub = not Path(data).expanduser().is_dir()
+        if split_of(shift) or (is_on_hub and nearest_name(shift, SHIFT_NAMES, cutoff=0.8) is None):
+            return None
+    expected = [*SHIFT_NAMES, *(["a split of the data"] if splits else []), _OTHER_DATA]
+    return f"unknown shift {shift!r}: {_problem(shift, [*SHIFT_NAMES, *splits], ', '.join(expected))}"
+
+
+def may_be_on_hub(name: str) -> bool:
+    """Return whether `name` may be the id of a repository on the Hub, which is `owner/name`.
+
+    A name such as `PACS/sketch` is not an id, but the path of a missing folder, if there is a folder `PACS`.
+    """
+    return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).parent.is_dir()
+
+
+def missing_folder(name: str) -> str:
+    """Return an error message for `name`, which is not a folder. The message suggests a similar folder beside it."""
+    path = Path(name).expanduser()
+    if path.exists():
+        return "this is a file, expected a folder"
+    nearest = _nearest_folder(path)
+    return f"there is no such folder{f'; did you mean {nearest!r}?' if nearest else ''}"
+
+
+def _problem(name: str, known: Iterable[str], expected: str) -> str:
+    if _is_path(name) or Path(name).exists():
+        return missing_folder(name)
+    nearest = nearest_name(name, known) or _nearest_folder(Path(name))
+    return f"did you mean {nearest!r}? Expected {expected}" if nearest else f"expected {expected}"
+
+
+def _is_path(name: str) -> bool:
+    return re.search(r"[/\\]", name) is not None or name.startswith((".", "~"))
+
+
+def _nearest_folder(path: Path) -> str | None:
+    if not path.parent.is_dir():
+        return None
+    # Unlike the names of methods, most names of folders have nothing to do with the name that was meant.
+    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
+    nearest = nearest_name(path.name, names, cutoff=0.75)
+    return None if nearest is None else str(path.with_name(nearest))
