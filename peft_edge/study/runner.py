@@ -70,6 +70,9 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
             _copy_record(job, results)
         num_failed = 0
         with tqdm(total=len(jobs), initial=len(jobs) - len(unfinished), desc="study", unit="job", smoothing=0) as bar:
+            if unfinished and cluster is None:
+                # The first runs also train their source models, so the bar may not move for a long time.
+                bar.set_postfix_str(f"output of the first job: {unfinished[0].log}")
             ended = _run_in_pool(unfinished, processes) if cluster is None else cluster.run(unfinished, bar)
             with closing(ended):
                 for job, cause in ended:

@@ -16,15 +16,16 @@ from accelerate.tracking import get_available_trackers
 from accelerate.utils import DataLoaderConfiguration, GradientAccumulationPlugin, ProjectConfiguration
 
 from peft_edge.config import RunConfig, flatten
-from peft_edge.data import load_configured_task
+from peft_edge.config.schema import missing_files
+from peft_edge.data import Task, load_configured_task
 from peft_edge.data.loader import typical_size
 from peft_edge.hub import push_update
 from peft_edge.records import Record
 from peft_edge.training.adaptation import check_adaptation, load_update, merged_copy, sweep
 from peft_edge.training.batches import augmentation_of
 from peft_edge.training.evaluation import check_saved, first_images, kernel_changes, predict_source_tests, predict_tests
-from peft_edge.training.run_folder import ActiveRun, end_together, lock_output_dir, open_run
-from peft_edge.training.source import new_backbone, source_model
+from peft_edge.training.run_folder import ActiveRun, end_together, find_run, lock_output_dir, open_run
+from peft_edge.training.source import check_source, new_backbone, source_model
 from peft_edge.training.summary import build_record, failure_recorded, retention_warning
 
 logger = logging.getLogger(__name__)
@@ -47,19 +48,20 @@ def run(config: RunConfig) -> Record:
         OSError: If a file cannot be read or written, or the upload fails after the run has succeeded.
     """
     accelerator = start_accelerator(config)
-    with (
-        torch_settings(config.num_threads),
-        end_together(config, accelerator),
-        lock_output_dir(config, accelerator),
-    ):
-        opened = open_run(config, accelerator)
-        record = opened.record
-        if record is None:
-            record = _run_stages(opened)
-        else:
-            accelerator.print(f"{opened.path} holds this run, finished:")
-        if accelerator.is_main_process and config.hub.repo_id is not None:
-            _push(opened, record, config.hub.repo_id)
+    started, clock = time.time(), time.perf_counter()
+    with torch_settings(config.num_threads), end_together(config, accelerator):
+        # Check the configuration and the data before the first file is written, so that mistakes leave no files behind.
+        record = find_run(config, accelerator).record
+        task = _checked_task(config, accelerator) if record is None else None
+        with lock_output_dir(config, accelerator):
+            opened = open_run(config, accelerator)
+            if task is not None:  # a run that was working in the folder may have finished in the meantime
+                record = opened.record or _run_stages(opened, task, started=started, clock=clock)
+            else:
+                accelerator.print(f"{opened.path} holds this run, finished:")
+            assert record is not None
+            if accelerator.is_main_process and config.hub.repo_id is not None:
+                _push(opened, record, config.hub.repo_id)
     accelerator.end_training()
     return record
 
@@ -78,24 +80,36 @@ def torch_settings(num_threads: int) -> Iterator[None]:
         torch.backends.cudnn.deterministic = before[1]
 
 
-def _run_stages(run: ActiveRun) -> Record:
+def _checked_task(config: RunConfig, accelerator: Accelerator) -> Task:
+    """Load the source and the targets, print their sizes, and check everything that can be checked before training.
+
+    Raises:
+        ValueError: If a file does not exist, or the configuration does not fit the data or the network.
+        OSError: If a file cannot be read.
+    """
+    # Without network, a request to the Hub takes half a minute. Therefore check files before the first request.
+    if problems := [f"{key}: {problem}" for key, problem in missing_files(config)]:
+        raise ValueError("\n".join(problems))
+    for key, name in (("data.name", config.data.name), ("data.shift", config.data.shift)):
+        if name is not None and "/" in name and not Path(name).expanduser().is_dir():
+            accelerator.print(f"{key}: there is no folder {name!r}, so the dataset {name!r} of the Hub is read")
+    # Load the backbone first, so that errors in its weights are raised before any data are read.
+    new_backbone(config, num_classes=2)
+    task = load_configured_task(config.data.model_dump(), seed=config.seed)
+    check_source(config, task)
+    check_adaptation(config, task)
+    for name, domain in {"source": task.source, "target": task.targets[0]}.items():
+        sizes = ", ".join(f"{len(split):,} {key}" for key, split in vars(domain).items())
+        augment = augmentation_of(config, domain.train)
+        size = "{} x {} pixels".format(*typical_size(domain.train))
+        accelerator.print(f"{name} images: {sizes}; {domain.num_classes} classes; about {size}; augmentation {augment}")
+    return task
+
+
+def _run_stages(run: ActiveRun, task: Task, *, started: float, clock: float) -> Record:
+    """Run all stages after the checks. `started` and `clock` are the start of the run in two clocks of `time`."""
     config, accelerator = run.config, run.accelerator
-    started, clock = time.time(), time.perf_counter()
     with failure_recorded(run, started):
-        # The backbone: load it first, so that errors in its weights are raised before any data are read.
-        new_backbone(config, num_classes=2)
-
-        # Data: the source and the targets.
-        task = load_configured_task(config.data.model_dump(), seed=config.seed)
-        check_adaptation(config, task)
-        for name, domain in {"source": task.source, "target": task.targets[0]}.items():
-            sizes = ", ".join(f"{len(split):,} {key}" for key, split in vars(domain).items())
-            augment = augmentation_of(config, domain.train)
-            size = "{} x {} pixels".format(*typical_size(domain.train))
-            accelerator.print(
-                f"{name} images: {sizes}; {domain.num_classes} classes; about {size}; augmentation {augment}"
-            )
-
         # The source model: trained once, and shared by all runs with the same source configuration.
         source = source_model(config, task, accelerator.device, say=accelerator.print)
         predictions = [predict_source_tests(source, config, task, accelerator)]

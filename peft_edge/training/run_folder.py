@@ -39,8 +39,7 @@ class ActiveRun:
     @property
     def record(self) -> Record | None:
         """The record if the run has succeeded, otherwise None. Raises a ValueError if `record.json` is damaged."""
-        record = read_record(self.path / "record.json", Record)
-        return record if record is not None and record.train_info.status == SUCCESS else None
+        return _success_in(self.path)
 
     @property
     def is_finished(self) -> bool:
@@ -135,23 +134,31 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
         is_over.set()
 
 
+def find_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
+    """Return the run of `config` without writing anything.
+
+    Raises:
+        ConfigError: If the folder contains results of a different run, unrelated files, or a damaged `config.yaml`.
+    """
+    is_resumed = accelerator.is_main_process and is_started(config, Path(config.output_dir))
+    return ActiveRun(config, accelerator, is_resumed)
+
+
 def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
     """Create the folder of a run, or open the folder if an earlier command started the same run there.
 
     If the folder contains a different run without checkpoints and results, the new run replaces the old run.
 
     Raises:
-        ConfigError: If the folder contains results of a different run, unrelated files, or a damaged `config.yaml`.
-        ValueError: If the folder contains a different run with a damaged `record.json`.
+        ConfigError: If `find_run` raises it.
         OSError: If the folder cannot be written.
     """
-    path = Path(config.output_dir)
-    is_resumed = accelerator.is_main_process and is_started(config, path)
-    if accelerator.is_main_process and not is_resumed:
-        with atomic_write(path / "config.yaml") as unfinished:
+    run = find_run(config, accelerator)
+    if accelerator.is_main_process and not run.is_resumed:
+        with atomic_write(run.path / "config.yaml") as unfinished:
             unfinished.write_text(to_yaml(config), encoding="utf-8")
     accelerator.wait_for_everyone()
-    return ActiveRun(config, accelerator, is_resumed)
+    return run
 
 
 def is_started(config: RunConfig, path: Path) -> bool:
@@ -183,15 +190,19 @@ def is_started(config: RunConfig, path: Path) -> bool:
     ]
     if not differences:
         return True
-    record = read_record(path / "record.json", Record)
     # With `method="none"`, the record is the only result.
-    is_successful = record is not None and record.train_info.status == SUCCESS
-    if is_successful or any((path / name).exists() for name in ("checkpoints", "candidates", "adapter", "model")):
+    names = ("checkpoints", "candidates", "adapter", "model")
+    if _success_in(path) is not None or any((path / name).exists() for name in names):
         raise ConfigError(
             "\n  ".join([f"output_dir: {path} holds another run. Choose another folder, or delete it:", *differences])
         )
     # The different run failed before it had results, for example because of an error in its configuration.
     return False
+
+
+def _success_in(folder: Path) -> Record | None:
+    record = read_record(folder / "record.json", Record)
+    return record if record is not None and record.train_info.status == SUCCESS else None
 
 
 def cache_folder(config: RunConfig) -> Path:

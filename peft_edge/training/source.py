@@ -101,6 +101,23 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
     return model.to(device).to(memory_format=torch.channels_last)
 
 
+def check_source(config: RunConfig, task: Task) -> int:
+    """Return the number of optimizer steps that train the source model: 0 if `source.epochs` is 0.
+
+    Raises:
+        ValueError: If the images do not fill one batch, or training has fewer than two steps.
+    """
+    settings, images = config.source, len(task.source.train)
+    steps = settings.epochs * (images // settings.batch_size)
+    if settings.epochs > 0 and steps < 2:
+        raise ValueError(
+            f"source.batch_size: expected at least 2 optimizer steps, found {steps} ({images} training images of the "
+            f"source, batches of {settings.batch_size}, epochs: {settings.epochs}): lower source.batch_size, or add "
+            "images"
+        )
+    return steps
+
+
 def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device, checkpoint: Path) -> None:
     """Train `model` in place, starting from the file `checkpoint` if this file exists.
 
@@ -108,17 +125,11 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
         ValueError: If the images do not fill one batch, or training has fewer than two steps. If the loss at the end of
             an epoch is not finite; the checkpoint is then deleted.
     """
-    settings = config.source
+    settings, total_steps = config.source, check_source(config, task)
     batches = training_batches(config, model, task.source.train, batch_size=settings.batch_size)
     model.to(device).to(memory_format=torch.channels_last).train()
     momentum, groups = settings.momentum, decay_groups(model, settings.weight_decay)
     optimizer = SGD(groups, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0)
-    total_steps = settings.epochs * len(batches)
-    if total_steps < 2:
-        raise ValueError(
-            f"source.epochs: {len(task.source.train)} images in batches of {settings.batch_size} make {total_steps} "
-            f"steps in {settings.epochs} epochs, expected at least 2: raise source.epochs or lower source.batch_size"
-        )
     # OneCycleLR divides by the number of warm-up steps minus one. A schedule of five steps with pct_start=0.2 has
     # exactly one warm-up step.
     pct_start = 0.4 if total_steps == 5 else 0.2

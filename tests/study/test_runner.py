@@ -77,7 +77,9 @@ def test_one_job_of_each_source_is_first_and_failures_stop_no_other(
     assert done_in(tmp_path) == ["a", "c", "b", "d"]
     assert [job.status for job in jobs] == [SUCCESS, SUCCESS, FAILED, DIVERGED]
     assert results_in(tmp_path) == {f"lora--{job.name}.json": shareable(job.record) for job in jobs}
-    last_line = capsys.readouterr().err.splitlines()[-1]
+    output = capsys.readouterr().err
+    last_line = output.splitlines()[-1]
+    assert f"output of the first job: {tmp_path / 'a.log'}" in output
     assert "4/4" in last_line
     assert "failed=1" in last_line
 

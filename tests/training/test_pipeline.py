@@ -12,7 +12,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from peft_edge import load_pretrained
 from peft_edge.allocator import huge_page_state
 from peft_edge.backbones import class_names, load_backbone
-from peft_edge.config import load_config
+from peft_edge.config import ConfigError, load_config
 from peft_edge.methods import METHODS
 from peft_edge.records import SUCCESS
 from peft_edge.training import evaluation
@@ -217,17 +217,23 @@ def test_every_method_runs_and_saves_what_it_trained(run: RunTraining, tmp_path:
     assert results["forgetting"] == results["source test accuracy without update"] - results["source test accuracy"]
 
 
-def test_a_wrong_adapter_is_reported_before_anything_is_trained(
-    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("mistake", "message"),
+    [
+        ("adapter.target_modules=[no_such_layer]", "no_such_layer"),
+        ("backbone.name=mobilenetv3_smal_050", "mobilenetv3_small_050"),
+        ("data.severity=3", "has no severities"),
+        ("training.batch_size=65", "there are 64 images to adapt with"),
+        ("source.batch_size=9999", "expected at least 2 optimizer steps, found 0"),
+    ],
+)
+def test_a_mistake_is_reported_before_anything_is_trained_and_leaves_no_files(
+    run: RunTraining, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mistake: str, message: str
 ) -> None:
     monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
-    with pytest.raises(ValueError, match="no_such_layer"):
-        run(tmp_path / "run", "adapter.target_modules=[no_such_layer]")
-
-
-def test_an_unknown_backbone_names_the_nearest(run: RunTraining, tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="mobilenetv3_small_050"):
-        run(tmp_path / "run", "backbone.name=mobilenetv3_smal_050")
+    with pytest.raises(ValueError, match=message):
+        run(tmp_path / "runs" / "run", mistake)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_finished_run_only_prints_its_table(
@@ -235,11 +241,13 @@ def test_a_finished_run_only_prints_its_table(
 ) -> None:
     first = run(tmp_path / "run", "method=none")
     capsys.readouterr()
-    monkeypatch.setattr("peft_edge.training.pipeline.source_model", None)
+    monkeypatch.setattr("peft_edge.training.pipeline.load_configured_task", None)
     assert run(tmp_path / "run", "method=none") == first
     assert "holds this run, finished" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="holds another run"):
+    with pytest.raises(ConfigError, match="holds another run"):
         run(tmp_path / "run", "method=none", "data.shift=invert")
+    with pytest.raises(ConfigError, match="holds another run"):
+        run(tmp_path / "run", "method=head")
 
 
 NEW_CLASSES = [
