@@ -58,8 +58,10 @@ def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
         ValueError: If the file is damaged, has objects that ``weights_only=True`` rejects, or has no state dict.
     """
     path = Path(file)
+    if not path.exists():
+        raise FileNotFoundError(f"{path}: there is no such file. Pass the path of the file with weights.")
     if not path.is_file() or path.suffix not in WEIGHTS_SUFFIXES:
-        found = "nothing" if not path.exists() else "a folder" if path.is_dir() else "a file of another kind"
+        found = "a folder" if path.is_dir() else "a file of another kind"
         raise FileNotFoundError(f"{path}: expected a file that ends in {', '.join(WEIGHTS_SUFFIXES)}, found {found}.")
     try:
         content: dict[str, object] = load_state_dict(str(path), weights_only=True)

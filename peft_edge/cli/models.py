@@ -8,6 +8,7 @@ from typing import Annotated, Any, get_args
 from typer import Argument, Option
 
 from peft_edge.cli.options import (
+    BASE_HELP,
     MODEL_HELP,
     STEP_OPTIMIZERS,
     Base,
@@ -33,7 +34,7 @@ STEP_FORMATS = ("onnx", "executorch")  # with --train
 def import_(
     weights: Annotated[Path, Argument(help="The file with weights: .safetensors, .pth, .pt, .bin, .ckpt or .tar.")],
     model: Annotated[str, Option(help="The timm model that the weights belong to, or the folder of a saved model.")],
-    out: Annotated[Path, path("FOLDER", "The output folder. The key backbone.name and other commands accept it.")],
+    out: Annotated[Path, path("FOLDER", "A new folder. The key backbone.name and other commands accept it.")],
     num_classes: Annotated[
         int | None, count("Replace the head by a new one for this number of classes; by default the head is kept.")
     ] = None,
@@ -66,6 +67,8 @@ def import_(
     from peft_edge.backbones import import_weights, load_backbone, replace_head, save_backbone, set_preprocessing
     from peft_edge.training.probe import probe_weights
 
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ValueError(f"--out: {out} exists already: choose another folder, or delete it")
     backbone = load_backbone(model)
     set_preprocessing(
         backbone,
@@ -234,7 +237,9 @@ def _export_network(
         batch_size=batch_size,
         calibration=torch.cat([images[name].calibration for name in calibration]) if quantize else None,
     )
-    print(f"{out}, compared with {adapter} on {sum(len(images[name].comparison) for name in names):,} images")
+    counts = {name: len(images[name].comparison) for name in names}
+    parts = ", ".join(f"{number:,} of {name}" for name, number in counts.items())
+    print(f"{out}, compared with {adapter} on {sum(counts.values()):,} images ({parts})")
     print(comparison_table(compared))
     for name, loss in compared[-1].losses.items():
         if loss > MAX_LOSS:
@@ -311,9 +316,9 @@ def run_record(folder: Path) -> Record | None:
 
 
 def diff(
-    base: Base,
     adapter: Annotated[str, Option(help=MODEL_HELP)],
     out: Annotated[Path, path("FILE", "The output file (.safetensors).")],
+    base: Annotated[str | None, Option(help=f"{BASE_HELP} By default the base that the adapter names.")] = None,
     allow_other_base: Annotated[
         bool, Option("--allow-other-base", help="Accept a base whose weights differ from those in training.")
     ] = False,
@@ -325,9 +330,28 @@ def diff(
     """
     from peft_edge.export.differences import write_diff
 
+    given = None if base is None else load_base_model(base)
+    adapted = load_any_model(adapter, given, allow_other_base=allow_other_base)
+    base = base or _base_of(Path(adapter))
     model = load_base_model(base)
-    changed = write_diff(model, load_any_model(adapter, load_base_model(base), allow_other_base=allow_other_base), out)
-    print(f"{out}: {out.stat().st_size:,} bytes, {len(changed)} of {len(model.state_dict())} tensors")
+    changed = write_diff(model, adapted, out)
+    size, total = out.stat().st_size, len(model.state_dict())
+    print(f"{out}: {size:,} bytes, {len(changed)} of {total} tensors; the base is {base}")
+
+
+def _base_of(adapter: Path) -> str:
+    """Return the base of an adapter in a local folder: its subfolder `source_model`, or the model that it names."""
+    from peft.utils import CONFIG_NAME
+
+    from peft_edge.hub.adapter_files import SOURCE_NAME, read_configuration
+
+    if (adapter / SOURCE_NAME).is_dir():
+        return str(adapter / SOURCE_NAME)
+    has_config = (adapter / CONFIG_NAME).exists()
+    name = read_configuration(adapter / CONFIG_NAME).base_model_name_or_path if has_config else None
+    if not name:
+        raise ValueError(f"{adapter} names no base: pass --base, the model that the device has")
+    return name
 
 
 def apply(

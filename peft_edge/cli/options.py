@@ -126,7 +126,8 @@ MODEL_HELP = "The folder of an adapter or of a saved model, or the id of an adap
 METHODS_HELP = f"One or several methods: {', '.join(METHOD_NAMES)}."
 TARGETS_HELP = f"The layers to adapt: {', '.join(ROLE_NAMES)}, or a regular expression"
 
-Base = Annotated[str, Option(help="The base model: the folder of a saved model, or the id of a timm model on the Hub.")]
+BASE_HELP = "The base model: the folder of a saved model, or the id of a timm model on the Hub."
+Base = Annotated[str, Option(help=BASE_HELP)]
 Backbone = Annotated[str, Option(help="The name of a timm model, or the folder of a saved model.")]
 NumClasses = Annotated[int | None, count("Number of classes; by default that of the backbone.")]
 BatchSize = Annotated[int, count("Images per step.")]

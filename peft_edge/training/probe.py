@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +30,7 @@ from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.profiling.tables import text_table
 
 MEAN_SIZE, TEST_SIZE = 20, 200  # maximum numbers of images: training images per class, and test images
+SIGNIFICANCE = 0.05
 IMPORTED, RANDOM = "as imported", "random weights"
 NORMALISATIONS = {
     "mean and std of ImageNet": (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD),
@@ -38,40 +40,60 @@ NORMALISATIONS = {
 
 @dataclass(frozen=True)
 class WeightProbe:
-    """The accuracies of a network on images that it was not trained on.
+    """Which of the test images, which a network was not trained on, are classified correctly.
 
     Attributes:
-        class_mean: The accuracy of nearest-class-mean classification for each setting. The settings are `IMPORTED` (the
-            given weights and preprocessing), names of other input normalisations, and `RANDOM` (random weights).
-        head: The accuracy of the network's own head. None if the classes of the head are unknown or lack a class of the
+        class_mean: For each setting, whether nearest-class-mean classification is correct: a boolean tensor (N,). The
+            settings are `IMPORTED` (the given weights and preprocessing), names of other input normalisations, and
+            `RANDOM` (random weights).
+        head: The same for the network's own head. None if the classes of the head are unknown or lack a class of the
             images.
     """
 
-    class_mean: Mapping[str, float]
-    head: float | None
+    class_mean: Mapping[str, Tensor]
+    head: Tensor | None
 
     @property
     def warnings(self) -> list[str]:
         """Messages about probable mistakes in the weights or their preprocessing. Empty if nothing is suspicious."""
-        imported, random = self.class_mean[IMPORTED], self.class_mean[RANDOM]
-        found = []
-        if imported < random + 0.05:
+        imported, found = self.class_mean[IMPORTED], []
+        if not is_better(imported, self.class_mean[RANDOM]):
             found.append(
-                "Warning: the features are hardly better than those of random weights. The tensors may be matched "
-                "wrongly, or the weights may belong to another model"
+                "Warning: the features are not significantly better than those of random weights. The tensors may be "
+                "matched wrongly, the weights may belong to another model, or there are too few images for this check"
             )
         for name, (mean, std) in NORMALISATIONS.items():
-            if self.class_mean.get(name, 0) > imported + 0.02:
+            if name in self.class_mean and is_better(self.class_mean[name], imported):
                 values = " ".join(["--mean", *map(str, mean), "--std", *map(str, std)])
-                found.append(f"Warning: {name} give a better accuracy. Were the weights trained with {values}?")
+                found.append(f"Warning: {name} are significantly better. Were the weights trained with {values}?")
         return found
 
     def __str__(self) -> str:
         rows = [("", "nearest class mean", "head")]
-        for name, accuracy in self.class_mean.items():
-            head = "-" if self.head is None or name != IMPORTED else f"{self.head:.3f}"
-            rows.append((name, f"{accuracy:.3f}", head))
+        for name, correct in self.class_mean.items():
+            head = "-" if self.head is None or name != IMPORTED else _accuracy(self.head)
+            rows.append((name, _accuracy(correct), head))
         return "\n".join([text_table(rows), *(self.warnings or ["The weights and the preprocessing seem right."])])
+
+
+def _accuracy(correct: Tensor) -> str:
+    return f"{correct.float().mean().item():.3f} ({int(correct.sum())} of {len(correct)})"
+
+
+def is_better(correct: Tensor, other: Tensor) -> bool:
+    """Return whether a classifier is significantly better than another one on the same images (N,).
+
+    This is the exact one-sided sign test (McNemar 1947) at the level of 5 %: of the images on which only one of the two
+    is correct, how many are correct by the first? By chance it would be half of them.
+
+    >>> is_better(torch.tensor([True] * 5), torch.tensor([False] * 5))  # the probability is 1 / 32
+    True
+    >>> is_better(torch.tensor([True] * 5), torch.tensor([False] * 4 + [True]))
+    False
+    """
+    wins, losses = int((correct & ~other).sum()), int((other & ~correct).sum())
+    differing = wins + losses
+    return sum(math.comb(differing, count) for count in range(wins, differing + 1)) < SIGNIFICANCE * 2**differing
 
 
 def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
@@ -80,7 +102,8 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     Each test image gets the class whose mean feature has the largest cosine similarity with the image's feature, as in
     nearest-class-mean classification (Mensink et al. 2013). Features are the inputs of the head, minus their mean over
     the training images. The images are classified again with other input normalisations, and with random weights. If
-    one of these changes improves the accuracy, the weights of `model` or their preprocessing are probably wrong.
+    a normalisation is significantly better, or random weights are not significantly worse, the weights of `model` or
+    their preprocessing are probably wrong.
 
     Args:
         model: A timm model. It is not changed.
@@ -103,16 +126,16 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     settings[RANDOM] = (load_backbone(as_timm_model(model).pretrained_cfg["architecture"]), config)
 
     truth, was_training = torch.tensor(test["label"][:]), model.training
-    accuracies, head = {}, None
+    class_mean, head = {}, None
     for name, (network, data_config) in settings.items():
         features, _ = _predict(network, data_config, train, f"{name}, training images")
         found, logits = _predict(network, data_config, test, f"{name}, test images")
-        accuracies[name] = class_mean_accuracy(features, torch.tensor(train["label"][:]), found, truth)
+        class_mean[name] = predict_by_class_mean(features, torch.tensor(train["label"][:]), found) == truth
         outputs = head_outputs(model, domain.class_names) if name == IMPORTED else None
         if outputs is not None:
-            head = (logits.argmax(1) == torch.tensor(outputs)[truth]).float().mean().item()
+            head = logits.argmax(1) == torch.tensor(outputs)[truth]
     model.train(was_training)
-    return WeightProbe(accuracies, head)
+    return WeightProbe(class_mean, head)
 
 
 def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset, title: str) -> tuple[Tensor, Tensor]:
@@ -128,12 +151,12 @@ def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset, 
     return torch.cat(features), torch.cat(logits)
 
 
-def class_mean_accuracy(features: Tensor, labels: Tensor, test_features: Tensor, test_labels: Tensor) -> float:
-    """Assign each of the test features (M, F) to the nearest class mean of `features` (N, F). Return the accuracy."""
+def predict_by_class_mean(features: Tensor, labels: Tensor, test_features: Tensor) -> Tensor:
+    """Return for each of the test features (M, F) the label of the nearest class mean of `features` (N, F)."""
     centre = features.mean(0)
     means = torch.stack([(features[labels == label] - centre).mean(0) for label in labels.unique()])
     similarity = F.normalize(test_features - centre) @ F.normalize(means).T
-    return (labels.unique()[similarity.argmax(1)] == test_labels).float().mean().item()
+    return labels.unique()[similarity.argmax(1)]
 
 
 def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:

@@ -202,6 +202,7 @@ def test_file_without_a_state_dict_is_named(content: object, tmp_path: Path) -> 
 
 def test_path_of_another_kind_is_named(tmp_path: Path) -> None:
     (tmp_path / "w.onnx").touch()
-    for name, found in (("absent.pth", "nothing"), ("w.onnx", "a file of another kind"), (".", "a folder")):
-        with pytest.raises(FileNotFoundError, match=f"found {found}"):
+    problems = {"absent.pth": "no such file", "w.onnx": "found a file of another kind", ".": "found a folder"}
+    for name, problem in problems.items():
+        with pytest.raises(FileNotFoundError, match=problem):
             read_weights(tmp_path / name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -54,8 +55,9 @@ def test_import_checks_the_weights_on_photographs(tmp_path: Path, capsys: pytest
     main([*import_, "--out", str(tmp_path / "out"), "--check", str(tmp_path / "pets")])
     _, title, header, imported, *rest = capsys.readouterr().out.splitlines()
     assert title == f"accuracy on {tmp_path / 'pets'}"
-    assert (header.split()[-1], imported.split()) == ("head", ["as", "imported", "1.000", "-"])
-    assert "hardly better than those of random weights" in rest[-2]
+    assert header.split()[-1] == "head"
+    assert re.fullmatch(r" *as imported +1\.000 \((\d+) of \1\) +-", imported)
+    assert "not significantly better than those of random weights" in rest[-2]
     with pytest.raises(SystemExit):
         main([*import_, "--out", str(tmp_path / "new"), "--check", str(tmp_path / "none")])
     assert not (tmp_path / "new").exists()
@@ -86,13 +88,28 @@ def test_failed_import_writes_nothing(
     assert not (tmp_path / "out").exists()
 
 
+def test_import_never_replaces_a_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(timm.create_model("test_efficientnet").state_dict(), tmp_path / "w.pth")
+    (tmp_path / "out").mkdir()
+    import_ = ["import", str(tmp_path / "w.pth"), "--model", "test_efficientnet", "--out", str(tmp_path / "out")]
+    main(import_)
+    files = {file: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(SystemExit):
+        main([*import_, "--mean", ".5"])
+    assert (
+        capsys.readouterr().err
+        == f"error: --out: {tmp_path / 'out'} exists already: choose another folder, or delete it\n"
+    )
+    assert {file: file.read_bytes() for file in (tmp_path / "out").iterdir()} == files
+
+
 def test_export_compares_the_file_on_real_images(
     saved: Saved, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "digits.pt2"
     main(["export", str(saved.adapter), "--format", "torch-export", "--out", str(file), "--image-size", "32"])
     first, header, row, last = capsys.readouterr().out.splitlines()
-    assert first == f"{file}, compared with {saved.adapter} on 256 images"
+    assert first == f"{file}, compared with {saved.adapter} on 256 images (256 of digits)"
     assert header.split("  ")[-1] == "accuracy"
     assert row.split()[:2] == ["torch-export", f"{file.stat().st_size:,}"]
     # No record says which digits the adapter was trained on.
@@ -179,7 +196,13 @@ def test_what_is_applied_to_the_base_is_the_merged_model(
     main(["diff", "--base", str(saved.base), "--adapter", str(saved.adapter), "--out", str(file)])
     total = len(load_backbone(str(saved.base)).state_dict())
     changed = len(load_file(file))
-    assert capsys.readouterr().out == f"{file}: {file.stat().st_size:,} bytes, {changed} of {total} tensors\n"
+    printed = capsys.readouterr().out
+    assert printed == (
+        f"{file}: {file.stat().st_size:,} bytes, {changed} of {total} tensors; the base is {saved.base}\n"
+    )
+    content = file.read_bytes()
+    main(["diff", "--adapter", str(saved.adapter), "--out", str(file)])  # the adapter names its base
+    assert (capsys.readouterr().out, file.read_bytes()) == (printed, content)
     main(["apply", "--base", str(saved.base), "--diff", str(file), "--out", str(deployed)])
     expected = merge_adapters(saved.load()).state_dict()
     assert all(
@@ -202,6 +225,7 @@ def test_what_is_applied_to_the_base_is_the_merged_model(
         (["export", "{adapter}", "--out", "x.onnx", "--quantize", "int8"], "pass --calibration FOLDER"),
         (["export", "./no/adapter", "--out", "x.onnx"], "no/adapter"),
         (["diff", "--base", "{base}", "--adapter", "./no/adapter", "--out", "x"], "no/adapter"),
+        (["diff", "--adapter", "{base}", "--out", "x"], "names no base: pass --base"),
         (["apply", "--base", "{base}", "--diff", "./no.safetensors", "--out", "x"], "no.safetensors is missing"),
     ],
 )

@@ -8,9 +8,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from scipy.stats import binomtest
 
 from peft_edge.backbones import fingerprint, load_backbone, set_class_names, set_preprocessing
-from peft_edge.training.probe import IMPORTED, RANDOM, WeightProbe, class_mean_accuracy, head_outputs, probe_weights
+from peft_edge.training.probe import (
+    IMPORTED,
+    RANDOM,
+    WeightProbe,
+    head_outputs,
+    is_better,
+    predict_by_class_mean,
+    probe_weights,
+)
 
 IMAGENET = "mean and std of ImageNet"
 
@@ -20,7 +29,7 @@ def test_nearest_class_mean_is_that_of_the_angles() -> None:
     features = torch.tensor([[9.0, 0.0], [11.0, 0.0], [0.0, 9.0], [0.0, 11.0]])
     labels = torch.tensor([0, 0, 1, 1])
     test = torch.tensor([[6.0, 5.0], [500.0, 5.0], [5.0, 5.1], [5.0, 5.1]])
-    assert class_mean_accuracy(features, labels, test, torch.tensor([0, 0, 1, 0])) == 0.75
+    assert predict_by_class_mean(features, labels, test).tolist() == [0, 0, 1, 1]
 
 
 def test_classes_of_the_head_are_found_by_name() -> None:
@@ -56,27 +65,43 @@ def test_probe_of_separable_classes(tmp_path: Path) -> None:
         model.classifier.bias.copy_(torch.tensor([1.0, 0.0, 0.0]))  # predicts owls only
     before = fingerprint(model)
     found = probe_weights(model, str(folder_of_colours(tmp_path)))
-    assert found.class_mean == {IMPORTED: 1.0, IMAGENET: 1.0, RANDOM: 1.0}
-    assert found.head == pytest.approx(1 / 3, abs=0.1)
+    assert found.class_mean.keys() == {IMPORTED, IMAGENET, RANDOM}
+    assert all(correct.all() for correct in found.class_mean.values())
+    assert found.head is not None
+    assert found.head.float().mean() == pytest.approx(1 / 3, abs=0.1)
     assert fingerprint(model) == before
     assert model.training
 
 
+def first(correct: int, images: int) -> torch.Tensor:
+    """Return a tensor for a classifier that is correct on the first `correct` images."""
+    return torch.arange(images) < correct
+
+
+@pytest.mark.parametrize("differing", range(12))
+def test_significance_is_that_of_the_binomial_distribution(differing: int) -> None:
+    for wins in range(differing + 1):
+        correct = torch.cat([first(wins, differing), torch.ones(7, dtype=torch.bool)])
+        other = torch.cat([~first(wins, differing), torch.ones(7, dtype=torch.bool)])
+        expected = bool(differing) and binomtest(wins, differing, alternative="greater").pvalue < 0.05
+        assert is_better(correct, other) == expected
+
+
 @pytest.mark.parametrize(
-    ("accuracies", "warnings"),
+    ("correct", "images", "warnings"),
     [
-        ({IMPORTED: 0.9, IMAGENET: 0.91, RANDOM: 0.4}, []),
-        ({IMPORTED: 0.43, RANDOM: 0.4}, ["hardly better than those of random weights"]),
-        ({IMPORTED: 0.9, IMAGENET: 0.95, RANDOM: 0.4}, ["--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"]),
+        ({IMPORTED: 180, IMAGENET: 182, RANDOM: 80}, 200, []),
+        ({IMPORTED: 15, IMAGENET: 16, RANDOM: 8}, 16, []),  # one image is no evidence
+        ({IMPORTED: 84, RANDOM: 80}, 200, ["not significantly better than those of random weights"]),
+        ({IMPORTED: 180, IMAGENET: 190, RANDOM: 80}, 200, ["--mean 0.485 0.456 0.406 --std 0.229 0.224 0.225"]),
     ],
 )
-def test_doubtful_weights_are_said(accuracies: dict[str, float], warnings: list[str]) -> None:
-    found = WeightProbe(accuracies, None)
+def test_doubtful_weights_are_said(correct: dict[str, int], images: int, warnings: list[str]) -> None:
+    found = WeightProbe({name: first(count, images) for name, count in correct.items()}, first(3, images))
     assert len(found.warnings) == len(warnings)
     assert all(text in warning for text, warning in zip(warnings, found.warnings, strict=True))
-    header, first, *_, last = str(found).splitlines()
+    header, row, *_, last = str(found).splitlines()
     assert last == (found.warnings[-1] if warnings else "The weights and the preprocessing seem right.")
-    assert (header.split(), first.split()[-2:]) == (
-        ["nearest", "class", "mean", "head"],
-        [f"{accuracies[IMPORTED]:.3f}", "-"],
-    )
+    assert header.split() == ["nearest", "class", "mean", "head"]
+    expected = [f"{count / images:.3f} ({count} of {images})" for count in (correct[IMPORTED], 3)]
+    assert row.split("as imported")[1].split() == " ".join(expected).split()
