@@ -309,7 +309,9 @@ def find_plan(
     fitting, exceeding = [], []
     can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
-    with tqdm(placements, unit="placement", leave=False, disable=None) as bar:
+    # The bar is also shown if stderr is a file or a pipe, where each update is a line: an analysis takes minutes.
+    interval = 0.1 if sys.stderr.isatty() else 10
+    with tqdm(placements, unit="placement", leave=False, mininterval=interval) as bar:
         # Method, adapted layers, and index of the setting that was found for them. If a later placement contains all of
         # these layers, its search starts at this setting, because it needs at least as much memory.
         needed: list[tuple[str, frozenset[str], int]] = []
