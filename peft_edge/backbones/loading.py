@@ -36,6 +36,7 @@ logger = logging.getLogger(__name__)
 WEIGHTS_NAME = "model.safetensors"
 CONFIG_NAME = "config.json"
 INTERPOLATIONS = ("nearest", "bilinear", "bicubic", "lanczos", "box", "hamming")
+CROP_MODES = ("center", "squash", "border")
 
 EDGE_FAMILIES = {
     "mobilenetv1": "mobilenetv1_100",
@@ -145,7 +146,8 @@ def set_preprocessing(
     std: float | Sequence[float] | None = None,
     interpolation: str | None = None,
     crop_pct: float | None = None,
-    image_size: int | None = None,
+    crop_mode: str | None = None,
+    image_size: int | tuple[int, int] | None = None,
 ) -> None:
     """Set the preprocessing of a timm model. Arguments that are None change nothing.
 
@@ -157,8 +159,10 @@ def set_preprocessing(
         std: The standard deviation by which pixels are then divided: three numbers, or one for all channels.
         interpolation: The filter for resizing: nearest, bilinear, bicubic, lanczos, box or hamming.
         crop_pct: The fraction of a resized image's side that the centre crop keeps.
-        image_size: The height and width of the input in pixels. A training run uses `data.image_size` of its
-            configuration instead.
+        crop_mode: How timm changes the aspect ratio of images that are not square. `center` crops the centre, `squash`
+            changes the aspect ratio instead, and `border` adds a border.
+        image_size: The height and width of the input in pixels, or a pair of them. A training run uses
+            `data.image_size` of its configuration instead.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -188,10 +192,15 @@ def set_preprocessing(
         if not 0 < crop_pct <= 1:
             raise ValueError(f"crop_pct: expected a number above 0 and up to 1, found {crop_pct}.")
         changes["crop_pct"] = crop_pct
+    if crop_mode is not None:
+        if crop_mode not in CROP_MODES:
+            raise ValueError(f"crop_mode: expected one of {', '.join(CROP_MODES)}, found {crop_mode!r}.")
+        changes["crop_mode"] = crop_mode
     if image_size is not None:
-        if image_size < 1:
+        height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+        if min(height, width) < 1:
             raise ValueError(f"image_size: expected at least 1, found {image_size}.")
-        changes["input_size"] = (3, image_size, image_size)
+        changes["input_size"] = (3, height, width)
     as_timm_model(model).pretrained_cfg.update(changes)
 
 

@@ -41,9 +41,10 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
 
     An image that is both higher and wider than `input_size` is resized, and its centre is cropped. The resizing and the
     crop follow timm's transform for evaluation. Any other image is resized to `input_size` without a crop, because
-    small images usually have no margin to crop. Resizing without a crop can change the aspect ratio. With the
-    augmentation `"photo"`, a random crop of every image is resized instead. A JPEG whose sides are at least four times
-    as long as needed is decoded at a reduced size.
+    small images usually have no margin to crop. Resizing without a crop can change the aspect ratio. If timm's
+    `crop_mode` of the backbone is `squash`, no image keeps its aspect ratio, as in timm. With the augmentation
+    `"photo"`, a random crop of every image is resized instead. A JPEG whose sides are at least four times as long as
+    needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -72,7 +73,9 @@ def _preprocess(
     if augment == "photo":
         pixels = _random_view(image, (height, width), interpolation)
     else:
-        pixels = F.pil_to_tensor(_centre_view(image, (height, width), interpolation, data_config["crop_pct"]))
+        is_squashed = data_config.get("crop_mode") == "squash"
+        view = _centre_view(image, (height, width), interpolation, data_config["crop_pct"], is_squashed)
+        pixels = F.pil_to_tensor(view)
     if augment == "shift":
         pixels = _shifted(pixels)
     # This line replaces v2.ToDtype and v2.Normalize, whose checks take longer than reading a small image.
@@ -80,20 +83,22 @@ def _preprocess(
 
 
 def _centre_view(
-    image: Image.Image, size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float
+    image: Image.Image, size: tuple[int, int], interpolation: v2.InterpolationMode, crop_pct: float, is_squashed: bool
 ) -> Image.Image:
     """Return the image as RGB with `size` (height, width).
 
     An image that is both higher and wider than `size` is resized until it just covers `size / crop_pct`. Then its
-    centre is cropped, as in timm's transform for evaluation. Any other image is resized to `size` without a crop.
+    centre is cropped, as in timm's transform for evaluation. If `is_squashed`, it is resized to exactly this size
+    instead, and loses its aspect ratio. Any other image is resized to `size` without a crop.
     """
     height, width = size
     old_width, old_height = upright_size(image)
     if old_width > width and old_height > height:
         sides = ((math.floor(height / crop_pct), old_height), (math.floor(width / crop_pct), old_width))
         new, old = max(sides, key=lambda side: side[0] / side[1])
+        covering = [sides[0][0], sides[1][0]] if is_squashed else [old_height * new // old, old_width * new // old]
         image = read_rgb(image, shrink=old / new)
-        image = F.resize(image, [old_height * new // old, old_width * new // old], interpolation)
+        image = F.resize(image, covering, interpolation)
         return F.center_crop(image, [height, width])
     image = read_rgb(image)
     return image if image.size == (width, height) else F.resize(image, [height, width], interpolation)
@@ -140,6 +145,11 @@ def typical_size(dataset: Dataset) -> tuple[int, int]:
     sizes = [upright_size(open_image(value)) for value in _undecoded(dataset)[rows]["image"]]
     widths, heights = zip(*sizes, strict=True)
     return round(statistics.median(widths)), round(statistics.median(heights))
+
+
+def has_larger_image(dataset: Dataset, size: int) -> bool:
+    """Return whether an image is both higher and wider than `size`, so that `build_transform` may crop it."""
+    return any(min(upright_size(open_image(row["image"]))) > size for row in _undecoded(dataset))
 
 
 def _undecoded(dataset: Dataset) -> Dataset:

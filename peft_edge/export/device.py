@@ -51,7 +51,7 @@ from peft_edge.export.train_step import (
     capture_train_step,
     trained_names,
 )
-from peft_edge.export.verification import input_config, iter_batches
+from peft_edge.export.verification import PREPROCESSING_KEYS, input_config, iter_batches
 from peft_edge.files import atomic_write, requires_extra
 from peft_edge.hub import load_pretrained, save_adapter
 from peft_edge.lean import undo_lean_training
@@ -280,7 +280,7 @@ def _describe_step(
             "outputs": _batch_shapes(step.predict.output_shapes, any_batch_size),
         },
         "prefix": prefix,
-        "preprocessing": {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "mean", "std")},
+        "preprocessing": {name: config[name] for name in PREPROCESSING_KEYS},
         "class_names": class_names(model.get_base_model()),
         "optimizer": asdict(optimizer),
         "checks": asdict(report),

@@ -20,7 +20,14 @@ from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from peft_edge.backbones import class_names
 from peft_edge.export.formats import FORMATS, INPUT, OUTPUT, quantize_onnx
-from peft_edge.export.verification import Comparison, compare_logits, input_config, iter_batches, predict_logits
+from peft_edge.export.verification import (
+    PREPROCESSING_KEYS,
+    Comparison,
+    compare_logits,
+    input_config,
+    iter_batches,
+    predict_logits,
+)
 from peft_edge.files import atomic_write
 from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
 from peft_edge.lean.inplace_norm import inplace_norms
@@ -83,7 +90,7 @@ def export_model(
     batch_size = batch_size or (None if any_batch_size else 1)
     network = merge_adapters(model)
     config = input_config(network, images.shape[-1])
-    preprocessing = {name: config[name] for name in ("input_size", "interpolation", "crop_pct", "mean", "std")}
+    preprocessing = {name: config[name] for name in PREPROCESSING_KEYS}
     metadata = {"input": INPUT, "output": OUTPUT, **preprocessing, "class_names": class_names(network)}
     fuse_batch_norms(network)
     try:

@@ -23,6 +23,7 @@ from peft_edge.profiling.tables import text_table
 
 CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
+PREPROCESSING_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in exported files
 TEST_SIZE = 1000  # `peft-edge export` compares at most this many images of each dataset that `--test` names
 
 

@@ -24,6 +24,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from safetensors import SafetensorError, safe_open
+from timm.data import resolve_model_data_config
 
 from peft_edge.backbones import class_names
 from peft_edge.files import atomic_write
@@ -32,6 +33,7 @@ from peft_edge.roles import ROLES
 from peft_edge.tuners.injection import base_fingerprint, iter_target_modules
 
 LABELS_NAME = "label_names.json"
+PREPROCESSING_NAME = "preprocessing.json"  # timm's data configuration: input size, crop, interpolation, mean and std
 BASE_NAME = "base_fingerprint.json"  # contains a hash of the base weights that the adapter was trained on
 SOURCE_NAME = "source_model"  # subfolder with the backbone, unless the backbone is a timm model on the Hub
 BACKBONE_FILES = ("config.json", "model.safetensors")
@@ -53,7 +55,7 @@ _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Save the active adapter, the class names and a model card to `folder`.
+    """Save the active adapter, the class names, timm's data configuration and a model card to `folder`.
 
     `folder` is created or replaced only after all files have been written. Fingerprints (hashes) of the base weights
     and of frozen BatchNorm statistics are also saved, so that `load_pretrained` can reject a base with other values.
@@ -83,6 +85,8 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     card.save(folder / CARD_NAME)  # instead of PEFT's card, whose tags include the local path of the backbone
     if names is not None:
         (folder / LABELS_NAME).write_text(json.dumps(names), encoding="utf-8")
+    if hasattr(model, "pretrained_cfg") and (data_config := resolve_model_data_config(model))["input_size"][0] == 3:
+        (folder / PREPROCESSING_NAME).write_text(json.dumps(data_config), encoding="utf-8")
     if (fingerprint := base_fingerprint(model)) is not None:
         (folder / BASE_NAME).write_text(json.dumps(fingerprint), encoding="utf-8")
 
@@ -112,7 +116,12 @@ def read_configuration(path: Path) -> PeftConfig:
         if not isinstance(found, dict) or not {"peft_type", "base_model_name_or_path"} <= found.keys():
             raise ValueError("peft_type or base_model_name_or_path is missing")
     except FileNotFoundError as error:
-        raise FileNotFoundError(f"{path} is missing: {path.parent} contains no adapter") from error
+        folder, hint = path.parent, ""
+        if (folder / BACKBONE_FILES[0]).exists():
+            hint = ", but a whole model: load it with peft_edge.load_backbone"
+        elif found := [folder / name for name in ("adapter", "model") if (folder / name).is_dir()]:
+            hint = f". Pass its subfolder {found[0]}"
+        raise FileNotFoundError(f"{path} is missing: {folder} contains no adapter{hint}") from error
     except ValueError as error:
         raise ValueError(f"{path}: expected the configuration of an adapter: {error}") from error
     if found["peft_type"] not in _PEFT_TYPES:

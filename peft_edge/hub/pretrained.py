@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import difflib
 import os
 import re
 import warnings
@@ -16,12 +17,13 @@ from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from torch import nn
 
-from peft_edge.backbones import grow_head, head_names, load_backbone, replace_head, set_class_names
+from peft_edge.backbones import grow_head, head_names, load_backbone, replace_head, set_class_names, set_preprocessing
 from peft_edge.backbones.heads import as_timm_model
 from peft_edge.hub.adapter_files import (
     BACKBONE_FILES,
     BASE_NAME,
     LABELS_NAME,
+    PREPROCESSING_NAME,
     SOURCE_NAME,
     Layout,
     check_finite,
@@ -35,6 +37,9 @@ from peft_edge.tuners.injection import base_fingerprint
 # The arguments of `timm.create_model` that a downloaded backbone may set. Other arguments can name files to read, or
 # set the number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
+
+_PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
+_LARGEST_SIDE = 8192  # pixels; a hostile file could otherwise make the preprocessing exhaust the memory
 
 
 def load_pretrained(
@@ -61,7 +66,8 @@ def load_pretrained(
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
-        saved with the adapter, `peft_edge.backbones.class_names` returns them.
+        saved with the adapter, `peft_edge.backbones.class_names` returns them. The result of timm's
+        `resolve_model_data_config` is the preprocessing that was saved with the adapter.
 
     Raises:
         FileNotFoundError: If the folder, the repository, one of its files or the backbone is missing.
@@ -84,8 +90,9 @@ def load_pretrained(
     folder, is_local = Path(adapter), Path(adapter).is_dir()
     if not is_local:
         backbone = [f"{SOURCE_NAME}/{name}" for name in BACKBONE_FILES]
-        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, BASE_NAME, *backbone]
-        folder = _download(str(adapter), files, "the folder of an adapter", revision=revision)
+        files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, PREPROCESSING_NAME, BASE_NAME, *backbone]
+        nearest = _nearest_folder(folder)
+        folder = _download(str(adapter), files, "the folder of an adapter", revision=revision, nearest=nearest)
     config = read_configuration(folder / CONFIG_NAME)
     layout = read_layout(folder / SAFETENSORS_WEIGHTS_NAME)
     check_finite(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -98,14 +105,17 @@ def load_pretrained(
     except (OSError, MemoryError):
         raise
     except Exception as error:  # PEFT and timm raise many kinds of errors for a configuration that does not fit
-        problem = f"{type(error).__name__}: {' '.join(f'{error!s:.500}'.split())}"
+        kind = "" if isinstance(error, ValueError) else f"{type(error).__name__}: "
+        problem = kind + " ".join(f"{error!s:.500}".split()).rstrip(".")
         raise ValueError(
-            f"{folder}: the adapter does not fit this backbone: {problem}. It was made for "
-            f"{config.base_model_name_or_path!s:.200}: load that backbone, or pass it as base="
+            f"{folder}: the adapter does not fit this backbone: {problem}. "
+            f"It was made for {config.base_model_name_or_path!s:.200}: load that backbone, or pass it as base=. If "
+            f"{CONFIG_NAME} was edited, restore it"
         ) from error
     if not allow_other_base:
         _check_base(adapted, folder / BASE_NAME, config.base_model_name_or_path)
     _set_class_names(adapted, folder / LABELS_NAME)
+    _set_preprocessing(adapted.get_base_model(), folder / PREPROCESSING_NAME)
     return adapted
 
 
@@ -140,19 +150,37 @@ def _check_base(adapted: PeftModel, path: Path, name: str | None) -> None:
             )
 
 
-def _download(repo_id: str, files: list[str], expected: str, *, revision: str | None = None) -> Path:
+def _download(
+    repo_id: str, files: list[str], expected: str, *, revision: str | None = None, nearest: Path | None = None
+) -> Path:
     """Download those of `files` that a repository contains, and return their folder.
 
-    `expected` describes the folder in the message of the FileNotFoundError for a failed download.
+    `expected` describes the folder in the message of the FileNotFoundError for a failed download. `nearest` is a folder
+    with a similar name, which the message then suggests.
     """
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError) as error:
-        reason = str(error).strip().splitlines()[0]
-        raise FileNotFoundError(
-            f"{repo_id}: expected {expected}, or its id on the Hub. There is no such folder, and the Hub "
-            f"answered: {reason}"
-        ) from error
+        if nearest is not None:
+            problem = f"found no such folder. Did you mean {nearest}?"
+        elif isinstance(error, HFValidationError):
+            problem = "found no such folder. Pass an existing folder, or an id on the Hub such as owner/name"
+        else:
+            reason = str(error).strip().splitlines()[0]
+            problem = f"or its id on the Hub. There is no such folder, and the Hub answered: {reason}"
+        raise FileNotFoundError(f"{repo_id}: expected {expected}, {problem}") from error
+
+
+def _nearest_folder(path: Path) -> Path | None:
+    """Return the existing folder whose path is `path` except for one misspelled part, or None."""
+    for part in (path, *path.parents):
+        if part.parent.is_dir():
+            names = [entry.name for entry in part.parent.iterdir() if entry.is_dir()]
+            found = [
+                part.parent / name / path.relative_to(part) for name in difflib.get_close_matches(part.name, names)
+            ]
+            return next((folder for folder in found if folder.is_dir()), None)
+    return None
 
 
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
@@ -278,5 +306,27 @@ def _set_class_names(base: nn.Module, path: Path) -> None:
         set_class_names(base, names)
     except ValueError as error:
         raise ValueError(
-            f"{path} does not name the classes of the adapter: {error} Copy the file again, or delete it"
+            f"{path} does not name the classes of the adapter: {str(error)[:500].rstrip('.')}. Copy the file again, or "
+            "delete it"
+        ) from error
+
+
+def _set_preprocessing(base: nn.Module, path: Path) -> None:
+    """Set the preprocessing of `base` to that in the file `path`. If the file is missing, nothing changes."""
+    if not path.exists() or not hasattr(base, "pretrained_cfg"):
+        return
+    try:
+        found = read_json(path)
+        expected = {"input_size", *_PREPROCESSING}
+        if not isinstance(found, dict) or found.keys() != expected:
+            raise ValueError(f"expected the keys {', '.join(sorted(expected))}.")
+        channels, height, width = found["input_size"]
+        most = _LARGEST_SIDE * float(found["crop_pct"])  # timm enlarges images by 1 / crop_pct before the crop
+        if channels != 3 or not all(type(side) is int and side <= most for side in (height, width)):
+            raise ValueError(f"input_size: expected 3 channels, and at most {_LARGEST_SIDE} pixels before the crop.")
+        set_preprocessing(base, image_size=(height, width), **{name: found[name] for name in _PREPROCESSING})
+    except (ValueError, TypeError, OverflowError) as error:
+        raise ValueError(
+            f"{path} is not the preprocessing of the adapter: {str(error)[:500].rstrip('.')}. Copy the file again, "
+            "or delete it"
         ) from error

@@ -14,9 +14,10 @@ from timm.data import resolve_model_data_config
 from torch import nn
 from torch.utils.data import DataLoader
 
+from peft_edge.backbones import set_preprocessing
 from peft_edge.config import RunConfig
-from peft_edge.data import Domain, build_loader, build_transform, load_batches
-from peft_edge.data.loader import Augmentation, EpochSampler, typical_size
+from peft_edge.data import Domain, Task, build_loader, build_transform, load_batches
+from peft_edge.data.loader import Augmentation, EpochSampler, has_larger_image, typical_size
 from peft_edge.data.task import EMBEDDED
 from peft_edge.lean.feature_cache import FeatureCache, FrozenPrefix
 from peft_edge.records import StepProfile
@@ -102,6 +103,19 @@ def timm_config(config: RunConfig, backbone: nn.Module) -> dict[str, object]:
     """Return timm's data configuration of the backbone, with `data.image_size` as the height and width."""
     size = config.data.image_size
     return {**resolve_model_data_config(backbone), "input_size": (3, size, size)}
+
+
+def set_run_preprocessing(config: RunConfig, backbone: nn.Module, task: Task) -> None:
+    """Set `pretrained_cfg` of the backbone, in place, to the preprocessing with which the run tests models.
+
+    Adapters and models are saved with this preprocessing, so that timm's `create_transform` prepares further images in
+    the same way. If no test image is both higher and wider than the input, `build_transform` crops none of them. timm
+    then needs the crop mode `squash`, because it would enlarge and crop even an image that has the size of the input.
+    """
+    size = config.data.image_size
+    set_preprocessing(backbone, image_size=size)
+    if not any(has_larger_image(domain.test, size) for domain in (task.source, *task.targets)):
+        set_preprocessing(backbone, crop_mode="squash", crop_pct=1.0)
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:

@@ -28,7 +28,7 @@ from peft_edge.config.schema import BackboneConfig
 from peft_edge.data import Task
 from peft_edge.files import atomic_write, remove
 from peft_edge.optim import decay_groups
-from peft_edge.training.batches import augmentation_key, set_epoch, training_batches
+from peft_edge.training.batches import augmentation_key, set_epoch, set_run_preprocessing, training_batches
 from peft_edge.training.loop import termination_deferred
 from peft_edge.training.run_folder import cache_folder, cache_key
 
@@ -58,7 +58,7 @@ def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda messa
 def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Say = lambda message: None) -> nn.Module:
     """Train the source model (the network before adaptation) or load it from the cache.
 
-    The returned model is on `device` in channels_last.
+    The returned model is on `device` in channels_last, and its `pretrained_cfg` has the preprocessing of the run.
 
     One process trains the model, while all other processes that need the model wait, including processes of other runs.
     Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone
@@ -98,6 +98,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
                         save_backbone(model, unfinished)
                     remove(checkpoint)
         model = load_backbone(str(folder))
+    set_run_preprocessing(config, model, task)
     return model.to(device).to(memory_format=torch.channels_last)
 
 

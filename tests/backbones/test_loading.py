@@ -358,7 +358,7 @@ def test_path_that_is_not_a_checkpoint_is_named(tmp_path: Path) -> None:
     (tmp_path / "weights.onnx").write_bytes(b"")
     with pytest.raises(FileNotFoundError, match=r"ends in \.safetensors, .*found a file of another kind"):
         load_backbone("resnet10t", checkpoint=tmp_path / "weights.onnx")
-    with pytest.raises(FileNotFoundError, match=r"w\.pth: .*found nothing"):
+    with pytest.raises(FileNotFoundError, match=r"w\.pth: there is no such file"):
         load_backbone("resnet10t", checkpoint=tmp_path / "w.pth")
 
 
@@ -390,6 +390,8 @@ def test_preprocessing_is_saved_and_can_be_replaced(tmp_path: Path) -> None:
         ({"interpolation": "cubic"}, "interpolation: expected one of nearest, .* found 'cubic'"),
         ({"crop_pct": 0.0}, "crop_pct: expected a number above 0"),
         ({"image_size": 0}, "image_size: expected at least 1"),
+        ({"image_size": (32, 0)}, "image_size: expected at least 1"),
+        ({"crop_mode": "top"}, "crop_mode: expected one of center, squash, border, found 'top'"),
     ],
 )
 def test_preprocessing_out_of_range_is_named(values: dict, message: str, tiny_backbone: nn.Module) -> None:

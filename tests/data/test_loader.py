@@ -55,6 +55,13 @@ def test_photograph_is_resized_and_cropped_as_by_timm(size: tuple[int, int], dat
     torch.testing.assert_close(build_transform(data_config, train=False)(image), expected)
 
 
+@pytest.mark.parametrize("crop_pct", [0.8, 1.0])
+def test_photograph_is_squashed_as_by_timm(crop_pct: float, data_config: dict) -> None:
+    image, config = random_image(100, 80), {**data_config, "crop_mode": "squash", "crop_pct": crop_pct}
+    expected = create_transform(**config, is_training=False)(image)
+    torch.testing.assert_close(build_transform(config, train=False)(image), expected)
+
+
 def test_small_image_is_resized_without_a_crop(data_config: dict) -> None:
     image = Image.new("RGB", (16, 20))
     image.paste((255, 255, 255), (0, 0, 2, 20))

@@ -28,7 +28,7 @@ from peft_edge.backbones import fingerprint
 SECONDS = 60
 MORE_MEMORY = 2**30
 
-JSON_FILES = ("adapter_config.json", "label_names.json", "source_model/config.json")
+JSON_FILES = ("adapter_config.json", "label_names.json", "preprocessing.json", "source_model/config.json")
 TENSOR_FILES = ("adapter_model.safetensors", "source_model/model.safetensors")
 HOSTILE_VALUES: tuple[Any, ...] = (
     *(None, True, -1, 0, 10**6, 10**9, 10**18, 10**30, 1e308, -0.5, "", "x" * 2**19, "../../../etc", "/etc/passwd"),

@@ -8,6 +8,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftConfig, get_peft_model
 from safetensors.torch import load_file, save_file
+from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from peft_edge import ConvAdapterConfig, ConvLoraConfig
@@ -82,6 +83,7 @@ def test_saving_again_replaces_the_adapter(tmp_path: Path) -> None:
         "adapter_config.json",
         "adapter_model.safetensors",
         "base_fingerprint.json",
+        "preprocessing.json",
     }
 
 
@@ -173,6 +175,39 @@ def test_damaged_fingerprint_is_named(tmp_path: Path) -> None:
 def test_missing_adapter_is_named(adapter: str) -> None:
     with pytest.raises(FileNotFoundError, match=f"{adapter}: expected the folder of an adapter"):
         load_pretrained(adapter)
+
+
+@pytest.mark.parametrize("adapter", ["runs/quikstart/adapter", "runs/quickstart/adaptor", "run/quickstart/adapter"])
+def test_nearest_folder_is_suggested(adapter: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "quickstart" / "adapter").mkdir(parents=True)
+    with pytest.raises(FileNotFoundError) as found:
+        load_pretrained(adapter)
+    problem = "expected the folder of an adapter, found no such folder. Did you mean runs/quickstart/adapter?"
+    assert str(found.value) == f"{adapter}: {problem}"
+
+
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("adapter/x", "Pass its subfolder .*run/adapter"),
+        ("model/x", "Pass its subfolder .*run/model"),
+        ("config.json", "load_backbone"),
+    ],
+)
+def test_folder_of_a_run_or_of_a_model_is_named(name: str, advice: str, tmp_path: Path) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match=f"run contains no adapter.*{advice}$"):
+        load_pretrained(tmp_path / "run")
+
+
+@pytest.mark.parametrize("rank", [0, 8])
+def test_edited_rank_is_refused_with_advice(copied: Path, rank: int) -> None:
+    change_json(copied / "adapter_config.json", r=rank)
+    with pytest.raises(
+        ValueError, match=r"does not fit this backbone: (?!ValueError).*If adapter_config.json was edited"
+    ):
+        load_pretrained(copied)
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -285,6 +320,51 @@ def test_adapter_with_more_classes_grows_the_head(tmp_path: Path) -> None:
 def test_class_names_that_do_not_fit_are_refused(copied: Path, text: str, problem: str) -> None:
     (copied / "label_names.json").write_text(text)
     with pytest.raises(ValueError, match=rf"label_names.json does not name the classes of the adapter: .*{problem}"):
+        load_pretrained(copied)
+
+
+PREPROCESSING = {
+    "input_size": [3, 48, 40],
+    "interpolation": "bilinear",
+    "mean": [0.1, 0.2, 0.3],
+    "std": [0.4, 0.5, 0.6],
+    "crop_pct": 0.9,
+    "crop_mode": "squash",
+}
+
+
+def preprocessing(model: nn.Module) -> object:
+    return json.loads(json.dumps(resolve_model_data_config(model)))
+
+
+def test_adapter_brings_its_preprocessing_to_any_copy_of_the_base(saved: tuple[Path, Tensor, Tensor]) -> None:
+    folder = saved[0]
+    changed, plain = (load_backbone(str(folder.parent / "base")) for _ in range(2))
+    changed.pretrained_cfg.update(PREPROCESSING)
+    model = get_peft_model(copy.deepcopy(changed), ConvLoraConfig(target_modules="dense", norm="frozen"))
+    save_adapter(model, folder.parent / "other")
+    assert preprocessing(load_pretrained(folder.parent / "other", base=plain)) == PREPROCESSING
+    assert preprocessing(load_pretrained(folder, base=changed)) == preprocessing(plain) != PREPROCESSING
+
+
+def test_adapter_without_a_preprocessing_keeps_that_of_the_base(copied: Path) -> None:
+    (copied / "preprocessing.json").unlink()
+    base = load_backbone(NAME, num_classes=7)
+    base.pretrained_cfg.update(PREPROCESSING)
+    assert preprocessing(load_pretrained(copied, base=base, allow_other_base=True)) == PREPROCESSING
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        *({"mean": [2, 0, 0]}, {"std": "x"}, {"interpolation": []}, {"crop_mode": "a"}, {"file": "/etc/passwd"}),
+        *({"input_size": [3, 10**9, 32]}, {"input_size": [3, -1, 32]}, {"input_size": 7}, {"input_size": [1, 32, 32]}),
+        *({"crop_pct": 1e-9}, {"crop_pct": 10**400}, {"crop_pct": None}),
+    ],
+)
+def test_preprocessing_that_is_damaged_is_refused(copied: Path, changes: dict[str, object]) -> None:
+    (copied / "preprocessing.json").write_text(json.dumps(PREPROCESSING | changes))
+    with pytest.raises(ValueError, match=r"preprocessing.json is not the preprocessing of the adapter: .*Copy the"):
         load_pretrained(copied)
 
 

@@ -30,6 +30,7 @@ FILES = {
     "adapter_model.safetensors",
     "base_fingerprint.json",
     "label_names.json",
+    "preprocessing.json",
 }
 SOURCE = {"source_model/config.json", "source_model/model.safetensors"}
 

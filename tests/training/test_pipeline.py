@@ -4,20 +4,27 @@ from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+import numpy as np
 import pytest
+import timm
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from peft_edge import load_pretrained
 from peft_edge.allocator import huge_page_state
-from peft_edge.backbones import class_names, load_backbone
+from peft_edge.backbones import class_names, load_backbone, save_backbone, set_preprocessing
 from peft_edge.config import ConfigError, load_config
+from peft_edge.data import build_transform, load_configured_task
 from peft_edge.methods import METHODS
 from peft_edge.records import SUCCESS
 from peft_edge.training import evaluation
 from peft_edge.training.adaptation import load_update
+from peft_edge.training.batches import evaluation_batches
+from peft_edge.training.evaluation import eval_logits
 from peft_edge.training.pipeline import start_accelerator, start_trackers, torch_settings
+from peft_edge.training.source import new_backbone
 from tests.hub import stand_in
 from tests.training.support import RunTraining, record_of
 
@@ -279,3 +286,47 @@ def test_without_rehearsal_the_old_rows_of_the_head_do_not_change(run: RunTraini
     assert torch.equal(head.bias[:9], source.classifier.bias)
     # It was drawn from N(0, 0.01²), and then learned.
     assert head.weight[9].norm() > 1.2 * 0.01 * head.in_features**0.5
+
+
+@pytest.fixture
+def photograph_options(tmp_path: Path) -> list[str]:
+    """Options of a run on images of 44 x 36 pixels, whose backbone is a file with a preprocessing of its own."""
+    generator = np.random.default_rng(0)
+    for number in range(60):
+        for folder in ("photos", "other"):
+            file = tmp_path / folder / ("cat", "dog")[number % 2] / f"{number}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(generator.integers(256, size=(36, 44, 3), dtype=np.uint8)).save(file)
+    model = timm.create_model("test_efficientnet", num_classes=2)
+    set_preprocessing(model, mean=0.4, std=0.3, interpolation="bilinear", crop_pct=0.9)
+    save_backbone(model, tmp_path / "imported")
+    return [
+        f"backbone.name={tmp_path / 'imported'}",
+        f"data.name={tmp_path / 'photos'}",
+        f"data.shift={tmp_path / 'other'}",
+        *("data.image_size=24", "data.adaptation_size=null", "source.batch_size=8", "training.batch_size=8"),
+        *("source.learning_rate=1e-3", "training.learning_rate=1e-4"),
+    ]
+
+
+@pytest.mark.parametrize("kind", ["digits", "photographs", "whole model"])
+def test_timm_prepares_images_as_the_run_did(
+    kind: str, run: RunTraining, photograph_options: list[str], tmp_path: Path
+) -> None:
+    options = photograph_options if kind == "photographs" else []
+    options += ["method=full"] if kind == "whole model" else []
+    run(tmp_path / "run", *options)
+    config = load_config(["--config", str(tmp_path / "run" / "config.yaml")])
+    (target,) = load_configured_task(config.data.model_dump(), seed=config.seed).targets
+    is_adapter = (tmp_path / "run" / "adapter").exists()
+    model = load_pretrained(tmp_path / "run" / "adapter") if is_adapter else load_backbone(str(tmp_path / "run/model"))
+    images = next(iter(evaluation_batches(config, new_backbone(config, 2), target.test)))["pixel_values"][:5]
+    data_config = timm.data.resolve_model_data_config(model)
+    transforms = timm.data.create_transform(**data_config), build_transform(data_config, train=False)
+    expected = eval_logits(model, images)
+    for transform in transforms:
+        found = torch.stack([transform(image.convert("RGB")) for image in target.test[:5]["image"]])
+        torch.testing.assert_close(found, images)
+        assert torch.equal(eval_logits(model, found).argmax(1), expected.argmax(1))
+        torch.testing.assert_close(eval_logits(model, found), expected)
+    assert len(class_names(model)) == expected.shape[1]

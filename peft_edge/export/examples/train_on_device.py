@@ -37,12 +37,11 @@ def read_image(file: Path, preprocessing: dict) -> np.ndarray:
     if image.width <= width or image.height <= height:
         image = image if image.size == (width, height) else image.resize((width, height), method)
     else:
-        sides = [
-            (int(new / preprocessing["crop_pct"]), old)
-            for new, old in zip((height, width), image.size[::-1], strict=True)
-        ]
-        new, old = max(sides, key=lambda side: side[0] / side[1])
-        image = image.resize((image.width * new // old, image.height * new // old), method)
+        size = [int(side / preprocessing["crop_pct"]) for side in (width, height)]
+        if preprocessing.get("crop_mode") != "squash":  # keep the aspect ratio
+            new, old = max(zip(size, image.size, strict=True), key=lambda sides: sides[0] / sides[1])
+            size = [side * new // old for side in image.size]
+        image = image.resize(size, method)
     left, top = round((image.width - width) / 2), round((image.height - height) / 2)
     pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 255
     return ((pixels - preprocessing["mean"]) / preprocessing["std"]).astype(np.float32).transpose(2, 0, 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import runpy
@@ -69,8 +70,9 @@ def test_program_learns_from_stored_features(place: Path) -> None:
 def test_images_are_preprocessed_as_in_training(place: Path) -> None:
     read_image = runpy.run_path(str(PROGRAM), run_name="program")["read_image"]
     preprocessing = json.loads((place / "step" / "step.json").read_text())["preprocessing"]
-    for size in ((3, 32, 32), (3, 48, 64), (3, 40, 52)):
-        config = {**preprocessing, "input_size": size}
+    sizes, crop_modes = ((3, 32, 32), (3, 48, 64), (3, 40, 52)), ("center", "squash")
+    for size, crop_mode in itertools.product(sizes, crop_modes):
+        config = {**preprocessing, "input_size": size, "crop_mode": crop_mode}
         for file in (place / "images").glob("*/*"):
             expected = build_transform(config, train=False)(Image.open(file))
             torch.testing.assert_close(torch.from_numpy(read_image(file, config)), expected, rtol=1e-5, atol=1e-5)
