@@ -127,7 +127,7 @@ def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generato
 
 
 def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear: Tensor, size: int) -> Tensor:
-    """Return the fraction of each pixel that a shape covers, from 0 to 1, of shape (N, 1, size, size).
+    """Return a tensor (N, 1, size, size) with the fraction of each pixel, from 0 to 1, that the drawn shape covers.
 
     Each point (u, v) of the shape is sheared to (u + shear * v, v), rotated by `angle`, multiplied by `scale` and moved
     by `offset`. Lengths are in units of `size / 2`. The origin is the centre of the image.

@@ -39,9 +39,9 @@ def read_splits(
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
-        filters: Conditions (column, operator, value). Only rows that meet all conditions are read. A Hugging Face
-            dataset with conditions must consist of Parquet files. In a folder with conditions, there must be one
-            subfolder for each domain, which contains the subfolders of the classes (see `choose_domains`).
+        filters: Conditions (column, operator, value). Only rows that meet all conditions are read. If there
+            are conditions, a Hugging Face dataset must consist of Parquet files, and a folder must have one subfolder
+            for each domain, each with one subfolder for each class (see `choose_domains`).
         image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
         label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`. If
             there is no column of this type, the default is `label` or `labels`.

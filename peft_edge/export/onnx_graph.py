@@ -133,8 +133,8 @@ class _Writer:
         if key not in self._constants:
             array = exact = torch.tensor(value, dtype=dtype).numpy()
             if dtype == torch.float64:
-                # In single precision, a tiny double would become 0, and a huge double infinity. Replace both by the
-                # nearest number in the range of single precision. Do not replace doubles that are infinite.
+                # A runtime may convert this double to single precision, where a tiny value would become 0 and a huge
+                # value infinity. Limit the magnitude to that of normal float32 numbers, but keep 0 and infinity.
                 limits = np.finfo(np.float32)
                 tiny = (array != 0) & (np.abs(array) < limits.tiny)
                 array = np.where(tiny, np.copysign(limits.tiny, array), array).clip(limits.min, limits.max)

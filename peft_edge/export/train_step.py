@@ -462,13 +462,13 @@ def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
 
 
 def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Replace `conv.forward` of a convolution that has no adapter: return its output, with `norm` fused."""
+    """Return the output of `conv`, a convolution without an adapter, with `norm` fused. Used as its `forward`."""
     x, geometry = pad(conv, x)
     return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
 
 
 def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Replace `layer.forward` of a `ConvLoraLayer`: return its output, with `norm` fused unless `norm` is None."""
+    """Return the output of a `ConvLoraLayer`, with `norm` fused unless it is None. Used as the layer's `forward`."""
     conv, affine = layer.get_base_layer(), _affine(norm)
     (adapter,) = layer.active_adapters
     x, geometry = pad(conv, x)

@@ -107,8 +107,8 @@ def _read_domain(name: str, image_size: int) -> Domain:
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], fingerprint: str | None) -> Domain:
     """Return the splits of the dataset `name`. The test split contains no image that the run trained on.
 
-    `name` may also be `source` or `target`, the data of the run itself. From a dataset that the run did not use, copies
-    of the run's training images are removed, unless the run used a benchmark that is part of this package.
+    `name` may also be `source` or `target`, the data of the run itself. If `name` is another dataset, copies of images
+    that the run trained on are removed from its test split. Images of the embedded benchmarks have no such copies.
     """
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}

@@ -220,7 +220,8 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
 def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
     """Load a backbone from a folder with files that may be hostile. If `name` is given, store it as `name_or_path`.
 
-    The backbone is first built on the meta device, because a hostile configuration could exhaust the memory.
+    The backbone is first built on the meta device, without memory. This fails if the weights do not match the
+    configuration, so a small file cannot request a huge model.
     """
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:

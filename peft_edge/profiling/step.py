@@ -226,8 +226,8 @@ def copy_together(
     try:
         model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
         if optimizer_copy is not None:
-            # deepcopy copies only torch's attributes of an optimizer. A learning-rate scheduler replaces `step`. The
-            # replacement is not copied, because it would update the original optimizer.
+            # deepcopy of an optimizer drops attributes that subclasses add. A learning-rate scheduler replaces `step`.
+            # The replacement is not copied, because it would update the original optimizer.
             missing = vars(optimizer).keys() - vars(optimizer_copy).keys() - {"step"}
             vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
     except Exception as error:

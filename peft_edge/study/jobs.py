@@ -51,7 +51,7 @@ class Job(ABC):
     @property
     @abstractmethod
     def result_name(self) -> str:
-        """The name, without `.json`, of the copy of the record in the results folder of the study."""
+        """The file name, without `.json`, under which the job's record is copied to the study's results folder."""
 
     @property
     def failed_folder(self) -> Path:

@@ -186,7 +186,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return a copy of `profile`. In rows of scope `step`, `adapter_bytes` is the size of the whole adapter of `model`.
+    """Return a copy of `profile` whose rows of scope `step` have the `adapter_bytes` of the whole adapter of `model`.
 
     `profile` was measured on `Replay.tail`, the part of `model` after the frozen layers. The saved adapter also
     contains BatchNorm statistics of the frozen layers, so `adapter_bytes` in `profile` is too small. If `model` is not
