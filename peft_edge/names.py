@@ -16,6 +16,8 @@ SHIFT_NAMES = (
     *("blend", "brightness", "contrast", "defocus_blur", "elastic", "fog", "gaussian_blur", "gaussian_noise"),
     *("grayscale", "impulse_noise", "invert", "jpeg", "motion_blur", "pixelate", "rotation", "shot_noise", "snow"),
 )
+# Unlike the names of methods, most names of folders have nothing to do with the name that was meant.
+_FOLDER_CUTOFF = 0.75
 _OTHER_DATA = "a folder that exists, or a Hugging Face dataset with its owner, such as uoft-cs/cifar10"
 SPLIT_WORDS = {
     "train": "train|training",
@@ -46,6 +48,20 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """
     nearest = nearest_name(name, known)
     return "" if nearest is None else f"; did you mean {nearest}?"
+
+
+def nearest_folder(path: Path, *, cutoff: float = 0.6) -> Path | None:
+    """Return the existing folder whose path is `path` except for one misspelled part, or None.
+
+    `cutoff` is the argument of `nearest_name`, which compares this part with the folders beside it.
+    """
+    for part in (path, *path.parents):
+        if part.parent.is_dir():
+            rest = path.relative_to(part)
+            names = [entry.name for entry in part.parent.iterdir() if (entry / rest).is_dir()]
+            nearest = nearest_name(part.name, names, cutoff=cutoff)
+            return None if nearest is None else part.parent / nearest / rest
+    return None
 
 
 def split_of(name: str) -> str | None:
@@ -110,25 +126,16 @@ def missing_folder(name: str) -> str:
     path = Path(name).expanduser()
     if path.exists():
         return "this is a file, expected a folder"
-    nearest = _nearest_folder(path)
-    return f"there is no such folder{f'; did you mean {nearest!r}?' if nearest else ''}"
+    nearest = nearest_folder(path, cutoff=_FOLDER_CUTOFF)
+    return f"there is no such folder{f'; did you mean {str(nearest)!r}?' if nearest else ''}"
 
 
 def _problem(name: str, known: Iterable[str], expected: str) -> str:
     if _is_path(name) or Path(name).exists():
         return missing_folder(name)
-    nearest = nearest_name(name, known) or _nearest_folder(Path(name))
-    return f"did you mean {nearest!r}? Expected {expected}" if nearest else f"expected {expected}"
+    nearest = nearest_name(name, known) or nearest_folder(Path(name), cutoff=_FOLDER_CUTOFF)
+    return f"did you mean {str(nearest)!r}? Expected {expected}" if nearest else f"expected {expected}"
 
 
 def _is_path(name: str) -> bool:
     return re.search(r"[/\\]", name) is not None or name.startswith((".", "~"))
-
-
-def _nearest_folder(path: Path) -> str | None:
-    if not path.parent.is_dir():
-        return None
-    # Unlike the names of methods, most names of folders have nothing to do with the name that was meant.
-    names = [folder.name for folder in path.parent.iterdir() if folder.is_dir()]
-    nearest = nearest_name(path.name, names, cutoff=0.75)
-    return None if nearest is None else str(path.with_name(nearest))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import difflib
 import os
 import re
 import warnings
@@ -32,6 +31,7 @@ from peft_edge.hub.adapter_files import (
     read_layout,
     resolve_patterns,
 )
+from peft_edge.names import nearest_folder
 from peft_edge.tuners.injection import base_fingerprint
 
 # The arguments of `timm.create_model` that a downloaded backbone may set. Other arguments can name files to read, or
@@ -91,7 +91,7 @@ def load_pretrained(
     if not is_local:
         backbone = [f"{SOURCE_NAME}/{name}" for name in BACKBONE_FILES]
         files = [CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LABELS_NAME, PREPROCESSING_NAME, BASE_NAME, *backbone]
-        nearest = _nearest_folder(folder)
+        nearest = nearest_folder(folder)
         folder = _download(str(adapter), files, "the folder of an adapter", revision=revision, nearest=nearest)
     config = read_configuration(folder / CONFIG_NAME)
     layout = read_layout(folder / SAFETENSORS_WEIGHTS_NAME)
@@ -169,18 +169,6 @@ def _download(
             reason = str(error).strip().splitlines()[0]
             problem = f"or its id on the Hub. There is no such folder, and the Hub answered: {reason}"
         raise FileNotFoundError(f"{repo_id}: expected {expected}, {problem}") from error
-
-
-def _nearest_folder(path: Path) -> Path | None:
-    """Return the existing folder whose path is `path` except for one misspelled part, or None."""
-    for part in (path, *path.parents):
-        if part.parent.is_dir():
-            names = [entry.name for entry in part.parent.iterdir() if entry.is_dir()]
-            found = [
-                part.parent / name / path.relative_to(part) for name in difflib.get_close_matches(part.name, names)
-            ]
-            return next((folder for folder in found if folder.is_dir()), None)
-    return None
 
 
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
