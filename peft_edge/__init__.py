@@ -1,7 +1,7 @@
 """Parameter-efficient fine-tuning of convolutional networks for edge devices, as an extension of Hugging Face PEFT.
 
-The tuners are registered with PEFT as soon as both packages are imported, in either order. The names in `__all__` are
-imported when they are first used, so that the command line starts without torch.
+Once both PEFT and this package are imported, in either order, this package registers its tuners with PEFT. Each name in
+`__all__` is imported when it is first used, so that the command line starts without importing torch.
 """
 
 import sys
@@ -41,13 +41,14 @@ def __dir__() -> list[str]:
     return sorted({*globals(), *__all__})
 
 
-_imported: set[str] = set()  # modules whose import is complete: PEFT, and those of this package
+_imported: set[str] = set()  # names of modules whose import is complete: `peft`, and modules of this package
 
 
 def _register_with_peft(module: ModuleType) -> None:
-    """Import `tuners` and `hub` if PEFT's import is complete and no module of this package is half imported.
+    """Import `tuners` and `hub`, if PEFT is imported and no import of a module of this package is still running.
 
-    Runs after the import of PEFT and of each module of this package, perhaps in several threads at once.
+    The import of `tuners` registers the tuners with PEFT. The hooks below call this function after the import of PEFT
+    and of each direct submodule of this package, perhaps in several threads at once.
     """
     _imported.add(module.__name__)
     if "peft" in _imported and not any(map(_is_half_imported, {*sys.modules})):

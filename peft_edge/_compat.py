@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
-# `SqueezeExcite` and `no_dispatch` are imported above. `SqueezeExcite` is a layer of timm's mobile networks that no
-# public module exports. `no_dispatch` hides operators from the active dispatch modes.
+# `SqueezeExcite` and `no_dispatch` are imported above. `SqueezeExcite` is a layer of timm's mobile networks, and no
+# public module of timm exports it. Inside `with no_dispatch()`, operators run unseen by the active dispatch modes.
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch exports no common base class."""
@@ -72,12 +72,12 @@ def version_of(tensor: Tensor) -> int:
 
 
 def is_view(tensor: Tensor) -> bool:
-    """Return whether autograd tracks a tensor as a view of another tensor."""
+    """Return whether autograd tracks a tensor as a view of another tensor; torch has no public function for this."""
     return tensor._is_view()
 
 
 def is_transformed(tensor: Tensor) -> bool:
-    """Return whether a transform of `torch.func`, such as `vmap`, wraps a tensor."""
+    """Return whether a `torch.func` transform such as `vmap` wraps a tensor; torch has no public function for this."""
     return torch._C._functorch.is_functorch_wrapped_tensor(tensor)
 
 
@@ -87,21 +87,27 @@ def is_transforming() -> bool:
 
 
 def use_counts(tensor: Tensor) -> tuple[int, int]:
-    """Count the references to the C++ tensor and to its storage; `sys.getrefcount` counts neither."""
+    """Return two counts: the references to the C++ tensor, and the references to its storage.
+
+    `sys.getrefcount` counts neither of them. A reference from the Python object of the storage is not counted.
+    """
     address = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
     count = torch._C._storage_Use_Count(address)
     if count > 1:
-        # One of the references may be that of a Python object of the storage. Such an object lives as long as the
-        # storage. Do not make one for a storage that has none, because autograd then no longer adds to it in place.
+        # The Python object of a storage also holds a reference, and lives as long as the storage. `untyped_storage`
+        # creates this object if it does not exist yet, so exactly one reference is subtracted. With a count of 1, the
+        # object does not exist, and must not be created: autograd accumulates gradients in place only in storages with
+        # a single reference.
         tensor.untyped_storage()
         count = torch._C._storage_Use_Count(address) - 1
     return tensor._use_count(), count  # type: ignore[attr-defined]
 
 
 def saved_tensors_hook() -> weakref.ref[Callable[[Tensor], object]] | None:
-    """Return a reference to the innermost hook that packs saved tensors, or None; checkpointing sets such a hook.
+    """Return a weak reference to the innermost hook that packs saved tensors, or None if there is no such hook.
 
-    References to the same hook are the same object.
+    Gradient checkpointing sets such a hook. For the same hook, the function always returns the same reference, so two
+    results can be compared with `is`.
     """
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     return None if hooks is None else weakref.ref(hooks[0])
@@ -116,7 +122,7 @@ def has_hooks(module: nn.Module) -> bool:
 def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Return a shallow copy of a module, in which `function(child)` replaces each child.
 
-    If no child changes, return the module itself.
+    If `function` returns every child itself, return the module itself.
     """
     children = {name: child if child is None else function(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
@@ -150,15 +156,15 @@ def is_in_backward() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor has a shape but no values. `peft_edge.profiling` runs models on such tensors."""
+    """Return whether a tensor is a fake tensor, which has a shape but no values; `peft_edge.profiling` uses them."""
     return isinstance(tensor, FakeTensor)
 
 
 def call_without_hooks(step: Callable[[], object]) -> None:
-    """Call the `step` of an optimizer's base class without its step hooks.
+    """Call `step`, the method of an optimizer's base class, without running the step hooks of the optimizer.
 
-    Torch wraps the `step` of each optimizer class in a function that runs the hooks, and marks this function as
-    `hooked`. A subclass that called the wrapped `step` directly would run the hooks twice.
+    Torch wraps the method `step` of each optimizer class in a function that runs the hooks, and marks this function as
+    `hooked`. If the `step` of a subclass called the wrapped `step` of its base class, the hooks would run twice.
     """
     if getattr(step, "hooked", False):
         step.__wrapped__(step.__self__)  # type: ignore[attr-defined]
@@ -188,7 +194,7 @@ def add_peft_type(name: str) -> PeftType:
 def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
     """Let `PeftMixedModel` hold adapters of `peft_type`, and use `model_cls` in place of PEFT's `MixedModel`.
 
-    PEFT's `register_peft_method` does neither. A second call for the same type has no effect.
+    PEFT's `register_peft_method` does neither of the two. A second call for the same type has no effect.
     """
     if peft_type not in peft.tuners.mixed.COMPATIBLE_TUNER_TYPES:
         types = (*peft.tuners.mixed.COMPATIBLE_TUNER_TYPES, peft_type)
@@ -201,10 +207,10 @@ def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
 def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn.Module, int], bool]) -> None:
     """Let `hotswap_adapter` and `prepare_model_for_compiled_hotswap` handle adapters of `peft_type`.
 
-    PEFT's `register_peft_method` does not do this. `config_keys` are configuration keys that must be equal in the old
-    and the new adapter, in addition to the keys that PEFT compares for LoRA. `pad(model, rank)` must pad the adapters
-    of `peft_type` in `model` to `rank`, and return whether `model` has such adapters. A second call for the same type
-    has no effect.
+    PEFT's `register_peft_method` does not do this. `config_keys` are configuration keys whose values must be
+    equal in the old and the new adapter, in addition to the keys that PEFT compares for LoRA. `pad(model, rank)` must
+    pad the adapters of `peft_type` in `model` to `rank`, and return whether `model` has such adapters. A second call
+    for the same type has no effect.
     """
     if peft_type in hotswap.CONFIG_KEYS_TO_CHECK:
         return
@@ -248,11 +254,11 @@ CALLED_TUNERS = (
 
 # --- profiling: dispatch modes, pytrees, autograd's graph -------------------------------------------------------------
 
-# A dispatch mode sees every operator, whereas hooks see only modules and gradients. torch documents the mode in its
-# notes, but its module is private.
+# A dispatch mode sees every operator, whereas hooks see only modules and gradients. The notes of torch document
+# `TorchDispatchMode`, but the module that defines it is private.
 DispatchMode = TorchDispatchMode
 
-# Fake tensors have a shape and no memory. No public interface of torch runs a training step with fake tensors.
+# Fake tensors have a shape, but no values. No public interface of torch runs a training step with fake tensors.
 # `FakeValueError` is raised if a step reads a value of a fake tensor.
 FakeMode = FakeTensorMode
 FakeValueError = DataDependentOutputException
@@ -260,14 +266,17 @@ FakeValueError = DataDependentOutputException
 map_only = tree_map_only
 """Apply a function to all leaves of a given type in nested containers."""
 
-# FlopCounterMode passes shapes to a FLOP formula. To a formula with this attribute, it passes tensors instead, which is
-# several times faster.
-# torch's decorator `register_flop_formula(get_raw=True)` also sets the attribute, but registers the formula globally.
+# torch's `FlopCounterMode` passes shapes to a FLOP formula. To a formula with the attribute `_get_raw`, the mode passes
+# tensors instead, which is several times faster. torch's decorator `register_flop_formula(get_raw=True)` also sets this
+# attribute, but registers the formula globally.
 RAW_FORMULA = "_get_raw"
 
 
 def backward_pass_id() -> int:
-    """Return the number of this thread's backward pass, or -1 if none runs; torch has no public function for this."""
+    """Return the number of the backward pass that this thread is running, or -1 if no backward pass is running.
+
+    torch has no public function for this.
+    """
     return torch._C._current_graph_task_id()
 
 
@@ -277,7 +286,7 @@ def current_node() -> Node | None:
 
 
 def node_number(node: Node) -> int:
-    """Return the number of an autograd node; each thread numbers its nodes in the order of creation."""
+    """Return the number of an autograd node. Each thread numbers the nodes that it creates in order of creation."""
     return node._sequence_nr()
 
 
@@ -287,7 +296,10 @@ def last_node_number() -> int:
 
 
 def operator_names() -> list[str]:
-    """Return the names of all operators, such as `aten::add.Tensor`; `dir(torch.ops.aten)` omits unused operators."""
+    """Return the names of all operators, such as `aten::add.Tensor`.
+
+    `dir(torch.ops.aten)` lists only operators that have been used.
+    """
     return torch._C._dispatch_get_all_op_names()
 
 
@@ -312,10 +324,11 @@ def reset_accelerator() -> None:
 
 
 def ray_address(address: str) -> str | None:
-    """Return the `HOST:PORT` to which `ray.init(address)` would connect; None if it would start Ray on this machine.
+    """Return the `HOST:PORT` to which `ray.init(address)` would connect.
 
-    Ray has no public function for this. The address `auto` means the value of `RAY_ADDRESS`, or the cluster that was
-    started last.
+    Return None if `ray.init` would start a new cluster on this machine. Ray has no public function for this. The
+    address `auto` means the address in the environment variable `RAY_ADDRESS` or, without this variable, the cluster
+    that was started last on this machine.
 
     Raises:
         ConnectionError: If `address` is `auto`, and Ray finds no cluster.

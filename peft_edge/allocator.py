@@ -24,8 +24,8 @@ _MAPPINGS = Path("/proc/self/smaps")
 def use_huge_pages() -> None:
     """Let torch use huge pages in this process and its children, unless the user has set `HUGE_PAGES_SWITCH`.
 
-    Call this before torch allocates the first tensor. On other systems than Linux, and if Linux's setting
-    `transparent_hugepage` is `never`, nothing changes.
+    Call this function before torch allocates the first tensor. The call has no effect on memory on systems other than
+    Linux, or if Linux's setting `transparent_hugepage` is `never`.
     """
     os.environ.setdefault(HUGE_PAGES_SWITCH, "1")
 
@@ -33,12 +33,12 @@ def use_huge_pages() -> None:
 def huge_page_state() -> str:
     """Return whether large tensors of this process are in huge pages: `yes`, `no` or `unknown`.
 
-    The function allocates a tensor of 40 MiB, and reads which pages Linux has used. On other systems, the result is
-    `unknown`.
+    The function allocates a tensor of 40 MiB, and reads from Linux whether this tensor is in huge pages. On systems
+    other than Linux, the result is `unknown`.
     """
     import torch
 
-    # Allocate more than 32 MiB. For a smaller tensor, malloc may reuse freed memory with pages of another size.
+    # Allocate more than 32 MiB. For a smaller tensor, malloc may reuse freed memory, whose pages may have another size.
     tensor = torch.ones(10 * 2**20)
     inside = False
     try:

@@ -21,7 +21,7 @@ DEVICE_METHODS = ("lora", "lora-fa", "dora")
 
 @dataclass(frozen=True, kw_only=True)
 class DeviceOption:
-    """An adapter, with the predicted memory of its training on a device."""
+    """An adapter configuration, and the predicted memory of training this adapter on a device."""
 
     method: str
     """One of `DEVICE_METHODS`."""
@@ -49,15 +49,15 @@ def find_device_options(
 ) -> list[DeviceOption]:
     """Predict the memory of training on a device for all combinations of method, target modules and rank.
 
-    Return the options with most trained parameters first. Norms are frozen. The head is always trained. If the model
-    can be split before the first trained layer, a combination has two options: training on images, and training on
-    stored outputs of the frozen layers (`split`).
+    Return the options in order of decreasing number of trained parameters. BatchNorm is frozen, and the head is always
+    trained. If the model can be split before the first trained layer, the list has two options for a combination: one
+    that trains on images, and one that trains on stored outputs of the frozen layers (`split`).
 
     Args:
         backbone: A timm model with the head to be trained. It is not changed.
         methods: Names of methods, all from `DEVICE_METHODS`.
-        target_modules: Choices of the adapted layers. Each is a layer role such as `all-conv` (see `peft_edge.roles`),
-            or a regular expression.
+        target_modules: The choices of layers to adapt. Each choice is a layer role such as `all-conv` (see
+            `peft_edge.roles`), or a regular expression.
         lora_ranks: Ranks of the adapters.
         batch_size: Images in a step.
         image_size: Height and width of the images in pixels.
@@ -107,9 +107,9 @@ def find_device_options(
 
 
 def device_plan_table(options: Sequence[DeviceOption], memory_bytes: int | None) -> str:
-    """Return a table of the options that fit, and a line for each option that exceeds `memory_bytes`.
+    """Return a text: a table of the options that fit, and then a line for each option that needs too much memory.
 
-    If `memory_bytes` is None, all options fit.
+    An option fits if its process needs at most `memory_bytes`. If `memory_bytes` is None, all options fit.
     """
     from peft_edge.profiling.tables import text_table
 

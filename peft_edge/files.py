@@ -17,12 +17,12 @@ _TORCH_WRITE_ERRORS = ("file write failed", "unexpected pos")
 
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
-    """Yield a temporary path in the folder of `path`, and rename the file or folder there to `path` after the block.
+    """Yield a temporary path for the block to write to. After the block, rename the written file or folder to `path`.
 
-    If the block fails, `path` is unchanged. If the process is killed, the temporary file remains until the next call
-    for `path` deletes it. A file always has either its old or its new content, even after a power cut. Replacing a
-    folder by a folder takes two renames. If the process is killed between the two renames, `path` is missing, and the
-    old folder is at `.<name>.replaced`.
+    The temporary path is in the same folder as `path`. If the block fails, `path` is unchanged. If the process is
+    killed, the temporary file remains until the next call for `path` deletes it. If `path` is a file, it always has
+    either its old or its new content, even after a power cut. Replacing a folder by a folder takes two renames. If the
+    process is killed between the two renames, `path` is missing, and the old folder is at `.<name>.replaced`.
 
     Raises:
         OSError: If the disk is full, if a file would replace a folder, or if a folder would replace a file.
@@ -65,7 +65,10 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
 
 def _flush(path: Path, mode: int) -> None:
-    """Set `mode` on all files and call `fsync`. Without `fsync`, a power cut after the rename may leave empty files."""
+    """Set `mode` on the file `path`, or on all files in the folder `path`, and write them to the disk with `fsync`.
+
+    Without `fsync`, a power cut after the rename may leave empty files.
+    """
     for entry in [path, *path.rglob("*")] if path.is_dir() else [path]:
         if entry.is_dir():
             _flush_folder(entry)
@@ -98,7 +101,7 @@ def remove(path: Path) -> None:
 
 
 def matching_files(folder: Path, pattern: str) -> list[Path]:
-    """Return the sorted files and folders that match a pattern. A relative pattern starts at `folder`."""
+    """Return the files and folders that match a glob pattern, sorted. A relative pattern starts at `folder`."""
     path = (folder / pattern).absolute()
     return sorted(Path(path.anchor).glob(str(path.relative_to(path.anchor))))
 
@@ -117,7 +120,9 @@ def is_disk_full(error: BaseException) -> bool:
 
 @contextmanager
 def requires_extra(extra: str) -> Iterator[None]:
-    """If an import in the block fails, raise an error that says how to install `extra`, an extra of this package.
+    """If an import in the block fails, raise an error that says how to install the missing package.
+
+    `extra` is the name of the extra of peft-edge that contains the package, such as `onnx`.
 
     Raises:
         ImportError: If a package that the block imports is not installed.

@@ -32,7 +32,8 @@ OPTIMIZERS: dict[str, OptimizerFactory] = {
     "sgd-momentum": partial(SGD, momentum=0.9),
     "adafactor": partial(Adafactor, scale_parameter=False, relative_step=False),
 }
-"""The constructor of each optimizer, by name. Adafactor is the one from Transformers, without its own schedule."""
+"""A dict from names to optimizer constructors. `adafactor` is the Adafactor of Transformers without its own learning
+rate schedule."""
 
 _GALORE: dict[str, OptimizerFactory] = {
     "adamw": optim.GaLoreAdamW,
@@ -81,7 +82,7 @@ class Method:
 
     optimizer: OptimizerFactory | None = _plain_optimizer
     """A function that takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and
-    `weight_decay`, and returns the optimizer. It is None if the method uses no gradients."""
+    `weight_decay`, and returns the optimizer. None if the method uses no gradients."""
 
     saves_full_model: bool = False
     """Whether to save the whole model instead of a PEFT adapter. Must be True if the method also trains weights that
@@ -96,9 +97,10 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 
 
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
-    """Return a `prepare` function that adapts no convolution, only BatchNorm according to the option `norm`.
+    """Return a `prepare` function that adapts no convolution. It adapts BatchNorm according to the option `norm`.
 
-    If `saves_head` is True, the head is also trained. `fixed` are further arguments of `ConvLoraConfig`.
+    If `saves_head` is True, the head is trained, and saved with the adapter. `fixed` are further arguments of
+    `ConvLoraConfig`. If `fixed` contains `norm`, its value replaces the option `norm`.
     """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
@@ -109,21 +111,23 @@ def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
 
 
 def _everything(model: nn.Module, options: Options) -> nn.Module:
-    # `requires_grad_(True)` makes BatchNorm's own weights trainable, so the copies that `affine` trains are not needed.
+    # With the norm mode `affine`, an adapter would train copies of BatchNorm's weights and biases. These copies are not
+    # needed, because `requires_grad_(True)` makes the original weights and biases trainable.
     norm = "stats" if options["norm"] == "affine" else options["norm"]
     return _no_layers(saves_head=False)(model, {"norm": norm}).requires_grad_(True)
 
 
 def _eval_mode(norm: nn.Module, inputs: object) -> None:
-    """Put a BatchNorm into eval mode before it runs, because `model.train()` has put it into training mode."""
+    """Put a BatchNorm into eval mode before its forward pass, because `model.train()` has put it into train mode."""
     norm.eval()
 
 
 def _peft(config: type[PeftConfig], names: Mapping[str, str], **fixed: object) -> Prepare:
     """Return a `prepare` function for one of PEFT's own adapters.
 
-    Unless the option `norm` is `frozen`, all BatchNorm layers are saved with the adapter. `names` maps keys of the
-    configuration section `adapter` to arguments of `config`. `fixed` are further arguments of `config`.
+    Unless the option `norm` is `frozen`, all BatchNorm layers are saved with the adapter. `names` is a dict from keys
+    of the configuration section `adapter` to the names of the corresponding arguments of `config`. `fixed` are further
+    arguments of `config`.
     """
 
     def prepare(model: nn.Module, options: Options) -> nn.Module:
@@ -183,7 +187,7 @@ def find_method(name: str) -> Method:
     """Return the method with this name.
 
     Raises:
-        ValueError: If `METHODS` has no such name. The message contains a similar name, if there is one.
+        ValueError: If `METHODS` does not contain the name. The message suggests a similar name, if there is one.
     """
     if name not in METHODS:
         hint = did_you_mean(name, METHODS)
@@ -192,7 +196,10 @@ def find_method(name: str) -> Method:
 
 
 def training_memory_format(model: nn.Module) -> torch.memory_format:
-    """Return channels_last, or contiguous_format for PEFT's own DoRA, whose forward pass fails in channels_last."""
+    """Return the memory format for training a model: channels_last, except for a model with PEFT's own DoRA.
+
+    The forward pass of PEFT's DoRA fails in channels_last, so the result for such a model is contiguous_format.
+    """
     configs = getattr(model, "peft_config", {}).values()
     is_peft_dora = any(config.peft_type == PeftType.LORA and config.use_dora for config in configs)
     return torch.contiguous_format if is_peft_dora else torch.channels_last

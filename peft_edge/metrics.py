@@ -1,4 +1,4 @@
-"""The metrics accuracy, retention, forgetting and harmonic mean. They need no network connection and no cache."""
+"""Compute accuracy, retention, forgetting and harmonic mean, without a network connection or a cache on disk."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from datasets import Features, Value
 class InMemoryMetric(evaluate.Metric):
     """An `evaluate.Metric` that keeps its inputs in memory. Each input has one integer per image.
 
-    By contrast, `evaluate.load` fetches the code of a metric from the Hub and writes predictions to a locked file that
-    all runs of a user share. A subclass must define `_compute`. With several processes, call
-    `accelerator.gather_for_metrics` first, and compute the metric in each process.
+    A metric from `evaluate.load` would fetch its code from the Hub, and write predictions to a locked file that all
+    runs of a user share. A subclass must define `_compute`. With several processes, call
+    `accelerator.gather_for_metrics` on the inputs first, and then compute the metric in each process.
     """
 
     inputs: tuple[str, ...] = ("predictions", "references")
@@ -65,9 +65,10 @@ def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
 
 
 def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
-    """Return the mean drop of the accuracies on earlier domains from their best values; None if there is only one step.
+    """Return how far the accuracies on earlier domains have dropped from their best values, averaged over the domains.
 
-    `accuracies[l][j]` is the accuracy on domain j after step l, and k is the last step. The result is the mean over
+    Return None if there is only one step. `accuracies[l][j]` is the accuracy on domain j after step l, and k is the
+    last step. The result is the mean over
     j < k of max(accuracies[l][j] for j <= l < k) - accuracies[k][j]. This is equation 3 of Chaudhry et al. 2018,
     "Riemannian Walk for Incremental Learning", except that their maximum also includes l < j. Row l of `accuracies`
     needs only the domains 0 to l. With two steps the result equals `Forgetting` on the first domain.

@@ -1,7 +1,7 @@
 """Check names that users type, and suggest the nearest valid name. This module does not import torch.
 
-It repeats the names of the embedded benchmarks and of the corruptions. A test compares them with `EMBEDDED` and
-`SHIFTS`.
+This module repeats the names of the embedded benchmarks and of the corruptions, because the modules of `peft_edge.data`
+that define them import torch. A test compares the names here with `EMBEDDED` and `SHIFTS` there.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ SHIFT_NAMES = (
     *("blend", "brightness", "contrast", "defocus_blur", "elastic", "fog", "gaussian_blur", "gaussian_noise"),
     *("grayscale", "impulse_noise", "invert", "jpeg", "motion_blur", "pixelate", "rotation", "shot_noise", "snow"),
 )
-# Unlike the names of methods, most names of folders have nothing to do with the name that was meant.
+# This cutoff for `nearest_name` is above the default, because a folder next to a missing folder often has a slightly
+# similar name by chance.
 _FOLDER_CUTOFF = 0.75
 _OTHER_DATA = "a folder that exists, or a Hugging Face dataset with its owner, such as uoft-cs/cifar10"
 SPLIT_WORDS = {
@@ -24,13 +25,15 @@ SPLIT_WORDS = {
     "validation": "validation|valid|val|dev",
     "test": "test|testing",
 }
-"""A dict from each split to a regular expression for the names of its folder."""
+"""A dict from each split to a regular expression. The expression matches the words that a folder name may use for the
+split."""
 
 
 def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str | None:
-    """Return the name in `known` that is most similar to `name`, or None if no name is similar. Ignore case.
+    """Return the name in `known` that is most similar to `name`, or None if no name is similar.
 
-    Two names are similar if their `difflib.SequenceMatcher.ratio` is at least `cutoff`.
+    Two names are similar if their `difflib.SequenceMatcher.ratio` is at least `cutoff`. Upper and lower case count as
+    equal.
 
     >>> [nearest_name(name, ["lora", "dora", "full"]) for name in ("LoRA", "ful", "tflite")]
     ['lora', 'full', None]
@@ -41,7 +44,7 @@ def nearest_name(name: str, known: Iterable[str], *, cutoff: float = 0.6) -> str
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of an error message: a question with the nearest name, or an empty text without a similar name.
+    """Return the end of an error message: a question with the most similar name, or "" if no name is similar.
 
     >>> did_you_mean("lorra", ["lora", "full"]), did_you_mean("fox", ["cat", "dog"])
     ('; did you mean lora?', '')
@@ -51,9 +54,11 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 def nearest_folder(path: Path, *, cutoff: float = 0.6) -> Path | None:
-    """Return the existing folder whose path is `path` except for one misspelled part, or None.
+    """Return the existing folder that the user probably meant by `path`, or None if no folder is similar.
 
-    `cutoff` is the argument of `nearest_name`, which compares this part with the folders beside it.
+    The function assumes that one part of `path` is misspelled: the first part that does not exist. It replaces this
+    part by the most similar name of a folder at the same place that contains the rest of `path`. `cutoff` is passed to
+    `nearest_name`.
     """
     for part in (path, *path.parents):
         if part.parent.is_dir():
@@ -77,9 +82,11 @@ def split_of(name: str) -> str | None:
 
 
 def problem_of_data(name: str) -> str | None:
-    """Return why `name` cannot be data: it is no benchmark, no folder, and no id of a dataset on the Hub.
+    """Return an error message if `name` cannot be the name of data, otherwise None.
 
-    Return None if `name` may be data. A request to the Hub would take half a minute to fail without network.
+    Data are an embedded benchmark such as `digits`, an existing folder, or a dataset on the Hub. The function checks
+    only the form of a dataset's id. It sends no request to the Hub, because without network a request takes half a
+    minute to fail.
 
     >>> [problem_of_data(name) for name in ("digits", "uoft-cs/cifar10")]
     [None, None]
@@ -92,9 +99,10 @@ def problem_of_data(name: str) -> str | None:
 
 
 def problem_of_shift(shift: str, data: str) -> str | None:
-    """Return why `shift` cannot be a shift of `data`: it is no corruption, no split, and no data.
+    """Return an error message if `shift` cannot be a shift of `data`, otherwise None.
 
-    Return None if `shift` may be a shift.
+    A shift is a corruption such as `fog`, the name of a split of `data`, an existing folder, or a dataset on the Hub.
+    The function sends no request to the Hub.
 
     >>> problem_of_shift("blend", "digits"), problem_of_shift("night/photos", "digits")
     (None, None)
@@ -105,7 +113,8 @@ def problem_of_shift(shift: str, data: str) -> str | None:
         return None
     splits: dict[str, str] = {} if data in DATA_NAMES else SPLIT_WORDS
     if splits and not _is_path(shift):
-        # A dataset on the Hub may have splits of any name, such as "noise". Only a very similar name is a misspelling.
+        # A dataset on the Hub may have splits of any name, such as "noise". `shift` therefore counts as a misspelled
+        # corruption only if the two names are very similar.
         is_on_hub = not Path(data).expanduser().is_dir()
         if split_of(shift) or (is_on_hub and nearest_name(shift, SHIFT_NAMES, cutoff=0.8) is None):
             return None
@@ -114,15 +123,15 @@ def problem_of_shift(shift: str, data: str) -> str | None:
 
 
 def may_be_on_hub(name: str) -> bool:
-    """Return whether `name` may be the id of a repository on the Hub, which is `owner/name`.
+    """Return whether `name` may be the id of a repository on the Hub, which has the form `owner/name`.
 
-    A name such as `PACS/sketch` is not an id, but the path of a missing folder, if there is a folder `PACS`.
+    If there is a folder `PACS`, the name `PACS/sketch` counts as the path of a missing folder, and not as an id.
     """
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).parent.is_dir()
 
 
 def missing_folder(name: str) -> str:
-    """Return an error message for `name`, which is not a folder. The message suggests a similar folder beside it."""
+    """Return an error message for the path `name`, which is not a folder. Suggest a similar folder, if there is one."""
     path = Path(name).expanduser()
     if path.exists():
         return "this is a file, expected a folder"

@@ -1,6 +1,7 @@
-"""Find the methods, layers and LoRA ranks whose training step fits a budget, with as few lean options as possible.
+"""Find the methods, layers and LoRA ranks whose training step fits a budget of memory, FLOPs and adapter size.
 
-Importing this module does not import torch, so that the command line starts quickly.
+Lean options save memory. For each method, layers and rank, the plan uses as few lean options as possible. Importing
+this module does not import torch, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class Setting(NamedTuple):
     """The norm mode and the lean (memory-saving) options of a training step."""
 
     norm: str
-    """The norm mode, a value of the configuration key `norm`: what training changes in BatchNorm layers."""
+    """The value of the configuration key `norm`, such as `frozen`: how BatchNorm layers are treated in training."""
     lean: Mapping[str, Any]
     """Arguments of `prepare_model_for_lean_training`."""
 
@@ -45,16 +46,17 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """The options `recompute` and `checkpoint` that are on, such as `recompute=depthwise, checkpoint`.
+        """A text with those of the options `recompute` and `checkpoint` that are on, or `default` if both are off.
 
-        If both are off, the text is `default`.
+        An example is `recompute=depthwise, checkpoint`.
         """
         values = {name: self.lean.get(name, False) for name in ("recompute", "checkpoint")}
         texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value]
         return ", ".join(texts) or "default"
 
 
-# The lean training of `train.py`, and then options that repeat parts of the forward pass to save more memory.
+# `_LEAN` is the lean training of `train.py`. The other entries of `_LEAN_OPTIONS` save more memory, because the
+# backward pass repeats parts of the forward pass.
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
 _LEAN_OPTIONS = (_LEAN, {**_LEAN, "recompute": "depthwise"}, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
@@ -100,13 +102,14 @@ def step_flops(profile: StepProfile) -> int:
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
 
-# In steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the memory of the tensors, because glibc cannot
-# reuse all freed memory at once. With this factor, the prediction was within 12 % of the peak of the process.
+# In measured steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the peak memory of the tensors, because
+# glibc cannot reuse all freed memory at once. With this factor, the predicted peak memory of the process was within
+# 12 % of the measured peak.
 _PROCESS_GROWTH = 1.35
 
 
 def process_memory(profile: StepProfile, library_bytes: int) -> int:
-    """Predict the peak memory in bytes of a training process, for Linux with glibc, on the CPU.
+    """Predict the peak memory, in bytes, of a process that trains on the CPU under Linux with glibc.
 
     The prediction is `library_bytes` plus `_PROCESS_GROWTH` times the peak memory of the tensors. `library_bytes` is
     the result of `library_memory`.
@@ -131,9 +134,9 @@ print(peak_rss_bytes())
 
 @functools.cache
 def library_memory() -> int | None:
-    """Return the memory in bytes of a training process without the tensors of a step. Return None on Windows.
+    """Return the memory, in bytes, that a training process needs apart from the tensors of a step. None on Windows.
 
-    The function starts a process with the same imports as `train.py`. The process takes a step with tiny tensors, and
+    The function starts a process with the same imports as `train.py`. This process takes a step with tiny tensors, and
     prints its peak memory.
     """
     command = [sys.executable, "-c", _TINY_STEP]
@@ -174,7 +177,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """Options of a run. Runs with equal options are repetitions, whose accuracies are averaged.
+    """The options of a run that `evidence` compares. Runs with the same four values are averaged.
 
     `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
     """
@@ -193,13 +196,14 @@ class Evidence(NamedTuple):
     runs: int
     """The number of runs with this combination."""
     advantage: float
-    """The mean accuracy of these runs on a task minus the mean accuracy of all runs on it, averaged over tasks."""
+    """How much more accurate these runs are than others. On each task, this is the mean accuracy of these runs minus
+    the mean accuracy of all runs. The value is the mean over the tasks. A task is a backbone with data."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
     """Return the accuracy of each combination of method, target modules, rank and norm in `records`.
 
-    All records must be of successful runs.
+    All records must be those of successful runs.
     """
     from peft_edge.methods import METHODS
 
@@ -225,7 +229,7 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """A combination of method, adapted layers, rank and setting, with the cost of its training step."""
+    """A combination of method, adapted layers, rank and setting, and the cost of a training step with it."""
 
     method: str
     """A key of `METHODS`."""
@@ -234,7 +238,7 @@ class PlanOption:
     lora_rank: int | None
     """The rank of the adapters. None if the method has no section `adapter`."""
     setting: Setting
-    """The first setting with which the step fits. If no setting fits, the last setting that was analysed."""
+    """The first setting with which the step fits. If the step fits with no setting, the last analysed setting."""
     profile: StepProfile
     """The cost of the step with `setting`."""
     excess: list[str]
@@ -254,17 +258,17 @@ class Plan:
     """The options that fit a budget, and the options that exceed the budget."""
 
     fitting: list[PlanOption]
-    """First the options whose accuracy is known from runs, in order of decreasing `advantage`; then all other options,
-    in order of decreasing number of trainable parameters."""
+    """The options that fit. Options whose accuracy is known from runs come first, in order of decreasing `advantage`.
+    All other options follow, in order of decreasing number of trainable parameters."""
     exceeding: list[PlanOption]
-    """Options that exceed the budget with every lean setting. If several ranks of a method with the same target modules
-    exceed the budget, only the lowest of these ranks is listed."""
+    """The options that exceed the budget, whatever lean options are used. If several ranks of a method with the same
+    target modules exceed the budget, only the lowest of these ranks is listed."""
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
     """Whether these runs used the planned backbone. False if they used other backbones, or if there are no runs."""
     library_bytes: int | None = None
-    """The memory of a training process without the tensors of a step (see `library_memory`); None if not measured."""
+    """The result of `library_memory`: the memory of a training process without a step's tensors. None if unknown."""
 
 
 def find_plan(
@@ -286,15 +290,16 @@ def find_plan(
     Costs are computed from tensor shapes, without running the step.
 
     Each combination is analysed with up to four settings, until the step fits. The first setting is the lean training
-    of `train.py`. The second also recomputes depthwise convolutions, the third all cheap convolutions. The fourth adds
-    timm's gradient checkpointing, if the network has it. If the step does not fit with a rank, higher ranks are
-    skipped.
+    of `train.py`. The second setting also recomputes the outputs of depthwise convolutions in the backward pass. The
+    third setting recomputes the outputs of all cheap convolutions. The fourth setting adds timm's gradient
+    checkpointing, if the network supports it. If the step does not fit with a rank, higher ranks are skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
     expressions. `norm` is a value of the key `norm` of `train.py`. Methods that train weights of norms always use
-    "stats". `records` is a folder with records of runs. The runs of this backbone determine the order of the options.
-    If this backbone has no runs, all runs determine the order. `library_bytes` is stored in the result.
+    "stats". `records` is a folder with records of runs. The accuracies in these records determine the order of the
+    fitting options. Only runs with this backbone count or, if there are none, all runs. `library_bytes` is stored in
+    the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.
@@ -309,11 +314,13 @@ def find_plan(
     fitting, exceeding = [], []
     can_checkpoint = _can_checkpoint(backbone)
     placements = [(method, place) for method in methods for place in _placements(backbone, method, target_modules)]
-    # The bar is also shown if stderr is a file or a pipe, where each update is a line: an analysis takes minutes.
+    # Show the bar even if stderr is a file or a pipe, because the analysis takes minutes. Each update of the bar is a
+    # new line there, so update less often.
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(placements, unit="placement", leave=False, mininterval=interval) as bar:
-        # Method, adapted layers, and index of the setting that was found for them. If a later placement contains all of
-        # these layers, its search starts at this setting, because it needs at least as much memory.
+        # Each entry has a method, its adapted layers, and the index of the setting that was found for them. If a later
+        # placement contains all of these layers, its step needs at least as much memory. Its search therefore starts at
+        # this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         lean_options = [lean for lean in _LEAN_OPTIONS if can_checkpoint or not lean.get("checkpoint")]
         for method, (place, layers) in bar:
@@ -353,10 +360,11 @@ def _can_checkpoint(backbone: nn.Module) -> bool:
 def _placements(
     backbone: nn.Module, method: str, target_modules: Sequence[str]
 ) -> list[tuple[str | None, frozenset[str]]]:
-    """Return (name, names of layers) for each entry of `target_modules`, with fewest layers first.
+    """Return a pair for each entry of `target_modules`: the entry, and the names of the layers that it selects.
 
-    Entries without layers are left out. If several entries have the same layers, only the first entry is returned. If
-    the method does not use the configuration section `adapter`, return only the pair of None and an empty set.
+    The pair with the fewest layers comes first. Entries that select no layer are left out. If several entries select
+    the same layers, only the first of them is returned. If the method does not use the configuration section `adapter`,
+    the only pair is None with an empty set.
     """
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role
@@ -382,7 +390,7 @@ def _first_fitting(
 ) -> PlanOption:
     """Analyse the step with each of `settings` until the step fits. Return the option with the last analysed setting.
 
-    The search also ends if the step exceeds a limit other than `memory_bytes`, because lean options save only memory.
+    The search also ends if the step exceeds `flops` or `adapter_bytes`, because lean options save only memory.
     """
     from peft_edge.profiling import analysis
 
@@ -405,7 +413,7 @@ def _order(option: PlanOption) -> tuple[bool, float, int]:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return the plan as text: a table of the options that fit, and the exceeded limits of all other options."""
+    """Return the plan as text: a table of the options that fit, and the limits that each other option exceeds."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

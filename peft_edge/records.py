@@ -1,4 +1,6 @@
-"""Records of runs and analyses: one JSON file per record, in folders that studies fill and reports read.
+"""Define the records of runs and of cost analyses, and read and write them. Each record is one JSON file.
+
+`train.py` and `peft-edge study` write records, and `peft-edge report` and `peft-edge plan` read them.
 
 A record of a run uses the blocks and field names of PEFT's `method_comparison`, and adds further fields. A value that
 was not measured is null, never 0. Times are in seconds, sizes in bytes.
@@ -71,7 +73,7 @@ class RunInfo(JsonModel):
     created_at: str
     """When the run started: ISO 8601, UTC."""
     experiment_name: str
-    """`<method>/<name>`, the format that PEFT's `method_comparison` uses."""
+    """`<method>/<name of the output folder>`, as in PEFT's `method_comparison`."""
     train_config: JsonObject
     """The resolved configuration. The additional key `model_id` is the name of the backbone."""
     peft_config: JsonObject | None = None
@@ -82,9 +84,10 @@ class RunInfo(JsonModel):
     Null if the run was resumed after an interruption, or if it failed.
     """
     peft_branch: str | None = None
-    """The git branch of PEFT; null for a released version."""
+    """A field of PEFT's `method_comparison`, the git branch of PEFT. `train.py` does not set it, so it is null."""
     error_msg: str = ""
-    """Why the run failed, or why the push to the Hub failed after a successful run; otherwise an empty string."""
+    """The traceback, if the run failed. If the run succeeded and the push to the Hub failed, the reason of that
+    failure. Otherwise an empty string."""
 
 
 class KernelChange(JsonModel):
@@ -103,9 +106,10 @@ class KernelChange(JsonModel):
 
 
 class TrainingCosts(JsonModel):
-    """The costs of training, summed over the targets. For each target, only the selected learning rate counts.
+    """The costs of training, summed over the targets (the domains to which the run adapts the model in turn).
 
-    `total_s` is the sum of `step_s`, `loading_s`, `storing_s` and `statistics_s`.
+    For each target, only the training with the selected learning rate counts. `total_s` is the sum of `step_s`,
+    `loading_s`, `storing_s` and `statistics_s`.
     """
 
     total_s: float
@@ -115,7 +119,8 @@ class TrainingCosts(JsonModel):
     loading_s: float
     """Time in which training waited for batches of images or of stored features."""
     storing_s: float
-    """Time to load the images and store their features for replay. If an earlier run did this, the time of that run."""
+    """Time to load the images and store their features for latent replay. If an earlier run has stored the features,
+    the time that the earlier run took."""
     statistics_s: float
     """Time to load the images and estimate BatchNorm statistics."""
     validation_s: float
@@ -139,13 +144,14 @@ class TrainInfo(JsonModel):
     estimates statistics. The times of all targets are added. If several learning rates were tried for a target, only
     the time with the selected learning rate is included."""
     costs: TrainingCosts | None = Field(default=None, exclude_if=lambda value: value is None)
-    """The costs of training; absent from records of earlier versions, and if nothing was trained."""
+    """The costs of training. This field is absent from records of earlier versions, and if nothing was trained."""
     file_size: int | None = None
     """Bytes of the saved adapter, or of the saved model for a method without an adapter."""
 
     num_trainable_params: int | None = None
     num_total_params: int | None = None
-    """The number of trainable parameters of the adapted model, and the number of all parameters of the source model."""
+    """`num_trainable_params` counts the trainable parameters of the adapted model, and `num_total_params` counts all
+    parameters of the source model."""
 
     accelerator_memory_reserved_avg: int | None = None
     accelerator_memory_max: int | None = None
@@ -159,15 +165,16 @@ class TrainInfo(JsonModel):
     replay: JsonObject | None = None
     """The size and cost of the stored features for the last target; null if training did not use latent replay."""
     checks: dict[str, float] = {}
-    """The largest absolute difference between logits of the trained model and of the reloaded model, and the largest
-    absolute difference between logits of the trained model and of the merged model."""
+    """Results of comparing logits. `reloaded_max_logit_difference` is the largest absolute difference between the
+    logits of the trained model and those of the saved and reloaded model. `merged_max_logit_difference`, if present, is
+    the largest absolute difference between the logits of the trained model and those of the merged model."""
     changes: dict[str, KernelChange] = {}
     """How much each convolution kernel changed, by module name. Unchanged convolutions are left out. The dict is empty
     if the adapter cannot be merged."""
 
     @property
     def seconds(self) -> float | None:
-        """Seconds of the whole training. In records of earlier versions, only the seconds of the optimizer steps."""
+        """Seconds of the whole training. In records without `costs`, only the seconds of the optimizer steps."""
         return self.train_time if self.costs is None else self.costs.total_s
 
 
@@ -182,7 +189,7 @@ class MetaInfo(JsonModel):
 
 
 class StepProfile(JsonModel):
-    """The cost of a training step in one process: of the whole step, or of all layers with the same LoRA rank.
+    """The cost of a training step in one process: of the whole step, or only of all layers with the same LoRA rank.
 
     FLOPs and memory come from the sampled step with the highest memory peak. Times are medians over the sampled steps.
     Fields that only a whole step has are null in a profile with the scope `layers`.
@@ -201,14 +208,15 @@ class StepProfile(JsonModel):
 
     flops_forward: int | None = None
     flops_backward: int | None = None
-    """FLOPs of convolutions, matrix products and attention; a multiply-add is 2. The loss is in the forward pass."""
+    """FLOPs of convolutions, matrix products and attention in the forward and in the backward pass. A multiply-add
+    counts as 2 FLOPs. The loss counts as a part of the forward pass."""
 
     flops_optimizer: int | None = None
     """All FLOPs of the optimizer step, including gradient clipping; null for layers."""
 
     flops_elementwise_forward: int | None = None
     flops_elementwise_backward: int | None = None
-    """All other FLOPs of both passes: activations, normalisation, pooling, sums."""
+    """All other FLOPs of the forward and of the backward pass: activations, normalisation, pooling, sums."""
 
     forward_s: float | None = None
     backward_s: float | None = None
@@ -228,8 +236,8 @@ class StepProfile(JsonModel):
     memory_activations_bytes: int | None = None
     memory_temporaries_bytes: int | None = None
     memory_optimizer_bytes: int | None = None
-    """Bytes at the peak, by kind of tensor. Activations are the tensors that are saved for the backward pass. All
-    tensors of no other kind are temporaries."""
+    """Bytes at the peak, by kind of tensor. Activations are the tensors that are saved for the backward pass.
+    Temporaries are all tensors that belong to no other kind."""
 
     memory_forward_end_bytes: int | None = None
     """Bytes of all live tensors at the end of the forward pass. For layers: only the tensors of these layers."""
@@ -260,16 +268,17 @@ class Record(JsonModel):
     meta_info: MetaInfo
 
     profile: list[StepProfile] = []
-    """For each process, one profile of the step and one per LoRA rank. For a failed run, profiles may be missing."""
+    """For each process, one profile of the whole step and one profile for each LoRA rank. The steps are those of
+    training on the last target. For a failed run, profiles may be missing."""
 
     @property
     def data_fingerprint(self) -> str | None:
-        """The fingerprint of the images of all domains; None if the run failed before it read them."""
+        """The fingerprint (a hash) of the data of all domains. None for a run that failed."""
         return next((info["sha"] for info in self.meta_info.dataset_info.values()), None)
 
     @property
     def step(self) -> StepProfile | None:
-        """The first profile of a whole step, normally of process 0. None if no step was sampled."""
+        """The first profile with the scope `step`, normally that of process 0. None if no step was sampled."""
         return next((row for row in self.profile if row.scope == "step"), None)
 
 
@@ -315,7 +324,10 @@ def read_record(file: Path, kind: type[M]) -> M | None:
 
 
 def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
-    """Write a record on one line to the file `<folder>/<name>.json`. Replace an existing file, and return the path."""
+    """Write a record to the file `<folder>/<name>.json`, as one line of JSON. Return the path of the file.
+
+    If the file exists, it is replaced.
+    """
     file = folder / f"{name}.json"
     with atomic_write(file) as unfinished:
         text = json.dumps(record.model_dump(), separators=(",", ":"), allow_nan=False)
@@ -325,7 +337,7 @@ def add_record(folder: Path, name: str, record: Record | CostRecord) -> Path:
 
 @dataclass(frozen=True, kw_only=True)
 class Archive:
-    """The records in a folder. The keys of both dicts are file names relative to the folder, in alphabetical order."""
+    """The records in a folder. The keys of both dicts are paths of files, relative to the folder, in sorted order."""
 
     runs: dict[str, Record] = field(default_factory=dict)
     """Runs of `train.py`, including failed runs."""
@@ -339,7 +351,7 @@ class Archive:
 
 
 def read_archive(folder: Path) -> Archive:
-    """Read all records in a folder and its subfolders, except copies of a record.
+    """Read all records in a folder and its subfolders. If there are copies of a record, only the first copy is read.
 
     The function ignores other JSON files, such as configurations.
 
@@ -350,7 +362,7 @@ def read_archive(folder: Path) -> Archive:
     seen: set[str] = set()
     for file in sorted(folder.rglob("*.json")):
         record = None if file.is_dir() else _find_record(file)
-        # A study stores each record twice: in the folder of the run and, without local paths, in its results.
+        # A study stores each record twice: in the folder of the run, and, without local paths, in its results folder.
         if record is None or (key := _identity(record)) in seen:
             continue
         seen.add(key)
@@ -375,12 +387,14 @@ def _identity(record: Record | CostRecord) -> str:
 
 
 def _find_record(file: Path) -> Record | CostRecord | None:
-    """Return the record in a JSON file. Return None for other JSON and, after a warning, for text that is not JSON.
+    """Return the record in a file, or None if the file contains no record.
+
+    If the file is not valid JSON, and does not look like a damaged record, log a warning and return None.
 
     Raises:
         ValueError: If the file is a damaged or incomplete record, or was written by a newer version of this package.
     """
-    # Records of PEFT's own benchmark have the same blocks, but their `train_config` has none of these keys.
+    # Records of PEFT's `method_comparison` have the same blocks, but their `train_config` has none of these keys.
     keys = {"method", "norm", "backbone", "data", "adapter"}
     content = file.read_bytes()
     try:
@@ -407,9 +421,10 @@ def _find_record(file: Path) -> Record | CostRecord | None:
 
 
 def package_info(*more: str) -> dict[str, str | None]:
-    """Return the versions of packages that affect results, and of the packages `more`. The keys are `<name>-version`.
+    """Return a dict of package versions with keys such as `torch-version`.
 
-    The version of a package that is not installed is None.
+    The dict contains the packages that affect results, and the packages `more`. The version of a package that is not
+    installed is None.
     """
     names = ("accelerate", "datasets", "peft", "timm", "torch", "torchvision", "transformers", *more)
     return {f"{name}-version": _version(name) for name in names}
@@ -423,7 +438,7 @@ def _version(name: str) -> str | None:
 
 
 def system_info(**more: str) -> dict[str, str]:
-    """Return a description of the operating system and the processor as a dict, with the additional entries `more`."""
+    """Return a dict that describes the operating system and the processor, and also has the entries `more`."""
     return {
         "system": platform.system(),
         "release": platform.release(),

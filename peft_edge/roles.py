@@ -1,7 +1,8 @@
 """Layer roles: names such as `depthwise` that select convolutions in any network.
 
-timm names the same layer differently in every family (`conv_pw`, `conv_exp`, `conv1`). All roles except `last-stage`
-therefore depend on groups, kernel size and channels instead of names. Importing this module does not import torch.
+timm names the same layer differently in each family of networks (`conv_pw`, `conv_exp`, `conv1`). All roles except
+`last-stage` therefore depend on groups, kernel size and channels instead of names. Importing this module does not
+import torch.
 """
 
 from __future__ import annotations
@@ -48,8 +49,9 @@ def is_pointwise(conv: Convolution) -> bool:
 def named_convolutions(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Convolution, frozenset[str]]]:
     """Yield the name, module and roles of every convolution in model order. `prefix` is prepended to each name.
 
-    In an adapted model, names and modules are those of the model without adapters. Layers in `modules_to_save` are left
-    out. No convolution has the role `last-stage` in a network without timm's `feature_info`.
+    If the model has adapters, the names and modules are those of the model without adapters. Layers in
+    `modules_to_save` are left out. In a network without timm's `feature_info`, no convolution has the role
+    `last-stage`.
     """
     convolutions = list(_walk(model))
     last_stage, is_reached = _last_stage(model, [name for name, _, _ in convolutions]), False
@@ -108,10 +110,11 @@ def _children(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def _squeeze_excite(module: nn.Module) -> list[Convolution]:
-    """Return the two convolutions of a module if it is a squeeze-excite block, and otherwise an empty list.
+    """Return the two convolutions of a module if the module is a squeeze-excite block, and otherwise an empty list.
 
-    The block has exactly two convolutions, both pointwise; the second restores the channels that the first reduces. A
-    bottleneck block also reduces and restores the channels, but has a third, spatial convolution.
+    A squeeze-excite block has exactly two convolutions. Both are pointwise. The first reduces the number of channels,
+    and the second restores it. A bottleneck block also reduces and restores the number of channels, but it has a third
+    convolution with a larger kernel.
     """
     convs = [child for _, child in _children(module) if is_convolution(child)]
     if len(convs) != 2 or not all(is_pointwise(conv) for conv in convs):
@@ -124,9 +127,10 @@ def _squeeze_excite(module: nn.Module) -> list[Convolution]:
 def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
     """Return the name of the last stage, or None if timm's `feature_info` is missing or lists no stages.
 
-    timm lists only stages after which the resolution changes. Other stages may follow (in GhostNet, `blocks.9` follows
-    `blocks.7`). If the last listed stage is inside a module, such as `blocks`, the result is the last child of this
-    module that contains convolutions. Otherwise, the result is the last listed stage itself.
+    timm lists only stages after which the resolution changes, so stages that are not listed may follow the last listed
+    stage. In GhostNet, `blocks.9` follows `blocks.7`. If the last listed stage is inside another module, such as
+    `blocks`, the result is the last child of that module that contains convolutions. Otherwise, the result is the last
+    listed stage itself.
     """
     found = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
     # timm's blocks have a method `feature_info`, whereas networks have an attribute of this name.

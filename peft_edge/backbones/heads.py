@@ -25,14 +25,14 @@ class TimmModel(nn.Module):
 
 
 def as_timm_model(model: nn.Module) -> TimmModel:
-    """Return `model` itself, typed as a timm model. Raise a `TypeError` if timm did not build it."""
+    """Return `model` itself, typed as a timm model. Raise a `TypeError` if timm did not build the model."""
     if not hasattr(model, "get_classifier") or not hasattr(model, "pretrained_cfg"):
         raise TypeError(f"Expected a model made by timm, found {type(model).__name__}. Build it with load_backbone.")
     return cast(TimmModel, model)
 
 
 def head_names(model: nn.Module) -> list[str]:
-    """Return the names of the classifier modules. Without a classifier (``num_classes=0``), the list is empty.
+    """Return the names of the classifier modules of a timm model. Return an empty list if it has no classifier.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -48,7 +48,7 @@ def head_names(model: nn.Module) -> list[str]:
 
 
 def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
-    """Return (name, layer) for each linear or convolutional layer in the classifier."""
+    """Return a pair (name, layer) for each linear or convolutional layer in the classifier of a timm model."""
     return [
         (name, module)
         for head in head_names(model)
@@ -60,9 +60,9 @@ def head_layers(model: nn.Module) -> list[tuple[str, nn.Linear | nn.Conv2d]]:
 def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
     """Replace the classifier of a timm model in place. The new weights follow N(0, 0.01²), and the biases are zero.
 
-    At the start of training, the cross-entropy is near log(num_classes), the loss of a uniform prediction. With timm's
-    initialisation of mobile networks, the cross-entropy would be 6 to 8 for ten classes. The class names of the model
-    are removed. `generator` must be on the device of the model.
+    With these small weights, the cross-entropy at the start of training is near log(num_classes), the loss of a uniform
+    prediction. With timm's initialisation of mobile networks, the cross-entropy would be 6 to 8 for ten classes. The
+    class names of the model are removed. `generator` must be on the device of the model.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -86,13 +86,13 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
 
 
 def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Add rows for new classes to the classifier in place, until the head has `num_classes` classes.
+    """Add rows for new classes to the weight and bias of the classifier (head) in place, up to `num_classes` rows.
 
-    The new rows have the same initial values as in :func:`replace_head`. The old rows are unchanged. The class names
-    are removed, so call :func:`set_class_names` afterwards. The parameters of the head are new objects, so create the
-    optimizer after this call. If the model already has `num_classes` classes, nothing changes, and the class names are
-    kept. `model` may also be a PEFT model. If its head is one of the `modules_to_save`, the original head and the copy
-    in each adapter grow.
+    The new rows are initialised as in :func:`replace_head`. The old rows are unchanged. The class names are removed, so
+    call :func:`set_class_names` afterwards. The parameters of the head are new objects, so create the optimizer after
+    this call. If the model already has `num_classes` classes, nothing changes, and the class names are kept. `model`
+    may also be a PEFT model. If the head of a PEFT model is one of the `modules_to_save`, the original head and its
+    copy in each adapter grow.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -140,9 +140,10 @@ def _check_no_adapter(base: nn.Module) -> None:
 def change_classes(model: nn.Module, names: Sequence[str], *, generator: torch.Generator | None = None) -> None:
     """Change the classes of a timm model in place to `names`. Classes that the model already has keep their rows.
 
-    Rows for new classes have the same initial values as in :func:`replace_head`. Rows of classes that are not in
-    `names` are removed. If the model has no class names, all old rows are removed. `model` may also be a PEFT model
-    whose head is one of the `modules_to_save`, see :func:`grow_head`.
+    A row is the part of the head's weight and bias that belongs to one class. Rows of new classes are initialised as in
+    :func:`replace_head`. Rows of classes that are not in `names` are removed. If the model has no class names, all old
+    rows are removed. `model` may also be a PEFT model whose head is one of the `modules_to_save`, see
+    :func:`grow_head`.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -182,8 +183,8 @@ def _append_rows(parameter: Tensor, rows: Tensor) -> nn.Parameter:
 def set_class_names(model: nn.Module, names: Sequence[str] | None) -> None:
     """Set the class names of a timm model, in the order of its outputs. None removes the names.
 
-    The names are stored in timm's entry ``model.pretrained_cfg["label_names"]``. `save_backbone` and `save_adapter`
-    save them with the model.
+    The names are stored where timm looks for them, in ``model.pretrained_cfg["label_names"]``. `save_backbone` saves
+    the names with the model, and `save_adapter` saves them with the adapter.
 
     Raises:
         TypeError: If the model was not built by timm.

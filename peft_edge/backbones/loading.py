@@ -56,7 +56,8 @@ EDGE_FAMILIES = {
 }
 """For each supported family of edge networks, the name of a small timm model. The tests use these models."""
 
-# timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save `bn_eps`. Always pass one value.
+# timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save `bn_eps`. With a fixed value, a
+# saved and reloaded model has the same outputs.
 _FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 
@@ -85,25 +86,27 @@ def load_backbone(
     Args:
         name: A timm model name (``"mobilenetv2_100"``, or ``"mobilenetv2_100.ra_in1k"`` with a tag), the id of a timm
             model on the Hub (``"timm/mobilenetv2_100.ra_in1k"``), or a folder written by :func:`save_backbone`.
-        num_classes: The number of classes. A loaded head with another number of classes is replaced by
-            :func:`replace_head`. None keeps the loaded head. With random weights, None means timm's default number.
+        num_classes: The number of classes. If a loaded head has another number of classes, :func:`replace_head`
+            replaces it. None keeps the loaded head. With random weights, None means timm's default number of classes.
             If the file `checkpoint` contains no head, this argument is required.
-        pretrained: Load the weights from the Hub or its local cache. Required for Hub ids outside ``timm/``.
-        checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a file of another program
-            (``.safetensors``, ``.pth``, ...; see :func:`import_weights`). If `checkpoint` is given, `name` must be a
-            timm model name, with or without ``timm/``.
+        pretrained: Load the weights from the Hub or its local cache. Must be True if `name` is a Hub id that does not
+            start with ``timm/``.
+        checkpoint: Load the weights from a folder written by :func:`save_backbone`, or from a file that another program
+            wrote (``.safetensors``, ``.pth``, ...; see :func:`import_weights`). If `checkpoint` is given, `name` must
+            be a timm model name, with or without ``timm/``.
         small_images: Set the stride of the first convolution from 2 to 1. This doubles the resolution inside the
             network. Use it for images of about 32 to 64 pixels. :func:`save_backbone` saves this setting.
-        mean: The mean of the preprocessing. :func:`set_preprocessing` explains the values of this argument and of
-            `std`, `interpolation` and `crop_pct`. None keeps the value in ``model.pretrained_cfg``.
+        mean: The mean of the preprocessing (see :func:`set_preprocessing`). For this argument and the next three, None
+            keeps the value in ``model.pretrained_cfg``.
         std: The standard deviation of the preprocessing, or None.
-        interpolation: The filter for resizing, or None.
-        crop_pct: The fraction of an image's side that the centre crop keeps, or None.
+        interpolation: The filter for resizing images, or None.
+        crop_pct: The fraction of a resized image's side that the centre crop keeps, or None.
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
-        ValueError: If an argument is invalid, the model is not a CNN, the stem does not support `small_images`, or the
-            checkpoint is damaged or belongs to another model.
+        ValueError: If an argument is invalid, the model is not a CNN, or the checkpoint is damaged or belongs to
+            another model. If `small_images` is True, but the stride of the first convolution is neither 1 nor 2, or
+            the model requires a fixed image size.
         FileNotFoundError: If `checkpoint` does not exist, or is a file whose suffix is not in `WEIGHTS_SUFFIXES`. If a
             folder or Hub repository has no ``config.json`` or no ``model.safetensors``.
         OSError: If the pretrained weights are not in the local cache and cannot be downloaded.
@@ -159,10 +162,10 @@ def set_preprocessing(
         std: The standard deviation by which pixels are then divided: three numbers, or one for all channels.
         interpolation: The filter for resizing: nearest, bilinear, bicubic, lanczos, box or hamming.
         crop_pct: The fraction of a resized image's side that the centre crop keeps.
-        crop_mode: How timm changes the aspect ratio of images that are not square. `center` crops the centre, `squash`
-            changes the aspect ratio instead, and `border` adds a border.
-        image_size: The height and width of the input in pixels, or a pair of them. A training run uses
-            `data.image_size` of its configuration instead.
+        crop_mode: How timm fits an image to an input with another aspect ratio. `center` crops the centre, `squash`
+            changes the aspect ratio of the image, and `border` adds a border.
+        image_size: The side of a square input in pixels, or a pair (height, width). A training run ignores this value,
+            and uses `data.image_size` of its configuration.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -243,7 +246,8 @@ def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
             f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all pretrained weights."
         )
     hub_id = get_pretrained_cfg(registry_name).hf_hub_id
-    # Pass the safetensors file. With only a Hub id, timm would unpickle the weights of a repository without this file.
+    # Pass the safetensors file. Given only a Hub id, timm would unpickle the weights if the repository had no such
+    # file.
     weights = {"file": str(_download(hub_id, WEIGHTS_NAME))}
     model = _create(registry_name, timm_kwargs, pretrained=True, pretrained_cfg_overlay=weights)
     model.name_or_path = hub_id
@@ -288,8 +292,8 @@ def _warn_once(message: str) -> None:
 
 
 def _from_checkpoint(path: Path, name: str | None, timm_kwargs: dict[str, object]) -> TimmModel:
-    # `path` must be a folder, whose configuration contains the architecture. If `name` is given, it must name the same
-    # architecture.
+    # `path` must be a folder, and its `config.json` contains the architecture. If `name` is not None, it must be a name
+    # of the same architecture.
     path = path.absolute()
     if path.is_dir():
         config = _read_config(path / CONFIG_NAME)
@@ -332,9 +336,9 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _load_weights(model: TimmModel, path: Path) -> None:
-    """Load a safetensors file into `model`. Names and shapes of the tensors must be those in the state dict of `model`.
+    """Load a safetensors file into `model`. The file must have the same names and shapes as the model's state dict.
 
-    Only the number of classes may differ. If it differs, `model` first gets a new head with the number of classes in
+    Only the number of classes may differ. In this case, `model` first gets a new head with the number of classes in
     the file.
     """
     try:
@@ -368,7 +372,7 @@ def _load_weights(model: TimmModel, path: Path) -> None:
 
 
 def stem_names(model: TimmModel) -> tuple[str, ...]:
-    """Return the names of the convolutions that take the image, such as the two parallel convolutions of RepVGG."""
+    """Return the names of the convolutions whose input is the image. RepVGG, for example, has two parallel ones."""
     names = model.pretrained_cfg["first_conv"]
     return (names,) if isinstance(names, str) else tuple(names or ())
 
@@ -390,10 +394,10 @@ def _unstride_stem(model: TimmModel) -> None:
 def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Save a timm model in timm's folder format, as ``config.json`` and ``model.safetensors``.
 
-    ``config.json`` contains the class names, if the model has class names. ``load_backbone(folder)`` and
+    If the model has class names, they are saved in ``config.json``. Both ``load_backbone(folder)`` and
     ``timm.create_model(f"local-dir:{folder}", pretrained=True)`` load the model, but only ``load_backbone`` restores
-    `small_images` (stride 1 instead of 2 in the first convolution). Existing files in `folder` are replaced only after
-    both new files are complete.
+    the setting `small_images` (stride 1 instead of 2 in the first convolution). Existing files in `folder` are replaced
+    only after the two new files are complete.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -430,7 +434,7 @@ def save_backbone(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 def fingerprint(model: nn.Module) -> str:
     """Return a hexadecimal SHA-256 hash of the names, shapes, dtypes and values of all tensors in the state dict.
 
-    Device and memory format do not change the hash, so a saved and reloaded model has the same fingerprint.
+    The hash does not depend on device and memory format, so a model has the same hash after it is saved and reloaded.
 
     Example:
         >>> layer = nn.Linear(2, 2)

@@ -1,4 +1,4 @@
-"""Read weights from a file of another program, and match the tensors in the file with those of a timm model."""
+"""Read weights from a file that another program wrote, and match the tensors in the file with those of a timm model."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ WEIGHTS_SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt", ".tar")
 
 @dataclass(frozen=True)
 class WeightMatch:
-    """A match between the tensors of a file and the tensors of a model.
+    """An assignment of the tensors in a file to the tensors of a model.
 
     Attributes:
         source: The name of the file.
         names: A dict from the name of each matched tensor in the model to its name in the file.
-        is_by_name: True if the tensors were matched by name, False if they were matched by order. Names are compared
-            without a prefix that all names in the file share.
-        num_classes: The number of classes of the file's head, or None if the file has no head.
+        is_by_name: True if the tensors were matched by name, False if they were matched by order. A prefix that all
+            names in the file share is ignored.
+        num_classes: The number of classes of the head in the file, or None if the file has no head.
     """
 
     source: str
@@ -48,14 +48,15 @@ class WeightMatch:
 def read_weights(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     """Return the state dict in a .safetensors file, or in a file that `torch.save` wrote (.pth, .pt, .bin, ...).
 
-    Pickled files are read with ``weights_only=True``, so no code in the file runs. The state dict may be an entry of a
-    checkpoint, such as `state_dict` or `model`. If the checkpoint also has an exponential moving average of the weights
-    (`state_dict_ema` or `model_ema`), the average is returned. The prefixes of DataParallel (`module.`) and
-    torch.compile (`_orig_mod.`) are removed.
+    Pickled files are read with ``weights_only=True``, so no code in the file runs. If the file contains a checkpoint,
+    the state dict may be an entry such as `state_dict` or `model`. If the checkpoint also has an exponential moving
+    average of the weights (`state_dict_ema` or `model_ema`), this average is returned instead. The name prefixes that
+    DataParallel (`module.`) and torch.compile (`_orig_mod.`) add are removed.
 
     Raises:
         FileNotFoundError: If the file does not exist, or its suffix is not in `WEIGHTS_SUFFIXES`.
-        ValueError: If the file is damaged, has objects that ``weights_only=True`` rejects, or has no state dict.
+        ValueError: If the file is damaged, contains no state dict, or contains objects that ``weights_only=True``
+            rejects.
     """
     path = Path(file)
     if not path.exists():
@@ -104,17 +105,18 @@ def match_weights(
 ) -> WeightMatch:
     """Match the tensors of `weights` with those of a timm model: by name, or by order if the names differ.
 
-    A prefix that all names in `weights` share is ignored. In each pair, the shapes and the last components of the names
-    (such as `weight` or `running_mean`) must be equal. Only the number of classes in the head may differ. The order
-    cannot distinguish two tensors of the same shape and kind. Therefore, after a match by order, check the accuracy on
-    images. `weights` may lack the head and the counters `num_batches_tracked`. `source` is the name of the file in
-    messages. Pass `is_ordered=False` if the order of `weights` is not the order in which the model was saved: tensors
-    are then matched only by name.
+    A prefix that all names in `weights` share is ignored. In each pair of tensors, the shapes must be equal, except for
+    the number of classes in the head. The last components of the two names, such as `weight` or `running_mean`, must
+    also be equal. A match by order may exchange two tensors of the same shape and kind. Therefore, after a match by
+    order, check the accuracy on images. `weights` may lack the head and the counters `num_batches_tracked`. `source` is
+    the name of the file in messages. Pass `is_ordered=False` if the order of `weights` is not that of the model's state
+    dict. In this case, tensors are matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If a tensor of the model or of `weights` has no counterpart, or the tensors of a pair do not fit. If
-            the names differ, and `is_ordered` is False. If some names differ, but more than half of them are equal.
+        ValueError: If a tensor of the model or of `weights` has no counterpart, or the two tensors of a pair do not fit
+            each other. If names differ, and `is_ordered` is False. If names differ, but more than half of the model's
+            names are in `weights`.
     """
     architecture = as_timm_model(model).pretrained_cfg["architecture"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -160,11 +162,11 @@ def match_weights(
 
 
 def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatch:
-    """Load the weights in a file of another program into a timm model in place.
+    """Load the weights in a file that another program wrote into a timm model in place.
 
-    The head of the model gets the number of classes in the file. If the file has no head, the model keeps its head. If
-    an error is raised, the model is unchanged. See :func:`read_weights` for the formats, and :func:`match_weights` for
-    the rules of matching.
+    If the file has a head with another number of classes, the model first gets a new head with this number. If the file
+    has no head, the model keeps its head. If an error is raised, the model is unchanged. See :func:`read_weights` for
+    the formats, and :func:`match_weights` for the rules of matching.
 
     Raises:
         TypeError: If the model was not built by timm.
@@ -186,6 +188,7 @@ def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatc
     if match.num_classes is not None and match.num_classes != as_timm_model(model).num_classes:
         as_timm_model(model).reset_classifier(match.num_classes)
         set_class_names(model, None)
-    # `match_weights` has checked all names. Only the head and the counters `num_batches_tracked` may be missing.
+    # `strict=False` is safe, because `match_weights` has checked all names. Only the head and the counters
+    # `num_batches_tracked` may be missing.
     model.load_state_dict({name: weights[in_file] for name, in_file in match.names.items()}, strict=False)
     return match

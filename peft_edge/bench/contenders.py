@@ -1,4 +1,4 @@
-"""Define the contenders of the bench: our methods, other packages, and what torch and timm offer to save memory."""
+"""Define the contenders of `peft-edge bench`: our methods, those of other packages, and options of torch and timm."""
 
 from __future__ import annotations
 
@@ -24,12 +24,13 @@ LEAN = {"masks": "bit"}
 LEAN_FROZEN = {**LEAN, "inplace_norm": True}
 """Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm."""
 LEAN_RECOMPUTE = {**LEAN_FROZEN, "recompute": True}
-"""Arguments of `prepare_model_for_lean_training` for any network: also recompute the outputs of cheap convolutions."""
+"""Arguments of `prepare_model_for_lean_training` for any network. Outputs of cheap convolutions are also recomputed in
+the backward pass."""
 
 
 @dataclass(frozen=True)
 class Contender:
-    """A method of this or another package. The bench measures its training step.
+    """A method of this package or of another package, whose training step the bench measures.
 
     All contenders except `inference` train the head.
     """
@@ -37,36 +38,37 @@ class Contender:
     label: str
     """Name in tables."""
     build: Build
-    """Function that maps a timm model and a LoRA rank to a pair: the built model and its optimizer.
+    """Function that takes a timm model and a LoRA rank, and returns the model to measure and its optimizer.
 
-    The built model is in the mode (train or eval) of the measured step. If the optimizer is None, the step has no
-    backward pass and no update. `build` may change the timm model in place. In eval mode, the built model must have the
-    same output as the timm model, up to rounding. If `build` raises an exception, the table shows the message.
+    The returned model is in the mode (train or eval) of the measured step. If the returned optimizer is None, the step
+    has no backward pass and no update. `build` may change the timm model in place. In eval mode, the returned model
+    must have the same output as the timm model, up to rounding. If `build` raises an exception, the table shows the
+    message.
     """
     is_compiled: bool = False
     """Whether `torch.compile` compiles the built model before the first step."""
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Build a step that trains all parameters that require a gradient or, if `config` is given, a PEFT adapter."""
+    """Build a step that trains all parameters that require a gradient. If `config` is given, train a PEFT adapter."""
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 
 
 def _inference(model: nn.Module, lora_rank: int) -> Step:
-    """Build a step that is only a forward pass in eval mode."""
+    """Build a step that consists only of a forward pass in eval mode."""
     # Without trainable parameters, autograd keeps no activations.
     return model.requires_grad_(False).eval().to(memory_format=training_memory_format(model)), None
 
 
 def _peft(model: nn.Module, lora_rank: int, **options: bool) -> Step:
-    """Build PEFT's LoRA in all dense convolutions. `options` are further arguments of `LoraConfig`."""
+    """Build a step that trains PEFT's LoRA in all dense convolutions. `options` are arguments of `LoraConfig`."""
     targets = {"target_modules": modules_with_role(model, "dense"), "modules_to_save": head_names(model)}
     return _train(model, lora_rank, LoraConfig(r=lora_rank, lora_alpha=2 * lora_rank, **targets, **options))
 
 
 def _lycoris(model: nn.Module, lora_rank: int) -> Step:
-    """Build LoCon of LyCORIS in all dense convolutions."""
+    """Build a step that trains the adapter LoCon of LyCORIS in all dense convolutions."""
     from lycoris.modules.locon import LoConModule
 
     for name, conv in _frozen_dense_convolutions(model):
@@ -79,7 +81,7 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
 
 def _loralib(model: nn.Module, lora_rank: int) -> Step:
-    """Build the LoRA convolution of loralib in all dense convolutions."""
+    """Build a step that trains the LoRA convolution of loralib in place of all dense convolutions."""
     from loralib import Conv2d
 
     for name, conv in _frozen_dense_convolutions(model):
@@ -93,7 +95,7 @@ def _loralib(model: nn.Module, lora_rank: int) -> Step:
 
 
 def _frozen_dense_convolutions(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Freeze all parameters except those of the head, and yield names and modules of the dense convolutions."""
+    """Freeze all parameters except those of the head. Yield the name and the module of each dense convolution."""
     model.requires_grad_(False)
     for name in head_names(model):
         model.get_submodule(name).requires_grad_(True)
@@ -116,7 +118,7 @@ def _checkpointed(build: Build) -> Build:
 def _with_eval_norms(build: Build) -> Build:
     """Return a function that calls `build`, and then sets all BatchNorm layers of the built model to eval mode.
 
-    This is the usual way in torch to freeze the statistics of BatchNorm.
+    Users of torch usually freeze the statistics of BatchNorm in this way.
     """
 
     def build_with_eval_norms(model: nn.Module, lora_rank: int) -> Step:
@@ -130,10 +132,11 @@ def _with_eval_norms(build: Build) -> Build:
 
 
 def _ours(method: str, lean: Mapping[str, object] | None, norm: str = "stats", **adapter: str) -> Build:
-    """Return a function that prepares a model for a training method of this package, such as `lora`.
+    """Return a `build` function for a training method of this package, such as `lora`.
 
-    `lean` is the argument of `prepare_step`. `norm` and `adapter` are settings of the method. GaLore ignores `adapter`,
-    and uses the LoRA rank as its rank.
+    `lean` contains the arguments of `prepare_model_for_lean_training`, or is None for a step without lean training.
+    `norm` and `adapter` are options of the method. For GaLore, `adapter` is ignored, and the LoRA rank is the rank of
+    the projection.
     """
 
     def build(model: nn.Module, lora_rank: int) -> Step:
@@ -154,7 +157,7 @@ def _stats(method: str, lean: Mapping[str, object] = LEAN) -> Build:
 _peft_eval = _with_eval_norms(_peft)
 
 REFERENCE = "full"
-"""The contender to which all time ratios refer."""
+"""The contender whose step time is the divisor of all time ratios."""
 
 CONTENDERS: dict[str, Contender] = {
     REFERENCE: Contender("full fine-tuning", _train),
@@ -199,5 +202,6 @@ CONTENDERS: dict[str, Contender] = {
 }
 """A dict from names to contenders. Contenders that do not use this package come first.
 
-BatchNorm uses the statistics of the batch unless the label says otherwise. In labels, `checkpointed` means timm's
-gradient checkpointing, `compiled` means `torch.compile`, and `eval norms` means BatchNorm layers in eval mode."""
+In training, BatchNorm uses the statistics of the batch unless the label says otherwise. In labels, `checkpointed` means
+timm's gradient checkpointing, `compiled` means `torch.compile`, and `eval norms` means that BatchNorm layers are in
+eval mode."""

@@ -1,4 +1,4 @@
-"""Measure the training steps of contenders in separate processes, with and without huge pages."""
+"""Measure the training steps of the contenders, which are the methods to compare. Each runs in its own process."""
 
 from __future__ import annotations
 
@@ -34,8 +34,9 @@ from peft_edge.records import StepProfile, load_average, package_info, system_in
 
 Setting = Mapping[str, str | int]
 
-# Largest allowed difference between a contender's logit and the network's logit, relative to the largest logit.
-# Contenders execute operations in different orders, so rounding errors add up over the layers.
+# The largest allowed difference between a logit of a contender and the same logit of the unchanged network, relative to
+# the largest logit. The difference is not 0, because contenders execute operations in different orders, and rounding
+# errors add up over the layers.
 _TOLERANCE = 1e-3
 
 
@@ -53,15 +54,15 @@ def run_bench(
 ) -> BenchRecord:
     """Measure training steps of several contenders on one network, with random images, on the CPU.
 
-    `backbone` is the name of a timm model, which then has random weights, or the folder of a saved model. `contenders`
-    are keys of `CONTENDERS`. Full fine-tuning is always measured.
+    `backbone` is the name of a timm model, or the folder of a saved model. A model that is given by name has random
+    weights. `contenders` are keys of `CONTENDERS`. Full fine-tuning is always measured, too.
 
-    Each contender runs in a separate process, in which torch allocates large tensors in huge pages. In a step that is
-    not timed, the bench counts the FLOPs and the memory of the tensors. Then, in each round, each contender takes two
-    steps, of which the second is timed. The order of the contenders is reversed after each round. With
-    `without_huge_pages`, the bench then ends these processes, and repeats the timed steps in processes without huge
-    pages. The field `error` of a row contains the reason if the contender cannot be built, if its output differs from
-    the network's output, or if its process dies.
+    Each contender runs in a separate process, in which torch allocates large tensors in huge pages. First, the bench
+    counts the FLOPs and the memory of the tensors in a step that is not timed. Then follow the rounds. In each round,
+    each contender takes two steps, and the second step is timed. The order of the contenders is reversed after each
+    round. If `without_huge_pages` is True, the bench then ends these processes, and repeats the rounds in processes
+    without huge pages. If a contender cannot be built, its output differs from the network's output, or a step or its
+    process fails, the field `error` of its row contains the reason.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -84,7 +85,7 @@ def run_bench(
         tempfile.TemporaryDirectory() as cache,
         tqdm(total=len(choices) * len(names) * (1 + rounds), leave=False, disable=None) as bar,
     ):
-        # One group after the other, because the processes of a group keep some of their memory until the group ends.
+        # The groups run one after the other, because the processes of a group keep some memory until the group ends.
         for huge_pages in choices:
             with _Group(names, setting, cache, huge_pages=huge_pages) as group:
                 for name in names:
@@ -112,16 +113,16 @@ def run_bench(
 
 
 class _Costs(NamedTuple):
-    """The measurements of a contender's process before the timed steps."""
+    """The measurements of a contender before the first round."""
 
     profile: StepProfile | None
-    """The costs of a step. None if they were not requested."""
+    """The costs of a step. None if the request was only to build the contender."""
     compile_s: float | None
     """Seconds of the first step if `torch.compile` compiles the model; otherwise None."""
 
 
 class _Growth(NamedTuple):
-    """The memory of a contender's process over all timed steps; see `ProcessPeak`."""
+    """The memory of a contender's process during all rounds, as measured by `ProcessPeak`."""
 
     rss_growth_bytes: int | None
     peak_rss_bytes: int | None
@@ -138,11 +139,11 @@ Reply = _Costs | PhaseTimes | _Growth | _Failure
 
 
 class _Group:
-    """One process for each contender, all with huge pages or all without. The `with` block ends the processes.
+    """One process for each contender, all with huge pages or all without. The processes end with the `with` block.
 
-    A host process, started with the environment variables of the group, loads the network. On Linux, the host then
-    forks itself for each contender. On other systems, it starts new processes. A forked process starts at once, and
-    shares the memory of the loaded libraries with the other processes.
+    The group starts a host process with the environment variables for huge pages. The host loads the network. On Linux,
+    the host then forks itself for each contender. On other systems, the host starts a new process for each contender. A
+    forked process starts at once, and shares the memory of the loaded libraries with the other processes.
     """
 
     def __init__(self, names: Sequence[str], setting: Setting, cache: str, *, huge_pages: bool) -> None:
@@ -182,21 +183,21 @@ class _Group:
         self._host.join()
 
     def begin(self, name: str, *, is_counted: bool) -> None:
-        """Build a contender, and store the costs in its row. With `is_counted`, the costs include a `StepProfile`."""
+        """Build a contender, and store its compile time in its row. If `is_counted`, also store a profile of a step."""
         reply = self._ask(name, "build and count" if is_counted else "build")
         if isinstance(reply, _Costs):
             self.rows[name].profile, self.rows[name].compile_s = reply
 
     def time(self, name: str) -> None:
-        """Let a contender take a timed step, and add the times to its row. A contender that has failed is skipped."""
+        """Let a contender take a timed step, and add the times to its row. Skip a contender that has failed."""
         reply = self._ask(name, "step")
         if isinstance(reply, PhaseTimes):
             self.rows[name].rounds.append(reply)
 
     def finish(self) -> None:
-        """Store in each row the memory of the process, and the ratios of its step times to those of `REFERENCE`.
+        """Complete the row of each contender that has not failed.
 
-        Contenders that have failed are skipped.
+        Store the memory of the contender's process, and the ratios of its step times to those of `REFERENCE`.
         """
         for name, row in self.rows.items():
             reply = self._ask(name, "finish")
@@ -209,8 +210,9 @@ class _Group:
     def _ask(self, name: str, request: Request) -> Reply:
         """Send a request to a contender's process, and return the reply.
 
-        If the contender fails, now or in an earlier call, its row keeps only the error message, and the reply is
-        a `_Failure`. If the contender that fails is the reference, raise a RuntimeError.
+        If the contender fails, store the error message in its row, and remove the row's measurements. For a contender
+        that fails or has failed in an earlier call, the reply is a `_Failure`. If the reference fails, raise a
+        RuntimeError.
         """
         row = self.rows[name]
         if row.error:
@@ -228,12 +230,13 @@ class _Group:
 
 
 def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connection]) -> None:
-    """Load the network, start a process for each contender, and report the state of the huge pages or a `_Failure`.
+    """Load the network, and start a process for each contender. This function is the main function of the host process.
 
-    The first of `connections` belongs to the host, and the others belong to the contenders. When the parent process
-    closes its end of the first connection, this process and the processes of the contenders end.
+    The first of `connections` belongs to the host, and the others belong to the contenders. The host sends the result
+    of `huge_page_state`, or a `_Failure` if the network cannot be loaded. When the parent process closes its end of the
+    first connection, the host and the processes of the contenders end.
     """
-    # A terminal sends Ctrl-C to all processes, but only the parent process knows what to print.
+    # A terminal sends Ctrl-C to all processes. Only the parent process should react, because it prints the message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)  # a process with several computing threads must not be forked
     torch.manual_seed(0)
@@ -261,13 +264,13 @@ def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connecti
 
 
 def _load(setting: Setting) -> tuple[nn.Module, Tensor]:
-    """Return the network and a batch of random images. Raise a ValueError if the network cannot process the images."""
+    """Return the network and a batch of random images. Raise a ValueError if the network rejects images of this size."""
     size = int(setting["image_size"])
     network = load_backbone(str(setting["backbone"]), int(setting["num_classes"]))
     images = torch.randn(int(setting["batch_size"]), 3, size, size)
     try:
-        # Estimate the statistics of BatchNorm. With random weights and frozen norms, activations would otherwise vanish
-        # or overflow.
+        # Estimate the statistics of BatchNorm. Otherwise, the activations of a network with random weights and frozen
+        # norms would vanish or overflow.
         update_bn([images], network)
     except RuntimeError as error:
         raise ValueError(f"{network.name_or_path} cannot be trained on images of {size} px: {error}") from error
@@ -288,9 +291,11 @@ def _contend(
 ) -> None:
     """Reply to the requests of a `_Group` for one contender, until the other end of the connection closes.
 
-    `inherited` contains connections of other processes. This process received copies of them when it was forked.
+    This function is the main function of a contender's process. `inherited` contains connections of other processes,
+    which were copied into this process when the host forked it.
     """
-    # The end of a process closes its connection, and the parent process notices this only if no copy is open.
+    # When a process ends, its connection closes. The parent process notices this only if no other process has an open
+    # copy of this connection.
     for other in inherited:
         other.close()
     torch.set_num_threads(int(setting["threads"]))
@@ -319,7 +324,7 @@ def _contend(
 
 
 class _Steps:
-    """Build a contender, check its output, and run its steps. Call `begin` once before `time`.
+    """Build a contender, check its output, and run its steps. Call `begin` once before the first call of `time`.
 
     Raises:
         ValueError: If the output of the contender in eval mode differs from the output of the network.
@@ -339,12 +344,12 @@ class _Steps:
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def begin(self, *, is_counted: bool) -> _Costs:
-        """Take the first step. It compiles the model if the contender requires this, and creates the optimizer's state.
+        """Take the first step, and return its compile time. If `is_counted`, return a profile of a step, too.
 
-        With `is_counted`, return a profile, too. For the profile, the contender takes a second step, whose FLOPs and
-        memory of tensors are counted. A compiled step cannot be counted, because torch runs the original model inside a
-        counter (a dispatch mode). The profile of a compiled contender therefore contains only the number of trainable
-        parameters.
+        The first step compiles the model if the contender uses `torch.compile`, and creates the optimizer's state. For
+        the profile, the contender takes a second step, whose FLOPs and memory of tensors are counted. A compiled step
+        cannot be counted: the counters are dispatch modes, in which torch runs the original model instead of the
+        compiled model. The profile of a compiled contender therefore contains only the number of trainable parameters.
         """
         if self._is_compiled:
             self._model.compile()

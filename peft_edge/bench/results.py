@@ -1,4 +1,4 @@
-"""Define the record of `peft-edge bench`, and show the record as a text table and as a figure."""
+"""Define the record that `peft-edge bench` writes, and show it as text tables and as a figure."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from peft_edge.records import JsonModel, StepProfile
 
 
 class PhaseTimes(JsonModel):
-    """Seconds of each phase of one step."""
+    """The seconds that each phase of one step took."""
 
     forward_s: float
     """Forward pass, including the loss."""
@@ -37,7 +37,7 @@ class BenchRow(JsonModel):
     label: str
     """Name in tables."""
     error: str = ""
-    """Message of the error if the contender did not run; otherwise empty."""
+    """The error message if the contender did not run, otherwise an empty string."""
     profile: StepProfile | None = None
     """FLOPs and memory of a step, and the median times of its phases.
 
@@ -48,31 +48,32 @@ class BenchRow(JsonModel):
     ratio_best: float | None = None
     """Time of the contender's fastest step divided by the time of the reference's fastest step.
 
-    The reference is full fine-tuning. All four ratios are None if the contender did not run.
+    The reference is full fine-tuning. The four fields `ratio_...` are None if the contender did not run.
     """
     ratio_median: float | None = None
-    """The median of the ratios of all rounds.
+    """The median of the ratios of the rounds.
 
     The ratio of a round is the contender's step time divided by the reference's step time in the same round."""
     ratio_lowest: float | None = None
-    """The lowest ratio of a round."""
+    """The lowest of the ratios of the rounds."""
     ratio_highest: float | None = None
-    """The highest ratio of a round."""
+    """The highest of the ratios of the rounds."""
     rss_growth_bytes: int | None = Field(default=None, exclude_if=lambda value: value is None)
-    """Peak memory of the process in the timed steps, minus the memory of the process before these steps.
+    """Peak memory of the process during all rounds, minus the memory of the process before the first round.
 
-    Model and optimizer exist before these steps. None in old records, if the contender did not run, or if the system
-    cannot reset the peak.
+    The model and the optimizer's state exist before the first round, so the growth does not include their memory. None
+    in records of earlier versions, if the contender did not run, or if the system cannot reset the peak.
     """
     compile_s: float | None = Field(default=None, exclude_if=lambda value: value is None)
     """Seconds of the first step, in which `torch.compile` compiles the model.
 
-    None if the contender does not use `torch.compile`, or failed before the timed steps."""
+    None if the contender does not use `torch.compile`, or if it failed before the first round."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
-        """Set the four `ratio_...` fields: step times in `rounds` divided by step times in `reference`.
+        """Set the four fields `ratio_...` from the step times in `rounds` and in `reference`.
 
-        Also set the times in `profile` to the medians over `rounds`. A median of 0 becomes None.
+        `reference` contains the times of full fine-tuning, one entry for each round. Also set each time in `profile` to
+        the median over `rounds`. If this median is 0, set the time to None.
         """
         ratios = [own.step_s / other.step_s for own, other in zip(self.rounds, reference, strict=True)]
         self.ratio_best = min(times.step_s for times in self.rounds) / min(times.step_s for times in reference)
@@ -100,9 +101,10 @@ class BenchRecord(JsonModel):
     total_time: float
     """Seconds of the whole comparison."""
     load_average: list[float | None]
-    """Load average of the last minute, at the start and at the end. If other processes ran, times are less reliable.
+    """The system's load average over one minute, at the start and at the end of the comparison.
 
-    An entry is None if the system has no load average."""
+    A high value at the start means that other processes were running, so the times are less reliable. An entry is None
+    if the system does not report a load average."""
     package_info: dict[str, str | None]
     system_info: dict[str, str]
     pytorch_info: str
@@ -117,12 +119,16 @@ class BenchRecord(JsonModel):
 
     @property
     def measured(self) -> list[tuple[BenchRow, StepProfile]]:
-        """A pair (row, profile) for each contender that ran."""
+        """The row and the profile of each contender that ran, as pairs."""
         return [(row, row.profile) for row in self.rows if row.profile is not None and row.rounds]
 
 
 def bench_table(record: BenchRecord) -> str:
-    """Return the record as text: a comparison with full fine-tuning, all costs, errors, load average, huge pages."""
+    """Return the record as text.
+
+    The text contains a table that compares the contenders with full fine-tuning, a table of all costs, the errors, the
+    load average, and whether large tensors were in huge pages.
+    """
     lines = [f"One training step of {record.title}"]
     if record.measured:
         lines += ["", "against full fine-tuning in channels_last, measured in the same rounds", _comparison(record)]
@@ -137,7 +143,7 @@ def bench_table(record: BenchRecord) -> str:
 
 
 def _comparison(record: BenchRecord) -> str:
-    """Return a table of memory and time, absolute and relative to the first row of the record."""
+    """Return a table with the memory and time of each contender that ran, also relative to full fine-tuning."""
     reference = record.measured[0][1].memory_peak_bytes
     rows = [["", "MiB", "times", "MiB", "ms", "time", "time", "time", "s to"]]
     rows.append(["", "tensors", "less", "process", "best", "best", "median", "spread", "compile"])
@@ -163,12 +169,12 @@ def _comparison(record: BenchRecord) -> str:
 
 
 def _times(row: BenchRow) -> tuple[str, str]:
-    """Return the milliseconds of the fastest step, and `ratio_best`, as text."""
+    """Return two texts: the milliseconds of the fastest step, and `ratio_best`."""
     return f"{1e3 * min(times.step_s for times in row.rounds):,.0f}", f"{row.ratio_best:.2f}"
 
 
 def _scaled(value: float | None, unit: int) -> str:
-    """Return `value` in multiples of `unit` as text; `-` if `value` is None."""
+    """Return `value` divided by `unit` as text, or `-` if `value` is None."""
     return "-" if value is None else f"{value / unit:,.0f}"
 
 
@@ -176,9 +182,9 @@ def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None
     """Draw two panels of stacked bars: the peak memory of tensors by kind, and `ratio_median` by phase.
 
     In the first panel, diamonds show the memory growth of the process (`rss_growth_bytes`). In the second panel, error
-    bars show `ratio_lowest` and `ratio_highest`, and diamonds show the median ratio without huge pages: the time of a
+    bars show `ratio_lowest` and `ratio_highest`. Diamonds there show the median ratio without huge pages: the time of a
     step without huge pages divided by the time of full fine-tuning with huge pages. At least one contender must have
-    run. `save_bars` describes the file and the errors.
+    run. For the format of the file and the errors, see `save_bars`.
     """
     rows, profiles = zip(*record.measured, strict=True)
     panels = [_memory_panel(rows, profiles), _time_panel(rows, record.rows_without_huge_pages)]
