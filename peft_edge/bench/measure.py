@@ -264,7 +264,11 @@ def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connecti
 
 
 def _load(setting: Setting) -> tuple[nn.Module, Tensor]:
-    """Return the network and a batch of random images. Raise a ValueError if the network rejects images of this size."""
+    """Return the network and a batch of random images.
+
+    Raises:
+        ValueError: If the network is unknown, or cannot be trained on images of this size.
+    """
     size = int(setting["image_size"])
     network = load_backbone(str(setting["backbone"]), int(setting["num_classes"]))
     images = torch.randn(int(setting["batch_size"]), 3, size, size)

@@ -24,7 +24,7 @@ app = typer.Typer(
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command that `arguments` contain, by default `sys.argv[1:]`. Raise SystemExit only after a failure."""
+    """Run the command in `arguments`, by default in `sys.argv[1:]`. Raise SystemExit only if the command fails."""
     use_huge_pages()
     try:
         app(arguments, prog_name="peft-edge")

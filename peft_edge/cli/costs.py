@@ -77,8 +77,8 @@ def profile(
 ) -> None:
     """Print the FLOPs and memory of a training step, without training.
 
-    Prints a row for each method and LoRA rank. The steps run on fake tensors, which have no values. The command
-    therefore takes seconds, and needs memory only for the weights.
+    Prints a row for each method and LoRA rank. The steps run on fake tensors, which have shapes but no values. The
+    command therefore takes seconds, and needs memory only for the weights.
     """
     from peft_edge.backbones import load_backbone
     from peft_edge.profiling.analysis import compare_methods
@@ -126,10 +126,10 @@ def plan(
 ) -> None:
     """List the methods that fit a budget of memory, FLOPs and update size.
 
-    Prints the combinations of method, target modules and LoRA rank whose training step fits. Each row shows the fewest
-    memory-saving options with which the step fits, and the predicted memory of the whole process. Then prints the
-    combinations that do not fit, each with the limits that the step exceeds. If a rank does not fit, higher ranks are
-    left out. The steps run on fake tensors, which have no values.
+    Prints a table of the combinations of method, target modules and LoRA rank whose training step fits. Each row shows
+    the fewest memory-saving options with which the step fits, and the predicted memory of the whole process. After the
+    table, prints the combinations that do not fit, each with the limits that the step exceeds. If a rank does not fit,
+    higher ranks are left out. The steps run on fake tensors, which have shapes but no values.
 
     With --runtime onnx, lists the training steps of `peft-edge export --train`, each with the predicted memory of the
     whole process. These steps train the adapters lora, lora-fa and dora with frozen norms.
@@ -205,10 +205,11 @@ def bench(
 ) -> None:
     """Measure training steps of peft-edge, PEFT, timm, LyCORIS and loralib on this machine.
 
-    Methods whose library is not installed are listed with the error. Prints memory, FLOPs, and the ratio of the step
-    time to the step time of full fine-tuning. Steps are measured with huge pages for torch's memory and, unless
-    --huge-pages-only is given, also without huge pages. In each round, one step of each method is timed. Methods whose
-    names end in -compile take minutes to compile. Close other programs first, because they change the times.
+    Prints memory, FLOPs, and the ratio of the step time to the step time of full fine-tuning. If the library of a
+    method is not installed, the method is listed with the error. Steps are measured with huge pages for torch's memory
+    and, unless --huge-pages-only is given, also without huge pages. In each round, one step of each method is timed.
+    Methods whose names end in -compile take minutes to compile. Close other programs first, because they change the
+    times.
     """
     from peft_edge.bench import bench_table, run_bench, save_bench_figure
 

@@ -42,8 +42,8 @@ def merge_adapters_of_fleet(
 ) -> None:
     """Combine the adapters of several devices into one adapter.
 
-    Combines LoRA adapters that were trained on the same base model, and pools their BatchNorm statistics. With --test,
-    prints the accuracies of the base model, of each adapter and of the combined adapter on each folder.
+    The adapters must be LoRA adapters that were trained on the same base model. Their BatchNorm statistics are pooled.
+    With --test, prints the accuracies of the base model, of each adapter and of the combined adapter on each folder.
     """
     from peft_edge.data.sources import read_splits
     from peft_edge.export.verification import is_same_data
@@ -93,8 +93,9 @@ def accuracies(
 ) -> list[float]:
     """Return the accuracies of the base model, of each adapter and of the combined adapter on the images in `folder`.
 
-    `splits` is the result of `read_splits(folder)`. If it has no split `test`, the images of the split `train` are
-    used: all images if the folder has no split folders. The combined adapter is active afterwards.
+    `splits` is the result of `read_splits(folder)`. The images of the split `test` are used or, if there is no such
+    split, those of the split `train`. If the folder is not divided into splits, `train` contains all images. After the
+    call, the combined adapter is active.
 
     Raises:
         ValueError: If the folder has classes that the model does not know.
@@ -122,7 +123,7 @@ def accuracies(
 
     def accuracy() -> float:
         found = predict(model, batches, accelerator, stage=f"testing {folder}")
-        # `references` are indices of the folder's classes, which may be a subset of the model's classes.
+        # `references` are indices of the folder's classes, and these classes may be a subset of the model's classes.
         labels = [known.index(names[label]) for label in found.references]
         return sum(map(int.__eq__, found.predictions, labels)) / len(labels)
 

@@ -57,9 +57,10 @@ def import_(
 ) -> None:
     """Import weights of another program, and save them as a timm model with its preprocessing.
 
-    Tensors are matched by name, or, if the names differ, by order and shape. If one tensor does not fit, nothing is
-    written. Code in the file is not executed. Choose the preprocessing that the weights were trained with. In train.py,
-    the keys backbone.mean, std, interpolation and crop_pct override the saved values.
+    Tensors are matched by name or, if the names differ, by order and shape. If one tensor does not fit, nothing is
+    written. Code in the file is not executed. Choose the preprocessing with which the weights were trained. In
+    train.py, the keys backbone.mean, backbone.std, backbone.interpolation and backbone.crop_pct override the saved
+    values.
     """
     import torch
     from timm.data import resolve_model_data_config
@@ -153,11 +154,11 @@ def export(
     Merges the adapter, fuses BatchNorm into the convolutions, and compares the outputs of the file with the outputs of
     the PyTorch model. If the outputs of the exported floating-point network differ too much, no file is written.
 
-    With --train, exports a training step of the adapter to a folder. The step consists of the forward pass, gradients
-    and optimizer. By default it is an ONNX file, with which a device can train in ONNX Runtime. With --format
-    executorch (experimental), it is an ExecuTorch program. The step is compared with training in PyTorch. If the
-    results differ too much, no folder is written. `peft-edge import-state` converts the state that the device saves
-    after training to an adapter.
+    With --train, exports a training step of the adapter to a folder. The step consists of the forward pass, the
+    gradients and the update by the optimizer. By default, the step is an ONNX file, with which a device can train in
+    ONNX Runtime. With --format executorch (experimental), the step is an ExecuTorch program. The step is compared with
+    training in PyTorch. If the results differ too much, no folder is written. After training, the device saves its
+    state, and `peft-edge import-state` converts this state to an adapter.
     """
     if quantize and not calibration:
         raise ValueError("--quantize needs images for calibration: pass --calibration FOLDER")
@@ -294,8 +295,8 @@ def load_states(
 ) -> None:
     """Convert the training states of devices to a PEFT adapter.
 
-    The states of several devices are averaged. The result is an ordinary adapter: it can be loaded, merged, exported
-    and published. Its file device_training.json lists the states that it was computed from.
+    The states of several devices are averaged. The result is an ordinary adapter, which can be loaded, merged, exported
+    and published. Its file device_training.json lists the states from which the adapter was computed.
     """
     from peft_edge.export.device_states import import_state
 
@@ -304,10 +305,10 @@ def load_states(
 
 
 def run_record(folder: Path) -> Record | None:
-    """Return the record of the run that wrote `folder`, as read from the file `record.json`.
+    """Return the record of the run that wrote the adapter or model in `folder`. It is read from `record.json`.
 
-    After a download from the Hub, `record.json` is in `folder`. On the machine of the run, it is in the parent folder.
-    Return None if `folder` does not exist or there is no such file.
+    If `folder` was downloaded from the Hub, `record.json` is in `folder`. If the run wrote `folder` on this machine,
+    `record.json` is in the parent folder. Return None if `folder` or `record.json` does not exist.
     """
     for place in (folder, folder.absolute().parent) if folder.is_dir() else ():
         if (record := read_record(place / "record.json", Record)) is not None:
@@ -325,8 +326,8 @@ def diff(
 ) -> None:
     """Write only the weights that an adapter changes.
 
-    Writes the tensors of the merged model that differ from the base. On a device that has the base, `peft-edge apply`
-    rebuilds the merged model from this file.
+    The output file contains the tensors of the merged model that differ from the base. On a device that has the base,
+    `peft-edge apply` rebuilds the merged model from the base and this file.
     """
     from peft_edge.export.differences import write_diff
 
@@ -340,7 +341,11 @@ def diff(
 
 
 def _base_of(adapter: Path) -> str:
-    """Return the base of an adapter in a local folder: its subfolder `source_model`, or the model that it names."""
+    """Return the base model of an adapter in a local folder: the path of a folder, or the name of a timm model.
+
+    If the adapter's folder has a subfolder `source_model`, this subfolder is the base. Otherwise, the configuration of
+    the adapter names the base.
+    """
     from peft.utils import CONFIG_NAME
 
     from peft_edge.hub.adapter_files import SOURCE_NAME, read_configuration

@@ -1,7 +1,8 @@
 """Helpers of all commands: parse arguments, declare options, and load models.
 
-Arguments are checked before torch is imported, so each command imports modules that need torch inside its function.
-Constants in this folder repeat names that those modules define. A test checks that the names agree.
+Arguments are checked before torch is imported, so that mistakes are reported quickly. Modules that need torch are
+therefore imported inside the functions of the commands. Constants in this folder repeat names that those modules
+define, and a test checks that the names agree.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ class Command(TyperCommand):
         return super().parse_args(ctx, expanded)
 
     def invoke(self, ctx: Any) -> object:
-        """Run the command. Exit with code 2 after a ValueError, OSError or ImportError, with code 130 after Ctrl-C."""
+        """Run the command. Exit with code 2 after a ValueError, OSError or ImportError, and with 130 after Ctrl-C."""
         try:
             return super().invoke(ctx)
         except (ValueError, OSError, ImportError) as error:
@@ -63,7 +64,10 @@ class Command(TyperCommand):
 
 
 def one_of(names: Collection[str]) -> Callable[[str], str]:
-    """Return a parser that accepts only `names`. For other texts, it raises BadParameter with a similar name."""
+    """Return a parser that accepts only `names`. For other texts, the parser raises BadParameter.
+
+    The error message suggests a similar name, if there is one.
+    """
 
     def parse(text: str) -> str:
         if text not in names:
@@ -75,9 +79,10 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 
 
 def role_or_regex(text: str) -> str:
-    """Return `text` if it is the name of a role or a regular expression, otherwise raise BadParameter.
+    """Return `text` if it is a layer role or a regular expression. Otherwise raise BadParameter.
 
-    A text of lower-case words joined by hyphens, such as `last-stage`, must be one of `ROLE_NAMES`.
+    A role is the name of a group of layers, one of `ROLE_NAMES`. A text of lower-case words joined by hyphens, such as
+    `last-stage`, must be a role.
     """
     if re.fullmatch("[a-z]+(-[a-z]+)+", text):
         return one_of(ROLE_NAMES)(text)
@@ -144,13 +149,13 @@ Picture = Annotated[
 
 
 def show(json_text: str, table: str, file: Path | None) -> None:
-    """Print `table`, and write `json_text` to `file` unless it is None. If `file` is `-`, print only `json_text`."""
+    """Print `table`, and write `json_text` to `file` if `file` is given. If `file` is `-`, print only `json_text`."""
     if file == Path("-"):
         sys.stdout.write(json_text)
         return
     print(table)
     if file is not None and file.exists() and not file.is_file():
-        # `atomic_write` would replace a device or a pipe, such as /dev/stdout, by a file.
+        # `file` is a device or a pipe, such as /dev/stdout. `atomic_write` would replace it by an ordinary file.
         file.write_text(json_text, encoding="utf-8")
     elif file is not None:
         with atomic_write(file.resolve()) as unfinished:
@@ -175,7 +180,7 @@ def load_any_model(name: str, base: nn.Module | None = None, *, allow_other_base
 
 
 def load_base_model(name: str) -> nn.Module:
-    """Load the saved model in the folder `name`. If there is no such folder, load the pretrained timm model `name`."""
+    """Load the saved model in the folder `name`. If `name` is not a folder, load the pretrained timm model `name`."""
     from peft_edge.backbones import load_backbone
 
     return load_backbone(name, pretrained=not Path(name).is_dir())

@@ -35,9 +35,10 @@ def study(
 ) -> None:
     """Run a grid of training runs or cost analyses, and print a table.
 
-    Runs every combination in the grid. Finished runs are not repeated, and a failed run does not stop the other runs.
-    With --cluster, the runs are tasks on a Ray cluster, and records and logs return to the output folder. The options
-    --num-cpus, --num-gpus, --memory and --artifacts need --cluster.
+    The grid is a file that lists values of configuration keys, and the command runs every combination of these values.
+    Finished runs are not repeated, and a failed run does not stop the other runs. With --cluster, the runs are tasks on
+    a Ray cluster, and their records and logs are copied back to the output folder. The options --num-cpus, --num-gpus,
+    --memory and --artifacts need --cluster.
     """
     check_grid_keys(grid)
     from peft_edge.study import Cluster, read_grid, run_grid, study_table
@@ -71,8 +72,8 @@ def report(
 ) -> None:
     """Write a page, figures and data files from records.
 
-    Writes README.md, figures (PNG and SVG), data.csv and a CSV file for each section. The same records give
-    byte-identical files. Other files in the output folder are unchanged.
+    Writes README.md, figures (PNG and SVG), data.csv, and a CSV file for each section. The same records give
+    byte-identical files. The command does not change other files in the output folder.
     """
     from peft_edge.report import write_report
 

@@ -17,7 +17,10 @@ from peft_edge.names import nearest_name
 
 
 class ConfigError(ValueError):
-    """Errors in a configuration, one per line. Each line names the key or the argument, and says where it was given."""
+    """Raised with all errors in a configuration, one per line. Each line names the wrong key or argument.
+
+    For a key, the line also says whether it was given in a file or on the command line.
+    """
 
 
 class _Loader(yaml.SafeLoader):
@@ -47,13 +50,14 @@ def load_config(arguments: Sequence[str], *, check_files: bool = False) -> RunCo
         arguments: `--config FILE`, any number of times, and overrides: `key=value`, `--key value` or `--key=value`.
             Keys of a section are dotted (`training.epochs=3`). Values are read as YAML. A `--key` without a value
             sets the key to true. Overrides take precedence over all files, and a later file over an earlier file.
-        check_files: Whether the folders and files that the configuration names must exist on this machine. They are
-            not checked if `output_dir` already contains a record, because a finished run only prints its summary.
+        check_files: Whether the folders and files that the configuration names must exist on this machine. If
+            `output_dir` already contains a record, they are not checked, because a finished run only prints its
+            summary.
 
     Raises:
         ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
-            values contradict each other. If a configuration file is unreadable, values are not checked, because
-            errors in them may be its consequence.
+            values contradict each other. If a configuration file is unreadable, errors in values are not reported,
+            because the file may contain the right values.
     """
     values, origins, errors, unread = _collect(arguments)
     config, invalid = _validate(values)
@@ -61,7 +65,8 @@ def load_config(arguments: Sequence[str], *, check_files: bool = False) -> RunCo
     combined = [*conflicts(config)]
     if check_files and not Path(config.output_dir, "record.json").exists():
         combined += missing_files(config)
-    # If a section has an error, a key that seems to be missing there may be the consequence.
+    # `_validate` has replaced invalid values by defaults. A contradiction in a section with an invalid value may come
+    # from such a default, so it is not reported.
     wrong = {key.partition(".")[0] for key in (*unread, *dict(invalid))}
     found += [(key, message) for key, message in combined if key.partition(".")[0] not in wrong]
     if "config" in unread:
@@ -77,9 +82,9 @@ def load_config(arguments: Sequence[str], *, check_files: bool = False) -> RunCo
 
 
 def check_grid_keys(file: Path) -> None:
-    """Check the keys of a grid file (the list of runs of a study) without importing torch.
+    """Check the keys in a grid file, which describes the runs of a study, without importing torch.
 
-    `read_grid` checks all other parts of the file.
+    `read_grid` later checks all other parts of the file.
 
     Raises:
         ConfigError: If a block of runs has an unknown configuration key in its `grid`, or a block of cost analyses has
@@ -101,7 +106,7 @@ def check_grid_keys(file: Path) -> None:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return a YAML text with all keys, including defaults. `load_config` can read this text from a file."""
+    """Return a YAML text with all keys and their values, including defaults. `load_config` can read such a file."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 
@@ -118,7 +123,7 @@ def flatten(values: Mapping[str, object], prefix: str = "") -> dict[str, object]
 
 
 def describe_keys() -> str:
-    """Return the help text of all keys. Each key has its default (or "required") and its description."""
+    """Return a help text that lists each key with its default (or "required") and its description."""
     return "\n\n".join(
         f"{key}: {'required' if field.is_required() else field.get_default()}\n"
         + textwrap.indent(field.description or "", "    ")
@@ -135,7 +140,11 @@ def _fields(section: type[Section], prefix: str = "") -> Iterator[tuple[str, Fie
 
 
 def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str], list[str], set[str]]:
-    """Return a dict from keys to values, a dict from keys to origins, errors of arguments, and keys without a value."""
+    """Parse the arguments. Return four collections: values by key, origins by key, error messages, and unread keys.
+
+    The origin of a value is the name of a file, or "command line". The unread keys are those whose value could not be
+    read. The key `config` is among them if a configuration file could not be read.
+    """
     values: dict[str, object] = {}
     origins: dict[str, str] = {}
     errors: list[str] = []
@@ -156,7 +165,7 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
 
 
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
-    """Yield for each argument its key, the text of its value (None if there is no value), and the argument itself."""
+    """Yield (key, text of the value, argument) for each argument. The text is None if the argument has no value."""
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
@@ -188,9 +197,9 @@ def _read_file(path: Path) -> dict[str, object]:
 
 
 def _nearest_file(path: Path) -> str | None:
-    """Return the path of the YAML file that is most similar to `path`, which does not exist.
+    """Return the path of the YAML file whose path is most similar to the missing file `path`, or None.
 
-    The file is in the nearest folder above `path` that exists, at the depth of `path` or in a folder one level deeper.
+    Files are searched below the deepest existing folder in `path`, at the depth of `path` and one level deeper.
     """
     folder = next(parent for parent in path.parents if parent.is_dir())
     depth = len(path.relative_to(folder).parts)
@@ -200,7 +209,7 @@ def _nearest_file(path: Path) -> str | None:
 
 
 def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, str]]]:
-    """Return the configuration, with defaults for invalid values, and a (key, message) pair for each invalid value."""
+    """Return a configuration, and a pair (key, message) for each invalid value. Replace invalid values by defaults."""
     try:
         return RunConfig.model_validate(_nest(values)), []
     except ValidationError as error:
@@ -211,7 +220,7 @@ def _validate(values: Mapping[str, object]) -> tuple[RunConfig, list[tuple[str, 
             location = ".".join(map(str, detail["loc"]))
             key = next((key for key in keys if f"{location}.".startswith(f"{key}.")), location)
             message = _explain(detail, key, keys)
-            # If a key accepts several types, pydantic reports one error for each type.
+            # If a key accepts several types, pydantic reports one error for each type. Join these messages.
             found[key] = f"{found[key]}, or {message}" if key in found else message
     valid = {key: value for key, value in values.items() if not any(f"{key}.".startswith(f"{bad}.") for bad in found)}
     return RunConfig.model_validate(_nest({"output_dir": "", **valid})), list(found.items())

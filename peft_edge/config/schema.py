@@ -33,7 +33,8 @@ ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project"
 
 def _registered(registry: str, names: tuple[str, ...]) -> AfterValidator:
     def check(name: str) -> str:
-        # Importing peft_edge.methods here would import torch. A program that registers methods has already imported it.
+        # Do not import peft_edge.methods here, because that would import torch. If a program has registered methods of
+        # its own, it has already imported peft_edge.methods.
         known = list(getattr(sys.modules.get("peft_edge.methods"), registry, names))
         if name not in known:
             raise ValueError(f"expected one of {', '.join(known)}, found {name!r}{did_you_mean(name, known)}")
@@ -100,13 +101,13 @@ class BackboneConfig(Section):
     name: str = "mobilenetv3_small_050"
     """A timm model name, the id of a timm model on the Hub, or the folder of a saved or imported model."""
     pretrained: bool = False
-    """Start from pretrained weights, read from the Hub or its local cache. Recommended for photographs."""
+    """Start from pretrained weights, which are read from the Hub or its local cache. Recommended for photographs."""
     checkpoint: str | None = None
     """Start from the weights at this path: a folder that `save_backbone` wrote, or a .safetensors, .pth, .pt, .bin,
     .ckpt or .tar file of another program. The tensors in a file of another program are matched by name or, if the names
     differ, by order and shape."""
     small_images: bool = False
-    """Set the stride of the first convolution to 1. Recommended for images of about 32 to 64 pixels."""
+    """Set the stride of the first convolution from 2 to 1. Recommended for images of about 32 to 64 pixels."""
     mean: Channels | None = None
     """Mean that is subtracted from pixels between 0 and 1: one number, or a list of three. By default, the value in
     timm's configuration of the weights. Use the value with which the weights were trained."""
@@ -126,30 +127,32 @@ class DataConfig(Section):
     name: str = "digits"
     """`digits`, `shapes`, an image dataset of the Hugging Face Hub, or a folder with one subfolder per class."""
     source_filters: list[list[str | int | float | list[str]]] = []
-    """Read only rows of `name` that meet all conditions `[column, operator, value]`. `name` must be a Hugging Face
-    dataset, or a folder with one subfolder per domain. For such a folder, the only column is `domain`, the name of the
-    subfolder: `[[domain, "==", photo]]`."""
+    """Conditions `[column, operator, value]`. Only rows of `name` that meet all conditions are read. `name` must be a
+    Hugging Face dataset, or a folder with one subfolder per domain, such as photo and sketch. In a condition on such a
+    folder, the column is `domain`, and the value is the name of a subfolder: `[[domain, "==", photo]]`. The subfolder
+    of a domain must contain one subfolder per class."""
     shift: str | None = None
-    """Shift of the target images. Either the name of a corruption (such as fog), which is applied to images of `name`;
-    or the name of shifted data: another split of `name`, another dataset, or another folder."""
+    """Shift of the target images. This is either the name of a corruption (such as fog), which is applied to images of
+    `name`, or the name of shifted data: another split of `name`, another dataset, or another folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
     """Severity of the corruption, 1 (mild) to 5 (strong); by default 5. Only for corruptions with severities."""
     shift_filters: list[list[str | int | float | list[str]]] = []
-    """Read only rows of `shift` that meet all conditions; see `source_filters`. With conditions, the default of `shift`
-    is `name`."""
+    """Conditions as in `source_filters`. Only rows of `shift` that meet all conditions are read. If conditions are
+    given and `shift` is not, the rows are read from `name`."""
     new_classes: Annotated[list[str], BeforeValidator(_as_names)] = []
-    """Classes that the source model does not know, in the order of addition. Set either `new_classes` or `shift`."""
+    """Classes that the source model does not know, in the order in which the model learns them. Set either
+    `new_classes` or `shift`."""
     increments: PositiveCount = 1
-    """Number of groups into which `new_classes` is divided. The model is adapted to one group after another."""
+    """Number of increments, which are groups of new classes. The model is adapted to one increment after another."""
     rehearsal_size: Count = 0
-    """Maximum total number of images of earlier classes in the training images of an increment. 0: use no such images,
-    and freeze the head rows of earlier classes."""
+    """Maximum number of images of all earlier classes together among the training images of an increment. 0: use no
+    images of earlier classes, and freeze the rows of the head that belong to these classes."""
     image_size: PositiveCount = 48
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount | None = None
     """Maximum number of training images of the target. By default, all are used. With new classes, the maximum applies
-    to each increment. If `shift` is a corruption, and `name` is a dataset or a folder, at most a quarter of the
-    training images are used in any case."""
+    to each increment, without rehearsal images. If `shift` is a corruption, and `name` is a dataset or a folder, the
+    target gets at most a quarter of the source's training images, even without this key."""
     augment: Literal["none", "shift", "photo", "auto"] = "auto"
     """Augmentation of training images. none: no change. shift: move the image by up to an eighth of its sides. photo:
     random crop, flip and colour changes. auto: shift for `digits`, `shapes`, and images whose median width or height is
@@ -171,13 +174,13 @@ class AdapterConfig(Section):
     r: PositiveCount = 4
     """Rank, usually 4 to 16. A higher rank adapts better to a strong shift, but makes the saved adapter larger."""
     lora_alpha: Positive = 8
-    """The low-rank update is multiplied by lora_alpha / r. A good first value is 2 * r."""
+    """The low-rank update of a kernel is multiplied by lora_alpha / r. A good first value is 2 * r."""
     lora_dropout: Fraction = 0.0
     """Probability with which inputs of the adapter are dropped. In peft-loha and peft-lokr, ranks are dropped instead
     of inputs. A value above 0 makes training slower."""
     target_modules: Targets = "all-conv"
-    """Layers to adapt: a role, a list of module names, or a regular expression. A role is a name for a group of layers:
-    all-conv, dense, depthwise, pointwise, expand, project or last-stage."""
+    """Layers to adapt: a role, a list of module names, or a regular expression. A role is the name of a group of
+    layers. The roles are all-conv, dense, depthwise, pointwise, expand, project and last-stage."""
 
 
 class ConvAdapterOptions(Section):
@@ -189,7 +192,7 @@ class ConvAdapterOptions(Section):
     """Kernel size of the adapter's depthwise convolution. By default, the kernel size of the adapted layer, or 3 if a
     block is adapted. 1: no depthwise convolution."""
     placement: Literal["parallel", "sequential"] = "parallel"
-    """What the bottleneck takes as its input: the input (parallel) or the output (sequential) of the adapted layer."""
+    """Input of the bottleneck: the input of the adapted layer (parallel), or the output of this layer (sequential)."""
     activation: str | None = None
     """timm's name of the bottleneck's activation, such as relu. By default, there is no activation. An adapter with an
     activation cannot be merged."""
@@ -207,7 +210,8 @@ class GaloreOptions(Section):
     scale: Positive = 1.0
     """Factor by which the update of projected convolutions is multiplied. galore-torch's default is 0.25."""
     proj_type: Literal["std", "reverse_std", "right", "left", "full"] = "std"
-    """Side of the gradient to project: left, right, both (full), the shorter (std) or the longer (reverse_std)."""
+    """Side on which the gradient matrix is projected: left, right, both (full), the shorter side (std), or the longer
+    side (reverse_std)."""
     target_modules: str | list[str] = "dense"
     """Convolutions whose gradients are projected: a role such as `dense`, a module name, or a list of roles and module
     names."""
@@ -219,9 +223,9 @@ class SourceConfig(Section):
     """Training of the source model (the network before adaptation), by SGD with a one-cycle schedule."""
 
     epochs: Count = 12
-    """Passes over the training images of the source. 0: use the backbone's initial weights without training."""
+    """Passes over the training images of the source. 0: do not train the backbone, but use its initial weights."""
     batch_size: PositiveCount = 32
-    """Images per step."""
+    """Images per optimizer step."""
     learning_rate: Positive = 0.1
     """Peak learning rate of the one-cycle schedule: 0.1 suits random weights, 0.01 suits pretrained weights."""
     momentum: Fraction = 0.9
@@ -242,9 +246,9 @@ class TrainingConfig(Section):
         BeforeValidator(lambda value: value if isinstance(value, list) else [value]),
         Field(min_length=1),
     ] = [3e-3]
-    """Peak learning rate, or a list to try. The rate with the best accuracy on the target's validation split is chosen.
-    Usual values: 1e-3 to 3e-3 for adapters of pretrained networks, 3e-3 to 1e-2 for adapters of small networks that
-    were trained from scratch, and a third of these values for full fine-tuning."""
+    """Peak learning rate, or a list of rates to try. The rate with the best accuracy on the target's validation split
+    is chosen. Usual values: 1e-3 to 3e-3 for adapters of pretrained networks, 3e-3 to 1e-2 for adapters of small
+    networks that were trained from scratch, and a third of these values for full fine-tuning."""
     optimizer: Annotated[str, _registered("OPTIMIZERS", OPTIMIZER_NAMES)] = "adamw"
     """Optimizer: adamw, sgd, sgd-momentum or adafactor. Method galore uses the GaLore variant of this optimizer."""
     weight_decay: NonNegative = 0.0
@@ -266,28 +270,30 @@ class TrainingConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep. At least 2, because the newest may contain weights that have diverged."""
     replay: bool = False
-    """Latent replay: store the outputs of the frozen layers before the first trainable layer, and train on these
-    outputs. Requires that the key `norm` is frozen or recalibrate."""
+    """Use latent replay: store the outputs of the frozen layers before the first trainable layer, and train the other
+    layers on these outputs. Requires that the key `norm` is frozen or recalibrate."""
     replay_views: PositiveCount = 1
-    """Number of augmented views to store of each image. Epochs use the views in turn."""
+    """Number of augmented views that are stored for each image with `replay`. Each epoch uses the next view."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
-    """Dtype of the stored outputs: float32, float16, or int8 with one scale per image."""
+    """Dtype of the outputs that `replay` stores: float32, float16, or int8 with one scale per image."""
 
 
 class LeanConfig(Section):
     """Lean training: layers save only what the backward pass needs. Gradients change only by rounding."""
 
     enabled: bool = True
-    """Use lean layers during training. The format of the saved adapter or model is the same without lean layers."""
+    """Use lean layers during training. The format of the saved adapter or model does not depend on this key."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
-    that `norm` is frozen or recalibrate, or that `recompute` is set. By default true if `norm` is frozen or
-    recalibrate and the model runs on the meta device, otherwise false."""
+    that `norm` is frozen or recalibrate, or that `recompute` is set. The default is true if `norm` is frozen or
+    recalibrate, and the model can run on torch's meta device, which is needed to find the layers that use an output.
+    Otherwise, the default is false."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool | Literal["depthwise"] = False
     """Convolutions whose outputs are not saved in the forward pass, but recomputed in the backward pass: all cheap
-    convolutions (true), only depthwise convolutions (depthwise), or none (false)."""
+    convolutions, which have at most 100 products per output element (true), only depthwise convolutions (depthwise), or
+    none (false)."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 
@@ -312,8 +318,8 @@ class HubConfig(Section):
     revision: str | None = None
     """Branch to upload to; main by default."""
     license: str | None = None
-    """License in the model card, as an identifier of the Hub such as apache-2.0. By default, the license of timm's
-    pretrained weights if the run used them, otherwise none."""
+    """License in the model card, as an identifier of the Hub such as apache-2.0. If the run used pretrained weights of
+    timm, the default is their license. Otherwise, there is no default."""
 
 
 class RunConfig(Section):
@@ -336,17 +342,18 @@ class RunConfig(Section):
     seed: Count = 0
     """Seed of the splits, the initial weights, the augmentations and the order of the images."""
     cache_dir: str | None = None
-    """Folder in which runs share source models and stored features; by default `cache` in the parent of output_dir."""
+    """Folder in which runs share source models and stored features; by default `cache` in the parent folder of
+    output_dir."""
     cpu: bool = False
     """Use the CPU even if there is a GPU."""
     num_threads: PositiveCount = 1
-    """CPU threads per process. The number of threads changes rounding, so runs with different numbers do not share a
-    source model."""
+    """CPU threads per process. The number of threads changes rounding, so runs with different numbers of threads do not
+    share a source model."""
     num_workers: Count | None = None
-    """Number of worker processes that load images, for each training process. 0: the training process loads them. The
-    number does not change the batches. The default is 0 for `digits`, for `shapes`, for images whose median width or
-    height is below 128 pixels, in a study, and where processes do not start by fork. In all other cases, the default is
-    the number of CPU cores per training process minus num_threads, but at least 0 and at most 4."""
+    """Number of worker processes that load images, for each training process. 0: the training process loads the images.
+    The number does not change the batches. By default, the number is that of the CPU cores per training process minus
+    num_threads, but at least 0 and at most 4. The default is always 0 in a study, for `digits` and `shapes`, for images
+    whose median width or height is below 128 pixels, and on systems where Python does not start processes by fork."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
     """Tools that receive the training curves: any of tensorboard, wandb and trackio."""
 
@@ -362,7 +369,7 @@ class RunConfig(Section):
     hub: HubConfig = HubConfig()
 
     def options(self, section: str | None) -> dict[str, object]:
-        """Return the options for `Method.prepare`: `norm` and, unless `section` is None, the keys of `section`.
+        """Return the options for `Method.prepare`: `norm`, and the keys of `section` if `section` is not None.
 
         >>> RunConfig(output_dir="runs/a").options("adapter")
         {'norm': 'frozen', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}
@@ -371,7 +378,7 @@ class RunConfig(Section):
 
 
 def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the key and the error message of each combination of values that cannot work."""
+    """Yield a pair (key, error message) for each combination of values that cannot work."""
     backbone, data, training, lean = config.backbone, config.data, config.training, config.lean
     if backbone.pretrained and backbone.checkpoint is not None:
         yield "backbone.checkpoint", "cannot be used together with backbone.pretrained: choose one"
@@ -408,7 +415,7 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
 
 
 def missing_files(config: RunConfig) -> Iterator[tuple[str, str]]:
-    """Yield the key and the error message of each file or folder that does not exist, without a request to the Hub."""
+    """Yield a pair (key, error message) for each key that names a missing file or folder, without asking the Hub."""
     data, backbone = config.data, config.backbone
     if problem := problem_of_data(data.name):
         yield "data.name", problem
