@@ -122,7 +122,7 @@ def has_hooks(module: nn.Module) -> bool:
 def map_children(module: nn.Module, function: Callable[[nn.Module], nn.Module]) -> nn.Module:
     """Return a shallow copy of a module, in which `function(child)` replaces each child.
 
-    If `function` returns every child itself, return the module itself.
+    If `function` returns each child unchanged, return the module itself.
     """
     children = {name: child if child is None else function(child) for name, child in module._modules.items()}
     if all(child is module._modules[name] for name, child in children.items()):
@@ -156,7 +156,7 @@ def is_in_backward() -> bool:
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Return whether a tensor is a fake tensor, which has a shape but no values; `peft_edge.profiling` uses them."""
+    """Return whether a tensor is a fake tensor, which has a shape but no values; torch's class for it is private."""
     return isinstance(tensor, FakeTensor)
 
 
@@ -207,10 +207,10 @@ def allow_mixed(peft_type: PeftType, model_cls: type[MixedModel]) -> None:
 def allow_hotswap(peft_type: PeftType, config_keys: list[str], pad: Callable[[nn.Module, int], bool]) -> None:
     """Let `hotswap_adapter` and `prepare_model_for_compiled_hotswap` handle adapters of `peft_type`.
 
-    PEFT's `register_peft_method` does not do this. `config_keys` are configuration keys whose values must be
-    equal in the old and the new adapter, in addition to the keys that PEFT compares for LoRA. `pad(model, rank)` must
-    pad the adapters of `peft_type` in `model` to `rank`, and return whether `model` has such adapters. A second call
-    for the same type has no effect.
+    PEFT's `register_peft_method` does not do this. `config_keys` are configuration keys whose values must be equal in
+    the old and the new adapter, in addition to the keys that PEFT compares for LoRA. `pad(model, rank)` must pad the
+    adapters of `peft_type` in `model` to `rank`, and return whether `model` has such adapters. A second call for the
+    same type has no effect.
     """
     if peft_type in hotswap.CONFIG_KEYS_TO_CHECK:
         return

@@ -134,7 +134,7 @@ print(peak_rss_bytes())
 
 @functools.cache
 def library_memory() -> int | None:
-    """Return the memory, in bytes, that a training process needs apart from the tensors of a step. None on Windows.
+    """Return the memory, in bytes, of a training process without the tensors of a step. Return None on Windows.
 
     The function starts a process with the same imports as `train.py`. This process takes a step with tiny tensors, and
     prints its peak memory.
@@ -177,7 +177,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options of a run that `evidence` compares. Runs with the same four values are averaged.
+    """The options of a run that `evidence` compares. The accuracies of runs with the same four values are averaged.
 
     `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
     """
@@ -196,8 +196,9 @@ class Evidence(NamedTuple):
     runs: int
     """The number of runs with this combination."""
     advantage: float
-    """How much more accurate these runs are than others. On each task, this is the mean accuracy of these runs minus
-    the mean accuracy of all runs. The value is the mean over the tasks. A task is a backbone with data."""
+    """How much more accurate the runs with this combination are than other runs. On each task (a backbone with data),
+    the difference is the mean accuracy of these runs minus the mean accuracy of all runs. The value is the mean of
+    these differences over the tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
@@ -229,7 +230,7 @@ def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanOption:
-    """A combination of method, adapted layers, rank and setting, and the cost of a training step with it."""
+    """A combination of method, adapted layers, rank and setting, and the cost of a training step with these values."""
 
     method: str
     """A key of `METHODS`."""
@@ -266,7 +267,7 @@ class Plan:
     records: int
     """The number of successful runs whose accuracies determine the order of `fitting`."""
     is_same_backbone: bool
-    """Whether these runs used the planned backbone. False if they used other backbones, or if there are no runs."""
+    """Whether the runs that determine the order used the planned backbone. False if there are no such runs."""
     library_bytes: int | None = None
     """The result of `library_memory`: the memory of a training process without a step's tensors. None if unknown."""
 

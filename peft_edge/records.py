@@ -75,7 +75,7 @@ class RunInfo(JsonModel):
     experiment_name: str
     """`<method>/<name of the output folder>`, as in PEFT's `method_comparison`."""
     train_config: JsonObject
-    """The resolved configuration. The additional key `model_id` is the name of the backbone."""
+    """The complete configuration of the run, with defaults. The additional key `model_id` is the backbone's name."""
     peft_config: JsonObject | None = None
     """The configuration of the adapter; null for a method without an adapter."""
     total_time: float | None = None
@@ -93,7 +93,8 @@ class RunInfo(JsonModel):
 class KernelChange(JsonModel):
     """How much adaptation changed the kernel of one convolution.
 
-    The change is the kernel after adaptation minus the kernel before adaptation, as a matrix with C_out rows.
+    The change is the kernel after adaptation minus the kernel before adaptation. It is reshaped to a matrix with one
+    row for each output channel.
     """
 
     kind: str
@@ -156,7 +157,8 @@ class TrainInfo(JsonModel):
     accelerator_memory_reserved_avg: int | None = None
     accelerator_memory_max: int | None = None
     accelerator_memory_reserved_99th: int | None = None
-    """Bytes that the accelerator's allocator reserved: mean, maximum and 99th percentile."""
+    """Fields of PEFT's `method_comparison`: mean, maximum and 99th percentile of the bytes that the accelerator's
+    allocator reserved. `train.py` does not set these fields, so they are null."""
 
     metrics: list[JsonObject] = []
     """One entry per epoch and target, followed by one entry with the test results before and after adaptation."""

@@ -81,7 +81,7 @@ def _lycoris(model: nn.Module, lora_rank: int) -> Step:
 
 
 def _loralib(model: nn.Module, lora_rank: int) -> Step:
-    """Build a step that trains the LoRA convolution of loralib in place of all dense convolutions."""
+    """Build a step that trains the LoRA convolution of loralib in place of each dense convolution."""
     from loralib import Conv2d
 
     for name, conv in _frozen_dense_convolutions(model):

@@ -305,7 +305,7 @@ def load_states(
 
 
 def run_record(folder: Path) -> Record | None:
-    """Return the record of the run that wrote the adapter or model in `folder`. It is read from `record.json`.
+    """Read the file `record.json` of the run that wrote the adapter or model in `folder`, and return the record.
 
     If `folder` was downloaded from the Hub, `record.json` is in `folder`. If the run wrote `folder` on this machine,
     `record.json` is in the parent folder. Return None if `folder` or `record.json` does not exist.

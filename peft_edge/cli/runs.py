@@ -35,10 +35,10 @@ def study(
 ) -> None:
     """Run a grid of training runs or cost analyses, and print a table.
 
-    The grid is a file that lists values of configuration keys, and the command runs every combination of these values.
-    Finished runs are not repeated, and a failed run does not stop the other runs. With --cluster, the runs are tasks on
-    a Ray cluster, and their records and logs are copied back to the output folder. The options --num-cpus, --num-gpus,
-    --memory and --artifacts need --cluster.
+    The grid file lists values for the keys of a configuration or of a cost analysis. The command runs every combination
+    of these values. Finished runs are not repeated, and a failed run does not stop the other runs. With --cluster, the
+    runs are tasks on a Ray cluster, and their records and logs are copied back to the output folder. The options
+    --num-cpus, --num-gpus, --memory and --artifacts need --cluster.
     """
     check_grid_keys(grid)
     from peft_edge.study import Cluster, read_grid, run_grid, study_table

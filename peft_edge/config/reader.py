@@ -197,9 +197,10 @@ def _read_file(path: Path) -> dict[str, object]:
 
 
 def _nearest_file(path: Path) -> str | None:
-    """Return the path of the YAML file whose path is most similar to the missing file `path`, or None.
+    """Return the path of the YAML file that the user probably meant by `path`, or None if no file is similar.
 
-    Files are searched below the deepest existing folder in `path`, at the depth of `path` and one level deeper.
+    `path` does not exist. The search starts in the deepest folder of `path` that exists. It covers the YAML files below
+    this folder that have the same depth as `path`, or are one level deeper.
     """
     folder = next(parent for parent in path.parents if parent.is_dir())
     depth = len(path.relative_to(folder).parts)

@@ -135,7 +135,8 @@ class DataConfig(Section):
     """Shift of the target images. This is either the name of a corruption (such as fog), which is applied to images of
     `name`, or the name of shifted data: another split of `name`, another dataset, or another folder."""
     severity: Annotated[int, Field(ge=1, le=5)] | None = None
-    """Severity of the corruption, 1 (mild) to 5 (strong); by default 5. Only for corruptions with severities."""
+    """Severity of the corruption, from 1 (mild) to 5 (strong); by default 5. Some corruptions have no severities, and
+    do not accept this key."""
     shift_filters: list[list[str | int | float | list[str]]] = []
     """Conditions as in `source_filters`. Only rows of `shift` that meet all conditions are read. If conditions are
     given and `shift` is not, the rows are read from `name`."""
@@ -291,9 +292,9 @@ class LeanConfig(Section):
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool | Literal["depthwise"] = False
-    """Convolutions whose outputs are not saved in the forward pass, but recomputed in the backward pass: all cheap
-    convolutions, which have at most 100 products per output element (true), only depthwise convolutions (depthwise), or
-    none (false)."""
+    """Convolutions whose outputs are not saved in the forward pass, but recomputed in the backward pass. true: all
+    cheap convolutions, which have at most 100 products per output element. depthwise: only depthwise convolutions.
+    false: no convolutions."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 
