@@ -57,7 +57,7 @@ def load_config(arguments: Sequence[str], *, check_files: bool = False) -> RunCo
     Raises:
         ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
             values contradict each other. If a configuration file is unreadable, errors in values are not reported,
-            because the file may contain the right values.
+            because they may be due to the missing content of this file.
     """
     values, origins, errors, unread = _collect(arguments)
     config, invalid = _validate(values)
@@ -87,8 +87,9 @@ def check_grid_keys(file: Path) -> None:
     `read_grid` later checks all other parts of the file.
 
     Raises:
-        ConfigError: If a block of runs has an unknown configuration key in its `grid`, or a block of cost analyses has
-            a key that is not in `COST_KEYS`. The message names all such keys.
+        ConfigError: If the `grid` of a block contains an unknown key: in a block of training runs, a key that no
+            configuration has; in a block of cost analyses, a key that is not in `COST_KEYS`. The message names all such
+            keys.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))

@@ -177,8 +177,8 @@ class AdapterConfig(Section):
     lora_alpha: Positive = 8
     """The low-rank update of a kernel is multiplied by lora_alpha / r. A good first value is 2 * r."""
     lora_dropout: Fraction = 0.0
-    """Probability with which inputs of the adapter are dropped. In peft-loha and peft-lokr, ranks are dropped instead
-    of inputs. A value above 0 makes training slower."""
+    """Probability with which elements of the adapter's input are dropped. In methods peft-loha and peft-lokr, this key
+    is PEFT's `rank_dropout`, which drops output channels of the update. A value above 0 makes training slower."""
     target_modules: Targets = "all-conv"
     """Layers to adapt: a role, a list of module names, or a regular expression. A role is the name of a group of
     layers. The roles are all-conv, dense, depthwise, pointwise, expand, project and last-stage."""
@@ -320,7 +320,7 @@ class HubConfig(Section):
     """Branch to upload to; main by default."""
     license: str | None = None
     """License in the model card, as an identifier of the Hub such as apache-2.0. If the run used pretrained weights of
-    timm, the default is their license. Otherwise, there is no default."""
+    timm, the default is their license. Otherwise, the card names no license by default."""
 
 
 class RunConfig(Section):
@@ -338,8 +338,8 @@ class RunConfig(Section):
     """How BatchNorm normalises in training. frozen: with the running statistics of the source model. recalibrate: with
     statistics that are estimated once on target images. stats: with batch statistics. affine: with batch statistics,
     and BatchNorm's weight and bias are trained. Choose frozen if the model must stay accurate on source images. Methods
-    none, norm-stats and norm-affine ignore this key. PEFT's methods do not accept recalibrate. In full and galore,
-    BatchNorm's weight and bias are always trained."""
+    none, norm-stats and norm-affine ignore this key. Methods whose names begin with peft- do not accept recalibrate.
+    Methods full and galore always train BatchNorm's weight and bias."""
     seed: Count = 0
     """Seed of the splits, the initial weights, the augmentations and the order of the images."""
     cache_dir: str | None = None
