@@ -15,11 +15,11 @@ from collections.abc import Sequence
 
 from peft_edge.allocator import use_huge_pages
 
-# Other modules are imported inside the functions, so that Ctrl-C also ends their import with one line.
+# Import other modules inside the functions. Ctrl-C during these imports then prints one line instead of a traceback.
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Run the configuration that `arguments` describe, and print a summary on the main process."""
+    """Read the configuration from the command-line `arguments`, run it, and print a summary on the main process."""
     from peft_edge.config import load_config
 
     config = load_config(arguments, check_files=True)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def is_main_process() -> bool:
-    """Return whether this process has rank 0. Only the process with rank 0 prints messages."""
+    """Return whether this is the process of rank 0, which alone prints the summary and the errors."""
     return int(os.environ.get("RANK", "0")) == 0
 
 
@@ -43,12 +43,12 @@ def print_help() -> None:
         print(f"{__doc__}\n{describe_keys()}", flush=True)
     except BrokenPipeError:
         # The program that reads the output has ended, for example `head` in `train.py --help | head`. Redirect the
-        # output, because Python would print another error when it flushes the output at exit.
+        # output. Otherwise, Python would print another error when it flushes the output at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def command() -> None:
-    """Run with the arguments in `sys.argv`.
+    """Call `main` with the arguments in `sys.argv`, or print the help if they contain `-h` or `--help`.
 
     After a ValueError, OSError or ImportError, print the message of the error, and exit with code 2. After Ctrl-C, exit
     with code 130.
@@ -60,11 +60,11 @@ def command() -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
-        # The message says what to do. If the run has started, record.json contains the traceback.
+        # The error message says what to do. If the run has started, record.json contains the traceback.
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:  # a launcher reads the exit code 130 as an interruption
+    except KeyboardInterrupt:  # exit code 130 tells a launcher that Ctrl-C ended the program
         if is_main_process():
             print("stopped: the same command resumes from the newest checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -1,4 +1,4 @@
-"""Load tasks: labelled images of a source domain, and of target domains with shifted images or new classes."""
+"""Load tasks. A task has a source domain, and target domains with shifted images or with new classes."""
 
 from peft_edge.data.corruptions import FAMILIES, SHIFTS
 from peft_edge.data.domain import Domain, Task

@@ -1,8 +1,8 @@
 """Image corruptions in five families. `Shift` applies a corruption to an image, a batch or a dataset.
 
 Most corruptions are modelled on ImageNet-C (Hendrycks and Dietterich 2019). Lengths, such as the radius of a blur, are
-in pixels of an image whose shorter side is 224. In other images, lengths are scaled with the shorter side, so that
-small images remain recognisable.
+given in pixels for images whose shorter side is 224 pixels. For other images, lengths are scaled in proportion to the
+shorter side, so that small images remain recognisable.
 """
 
 from __future__ import annotations
@@ -76,9 +76,10 @@ class Shift:
 
 
 class Corruption(NamedTuple):
-    """A corruption. `apply` takes a (3, H, W) uint8 image and, unless `levels` is empty, an element of `levels`.
+    """A function that corrupts images, and its parameter at each severity.
 
-    `levels` has one element for each severity, and is empty for a corruption without severities.
+    `apply(image, level)` returns a corrupted copy of a (3, H, W) uint8 image. `levels` has one level for each severity.
+    If a corruption has no severities, `levels` is empty, and the call is `apply(image)`.
     """
 
     apply: Callable[..., Tensor]
@@ -102,7 +103,7 @@ def _gaussian_noise(image: Tensor, deviation: float) -> Tensor:
 
 
 def _shot_noise(image: Tensor, photons: float) -> Tensor:
-    """Replace each value by a random Poisson count divided by `photons`. A white pixel has the mean count `photons`."""
+    """Replace each value v, from 0 to 1, by a random Poisson count of mean v * photons, divided by `photons`."""
     return _as_uint8(torch.poisson(_as_float(image) * photons) / photons)
 
 
@@ -129,7 +130,7 @@ def _motion_blur(image: Tensor, length: float) -> Tensor:
 
 
 def _line_kernel(length: float) -> Tensor:
-    """Return a kernel that blurs along a line of random direction. The line is one pixel wide."""
+    """Return a kernel that blurs along a line of `length` pixels, one pixel wide, in a random direction."""
     angle = torch.rand(()) * math.pi
     x, y = _kernel_coordinates(length / 2)
     along, across = x * angle.cos() + y * angle.sin(), x * angle.sin() - y * angle.cos()
@@ -156,14 +157,17 @@ def _fog(image: Tensor, density: float) -> Tensor:
 
 
 def _snow(image: Tensor, fraction: float) -> Tensor:
-    """Blend the image with light grey. Then add white flakes at `fraction` of the pixels, with motion blur."""
+    """Blend the image with light grey. Then add motion-blurred white flakes at a random `fraction` of the pixels."""
     flakes = (torch.rand(1, *image.shape[-2:]) < fraction) * torch.tensor(255, dtype=torch.uint8)
     falling = _as_float(_blur(flakes, _line_kernel(12 * _scale(image)))) * 2
     return _as_uint8(torch.lerp(_as_float(image), torch.tensor(0.8), 5 * fraction) + falling)
 
 
 def _smooth_noise(height: int, width: int, knots: int) -> Tensor:
-    """Interpolate (knots + 1) x (knots + 1) random numbers between 0 and 1 to the shape (height, width)."""
+    """Return a smooth random tensor (height, width).
+
+    It is interpolated from a grid of (knots + 1) x (knots + 1) random numbers between 0 and 1.
+    """
     noise = torch.rand(1, knots + 1, knots + 1)
     return F.resize(noise, [height, width], v2.InterpolationMode.BICUBIC, antialias=False)[0]
 
@@ -176,17 +180,17 @@ def _jpeg(image: Tensor, quality: float) -> Tensor:
 
 
 def _pixelate(image: Tensor, factor: float) -> Tensor:
-    """Multiply height and width by `factor`, a number below 1. Then enlarge the image again without interpolation."""
+    """Reduce height and width by `factor`, a number below 1. Then enlarge the image again without interpolation."""
     height, width = image.shape[-2:]
     small = F.resize(image, [math.ceil(height * factor), math.ceil(width * factor)])
     return F.resize(small, [height, width], v2.InterpolationMode.NEAREST)
 
 
 def _elastic(image: Tensor, distance: float) -> Tensor:
-    """Stretch the image like a rubber sheet. Neighbouring points move similarly, by about `distance` pixels."""
+    """Stretch the image like a rubber sheet. Points move by about `distance` pixels, and neighbours move similarly."""
 
     def stretch(padded: Tensor) -> Tensor:
-        # v2.ElasticTransform would take two seconds to smooth the noise for an image of 224 x 224 pixels.
+        # v2.ElasticTransform makes smooth noise by a blur, which takes two seconds for an image of 224 x 224 pixels.
         height, width = padded.shape[-2:]
         moves = torch.stack([_smooth_noise(height, width, 12) for _ in range(2)], dim=-1)
         pixels = (moves - moves.mean()) / moves.std() * distance * _scale(image)
@@ -200,9 +204,9 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pad the image by reflection, apply `move`, and crop the result to the old size.
+    """Pad the image by reflection, apply `move`, and crop the result to the size of the image.
 
-    Without the padding, the image would get black corners, which would be an additional corruption.
+    Without the padding, a moved or rotated image would get black corners, which would be an additional corruption.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
@@ -210,7 +214,10 @@ def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Te
 
 
 def _blend(image: Tensor) -> Tensor:
-    """Return |image - random crop of a photograph|, as in MNIST-M (Ganin and Lempitsky 2015)."""
+    """Return the absolute difference of the image and a random crop of a photograph.
+
+    Ganin and Lempitsky (2015) made MNIST-M in the same way.
+    """
     photographs = _photographs()
     photograph = photographs[int(torch.randint(len(photographs), ()))]
     crop = v2.RandomCrop(image.shape[-2:], pad_if_needed=True, padding_mode="reflect")(photograph)
@@ -259,7 +266,7 @@ CORRUPTIONS: dict[str, dict[str, Corruption]] = {
 _BY_NAME = {name: corruption for members in CORRUPTIONS.values() for name, corruption in members.items()}
 
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(members) for family, members in CORRUPTIONS.items()}
-"""A dict from each family to the names of its corruptions."""
+"""A dict from the name of each family to the names of the corruptions in this family."""
 
 SHIFTS = tuple(sorted(_BY_NAME))
 """The names of all corruptions."""

@@ -43,7 +43,7 @@ class Domain:
 
     @property
     def class_names(self) -> list[str]:
-        """The names of the labels 0, 1, ... A split need not have images of every class."""
+        """The class names, in the order of the labels 0, 1, ... Some classes may have no images in a split."""
         return self.train.features["label"].names
 
     @property
@@ -53,7 +53,7 @@ class Domain:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the rows and transforms of all splits. The cache key of a source model contains this hash."""
+        """A hash of the rows and transforms of all splits. The keys of cached models contain this hash."""
         return _hash(*(dataset_fingerprint(split) for split in (self.train, self.validation, self.test)))
 
 
@@ -62,7 +62,7 @@ class Task:
     """A classification problem that changes after training: the images shift, or new classes arrive.
 
     Attributes:
-        name: The `name` that was passed to `load_task`, followed by the values of `source_filters`, if any.
+        name: The `name` that was passed to `load_task`, followed by the conditions in `source_filters`, if any.
         change: A description of the change between the source and the targets.
         source: The images that the source model is trained on.
         targets: The domains to adapt to: one domain for a shift, or one domain for each increment of new classes.
@@ -119,7 +119,10 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
 
 
 def _with_all_classes(rest: Dataset, drawn: Dataset) -> tuple[Dataset, Dataset]:
-    """Exchange images so that both parts have each class. The share of a small class may have been rounded to zero."""
+    """Exchange images between the two parts, so that each part has every class. Keep the sizes of the parts.
+
+    This is necessary if a stratified split has rounded the share of a small class to zero images.
+    """
     if {*rest["label"][:]} == {*drawn["label"][:]}:
         return rest, drawn
     whole = concatenate_datasets([rest, drawn])
@@ -147,7 +150,7 @@ def dataset_from_arrays(images: Tensor, labels: Tensor, class_names: list[str]) 
 
 
 def read_into_memory(dataset: Dataset) -> Dataset:
-    """Return an in-memory copy of a dataset. The dataset's transform is applied to the images of the copy.
+    """Read all images of a dataset through its transform, and return them as an in-memory dataset.
 
     All images must be RGB and have the same size.
     """

@@ -1,11 +1,12 @@
 """The embedded benchmarks `digits` (real) and `shapes` (synthetic), which need no download.
 
-`digits` contains the 1,797 handwritten digits of scikit-learn, the test set of UCI's "Optical Recognition of
-Handwritten Digits" (Alpaydin and Kaynak 1998). The images of 8 x 8 pixels with 17 grey levels are enlarged.
+`digits` contains the 1,797 handwritten digits of scikit-learn, which are the test set of UCI's "Optical Recognition of
+Handwritten Digits" (Alpaydin and Kaynak 1998). The original images have 8 x 8 pixels and 17 grey levels. They are
+enlarged.
 
 `shapes` contains rendered images of 20 classes, with random pose, shear, colours, background, clutter, lighting and
-sensor noise. For each shape, a table of signed distances to the outline is computed once. The renderer samples this
-table at random poses.
+sensor noise. For each class, a table of signed distances to the outline of the shape is computed once. The renderer
+samples this table at random poses.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from peft_edge.data.domain import Domain, dataset_from_arrays, stratified_split
 from peft_edge.files import requires_extra
 
 DIGITS_SPLIT_SIZES = {"adaptation": 400, "validation": 150, "test": 547}
-"""The numbers of images in these splits of `digits`. The source model is trained on the other 700 images."""
+"""The number of images in each of these splits of `digits`. The source model is trained on the remaining 700 images."""
 
 SHAPES_SPLIT_SIZES = {"source": 20_000, "adaptation": 512, "validation": 500, "test": 2_000}
 
@@ -33,9 +34,10 @@ UNSEEN_CLASSES = ("pentagon", "bar", "chevron", "ell", "aitch", "frame", "half-d
 
 EXTENT = 1.5
 RESOLUTION = 129
-"""Each table of signed distances has RESOLUTION rows and columns, which span the coordinates from -EXTENT to EXTENT.
+"""The number of rows and of columns in each table of signed distances.
 
-The radius of a shape is about 1 in these coordinates.
+Rows and columns are at evenly spaced coordinates from -EXTENT to EXTENT. In these coordinates, a shape has a radius of
+about 1.
 """
 
 _Points = list[tuple[float, float]]
@@ -47,7 +49,8 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
     """Load `digits`, enlarged to `image_size` x `image_size` pixels. All splits have the same class proportions.
 
     Returns:
-        The source domain (700 training, 150 validation, 547 test images), and 400 images to adapt to, not yet shifted.
+        The source domain (700 training, 150 validation and 547 test images), and a dataset of 400 images to adapt to.
+        No image is corrupted yet.
     """
     with requires_extra("train"):
         from sklearn.datasets import load_digits
@@ -65,11 +68,11 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`. `seed` determines every pixel. In each split, class sizes differ by at most one.
+    """Render `shapes`. The same `seed` gives the same pixels. The classes of a split differ by at most one image.
 
     Returns:
-        The source domain (20,000 training, 500 validation, 2,000 test images), and 512 images to adapt to, not yet
-        shifted.
+        The source domain (20,000 training, 500 validation and 2,000 test images), and a dataset of 512 images to adapt
+        to. No image is corrupted yet.
     """
     splits = _render_splits(tuple(SHAPES_SPLIT_SIZES.items()), image_size, seed)
     source = Domain(train=splits["source"], validation=splits["validation"], test=splits["test"])
@@ -83,17 +86,17 @@ def _render_splits(sizes: tuple[tuple[str, int], ...], image_size: int, seed: in
 
 
 def render_shapes(count: int, image_size: int, generator: torch.Generator) -> Dataset:
-    """Render `count` images as an in-memory dataset. The labels are 0, 1, ..., 19, 0, 1, ..."""
+    """Render `count` images, and return them as an in-memory dataset. The labels are 0, 1, ..., 19, 0, 1, ..."""
     fields = distance_fields()
     tables = torch.stack(list(fields.values())).unsqueeze(1)
     labels = torch.arange(count) % len(fields)
-    # Render in small batches, whose tensors fit into the processor's cache.
+    # Render in small batches, so that their tensors fit into the processor's cache.
     images = torch.cat([_render(part, tables, image_size, generator) for part in labels.split(_RENDER_BATCH)])
     return dataset_from_arrays(images, labels, list(fields))
 
 
 def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Render one image for each label, as uint8 of shape (N, size, size, 3)."""
+    """Render one image for each of the N labels. Return a uint8 tensor (N, size, size, 3)."""
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -140,7 +143,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
         shear: (N,), the shift of u per unit of v.
         size: Height and width of the image in pixels.
     """
-    # Sample `fields` at pixel centres, so that a shape has the same place in images of any size.
+    # Sample `fields` at the centres of the pixels, so that a shape is at the same relative position in all image sizes.
     side = (torch.arange(size) + 0.5) * (2 / size) - 1
     x = side - offset[:, 0, None, None]
     y = side[:, None] - offset[:, 1, None, None]

@@ -20,7 +20,7 @@ from peft_edge.names import SPLIT_WORDS, split_of
 logger = logging.getLogger(__name__)
 
 Filter = Sequence[str | int | float | list[str]]
-"""A condition: a column name, an operator and a value. With the operators `in` and `not in`, the value is a list."""
+"""A condition on a row: a column name, an operator and a value. For `in` and `not in`, the value is a list."""
 
 _OPERATORS: dict[str, Callable[[str, Any], bool]] = {
     "==": operator.eq,
@@ -28,16 +28,17 @@ _OPERATORS: dict[str, Callable[[str, Any], bool]] = {
     "in": lambda name, names: name in names,
     "not in": lambda name, names: name not in names,
 }
-# Folders that operating systems and tools create. They contain no images of a class.
+# Folders that operating systems and tools create. They are left out, because they are not classes.
 _SYSTEM_NAMES = ("__MACOSX", "@eaDir", "lost+found", "$RECYCLE.BIN")
 
 
 @dataclass
 class _Found:
-    """The images of each split as (path, class), and the files and folders that were left out.
+    """The images that were found in `folder`, and counts of the files and folders that were left out.
 
-    For each reason, `left_out` is the number of left-out files and folders, and `first` is the path of one of them. A
-    reason begins with a noun in the singular, perhaps after adjectives, such as `hidden file`.
+    `images` is a dict from split to a list of (path, class name). `left_out` counts the left-out files and folders for
+    each reason, and `first` has the first path for each reason. A reason describes one file or folder, such as `hidden
+    file`; `summary` adds the plural.
     """
 
     folder: Path
@@ -61,9 +62,9 @@ class _Found:
 def read_image_folder(folder: Path) -> DatasetDict:
     """Read a folder with one subfolder for each class, or with such subfolders inside `train`, `validation` and `test`.
 
-    `check_image` checks every image file. The column `content` contains the `content_hash` of each file. Images in
-    deeper subfolders of a class folder belong to this class. Without split folders, all images belong to the split
-    `train`. A warning states how many files and folders were left out, and why.
+    Each split has the columns `image`, `label` and `content`, the `content_hash` of the image file. `check_image`
+    checks every image file. Images in deeper subfolders of a class folder belong to this class. Without split folders,
+    all images belong to the split `train`. A warning states how many files and folders were left out, and why.
 
     Raises:
         ValueError: If there are no training images, an image is outside of the class folders, an image file is damaged,
@@ -96,7 +97,10 @@ def read_image_folder(folder: Path) -> DatasetDict:
 
 
 def class_folders(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the folders of the named classes in `folder` and in its split folders, with or without images."""
+    """Return the existing folders of the classes `names`, both in `folder` and in its split folders.
+
+    A class folder without images is also returned.
+    """
     folder = folder.expanduser()
     children = [path for path in _entries(folder) if path.is_dir()] if folder.is_dir() else []
     roots = [folder, *(child for child in children if split_of(child.name))]
@@ -104,7 +108,9 @@ def class_folders(folder: Path, names: Sequence[str]) -> list[Path]:
 
 
 def choose_domains(folder: Path, filters: Sequence[Filter]) -> list[str]:
-    """Return the names of the subfolders of `folder` that meet all conditions, such as `("domain", "==", "sketch")`.
+    """Return the names of those subfolders of `folder` that meet all conditions in `filters`.
+
+    A condition is a tuple such as `("domain", "==", "sketch")`, where `domain` is the name of the subfolder.
 
     Raises:
         ValueError: If a condition is invalid, or no subfolder meets all conditions.
@@ -124,7 +130,7 @@ def choose_domains(folder: Path, filters: Sequence[Filter]) -> list[str]:
 
 
 def domain_label(name: str, filters: Sequence[Filter]) -> str:
-    """Return the name of a dataset, followed by the values of the conditions on its rows.
+    """Return the name of a dataset, followed by the conditions on its rows. Columns and the operator `==` are omitted.
 
     >>> domain_label("flwrlabs/pacs", [("domain", "==", "photo")])
     'flwrlabs/pacs (photo)'
@@ -172,7 +178,7 @@ def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
 
 
 def content_hash(content: bytes) -> str:
-    """Return a hash of `content`, the bytes of a file. Names and times of the file do not change the hash."""
+    """Return a hash of `content`, the bytes of a file. Copies of a file have the same hash, whatever their names."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -222,13 +228,13 @@ def _warn_contradictions(folder: Path, splits: DatasetDict, found: _Found) -> No
 
 
 def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
-    """Return a dict from split to its folder. If `folder` has no split folders, return `{"train": folder}`."""
+    """Return a dict from the name of each split to its folder, or `{"train": folder}` if there are no split folders."""
     children = [child for child in _entries(folder) if child.is_dir() and not _is_hidden(child)]
     splits: dict[str, list[Path]] = {}
     for child in children:
         if split := split_of(child.name):
             splits.setdefault(split, []).append(child)
-    # A class may be called "train". Its folder contains images, whereas a split folder contains class folders.
+    # A class may be called "train". The folder of a class contains images, whereas a split folder contains folders.
     nested = {split: [path for path in paths if _has_class_folders(path)] for split, paths in splits.items()}
     nested = {split: paths for split, paths in nested.items() if paths}
     if not nested:
@@ -265,7 +271,10 @@ def _split_folders(folder: Path, found: _Found) -> dict[str, Path]:
 
 
 def _check_no_hidden_splits(folder: Path, children: list[Path]) -> None:
-    """Raise a `ValueError` for folders such as `data_train` and `data_test`, which would be read as classes."""
+    """Raise a `ValueError` if there are folders such as `data_train` and `data_test`, which may be splits or classes.
+
+    Without the error, they would be read as classes.
+    """
     found: dict[str, Path] = {}
     for child in children:
         if _has_class_folders(child):
@@ -297,7 +306,7 @@ def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
                     "name this folder"
                 )
             before = found.left_out.total()
-            # A link to a folder above the class would add images of other classes.
+            # Do not follow links to the folders above this class, which contain images of other classes.
             above = {child.resolve(), *child.resolve().parents, root.resolve()}
             images = [path for path in _files(child, found, above) if _is_image(path, found)]
             if not images and found.left_out.total() == before:
@@ -328,7 +337,7 @@ def _visible(folder: Path, found: _Found) -> list[Path]:
         elif not path.exists():
             found.leave_out("broken link", path)
         elif any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):
-            # Python keeps bytes of a name that are not UTF-8 as surrogates.
+            # Python represents the bytes of a path that are not UTF-8 by surrogates.
             raise ValueError(f"the path {str(path)!r} is not valid UTF-8: rename it")
         else:
             visible.append(path)

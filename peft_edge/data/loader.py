@@ -1,4 +1,7 @@
-"""Preprocess images with torchvision v2, and load batches that depend only on the dataset, the seed and the epoch."""
+"""Preprocess images with torchvision's v2 transforms, and load batches.
+
+The same dataset, seed and epoch give the same batches.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,7 @@ Batch = dict[str, Tensor]  # `pixel_values` of shape (B, 3, H, W), and `labels` 
 
 
 class BatchDataset(Protocol):
-    """A dataset whose `__getitems__` returns a whole batch."""
+    """A dataset whose `__getitems__` returns a whole batch instead of a list of samples."""
 
     def __len__(self) -> int: ...
 
@@ -39,12 +42,11 @@ class BatchDataset(Protocol):
 def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Augmentation = "shift") -> Transform:
     """Return a function that converts an image to the normalised input of a backbone.
 
-    An image that is both higher and wider than `input_size` is resized, and its centre is cropped. The resizing and the
-    crop follow timm's transform for evaluation. Any other image is resized to `input_size` without a crop, because
-    small images usually have no margin to crop. Resizing without a crop can change the aspect ratio. If timm's
-    `crop_mode` of the backbone is `squash`, no image keeps its aspect ratio, as in timm. With the augmentation
-    `"photo"`, a random crop of every image is resized instead. A JPEG whose sides are at least four times as long as
-    needed is decoded at a reduced size.
+    An image that is both higher and wider than `input_size` is resized, and its centre is cropped, as in timm's
+    transform for evaluation. If `crop_mode` in `data_config` is `"squash"`, this resizing ignores the aspect ratio.
+    Any other image is resized to `input_size` without a crop, because small images usually have no margin to crop. This
+    can change the aspect ratio. With the augmentation `"photo"`, a random crop of every image is resized instead. A
+    JPEG whose sides are at least four times as long as needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -52,9 +54,9 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
         augment: The augmentation; only used if `train` is true. `"shift"` moves the image horizontally and vertically,
             by up to an eighth of its width and height, and repeats its edge pixels. It suits digits, text and small
             images. `"photo"` takes a random crop of 70 to 100 % of the area, flips half of the images, and changes
-            brightness, contrast and saturation by up to 30 %. Gulrajani and Lopez-Paz (2021, arXiv 2007.01434) use
-            these changes for PACS. They also change the hue and make some images grey. These two changes are left out,
-            because they would take more time than all others. `"none"` changes nothing.
+            brightness, contrast and saturation by up to 30 %. This is the augmentation of Gulrajani and Lopez-Paz
+            (2021, arXiv 2007.01434) for PACS, except that they also change the hue and make some images grey. Those two
+            changes are left out, because they would take more time than all others together. `"none"` changes nothing.
 
     Raises:
         ValueError: If `augment` is unknown.
@@ -88,8 +90,9 @@ def _centre_view(
     """Return the image as RGB with `size` (height, width).
 
     An image that is both higher and wider than `size` is resized until it just covers `size / crop_pct`. Then its
-    centre is cropped, as in timm's transform for evaluation. If `is_squashed`, it is resized to exactly this size
-    instead, and loses its aspect ratio. Any other image is resized to `size` without a crop.
+    centre is cropped to `size`, as in timm's transform for evaluation. If `is_squashed`, the image is resized to
+    exactly `size / crop_pct` before the crop, and loses its aspect ratio. Any other image is resized to `size` without
+    a crop.
     """
     height, width = size
     old_width, old_height = upright_size(image)
@@ -105,7 +108,10 @@ def _centre_view(
 
 
 def _random_view(image: Image.Image, size: tuple[int, int], interpolation: v2.InterpolationMode) -> Tensor:
-    """Return a random crop as a uint8 tensor (3, *size), with a random horizontal flip and random colour changes."""
+    """Resize a random crop to `size` (height, width), and flip it and change its colours at random.
+
+    The result is a uint8 tensor (3, height, width).
+    """
     width, height = upright_size(image)
     # Choose the crop before the image is decoded, so that a large JPEG can be decoded at a reduced size.
     blank = torch.empty(3, height, width, device="meta")
@@ -125,13 +131,14 @@ _COLOURS_AND_SIDES = v2.Compose(
 
 
 def _shifted(pixels: Tensor) -> Tensor:
-    """Shift an image (3, H, W) by random distances, up to an eighth of its height and width.
+    """Shift an image (3, H, W) vertically and horizontally, by up to an eighth of its height and width.
 
-    The edge pixels are repeated to fill the gaps.
+    The two distances are random. The gaps are filled with copies of the edge pixels.
     """
     sizes = pixels.shape[1:]
     for dim, (part, size) in enumerate(zip(((torch.rand(2) - 0.5) / 4).tolist(), sizes, strict=True), start=1):
-        # Indexing with clamped positions would take ten times as long as `roll` and one copy of the edge.
+        # Call `roll` and then overwrite the pixels that come from the opposite side with copies of the edge. Indexing
+        # with clamped positions has the same result, but takes ten times as long.
         if step := round(part * size):
             pixels = pixels.roll(-step, dim)
             edge, filled = (size - 1 - step, slice(size - step, size)) if step > 0 else (-step, slice(0, -step))
@@ -140,7 +147,7 @@ def _shifted(pixels: Tensor) -> Tensor:
 
 
 def typical_size(dataset: Dataset) -> tuple[int, int]:
-    """Return the median width and the median height, in pixels, of at most 63 images at evenly spaced indices."""
+    """Return (median width, median height) in pixels, estimated from at most 63 images at evenly spaced indices."""
     rows = list(range(0, len(dataset), max(1, len(dataset) // 32)))
     sizes = [upright_size(open_image(value)) for value in _undecoded(dataset)[rows]["image"]]
     widths, heights = zip(*sizes, strict=True)
@@ -148,12 +155,15 @@ def typical_size(dataset: Dataset) -> tuple[int, int]:
 
 
 def has_larger_image(dataset: Dataset, size: int) -> bool:
-    """Return whether an image is both higher and wider than `size`, so that `build_transform` may crop it."""
+    """Return whether any image is both higher and wider than `size` pixels. `build_transform` may crop such images."""
     return any(min(upright_size(open_image(row["image"]))) > size for row in _undecoded(dataset))
 
 
 def _undecoded(dataset: Dataset) -> Dataset:
-    """Return the dataset without its transform. The column `image` then contains dicts with `path` and `bytes`."""
+    """Return the dataset without its transform, and with files instead of images in the column `image`.
+
+    Each value in this column is a dict with the keys `path` and `bytes`.
+    """
     return dataset.with_format(None).cast_column("image", datasets.Image(decode=False))
 
 
@@ -163,14 +173,16 @@ def build_loader(
     """Build a loader whose batches are the same in every run with the same seed.
 
     With Accelerate, set `split_batches=True` in the `DataLoaderConfiguration`, so that batches are the same for any
-    number of processes. Before each epoch, and before Accelerate's `skip_first_batches`, call `set_epoch(epoch)` on the
-    loader that `prepare` returned. Without Accelerate, call `loader.sampler.set_epoch(epoch)` before each epoch.
+    number of processes. Before each epoch, call `set_epoch(epoch)` on the loader that Accelerate's `prepare` returned.
+    If you call `skip_first_batches`, call `set_epoch` first. Without Accelerate, call
+    `loader.sampler.set_epoch(epoch)` before each epoch.
 
     Args:
         dataset: A dataset with the columns `image` and `label`.
         transform: A function from a Pillow image to a (3, H, W) tensor, such as the result of `build_transform`.
         batch_size: The number of images in a batch, summed over all processes.
-        shuffle: Whether to use a new order in each epoch and drop an incomplete last batch. Set this for training.
+        shuffle: If True, the order changes in each epoch, and an incomplete last batch is dropped. Use this for
+            training.
         seed: The seed of the order and of the random numbers in `transform`.
         num_workers: The number of worker processes that read images. The batches do not depend on this number.
 
@@ -184,7 +196,7 @@ def build_loader(
 def load_batches(
     dataset: BatchDataset, *, batch_size: int, shuffle: bool, seed: int, num_workers: int = 0
 ) -> DataLoader[Batch]:
-    """Build a loader from a `BatchDataset`. See `build_loader` for the other arguments and the errors."""
+    """Build a loader from a `BatchDataset`. `build_loader` describes the other arguments and the errors."""
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
@@ -196,17 +208,18 @@ def load_batches(
         worker_init_fn=_leave_process_group,
         collate_fn=_as_is,
         drop_last=shuffle,
-        # Every iterator draws a seed for its workers. A draw from torch's global generator would change the random
-        # numbers of a training run that resumes in the middle of an epoch.
+        # Each new iterator of the loader draws a seed for its workers from `generator`. By default, it would draw from
+        # torch's global generator. A run that resumes in the middle of an epoch creates one more iterator, and would
+        # then continue with other random numbers than an uninterrupted run.
         generator=torch.Generator(),
     )
 
 
 def _leave_process_group(worker: int) -> None:
-    """Move this worker process to a process group of its own.
+    """Move this worker process to a new process group.
 
-    `timeout` and many schedulers send SIGTERM to the process group of the training process. Without its workers, the
-    training process could not finish its step and write a checkpoint.
+    `timeout` and many schedulers send SIGTERM to the whole process group of the training process. The training process
+    then finishes its step and writes a checkpoint, for which it needs its workers. They must not receive the signal.
     """
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)
@@ -219,8 +232,9 @@ def _as_is(batch: object) -> object:
 class EpochSampler(Sampler[Key]):
     """Yield a key (epoch, index) for each index of a dataset, in an order that only the seed and the epoch determine.
 
-    The key contains the epoch because worker processes seed the augmentation with it. If `shuffle` is False, the
-    indices are in ascending order. The method `set_epoch` of Accelerate's loaders calls `set_epoch` of this sampler.
+    The key contains the epoch because worker processes need the epoch to seed the augmentation. If `shuffle` is False,
+    the indices are in ascending order. The method `set_epoch` of Accelerate's loaders calls `set_epoch` of this
+    sampler.
     """
 
     def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
@@ -244,9 +258,9 @@ class EpochSampler(Sampler[Key]):
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """A `BatchDataset` of transformed images.
+    """A `BatchDataset` that applies `transform` to the images of `dataset`.
 
-    Each call of `transform` is seeded with `seed`, the epoch and the index of the image.
+    Each call of `transform` is seeded with three numbers: `seed`, the epoch, and the index of the image.
     """
 
     dataset: Dataset

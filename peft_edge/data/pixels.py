@@ -17,7 +17,7 @@ with suppress(ImportError):  # without pillow-heif, HEIC images are rejected, se
     register_heif_opener()
 
 HEIC_REMEDY = "pip install pillow-heif, or convert it to JPEG"
-"""What to do about an HEIC image, which Pillow reads only with the package pillow-heif."""
+"""The advice in messages about HEIC images. Pillow reads such images only if the package pillow-heif is installed."""
 
 # Pillow's modes with more than 8 bits in a channel.
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -30,11 +30,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
     If the mode has more than 8 bits in a channel, values are multiplied by 255 / m. Here, m is the smallest of the
-    numbers 255, 1023, 4095, 16383 and 65535 (8 to 16 bits) that no value exceeds. In mode F, m can also be 1.
-    Transparent pixels are blended with white. An RGB image without transparency is returned without a copy.
+    numbers 255, 1023, 4095, 16383 and 65535 (the largest values of 8 to 16 bits) that no value exceeds. In mode F
+    (floating-point numbers), m can also be 1. Transparent pixels are blended with white. An RGB image without
+    transparency is returned without a copy.
 
     Raises:
-        ValueError: If a value is negative, not finite or above 65535, or if Pillow cannot convert the mode to RGB.
+        ValueError: If a value in a mode with more than 8 bits is negative, not finite or above 65535, or if Pillow
+            cannot convert the mode to RGB.
 
     >>> to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 0))).getpixel((0, 0))
     (255, 255, 255)
@@ -72,15 +74,16 @@ def _with_8_bits(image: Image.Image) -> Image.Image:
 
 
 def open_image(value: dict[str, Any]) -> Image.Image:
-    """Open an image from `value`, the dict that a column of type `datasets.Image(decode=False)` has in each row.
+    """Open the image in `value`, a dict with the keys `bytes` (the content of the file, or None) and `path`.
 
-    If `bytes` is None in this dict, the file at `path` is read. A JPEG is only opened: `read_rgb` decodes its pixels
-    later. All other formats are decoded at once.
+    A column of type `datasets.Image(decode=False)` has such a dict in each row. If `bytes` is None, the file at `path`
+    is read. A JPEG is opened, but not decoded: `read_rgb` decodes the pixels later. All other formats are decoded at
+    once.
     """
     content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
     image = Image.open(io.BytesIO(content))
     if not isinstance(image, JpegImageFile):
-        image.load()  # some formats store the orientation after the pixels
+        image.load()  # in some formats, the orientation is stored after the pixels, and is known only after decoding
     return image
 
 
@@ -89,7 +92,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the width and height of an image after it is rotated according to its EXIF orientation."""
+    """Return the (width, height) that an image has after a rotation according to its EXIF orientation."""
     width, height = image.size
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 
@@ -99,8 +102,8 @@ def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 
     `shrink` is the factor by which the caller will reduce height and width afterwards. If `shrink` is at least 4, a
     JPEG is decoded at a half, a quarter or an eighth of its height and width. The decoded image is still at least twice
-    as high and wide as the caller needs, so that the caller's resizing loses no detail. For a photograph from a phone,
-    decoding at the reduced size takes about a fifth of the time of decoding at full size.
+    as high and wide as the caller needs, so that no detail is lost that the caller's resizing would keep. For a
+    photograph from a phone, decoding at the reduced size takes about a fifth of the time of decoding at full size.
     """
     if shrink >= 4:
         image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))
@@ -110,15 +113,15 @@ def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 
 
 def is_heic(start: bytes) -> bool:
-    """Return whether the first 12 bytes of a file are those of an HEIC or HEIF image. iPhones write such files."""
+    """Return whether a file that begins with the 12 bytes `start` is an HEIC or HEIF image, as iPhones write them."""
     return start[4:8] == b"ftyp" and start[8:12] in (b"heic", b"heix", b"heim", b"heis", b"hevc", b"mif1", b"msf1")
 
 
 def check_image(content: bytes) -> None:
-    """Check the content of an image file.
+    """Check that the content of an image file is a complete image that can be converted to RGB.
 
-    For a PNG, Pillow verifies the checksums, and for a WebP, the length. A JPEG is decoded only if its last bytes are
-    not the end marker. Files of other formats, and files with more than 8 bits in a channel, are decoded.
+    Pillow verifies the checksums of a PNG and the length of a WebP. A JPEG is decoded only if its last bytes are not
+    the end marker. Files of other formats, and files with more than 8 bits in a channel, are decoded.
 
     Raises:
         ValueError: If the content is not an image, is cut short or otherwise damaged, or has too many pixels. If a
@@ -146,15 +149,17 @@ def check_image(content: bytes) -> None:
 
 
 def _is_whole(image: Image.Image, content: bytes) -> bool:
-    """Return whether an opened file needs no decoding to see that it is not cut short."""
+    """Return whether `check_image` can tell without decoding the pixels that the file is not cut short."""
     if isinstance(image, JpegImageFile):
         return content.endswith(_JPEG_END)
-    return image.format in ("PNG", "WEBP")  # `verify` reads a PNG to its end, and Pillow opens no incomplete WebP
+    # `Image.verify` reads a PNG to the end of the file. Pillow raises an error when it opens an incomplete WebP.
+    return image.format in ("PNG", "WEBP")
 
 
 def is_deep(image: Image.Image) -> bool:
     """Return whether an image file has more than 8 bits in a channel. `image` must be opened, but not yet loaded."""
-    # Pillow gives files with 16-bit colours the mode RGB. Only `tile` contains the mode in the file, such as RGB;16B.
+    # Pillow gives files with 16-bit colours the mode RGB. Only the attribute `tile` contains the mode of the file, such
+    # as RGB;16B.
     return image.mode in _DEEP_MODES or ";16" in str(getattr(image, "tile", ""))
 
 
@@ -166,7 +171,7 @@ def _check_deep(image: Image.Image) -> None:
         raise ValueError("it has 16-bit colours and a transparent colour: save it with 8 bits in a channel")
     colours = image.getextrema()[:3]
     largest = max(top for _, top in colours if isinstance(top, int))  # type: ignore[misc]
-    # Pillow keeps only the upper 8 bits of each 16-bit value.
+    # Pillow keeps only the upper 8 bits of each 16-bit value. If only the lower bits are used, the result is dark.
     if 0 < largest < 64:
         raise ValueError(
             f"it has 16-bit colours of which at most {8 + largest.bit_length()} bits are used, and would be almost "
@@ -183,8 +188,8 @@ def identify(file: IO[bytes]) -> str | None:
 
 
 def _decoded_formats() -> set[str]:
-    """Return the formats that Pillow decodes without other programs."""
-    # Pillow identifies MPEG and stub formats, such as HDF5, but cannot decode them. It runs Ghostscript to decode EPS.
+    """Return Pillow's names of the formats that Pillow decodes without other programs."""
+    # Pillow identifies, but cannot decode, MPEG and its stub formats, such as HDF5. To decode EPS, it runs Ghostscript.
     stubs = {
         name
         for name, (factory, _) in Image.OPEN.items()

@@ -29,7 +29,7 @@ def read_splits(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> DatasetDict:
-    """Read the labelled splits of a dataset, with the same classes in every split.
+    """Read the labelled splits of a dataset. The labels mean the same classes in every split.
 
     Each split has the columns `image`, `label` and `content`. `content` is the `content_hash` of the image file. The
     fingerprint of a split depends only on `content`, `label` and the class names, not on the names of image files. A
@@ -39,12 +39,12 @@ def read_splits(
         name: A folder with one subfolder for each class (inside `train`, `validation` and `test`, if they exist), or
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
-        filters: Conditions (column, operator, value). Only rows that meet all conditions are read. If there
-            are conditions, a Hugging Face dataset must consist of Parquet files, and a folder must have one subfolder
-            for each domain, each with one subfolder for each class (see `choose_domains`).
-        image_column: The name of the image column; by default the only column of feature type `datasets.Image`.
-        label_column: The name of the label column; by default the only column of feature type `datasets.ClassLabel`. If
-            there is no column of this type, the default is `label` or `labels`.
+        filters: Conditions (column, operator, value). Only rows that meet all conditions are read. Conditions require a
+            Hugging Face dataset of Parquet files, or a folder with one subfolder for each domain. A subfolder of a
+            domain has the subfolders of the classes, and `choose_domains` describes its conditions.
+        image_column: The name of the image column; by default the only column of type `datasets.Image`.
+        label_column: The name of the label column; by default the only column of type `datasets.ClassLabel` or, without
+            such a column, the column `label` or `labels`.
 
     Raises:
         ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file of a folder is
@@ -82,7 +82,10 @@ def read_splits(
 
 
 def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
-    """Return `split` with the column `content`. The new fingerprint depends on `content`, `label` and class names."""
+    """Return `split` with the column `content`, which is computed by `file_hashes` if `contents` is None.
+
+    The fingerprint of the result depends only on `content`, `label` and the class names.
+    """
     contents = file_hashes(split) if contents is None else contents
     parts = json.dumps([split.features["label"].names, split["label"][:], contents])
     fingerprint = hashlib.sha256(parts.encode()).hexdigest()[:32]
@@ -105,17 +108,18 @@ def domain_from_splits(
 ) -> Domain:
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
-    A missing test split gets a fifth of the images of `train_split`, and at least one image of each class. After that,
-    a missing validation split gets a tenth, and at least one image of each class with more than one image left. A
-    warning names the classes that are missing in the validation or test split.
+    A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. Both
+    have at least one image of each class. The test split is drawn first, and a class that then has a single image left
+    is missing in the validation split. A warning names the classes that are missing in the validation or test split.
 
     No image file is in two splits: copies of test images are removed from validation and training, and copies of
-    validation images are removed from training. If a split is drawn from `train_split`, repeated images are removed
-    from `train_split` first. Images whose `content` hash is in `exclude` are removed from all splits. A warning states
-    how many images are removed. `name` is the name of the dataset in messages.
+    validation images are removed from training. If a split is drawn from `train_split`, all but the first copy of each
+    image are removed from `train_split` before. Images whose `content` hash is in `exclude` are removed from all
+    splits. A warning states how many images are removed, and refers to the dataset as `name`.
 
     Raises:
-        ValueError: If `splits` has no `train_split`, removal leaves a split empty, or there are too few images to draw.
+        ValueError: If `splits` has no split with the name `train_split`, if a split has no images after the removal of
+            copies, or if there are too few images to draw a split.
     """
     if train_split not in splits:
         raise ValueError(f"{name!r} has no labelled split {train_split!r}: name one of {', '.join(splits)}")
@@ -140,7 +144,7 @@ def domain_from_splits(
 def _draw_validation(train: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
     """Draw validation images from `train`. Return (remaining images, drawn images).
 
-    This is `stratified_split`, except that a class with a single image keeps this image for training.
+    Unlike `stratified_split`, do not fail for a class with a single image: keep this image for training.
     """
     labels = train["label"][:]
     counts = Counter(labels)
@@ -153,7 +157,10 @@ def _draw_validation(train: Dataset, size: int, *, seed: int) -> tuple[Dataset, 
 
 
 def _warn_unmeasured(name: str, domain: Domain) -> None:
-    """Warn about training classes without validation or test images, because the accuracy does not include them."""
+    """Warn about classes that have training images but no validation or no test images.
+
+    The accuracy on a split without images of a class does not show how well the model knows this class.
+    """
     trained = set(domain.train["label"][:])
     for key, split in (("validation", domain.validation), ("test", domain.test)):
         if missing := sorted(trained.difference(split["label"][:])):
@@ -168,9 +175,10 @@ def _warn_unmeasured(name: str, domain: Domain) -> None:
 def _without_copies(
     name: str, splits: dict[str, Dataset | None], exclude: set[str], *, is_divided: bool
 ) -> dict[str, Dataset]:
-    """Return the splits without images whose `content` is in `exclude` or in an earlier split of the dict.
+    """Return the splits without those images whose `content` is in `exclude` or in an earlier split of the dict.
 
-    If `is_divided`, repeated images of the split `train` are also removed. Splits that are None are left out.
+    If `is_divided`, also remove all but the first copy of each image in the split `train`. Leave out splits that are
+    None. A warning, which refers to the dataset as `name`, states how many images are removed.
     """
     kept, removed = {}, []
     for key, split in splits.items():
@@ -204,7 +212,7 @@ def _without_copies(
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # With filters, do not verify the number of rows, because the dataset card states the number without filters.
+    # With filters, do not verify the number of rows: the dataset card states the number of all rows.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)
@@ -226,7 +234,10 @@ def _choose_column(name: str, features: Features, kind: str, wanted: str | None,
 
 
 def _with_class_names(splits: DatasetDict) -> DatasetDict:
-    """Return `splits` with labels of type `ClassLabel`. Other labels (numbers or strings) become class names."""
+    """Return `splits` with a label column of type `ClassLabel`.
+
+    If the labels are numbers or strings of another type, their sorted values become the class names.
+    """
     if isinstance(next(iter(splits.values())).features["label"], ClassLabel):
         return splits
     names = [str(value) for value in sorted({value for split in splits.values() for value in split.unique("label")})]

@@ -1,4 +1,4 @@
-"""Load a task (a source domain and its targets) from the name of a dataset and a shift or new classes."""
+"""Load a task: a source domain, and target domains whose images are shifted or show new classes."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ EMBEDDED: dict[str, Callable[..., tuple[Domain, Dataset]]] = {
     "digits": load_digits_domain,
     "shapes": load_shapes_domain,
 }
-"""A dict from the name of each embedded benchmark to a function that returns the source domain and adaptation images.
+"""A dict from the name of each embedded benchmark to the function that loads the benchmark.
 
-The adaptation images are not part of the source domain.
+The function returns the source domain, and a separate dataset with the images that a model is adapted to.
 """
 
 
@@ -49,12 +49,13 @@ def load_task(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> Task:
-    """Load a source domain, and either one target with shifted images or targets with new classes.
+    """Load a source domain and its targets: one target with shifted images, or one or more targets with new classes.
 
-    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. The target's
-    training images are corrupted, too. For `digits` and `shapes`, they are separate adaptation images. For other data,
-    they are at most a quarter of the source's training images, and are removed from the source. If `new_classes` are
-    given, the source contains only the other classes. See `class_increments` for the targets.
+    If `shift` is a corruption, the validation and test images of the target are corrupted copies of the source's. The
+    training images of the target are corrupted, too, but are not copies: for `digits` and `shapes`, they come from a
+    separate set of images, and for other data, at most a quarter of the source's training images moves to the target.
+    If `new_classes` are given, the source contains only the other classes, and `class_increments` describes the
+    targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
@@ -62,23 +63,22 @@ def load_task(
             Hugging Face dataset with the same classes.
         severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. In all other cases, None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
-            `[("domain", "==", "photo")]`. `name` must be a Hugging Face dataset with this column, or a folder with one
-            subfolder per domain. For such a folder, `domain` is the only column that conditions can have.
+            `[("domain", "==", "photo")]`. If there are conditions, `name` must be a Hugging Face dataset or a folder
+            with one subfolder per domain. Conditions on a folder use the column `domain`, the name of the subfolder.
         shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
             ("corruption_level", "==", 3)]`. If there are conditions, `shift` must be a Hugging Face dataset or a folder
-            with one subfolder per domain. With conditions, `shift` defaults to `name`, and cannot be the name of a
-            split.
+            with one subfolder per domain, not the name of a split. If `shift` is None, the conditions apply to `name`.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
-        increments: The number of targets. `new_classes` are divided among the targets.
-        rehearsal_size: The maximum number of images of earlier classes in the training images of each target.
-        seed: The seed of all splits, and of the images of `shapes`.
+        increments: The number of targets with new classes. `new_classes` are divided among these targets.
+        rehearsal_size: The maximum number of images that are added to the training images of each target, to rehearse
+            the classes of the source and of earlier targets.
+        seed: The seed for drawing all splits, and for rendering the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
         adaptation_size: The maximum number of training images in each target, without rehearsal images. None sets no
             limit. If images of the target are left out, a warning states how many.
-        subset: The configuration of a Hugging Face dataset. This and the next three arguments apply to both `name` and
-            `shift`.
-        train_split: The split of `name` to train on. If `shift` is another dataset, the target's training images are
-            those in its split with the same name.
+        subset: The configuration of a Hugging Face dataset. If `shift` is another dataset, `subset`, `train_split`,
+            `image_column` and `label_column` apply to both datasets.
+        train_split: The name of the split to train on.
         image_column: The name of the image column. Required if there are several image columns.
         label_column: The name of the label column. Required if there are several label columns.
 
@@ -150,14 +150,14 @@ def load_task(
         )
     else:
         try:
-            if problem := problem_of_data(shift):  # the name of a split that a dataset on the Hub does not have
+            if problem := problem_of_data(shift):  # true if `shift` names a split that a dataset on the Hub lacks
                 raise ValueError(problem)
             other = read_splits(
                 shift, subset=subset, filters=shift_filters, image_column=image_column, label_column=label_column
             )
         except ValueError as error:
             if Path(shift).expanduser().is_dir():
-                raise  # the message names the folder or file
+                raise  # the message of `error` already names the folder or file
             found = f" ({', '.join(splits)})" if splits else ""
             raise ValueError(
                 f"shift {shift!r} is neither a corruption ({', '.join(SHIFTS)}), nor a split of the data{found}, nor "
@@ -182,18 +182,21 @@ def load_task(
 
 
 def load_configured_task(data: Mapping[str, Any], *, seed: int) -> Task:
-    """Load the task that `data`, the section of this name in a configuration of `train.py`, describes.
+    """Load the task that the section `data` of a `train.py` configuration describes.
 
-    The key `augment` of the section is ignored, because augmentation does not change the task.
+    The key `augment` of this section is ignored, because augmentation does not change the task.
 
     Raises:
-        ValueError: If `load_task` raises it.
+        ValueError: If `load_task` raises a ValueError.
     """
     return load_task(**{key: value for key, value in data.items() if key != "augment"}, seed=seed)
 
 
 def _warn_unequal_splits(both: Mapping[str, DatasetDict]) -> None:
-    """Warn if only one of source and target has a test split. The keys of `both` are names for the message."""
+    """Warn if only one of source and target has a test split.
+
+    `both` maps the name of each of the two datasets, for the message, to its splits.
+    """
     without = [name for name, splits in both.items() if "test" not in splits]
     if len(without) == 1:
         logger.warning(
@@ -205,9 +208,9 @@ def _warn_unequal_splits(both: Mapping[str, DatasetDict]) -> None:
 
 
 def _limited(images: Dataset, size: int | None, *, seed: int) -> Dataset:
-    """Return `size` random images with the class proportions of `images`, and log a warning.
+    """Return `size` random images with the class proportions of `images`, and warn that the others are left out.
 
-    If `size` is None, or `images` has at most `size` images, return `images`.
+    If `size` is None, or there are at most `size` images, return `images` without a warning.
     """
     if size is None or len(images) <= size:
         return images
@@ -234,23 +237,26 @@ def class_increments(
     adaptation_size: int | None,
     seed: int,
 ) -> tuple[Domain, tuple[Domain, ...]]:
-    """Divide the classes of a domain among a source and one target for each increment.
+    """Split a domain by its classes. Return a source domain, and one target domain for each increment of new classes.
+
+    The source has the base classes (all classes that are not new). Each increment is a part of `new_classes`. For an
+    increment, "earlier classes" are the base classes and the classes of the increments before it.
 
     Without rehearsal, a classifier forgets earlier classes. The training images of a target with n earlier classes
     therefore include up to `rehearsal_size // n` images of each earlier class, as in iCaRL (Rebuffi et al. 2017).
-    Labels are renumbered: first the base classes (all classes that are not new) in their old order, then `new_classes`
-    in the given order. A label means the same class in all domains. Training images of new classes come from
-    `adaptation`, and all other images come from `domain`. For the other arguments, see `load_task`.
+    Labels are renumbered: first the base classes in their old order, then `new_classes` in the given order. A label
+    means the same class in all domains. Training images of new classes come from `adaptation`, and all other images
+    come from `domain`. `load_task` describes the other arguments.
 
     Returns:
-        The source, and one target for each increment. In a target, `train` contains the classes of the increment and
-        the rehearsal images. `validation` contains the classes of the increment and all earlier classes. `test`
-        contains only the classes of the increment.
+        The source, and a tuple with one target for each increment. In a target, `train` contains the classes of the
+        increment and the rehearsal images. `validation` contains the classes of the increment and all earlier classes.
+        `test` contains only the classes of the increment.
 
     Raises:
         ValueError: If a class name is unknown or repeated, or a class has no images. If there are fewer than two base
-            classes, or more increments than new classes. If `rehearsal_size` is positive, but less than the number
-            of classes before the last increment.
+            classes, or more increments than new classes. If `rehearsal_size` is positive, but less than the number of
+            earlier classes of the last increment.
     """
     base = [name for name in domain.class_names if name not in new_classes]
     _check_classes(domain.class_names, new_classes, base, increments)
@@ -292,7 +298,7 @@ def _select_classes(dataset: Dataset, classes: Sequence[str]) -> Dataset:
 
 
 def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
-    """Select at most `count` random images of each class. `dataset` and `seed` determine the selection."""
+    """Return at most `count` random images of each class. The same `dataset` and `seed` select the same images."""
     order = np.random.default_rng(seed).permutation(len(dataset))
     labels = np.array(dataset["label"][:])[order]
     return dataset.select(np.concatenate([order[labels == label][:count] for label in np.unique(labels)]))
@@ -301,7 +307,7 @@ def _select_per_class(dataset: Dataset, count: int, *, seed: int) -> Dataset:
 def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
     """Return the dataset with each label replaced by the index of its class in `names`."""
     labels = [names.index(name) for name in dataset.features["label"].int2str(dataset["label"][:])]
-    # `add_column` copies the images, and would show a progress bar for each split.
+    # `add_column` copies the images if rows were selected before, and would show a progress bar for each split.
     show_bars = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
@@ -312,10 +318,13 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 
 
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
-    """Return `splits` with the class order of `source`. Raise a ValueError if the class names differ.
+    """Return the `splits` of a target with labels in the class order of `source`.
 
-    `names` are the names of the two datasets in messages. If `splits` are from a Hugging Face dataset without class
-    names, its labels 0, 1, ... are read as indices of the source's classes.
+    `names` are the names or folders of source and target. If the target is a Hugging Face dataset whose labels are only
+    the numbers 0, 1, ..., and the source has class names, the numbers are read as indices of the source's classes.
+
+    Raises:
+        ValueError: If source and target have different class names.
     """
     expected, found = source.class_names, next(iter(splits.values())).features["label"].names
     has_names = Path(names[1]).expanduser().is_dir() or all(name.isdecimal() for name in expected)
