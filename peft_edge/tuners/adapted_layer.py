@@ -1,4 +1,4 @@
-"""Base class of the adapted layers. It merges adapters into the base layer, and restores the base layer."""
+"""Base class of the adapted layers: merge adapters into the base layer, and restore the base layer."""
 
 from __future__ import annotations
 
@@ -45,11 +45,14 @@ _READ_BY_FUSING = {
 
 
 def check_plain(layer: nn.Module, name: str) -> None:
-    """Raise a `ValueError` that contains `name` unless `layer` is an ordinary convolution or batch normalisation."""
+    """Raise a `ValueError` unless `layer` is an ordinary convolution or batch normalisation.
+
+    The error message refers to the layer as `name`.
+    """
     if is_convolution(layer):
         expected = "convolution of its weight"
         is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
-        # torch's parametrisations and weight_norm replace the parameter `weight` by a computed tensor.
+        # torch's parametrisations and `weight_norm` replace the parameter `weight` by an attribute that is computed.
         is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
     else:
         expected = "batch normalisation"
@@ -63,7 +66,7 @@ def check_plain(layer: nn.Module, name: str) -> None:
 
 
 def add_changes(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """Return base + the sum of weights[i] * (tensors[i] - base): task arithmetic (arXiv 2212.04089).
+    """Combine tensors by task arithmetic: return base + the sum of weights[i] * (tensors[i] - base), arXiv 2212.04089.
 
     >>> add_changes(torch.tensor(1.0), [torch.tensor(2.0), torch.tensor(5.0)], [1.0, 0.5])
     tensor(4.)
@@ -72,26 +75,26 @@ def add_changes(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
-    """Return a dict from each adapter name to the indices of its samples. Sample i uses `adapter_names[i]`."""
+    """Return a dict from each adapter name to the indices i of the samples with `adapter_names[i] == name`."""
     return {adapter: [row for row, name in enumerate(adapter_names) if name == adapter] for adapter in adapter_names}
 
 
 def replaces_forward(layer: nn.Module) -> bool:
-    """Return whether `forward` or `_conv_forward` was replaced on the instance `layer` (not on its class)."""
+    """Return whether the instance `layer` has a `forward` or `_conv_forward` of its own, which hides its class's."""
     attributes = layer.__dict__
     return "forward" in attributes or "_conv_forward" in attributes
 
 
 def is_observed(layer: nn.Module) -> bool:
-    """Return whether `layer` has hooks or a replaced forward pass. Both run only if `layer` itself is called."""
+    """Return whether `layer` has hooks or a replaced forward pass, which run only if `layer` itself is called."""
     return has_hooks(layer) or replaces_forward(layer)
 
 
 def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """Call `layer(x)` with `forward` instead of the layer's own forward pass, so that the layer's hooks run.
+    """Call `layer(x)` with `forward` in place of the layer's own forward pass. The hooks of the layer run.
 
-    Accelerate's hooks replace `layer.forward` by a function that loads the weights and then calls `_old_forward`. In
-    this case, `forward` takes the place of `_old_forward`.
+    Accelerate's hooks replace `layer.forward` by a function that loads the weights and then calls `_old_forward`. If
+    the layer has such a hook, `forward` takes the place of `_old_forward`.
     """
     name = "_old_forward" if hasattr(layer, "_hf_hook") else "forward"
     attributes = vars(layer)
@@ -106,7 +109,7 @@ def call_with_forward(layer: nn.Module, forward: Callable[[Tensor], Tensor], x: 
 
 @contextmanager
 def loaded(*modules: nn.Module) -> Iterator[None]:
-    """If Accelerate has offloaded weights of `modules`, load them, and offload them again after the context."""
+    """If Accelerate has offloaded weights of `modules`, load these weights, and offload them after the context."""
     hooks: list[tuple[nn.Module, ModelHook]] = [(m, m._hf_hook) for m in modules if hasattr(m, "_hf_hook")]
     for module, hook in hooks:
         hook.pre_forward(module)
@@ -118,7 +121,7 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
-    """Return the dtype of a tensor and the sum of its bit patterns, to detect later changes of the tensor."""
+    """Return (dtype, sum of the bit patterns of all elements) of a tensor, to detect later changes of the tensor."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
     return tensor.dtype, int(real.detach().view(bits).sum(dtype=torch.int64))
@@ -127,7 +130,7 @@ def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
 def innermost_layer(layer: nn.Module) -> nn.Module:
     """Return the layer inside the nested tuner layers of `layer`, or `layer` itself if it is not a tuner layer.
 
-    PEFT's `get_base_layer` differs for a block that has a child with the name `base_layer`: it returns this child.
+    PEFT's `get_base_layer` has another result for a block with a child that is called `base_layer`: this child.
     """
     inner: Any = layer
     while isinstance(inner, BaseTunerLayer):
@@ -138,18 +141,19 @@ def innermost_layer(layer: nn.Module) -> nn.Module:
 class AdaptedLayer(nn.Module, BaseTunerLayer):
     """A layer of the base model with its adapters.
 
-    A subclass stores its adapters in the `nn.ModuleDict` attributes that `adapter_layer_names` lists, and implements
-    `_changed_tensor` and `_merged_tensors`. `base_layer` may be a layer that another PEFT tuner adapted.
+    A subclass lists names of attributes in `adapter_layer_names`. Each of these attributes is an `nn.ModuleDict` from
+    adapter name to a part of the adapter. A subclass also implements `_changed_tensor` and `_merged_tensors`.
+    `base_layer` may be a layer of another PEFT tuner, which contains the layer of the base model.
     """
 
-    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT adds dictionaries
+    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT also sets dictionaries
         try:
             return super().__getattr__(name)
         except AttributeError as error:
             if name in ("weight", "bias") and "base_layer" in self._modules:
                 self._effective_tensor(
                     "weight" if name == "weight" else "bias"
-                )  # raises the error of the property, which torch has discarded
+                )  # raises the error of the property `weight` or `bias` again, which `nn.Module` has replaced
             if name in _READ_BY_FUSING and "base_layer" in self._modules:
                 # Do not return the base layer's attribute: code that fuses layers would then ignore the adapter.
                 raise AttributeError(
@@ -162,7 +166,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if name in ("weight", "bias"):
             raise AttributeError(self._not_assignable(name))
         if name == "base_layer" and isinstance(value, nn.Module):
-            self.add_module(name, value)  # checks a replacement, unlike nn.Module.__setattr__
+            self.add_module(name, value)  # checks the new base layer, unlike nn.Module.__setattr__
         else:
             super().__setattr__(name, value)
 
@@ -173,7 +177,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         )
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """Register a parameter. Reject names such as `weight_orig`, under which pruning would register the weight.
+        """Register a parameter whose name does not start with `weight` or `bias`.
+
+        Pruning registers the weight of a layer as `weight_orig`. An adapted layer cannot be pruned.
 
         Raises:
             AttributeError: If the name starts with `weight` or `bias`.
@@ -186,7 +192,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Add a child module. Functions that fuse, convert or freeze layers call this method with a new base layer.
 
         Raises:
-            ValueError: If the adapter cannot be used with the new base layer.
+            ValueError: If the child is a new base layer with which the adapter cannot be used.
         """
         old = self._modules.get("base_layer")
         if name == "base_layer" and old is not None and module is not None and module is not old:
@@ -194,7 +200,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         super().add_module(name, module)
 
     def _converted_base_layer(self, old: nn.Module, new: nn.Module) -> nn.Module:
-        """Return the base layer to use when `new` replaces `old`, or raise a `ValueError`."""
+        """Return the layer to use as base layer when a caller replaces the base layer `old` by `new`.
+
+        Raises:
+            ValueError: If the adapter cannot be used with `new`.
+        """
         if innermost_layer(old) is innermost_layer(new):
             return new  # PEFT wraps the base layer in another tuner, or unwraps it
         raise ValueError(
@@ -217,8 +227,11 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def weight(self) -> Tensor:
         """The weight with which the layer computes its output: the base layer's weight, changed by the active adapters.
 
-        Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, the result is a
-        copy. If no single weight has the effect of the active adapters, an `AttributeError` is raised.
+        Code that fuses or reparametrises layers reads this attribute. If adapters change the weight, the result is not
+        the parameter of the base layer.
+
+        Raises:
+            AttributeError: If there is no single weight with the effect of the active adapters.
         """
         return self._effective_tensor("weight")
 
@@ -240,7 +253,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return tensor if changed is None else changed.to(tensor)
 
     def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
-        """Return the base layer's tensor `name` as changed by `adapters`, or None if no adapter changes it."""
+        """Return the base layer's tensor `name` as `adapters` change it, or None if they do not change this tensor."""
         raise NotImplementedError
 
     def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
@@ -254,12 +267,12 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
     def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
-        """Return the layer of the base model, inside the layers of all PEFT tuners."""
+        """Return the layer of the base model, without the layers that PEFT tuners have put around it."""
         return innermost_layer(self.base_layer)
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        # PEFT calls this method for tensors that were loaded with low_cpu_mem_usage. PEFT's version also casts the
-        # tensors to the base layer's dtype. In half precision, this would round statistics and weights.
+        # PEFT calls this method for tensors that were loaded with `low_cpu_mem_usage`. PEFT's version also casts the
+        # tensors to the dtype of the base layer. If that is half precision, the cast would round them.
         tensors = self.get_base_layer().state_dict().values()
         target = device or next((tensor.device for tensor in tensors if tensor.is_floating_point()), None)
         for name in self.adapter_layer_names if target is not None and target.type != "meta" else ():
@@ -272,19 +285,28 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0])
 
     def _applied_adapters(self) -> list[str]:
-        """Return the names of the adapters that `forward` must apply, in the order of application."""
+        """Return the names of the adapters that `forward` applies, in the order of application.
+
+        If adapters are merged or disabled, there are none.
+        """
         if self.disable_adapters or self.merged:
             return []
         return [name for name in self.active_adapters if name in self._adapters]
 
     def _base_tensor(self, name: str) -> Tensor | None:
-        """Return the base layer's parameter or buffer `name` as it was before any merge. A missing bias is None."""
+        """Return the base layer's parameter or buffer `name` with the values from before any merge.
+
+        The result is None for a missing bias.
+        """
         tensor = getattr(self.get_base_layer(), name)
         # The model may have moved to another device after the merge.
         return self._unmerged[name].to(tensor.device) if name in self._unmerged else tensor
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Return a dict from the names of base-layer tensors to their values after merging `adapters` in this order."""
+        """Return the tensors that the base layer has after `adapters` are merged in the given order, as a dict by name.
+
+        Tensors that the adapters never change may be missing.
+        """
         raise NotImplementedError
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -293,8 +315,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         With `safe_merge=True`, the result is checked for NaN and infinity before the base layer changes.
 
         Raises:
-            ValueError: If `safe_merge` is True and a merged value is not finite in the base layer's dtype, or if the
-                base layer computes its weight in each forward pass (pruning, parametrisation).
+            ValueError: If `safe_merge` is True and a merged value is not finite in the base layer's dtype. If the base
+                layer computes its weight in each forward pass, as with pruning or a parametrisation.
             RuntimeError: If an adapter has a bias and the base layer has none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._adapters]
@@ -302,19 +324,19 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return
         merged = self.check_merge(names, safe_merge=safe_merge)
         base = self.get_base_layer()
-        # A second merge may change a tensor, such as the bias, that the first merge did not change.
+        # Keep the values from before the first merge. Add tensors, such as the bias, that only this merge changes.
         self._unmerged = {name: getattr(base, name).data for name in merged} | self._unmerged
         for name, value in merged.items():
             tensor = getattr(base, name)
-            # Copy, because `value` may be a tensor of the base layer or the adapter, and must not share its memory.
+            # Copy `value`, because it may share memory with a tensor of the base layer or of an adapter.
             tensor.data = value.detach().to(tensor.dtype, copy=True)
             self._fingerprints[name] = sum_of_bits(tensor)
         self.merged_adapters.extend(names)
 
     def check_merge(self, adapter_names: list[str], *, safe_merge: bool) -> dict[str, Tensor]:
-        """Return the tensors that the base layer would have if `adapter_names` were merged too.
+        """Return the tensors that the base layer would have after `merge`, and raise the errors that `merge` raises.
 
-        The layer does not change. Raise the errors that `merge` would raise.
+        `adapter_names` are merged in addition to the adapters that are already merged. The layer does not change.
         """
         base = self.get_base_layer()
         self.check_base_layer()
@@ -342,11 +364,13 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the tensors of the base layer to their exact values before the merge.
 
-        If a tensor was changed after the merge (by an optimizer step or pruning), the adapters are subtracted from the
-        changed tensor instead. If the dtype of a tensor was changed, its old values are restored in the new dtype.
+        If a tensor was changed after the merge, for example by an optimizer step, this change is kept: the changes of
+        the adapters are subtracted from the tensor. If the dtype of a tensor was changed, the old values are restored
+        in the new dtype.
 
         Raises:
-            ValueError: If the base layer computes its weight in each forward pass (pruning, parametrisation).
+            ValueError: If the base layer computes its weight in each forward pass, as with pruning or a
+                parametrisation.
         """
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)

@@ -1,4 +1,8 @@
-"""Inject adapters. Replace role names such as `all-conv` in `target_modules`, and adapt the BatchNorm layers."""
+"""Inject adapters into a network.
+
+Before PEFT's injection, role names such as `all-conv` in `target_modules` are replaced by module names. After it, the
+BatchNorm layers are adapted, too.
+"""
 
 from __future__ import annotations
 
@@ -30,8 +34,8 @@ from peft_edge.tuners.norm import BatchNormLayer
 class TargetModule(NamedTuple):
     """A module of the base model, and its place in the adapted model.
 
-    `base` is the module, and `name` its name in the base model. In the adapted model, `parent` has the child `module`
-    with the name `child_name`. `module` is the tuner layer around `base`, or `base` itself if it is not adapted.
+    `base` is the module, and `name` is its name in the base model. In the adapted model, the attribute `child_name` of
+    `parent` is `module`. `module` is the tuner layer around `base`, or `base` itself if `base` is not adapted.
     """
 
     name: str
@@ -42,10 +46,10 @@ class TargetModule(NamedTuple):
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield each module of the base model, except modules in `modules_to_save`.
+    """Yield a `TargetModule` for each module inside the base model, except modules in `modules_to_save`.
 
-    `prefix` is added to the start of each name. A module that is registered more than once is yielded once, with its
-    first name.
+    `prefix` is added to the start of each name. A module that is registered under several names is yielded once, with
+    its first name.
     """
     yield from _iter_modules(model, prefix, set())
 
@@ -63,7 +67,7 @@ def _iter_modules(model: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterat
 
 
 def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetModule]:
-    """Yield the BatchNorm layers that have running statistics and are not in `config.exclude_modules`."""
+    """Yield the BatchNorm layers that have running statistics and that `config.exclude_modules` does not exclude."""
     for target in iter_target_modules(model):
         has_statistics = isinstance(target.base, BatchNorm) and target.base.running_mean is not None
         if has_statistics and not is_excluded(config, target.name):
@@ -73,12 +77,13 @@ def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetMo
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
     """Replace role names such as `all-conv` in `config.target_modules` by the names of the modules with these roles.
 
-    If PEFT would match further modules by these names, `target_modules` becomes a regular expression that excludes
-    them.
+    PEFT may match other modules by these names, too. In this case, `target_modules` becomes a regular expression that
+    matches only the modules with the roles, and the modules that the user has named.
 
     Raises:
-        NoMatchingPeftModuleError: If all targets are role names, and no module has any of these roles.
-        ValueError: If a target matches no module and is spelt almost like a role name.
+        NoMatchingPeftModuleError: If all entries of `target_modules` are role names, and no module has any of these
+            roles.
+        ValueError: If an entry matches no module and is spelt almost like a role name.
     """
     keys = [name for name, _ in model.named_modules() if name]
     ends = {key.rpartition(".")[2] for key in keys}
@@ -96,14 +101,15 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
         )
     selects_layers = getattr(config, "layers_to_transform", None) is not None
     if selects_layers:
-        # PEFT applies layers_to_transform only to targets that match the end of a module name.
+        # PEFT applies `layers_to_transform` only to targets that are the end of a module name, not the full name.
         by_end = [name.rpartition(".")[2] for name in with_role]
         with_role &= set(_matches(replace(config, target_modules=by_end), keys))
     named = [target for target in config.target_modules if target not in roles]
     wanted = with_role.union(_matches(replace(config, target_modules=named), keys))
     config.target_modules = {*named, *with_role}
     if wanted != with_role.union(_matches(config, keys)):
-        # In PEFT, a name without a dot, such as `conv1`, also matches `block.conv1`. A regular expression does not.
+        # In PEFT, the name `conv1` also matches the module `block.conv1`, but a regular expression must match the full
+        # name.
         if selects_layers:
             config.layers_to_transform = config.layers_pattern = None
         config.target_modules = "|".join(re.escape(name) for name in sorted(wanted))
@@ -112,7 +118,7 @@ def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
 def _check_spelling(config: PeftConfig, keys: list[str], ends: set[str]) -> None:
     """Raise a `ValueError` if `target_modules` contains a misspelt role name, such as `al-conv`.
 
-    PEFT would ignore the name if another target matches a module.
+    If another entry of `target_modules` matches a module, PEFT ignores the misspelt name without an error.
     """
     if isinstance(config.target_modules, str):
         unknown = set() if _matches(config, keys) else {config.target_modules}
@@ -128,7 +134,10 @@ def _matches(config: PeftConfig, keys: list[str]) -> list[str]:
 
 
 def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
-    """Return the end of an error message if no module matches: the targets, all role names, and similar names."""
+    """Return the end of the error message for targets that match no module.
+
+    It contains the targets, all role names, and the names that are most similar to the targets.
+    """
     targets = config.target_modules or []
     names = [name for name, _ in model.named_modules() if name]
     known = [*ROLES, *{name.rpartition(".")[2] for name in names}, *names]
@@ -139,9 +148,9 @@ def _suggest_targets(config: PeftConfig, model: nn.Module) -> str:
 
 
 def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, str]]]:
-    """Return, for each module, the (parent, attribute name) pairs of all places where it is registered.
+    """Return a dict from each module to the places where it is registered, as pairs (parent, attribute name).
 
-    `named_modules` yields only the first place of each module.
+    A module that is shared has several places. `named_modules` yields only the first one.
     """
     places: dict[nn.Module, set[tuple[nn.Module, str]]] = defaultdict(set)
     for parent in model.modules():
@@ -152,11 +161,13 @@ def places_of_modules(model: nn.Module) -> dict[nn.Module, set[tuple[nn.Module, 
 
 
 def check_ties(config: PeftConfig, model: nn.Module) -> None:
-    """Check that no layer to adapt shares a tensor with another module, because merging would change both modules.
+    """Check that no layer that will be adapted shares a tensor with another module.
+
+    Merging an adapter into a shared tensor would change both modules.
 
     Raises:
-        ValueError: If a convolution or norm to adapt shares a tensor. If a module in `modules_to_save` is registered
-            more than once, and `ensure_weight_tying` is not set.
+        ValueError: If a convolution or norm that will be adapted shares a tensor. If a module in `modules_to_save` is
+            registered more than once, and `ensure_weight_tying` is not set.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     places = places_of_modules(model)
@@ -187,13 +198,15 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 
 
 def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
-    """Replace a module in `config.modules_to_save` by its submodules if its name also matches a submodule.
+    """Rewrite `config.modules_to_save` so that it matches no module inside another matched module.
 
-    PEFT matches the ends of names. The name `classifier` therefore also matches the submodule
-    `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter.
+    PEFT matches the ends of module names. The entry `classifier` therefore matches both the module `classifier` and its
+    submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. In
+    this case, the names of all submodules replace the name of the module.
 
     Raises:
-        ValueError: If no list of submodules avoids such repeated matches.
+        ValueError: If such a module has tensors outside its submodules, or if the names of its submodules match further
+            modules.
     """
     ends = tuple(getattr(config, "modules_to_save", None) or ())
     bases = {name: base for name, *_, base in iter_target_modules(model)}
@@ -237,7 +250,7 @@ def warn_of_unmatched_names(config: PeftConfig, model: nn.Module) -> None:
     targets = config.target_modules
     wanted = [] if targets is None or isinstance(targets, str) else sorted(set(targets) - set(ROLES))
     found = [("target_modules", name, any(f".{key}".endswith(f".{name}") for key in keys)) for name in wanted]
-    if config.task_type is None:  # for a task, PEFT adds the names of heads that the network may not have
+    if config.task_type is None:  # with a task type, PEFT adds names of heads, which the network may not have
         saved = getattr(config, "modules_to_save", None) or ()
         found += [("modules_to_save", name, any(key.endswith(name) for key in keys)) for name in saved]
     for field, name, has_module in found:
@@ -249,7 +262,10 @@ def warn_of_unmatched_names(config: PeftConfig, model: nn.Module) -> None:
 
 
 def warn_of_unsaved_norms(model: nn.Module) -> None:
-    """Warn about norms whose running statistics change in training mode, but are not saved with an adapter."""
+    """Warn about norms that are not adapted, but have running statistics, which change in training mode.
+
+    Adapters are saved without these statistics.
+    """
     names = [
         target.name
         for target in iter_target_modules(model)
@@ -267,14 +283,14 @@ def warn_of_unsaved_norms(model: nn.Module) -> None:
 
 @contextmanager
 def unchanged_on_error(model: nn.Module, tuner: Injection, config: PeftConfig) -> Iterator[None]:
-    """If the context raises an error, restore the model, the tuner and the configuration."""
+    """If the code in the context raises an error, restore the model, the tuner and the configuration."""
     modules = [(module, dict(module._modules)) for module in model.modules()]
     parameters = [(parameter, parameter.data, parameter.requires_grad) for parameter in model.parameters()]
     attributes = [(vars(config), dict(vars(config)))]
     for module in model.modules():
         if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            # Copy the dictionaries in which PEFT's layers store their adapters. Names of nn.Module's own dictionaries
-            # start with "_".
+            # Copy the dictionaries in which PEFT's layers store their adapters. Leave out nn.Module's own dictionaries,
+            # whose names start with "_".
             own = {key: copy.copy(value) for key, value in vars(module).items() if key == "_active_adapter"}
             own |= {k: dict(v) for k, v in vars(module).items() if isinstance(v, dict) and not k.startswith("_")}
             attributes.append((vars(module), own))
@@ -305,12 +321,15 @@ class Injection(BaseTuner):
     """
 
     config_class: type[PeftConfig]
-    """The tuner's configuration class. In a `PeftMixedModel`, PEFT itself injects adapters of other classes."""
+    """The configuration class of the tuner.
+
+    In a `PeftMixedModel`, PEFT's own code injects the adapters that have another configuration class.
+    """
 
     _shared: Mapping[nn.Module, set[tuple[nn.Module, str]]] = MappingProxyType({})
-    """For each module that is registered more than once: its (parent, attribute name) pairs.
+    """A mapping from each module that is registered more than once to its places, see `places_of_modules`.
 
-    The mapping is empty except while adapters are injected or unloaded.
+    The mapping is set only while adapters are injected or unloaded. At all other times, it is empty.
     """
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
@@ -332,7 +351,8 @@ class Injection(BaseTuner):
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"The name of an adapter must be non-empty and have no dot, found {adapter_name!r}.")
-        # If target_modules is None, this call sets PEFT's default for the architecture, or raises if there is none.
+        # If `target_modules` is None, this call sets PEFT's default for the architecture. Without a default, it raises
+        # a ValueError.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_modules_to_save(config, model)
         resolve_roles(config, model)
@@ -346,7 +366,8 @@ class Injection(BaseTuner):
         check_ties(config, model)
         merged = [m for m in model.modules() if isinstance(m, AdaptedLayer) and m.merged]
         if merged:
-            # New adapters (DoRA, BatchNorm) copy values of the base layer, which must not contain merged adapters.
+            # A new DoRA or BatchNorm adapter copies values of the base layer. These values must not contain a merged
+            # adapter.
             warnings.warn("Unmerging the adapters of this model before another one is added.", stacklevel=2)
             for layer in merged:
                 layer.unmerge()
@@ -354,9 +375,11 @@ class Injection(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
-        # The norms are not added to target_modules, so the saved configuration contains only the targets of the user.
+        # Adapt the norms here, and do not add them to `target_modules`. The saved configuration then contains only the
+        # targets of the user.
         for name, parent, child_name, *_ in norms:
-            # If target_modules matches the norm, PEFT has already replaced the norm by an adapted layer.
+            # `layer` is the norm itself. If the norm has an older adapter, or `target_modules` matches the norm, then
+            # `layer` is an adapted layer.
             layer = getattr(parent, child_name)
             self._create_and_replace(config, adapter_name, layer, child_name, parent, current_key=name)
             if not isinstance(layer, BatchNormLayer):
@@ -369,24 +392,25 @@ class Injection(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
-        # A module may be in several places of the network. PEFT replaces it only in the first place.
+        # A module may be in several places of the network, but PEFT would replace it only in the first place.
         places = self._shared.get(child, {(parent, child_name)})
         if is_unwrapped and isinstance(child, BatchNormLayer):
             child.release_base_layer()
         if not (isinstance(new_module, AdaptedLayer) or is_unwrapped):
             super()._replace_module(parent, child_name, new_module, child)
-        # PEFT's method would move our layers to the device of the old layer's weight. A BatchNorm or a block may have
-        # no weight, and our layers create their adapters on the right device.
+        # PEFT's method is not called for the layers of this package. It would move them to the device of the old
+        # layer's weight, but a BatchNorm or a block may have no weight. They create their adapters on the right device.
         for module, name in places:
             setattr(module, name, new_module)
-        # A new layer is in training mode. In eval mode, the model must not use dropout or batch statistics.
+        # A new layer starts in training mode. In a model in eval mode, it must not use dropout or batch statistics.
         new_module.train(child.training)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # If a module is in several places, PEFT saves it once, and would report the other places as missing.
+        # If a module is in several places, PEFT saves its tensors under one name. It would report the other names as
+        # missing keys.
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tensors = model.state_dict(keep_vars=True)
         loaded = {id(tensors[key]): value for key, value in mapped.items() if key in tensors}
@@ -406,7 +430,7 @@ class Injection(BaseTuner):
 
         Raises:
             ValueError: If `safe_merge` is True and a merged value is not finite, or if a base layer computes its weight
-                in each forward pass (pruning, parametrisation).
+                in each forward pass, as with pruning or a parametrisation.
             RuntimeError: If an adapter has a bias and the base layer has none.
             NotImplementedError: If an adapter of a `ConvAdapterModel` cannot be merged.
         """
@@ -414,7 +438,7 @@ class Injection(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise any error that merging would raise. No layer changes."""
+        """Raise any error that merging these adapters would raise, without changing a layer."""
         for layer in self.model.modules():
             if isinstance(layer, AdaptedLayer):
                 names = layer.active_adapters if adapter_names is None else adapter_names
@@ -438,8 +462,8 @@ class Injection(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers.
 
-        PEFT's method skips layers whose module path contains `self.prefix`. During the call, use a prefix that is in no
-        path.
+        PEFT's method skips each layer whose module path contains `self.prefix`. So that no layer is skipped, `prefix`
+        is a string that is in no path while this method runs.
         """
         self.prefix = "\0"
         try:
@@ -458,9 +482,9 @@ def _check_has_statistics(target: TargetModule) -> None:
 
 @contextmanager
 def _hidden_base_layers(model: nn.Module) -> Iterator[None]:
-    """Within the context, rename the children of timm's DLA that are called `base_layer`.
+    """Within the context, rename child modules that are called `base_layer` but do not belong to a tuner layer.
 
-    PEFT would treat a module with such a child as an adapted layer.
+    timm's DLA has such children. PEFT would treat their parent modules as adapted layers.
     """
     parents = [m for m in model.modules() if "base_layer" in m._modules and not isinstance(m, BaseTunerLayer)]
     _rename_child(parents, "base_layer", "base_layer_")
@@ -479,10 +503,11 @@ def _rename_child(parents: list[nn.Module], old: str, new: str) -> None:
 
 @contextmanager
 def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
-    """Within the context, pass `adapter_names` to all adapted layers: sample i of a batch uses `adapter_names[i]`.
+    """Within the context, use one adapter per sample: sample i of a batch uses the adapter `adapter_names[i]`.
 
-    The list has one adapter name per sample. The name `"__base__"` selects the base model. If `adapter_names` is None,
-    nothing changes. PEFT's own implementation in `peft.LoraModel` leaves out BatchNorm layers.
+    All adapted layers and the modules in `modules_to_save` receive the list as an argument. The name `"__base__"`
+    selects the base model. If `adapter_names` is None, nothing changes. PEFT's own implementation in `peft.LoraModel`
+    leaves out BatchNorm layers.
 
     Raises:
         ValueError: If the model is in training mode or has merged adapters, if a name is unknown, or if the number of
@@ -520,7 +545,10 @@ def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Ite
 
 
 def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
-    """Return the parameters of the base model by name, except those of modules in `modules_to_save`."""
+    """Return a dict from name to parameter of the base model, without the parameters of modules in `modules_to_save`.
+
+    The names are those in the base model before it was adapted.
+    """
     base = model.get_base_model()
     replaced: list[str] = []
     for name, module in base.named_modules():
@@ -536,14 +564,15 @@ def base_parameters(model: PeftModel) -> dict[str, nn.Parameter]:
 
 
 def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
-    """Return SHA-256 hashes of the base model's `parameters` and of the `statistics` of its frozen BatchNorm layers.
+    """Return a dict with two SHA-256 hashes of the base model, with the keys `parameters` and `statistics`.
 
-    The hash of the parameters covers the names, shapes, dtypes and values of `base_parameters`. A BatchNorm layer is
-    frozen if its active adapter has `norm="frozen"`. Statistics of other norms are not hashed, because training may
-    update them. If no norm is frozen, the key `statistics` is missing.
+    `parameters` is a hash of the names, shapes, dtypes and values of `base_parameters`. `statistics` is a hash of the
+    running statistics of the frozen BatchNorm layers, whose active adapter has `norm="frozen"`. The statistics of other
+    BatchNorm layers are not hashed, because training may update them. If no norm is frozen, the key `statistics` is
+    missing.
 
-    The result is None if an adapter is merged, or if the initialisation of an adapter changes base parameters (PiSSA).
-    In both cases, the base parameters may differ from those that were loaded.
+    The result is None if an adapter is merged, or if the initialisation of an adapter may change base parameters, such
+    as PiSSA. In both cases, the base parameters may differ from those that were loaded.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}

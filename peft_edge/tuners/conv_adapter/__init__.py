@@ -1,4 +1,4 @@
-"""Bottleneck adapters for convolutions. Importing this package registers the PEFT type `CONV_ADAPTER`."""
+"""Bottleneck adapters for convolutions and blocks. Importing this package registers the PEFT type `CONV_ADAPTER`."""
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method

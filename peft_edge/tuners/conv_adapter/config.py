@@ -18,27 +18,27 @@ Placement = Literal["parallel", "sequential"]
 class ConvAdapterConfig(PeftConfig):
     """Configuration of residual bottleneck adapters for convolutions and for blocks of convolutions.
 
-    The bottleneck is a variant of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463) with separate pointwise and
-    depthwise convolutions. With `kernel_size=1` and no activation, it is a low-rank form of the parallel residual
-    adapter of Rebuffi et al. (2018, arXiv 1803.10082). `ConvAdapterLayer` has the formula.
+    The bottleneck consists of a pointwise, a depthwise and a pointwise convolution. `ConvAdapterLayer` states the
+    formula. It is a variant of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463). With `kernel_size=1` and no
+    activation, it is a low-rank form of the parallel residual adapter of Rebuffi et al. (2018, arXiv 1803.10082).
 
     Args:
-        target_modules: Module names, a regular expression, or role names such as `all-conv`, see `ConvLoraConfig`. A
-            name such as `blocks.2.0` adapts this block as a whole. If a model has several PEFT adapters, they must
-            adapt the same blocks.
+        target_modules: Module names, a regular expression, or role names such as `all-conv`, see `ConvLoraConfig`. The
+            name of a block, such as `blocks.2.0`, adds one adapter to the block as a whole. If a model has several PEFT
+            adapters, they must all adapt the same blocks.
         exclude_modules: Names or a regular expression of modules to leave out.
         modules_to_save: Names of modules that are trained and saved as a whole, such as a new head.
         reduction: The bottleneck has max(1, C // reduction) channels for an adapter with C input channels.
-        kernel_size: Kernel size of the depthwise convolution; 1 leaves out this convolution. None means the kernel size
+        kernel_size: Kernel size of the depthwise convolution. 1 leaves out this convolution. None means the kernel size
             of the adapted convolution, or 3 for a block. An adapter whose kernel is larger than the kernel of the
             adapted convolution cannot be merged.
-        placement: The input of the adapter: the input of the adapted layer (`"parallel"`) or its output
-            (`"sequential"`). The adapter's output is added to the output of the layer.
+        placement: What the adapter receives as input: the input of the adapted layer (`"parallel"`), or the output of
+            the adapted layer (`"sequential"`). In both cases, the adapter's output is added to the layer's output.
         activation: timm's name of the activation, such as `"relu"`. With None, the adapter is linear. A linear adapter
             parallel to an ungrouped convolution can be merged. After merging, it has no cost at inference.
         norm: How the adapter treats the BatchNorm layers. `ConvLoraConfig` describes the values.
-        init_weights: If True, the last convolution is initialised to zero, so that the untrained adapter does not
-            change the output. If False, it is initialised randomly, for tests.
+        init_weights: If True, the last convolution of the bottleneck is initialised to zero, so that an untrained
+            adapter does not change the output. If False, this convolution is initialised randomly, for tests.
 
     Raises:
         ValueError: If `placement`, `norm` or `activation` is unknown, or if `reduction` or `kernel_size` is not a

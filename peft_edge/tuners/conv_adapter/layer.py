@@ -33,15 +33,17 @@ if TYPE_CHECKING:
     from peft_edge.roles import Convolution
 
 _CONVOLUTIONS: dict[int, Callable[..., Convolution]] = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}
-# Image sizes for measuring the stride of a block: an even and an odd size, large enough for the strides of a stage.
+# Image sizes for measuring the stride of a block. Use an even and an odd size, because the rounding of the output size
+# must be right for both.
 _PROBED_SIZES = (64, 65)
 
 
 @dataclass(frozen=True)
 class ConvSpec:
-    """The options of a convolution that has the input and output shapes of an adapted layer.
+    """The options of a convolution whose input and output have the same shapes as those of an adapted layer.
 
-    `padding` and `padding_mode` have the format of `F.pad`. If `padding` is None, timm's same-padding is used.
+    `padding` and `padding_mode` have the format of the arguments of `F.pad`. If `padding` is None, the convolution uses
+    timm's same-padding, which depends on the size of the input.
     """
 
     in_channels: int
@@ -64,10 +66,11 @@ class ConvSpec:
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
         """Return the options of a convolution with kernel size 3 and with the channels and the stride of `block`.
 
-        The stride is measured on the meta device. The first convolution of the block must take the block's input.
+        C_in is the number of input channels of the first convolution in the block. C_out and the stride are measured:
+        the block runs on inputs of two sizes on the meta device. `name` is the name of the block in error messages.
 
         Raises:
-            ValueError: If the block `name` contains no convolution, or does not map (B, C_in, *size) to
+            ValueError: If the block contains no convolution, or does not map (B, C_in, *size) to
                 (B, C_out, *ceil(size / stride)).
         """
         conv = next((conv for _, conv, _ in named_convolutions(block)), None)
@@ -98,16 +101,16 @@ class ConvSpec:
         return cls(conv.in_channels, shapes[0][1], (3,) * dims, stride, (1,) * dims, (1,) * (2 * dims))
 
     def of_output(self) -> ConvSpec:
-        """Return the options of a convolution that takes the layer's output and preserves its shape.
+        """Return the options of a convolution that maps the output of the adapted layer to a tensor of the same shape.
 
-        The kernel size stays the same.
+        The kernel size is `self.kernel_size`.
         """
         ones = (1,) * len(self.kernel_size)
         padding = tuple(side for size in reversed(self.kernel_size) for side in ((size - 1) // 2, size // 2))
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
 
     def margins(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the padding (for `F.pad`) that enlarges a kernel of size `kernel_size` to `self.kernel_size`."""
+        """Return the padding with which `F.pad` enlarges a kernel of size `kernel_size` to size `self.kernel_size`."""
         margins: list[int] = []
         for own, other in zip(reversed(self.kernel_size), reversed(kernel_size), strict=True):
             before = (own - other) // 2
@@ -115,10 +118,10 @@ class ConvSpec:
         return tuple(margins)
 
     def pad(self, x: Tensor, kernel_size: tuple[int, ...]) -> Tensor:
-        """Pad or crop `x`, (B, C, *size), for an unpadded convolution with a kernel of size `kernel_size`.
+        """Pad or crop `x`, (B, C, *size), for a convolution without padding and with a kernel of size `kernel_size`.
 
-        The output then has the size that a convolution of `x` with the options `self` would return. The centres of the
-        kernels of both convolutions are at the same pixels of `x`.
+        This convolution then has the same output size as a convolution of the original `x` with the options `self`. For
+        each output pixel, the kernels of the two convolutions have their centres at the same pixel of `x`.
         """
         sides = self.padding or self._same_padding(x)
         dilation = [step for step in reversed(self.dilation) for _ in range(2)]
@@ -128,7 +131,7 @@ class ConvSpec:
         if max(sides) > 0:
             x = F.pad(x, [max(side, 0) for side in sides], mode=self.padding_mode)
         if min(sides) < 0:
-            # Crop after padding, because circular padding copies values from the opposite side.
+            # Crop after padding. Circular padding copies values from the opposite side, which a crop might remove.
             x = F.pad(x, [min(side, 0) for side in sides])
         return x
 
@@ -144,18 +147,19 @@ class ConvAdapterLayer(AdaptedLayer):
     """A convolution or block with bottleneck adapters: y = base_layer(x) + up(activation(depthwise(down(x)))).
 
     With `placement="sequential"`, the input of the adapter is `base_layer(x)` instead of x. An adapter has no biases.
-    For an adapter with C_in input channels, w = max(1, C_in // reduction) and k = kernel_size, the weights are:
+    Let C_in be the number of input channels of the adapter, w = max(1, C_in // reduction) and k = kernel_size. Then the
+    weights are:
 
     - `conv_adapter_down[name].weight`: (w, C_in, 1, 1),
     - `conv_adapter_depthwise[name].weight`: (w, 1, k, k), absent if k = 1,
     - `conv_adapter_up[name].weight`: (C_out, w, 1, 1), initialised to zero.
 
-    A parallel adapter has the stride, dilation and padding of the base layer. `adapter_name` and `config` belong to the
-    first adapter. Error messages contain `target_name`, the name of the layer.
+    A parallel adapter has the stride, dilation and padding of the base layer. `adapter_name` and `config` are those of
+    the first adapter; `update_layer` adds others. Error messages contain `target_name`, the name of the layer.
 
     Raises:
-        ValueError: If `base_layer` is a block that contains no convolution. If it is a block that does not map (B,
-            C_in, *size) to (B, C_out, *ceil(size / stride)).
+        ValueError: If `base_layer` is a block that contains no convolution, or a block that does not map (B, C_in,
+            *size) to (B, C_out, *ceil(size / stride)).
 
     Example:
         >>> from peft_edge import ConvAdapterConfig, ConvAdapterLayer
@@ -227,7 +231,8 @@ class ConvAdapterLayer(AdaptedLayer):
         if names is None and not adapters:
             return base(x, *args, **kwargs)
         if is_observed(base) and is_convolution(base):
-            # Call the convolution so that its hooks receive the adapted output, as they do after merging.
+            # Hooks of the convolution must receive the adapted output, as they do after merging. Call the convolution
+            # with a forward pass that includes the adapters.
             if hasattr(base, "_hf_hook") or not replaces_forward(base):
                 forward = partial(self._add_adapters, adapters=adapters, adapter_names=names)
                 plain_forward = partial(type(base).forward, base)  # type: ignore[arg-type]  # matches the class of base
@@ -237,7 +242,10 @@ class ConvAdapterLayer(AdaptedLayer):
         return self._add_adapters(x, base(x, *args, **kwargs), adapters, names)
 
     def _add_adapters(self, x: Tensor, y: Tensor, adapters: list[str], adapter_names: list[str] | None) -> Tensor:
-        """Add the outputs of the adapters to `y`, the output of the base layer for the input `x`."""
+        """Return `y` plus the outputs of the adapters. `x` is the base layer's input, and `y` its output.
+
+        If `adapter_names` is given, sample i uses only the adapter `adapter_names[i]`.
+        """
         if adapter_names is None:
             return sum((self._adapter_output(name, x, y).to(y.dtype) for name in adapters), start=y)
         result = y.clone()
@@ -254,7 +262,8 @@ class ConvAdapterLayer(AdaptedLayer):
         if isinstance(depthwise, nn.Identity):
             z = down(spec.pad(z, down.kernel_size))
         else:
-            # `down` has no bias, so zeros stay zeros. Pad its output, which has fewer channels than its input.
+            # Pad the output of `down`, which has fewer channels than the input. The result is the same, because `down`
+            # has no bias and maps padded zeros to zeros.
             z = depthwise(spec.pad(down(z), depthwise.kernel_size))
         return up(activation(z))
 
@@ -281,7 +290,7 @@ class ConvAdapterLayer(AdaptedLayer):
     def get_delta_weight(self, adapter: str) -> Tensor:
         """Return the kernel update, (C_out, C_in, *size), that has the effect of the adapter.
 
-        The adapter must be mergeable.
+        `why_not_mergeable` must return None for this adapter.
         """
         down, depthwise, _, up = (getattr(self, name)[adapter] for name in self.adapter_layer_names)
         kernel = down.weight if isinstance(depthwise, nn.Identity) else down.weight * depthwise.weight
@@ -306,6 +315,6 @@ class ConvAdapterLayer(AdaptedLayer):
 
 
 class AdapterBatchNormLayer(BatchNormLayer):
-    """The `BatchNormLayer` of ConvAdapter."""
+    """The subclass of `BatchNormLayer` for ConvAdapter."""
 
     adapter_layer_names = ("conv_adapter_norm",)

@@ -19,7 +19,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A network with ConvAdapter adapters, made by `get_peft_model`. The arguments are those of `peft.LoraModel`.
+    """A network with ConvAdapter adapters. `get_peft_model` creates it. The arguments are those of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
@@ -36,7 +36,7 @@ class ConvAdapterModel(Injection):
     """
 
     prefix = "conv_adapter_"
-    # All tuner layers in this model are its own, so PEFT can use the base class to find them.
+    # This model has no layers of other tuners, so PEFT can find its layers by the base class of all tuner layers.
     tuner_layer_cls = BaseTunerLayer
     target_module_mapping: ClassVar[dict[str, list[str]]] = {}
     config_class = ConvAdapterConfig
@@ -53,8 +53,8 @@ class ConvAdapterModel(Injection):
             elif target.module is target.base:
                 ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            # Adapting a block renames all parameters inside the block, including those of other adapters. All adapters
-            # must therefore adapt the same blocks, or their saved keys would differ.
+            # An adapted block is wrapped in a layer, so the names of all parameters inside the block change, also those
+            # of other adapters. If only some adapters adapted a block, saved adapters could not be loaded alone.
             new = {target.name for target in targets if not is_convolution(target.base)}
             adapted = (target for target in iter_target_modules(model) if isinstance(target.module, ConvAdapterLayer))
             old = {target.name for target in adapted if not is_convolution(target.base)}
@@ -96,7 +96,7 @@ class ConvAdapterModel(Injection):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not look inside an adapted block, so it does not find the block's adapted norms.
+        # PEFT does not look inside an adapted block, and therefore does not unload the adapted norms in the block.
         for _, parent, child_name, module, base in list(iter_target_modules(model)):
             if isinstance(module, BatchNormLayer):
                 self._replace_module(parent, child_name, base, module)

@@ -21,20 +21,21 @@ class ConvLoraConfig(LoraConfig):
     All arguments of `peft.LoraConfig` are also accepted. Linear layers are adapted with PEFT's LoRA.
 
     Args:
-        target_modules: Module names or a regular expression, as in PEFT, or layer roles: `all-conv`, `dense`,
-            `depthwise`, `pointwise`, `expand`, `project`, `last-stage` (see `peft_edge.roles`). A list may contain
-            names and roles. If a module has the name of a role, the name means this module. When the adapter is added
-            to a model, module names replace the roles in this configuration.
-        norm: How the adapter treats the BatchNorm layers. Their changes are saved, merged, switched and deleted with
-            the adapter.
+        target_modules: Module names or a regular expression, as in PEFT, or roles. A role selects convolutions by their
+            shape or place: `all-conv`, `dense`, `depthwise`, `pointwise`, `expand`, `project`, `last-stage` (see
+            `peft_edge.roles`). A list may contain names and roles. If a module has the name of a role, the name means
+            this module. When the adapter is added to a model, module names replace the roles in this configuration.
+        norm: How the adapter treats the BatchNorm layers. The BatchNorm tensors of an adapter are saved, merged,
+            switched and deleted with the adapter.
 
-            - `"frozen"`: the statistics of the base model, also after `model.train()`. The adapter saves no BatchNorm
-              tensors. The base model must be trained: the statistics of random weights normalise badly.
-            - `"recalibrate"`: statistics of the adapter, which only `peft_edge.recalibrate` changes.
-            - `"stats"`: batch statistics in training mode, running statistics of the adapter in eval mode.
-            - `"affine"`: like `"stats"`, and the adapter also has a trainable weight and bias.
-        freeze_a: Whether to train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). If True, autograd saves the
-            output of A (r channels) for the backward pass of an ungrouped convolution, instead of the layer's input.
+            - `"frozen"`: Normalise with the statistics of the base model, also after `model.train()`. The adapter has
+              no BatchNorm tensors. The base model must be trained: the statistics of random weights normalise badly.
+            - `"recalibrate"`: Normalise with statistics of the adapter, which only `peft_edge.recalibrate` changes.
+            - `"stats"`: Normalise with the batch statistics in training mode, and with running statistics of the
+              adapter in eval mode.
+            - `"affine"`: Like `"stats"`, and the adapter also has a trainable weight and bias.
+        freeze_a: Whether to train only B (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303). For the backward pass of an
+            ungrouped convolution, autograd then saves the output of A (r channels) instead of the layer's input.
 
     Raises:
         ValueError: If `norm` is unknown, or `peft.LoraConfig` rejects an argument.
@@ -60,15 +61,19 @@ class ConvLoraConfig(LoraConfig):
         if self.norm not in get_args(Norm):
             raise ValueError(f"ConvLoraConfig: norm is {self.norm!r}, expected one of: {', '.join(get_args(Norm))}.")
         self.peft_type = PeftType["CONV_LORA"]
-        # Register the classes here, because PEFT does not save the mapping of custom modules, but calls `__post_init__`
-        # after loading.
+        # Register the classes here. PEFT does not save the mapping of custom modules, but calls `__post_init__` when it
+        # loads a configuration.
         self._register_custom_module(
             dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ConvLoraLayer) | {BatchNorm: LoraBatchNormLayer}
         )
 
     @property
     def init_weights(self) -> bool | str:
-        """An alias of `init_lora_weights`, which PEFT reads to save a PiSSA adapter if the PEFT type is not LORA."""
+        """An alias of `init_lora_weights`.
+
+        When PEFT converts a PiSSA adapter to save it, PEFT sets this attribute of any configuration whose type is not
+        LORA.
+        """
         return self.init_lora_weights
 
     @init_weights.setter

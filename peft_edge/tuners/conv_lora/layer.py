@@ -40,13 +40,13 @@ _DORA_VARIANTS = {1: variants.DoraConv1dVariant, 2: variants.DoraConv2dVariant, 
 
 
 def check_rank(r: int, name: str) -> None:
-    """Raise a `ValueError` unless the rank of layer `name` is a positive integer."""
+    """Raise a `ValueError` unless the rank `r` is a positive integer. The error message names the layer `name`."""
     if not isinstance(r, int) or isinstance(r, bool) or r <= 0:
         raise ValueError(f"`r` should be a positive integer value but the value passed is {r} (layer {name!r})")
 
 
 def _runs_in_half(weight: Tensor) -> bool:
-    """Return whether a convolution with `weight` runs in half precision, because of its dtype or autocast."""
+    """Return whether a convolution with `weight` runs in half precision, because of the weight's dtype or autocast."""
     device = weight.device.type
     # Lean training traces the model on the meta device, for which torch has no autocast.
     is_cast = weight.dtype == torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device)
@@ -57,8 +57,8 @@ def _runs_in_half(weight: Tensor) -> bool:
 class ConvLoraLayer(AdaptedLayer, LoraLayer):
     """LoRA for convolutions: y = conv(x; W + (alpha/r) B A) + b. W is frozen, and A and B are trained.
 
-    For g groups, the matrix B A of shape (C_out, C_in/g * kh * kw) is reshaped to (C_out, C_in/g, kh, kw), the shape of
-    W. An adapter has
+    If the convolution has g groups, the matrix B A has the shape (C_out, C_in/g * kh * kw). It is reshaped to (C_out,
+    C_in/g, kh, kw), the shape of W. An adapter has
 
     - `lora_A[name].weight`: A, shape (r, C_in/g, kh, kw),
     - `lora_B[name].weight`: B, shape (C_out, r, 1, 1),
@@ -70,16 +70,17 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     DoRA (Liu et al. 2024, arXiv 2402.09353, eq. 5) scales each output channel of W' = W + (alpha/r) B A to the trained
     norm m: y = conv(x; (m / ||W'||) W') + b. The backward pass treats ||W'|| as a constant (section 4.3).
 
-    By default, the layer adds the update to the kernel and runs one convolution, see `lowrank_conv2d`. In half
-    precision, including autocast, the sum would lose small updates. There, the layer runs separate convolutions with W
-    and with the update.
+    By default, the layer adds the update (alpha/r) B A to the kernel W, and runs one convolution, see `lowrank_conv2d`.
+    In half precision, including autocast, the sum would lose small updates. In this case, the layer runs one
+    convolution with W and one with the update.
 
-    Hooks of the base layer run, and receive the adapted output. If `forward` of the base layer was replaced, the
-    replacement runs.
+    Hooks of the base layer run, and receive the adapted output. If `forward` of the base layer was replaced on the
+    instance, the replacement runs.
 
     `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or another PEFT tuner's layer around such a
     convolution. With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha`
-    belong to the first adapter. Error messages contain `target_name`, the name of the layer.
+    are those of the first adapter; `update_layer` adds others. Error messages contain `target_name`, the name of the
+    layer.
 
     Raises:
         ValueError: If the rank is not a positive integer, or if the base layer computes more than a plain convolution,
@@ -112,7 +113,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type | None]:
-        """The LoRA variants of this layer: plain LoRA without a flag, and DoRA for the flag `use_dora`."""
+        """The class of the LoRA variant for each set of flags: None (plain LoRA) without flags, DoRA for `use_dora`."""
         return {(): None, ("use_dora",): _DORA_VARIANTS[len(self.get_base_layer().kernel_size)]}
 
     def update_layer(
@@ -142,7 +143,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         conv_cls = _CONVOLUTIONS[len(conv.kernel_size)]
         self.lora_A[adapter_name] = conv_cls(conv.in_channels // conv.groups, r, conv.kernel_size, bias=False)
         self.lora_B[adapter_name] = conv_cls(r, conv.out_channels, 1, bias=config.lora_bias)
-        # LoRA-GA applies only to linear layers. If it is chosen, PEFT gives convolutions the default initialisation.
+        # LoRA-GA initialises only linear layers. Convolutions then get the default initialisation, as in PEFT.
         init = True if config.init_lora_weights == "lora_ga" else config.init_lora_weights
         if init:
             self.reset_lora_parameters(adapter_name, init)
@@ -177,7 +178,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
                 for adapter, rows in rows_by_adapter(adapter_names).items():
                     y[rows] = self._add_branches(x[rows], y[rows], [adapter] if adapter in self.lora_A else [])
                 return y
-            # Call a base layer that has hooks or a replaced forward pass, because these run only in such a call.
+            # If the base layer has hooks or a replaced forward pass, call the base layer. Only then do they run.
             conv = self.base_layer
             if replaces_forward(conv) and not hasattr(conv, "_hf_hook"):
                 return self._by_rows(self._call_replaced_forward, x, adapters, adapter_names)
@@ -185,7 +186,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return call_with_forward(conv, forward, x) if is_observed(conv) else forward(x)
 
     def _is_observed(self, adapter: str) -> bool:
-        """Return whether the base layer has hooks or a replaced forward, or Accelerate offloads adapter weights."""
+        """Return whether the base layer has hooks or a replaced forward pass, or Accelerate has offloaded `adapter`."""
         return is_observed(self.base_layer) or any("_hf_hook" in vars(m) for m in self._adapter_modules(adapter))
 
     def _adapter_modules(self, adapter: str) -> list[nn.Module]:
@@ -199,10 +200,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         adapters: list[str],
         adapter_names: list[str] | None,
     ) -> Tensor:
-        """If `adapter_names` is None, return `function(x, adapters)`.
+        """Return `function(x, adapters)`, or, if `adapter_names` is given, use the named adapter for each sample.
 
-        Otherwise, call `function` once for each adapter, with the samples of this adapter, and return the outputs in
-        the order of `x`.
+        In the second case, `function` is called once for each adapter, with the samples of this adapter. The outputs
+        are in the order of `x`.
         """
         if adapter_names is None:
             return function(x, adapters)
@@ -220,14 +221,15 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return self._fused_forward(x, adapters[0])
         if not adapters or self._has_two_branches(adapters) or _runs_in_half(conv.weight):
             return self._add_branches(x, type(conv).forward(conv, x), adapters)
-        # This line runs for several adapters, a trainable base kernel, or an `x` without a batch dimension.
+        # These are the cases that `_fused_forward` does not support: several adapters, a trainable or complex base
+        # kernel, cached DoRA norms, or an `x` without a batch dimension.
         return self._convolve(x, *self._compose(adapters))
 
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """Call the base layer, whose `forward` was replaced on the instance, with the adapted kernel.
 
-        This is not possible if the base layer computes its weight (pruning, parametrisation), or if `_has_two_branches`
-        is true. In these cases, call the base layer with its own kernel, and add the outputs of the adapters.
+        In two cases, call the base layer with its own kernel instead, and add the outputs of the adapters: if the base
+        layer computes its weight (pruning, parametrisation), and if `_has_two_branches` returns True.
         """
         conv = self.get_base_layer()
         if not adapters or self._has_two_branches(adapters) or "weight" not in conv._parameters:
@@ -245,7 +247,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         x, geometry = pad(conv, x)
         weight, is_half = conv.weight, _runs_in_half(conv.weight)
         if is_half:
-            # Run separate convolutions, because a sum of kernel and update in half precision would lose the update.
+            # Run one convolution with the kernel and one with the update. In half precision, the sum of kernel and
+            # update would lose the update.
             base_y, weight = lean_convolution(x, weight, bias, geometry), torch.zeros_like(weight)
             bias = None
         y = lowrank_conv2d(
@@ -278,9 +281,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         )
 
     def _has_two_branches(self, adapters: list[str]) -> bool:
-        """Return whether `_add_branches` must run separate convolutions for base layer and adapters.
+        """Return whether `_add_branches` must run separate convolutions for the base layer and for each adapter.
 
-        This is the case with dropout in training mode, or if another tuner adapts `base_layer`. It is also the case in
+        The result is True with dropout in training mode, and if another tuner adapts `base_layer`. It is also True in
         half precision, except for a single adapter without DoRA on a frozen kernel, which `_fused_forward` handles.
         """
         has_dropout = self.training and any(isinstance(self.lora_dropout[name], nn.Dropout) for name in adapters)
@@ -293,7 +296,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def _is_fused(self, adapters: list[str]) -> bool:
         """Return whether `_fused_forward` supports `adapters`.
 
-        It supports one adapter on a frozen real kernel, unless separate convolutions or cached DoRA norms are used.
+        It supports a single adapter on a frozen kernel of real numbers. `_has_two_branches` must be False, and the
+        norms of DoRA must not be cached.
         """
         weight = self.get_base_layer().weight
         is_single = len(adapters) == 1 and not weight.requires_grad and not weight.is_complex()
@@ -302,11 +306,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return not (self.use_dora[adapters[0]] and self._caches_dora())
 
     def _caches_dora(self) -> bool:
-        """Return whether to use DoRA's stored weight norms: in eval mode, while `peft.helpers.DoraCaching` is on."""
+        """Return whether to use cached norms ||W'|| for DoRA: in eval mode, while `peft.helpers.DoraCaching` is on."""
         return dora.ENABLE_DORA_CACHING and not self.training
 
     def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:
-        """Convolve `x` with the kernel update of each adapter, and add the results to `y`, the base layer's output."""
+        """Return y plus the convolutions of `x` with the kernel updates of `adapters`. y is the base layer's output."""
         kernel, dtype = None, y.dtype
         for end, adapter in enumerate(adapters, start=1):
             if any(self.use_dora[name] for name in adapters[:end]):
@@ -316,25 +320,28 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             else:
                 change = self.get_delta_weight(adapter)
             x_dropped, bias = self.lora_dropout[adapter](x), self._add_bias(None, adapter)
-            # Convolve in the adapter's dtype, which is more accurate if the base layer is in half precision.
+            # Convolve in the dtype of the adapter. If the base layer is in half precision, this is more accurate.
             y = y + self._convolve(x_dropped, change, bias, change.dtype)
         return y.to(dtype)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """Convolve `x` in `dtype`, by default the dtype of the base layer's weight."""
+        """Convolve `x` with `kernel` in `dtype`, by default the dtype of the base layer's weight."""
         conv = self.get_base_layer()
         x, geometry = pad(conv, x if dtype is None else x.to(dtype))
         dtype = dtype or conv.weight.dtype
         return convolution(x, kernel.to(dtype), None if bias is None else bias.to(dtype), geometry)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return (alpha/r) B A in the shape of the kernel, without DoRA's scale."""
+        """Return the update (alpha/r) B A in the shape of the kernel, without DoRA's scaling."""
         weight = self.get_base_layer().weight
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format_of(weight))
 
     def _compose(self, adapters: list[str]) -> tuple[Tensor, Tensor | None]:
-        """Return the base layer's kernel, in at least float32, and its bias after applying `adapters` in order."""
+        """Return (kernel, bias) of the base layer after `adapters` are applied in the given order.
+
+        The kernel is float32 or wider. The bias is None if neither the base layer nor an adapter has a bias.
+        """
         kernel, bias = self._base_tensor("weight"), self._base_tensor("bias")
         assert kernel is not None
         kernel = base_kernel = kernel.to(torch.promote_types(kernel.dtype, torch.float32))
@@ -354,7 +361,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return (layer.weight / norm.clamp_min(torch.finfo(norm.dtype).tiny)).transpose(0, 1)
 
     def _add_bias(self, bias: Tensor | None, adapter: str) -> Tensor | None:
-        """Add the scaled bias of B to `bias` if the adapter has `lora_bias=True`. Otherwise, return `bias`."""
+        """Return `bias` plus the scaled bias of B. If the adapter has no `lora_bias=True`, return `bias`."""
         if not self.lora_bias[adapter]:
             return bias
         change = self.lora_B[adapter].bias * self.scaling[adapter]
@@ -366,7 +373,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         kernel, bias = self._compose(adapters)
         if name == "weight":
             return kernel
-        # Detach the computed bias, because PEFT sets its `requires_grad` (bias="lora_only").
+        # Detach the bias: with `bias="lora_only"`, PEFT sets `requires_grad` of the result, which must be a leaf.
         return None if bias is None else bias.detach()
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
@@ -378,9 +385,9 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return {"weight": kernel, "bias": bias}
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """Return whether `get_delta_weight` is the whole change of the kernel.
+        """Return whether `get_delta_weight` is the whole change of the kernel. With DoRA, the result is False.
 
-        PEFT's conversion to LoRA requires this.
+        Before PEFT converts an adapter to plain LoRA, it calls this method on each layer, and requires True.
         """
         return not self.use_dora.get(adapter_name, False)
 
@@ -396,9 +403,10 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
     def update_layer(  # type: ignore[override]  # PEFT passes the rank as a positional argument
         self, adapter_name: str, r: int, lora_alpha: int, config: LoraConfig, **kwargs: object
     ) -> None:
-        """Add or reset an adapter.
+        """Add an adapter, or reset an existing adapter.
 
-        The layer does not use the rank and alpha, but stores them because PEFT's hotswapping compares them.
+        The layer does not use the rank, alpha and scaling. They are stored because PEFT's methods `set_scale` and
+        `hotswap_adapter` expect them in each `LoraLayer`.
         """
         self.r[adapter_name] = r
         self.lora_alpha[adapter_name] = lora_alpha
@@ -407,9 +415,9 @@ class LoraBatchNormLayer(BatchNormLayer, LoraLayer):
 
 
 def pad_rank(model: nn.Module, rank: int) -> bool:
-    """Pad A and B of every adapter with zeros to `rank`. Return whether the model has a `ConvLoraLayer`.
+    """Pad A and B of every adapter with zeros to the rank `rank`. Return whether the model has a `ConvLoraLayer`.
 
-    Compiled models require this padding before adapters of other ranks can be hotswapped.
+    A compiled model needs this padding before PEFT can replace its adapters by adapters of other ranks (hotswapping).
 
     Raises:
         ValueError: If an adapter has a larger rank.
@@ -424,7 +432,8 @@ def pad_rank(model: nn.Module, rank: int) -> bool:
                     f"Cannot pad adapter {name!r} to rank {rank}: it has rank {lora_a.weight.shape[0]}. "
                     "Pass the largest rank of all adapters as target_rank."
                 )
-            # F.pad starts with the last dimension. The rank is the first dimension of A, and the second of B.
+            # `F.pad` takes the padding of the last dimension first. The rank is the first dimension of A and the second
+            # of B.
             lora_a.weight.data = F.pad(lora_a.weight.data, [0, 0] * (lora_a.weight.dim() - 1) + [0, missing])
             lora_b.weight.data = F.pad(lora_b.weight.data, [0, 0] * (lora_b.weight.dim() - 2) + [0, missing])
             lora_a.out_channels = lora_b.in_channels = rank

@@ -34,14 +34,14 @@ class _ConvLoraInjection(Injection):
                 check_rank(config.rank_pattern.get(pattern, config.r), name)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for PEFT types that it knows. Pass the
-        # type LORA.
+        # For the PEFT types that it knows, PEFT rejects layers that Mamba's fused kernels would bypass. Pass the type
+        # LORA, so that PEFT checks our layers, too.
         super()._check_target_module_compatiblity(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        # PEFT unfreezes `layer.bias`, which is a copy of the base layer's bias if the adapter has `lora_bias=True`.
-        # Unfreeze the bias itself.
+        # PEFT unfreezes `layer.bias`. If the adapter has `lora_bias=True`, this is a computed copy. Unfreeze the bias
+        # of the base layer itself.
         if any(getattr(self.peft_config[name], "bias", "none") == "lora_only" for name in self.active_adapters):
             for layer in model.modules():
                 if isinstance(layer, ConvLoraLayer) and layer.get_base_layer().bias is not None:
@@ -65,7 +65,7 @@ class _ConvLoraInjection(Injection):
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
-    """A network with ConvLoRA adapters, made by `get_peft_model`. It has the methods of `peft.LoraModel`.
+    """A network with ConvLoRA adapters. `get_peft_model` creates it, and it has the methods of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
@@ -93,14 +93,14 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     ) -> None:
         """Combine adapters into a new adapter: A and B with PEFT's method, all other tensors by task arithmetic.
 
-        Task arithmetic (Ilharco et al. 2023, arXiv 2212.04089) sets a tensor to base + the sum of weights[i] * (tensor
-        of adapters[i] - base), where base is the tensor of the base model. It applies to BatchNorm tensors, DoRA's
-        magnitudes, the biases of B (`lora_bias=True`), and the modules in `modules_to_save`, which PEFT refuses to
-        combine. If `adapter_name` already exists, nothing changes.
+        The other tensors are BatchNorm tensors, DoRA's magnitudes, the biases of B (`lora_bias=True`), and the tensors
+        of modules in `modules_to_save`. (PEFT refuses to combine adapters with `modules_to_save`.) Task arithmetic
+        (Ilharco et al. 2023, arXiv 2212.04089) sets a tensor to base + the sum of weights[i] * (tensor of adapters[i] -
+        base), where base is the tensor of the base model. If `adapter_name` already exists, nothing changes.
 
         Raises:
-            ValueError: If PEFT rejects the arguments, or a module in `modules_to_save` has different shapes in these
-                adapters.
+            ValueError: If PEFT rejects the arguments, or if a module in `modules_to_save` does not have the same shapes
+                in all these adapters.
         """
         if adapter_name in self.peft_config:
             return
@@ -129,8 +129,8 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
     def _check_add_weighted_adapter(
         self, adapters: list[str], combination_type: str, svd_rank: int | None
     ) -> tuple[str, int, str]:
-        # PEFT's check rejects adapters that have the same module in `modules_to_save`. Pass the check a model without
-        # modules.
+        # PEFT's check rejects adapters that have the same module in `modules_to_save`. Call the check with a model that
+        # contains no modules, so that it finds none to reject.
         without_modules = SimpleNamespace(peft_config=self.peft_config, modules=tuple)
         return LoraModel._check_add_weighted_adapter(without_modules, adapters, combination_type, svd_rank)
 
@@ -142,7 +142,8 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         targets = target_lora_A, target_lora_B
         if not isinstance(target, ConvLoraLayer):
             return svd(combination_type, adapters, weights, new_rank, target, *targets, *args, **kwargs)
-        # PEFT decomposes matrices, and would treat a 4-D kernel as a stack of matrices.
+        # PEFT's SVD would treat a 4-D kernel as a stack of matrices. Pass the kernel update as one matrix, and reshape
+        # the results.
         as_matrix = SimpleNamespace(
             lora_A=target.lora_A,
             lora_embedding_A={},
@@ -157,9 +158,10 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 
 @torch.no_grad()
 def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], into: str) -> None:
-    """Rescale A of adapter `into`, and combine the biases of B and DoRA's magnitudes.
+    """Complete the adapter `into`: rescale its A, and combine the biases of B and DoRA's magnitudes of `adapters`.
 
-    PEFT has already combined A and B, as if the scale of `into` were 1. The layer may lack some of `adapters`.
+    PEFT has already combined A and B, but for a scale of 1. The scale of `into` may differ, so A is divided by it. Some
+    of `adapters` may not adapt this layer.
     """
     scale, found = (
         layer.scaling[into],
@@ -180,9 +182,10 @@ def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], i
 
 @torch.no_grad()
 def _combine_saved(wrapper: ModulesToSaveWrapper, adapters: list[str], weights: list[float], into: str) -> None:
-    """Combine the adapters' copies of a module in `modules_to_save` by task arithmetic.
+    """Combine copies of a module in `modules_to_save` by task arithmetic.
 
-    The result becomes the copy of adapter `into`. Adapters without a copy of this module contribute no change.
+    Each adapter has its own copy of the module in `wrapper`. The result is written to the copy of the adapter `into`.
+    Adapters without a copy are ignored.
     """
     found = [
         (wrapper.modules_to_save[name], w)
@@ -196,4 +199,4 @@ def _combine_saved(wrapper: ModulesToSaveWrapper, adapters: list[str], weights: 
 
 
 class ConvLoraMixedModel(_ConvLoraInjection, MixedModel):
-    """The base model of a `PeftMixedModel`, which may contain adapters of ConvLoRA and of other PEFT tuners."""
+    """The `base_model` of a `PeftMixedModel`. It may contain adapters of ConvLoRA and of other PEFT tuners."""
