@@ -68,7 +68,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`. The same `seed` gives the same pixels. The classes of a split differ by at most one image.
+    """Render `shapes`. The same `seed` gives the same pixels. In each split, class sizes differ by at most one image.
 
     Returns:
         The source domain (20,000 training, 500 validation and 2,000 test images), and a dataset of 512 images to adapt
@@ -159,8 +159,8 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
 def distance_fields() -> dict[str, Tensor]:
     """Return a dict from class name to a (RESOLUTION, RESOLUTION) tensor of signed distances to the outline of a shape.
 
-    Distances are negative inside the shape. BASE_CLASSES come before UNSEEN_CLASSES. A rotation by 90 degrees
-    turns no shape into another shape.
+    Distances are negative inside the shape. BASE_CLASSES come before UNSEEN_CLASSES. No shape looks like another shape
+    after a rotation by 90 degrees.
     """
     side = torch.linspace(-EXTENT, EXTENT, RESOLUTION)
     y, x = torch.meshgrid(side, side, indexing="ij")

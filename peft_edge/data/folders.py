@@ -37,8 +37,8 @@ class _Found:
     """The images that were found in `folder`, and counts of the files and folders that were left out.
 
     `images` is a dict from split to a list of (path, class name). `left_out` counts the left-out files and folders for
-    each reason, and `first` has the first path for each reason. A reason describes one file or folder, such as `hidden
-    file`; `summary` adds the plural.
+    each reason, and `first` has the first path for each reason. A reason is a phrase in the singular, such as `hidden
+    file`. `summary` forms the plural.
     """
 
     folder: Path
@@ -62,9 +62,10 @@ class _Found:
 def read_image_folder(folder: Path) -> DatasetDict:
     """Read a folder with one subfolder for each class, or with such subfolders inside `train`, `validation` and `test`.
 
-    Each split has the columns `image`, `label` and `content`, the `content_hash` of the image file. `check_image`
-    checks every image file. Images in deeper subfolders of a class folder belong to this class. Without split folders,
-    all images belong to the split `train`. A warning states how many files and folders were left out, and why.
+    Each split has the columns `image`, `label` and `content`. `content` is the `content_hash` of the image file.
+    `check_image` checks every image file. Images in deeper subfolders of a class folder belong to this class. Without
+    split folders, all images belong to the split `train`. A warning states how many files and folders were left out,
+    and why.
 
     Raises:
         ValueError: If there are no training images, an image is outside of the class folders, an image file is damaged,
@@ -147,10 +148,10 @@ def domain_label(name: str, filters: Sequence[Filter]) -> str:
 def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
     """Call `read_image_folder` for each subfolder that `choose_domains` returns, and concatenate the splits.
 
-    A warning names the subfolders without a split that another subfolder has.
+    If only some of these subfolders have a split such as `test`, a warning names the others.
 
     Raises:
-        ValueError: If `choose_domains` or `read_image_folder` raises this error, or if two subfolders have different
+        ValueError: If `choose_domains` or `read_image_folder` raises a ValueError, or if two subfolders have different
             classes.
     """
     parts = {name: read_image_folder(folder / name) for name in choose_domains(folder, filters)}

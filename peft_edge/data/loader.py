@@ -44,9 +44,9 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
 
     An image that is both higher and wider than `input_size` is resized, and its centre is cropped, as in timm's
     transform for evaluation. If `crop_mode` in `data_config` is `"squash"`, this resizing ignores the aspect ratio.
-    Any other image is resized to `input_size` without a crop, because small images usually have no margin to crop. This
-    can change the aspect ratio. With the augmentation `"photo"`, a random crop of every image is resized instead. A
-    JPEG whose sides are at least four times as long as needed is decoded at a reduced size.
+    Any other image is resized to `input_size` without a crop, because small images usually have no margin to crop. The
+    aspect ratio may change. With the augmentation `"photo"`, a random crop of every image is resized instead. A JPEG
+    whose sides are at least four times as long as needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -219,7 +219,7 @@ def _leave_process_group(worker: int) -> None:
     """Move this worker process to a new process group.
 
     `timeout` and many schedulers send SIGTERM to the whole process group of the training process. The training process
-    then finishes its step and writes a checkpoint, for which it needs its workers. They must not receive the signal.
+    then finishes its step and writes a checkpoint. It needs its workers for this, so the signal must not end them.
     """
     if hasattr(os, "setpgid"):  # not on Windows
         os.setpgid(0, 0)

@@ -149,7 +149,10 @@ def check_image(content: bytes) -> None:
 
 
 def _is_whole(image: Image.Image, content: bytes) -> bool:
-    """Return whether `check_image` can tell without decoding the pixels that the file is not cut short."""
+    """Return whether an opened file need not be decoded to find out whether it is cut short.
+
+    A JPEG with an end marker counts as complete. For PNG and WebP, Pillow notices a missing end without decoding.
+    """
     if isinstance(image, JpegImageFile):
         return content.endswith(_JPEG_END)
     # `Image.verify` reads a PNG to the end of the file. Pillow raises an error when it opens an incomplete WebP.
@@ -189,7 +192,8 @@ def identify(file: IO[bytes]) -> str | None:
 
 def _decoded_formats() -> set[str]:
     """Return Pillow's names of the formats that Pillow decodes without other programs."""
-    # Pillow identifies, but cannot decode, MPEG and its stub formats, such as HDF5. To decode EPS, it runs Ghostscript.
+    # Pillow identifies files of MPEG and of its stub formats, such as HDF5, but cannot decode these files. To decode
+    # EPS, Pillow runs Ghostscript.
     stubs = {
         name
         for name, (factory, _) in Image.OPEN.items()

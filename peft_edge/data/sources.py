@@ -40,8 +40,8 @@ def read_splits(
             the name of a Hugging Face dataset.
         subset: The name of a configuration of a Hugging Face dataset.
         filters: Conditions (column, operator, value). Only rows that meet all conditions are read. Conditions require a
-            Hugging Face dataset of Parquet files, or a folder with one subfolder for each domain. A subfolder of a
-            domain has the subfolders of the classes, and `choose_domains` describes its conditions.
+            Hugging Face dataset of Parquet files, or a folder with one subfolder for each domain. Each of these
+            subfolders has one subfolder for each class. `choose_domains` describes the conditions on such a folder.
         image_column: The name of the image column; by default the only column of type `datasets.Image`.
         label_column: The name of the label column; by default the only column of type `datasets.ClassLabel` or, without
             such a column, the column `label` or `labels`.
@@ -109,13 +109,14 @@ def domain_from_splits(
     """Build a domain from the splits of a dataset. A missing validation or test split is drawn from `train_split`.
 
     A missing test split gets a fifth of the images of `train_split`, and a missing validation split gets a tenth. Both
-    have at least one image of each class. The test split is drawn first, and a class that then has a single image left
-    is missing in the validation split. A warning names the classes that are missing in the validation or test split.
+    get at least one image of each class, with one exception: if a class has only one image left after the test split is
+    drawn, this image stays in the training split. A warning names the classes that are missing in the validation or
+    test split.
 
     No image file is in two splits: copies of test images are removed from validation and training, and copies of
-    validation images are removed from training. If a split is drawn from `train_split`, all but the first copy of each
-    image are removed from `train_split` before. Images whose `content` hash is in `exclude` are removed from all
-    splits. A warning states how many images are removed, and refers to the dataset as `name`.
+    validation images are removed from training. If a split must be drawn from `train_split`, all but the first copy of
+    each image in `train_split` are removed first. Images whose `content` hash is in `exclude` are removed from all
+    splits. A warning states how many images are removed. Messages refer to the dataset as `name`.
 
     Raises:
         ValueError: If `splits` has no split with the name `train_split`, if a split has no images after the removal of
@@ -212,7 +213,7 @@ def _without_copies(
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # With filters, do not verify the number of rows: the dataset card states the number of all rows.
+    # With filters, do not verify the number of rows: the dataset card states the number of rows without filters.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)
@@ -236,7 +237,7 @@ def _choose_column(name: str, features: Features, kind: str, wanted: str | None,
 def _with_class_names(splits: DatasetDict) -> DatasetDict:
     """Return `splits` with a label column of type `ClassLabel`.
 
-    If the labels are numbers or strings of another type, their sorted values become the class names.
+    If the labels are plain numbers or strings, their sorted values become the class names.
     """
     if isinstance(next(iter(splits.values())).features["label"], ClassLabel):
         return splits

@@ -51,11 +51,10 @@ def load_task(
 ) -> Task:
     """Load a source domain and its targets: one target with shifted images, or one or more targets with new classes.
 
-    If `shift` is a corruption, the validation and test images of the target are corrupted copies of the source's. The
-    training images of the target are corrupted, too, but are not copies: for `digits` and `shapes`, they come from a
-    separate set of images, and for other data, at most a quarter of the source's training images moves to the target.
-    If `new_classes` are given, the source contains only the other classes, and `class_increments` describes the
-    targets.
+    If `shift` is a corruption, the target has corrupted copies of the source's validation and test images. The training
+    images of the target are corrupted, too, but the source does not contain them. For `digits` and `shapes`, they are a
+    separate set of images. For other data, at most a quarter of the source's training images moves to the target. If
+    `new_classes` are given, the source contains only the other classes. `class_increments` describes the targets.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
@@ -64,18 +63,18 @@ def load_task(
         severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. In all other cases, None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
             `[("domain", "==", "photo")]`. If there are conditions, `name` must be a Hugging Face dataset or a folder
-            with one subfolder per domain. Conditions on a folder use the column `domain`, the name of the subfolder.
+            with one subfolder per domain. The only column of such a folder is `domain`, the name of a subfolder.
         shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
             ("corruption_level", "==", 3)]`. If there are conditions, `shift` must be a Hugging Face dataset or a folder
-            with one subfolder per domain, not the name of a split. If `shift` is None, the conditions apply to `name`.
+            with one subfolder per domain, not the name of a split. If `shift` is None, the target is read from `name`.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
         increments: The number of targets with new classes. `new_classes` are divided among these targets.
         rehearsal_size: The maximum number of images that are added to the training images of each target, to rehearse
             the classes of the source and of earlier targets.
         seed: The seed for drawing all splits, and for rendering the images of `shapes`.
         image_size: Height and width in pixels of the images of `digits` and `shapes`. Other images keep their size.
-        adaptation_size: The maximum number of training images in each target, without rehearsal images. None sets no
-            limit. If images of the target are left out, a warning states how many.
+        adaptation_size: The maximum number of training images in each target, not counting rehearsal images. None sets
+            no limit. If images of the target are left out, a warning states how many.
         subset: The configuration of a Hugging Face dataset. If `shift` is another dataset, `subset`, `train_split`,
             `image_column` and `label_column` apply to both datasets.
         train_split: The name of the split to train on.
@@ -150,7 +149,7 @@ def load_task(
         )
     else:
         try:
-            if problem := problem_of_data(shift):  # true if `shift` names a split that a dataset on the Hub lacks
+            if problem := problem_of_data(shift):  # for example, the dataset on the Hub has no split of this name
                 raise ValueError(problem)
             other = read_splits(
                 shift, subset=subset, filters=shift_filters, image_column=image_column, label_column=label_column
@@ -195,7 +194,7 @@ def load_configured_task(data: Mapping[str, Any], *, seed: int) -> Task:
 def _warn_unequal_splits(both: Mapping[str, DatasetDict]) -> None:
     """Warn if only one of source and target has a test split.
 
-    `both` maps the name of each of the two datasets, for the message, to its splits.
+    `both` is a dict from the names of the two datasets to their splits.
     """
     without = [name for name, splits in both.items() if "test" not in splits]
     if len(without) == 1:

@@ -75,12 +75,15 @@ def add_changes(base: Tensor, tensors: Sequence[Tensor], weights: Sequence[float
 
 
 def rows_by_adapter(adapter_names: list[str]) -> dict[str, list[int]]:
-    """Return a dict from each adapter name to the indices i of the samples with `adapter_names[i] == name`."""
+    """Return a dict from each adapter name to the indices of the samples that use this adapter.
+
+    Sample i uses `adapter_names[i]`.
+    """
     return {adapter: [row for row, name in enumerate(adapter_names) if name == adapter] for adapter in adapter_names}
 
 
 def replaces_forward(layer: nn.Module) -> bool:
-    """Return whether the instance `layer` has a `forward` or `_conv_forward` of its own, which hides its class's."""
+    """Return whether `forward` or `_conv_forward` was replaced on the instance `layer`, not on its class."""
     attributes = layer.__dict__
     return "forward" in attributes or "_conv_forward" in attributes
 
@@ -130,7 +133,7 @@ def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
 def innermost_layer(layer: nn.Module) -> nn.Module:
     """Return the layer inside the nested tuner layers of `layer`, or `layer` itself if it is not a tuner layer.
 
-    PEFT's `get_base_layer` has another result for a block with a child that is called `base_layer`: this child.
+    If a block has a child that is called `base_layer`, PEFT's `get_base_layer` returns this child instead of the block.
     """
     inner: Any = layer
     while isinstance(inner, BaseTunerLayer):
@@ -179,7 +182,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter whose name does not start with `weight` or `bias`.
 
-        Pruning registers the weight of a layer as `weight_orig`. An adapted layer cannot be pruned.
+        Other names, such as the `weight_orig` of torch's pruning, are rejected: an adapted layer cannot be pruned.
 
         Raises:
             AttributeError: If the name starts with `weight` or `bias`.
@@ -272,7 +275,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         # PEFT calls this method for tensors that were loaded with `low_cpu_mem_usage`. PEFT's version also casts the
-        # tensors to the dtype of the base layer. If that is half precision, the cast would round them.
+        # tensors to the dtype of the base layer, which would round them if the base layer is in half precision.
         tensors = self.get_base_layer().state_dict().values()
         target = device or next((tensor.device for tensor in tensors if tensor.is_floating_point()), None)
         for name in self.adapter_layer_names if target is not None and target.type != "meta" else ():

@@ -1,7 +1,7 @@
-"""Inject adapters into a network.
+"""Inject adapters into a network, with two additions to PEFT's injection.
 
-Before PEFT's injection, role names such as `all-conv` in `target_modules` are replaced by module names. After it, the
-BatchNorm layers are adapted, too.
+`target_modules` may contain role names such as `all-conv`, which are replaced by the names of the modules with this
+role. The BatchNorm layers are adapted, too.
 """
 
 from __future__ import annotations
@@ -201,12 +201,12 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
     """Rewrite `config.modules_to_save` so that it matches no module inside another matched module.
 
     PEFT matches the ends of module names. The entry `classifier` therefore matches both the module `classifier` and its
-    submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. In
-    this case, the names of all submodules replace the name of the module.
+    submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. The
+    entry is therefore replaced by the names of all submodules of `classifier`.
 
     Raises:
-        ValueError: If such a module has tensors outside its submodules, or if the names of its submodules match further
-            modules.
+        ValueError: If the outer module has tensors outside its submodules, or if the names of its submodules match
+            further modules.
     """
     ends = tuple(getattr(config, "modules_to_save", None) or ())
     bases = {name: base for name, *_, base in iter_target_modules(model)}
@@ -398,19 +398,20 @@ class Injection(BaseTuner):
             child.release_base_layer()
         if not (isinstance(new_module, AdaptedLayer) or is_unwrapped):
             super()._replace_module(parent, child_name, new_module, child)
-        # PEFT's method is not called for the layers of this package. It would move them to the device of the old
-        # layer's weight, but a BatchNorm or a block may have no weight. They create their adapters on the right device.
+        # PEFT's method moves a new layer to the device of the old layer's weight. It is not called for the layers of
+        # this package: they create their adapters on the right device, and a BatchNorm or a block may have no weight.
         for module, name in places:
             setattr(module, name, new_module)
-        # A new layer starts in training mode. In a model in eval mode, it must not use dropout or batch statistics.
+        # A new layer starts in training mode. If the model is in eval mode, the layer must not use dropout or batch
+        # statistics.
         new_module.train(child.training)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: PeftConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        # If a module is in several places, PEFT saves its tensors under one name. It would report the other names as
-        # missing keys.
+        # If a module is in several places, PEFT saves its tensors under one name. When PEFT loads the file, it would
+        # report the other names as missing keys.
         mapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         tensors = model.state_dict(keep_vars=True)
         loaded = {id(tensors[key]): value for key, value in mapped.items() if key in tensors}
@@ -567,9 +568,9 @@ def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
     """Return a dict with two SHA-256 hashes of the base model, with the keys `parameters` and `statistics`.
 
     `parameters` is a hash of the names, shapes, dtypes and values of `base_parameters`. `statistics` is a hash of the
-    running statistics of the frozen BatchNorm layers, whose active adapter has `norm="frozen"`. The statistics of other
-    BatchNorm layers are not hashed, because training may update them. If no norm is frozen, the key `statistics` is
-    missing.
+    running statistics of the frozen BatchNorm layers. A BatchNorm layer is frozen if its active adapter has
+    `norm="frozen"`. If no BatchNorm layer is frozen, the key `statistics` is missing. All other statistics are not
+    hashed, because an adapter replaces them, or training may change them.
 
     The result is None if an adapter is merged, or if the initialisation of an adapter may change base parameters, such
     as PiSSA. In both cases, the base parameters may differ from those that were loaded.

@@ -1,4 +1,4 @@
-"""BatchNorm as part of an adapter: each adapter has its own statistics, and optionally its own weight and bias.
+"""BatchNorm as part of an adapter: an adapter may have its own statistics, and its own weight and bias.
 
 A shift of the input distribution changes the BatchNorm statistics. An adapter that is trained with the new statistics
 must be saved with these statistics. In a test on images with changed contrast, the accuracy was 0.85 with the saved

@@ -18,9 +18,9 @@ Placement = Literal["parallel", "sequential"]
 class ConvAdapterConfig(PeftConfig):
     """Configuration of residual bottleneck adapters for convolutions and for blocks of convolutions.
 
-    The bottleneck consists of a pointwise, a depthwise and a pointwise convolution. `ConvAdapterLayer` states the
-    formula. It is a variant of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463). With `kernel_size=1` and no
-    activation, it is a low-rank form of the parallel residual adapter of Rebuffi et al. (2018, arXiv 1803.10082).
+    The bottleneck consists of a pointwise, a depthwise and another pointwise convolution. `ConvAdapterLayer` states the
+    formula. The bottleneck is a variant of Conv-Adapter (Chen et al. 2022, arXiv 2208.07463). With `kernel_size=1` and
+    no activation, it is a low-rank form of the parallel residual adapter of Rebuffi et al. (2018, arXiv 1803.10082).
 
     Args:
         target_modules: Module names, a regular expression, or role names such as `all-conv`, see `ConvLoraConfig`. The

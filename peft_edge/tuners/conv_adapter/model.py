@@ -53,8 +53,9 @@ class ConvAdapterModel(Injection):
             elif target.module is target.base:
                 ConvSpec.of_block(target.base, target.name)
         if len(self.peft_config) > 1:
-            # An adapted block is wrapped in a layer, so the names of all parameters inside the block change, also those
-            # of other adapters. If only some adapters adapted a block, saved adapters could not be loaded alone.
+            # An adapted block is wrapped in a layer, which changes the names of all parameters inside the block. If
+            # another adapter inside this block were saved under these names, it could not be loaded into a network in
+            # which the block is not adapted.
             new = {target.name for target in targets if not is_convolution(target.base)}
             adapted = (target for target in iter_target_modules(model) if isinstance(target.module, ConvAdapterLayer))
             old = {target.name for target in adapted if not is_convolution(target.base)}

@@ -34,8 +34,8 @@ class _ConvLoraInjection(Injection):
                 check_rank(config.rank_pattern.get(pattern, config.r), name)
 
     def _check_target_module_compatiblity(self, peft_config: PeftConfig, model: nn.Module, target_name: str) -> None:
-        # For the PEFT types that it knows, PEFT rejects layers that Mamba's fused kernels would bypass. Pass the type
-        # LORA, so that PEFT checks our layers, too.
+        # PEFT rejects layers that Mamba's fused kernels would bypass, but only for LORA and some other PEFT types. Pass
+        # the type LORA, so that PEFT also checks the layers of this tuner.
         super()._check_target_module_compatiblity(SimpleNamespace(peft_type=PeftType.LORA), model, target_name)
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
