@@ -201,7 +201,10 @@ def _polygon(x: Tensor, y: Tensor, corners: _Points) -> Tensor:
 
 
 def _regular(corners: int, inner: float = 1.0) -> _Points:
-    """Return corners at equal angles, clockwise from the top. The radii alternate between 1 and `inner`."""
+    """Return the corners of a regular polygon or star, clockwise from the top.
+
+    The distances of the corners from the centre alternate between 1 and `inner`.
+    """
     radii = [1.0 if corner % 2 == 0 else inner for corner in range(corners)]
     angles = [2 * math.pi * corner / corners for corner in range(corners)]
     return [(radius * math.sin(angle), -radius * math.cos(angle)) for radius, angle in zip(radii, angles, strict=True)]

@@ -167,7 +167,7 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 
     Raises:
         ValueError: If a convolution or norm that will be adapted shares a tensor. If a module in `modules_to_save` is
-            registered more than once, and `ensure_weight_tying` is not set.
+            registered more than once, and `config.ensure_weight_tying` is not set.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     places = places_of_modules(model)

@@ -232,10 +232,10 @@ class BatchNormLayer(AdaptedLayer):
     def _by_state(
         self, x: Tensor, adapter_names: list[str] | None, function: Callable[[Tensor, NormState], Tensor]
     ) -> Tensor:
-        """Return `function(x, state)` with the current state, or with the state of the adapter of each sample.
+        """Return `function(x, self.current_state())`, or, if `adapter_names` is given, use one adapter for each sample.
 
-        If `adapter_names` is None, all samples use `self.current_state()`. Otherwise, `function` is called once for
-        each adapter, with the samples and the state of this adapter. The outputs are in the order of `x`.
+        Sample i then uses the state of `adapter_names[i]`. `function` is called once for each of these adapters, with
+        the samples and the state of this adapter. The outputs are in the order of `x`.
         """
         if adapter_names is None:
             return function(x, self.current_state())
@@ -280,7 +280,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @property
     def uses_batch_statistics(self) -> bool:
-        """Whether a forward pass, in the current mode, normalises a batch with the statistics of the batch."""
+        """Whether a forward pass, in the current mode, normalises each batch with the statistics of this batch."""
         return self._uses_batch_statistics(self.current_state())
 
     def _state(self, adapter: str) -> NormState:

@@ -66,8 +66,9 @@ class ConvSpec:
     def of_block(cls, block: nn.Module, name: str) -> ConvSpec:
         """Return the options of a convolution with kernel size 3 and with the channels and the stride of `block`.
 
-        C_in is the number of input channels of the first convolution in the block. C_out and the stride are measured:
-        the block runs on inputs of two sizes on the meta device. `name` is the name of the block in error messages.
+        The number of input channels, C_in, is that of the first convolution in the block. The number of output
+        channels, C_out, and the stride are measured: the block runs on inputs of two sizes on the meta device. Error
+        messages refer to the block as `name`.
 
         Raises:
             ValueError: If the block contains no convolution, or does not map (B, C_in, *size) to

@@ -200,10 +200,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         adapters: list[str],
         adapter_names: list[str] | None,
     ) -> Tensor:
-        """Return `function(x, adapters)`, or, if `adapter_names` is given, use the named adapter for each sample.
+        """Return `function(x, adapters)`, or, if `adapter_names` is given, apply one adapter to each sample.
 
-        In the second case, `function` is called once for each adapter, with the samples of this adapter. The outputs
-        are in the order of `x`.
+        Sample i then uses `adapter_names[i]` instead of `adapters`. `function` is called once for each of these
+        adapters, with the samples of this adapter. The outputs are in the order of `x`.
         """
         if adapter_names is None:
             return function(x, adapters)
