@@ -379,7 +379,7 @@ class BatchNormLayer(AdaptedLayer):
         target.num_batches_tracked.copy_(counts.sum())
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
-        """Return the tensors of the last adapter in `adapters`. If it lacks a tensor, return the base layer's tensor.
+        """Return the tensors of the last adapter in `adapters`. If the adapter lacks a tensor, use the base layer's.
 
         Only the last adapter is merged, because the states of several adapters cannot be added.
         """

@@ -143,7 +143,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         conv_cls = _CONVOLUTIONS[len(conv.kernel_size)]
         self.lora_A[adapter_name] = conv_cls(conv.in_channels // conv.groups, r, conv.kernel_size, bias=False)
         self.lora_B[adapter_name] = conv_cls(r, conv.out_channels, 1, bias=config.lora_bias)
-        # LoRA-GA initialises only linear layers. Convolutions then get the default initialisation, as in PEFT.
+        # LoRA-GA initialises only linear layers. If it is chosen, convolutions get the default initialisation, as in
+        # PEFT.
         init = True if config.init_lora_weights == "lora_ga" else config.init_lora_weights
         if init:
             self.reset_lora_parameters(adapter_name, init)
