@@ -19,7 +19,7 @@ from peft_edge.allocator import use_huge_pages
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Read the configuration from the command-line `arguments`, run it, and print a summary on the main process."""
+    """Run the configuration that `arguments` describe, and print a summary on the main process."""
     from peft_edge.config import load_config
 
     config = load_config(arguments, check_files=True)
@@ -60,7 +60,7 @@ def command() -> None:
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, ImportError) as error:
-        # The error message says what to do. If the run has started, record.json contains the traceback.
+        # The message says what to do. If the run has started, record.json contains the traceback.
         if is_main_process():
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

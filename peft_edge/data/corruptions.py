@@ -180,14 +180,14 @@ def _jpeg(image: Tensor, quality: float) -> Tensor:
 
 
 def _pixelate(image: Tensor, factor: float) -> Tensor:
-    """Reduce height and width by `factor`, a number below 1. Then enlarge the image again without interpolation."""
+    """Multiply height and width by `factor`, a number below 1. Then enlarge the image again without interpolation."""
     height, width = image.shape[-2:]
     small = F.resize(image, [math.ceil(height * factor), math.ceil(width * factor)])
     return F.resize(small, [height, width], v2.InterpolationMode.NEAREST)
 
 
 def _elastic(image: Tensor, distance: float) -> Tensor:
-    """Stretch the image like a rubber sheet. Points move by about `distance` pixels, and neighbours move similarly."""
+    """Stretch the image like a rubber sheet. Neighbouring points move similarly, by about `distance` pixels."""
 
     def stretch(padded: Tensor) -> Tensor:
         # v2.ElasticTransform makes smooth noise by a blur, which takes two seconds for an image of 224 x 224 pixels.
@@ -204,9 +204,9 @@ def _rotate(image: Tensor, degrees: float) -> Tensor:
 
 
 def _move_without_corners(image: Tensor, move: Callable[[Tensor], Tensor]) -> Tensor:
-    """Pad the image by reflection, apply `move`, and crop the result to the size of the image.
+    """Pad the image by reflection, apply `move`, and crop the result to the old size.
 
-    Without the padding, a moved or rotated image would get black corners, which would be an additional corruption.
+    Without the padding, the image would get black corners, which would be an additional corruption.
     """
     height, width = image.shape[-2:]
     padded = F.pad(image, [width // 4, height // 4], padding_mode="reflect")
@@ -266,7 +266,7 @@ CORRUPTIONS: dict[str, dict[str, Corruption]] = {
 _BY_NAME = {name: corruption for members in CORRUPTIONS.values() for name, corruption in members.items()}
 
 FAMILIES: dict[str, tuple[str, ...]] = {family: tuple(members) for family, members in CORRUPTIONS.items()}
-"""A dict from the name of each family to the names of the corruptions in this family."""
+"""A dict from each family to the names of its corruptions."""
 
 SHIFTS = tuple(sorted(_BY_NAME))
 """The names of all corruptions."""

@@ -68,7 +68,7 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`. The same `seed` gives the same pixels. In each split, class sizes differ by at most one image.
+    """Render `shapes`. The same `seed` gives the same pixels. The classes of a split differ by at most one image.
 
     Returns:
         The source domain (20,000 training, 500 validation and 2,000 test images), and a dataset of 512 images to adapt
@@ -86,17 +86,17 @@ def _render_splits(sizes: tuple[tuple[str, int], ...], image_size: int, seed: in
 
 
 def render_shapes(count: int, image_size: int, generator: torch.Generator) -> Dataset:
-    """Render `count` images, and return them as an in-memory dataset. The labels are 0, 1, ..., 19, 0, 1, ..."""
+    """Render `count` images as an in-memory dataset. The labels are 0, 1, ..., 19, 0, 1, ..."""
     fields = distance_fields()
     tables = torch.stack(list(fields.values())).unsqueeze(1)
     labels = torch.arange(count) % len(fields)
-    # Render in small batches, so that their tensors fit into the processor's cache.
+    # Render in small batches, whose tensors fit into the processor's cache.
     images = torch.cat([_render(part, tables, image_size, generator) for part in labels.split(_RENDER_BATCH)])
     return dataset_from_arrays(images, labels, list(fields))
 
 
 def _render(labels: Tensor, tables: Tensor, size: int, generator: torch.Generator) -> Tensor:
-    """Render one image for each of the N labels. Return a uint8 tensor (N, size, size, 3)."""
+    """Render one image for each label, as uint8 of shape (N, size, size, 3)."""
     count = len(labels)
 
     def uniform(low: float, high: float, *shape: int) -> Tensor:
@@ -143,7 +143,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
         shear: (N,), the shift of u per unit of v.
         size: Height and width of the image in pixels.
     """
-    # Sample `fields` at the centres of the pixels, so that a shape is at the same relative position in all image sizes.
+    # Sample `fields` at pixel centres, so that a shape has the same place in images of any size.
     side = (torch.arange(size) + 0.5) * (2 / size) - 1
     x = side - offset[:, 0, None, None]
     y = side[:, None] - offset[:, 1, None, None]

@@ -20,7 +20,7 @@ from peft_edge.names import SPLIT_WORDS, split_of
 logger = logging.getLogger(__name__)
 
 Filter = Sequence[str | int | float | list[str]]
-"""A condition on a row: a column name, an operator and a value. For `in` and `not in`, the value is a list."""
+"""A condition: a column name, an operator and a value. With the operators `in` and `not in`, the value is a list."""
 
 _OPERATORS: dict[str, Callable[[str, Any], bool]] = {
     "==": operator.eq,
@@ -179,7 +179,7 @@ def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
 
 
 def content_hash(content: bytes) -> str:
-    """Return a hash of `content`, the bytes of a file. Copies of a file have the same hash, whatever their names."""
+    """Return a hash of `content`, the bytes of a file. Names and times of the file do not change the hash."""
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
@@ -338,7 +338,7 @@ def _visible(folder: Path, found: _Found) -> list[Path]:
         elif not path.exists():
             found.leave_out("broken link", path)
         elif any("\ud800" <= letter <= "\udfff" for letter in str(path.absolute())):
-            # Python represents the bytes of a path that are not UTF-8 by surrogates.
+            # Python keeps bytes of a name that are not UTF-8 as surrogates.
             raise ValueError(f"the path {str(path)!r} is not valid UTF-8: rename it")
         else:
             visible.append(path)

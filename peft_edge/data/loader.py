@@ -1,7 +1,4 @@
-"""Preprocess images with torchvision's v2 transforms, and load batches.
-
-The same dataset, seed and epoch give the same batches.
-"""
+"""Preprocess images with torchvision v2, and load batches that depend only on the dataset, the seed and the epoch."""
 
 from __future__ import annotations
 
@@ -32,7 +29,7 @@ Batch = dict[str, Tensor]  # `pixel_values` of shape (B, 3, H, W), and `labels` 
 
 
 class BatchDataset(Protocol):
-    """A dataset whose `__getitems__` returns a whole batch instead of a list of samples."""
+    """A dataset whose `__getitems__` returns a whole batch."""
 
     def __len__(self) -> int: ...
 
@@ -131,9 +128,9 @@ _COLOURS_AND_SIDES = v2.Compose(
 
 
 def _shifted(pixels: Tensor) -> Tensor:
-    """Shift an image (3, H, W) vertically and horizontally, by up to an eighth of its height and width.
+    """Shift an image (3, H, W) by random distances, up to an eighth of its height and width.
 
-    The two distances are random. The gaps are filled with copies of the edge pixels.
+    The edge pixels are repeated to fill the gaps.
     """
     sizes = pixels.shape[1:]
     for dim, (part, size) in enumerate(zip(((torch.rand(2) - 0.5) / 4).tolist(), sizes, strict=True), start=1):
@@ -181,8 +178,7 @@ def build_loader(
         dataset: A dataset with the columns `image` and `label`.
         transform: A function from a Pillow image to a (3, H, W) tensor, such as the result of `build_transform`.
         batch_size: The number of images in a batch, summed over all processes.
-        shuffle: If True, the order changes in each epoch, and an incomplete last batch is dropped. Use this for
-            training.
+        shuffle: Whether to use a new order in each epoch and drop an incomplete last batch. Set this for training.
         seed: The seed of the order and of the random numbers in `transform`.
         num_workers: The number of worker processes that read images. The batches do not depend on this number.
 
@@ -196,7 +192,7 @@ def build_loader(
 def load_batches(
     dataset: BatchDataset, *, batch_size: int, shuffle: bool, seed: int, num_workers: int = 0
 ) -> DataLoader[Batch]:
-    """Build a loader from a `BatchDataset`. `build_loader` describes the other arguments and the errors."""
+    """Build a loader from a `BatchDataset`. See `build_loader` for the other arguments and the errors."""
     if shuffle and len(dataset) < batch_size:
         raise ValueError(f"{len(dataset)} images do not fill one batch of {batch_size}: lower batch_size")
     return DataLoader(
@@ -232,9 +228,8 @@ def _as_is(batch: object) -> object:
 class EpochSampler(Sampler[Key]):
     """Yield a key (epoch, index) for each index of a dataset, in an order that only the seed and the epoch determine.
 
-    The key contains the epoch because worker processes need the epoch to seed the augmentation. If `shuffle` is False,
-    the indices are in ascending order. The method `set_epoch` of Accelerate's loaders calls `set_epoch` of this
-    sampler.
+    The key contains the epoch because worker processes seed the augmentation with it. If `shuffle` is False, the
+    indices are in ascending order. The method `set_epoch` of Accelerate's loaders calls `set_epoch` of this sampler.
     """
 
     def __init__(self, size: int, *, shuffle: bool, seed: int) -> None:
@@ -258,9 +253,9 @@ class EpochSampler(Sampler[Key]):
 
 @dataclass(frozen=True)
 class TransformedImages:
-    """A `BatchDataset` that applies `transform` to the images of `dataset`.
+    """A `BatchDataset` of transformed images.
 
-    Each call of `transform` is seeded with three numbers: `seed`, the epoch, and the index of the image.
+    Each call of `transform` is seeded with `seed`, the epoch and the index of the image.
     """
 
     dataset: Dataset

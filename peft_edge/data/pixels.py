@@ -92,7 +92,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def upright_size(image: Image.Image) -> tuple[int, int]:
-    """Return the (width, height) that an image has after a rotation according to its EXIF orientation."""
+    """Return the width and height of an image after it is rotated according to its EXIF orientation."""
     width, height = image.size
     return (height, width) if _orientation(image) in (5, 6, 7, 8) else (width, height)
 

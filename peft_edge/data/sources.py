@@ -29,7 +29,7 @@ def read_splits(
     image_column: str | None = None,
     label_column: str | None = None,
 ) -> DatasetDict:
-    """Read the labelled splits of a dataset. The labels mean the same classes in every split.
+    """Read the labelled splits of a dataset, with the same classes in every split.
 
     Each split has the columns `image`, `label` and `content`. `content` is the `content_hash` of the image file. The
     fingerprint of a split depends only on `content`, `label` and the class names, not on the names of image files. A

@@ -52,7 +52,7 @@ def check_plain(layer: nn.Module, name: str) -> None:
     if is_convolution(layer):
         expected = "convolution of its weight"
         is_plain = type(layer).forward in {cls.forward for cls in _CONVOLUTIONS} and has_plain_conv_forward(layer)
-        # torch's parametrisations and `weight_norm` replace the parameter `weight` by an attribute that is computed.
+        # torch's parametrisations and weight_norm replace the parameter `weight` by a computed tensor.
         is_plain = is_plain and "weight" in dict(layer.named_parameters(recurse=False))
     else:
         expected = "batch normalisation"
@@ -124,7 +124,7 @@ def loaded(*modules: nn.Module) -> Iterator[None]:
 
 
 def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
-    """Return (dtype, sum of the bit patterns of all elements) of a tensor, to detect later changes of the tensor."""
+    """Return the dtype of a tensor and the sum of its bit patterns, to detect later changes of the tensor."""
     real = torch.view_as_real(tensor) if tensor.is_complex() else tensor
     bits = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[real.element_size()]
     return tensor.dtype, int(real.detach().view(bits).sum(dtype=torch.int64))
@@ -149,7 +149,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     `base_layer` may be a layer of another PEFT tuner, which contains the layer of the base model.
     """
 
-    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT also sets dictionaries
+    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT adds dictionaries
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -318,8 +318,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         With `safe_merge=True`, the result is checked for NaN and infinity before the base layer changes.
 
         Raises:
-            ValueError: If `safe_merge` is True and a merged value is not finite in the base layer's dtype. If the base
-                layer computes its weight in each forward pass, as with pruning or a parametrisation.
+            ValueError: If `safe_merge` is True and a merged value is not finite in the base layer's dtype, or if the
+                base layer computes its weight in each forward pass (pruning, parametrisation).
             RuntimeError: If an adapter has a bias and the base layer has none.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self._adapters]

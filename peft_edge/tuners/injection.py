@@ -46,10 +46,10 @@ class TargetModule(NamedTuple):
 
 
 def iter_target_modules(model: nn.Module, prefix: str = "") -> Iterator[TargetModule]:
-    """Yield a `TargetModule` for each module inside the base model, except modules in `modules_to_save`.
+    """Yield each module of the base model, except modules in `modules_to_save`.
 
-    `prefix` is added to the start of each name. A module that is registered under several names is yielded once, with
-    its first name.
+    `prefix` is added to the start of each name. A module that is registered more than once is yielded once, with its
+    first name.
     """
     yield from _iter_modules(model, prefix, set())
 
@@ -67,7 +67,7 @@ def _iter_modules(model: nn.Module, prefix: str, seen: set[nn.Module]) -> Iterat
 
 
 def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetModule]:
-    """Yield the BatchNorm layers that have running statistics and that `config.exclude_modules` does not exclude."""
+    """Yield the BatchNorm layers that have running statistics and are not in `config.exclude_modules`."""
     for target in iter_target_modules(model):
         has_statistics = isinstance(target.base, BatchNorm) and target.base.running_mean is not None
         if has_statistics and not is_excluded(config, target.name):
@@ -351,8 +351,7 @@ class Injection(BaseTuner):
     def _inject(self, config: PeftConfig, model: nn.Module, adapter_name: str, *args: object, **kwargs: object) -> None:
         if not adapter_name or "." in adapter_name:
             raise ValueError(f"The name of an adapter must be non-empty and have no dot, found {adapter_name!r}.")
-        # If `target_modules` is None, this call sets PEFT's default for the architecture. Without a default, it raises
-        # a ValueError.
+        # If target_modules is None, this call sets PEFT's default for the architecture, or raises if there is none.
         self._prepare_adapter_config(config, self.get_model_config(model))
         resolve_modules_to_save(config, model)
         resolve_roles(config, model)
@@ -375,8 +374,7 @@ class Injection(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         except NoMatchingPeftModuleError as error:
             raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
-        # Adapt the norms here, and do not add them to `target_modules`. The saved configuration then contains only the
-        # targets of the user.
+        # The norms are not added to target_modules, so the saved configuration contains only the targets of the user.
         for name, parent, child_name, *_ in norms:
             # `layer` is the norm itself. If the norm has an older adapter, or `target_modules` matches the norm, then
             # `layer` is an adapted layer.
@@ -392,7 +390,7 @@ class Injection(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
-        # A module may be in several places of the network, but PEFT would replace it only in the first place.
+        # A module may be in several places of the network. PEFT replaces it only in the first place.
         places = self._shared.get(child, {(parent, child_name)})
         if is_unwrapped and isinstance(child, BatchNormLayer):
             child.release_base_layer()
@@ -431,7 +429,7 @@ class Injection(BaseTuner):
 
         Raises:
             ValueError: If `safe_merge` is True and a merged value is not finite, or if a base layer computes its weight
-                in each forward pass, as with pruning or a parametrisation.
+                in each forward pass (pruning, parametrisation).
             RuntimeError: If an adapter has a bias and the base layer has none.
             NotImplementedError: If an adapter of a `ConvAdapterModel` cannot be merged.
         """
@@ -439,7 +437,7 @@ class Injection(BaseTuner):
         super().merge_adapter(adapter_names, safe_merge)
 
     def _check_merge(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise any error that merging these adapters would raise, without changing a layer."""
+        """Raise any error that merging would raise. No layer changes."""
         for layer in self.model.modules():
             if isinstance(layer, AdaptedLayer):
                 names = layer.active_adapters if adapter_names is None else adapter_names

@@ -59,8 +59,7 @@ class NormState(nn.Module):
     def __init__(self, base: BatchNorm, norm: Norm) -> None:
         super().__init__()
         self.norm = norm
-        # Store the copies in float32 or a wider type, because small updates of running averages vanish in half
-        # precision.
+        # Copy in at least float32, because small updates of running averages vanish in half precision.
         copies = {
             name: tensor.detach().to(torch.promote_types(tensor.dtype, torch.float32), copy=True)
             for name in _TENSORS
@@ -150,7 +149,7 @@ class BatchNormLayer(AdaptedLayer):
             vars(base)["reset_running_stats"] = self.reset_running_stats
 
     def release_base_layer(self) -> None:
-        """Undo `intercept_reset`: give the base layer its own `reset_running_stats` again."""
+        """Undo `intercept_reset`, so that the base layer has its own `reset_running_stats` again."""
         vars(self.get_base_layer()).pop("reset_running_stats", None)
 
     @torch.no_grad()

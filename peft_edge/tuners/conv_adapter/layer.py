@@ -111,7 +111,7 @@ class ConvSpec:
         return ConvSpec(self.out_channels, self.out_channels, self.kernel_size, ones, ones, padding)
 
     def margins(self, kernel_size: tuple[int, ...]) -> tuple[int, ...]:
-        """Return the padding with which `F.pad` enlarges a kernel of size `kernel_size` to size `self.kernel_size`."""
+        """Return the padding (for `F.pad`) that enlarges a kernel of size `kernel_size` to `self.kernel_size`."""
         margins: list[int] = []
         for own, other in zip(reversed(self.kernel_size), reversed(kernel_size), strict=True):
             before = (own - other) // 2

@@ -19,7 +19,7 @@ from peft_edge.tuners.norm import BatchNormLayer
 
 
 class ConvAdapterModel(Injection):
-    """A network with ConvAdapter adapters. `get_peft_model` creates it. The arguments are those of `peft.LoraModel`.
+    """A network with ConvAdapter adapters, made by `get_peft_model`. The arguments are those of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
@@ -97,7 +97,7 @@ class ConvAdapterModel(Injection):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         model = super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
-        # PEFT does not look inside an adapted block, and therefore does not unload the adapted norms in the block.
+        # PEFT does not look inside an adapted block, so it does not find the block's adapted norms.
         for _, parent, child_name, module, base in list(iter_target_modules(model)):
             if isinstance(module, BatchNormLayer):
                 self._replace_module(parent, child_name, base, module)

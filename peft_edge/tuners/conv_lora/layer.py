@@ -321,19 +321,19 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             else:
                 change = self.get_delta_weight(adapter)
             x_dropped, bias = self.lora_dropout[adapter](x), self._add_bias(None, adapter)
-            # Convolve in the dtype of the adapter. If the base layer is in half precision, this is more accurate.
+            # Convolve in the adapter's dtype, which is more accurate if the base layer is in half precision.
             y = y + self._convolve(x_dropped, change, bias, change.dtype)
         return y.to(dtype)
 
     def _convolve(self, x: Tensor, kernel: Tensor, bias: Tensor | None, dtype: torch.dtype | None = None) -> Tensor:
-        """Convolve `x` with `kernel` in `dtype`, by default the dtype of the base layer's weight."""
+        """Convolve `x` in `dtype`, by default the dtype of the base layer's weight."""
         conv = self.get_base_layer()
         x, geometry = pad(conv, x if dtype is None else x.to(dtype))
         dtype = dtype or conv.weight.dtype
         return convolution(x, kernel.to(dtype), None if bias is None else bias.to(dtype), geometry)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """Return the update (alpha/r) B A in the shape of the kernel, without DoRA's scaling."""
+        """Return (alpha/r) B A in the shape of the kernel, without DoRA's scale."""
         weight = self.get_base_layer().weight
         a, b = self.lora_A[adapter].weight, self.lora_B[adapter].weight
         return lowrank_kernel(a, b, self.scaling[adapter], weight.shape, memory_format_of(weight))
@@ -433,8 +433,7 @@ def pad_rank(model: nn.Module, rank: int) -> bool:
                     f"Cannot pad adapter {name!r} to rank {rank}: it has rank {lora_a.weight.shape[0]}. "
                     "Pass the largest rank of all adapters as target_rank."
                 )
-            # `F.pad` takes the padding of the last dimension first. The rank is the first dimension of A and the second
-            # of B.
+            # F.pad starts with the last dimension. The rank is the first dimension of A, and the second of B.
             lora_a.weight.data = F.pad(lora_a.weight.data, [0, 0] * (lora_a.weight.dim() - 1) + [0, missing])
             lora_b.weight.data = F.pad(lora_b.weight.data, [0, 0] * (lora_b.weight.dim() - 2) + [0, missing])
             lora_a.out_channels = lora_b.in_channels = rank

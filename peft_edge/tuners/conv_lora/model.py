@@ -65,7 +65,7 @@ class _ConvLoraInjection(Injection):
 
 
 class ConvLoraModel(_ConvLoraInjection, LoraModel):
-    """A network with ConvLoRA adapters. `get_peft_model` creates it, and it has the methods of `peft.LoraModel`.
+    """A network with ConvLoRA adapters, made by `get_peft_model`. It has the methods of `peft.LoraModel`.
 
     Raises:
         NoMatchingPeftModuleError: If no module matches `target_modules`.
