@@ -77,10 +77,11 @@ def _frozen_batch_norm(
     momentum: float,
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return `x * scale + shift` for the constant statistics `mean` and `var`, and two empty tensors.
+    """Normalise `x` with the stored statistics `mean` and `var`, by a scale and a shift for each channel.
 
-    `native_batch_norm` would return the statistics of the batch instead of the empty tensors. This function ignores
-    `training`, because `check_exportable` rejects layers that use batch statistics.
+    Return the normalised tensor and two empty tensors. In place of the empty tensors, `native_batch_norm` would return
+    the statistics of the batch. This function ignores `training`, because `check_exportable` rejects layers that use
+    batch statistics.
     """
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight
@@ -109,13 +110,14 @@ def _convolution_backward(
         )
     geometry = Geometry(tuple(stride), tuple(padding), tuple(dilation), groups)
     grad_x = _input_gradient(grad, weight, x.shape, geometry) if wanted[0] else None
-    # PyTorch's gradient is contiguous, and the captured graph may contain views that need this memory layout.
+    # PyTorch's `convolution_backward` returns a contiguous gradient of the kernel, and the captured graph may contain
+    # views that need this memory layout.
     grad_weight = _kernel_gradient(grad, x, weight.shape, geometry).contiguous() if wanted[1] else None
     return grad_x, grad_weight, grad.sum([0, *range(2, grad.dim())]) if wanted[2] else None
 
 
 def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
-    """Return the gradient of a convolution's input. Its shape is `size`. `grad` is the gradient of the output."""
+    """Return the gradient of a convolution's input, of shape `size`. `grad` is the gradient of the output."""
     stride, padding, dilation, groups = geometry
     kernel = weight.shape[2:]
     border = [d * (k - 1) - p for d, k, p in zip(dilation, kernel, padding, strict=True)]
@@ -133,7 +135,7 @@ def _input_gradient(grad: Tensor, weight: Tensor, size: torch.Size, geometry: Ge
 
 
 def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geometry) -> Tensor:
-    """Return the gradient of a convolution's kernel. Its shape is `size`. `grad` is the gradient of the output."""
+    """Return the gradient of a convolution's kernel, of shape `size`. `grad` is the gradient of the output."""
     stride, padding, dilation, groups = geometry
     batch, (rows, columns), kernel = len(x), size[:2], size[2:]
     if groups == 1 and all(k == 1 for k in kernel) and not any(padding):
@@ -144,9 +146,9 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
         if rows > columns:
             return (left @ right.transpose(1, 2)).sum(0).reshape(size)
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
-    # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the channels of `x`. The channel
-    # dimension of `images` holds the samples, so the convolution sums over the samples. `stride` of the forward pass
-    # becomes the dilation, and `dilation` becomes the stride.
+    # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the input channels of a group. The
+    # channel dimension of `images` holds the samples of each group, so the convolution sums over the samples. `stride`
+    # of the forward pass becomes the dilation, and `dilation` becomes the stride.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups

@@ -85,16 +85,16 @@ def export_train_step(
       images. The outputs are the features of the images. `train_step.onnx` then takes features instead of images.
     - `state.safetensors`: the initial adapter and optimizer state.
     - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files above, preprocessing,
-      class names, optimizer, fingerprint of the base model (a hash of its weights), the fields of `StepReport`, the
-      machine, and package versions.
+      class names, optimizer, name and fingerprint of the base model (a hash of its weights), the fields of
+      `StepReport`, the machine, and package versions.
     - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
 
     With `format="executorch"` (experimental), the program `train.pte` replaces the ONNX files. Its methods are
     `train_step`, `predict`, `get_state`, `set_state` and, with `split`, `prefix`; see `executorch_step`.
 
     BatchNorm uses its stored statistics, on the device and in the comparison. Training on the device therefore does not
-    change the statistics, not even those of an adapter with `norm="stats"`. A model in training mode is rejected if it
-    uses batch statistics or dropout.
+    change the statistics, not even those of an adapter with `norm="stats"`. If the model is in training mode and its
+    layers use batch statistics or dropout, an error is raised.
 
     Args:
         model: A PEFT model with one active adapter, or the folder or Hub id of an adapter. The model is not changed.
@@ -113,13 +113,14 @@ def export_train_step(
         split: Whether to write the frozen layers before the first trained layer as `prefix.onnx`, for latent replay:
             the device computes the features of an image only once.
         calibration: Preprocessed images (M, C, H, W), only with `split`. If given, `prefix.onnx` and the same layers in
-            `predict.onnx` are quantised to 8 bits. These images determine the scales and `StepReport.prefix_error`.
+            `predict.onnx` are quantised to 8 bits. The images determine the quantisation scales, and the error
+            `StepReport.prefix_error` is measured on them.
 
     Raises:
         ValueError: If an argument is invalid, a layer or operator cannot be exported, or the exported step differs
             from eager training by more than rounding errors. The folder `out` is then unchanged.
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
-            padding, or of an average pool with `ceil_mode` at an odd size.
+            padding, or of an average pool whose last window extends beyond the image (`ceil_mode`).
         ImportError: If the packages for `format` are not installed.
         OSError: If the folder cannot be written.
     """
@@ -196,7 +197,7 @@ def _write_onnx_files(step: TrainStep, folder: Path) -> None:
 def _write_program(
     step: TrainStep, file: Path, batches: Sequence[Batch], rate: float, double_difference: float
 ) -> StepReport:
-    """Write the ExecuTorch program. Return a report with `double_difference` and the program's own measurements."""
+    """Write the ExecuTorch program. Return a report with `double_difference` and the measurements of the program."""
     program = export_train_program(step, file, batches, rate)
     return StepReport(
         double_difference=double_difference,

@@ -45,8 +45,8 @@ def import_state(
 
     The folder `out` also contains `device_training.json`. This file has an entry for each state file: name, SHA-256,
     weight divided by the sum of all weights, and metadata. The metadata are texts that the device stored, such as the
-    name of the device and the number of steps. `device_training.json` also contains the name of the base model, its
-    fingerprint (a hash of its weights), the optimizer, and package versions.
+    name of the device and the number of steps. `device_training.json` also contains the time of the import, the name
+    and fingerprint (a hash of the weights) of the base model, the optimizer, and package versions.
 
     Args:
         folder: The folder that `export_train_step` wrote.
@@ -132,7 +132,7 @@ def read_state(file: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     Raises:
         FileNotFoundError: If the file is missing.
         ValueError: If the file is damaged, an adapter tensor is missing, an adapter value is not finite, or a tensor is
-            not float32. If `description` does not list a tensor, or lists another shape.
+            not float32. If a tensor of the file has a name or a shape that `description` does not list.
     """
     layout = read_layout(file)
     adapter = {name: tuple(shape) for name, shape in description["adapter"].items()}

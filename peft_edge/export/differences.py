@@ -29,10 +29,10 @@ DIFF_KEY, CHECKSUM_KEY = "peft_edge_diff", "peft_edge_diff_sha256"
 
 @dataclass(frozen=True, kw_only=True)
 class _Header:
-    """The metadata of a diff, a file with the tensors that an adaptation changed.
+    """The metadata of a diff file. A diff file contains the tensors that an adaptation changed.
 
-    `base` is the fingerprint (a hash of all tensors) of the base model, and `result` is the fingerprint of the merged
-    model. `class_names` are the class names of the merged model.
+    `base` is the fingerprint (a hash of all tensors) of the base model, and `result` is the fingerprint of the adapted
+    model with merged adapters. `class_names` are the class names of the adapted model.
     """
 
     base: str
@@ -40,14 +40,14 @@ class _Header:
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of the metadata. The tensors are checked with `result`, a hash of the merged model."""
+        """Return the SHA-256 of the metadata. The tensors are not included: `apply_diff` checks them with `result`."""
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Write the tensors in which `model`, with merged adapters, differs from `base`.
+    """Write a file with the tensors of `model`, after its adapters are merged, that differ from those of `base`.
 
     Tensors are compared bit by bit. The adapters are merged in a copy of `model`.
 
@@ -57,15 +57,15 @@ def write_diff(
             the head of `base`.
         file: The safetensors file to write or replace. Its metadata contains the fingerprints (hashes) of `base` and
             of the merged copy of `model`.
-        allow_other_base: Whether to accept a PEFT model whose base weights differ from those of `base`. The diff then
-            contains the differing base weights, too.
+        allow_other_base: Whether to accept a PEFT model whose base model has other weights than `base`. The diff file
+            then also contains the base weights that differ.
 
     Returns:
         A dict from the names of the written tensors to these tensors.
 
     Raises:
-        ValueError: If the architectures differ, an adapter cannot be merged, or a tensor to write is not finite. If the
-            base weights of `model` differ from those of `base`, and `allow_other_base` is False.
+        ValueError: If the architectures differ, an adapter cannot be merged, or a tensor to write is not finite. If
+            `model` is a PEFT model whose base model has other weights than `base`, and `allow_other_base` is False.
         OSError: If the file cannot be written.
     """
     if isinstance(model, PeftModel) and not allow_other_base:
@@ -94,11 +94,11 @@ def write_diff(
 def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
     """Return a copy of `base` in which the tensors in `file` replace the tensors of the same names.
 
-    The copy is bit-identical to the merged network from which `write_diff` wrote the file.
+    The copy is bit-identical to the merged model from which `write_diff` took the tensors.
 
     Args:
         base: A timm model with the same tensors as the argument `base` of `write_diff`. It is not changed.
-        file: A file that `write_diff` wrote. Its checksum and fingerprints (hashes) reveal damage.
+        file: A file that `write_diff` wrote. Damage is detected by the checksum and the fingerprints (hashes) in it.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -183,7 +183,7 @@ def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, ad
 
 
 def _differ(one: Tensor, other: Tensor) -> bool:
-    """Return whether shape, dtype or bytes differ. The bytes of 0 and -0 differ, although the numbers are equal."""
+    """Return whether shape, dtype or bytes differ. 0 and -0 have different bytes, although the numbers are equal."""
     if one.shape != other.shape or one.dtype != other.dtype:
         return True
     first, second = (tensor.detach().cpu().contiguous().flatten().view(torch.uint8) for tensor in (one, other))

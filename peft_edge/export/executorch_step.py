@@ -5,7 +5,8 @@ The methods of the program share the buffers of the adapter and the optimizer st
 - `train_step(images, labels, mask, learning_rate)` changes the adapter and the optimizer state, and returns the loss
   and the number of correct predictions.
 - `predict(images)` returns the logits.
-- `prefix(images)`: only in a split step, whose `train_step` takes features. Returns the features of images.
+- `prefix(images)` returns the features of images. Only the program of a split step has this method. The `train_step` of
+  a split step takes features instead of images.
 - `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
 - `set_state(...)` takes tensors in the same order, and replaces the adapter and the optimizer state by these tensors.
 
@@ -49,8 +50,8 @@ from peft_edge.export.train_step import (
 )
 from peft_edge.files import requires_extra
 
-ALLOWED_RATIO = 10  # the error may be at most this many times the error of PyTorch in single precision
-FLOOR = 1e-6  # an error of at most this fraction of the adapter's change by training is always allowed
+ALLOWED_RATIO = 10  # the program's error may be at most this many times the error of PyTorch in single precision
+FLOOR = 1e-6  # a relative error (`TrainProgram.difference`) of at most this value is always allowed
 _BUFFER = "state_"  # prefix of the names of the buffers that hold the adapter and the optimizer state
 
 
@@ -60,13 +61,13 @@ class TrainProgram:
 
     Attributes:
         state_names: Names of the tensors that `get_state` returns and `set_state` takes.
-        xnnpack: Whether XNNPACK, a CPU library, computes the parts of the graph that it supports.
+        xnnpack: Whether XNNPACK, a CPU library, computes the operators that it supports.
         arena_bytes: For each method name, a list of the sizes of the method's memory arenas in bytes. The last arena
             contains the adapter and the optimizer state. All methods share this arena.
         step_s: Seconds of the fastest training step when the program was checked.
-        difference: Relative error of the adapter that the program has trained: ||trained - exact|| / ||exact -
-            initial||. Here, `initial` is the adapter before the training, and `exact` is the adapter after the same
-            training in PyTorch with double precision.
+        difference: Relative error of the trained adapter: ||trained - exact|| / ||exact - initial||. The program has
+            trained `trained`. `exact` is the adapter after the same training in PyTorch with double precision, and
+            `initial` is the adapter before the training.
         allowed_difference: The largest accepted `difference`.
     """
 
@@ -81,17 +82,18 @@ class TrainProgram:
 def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], learning_rate: float) -> TrainProgram:
     """Write the step as an ExecuTorch program in single precision, run it, and compare it with the captured graph.
 
-    The program runs in a separate process, because it may crash. The first program uses XNNPACK. If this program cannot
-    be written, crashes, or differs from the captured graph, a program without XNNPACK replaces it.
+    The program runs in a separate process, because it may crash. The function first writes a program that uses XNNPACK.
+    If this program cannot be written, crashes, or differs from the captured graph, the function writes and checks a
+    program without XNNPACK instead.
 
     Args:
         step: The captured step.
-        file: The `.pte` file. It is removed if no program succeeds.
+        file: The `.pte` file to write. If both programs fail, the file is removed.
         batches: The batches for the comparison, from `step_checks.random_batches`.
         learning_rate: The learning rate for the comparison.
 
     Raises:
-        ValueError: If both programs fail, with and without XNNPACK.
+        ValueError: If both programs fail, the one with XNNPACK and the one without.
         ImportError: If executorch is not installed.
     """
     with requires_extra("executorch"):
@@ -118,14 +120,14 @@ def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], 
 
 
 class _Method(nn.Module):
-    """A module whose `forward` is one method of the ExecuTorch program: it calls `function(body, buffers, inputs)`.
+    """A module that becomes one method of the ExecuTorch program. It calls `function(body, buffers, inputs)`.
 
-    All methods have the buffers `state_0`, `state_1`, ..., which hold the adapter and the optimizer state.
+    All these modules have the same buffers `state_0`, `state_1`, ..., which hold the adapter and the optimizer state.
     """
 
     def __init__(self, values: list[Tensor], function: Callable[..., Any], body: nn.Module | None = None) -> None:
         super().__init__()
-        self.body = body  # the name `graph` would clash with an attribute of every exported module
+        self.body = body  # torch.export gives every exported module an attribute `graph`, so avoid that name
         self.function = function
         for index, value in enumerate(values):
             self.register_buffer(f"{_BUFFER}{index}", value.clone())
@@ -155,7 +157,7 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
     edge = to_edge_transform_and_lower(
         programs,
         partitioner={name: [XnnpackPartitioner()] if xnnpack else [] for name in programs},
-        # The validity check may reject convolutions of the backward pass, which have unusual arguments.
+        # Switch off the validity check, because it may reject the unusual convolutions of the backward pass.
         compile_config=EdgeCompileConfig(_check_ir_validity=False),
     )
     lowered = edge.to_executorch(
@@ -171,7 +173,7 @@ def write_train_program(step: TrainStep, file: Path, *, xnnpack: bool) -> dict[s
 
 
 def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
-    """Return a dict from the name of each ExecuTorch method to a pair: the method's module and example inputs."""
+    """Return a dict from the name of each ExecuTorch method to a pair of the method's module and example inputs."""
     state = {**step.adapter, **step.state}
     values = [value.float() for value in state.values()]
     batch = [name for name in step.step.inputs if name not in state]
@@ -232,7 +234,7 @@ def _single(dtype: torch.dtype) -> torch.dtype:
 
 
 def _single_precision(module: fx.GraphModule) -> fx.GraphModule:
-    """Return a copy of a captured graph with float32 instead of float64, in the weights and in dtype arguments."""
+    """Return a copy of a captured graph in which weights and dtype arguments are float32 instead of float64."""
     module = copy.deepcopy(module).float()
     for node in module.graph.nodes:
         node.args = map_aggregate(node.args, _single_argument)
@@ -271,8 +273,9 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         A dict with the `losses`, the `logits` of the first batch after the steps, `step_s` (the seconds of the fastest
-        step), and the results of three calls of `get_state`. The i-th tensor of `get_state` has the name `old.<i>`
-        before the steps, `new.<i>` after the steps, and `reset.<i>` after `set_state` with the old tensors.
+        step), and the results of three calls of `get_state`. The i-th tensor of each result is in the dict as `old.<i>`
+        for the call before the steps, `new.<i>` for the call after the steps, and `reset.<i>` for the call after
+        `set_state` has restored the old tensors.
     """
     from executorch.runtime import Runtime
 
@@ -306,8 +309,8 @@ def _compare(
     Return `difference` and `allowed_difference` of `TrainProgram`.
 
     Raises:
-        RuntimeError: If `difference` exceeds `allowed_difference`, `get_state` does not return the state that was set,
-            or the logits differ from those of the captured graph.
+        RuntimeError: If `difference` exceeds `allowed_difference`, or the logits differ from those of the captured
+            graph. If `get_state` does not return the initial state, before the steps or after `set_state`.
     """
     state = {**step.adapter, **step.state}
     for place, value in enumerate(state.values()):
@@ -335,7 +338,10 @@ def _compare(
 
 
 def _train(step: TrainStep, batches: Sequence[Batch], learning_rate: float, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Run the captured graph in PyTorch, one step for each batch. Return the new adapter and optimizer state."""
+    """Train with the captured graph in PyTorch, in the precision `dtype`, one step for each batch.
+
+    Return the new adapter and optimizer state in one dict.
+    """
     module = step.step.module if dtype == torch.float64 else _single_precision(step.step.module)
     values = {name: value.to(dtype) for name, value in {**step.adapter, **step.state}.items()}
     for batch in batches:

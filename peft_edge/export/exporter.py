@@ -1,4 +1,4 @@
-"""Export an adapted model as one file for a device, and compare the logits of the exported file and of the model."""
+"""Export an adapted model as one file for a device, and compare the logits of this file with those of the model."""
 
 from __future__ import annotations
 
@@ -47,20 +47,22 @@ def export_model(
     batch_size: int | None = None,
     calibration: Tensor | None = None,
 ) -> list[Comparison]:
-    """Merge the adapters, fuse BatchNorm into the convolutions, write one file, and compare its logits with `model`.
+    """Write a copy of `model` to one file for a device, and compare the file's logits with those of `model`.
 
-    The file also contains a JSON text under the name `peft_edge`: the preprocessing of the input and the class names.
-    ONNX stores this text as metadata, torch.export as an extra file, and ExecuTorch as a method.
+    In the copy, the active adapters are merged into the weights, and BatchNorm is fused into the convolutions where
+    possible (see `fuse_batch_norms`). The file also contains a JSON text under the name `peft_edge`. This text has the
+    names of input and output, the preprocessing of the images, and the class names. An ONNX file contains the text as
+    metadata, a torch.export file as an extra file, and an ExecuTorch file as the constant result of a method.
 
     Args:
         model: A timm model, or a PEFT model with a timm base. It is not changed.
-        file: The file to write, with the suffix `.onnx`, `.pt2` or `.pte`. It is written only if the logits of the
-            floating-point network agree with those of `model`.
+        file: The file to write, with the suffix `.onnx`, `.pt2` or `.pte`. The file is written only if the logits of
+            the exported floating-point network (before any quantisation) agree with those of `model`.
         format: `onnx`, `torch-export` or `executorch`.
         images: Preprocessed images (N, C, H, W) for the comparison. The exported network expects this height and width.
         labels: Class indices (N,) of `images`. Without labels, accuracy is not measured.
-        folders: The folder name of each image (N). With `labels`, the accuracy is then also measured for each folder.
-            Without `labels`, `folders` has no effect.
+        folders: For each image, the name of its folder or dataset (N names). With `labels`, the accuracy is then also
+            measured for each name. Without `labels`, `folders` has no effect.
         batch_size: The number of images in each call of the exported network. With None, a call accepts any number of
             images, except in the format `executorch`, which fixes the number to 1.
         calibration: Preprocessed images (M, C, H, W). If given, the network is quantised to 8 bits. Only the format
@@ -68,14 +70,16 @@ def export_model(
 
     Returns:
         A list with the comparison of the floating-point network with `model`. If the file is quantised, the second
-        element is the comparison of the 8-bit network with `model`. The 8-bit network may differ by any amount.
+        element is the comparison of the 8-bit network with `model`. The logits of the 8-bit network may differ from
+        those of `model` by any amount.
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix of `file`, or cannot be quantised; if the batch
-            size is less than 1; if an adapter cannot be merged; if the model does not run on the images; if a logit is
-            not finite; or if a logit of the floating-point network differs from that of `model` by more than
-            `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
-        ImportError: If the format needs a package that is not installed. The message names the extra.
+            size is less than 1; if an adapter cannot be merged; if the model does not run on the images or on the meta
+            device; if a logit is not finite; or if a logit of the floating-point network differs from that of `model`
+            by more than `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
+        ImportError: If the format needs a package that is not installed. The message names the extra of peft-edge that
+            installs this package.
         OSError: If the file cannot be written.
     """
     if format not in FORMATS:
@@ -98,8 +102,8 @@ def export_model(
     except RuntimeError as error:
         raise ValueError(f"the model does not run on images of {tuple(images.shape[1:])}: {error}") from error
 
-    # A torch.export file contains `example`, so `example` must not be a real image. From a batch of one image,
-    # torch.export would infer that the batch size is always one.
+    # A torch.export file contains `example`. Use zeros, so that no image of the user gets into the file. From a batch
+    # of one image, torch.export would infer that the batch size is always one.
     example = torch.zeros(batch_size or 2, *images.shape[1:])
     program = torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
     with tempfile.TemporaryDirectory() as scratch:
@@ -127,10 +131,10 @@ def export_model(
 
 
 def merge_adapters(model: nn.Module) -> nn.Module:
-    """Return a copy of `model` in which the active adapters are merged.
+    """Return a copy of `model` in which the active adapters are merged into the weights.
 
-    The copy is on the CPU, frozen and in eval mode. The memory-saving layers of `peft_edge.lean` are replaced by the
-    original layers.
+    The copy is on the CPU, frozen and in eval mode. If lean training (`peft_edge.lean`) replaced layers of `model`, the
+    copy has the original layers.
 
     Raises:
         ValueError: If an adapter cannot be merged, or a merged weight is not finite.
@@ -151,6 +155,10 @@ def fuse_batch_norms(model: nn.Module) -> None:
     Outputs are unchanged up to rounding. A BatchNorm remains if its input is a sum, a concatenation, or a convolution
     output that another layer also uses. `model` must be in eval mode, without adapters and without trainable
     parameters.
+
+    Raises:
+        ValueError: If the model does not run on torch's meta device. The function runs it there to find out which
+            layers use which outputs.
     """
     # `inplace_norms` returns (convolution, BatchNorm) pairs in which no other layer uses the convolution's output.
     prepare_model_for_lean_training(model, inplace_norm=True)

@@ -84,9 +84,9 @@ FORMATS: dict[str, Format] = {
 def quantize_onnx(file: Path, quantized: Path, batches: Iterable[Tensor]) -> None:
     """Write an 8-bit copy of the ONNX file `file` to `quantized`, with ONNX Runtime's static quantisation.
 
-    Weights use 7 of the 8 bits, and have a scale for each output channel (Krishnamoorthi 2018, arXiv 1806.08342). Each
-    activation has one scale, computed from the values of the activation for `batches`. Each batch contains preprocessed
-    images (B, C, H, W).
+    Weights use 7 of the 8 bits, and have one scale per output channel (Krishnamoorthi 2018, arXiv 1806.08342). Each
+    activation tensor has one scale, which is computed from the values of this tensor when the network runs on
+    `batches`. Each batch contains preprocessed images (B, C, H, W).
     """
     with requires_extra("onnx"):
         from onnxruntime import quantization

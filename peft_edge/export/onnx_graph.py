@@ -27,7 +27,7 @@ OPSET, IR_VERSION = 20, 9
 aten = torch.ops.aten
 
 _Node = Any
-"""An fx node. `fx.Node` itself would be too strict: it types every argument as a union of all argument types."""
+"""The type of an fx node. It is `Any`, because `fx.Node` types every argument as a union of all argument types."""
 
 
 def write_onnx_graph(
@@ -38,7 +38,7 @@ def write_onnx_graph(
     Args:
         graph: The graph.
         any_batch_size: Whether to declare the first dimension of the first input and of the first output as dynamic.
-            If True, the batch size may occur in `graph` only as an argument of reshapes. This is not checked.
+            If True, no operator in `graph` except reshapes may have the batch size as an argument. This is not checked.
         metadata: A dict from names to texts, which are stored in the model.
 
     Raises:
@@ -91,8 +91,8 @@ class _Writer:
                 self.names[node] = _OPERATORS[node.target](self, node)
             else:
                 for name, result in zip(self.graph.outputs, node.args[0], strict=True):
-                    # `Identity` gives an output its name. A value needs several names if it is returned as several
-                    # outputs, or if it is also an input.
+                    # An `Identity` node gives a value the name of an output. A value may need several names: it may be
+                    # returned as several outputs, or also be an input.
                     self.nodes.append(self.onnx.helper.make_node("Identity", [self.names[result]], [name]))
                     outputs.append(self._value_info(name, result, any_batch_size and not outputs))
         self._rename_outputs()
@@ -133,8 +133,8 @@ class _Writer:
         if key not in self._constants:
             array = exact = torch.tensor(value, dtype=dtype).numpy()
             if dtype == torch.float64:
-                # A runtime may convert this double to single precision, where a tiny value would become 0 and a huge
-                # value infinity. Limit the magnitude to that of normal float32 numbers, but keep 0 and infinity.
+                # `initializer` rounds a double to single precision, where a tiny value may become 0, and a huge value
+                # infinity. Limit the magnitude to that of normal float32 numbers, but keep exact zeros and infinities.
                 limits = np.finfo(np.float32)
                 tiny = (array != 0) & (np.abs(array) < limits.tiny)
                 array = np.where(tiny, np.copysign(limits.tiny, array), array).clip(limits.min, limits.max)
@@ -182,10 +182,10 @@ class _Writer:
         }[dtype]
 
     def _rename_outputs(self) -> None:
-        """Remove `Identity` nodes that only name an output of the graph, and give this name to the node's input value.
+        """Remove `Identity` nodes that only give a value the name of an output, and rename the value itself instead.
 
-        An `Identity` remains if its input value is an input of the graph or an initializer, or if the value already has
-        the name of another output.
+        An `Identity` node remains if its value is an input of the graph or an initializer, or has already been renamed
+        to another output.
         """
         made = {name: (node, index) for node in self.nodes for index, name in enumerate(node.output)}
         copies = [node for node in self.nodes if node.op_type == "Identity" and node.output[0] in self.graph.outputs]
@@ -442,7 +442,8 @@ def _item(writer: _Writer, node: _Node) -> str:
 
 
 def _max_pool_backward(writer: _Writer, node: _Node) -> str:
-    # `indices` are those of ONNX's MaxPool: positions in the whole tensor. PyTorch's are positions in one channel.
+    # `indices` come from ONNX's MaxPool, and are positions in the whole tensor. PyTorch's operator would return
+    # positions in one channel.
     grad, x, indices = node.args[0], node.args[1], node.args[-1]
     flat = [int(np.prod(_shape(grad)))]
     size = int(np.prod(_shape(x)))

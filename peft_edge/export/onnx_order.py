@@ -10,8 +10,9 @@ orders waste memory:
   of the backward pass. ONNX Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced
   nodes.
 
-The added nodes make both orders invalid. They compute a 1 (or True) from the size of a tensor, and multiply a number by
-1 (or combine a mask with True). This takes almost no time and changes no result.
+The added nodes make both orders invalid. They compute the number 1 (or True) from the size of a tensor, and multiply a
+number by this 1 (or combine a mask with this True). The product can be computed only after the tensor. The added nodes
+take almost no time and change no result.
 """
 
 from __future__ import annotations
@@ -32,8 +33,9 @@ def schedule_masks(
 ) -> list[NodeProto]:
     """Add nodes to an ONNX training step that restrict the order of its nodes, so that a runtime needs less memory.
 
-    The forward pass must then compute the masks of activations, such as `x > 0`. Other factors of the backward pass
-    must wait for the gradients that they multiply. Return all nodes in a valid order.
+    With these nodes, the masks of activations, such as `x > 0`, must be computed in the forward pass. Other factors of
+    the backward pass can be computed only when the gradients that they multiply are known. Return all nodes in a valid
+    order.
 
     Args:
         nodes: The nodes in a valid order. Masks that the forward pass should compute must precede the loss.
@@ -76,13 +78,13 @@ class _Scheduler:
         if correct not in self.made:
             return self.nodes
         forward = self._ancestors(correct)
-        loss = min(index for index in self.late if index in self.of_batch)  # the first node of loss and backward pass
+        loss = min(index for index in self.late if index in self.of_batch)  # the first node that computes the loss
         masks = []
         for index, node in enumerate(self.nodes):
             if index in forward or index in self.late or index not in self.of_batch:
                 continue
-            # This node computes a factor of the backward pass, but all its inputs are known in the forward pass. The
-            # value from `_gate` delays the node until the gradient that is multiplied by the factor is known.
+            # This node computes a mask or another factor of the backward pass, but all its inputs are known in the
+            # forward pass. The value from `_gate` delays a factor until the gradient that it multiplies is known.
             if node.op_type == "Cast" and self._is_early_mask(node.input[0], loss):
                 masks.append(node.input[0])
                 node.input[0] = self._add(index, "And", [node.input[0], self._gate(index, _BOOL)])
@@ -122,8 +124,8 @@ class _Scheduler:
     def _gate(self, index: int, code: int) -> str:
         """Return the name of a scalar 1 (True if `code` is `_BOOL`) that is computed from the size of a gradient.
 
-        A later node combines this gradient with the result of node `index`. A node that uses the scalar cannot run
-        before the gradient is known.
+        The result of node `index` is a factor of the backward pass, and this gradient is multiplied by the factor. A
+        node that uses the scalar cannot run before the gradient is known.
         """
         seen, pending = set(), [index]
         while pending:
@@ -144,12 +146,13 @@ class _Scheduler:
     def _tie(self, correct: str, masks: list[str]) -> None:
         """Multiply the output `correct` by a 1 that is computed from the sizes of all `masks`.
 
-        `correct` belongs to the forward pass. A runtime therefore computes the masks in the forward pass, too.
+        The output, which belongs to the forward pass, then depends on the masks. A runtime therefore computes the masks
+        in the forward pass, too.
         """
         index = self.made[correct]
         self.nodes[index].output[0] = f"{correct}.counted"
-        # By default, ONNX Runtime computes the inputs of a node in descending order of their positions in the file. The
-        # sizes are therefore placed after the forward pass, and in the order of the backward pass (last mask first).
+        # By default, ONNX Runtime computes the inputs of a node in descending order of their positions in the file. So
+        # the `Size` nodes are placed after the forward pass, in the order of the backward pass (last mask first).
         masks.sort(key=self.made.__getitem__, reverse=True)
         sizes = [self._add(index + 1, "Size", [mask]) for mask in masks]
         some = self._add(index + 1, "Cast", [self._add(index + 1, "Max", sizes)], to=_BOOL)

@@ -3,10 +3,9 @@
 `python onnx_steps.py train FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES. This file
 contains the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`, and also `features.0`, ...
 if the step takes features instead of images. Then the script computes the logits of `images.0` with the trained
-adapter. The script writes the losses, the numbers of correct predictions, the logits, the new state, the time of the
-fastest step and the peak memory of the process to the safetensors file OUT.
+adapter. The script writes the dict that `run_steps` returns to the safetensors file OUT.
 
-`python onnx_steps.py features FOLDER BATCHES OUT` writes the features of the images: `features.0`, ...
+`python onnx_steps.py features FOLDER BATCHES OUT` writes the features of `images.0`, ... to OUT, as `features.0`, ...
 """
 
 from __future__ import annotations
@@ -52,7 +51,11 @@ def process_peak_bytes() -> int:
 def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
     """Take `count` training steps from the initial state in `folder`, then predict with the trained adapter.
 
-    Return the new state, losses, numbers of correct predictions, logits, seconds of the fastest step and peak memory.
+    Returns:
+        A dict with the tensors of the new adapter and optimizer state under their own names; `losses` and `correct`
+        (numbers of correct predictions) of all steps; the logits of the first batch, `logits.batch`, and of its first
+        image alone, `logits.single`; `step_s`, the seconds of the fastest step; and `peak_rss_bytes`, the peak memory
+        of the process after the last step.
     """
     session = open_session(folder / "train_step.onnx")
     data = "features" if "features" in {each.name for each in session.get_inputs()} else "images"

@@ -1,4 +1,8 @@
-"""Compare an exported training step with eager training: its graph in double precision, its files in ONNX Runtime."""
+"""Compare an exported training step with eager training.
+
+`check_double` compares the captured graph in double precision. `check_single` runs the ONNX files in ONNX Runtime, and
+compares their results in single precision.
+"""
 
 from __future__ import annotations
 
@@ -40,17 +44,18 @@ DOUBLE_TOLERANCE = 1e-10
 # change on the trained adapter measures how much training amplifies rounding errors.
 INPUT_CHANGE = 1e-6
 # The exported step may differ from eager training by at most `ALLOWED_RATIO` times this effect. In 26 exports of four
-# networks (32 to 224 px) with SGD, the ratio was 0.4 to 1.5, so 3 is twice the largest. In five exports with AdamW it
-# was 0.03 to 4.4 (a tiny network, batch 2): AdamW divides by the size of the gradient, and so amplifies the rounding
-# errors of gradients near 0.
+# networks (32 to 224 px) with SGD, the difference was 0.4 to 1.5 times the effect. The limit of 3 is twice the largest
+# ratio. In five exports with AdamW, the ratio was 0.03 to 4.4. The ratio of 4.4 was that of a tiny network with batch
+# size 2. AdamW divides by the size of the gradient, and so amplifies the rounding errors of gradients near 0.
 ALLOWED_RATIO = {"sgd": 3, "adamw": 5}
-# The effect of a single change may be too small, because only some changes flip the sign of an activation near 0. The
-# check therefore takes the largest effect of up to `INPUT_CHANGES` changes.
+# A rounding error that flips the sign of an activation near 0 has a large effect. A single random change of the images
+# may flip no sign, so its effect may be too small. The check therefore tries up to `INPUT_CHANGES` random changes, and
+# stops as soon as the effect of one change allows the difference.
 INPUT_CHANGES = 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
-# With this `mmap_threshold`, glibc returns freed memory to the system at once. `hugetlb=1` switches on huge pages,
-# which halve the time of a step.
+# With this `mmap_threshold`, glibc returns freed blocks of at least 64 KiB to the system at once. `hugetlb=1` switches
+# on huge pages, which halve the time of a step.
 MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
 
 Batch = dict[str, Tensor]
@@ -63,18 +68,20 @@ class StepReport:
     Attributes:
         double_difference: Largest absolute difference between the captured step and eager training in double
             precision, over the losses and all elements of the trained adapter.
-        single_difference: Relative difference between the trained adapters in single precision: ||exported - eager|| /
-            ||eager - initial||. The runtime has trained the adapter `exported`, and PyTorch the adapter `eager`. For
-            ExecuTorch, the captured step in double precision has trained `eager`.
+        single_difference: Relative difference between two trained adapters: ||exported - eager|| / ||eager - initial||.
+            `initial` is the adapter before training. The runtime has trained `exported` in single precision, and
+            PyTorch has trained `eager`: for ONNX, eagerly in single precision; for ExecuTorch, with the captured graph
+            in double precision.
         allowed_difference: The largest accepted `single_difference`.
         step_s: Seconds of the fastest step in the runtime on this machine. ONNX Runtime uses one thread.
         peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime. None for ExecuTorch.
         parameters: Number of trained parameters.
         prefix_error: If the frozen layers before the first trained layer are quantised to 8 bits: the relative error of
             their outputs (the norm of the error, divided by the norm of the outputs). None if they are not quantised.
-        arena_bytes: For ExecuTorch: a dict from the name of each method to the sizes of its memory arenas in bytes,
-            which the program plans in advance. All methods share the last arena, which contains the state.
-        xnnpack: For ExecuTorch: whether XNNPACK, a CPU library, computes the parts that it supports.
+        arena_bytes: For ExecuTorch: a dict from the name of each method to the sizes of its memory arenas in bytes. An
+            arena is memory that the program plans in advance. All methods share the last arena, which contains the
+            adapter and the optimizer state. None for ONNX.
+        xnnpack: For ExecuTorch: whether XNNPACK, a CPU library, computes the operators that it supports. None for ONNX.
     """
 
     double_difference: float
@@ -89,7 +96,7 @@ class StepReport:
 
 
 def report_lines(report: StepReport) -> str:
-    """Return the report as text."""
+    """Return the report as a text with one line for each result."""
     lines = [
         f"double precision: within {report.double_difference:.0e} of PyTorch",
         f"single precision, in a process of its own: {report.single_difference:.1e} of the change by training "
@@ -156,10 +163,10 @@ def train_eagerly(
 
 
 def proof_rate(step: TrainStep, batch: Batch) -> float:
-    """Return the learning rate for the comparison with eager training, at most `PROOF_RATE`.
+    """Return a learning rate for the comparison with eager training. It is at most `PROOF_RATE`.
 
-    With the returned learning rate, the first step changes the adapter by at most `PROOF_CHANGE` times the norm of the
-    adapter. With a larger learning rate, some networks would amplify rounding errors from step to step.
+    With this learning rate, the first step changes the adapter by at most `PROOF_CHANGE` times the norm of the adapter.
+    With a larger learning rate, some networks would amplify rounding errors from step to step.
     """
     found = step.step.run(
         {**step.adapter, **step.state, **_double(step, batch), LEARNING_RATE: torch.tensor(1.0, dtype=torch.float64)}
@@ -220,7 +227,8 @@ def check_single(
 ) -> StepReport:
     """Run the ONNX files in `folder` in new processes. Compare the results with eager training in single precision.
 
-    Return the report with `prefix_error=None`. Its `double_difference` is the argument `double_difference`.
+    Return the report with `prefix_error=None`. `double_difference` is the result of `check_double`, which this function
+    only copies into the report.
 
     Raises:
         ValueError: If ONNX Runtime cannot run a file, or a result differs from eager training by more than rounding
@@ -285,7 +293,7 @@ def check_single(
 def run_onnx_steps(
     folder: Path, batches: Sequence[Batch], learning_rate: float, *, mode: Literal["train", "features"] = "train"
 ) -> dict[str, Tensor]:
-    """Run `onnx_steps.py` in a new process on the ONNX files in `folder`. Return the tensors that the script writes.
+    """Run the script `onnx_steps.py` in a new process on the ONNX files in `folder`. Return the tensors that it writes.
 
     Raises:
         ValueError: If the process fails.
@@ -295,7 +303,7 @@ def run_onnx_steps(
         tensors = {f"{name}.{index}": value for index, batch in enumerate(batches) for name, value in batch.items()}
         save_file({**tensors, LEARNING_RATE: torch.tensor(learning_rate)}, inputs)
         script = Path(__file__).with_name("onnx_steps.py")
-        # With -P, the script does not import modules from its own folder. Python 3.10 lacks this option.
+        # With -P, Python does not search the folder of the script for modules. Python 3.10 lacks this option.
         safe_path = ["-P"] if sys.version_info >= (3, 11) else []
         command = [sys.executable, *safe_path, str(script), mode, str(folder), str(inputs), str(outputs)]
         environment = {**os.environ, "GLIBC_TUNABLES": MALLOC_TUNABLES}

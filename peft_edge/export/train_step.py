@@ -5,11 +5,11 @@ are the loss, the number of correct predictions, the new adapter and the new opt
 forward pass, the backward pass and the update. `peft_edge.export.onnx_graph` converts the graph to ONNX, so that an
 inference runtime can train the adapter.
 
-The frozen layers before the first trained layer can become a graph of their own, the prefix. The step then takes the
-outputs of the prefix, the features, instead of images. A device computes the features of an image only once.
+The frozen layers before the first trained layer can become a separate graph, called the prefix. Its outputs are called
+features. The step then takes features instead of images, and a device computes the features of an image only once.
 
-The graph is captured in double precision. Therefore its results can be compared with eager training to 1e-10.
-Constants, such as kernels that are scaled by a frozen BatchNorm, are rounded to single precision only once.
+The graphs are captured in double precision, so that their results can be compared with eager training to 1e-10.
+Constants, such as kernels that are scaled by a frozen BatchNorm, are rounded only once, when a file is written.
 """
 
 from __future__ import annotations
@@ -57,8 +57,7 @@ class StepOptimizer:
             `lr * weight_decay * parameter` from the parameter.
         betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
         eps: A small number that AdamW adds to the denominator.
-        max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
-            are not clipped.
+        max_grad_norm: Gradients with a larger total norm are clipped to this norm. With None, they are not clipped.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
@@ -93,7 +92,7 @@ class StepOptimizer:
         return ("momentum",) if self.momentum else ()
 
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return zeros for each slot in `slots` and name in `adapter`, named `<slot>:<name>`; for AdamW also `step`."""
+        """Return zeros: an entry `<slot>:<name>` for each slot and each tensor of `adapter`, and for AdamW `step`."""
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
             state[STEP] = next(iter(adapter.values())).new_zeros(())
@@ -136,9 +135,10 @@ class StepOptimizer:
     def _adamw(
         self, value: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, lr: Tensor, rate: Tensor, root: Tensor
     ) -> tuple[Tensor, ...]:
-        """Return the new parameter and the new averages `mean` of the gradient and `square` of the squared gradient.
+        """Return the new parameter, the new average of the gradient and the new average of the squared gradient.
 
-        In step t, `rate` is `lr / (1 - betas[0]**t)`, and `root` is `sqrt(1 - betas[1]**t)`.
+        `mean` and `square` are the old averages. In step t, `rate` is `lr / (1 - betas[0]**t)`, and `root` is
+        `sqrt(1 - betas[1]**t)`.
         """
         if self.weight_decay:
             value = value * (1 - lr * self.weight_decay)
@@ -226,7 +226,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 
     Args:
         model: A PEFT model with one active adapter. It is not changed.
-        images: Example images (B, C, H, W). Only their shape matters.
+        images: Example images (B, C, H, W). Only their shape matters: B becomes the batch size of the step.
         optimizer: The optimizer, whose update is a part of the step.
         split: Whether to capture the frozen layers before the first trained layer as a third graph, the prefix.
 
@@ -234,7 +234,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         ValueError: If `check_exportable` or `trained_names` rejects the model, or a trained parameter has no effect on
             the loss. If `split` is set, but `FrozenPrefix` cannot split the model.
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
-            padding, or of an average pool with `ceil_mode` at an odd size.
+            padding, or of an average pool whose last window extends beyond the image (`ceil_mode`).
     """
     names = trained_names(model)
     check_exportable(model)
@@ -327,7 +327,7 @@ def _capture_prefix(
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
-    """Return a dict from each trained parameter's name in the saved adapter to its name in the base model.
+    """Return a dict that maps the name of each trained parameter in the saved adapter to its name in the base model.
 
     Raises:
         ValueError: If no parameter is trainable, or a trainable parameter is not saved, or is saved under two names.
@@ -351,10 +351,11 @@ def trained_names(model: PeftModel) -> dict[str, str]:
 
 
 def check_exportable(model: PeftModel) -> None:
-    """Check that the forward pass of `model`, in its present mode, uses no batch statistics and no dropout.
+    """Check that a training step of `model`, in its present mode (training or eval), can be exported.
 
-    The exported step always uses the stored statistics of BatchNorm. An adapter that trains with batch statistics
-    (`norm="stats"` or `"affine"`) therefore keeps its present statistics.
+    The exported step always uses the stored statistics of BatchNorm, and no dropout. This function therefore rejects a
+    model whose forward pass uses batch statistics or dropout. An adapter that trains with batch statistics
+    (`norm="stats"` or `"affine"`) must be in eval mode. Training on the device does not change its statistics.
 
     Raises:
         ValueError: If a layer uses batch statistics or dropout, the adapter of a convolution is merged, or the number
@@ -426,7 +427,7 @@ def _base_layer(layer: Any) -> Any:
 
 
 def _without_norm(norm: nn.Module, x: Tensor) -> Tensor:
-    """Replace the forward pass of a BatchNorm that is fused into a convolution.
+    """Compute what remains of a BatchNorm after it is fused into a convolution. Used as the `forward` of the norm.
 
     Apply the dropout and the activation of timm's BatchNormAct2d to x. For any other norm, return x.
     """
@@ -449,7 +450,7 @@ def _affine(norm: nn.Module | None) -> tuple[Tensor, Tensor] | None:
 
 
 def _scaled(kernel: Tensor, bias: Tensor | None, affine: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor | None]:
-    """Fuse `affine`, a pair (scale, shift) or None, into a convolution, and return its new kernel and bias."""
+    """Return `kernel` and `bias` with a BatchNorm fused into them. `affine` is (scale, shift), or None for no norm."""
     if affine is None:
         return kernel, bias
     scale, shift = affine
@@ -462,7 +463,7 @@ def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
 
 
 def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Return the output of `conv`, a convolution without an adapter, with `norm` fused. Used as its `forward`."""
+    """Return the output of `conv`, a convolution without an adapter, with `norm` fused. Used as `conv.forward`."""
     x, geometry = pad(conv, x)
     return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
 
@@ -508,8 +509,7 @@ def capture_graph(
 
     tensors = [*values.values(), *frozen.values()]
     traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
-    # `functionalize` removes in-place operators. The second trace decomposes operators, such as those of the backward
-    # pass.
+    # `functionalize` removes in-place operators. The second trace decomposes operators, most of them of the backward.
     functional = functionalize(traced)
     module = make_fx(functional, tracing_mode="fake", decomposition_table=decompositions())(*tensors)
     _remove_copies(module.graph)
@@ -571,12 +571,13 @@ def _fold_constants(module: fx.GraphModule, constants: dict[fx.Node, Tensor]) ->
 
 
 def _compare_early(graph: fx.Graph) -> None:
-    """Move each comparison, such as `x > 0`, directly after the last other use of the compared tensor.
+    """Move each comparison, such as `x > 0`, to an earlier position, to save memory.
 
-    Until the backward pass, memory then holds the mask (one byte for each element) instead of the compared tensor.
-    Logical operators on masks move as well. The backward pass of a hardtanh (ReLU6) compares the input of the hardtanh
-    with the two limits. This function makes it compare the output instead, because the next layer may keep the output
-    in memory anyway.
+    The comparison then directly follows the last operator that uses x for anything but a comparison. Until the backward
+    pass, memory holds the mask (one byte for each element) instead of x. Logical operators on masks move as well.
+
+    The backward pass of a hardtanh (ReLU6) compares the input of the hardtanh with its two limits. This function
+    compares the output instead, because the next layer may keep the output in memory anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

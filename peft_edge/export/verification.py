@@ -1,4 +1,4 @@
-"""Read test images, and compare the logits of an exported file and of its model on these images."""
+"""Read test images, and compare the logits of an exported file with those of the PyTorch model on these images."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ from peft_edge.profiling.tables import text_table
 
 CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
-PREPROCESSING_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")  # in exported files
+# The keys of timm's data configuration that an exported file contains.
+PREPROCESSING_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
 TEST_SIZE = 1000  # `peft-edge export` compares at most this many images of each dataset that `--test` names
 
 
@@ -33,8 +34,8 @@ class Images(NamedTuple):
     Attributes:
         calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), to compute the quantisation scales.
         comparison: Test images (M, C, H, W), at most as many as the argument `comparison_size` of `read_images`.
-        labels: Class indices (M,) of `comparison`, in the order of the model's outputs. None if the model has no class
-            names, or does not know all classes of the images.
+        labels: Class indices (M,) of `comparison`. An index is a position in the logits of the model. None if the model
+            has no class names, or does not know all classes of the images.
     """
 
     calibration: Tensor
@@ -51,26 +52,26 @@ def read_images(
     fingerprint: str | None = None,
     comparison_size: int = COMPARISON_SIZE,
 ) -> Images:
-    """Read images for 8-bit calibration and for comparison, and preprocess them for the evaluation of `model`.
+    """Read images for 8-bit calibration and for comparison, and preprocess them as `model` needs for evaluation.
 
-    If `run` is given, `comparison` contains no image that this training run used for training. A dataset that the run
-    used is split as in the run. From other datasets, copies of the run's training images are left out, unless the run
-    used `digits` or `shapes`.
+    If `run` is given, `comparison` contains no image on which this run trained. If the dataset `name` was used in the
+    run, it is split into training and test images as in the run. From any other dataset, copies of the run's training
+    images are left out. If the run used `digits` or `shapes`, other datasets contain no such copies.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
             `source` or `target`: the source or target images of the run.
         model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
-        run: The configuration of the run that trained the model: `record.run_info.train_config`.
-        fingerprint: A hash of the run's images, `record.data_fingerprint`. If the run used a folder or a Hugging Face
-            dataset that has another hash today, an error is raised, because the split into training and test images may
-            have changed.
+        run: The configuration of the run that trained the model. It is `run_info.train_config` in the run's record.
+        fingerprint: The hash of the run's images at the time of the run, `data_fingerprint` of the run's record. If the
+            images of the run are from a folder or a Hugging Face dataset and have another hash today, an error is
+            raised, because the split into training and test images may have changed.
         comparison_size: The maximum number of images in `comparison`.
 
     Raises:
         ValueError: If `name` or `image_size` is invalid, an image is unreadable, there are too few images, the run
-            trained on all test images, or the images of the run have changed since.
+            trained on all test images, or the images of the run have changed since the run.
     """
     if image_size is not None and image_size < 1:
         raise ValueError(f"image_size: expected at least 1, found {image_size}")
@@ -91,7 +92,7 @@ def read_images(
 
 
 def input_config(model: nn.Module, image_size: int | None) -> dict[str, Any]:
-    """Return timm's data configuration of a model. If `image_size` is not None, it replaces `input_size`."""
+    """Return timm's data configuration of a model. With `image_size`, `input_size` is (3, image_size, image_size)."""
     config = resolve_model_data_config(model)
     return config if image_size is None else {**config, "input_size": (3, image_size, image_size)}
 
@@ -107,8 +108,10 @@ def _read_domain(name: str, image_size: int) -> Domain:
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], fingerprint: str | None) -> Domain:
     """Return the splits of the dataset `name`. The test split contains no image that the run trained on.
 
-    `name` may also be `source` or `target`, the data of the run itself. If `name` is another dataset, copies of images
-    that the run trained on are removed from its test split. Images of the embedded benchmarks have no such copies.
+    `name` may also be `source` or `target`, which stand for the datasets of the run itself. If the run did not use the
+    dataset `name`, copies of images that the run trained on are removed from the test split. If the run used an
+    embedded benchmark (`digits` or `shapes`), nothing is removed, because other datasets contain no copies of its
+    images.
     """
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
@@ -120,8 +123,8 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], finger
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed, fingerprint)
     if role == "source" and data.get("new_classes"):
-        # The test splits of the source and of each target contain only some of the classes, so join these splits. Only
-        # the `features` of the last target list all classes.
+        # The run has divided the classes of this dataset between the source and the targets. Join their splits, so that
+        # the result contains all classes. Only the `features` of the last target list all classes.
         features = task.targets[-1].test.features
         domains = (task.source, *task.targets)
         train, test = (
@@ -203,10 +206,9 @@ class Comparison:
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
-        accuracies: For each folder name, the accuracy of the file on the images in this folder. The dict is empty if
-            the images have no folders or no labels.
-        model_accuracies: For each folder name, the accuracy of the model on the images in this folder. The dict is
-            empty if `accuracies` is empty.
+        accuracies: A dict from the name of each folder or dataset to the accuracy of the file on its images. The dict
+            is empty if `compare_logits` got no `folders` or no `labels`.
+        model_accuracies: The same dict as `accuracies`, but with the accuracy of the model.
     """
 
     name: str
@@ -221,7 +223,7 @@ class Comparison:
 
     @property
     def losses(self) -> dict[str, float]:
-        """For each folder name, the accuracy of the model minus the accuracy of the file."""
+        """A dict from each name in `accuracies` to the accuracy of the model minus the accuracy of the file."""
         return {name: self.model_accuracies[name] - accuracy for name, accuracy in self.accuracies.items()}
 
 
@@ -235,8 +237,9 @@ def compare_logits(
 ) -> Comparison:
     """Compare `found`, the logits (N, num_classes) of an exported file, with the logits `expected` of its model.
 
-    `folders` contains the name of each image's folder (N), to compute an accuracy for each folder. Without `labels`, no
-    accuracy is computed.
+    If `labels`, the class indices (N,), are given, the accuracies of the file and the model are computed. If `folders`
+    is also given, accuracies are also computed for each name in it. `folders` lists, for each image, the name of its
+    folder or dataset.
     """
 
     def accuracy(logits: Tensor, classes: Tensor) -> float:
@@ -264,8 +267,8 @@ def compare_logits(
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
     """Return a text table with a row for each file, and a first row for the PyTorch model if its accuracy is known.
 
-    With images of several folders, the table has an accuracy column for each folder. Otherwise, it has one accuracy
-    column.
+    If the images are from several folders or datasets, the table has one accuracy column for each of them. Otherwise,
+    it has a single accuracy column.
     """
     folders = list(comparisons[0].accuracies)
     titles = [f"accuracy on {folder}" for folder in folders] if len(folders) > 1 else ["accuracy"]

@@ -4,7 +4,7 @@
 //     ./train_on_device EXPORTED IMAGES STATE [STEPS] [LEARNING_RATE] [SEED]
 //
 // EXPORTED is the folder that `export_train_step` wrote. IMAGES has one subfolder for each class, with RGB images of
-// the network's size as binary PPM files. ImageMagick writes such files:
+// the size that the network expects, as binary PPM files. ImageMagick writes such files:
 // `mogrify -format ppm -resize 96x96^ -gravity center -extent 96x96 *.jpg`. STATE is the safetensors file for the
 // trained adapter and the optimizer state. If STATE exists, training continues from it. Requires POSIX, little-endian.
 #include <fcntl.h>
@@ -110,8 +110,8 @@ int main(int argc, char **argv) {
   std::vector<int64_t> labels(batch);
   std::vector<const char *> names(inputs), results{"loss", "correct"};
   std::vector<OrtValue *> values(inputs);
-  std::vector<std::pair<char *, size_t>> places(2);  // memory and size of each result except the first two
-  for (size_t i = 0; i < inputs; i++) {  // each input is a tensor that uses memory of this program without a copy
+  std::vector<std::pair<char *, size_t>> places(2);  // target and size of each result to copy; the first two are unused
+  for (size_t i = 0; i < inputs; i++) {  // make a tensor for each input, which shares the memory of this program
     auto tensor = [&](void *start, size_t bytes, std::vector<int64_t> dims, auto type) {
       check(ort->CreateTensorWithDataAsOrtValue(memory, start, bytes, dims.data(), dims.size(), type, &values[i]));
     };

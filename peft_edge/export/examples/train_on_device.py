@@ -1,11 +1,11 @@
-"""Train an exported adapter on a folder of images, with onnxruntime, numpy, safetensors and Pillow alone.
+"""Train an exported adapter on a folder of images. Needs only onnxruntime, numpy, safetensors and Pillow.
 
 python train_on_device.py EXPORTED IMAGES STATE [--steps 50] [--learning-rate 0.01] [--seed 0]
 
 EXPORTED is the folder that `export_train_step` wrote. IMAGES is a folder with one subfolder for each class. STATE is
 the file for the trained adapter and the optimizer state. If STATE exists, training continues from this file. If
-EXPORTED contains `prefix.onnx` (the frozen first layers), the outputs of these layers are computed only once for each
-image.
+EXPORTED contains `prefix.onnx` (the frozen first layers), this program computes the outputs of these layers only once
+for each image.
 """
 
 import argparse
