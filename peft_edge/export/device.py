@@ -87,7 +87,7 @@ def export_train_step(
     - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files above, preprocessing,
       class names, optimizer, name and fingerprint of the base model (a hash of its weights), the fields of
       `StepReport`, the machine, and package versions.
-    - `adapter`: the adapter in PEFT's format. `import_state` needs this folder, but the device does not.
+    - `adapter`: a folder with the adapter in PEFT's format. `import_state` needs it, but the device does not.
 
     With `format="executorch"` (experimental), the program `train.pte` replaces the ONNX files. Its methods are
     `train_step`, `predict`, `get_state`, `set_state` and, with `split`, `prefix`; see `executorch_step`.

@@ -47,7 +47,7 @@ class _Header:
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Write a file with the tensors of `model`, after its adapters are merged, that differ from those of `base`.
+    """Compare `model`, with its adapters merged, with `base`, and write the tensors that differ to a file.
 
     Tensors are compared bit by bit. The adapters are merged in a copy of `model`.
 

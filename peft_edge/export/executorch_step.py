@@ -5,8 +5,8 @@ The methods of the program share the buffers of the adapter and the optimizer st
 - `train_step(images, labels, mask, learning_rate)` changes the adapter and the optimizer state, and returns the loss
   and the number of correct predictions.
 - `predict(images)` returns the logits.
-- `prefix(images)` returns the features of images. Only the program of a split step has this method. The `train_step` of
-  a split step takes features instead of images.
+- `prefix(images)` exists only if the step was captured with `split=True`. It returns features (the outputs of the frozen
+  first layers). `train_step` then takes features instead of images.
 - `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
 - `set_state(...)` takes tensors in the same order, and replaces the adapter and the optimizer state by these tensors.
 
@@ -65,9 +65,9 @@ class TrainProgram:
         arena_bytes: For each method name, a list of the sizes of the method's memory arenas in bytes. The last arena
             contains the adapter and the optimizer state. All methods share this arena.
         step_s: Seconds of the fastest training step when the program was checked.
-        difference: Relative error of the trained adapter: ||trained - exact|| / ||exact - initial||. The program has
-            trained `trained`. `exact` is the adapter after the same training in PyTorch with double precision, and
-            `initial` is the adapter before the training.
+        difference: Relative error of the trained adapter: ||trained - exact|| / ||exact - initial||. `trained` is the
+            adapter that the program has trained. `exact` is the adapter after the same training in PyTorch with double
+            precision, and `initial` is the adapter before the training.
         allowed_difference: The largest accepted `difference`.
     """
 

@@ -184,8 +184,8 @@ class _Writer:
     def _rename_outputs(self) -> None:
         """Remove `Identity` nodes that only give a value the name of an output, and rename the value itself instead.
 
-        An `Identity` node remains if its value is an input of the graph or an initializer, or has already been renamed
-        to another output.
+        An `Identity` node remains if its value is an input of the graph or an initializer, or if its value already has
+        the name of another output.
         """
         made = {name: (node, index) for node in self.nodes for index, name in enumerate(node.output)}
         copies = [node for node in self.nodes if node.op_type == "Identity" and node.output[0] in self.graph.outputs]

@@ -11,8 +11,9 @@ orders waste memory:
   nodes.
 
 The added nodes make both orders invalid. They compute the number 1 (or True) from the size of a tensor, and multiply a
-number by this 1 (or combine a mask with this True). The product can be computed only after the tensor. The added nodes
-take almost no time and change no result.
+number by this 1 (or combine a mask with this True). The product must then wait for the tensor. In this way, the number
+of correct predictions waits for the masks, and factors of the backward pass wait for the gradients that they multiply.
+The added nodes take almost no time and change no result.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ class _Scheduler:
         if correct not in self.made:
             return self.nodes
         forward = self._ancestors(correct)
-        loss = min(index for index in self.late if index in self.of_batch)  # the first node that computes the loss
+        loss = min(index for index in self.late if index in self.of_batch)  # the first node that is a part of the loss
         masks = []
         for index, node in enumerate(self.nodes):
             if index in forward or index in self.late or index not in self.of_batch:

@@ -69,9 +69,9 @@ class StepReport:
         double_difference: Largest absolute difference between the captured step and eager training in double
             precision, over the losses and all elements of the trained adapter.
         single_difference: Relative difference between two trained adapters: ||exported - eager|| / ||eager - initial||.
-            `initial` is the adapter before training. The runtime has trained `exported` in single precision, and
-            PyTorch has trained `eager`: for ONNX, eagerly in single precision; for ExecuTorch, with the captured graph
-            in double precision.
+            `initial` is the adapter before training. `exported` is the adapter that the runtime has trained in single
+            precision. `eager` is the adapter that PyTorch has trained: for ONNX, eagerly in single precision; for
+            ExecuTorch, with the captured graph in double precision.
         allowed_difference: The largest accepted `single_difference`.
         step_s: Seconds of the fastest step in the runtime on this machine. ONNX Runtime uses one thread.
         peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime. None for ExecuTorch.

@@ -92,7 +92,10 @@ class StepOptimizer:
         return ("momentum",) if self.momentum else ()
 
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Return zeros: an entry `<slot>:<name>` for each slot and each tensor of `adapter`, and for AdamW `step`."""
+        """Return the state before the first step, in which all values are 0.
+
+        The state has a tensor `<slot>:<name>` for each slot and each name in `adapter`, and for AdamW a counter `step`.
+        """
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
             state[STEP] = next(iter(adapter.values())).new_zeros(())
@@ -187,10 +190,8 @@ class TrainStep:
         step: The graph of a training step. It maps images (features if `prefix` is not None), labels, mask, learning
             rate, adapter and optimizer state to the loss, the number of correct predictions and the new adapter and
             optimizer state.
-        predict: The graph that computes the logits. Its inputs are images (features if `prefix` is not None) and the
-            adapter.
-        prefix: The graph of the frozen layers before the first trained layer. It maps images to features. None if the
-            step was captured with `split=False`.
+        predict: The graph that computes the logits from images (features if `prefix` is not None) and the adapter.
+        prefix: The graph of the frozen layers before the first trained layer, from images to features, or None.
         start: The name of the first module after the prefix. None if `prefix` is None.
         adapter: A dict from the names in the saved adapter to the initial tensors.
         state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
@@ -495,7 +496,7 @@ def capture_graph(
 
     Args:
         function: A function that maps a dict of inputs and a dict of frozen tensors to a dict of outputs.
-        values: A dict from the names of the inputs to example tensors in double precision.
+        values: A dict from the names of the inputs to example tensors, whose shapes and dtypes the inputs will have.
         frozen: A dict from names to tensors. The tensors, or values computed from them, become buffers of the graph.
     """
     outputs: list[str] = []
@@ -509,7 +510,7 @@ def capture_graph(
 
     tensors = [*values.values(), *frozen.values()]
     traced = make_fx(flat, tracing_mode="fake")(*(tensor.detach() for tensor in tensors))
-    # `functionalize` removes in-place operators. The second trace decomposes operators, most of them of the backward.
+    # `functionalize` removes in-place operators. The second trace replaces backward operators by forward operators.
     functional = functionalize(traced)
     module = make_fx(functional, tracing_mode="fake", decomposition_table=decompositions())(*tensors)
     _remove_copies(module.graph)
@@ -576,8 +577,8 @@ def _compare_early(graph: fx.Graph) -> None:
     The comparison then directly follows the last operator that uses x for anything but a comparison. Until the backward
     pass, memory holds the mask (one byte for each element) instead of x. Logical operators on masks move as well.
 
-    The backward pass of a hardtanh (ReLU6) compares the input of the hardtanh with its two limits. This function
-    compares the output instead, because the next layer may keep the output in memory anyway.
+    The backward pass of a hardtanh (ReLU6) compares the input of the hardtanh with its two limits. In the changed
+    graph, it compares the output instead, because the next layer may keep the output in memory anyway.
     """
     for node in graph.find_nodes(op="call_function", target=aten.hardtanh.default):
         for user in list(node.args[0].users):

@@ -25,7 +25,7 @@ CALIBRATION_SIZE = 100
 COMPARISON_SIZE = 256
 # The keys of timm's data configuration that an exported file contains.
 PREPROCESSING_KEYS = ("input_size", "interpolation", "crop_pct", "crop_mode", "mean", "std")
-TEST_SIZE = 1000  # `peft-edge export` compares at most this many images of each dataset that `--test` names
+TEST_SIZE = 1000  # largest number of images that `peft-edge export --test` uses of each dataset
 
 
 class Images(NamedTuple):
@@ -56,7 +56,8 @@ def read_images(
 
     If `run` is given, `comparison` contains no image on which this run trained. If the dataset `name` was used in the
     run, it is split into training and test images as in the run. From any other dataset, copies of the run's training
-    images are left out. If the run used `digits` or `shapes`, other datasets contain no such copies.
+    images are left out. If the run used `digits` or `shapes`, nothing is left out, because other datasets contain no
+    copies of these images.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
