@@ -5,8 +5,8 @@ The methods of the program share the buffers of the adapter and the optimizer st
 - `train_step(images, labels, mask, learning_rate)` changes the adapter and the optimizer state, and returns the loss
   and the number of correct predictions.
 - `predict(images)` returns the logits.
-- `prefix(images)` exists only if the step was captured with `split=True`. It returns features (the outputs of the frozen
-  first layers). `train_step` then takes features instead of images.
+- `prefix(images)` exists only if the step was captured with `split=True`. It returns features, which are the outputs
+  of the frozen first layers. `train_step` then takes features instead of images.
 - `get_state()` returns the adapter and the optimizer state, in the order of `TrainProgram.state_names`.
 - `set_state(...)` takes tensors in the same order, and replaces the adapter and the optimizer state by these tensors.
 
