@@ -52,10 +52,11 @@ def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
     """Take `count` training steps from the initial state in `folder`, then predict with the trained adapter.
 
     Returns:
-        A dict with the tensors of the new adapter and optimizer state under their own names; `losses` and `correct`
-        (numbers of correct predictions) of all steps; the logits of the first batch, `logits.batch`, and of its first
-        image alone, `logits.single`; `step_s`, the seconds of the fastest step; and `peak_rss_bytes`, the peak memory
-        of the process after the last step.
+        A dict with the tensors of the new adapter and optimizer state under their own names, and with these entries:
+        `losses` and `correct` are the loss and the number of correct predictions of each step. `logits.batch` are the
+        logits of the first batch, and `logits.single` are the logits of its first image, computed alone. `step_s` is
+        the time of the fastest step in seconds. `peak_rss_bytes` is the peak memory of the process at the end of the
+        last step.
     """
     session = open_session(folder / "train_step.onnx")
     data = "features" if "features" in {each.name for each in session.get_inputs()} else "images"

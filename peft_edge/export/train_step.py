@@ -191,7 +191,7 @@ class TrainStep:
             rate, adapter and optimizer state to the loss, the number of correct predictions and the new adapter and
             optimizer state.
         predict: The graph that computes the logits from images (features if `prefix` is not None) and the adapter.
-        prefix: The graph of the frozen layers before the first trained layer, from images to features, or None.
+        prefix: The graph from images to features: the frozen layers before the first trained layer. None if not split.
         start: The name of the first module after the prefix. None if `prefix` is None.
         adapter: A dict from the names in the saved adapter to the initial tensors.
         state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
