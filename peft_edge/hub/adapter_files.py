@@ -41,26 +41,26 @@ JSON_LIMIT = 2**20  # bytes; an adapter's configuration takes a few thousand byt
 HEADER_LIMIT = 2**23  # bytes; a safetensors header takes about a hundred bytes per tensor
 
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-"""A dict from the name of each tensor in a file to the shape and dtype of this tensor."""
+"""The shape and dtype of each tensor in a file. The keys are the names of the tensors."""
 
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64}
 # PEFT's other tuners are not supported, because they may read further files or compile code.
 _PEFT_TYPES = ("CONV_LORA", "CONV_ADAPTER", "LORA", "LOHA", "LOKR")
-# The accepted values of `init_lora_weights`: initialisations with random values, or with an exact decomposition of the
-# backbone's weight. Other initialisations need data, or have parameters with which a hostile file could make the
-# initialisation arbitrarily slow.
+# The accepted values of `init_lora_weights`. The first four are initialisations with random values. "pissa" and "olora"
+# decompose the weight of the backbone exactly. Other initialisations need data, or have a number of iterations, which a
+# hostile file could make arbitrarily large.
 _INITIAL_WEIGHTS = (True, False, "gaussian", "orthogonal", "pissa", "olora")
 # Values of `target_modules` that are keywords, not regular expressions.
 _KEYWORDS = {*ROLES, "all-linear", DUMMY_TARGET_MODULES}
 
 
 def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
-    """Save the active adapter, the class names, timm's data configuration and a model card to `folder`.
+    """Save the active adapter, the class names, the preprocessing and a model card to `folder`.
 
-    `folder` is created or replaced only after all files have been written. Fingerprints (hashes) of the base weights
-    and of frozen BatchNorm statistics are also saved, so that `load_pretrained` can reject a base with other values.
-    Fingerprints are left out if the adapter is merged, or if its initialisation may have changed base weights, as with
-    PiSSA.
+    The preprocessing is timm's data configuration of the model. All files are first written to a temporary folder,
+    which then replaces `folder`. Fingerprints (hashes) of the base weights and of frozen BatchNorm statistics are also
+    saved, so that `load_pretrained` can reject a base model with other values. Fingerprints are left out if the adapter
+    is merged, or if the initialisation of the adapter may have changed base weights, as PiSSA does.
 
     Raises:
         ValueError: If the number of class names differs from the number of classes.
@@ -77,7 +77,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     """
     names = class_names(model)
     folder.mkdir(exist_ok=True)
-    # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
+    # By default (`save_embedding_layers="auto"`), PEFT would request the base model's vocabulary size from the Hub.
     model.save_pretrained(str(folder), selected_adapters=[model.active_adapter], save_embedding_layers=False)
     # PEFT writes an adapter that is not named "default" into a subfolder.
     for file in list(folder.glob(f"{model.active_adapter}/*")):
@@ -90,7 +90,8 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
     if (fingerprint := base_fingerprint(model)) is not None:
         (folder / BASE_NAME).write_text(json.dumps(fingerprint), encoding="utf-8")
 
-    # `load_pretrained` rejects patterns that RE2 does not support. Replace such a pattern by the names that it matches.
+    # `load_pretrained` rejects patterns that RE2 does not support. Replace such a pattern by the module names that it
+    # matches.
     config = json.loads((folder / CONFIG_NAME).read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base_name or config["base_model_name_or_path"]
     modules = [target.name for target in iter_target_modules(model.get_base_model())]
@@ -105,7 +106,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Read `adapter_config.json`.
+    """Read the file `adapter_config.json` at `path`, and return the configuration as an object of PEFT's class.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -138,7 +139,10 @@ def read_configuration(path: Path) -> PeftConfig:
 
 
 def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, object]) -> None:
-    """Raise a ValueError if `found`, the contents of the file `path`, has an unknown or unsafe key or value."""
+    """Raise a ValueError if `found` has an unknown or unsafe key or value.
+
+    `found` is the JSON object in the file `path`. `config_class` is PEFT's class for such a configuration.
+    """
     # Imported here to keep the import of the package fast.
     from pydantic import TypeAdapter, ValidationError
 
@@ -171,8 +175,9 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
     takes linear time.
 
     Raises:
-        ValueError: If a pattern is invalid or uses lookaround or backreferences, which RE2 does not support; if a field
-            has more entries than there are modules; or if `layers_pattern` is not a module name.
+        ValueError: If a pattern is invalid, or uses lookaround or backreferences, which RE2 does not support. If a
+            field has more entries than `modules`. If an entry of `layers_pattern` contains other characters than
+            letters, digits, `_` and `.`.
     """
     for field in ("target_modules", "exclude_modules", "modules_to_save", "rank_pattern", "alpha_pattern"):
         value = getattr(config, field, None)
@@ -182,8 +187,8 @@ def resolve_patterns(config: PeftConfig, modules: Sequence[str]) -> None:
             raise ValueError(f"{field}: expected at most the {len(modules)} modules of the network, found {len(value)}")
         elif isinstance(value, dict):
             # PEFT uses the first pattern that matches the end of a name. The loop visits the patterns in reverse order,
-            # so that the first pattern overwrites the results of later patterns. A pattern with "^" must match the
-            # whole name.
+            # so that the first pattern overwrites the results of later patterns. Each new pattern starts with "^", so
+            # that PEFT compares it with the whole name, not only with the end of the name.
             exact = {
                 rf"^{re.escape(name)}": number
                 for pattern, number in reversed(value.items())
@@ -202,7 +207,10 @@ def exact_pattern(names: Iterable[str]) -> str:
 
 
 def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
-    """Return each name that `pattern` matches completely. Raise a ValueError if RE2 does not support `pattern`."""
+    """Return the entries of `names` that match `pattern` from start to end.
+
+    Raise a ValueError if RE2 does not support `pattern`. `field` is the configuration field that the message names.
+    """
     # Imported here to keep the import of the package fast.
     import pyarrow as pa
     import pyarrow.compute as pc
@@ -218,7 +226,7 @@ def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the names, shapes and dtypes in the header of a safetensors file.
+    """Read the names, shapes and dtypes of the tensors in a safetensors file from the header of the file.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -259,7 +267,8 @@ def read_json(path: Path) -> object:
 
     Raises:
         FileNotFoundError: If the file is missing.
-        ValueError: If the file is not valid JSON, exceeds `JSON_LIMIT`, repeats a key, or contains NaN or infinity.
+        ValueError: If the file is larger than `JSON_LIMIT`, is not valid JSON, is nested too deeply, repeats a key, or
+            contains NaN or infinity.
     """
     with path.open("rb") as file:
         content = file.read(JSON_LIMIT + 1)
@@ -274,7 +283,7 @@ def read_json(path: Path) -> object:
 
 
 def _unique(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Return a dict from keys to values. Raise a ValueError if a key occurs twice."""
+    """Return the (key, value) pairs of a JSON object as a dict. Raise a ValueError if a key occurs twice."""
     if len(found := dict(pairs)) < len(pairs):
         raise ValueError("a key occurs twice")
     return found

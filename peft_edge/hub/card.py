@@ -1,4 +1,4 @@
-"""Build model cards of adapters and whole models: the base model, accuracy, cost, and example code for loading."""
+"""Build model cards of adapters and whole models. A card shows the base model, accuracy, cost and example code."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ class CardSubject:
         architecture: The name of the timm architecture, or of the Python class if the base is not from timm.
         peft_type: The adapter's `peft_type`, such as `CONV_LORA`; None for a whole model.
         source: The Hub id from which the code examples of the card load the adapter or model.
-        license: The Hub's identifier of a license. With None, the card names the license of timm's pretrained weights
-            if the run used these weights, and no license otherwise.
+        license: The Hub's identifier of a license. None means the license of timm's pretrained weights if the run
+            used these weights, and otherwise no license.
     """
 
     base: str
@@ -51,7 +51,7 @@ class CardSubject:
 
     @classmethod
     def from_model(cls, model: PeftModel, **more: str | None) -> CardSubject:
-        """Return the subject for the active adapter of `model`. Keyword arguments set or replace fields."""
+        """Return the subject for the active adapter of `model`. Keyword arguments are values of further fields."""
         config, base = model.peft_config[model.active_adapter], model.get_base_model()
         name = config.base_model_name_or_path or getattr(base, "name_or_path", None) or "unknown"
         architecture = getattr(base, "pretrained_cfg", {}).get("architecture", type(base).__name__)
@@ -61,9 +61,9 @@ class CardSubject:
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
     """Build the model card of an adapter or of a whole model.
 
-    `record` contains the results of a run, and must come from `shareable`, which removes local paths. If it is given,
-    the card also shows accuracy and cost. If `folder` is given, a plot of the cost is saved in it as `PICTURE_NAME`.
-    This requires matplotlib, and a record with a profile of a training step. Without them, no plot is saved.
+    If `record` is given, the card also shows the accuracy and the cost of this run. The record must come from
+    `shareable`, which shortens local paths. If `folder` is given, a plot of the cost is saved there as `PICTURE_NAME`.
+    No plot is saved if matplotlib is missing, or if the record contains no profile of a training step.
     """
     shown = subject.base if subject.base.startswith("timm/") else subject.architecture
     kind = "Model adapted from" if subject.peft_type is None else f"{subject.peft_type} adapter for"
@@ -74,10 +74,9 @@ def adapter_card(subject: CardSubject, record: Record | None = None, folder: Pat
 
 
 def _results(record: Record, folder: Path | None) -> dict[str, object]:
-    """Return the values of the card's template for the results of a run.
+    """Return the values with which the card's template shows the results of a run.
 
-    If `folder` is given, also save a plot of the cost in it. This requires matplotlib, and a record with a profile of a
-    training step. Without them, no plot is saved.
+    If `folder` is given, also save a plot of the cost there, as `adapter_card` describes.
     """
     # Imported here to keep the import of the package fast.
     from peft_edge.profiling.figures import save_cost_figure
@@ -156,9 +155,10 @@ def _label(name: object, filters: Any) -> str:
 
 
 def _shift(data: Mapping[str, Any]) -> str:
-    """Return the new classes as text. Without new classes, return the shift, or the dataset if there is no shift.
+    """Return a text that describes what a run adapted to. `data` is the section `data` of the run's configuration.
 
-    If the severity is not None, append it to the shift or dataset.
+    If there are new classes, the text lists them. Otherwise, it is the name of the shift, or the name of the dataset if
+    there is no shift, followed by the severity if it is not None.
     """
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"
@@ -172,7 +172,11 @@ def shareable(record: Record) -> Record:
 
 
 def shorten_paths(value: object, key: str = "") -> object:
-    """Return a copy of a JSON value with only the last component of each local path. `key` is the key of `value`."""
+    """Return a copy of a JSON value in which each local path is shortened to its last component.
+
+    If `value` is an entry of a JSON object, `key` is its key. The values of `output_dir` and `cache_dir` always count
+    as local paths.
+    """
     if isinstance(value, dict):
         return {shorten_paths(name): shorten_paths(entry, name) for name, entry in value.items()}
     if isinstance(value, list):
@@ -183,5 +187,5 @@ def shorten_paths(value: object, key: str = "") -> object:
 def _is_local_path(text: str, key: str) -> bool:
     if key in ("output_dir", "cache_dir") or re.match(r"[/~.\\]|[A-Za-z]:[/\\]", text):
         return True
-    # "owner/name" is a dataset on the Hub, unless a folder of this name exists.
+    # A text such as "owner/name" is the id of a dataset on the Hub, unless a file or folder has this path.
     return "/" in text and len(text) < 1000 and Path(text).exists()

@@ -1,4 +1,4 @@
-"""Combine the adapters of several devices, trained on the same base model, into one adapter."""
+"""Combine adapters, which several devices have trained on the same base model, into one adapter."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ COMBINATIONS = (
     *("cat", "linear", "svd", "ties", "ties_svd", "dare_linear", "dare_linear_svd", "dare_ties", "dare_ties_svd"),
     *("magnitude_prune", "magnitude_prune_svd"),
 )
-"""The values of `combination_type` of PEFT's `add_weighted_adapter`."""
+"""The values that PEFT's `add_weighted_adapter` accepts for its argument `combination_type`."""
 
 
 def combine_adapters(
@@ -37,25 +37,27 @@ def combine_adapters(
     """Load adapters of type `CONV_LORA`, and combine them with `ConvLoraModel.add_weighted_adapter`.
 
     Weights that add up to 1 give an average. Other weights give task arithmetic (arXiv 2212.04089). The statistics of
-    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). In the pooled statistics,
-    each adapter counts by its number of training batches, not by its weight.
+    BatchNorm are pooled over the adapters with positive weights (see `BatchNormLayer.pool`). In the pool, an adapter
+    counts in proportion to its batch counter `num_batches_tracked`, not in proportion to its weight.
 
     Args:
         adapters: Folders of adapters, or ids of adapters on the Hub.
         weights: A weight for each adapter. By default, each weight is 1 / (number of adapters).
         base: The base model of all adapters. By default, it is the base model that `load_pretrained` loads for the
             first adapter.
-        combination: How PEFT combines A and B, one of `COMBINATIONS`. `cat` is exact: the kernel update is the weighted
-            sum of the updates, and the rank is the sum of the ranks. `svd` gives the best approximation of this sum
-            with rank `svd_rank`. `linear` combines A and B separately. Other names are variants of TIES, DARE and
-            magnitude pruning.
-        svd_rank: The rank for the combinations with SVD. By default, it is the largest rank of the adapters.
-        density: The fraction of values that TIES, DARE and magnitude pruning keep. These combinations require
-            `density`.
+        combination: How PEFT combines the matrices A and B of the adapters: one of `COMBINATIONS`. With `cat`, the
+            combined kernel update is exactly the weighted sum of the adapters' updates, and its rank is the sum of
+            their ranks. `svd` gives the best approximation of the weighted sum with rank `svd_rank`. `linear` adds up
+            the weighted matrices A, and separately the weighted matrices B. The other names select variants of TIES,
+            DARE and magnitude pruning.
+        svd_rank: The rank of the combined adapter if the name of the combination ends in `svd`. By default, it is the
+            largest rank of the adapters.
+        density: The fraction of values that TIES, DARE and magnitude pruning keep. It is required for combinations
+            that use one of these three methods, and ignored by `cat`, `svd` and `linear`.
 
     Returns:
-        The model in eval mode. Its adapters are `adapter_0`, `adapter_1`, ... and the combined adapter. The latter is
-        active, and has the name `COMBINED`.
+        The model in eval mode. It has the loaded adapters with the names `adapter_0`, `adapter_1`, ..., and the
+        combined adapter with the name `COMBINED`. The combined adapter is active.
 
     Raises:
         FileNotFoundError: If a file is missing.
@@ -97,9 +99,9 @@ def combine_adapters(
 
 
 def _check_same(first_name: object, first: PeftModel, name: object, other: PeftModel) -> None:
-    """Raise a ValueError if type, settings or classes of `other` and `first` differ.
+    """Raise a ValueError if `other` is not of type `CONV_LORA`, or differs from `first` in settings or classes.
 
-    `first_name` and `name` occur only in the message.
+    `first_name` and `name` are the folders or Hub ids of the two adapters. Only the message uses them.
     """
     config, expected = other.active_peft_config, first.active_peft_config
     if not isinstance(config, ConvLoraConfig):
@@ -118,7 +120,9 @@ def _check_same(first_name: object, first: PeftModel, name: object, other: PeftM
 def _exact_config(model: PeftModel) -> ConvLoraConfig:
     """Return a copy of the adapter's configuration in which `target_modules` alone determines the adapted layers.
 
-    When PEFT combines adapters, it joins their `target_modules`, but takes `exclude_modules` from the first adapter.
+    When PEFT combines adapters, it joins their `target_modules`, but copies `exclude_modules` from the first adapter.
+    Modules that only the first adapter excludes would then be missing in the combined adapter. Therefore
+    `target_modules` of the copy matches exactly the names of the adapted layers, and its `exclude_modules` is None.
     """
     config = copy.deepcopy(model.active_peft_config)
     config.target_modules = exact_pattern(model.base_model.targeted_module_names)

@@ -34,8 +34,8 @@ from peft_edge.hub.adapter_files import (
 from peft_edge.names import nearest_folder
 from peft_edge.tuners.injection import base_fingerprint
 
-# The arguments of `timm.create_model` that a downloaded backbone may set. Other arguments can name files to read, or
-# set the number of layers.
+# The arguments of `timm.create_model` that a downloaded backbone may set. Other arguments could name files on this
+# machine, or set an arbitrary number of layers.
 _MODEL_ARGS = {"act_layer", "bn_eps", "bn_momentum", "global_pool", "img_size", "in_chans", "num_classes", "pad_type"}
 
 _PREPROCESSING = ("mean", "std", "interpolation", "crop_pct", "crop_mode")
@@ -51,14 +51,15 @@ def load_pretrained(
 ) -> PeftModel:
     """Load an adapter together with the backbone that it was trained on.
 
-    The files may come from an untrusted source. Only JSON and safetensors files are read. The adapter is first built on
-    torch's meta device, which takes no memory, to compare its tensors with those in the file.
+    The files may come from an untrusted source. Only JSON and safetensors files are read. Before the adapter is
+    added to the backbone, both are built on torch's meta device, which takes no memory. The names and shapes of the
+    adapter's tensors must equal those in the file.
 
     Args:
         adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
-        base: The backbone. The adapter is added to a copy of `base`, whose head gets as many classes as the adapter's
-            head. By default, the backbone is loaded from the adapter's subfolder `source_model`. If there is no such
-            subfolder, the backbone that the adapter's configuration names is loaded.
+        base: The backbone. The adapter is added to a copy of `base`. The head of this copy gets as many classes as the
+            adapter's head. By default, the backbone is loaded from the adapter's subfolder `source_model`. If there is
+            no such subfolder, the backbone that the adapter's configuration names is loaded.
         revision: A branch, tag or commit of the adapter's repository on the Hub.
         allow_other_base: Whether to accept a backbone whose weights differ from those that the adapter was trained on.
             `save_adapter` saves a fingerprint (hash) of the base weights, which reveals the difference. An adapter that
@@ -66,13 +67,15 @@ def load_pretrained(
 
     Returns:
         The adapted model in eval mode. It maps images (B, C, H, W) to logits (B, num_classes). If class names were
-        saved with the adapter, `peft_edge.backbones.class_names` returns them. The result of timm's
-        `resolve_model_data_config` is the preprocessing that was saved with the adapter.
+        saved with the adapter, `peft_edge.backbones.class_names` returns them. timm's `resolve_model_data_config`
+        returns the preprocessing that was saved with the adapter. If none was saved, it returns the backbone's.
 
     Raises:
-        FileNotFoundError: If the folder, the repository, one of its files or the backbone is missing.
+        FileNotFoundError: If the folder or repository of the adapter, a required file in it, or the backbone is
+            missing.
         ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone or with other base
-            weights. The message names the file, the key or the first tensor that does not fit.
+            weights. If `base` is None, and the adapter's configuration names no backbone of timm. The message names the
+            file, the key or the first tensor that does not fit.
 
     Example:
         >>> import copy, tempfile
@@ -120,11 +123,10 @@ def load_pretrained(
 
 
 def _check_base(adapted: PeftModel, path: Path, name: str | None) -> None:
-    """Raise a ValueError if the base weights of `adapted` do not have the fingerprint in the file `path`.
+    """Raise a ValueError if the base weights of `adapted` do not have the fingerprint (hash) in the file `path`.
 
-    `name` is the folder or repository of the backbone on which the adapter was trained, for the message.
-
-    If the file is missing, or the fingerprint of `adapted` cannot be computed, there is no error.
+    If the file is missing, or the fingerprint of `adapted` cannot be computed, there is no error. `name` is the folder
+    or repository of the backbone on which the adapter was trained. Only the message uses `name`.
     """
     if not path.exists():
         return
@@ -153,10 +155,11 @@ def _check_base(adapted: PeftModel, path: Path, name: str | None) -> None:
 def _download(
     repo_id: str, files: list[str], expected: str, *, revision: str | None = None, nearest: Path | None = None
 ) -> Path:
-    """Download those of `files` that a repository contains, and return their folder.
+    """Download the listed `files` from a repository, and return the local folder that contains them.
 
-    `expected` describes the folder in the message of the FileNotFoundError for a failed download. `nearest` is a folder
-    with a similar name, which the message then suggests.
+    Files that the repository does not contain are skipped. If the download fails, raise a FileNotFoundError. Its
+    message says that `expected`, such as "the folder of an adapter", was not found at `repo_id`. If `nearest` is
+    given, the message suggests this local folder, whose name is similar to `repo_id`.
     """
     try:
         return Path(snapshot_download(repo_id, revision=revision, allow_patterns=files))
@@ -174,8 +177,9 @@ def _download(
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
     """Load the backbone of the adapter in `folder`: from `source_model`, from a local folder, or from the Hub.
 
-    If the configuration names only a timm architecture, without saved weights, warn, and return a model with new random
-    weights.
+    `is_local` is False if `folder` was downloaded from the Hub. If the configuration names only a timm architecture,
+    the adapter was trained on random weights that were not saved. In this case, warn, and return a model with other
+    random weights.
     """
     name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
@@ -206,10 +210,11 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
 
 
 def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
-    """Load a backbone from a folder with files that may be hostile. If `name` is given, store it as `name_or_path`.
+    """Load a backbone from a folder with files that may be hostile.
 
-    The backbone is first built on the meta device, without memory. This fails if the weights do not match the
-    configuration, so a small file cannot request a huge model.
+    The backbone is first built on the meta device, which takes no memory. This fails if the tensors in the weights
+    file and in the configured network differ in shape, so a small file cannot request a huge model. If `name` is given,
+    the attribute `name_or_path` of the model is set to `name`.
     """
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:
@@ -237,17 +242,18 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
 
 
 def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
-    """Raise a ValueError if the adapter in the file, described by `layout`, does not fit `model`.
+    """Raise a ValueError if the adapter does not fit `model`.
 
-    The adapter is added to a copy of `model` on the meta device. Its tensors must have the names and shapes in
-    `layout`. The copy and `layout` must agree on which tensors have a floating-point dtype.
+    `layout` contains the names, shapes and dtypes of the tensors in the adapter's file. The check adds an adapter with
+    the configuration `config` to a copy of `model` on the meta device. The tensors of this adapter must have the names
+    and shapes in `layout`. A tensor with a floating-point dtype must have one in `layout` too, and vice versa.
     """
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):
-        config.init_lora_weights = True  # other initialisations decompose weights, which have no values in `trial`
+        config.init_lora_weights = True  # some initialisations decompose weights, but weights of `trial` have no values
     with torch.device("meta"):
         _resize_head(trial, layout)
-        # With its default for `save_embedding_layers`, PEFT requests the base model's vocabulary size from the Hub.
+        # By default (`save_embedding_layers="auto"`), PEFT would request the base model's vocabulary size from the Hub.
         state = get_peft_model_state_dict(PeftModel(trial, config), save_embedding_layers=False)
     if differing := sorted(state.keys() ^ layout.keys()):
         name = differing[0]
@@ -262,7 +268,7 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device. The values of the weights are never copied, which saves memory."""
+    """Return a copy of a model on the meta device. To save memory, only shapes and dtypes are copied, not values."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         values = tensor.detach().to("meta")
@@ -275,7 +281,7 @@ def _resize_head(base: nn.Module, layout: Layout) -> None:
     """Give the head of `base` as many classes as the adapter's head has, in place.
 
     `layout` contains the names and shapes of the adapter's tensors. A head that grows keeps its old rows. A head that
-    shrinks gets new weights. If the adapter has no head, nothing changes.
+    shrinks gets new random weights. If the adapter has no head, nothing changes.
     """
     for head in head_names(base) if hasattr(base, "get_classifier") else ():
         shape, _ = layout.get(f"base_model.model.{head}.weight", ((), None))
@@ -310,7 +316,7 @@ def _set_preprocessing(base: nn.Module, path: Path) -> None:
         if not isinstance(found, dict) or found.keys() != expected:
             raise ValueError(f"expected the keys {', '.join(sorted(expected))}.")
         channels, height, width = found["input_size"]
-        most = _LARGEST_SIDE * float(found["crop_pct"])  # timm enlarges images by 1 / crop_pct before the crop
+        most = _LARGEST_SIDE * float(found["crop_pct"])  # timm resizes images to side / crop_pct before the crop
         if channels != 3 or not all(type(side) is int and side <= most for side in (height, width)):
             raise ValueError(f"input_size: expected 3 channels, and at most {_LARGEST_SIDE} pixels before the crop.")
         set_preprocessing(base, image_size=(height, width), **{name: found[name] for name in _PREPROCESSING})

@@ -45,11 +45,12 @@ def push_adapter(
         repo_id: `"owner/name"`; the repository is created if missing.
         record: The file `record.json` of the run that trained the adapter. It is pushed, and its results are added to
             the card.
-        license: The Hub's identifier of a license, for the card. With None, the card names the license of timm's
-            pretrained weights if, according to `record`, the run used these weights. Otherwise, it names no license.
+        license: The Hub's identifier of a license, which the card names. None means the license of timm's pretrained
+            weights if the run used these weights (according to `record`), and otherwise no license.
         private: Whether a repository that this function creates is private. None uses the default of the Hub.
         revision: The branch to push to; it is created if missing.
-        token: A Hub token; by default the token of `hf auth login` or of the environment variable `HF_TOKEN`.
+        token: A token of the Hub. By default, it is the token from `hf auth login` or from the environment variable
+            `HF_TOKEN`.
         commit_message: The title of the commit.
 
     Returns:
@@ -105,7 +106,7 @@ def push_update(
 
 
 def _read_shareable(path: str | os.PathLike[str] | None) -> Record | None:
-    """Read the record of a run, and shorten local paths in it. Return None if `path` is None."""
+    """Read the record of a run, and shorten each local path in it to its last part. If `path` is None, return None."""
     from peft_edge.records import Record
 
     return None if path is None else shareable(Record.from_json(Path(path).read_text(encoding="utf-8")))
@@ -120,9 +121,9 @@ def _upload(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Push all files in `folder` and the record in one commit, and return the URL of the commit.
+    """Push all files in `folder` and, unless it is None, the record in one commit. Return the URL of the commit.
 
-    The repository and the branch `revision` are created if missing. Raise an OSError if the push fails.
+    The repository and the branch `revision` are created if they do not exist. If the push fails, raise an OSError.
     """
     if record is not None:
         (folder / "record.json").write_text(record.to_json(), encoding="utf-8")
@@ -136,7 +137,7 @@ def _upload(
             folder_path=folder,
             revision=revision,
             commit_message=commit_message,
-            # `load_pretrained` must not use the backbone of an earlier push.
+            # Delete the backbone of an earlier push. Otherwise, `load_pretrained` would use it for this adapter.
             delete_patterns=[f"{SOURCE_NAME}/*"],
         )
     except Exception as error:  # the class of the error depends on the HTTP library that huggingface_hub uses
@@ -158,5 +159,5 @@ def _push_to_hub(self: PeftModel, repo_id: str, **options: Any) -> object:
     return (push_adapter if is_ours else _peft_push_to_hub)(self, repo_id, **options)
 
 
-# PEFT's own `push_to_hub`, inherited from transformers, replaces our card and omits the backbone and class names.
+# Replace PEFT's own `push_to_hub`, which overwrites our card and pushes neither the backbone nor the class names.
 PeftModel.push_to_hub = _push_to_hub

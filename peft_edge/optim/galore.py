@@ -1,14 +1,14 @@
 """GaLore optimizers (Zhao et al. 2024, arXiv 2403.03507) for matrices and convolution kernels, with low-rank states.
 
-GaLore projects the gradient G of a weight W to r rows. An optimizer computes the update rho(R) of the projected
-gradient R, and GaLore projects this update back (algorithm 2 of the paper):
+GaLore projects the gradient G of a weight W to a matrix R of r rows. An optimizer computes an update rho(R) from this
+projected gradient, and GaLore projects the update back (algorithm 2 of the paper):
 
     R = P^T G,    W <- W - lr * scale * P rho(R).
 
-The columns of P are the first r left singular vectors of a recent G. A projection to r columns uses the right singular
-vectors Q: R = G Q, W <- W - lr * scale * rho(R) Q^T. A kernel (C_out, C_in/g, kh, kw) is read as the matrix (C_out, K)
-with K = C_in/g * kh * kw. With r rows, Adam stores P and two averages of shape (r, K). Without a projection, the two
-averages have the shape (C_out, K).
+The columns of P are the first r left singular vectors of a recent gradient. A projection to r columns uses the first r
+right singular vectors instead, as the columns of Q: R = G Q, W <- W - lr * scale * rho(R) Q^T. A kernel
+(C_out, C_in/g, kh, kw) is treated as a matrix (C_out, K) with K = C_in/g * kh * kw. With a projection to r rows, Adam
+stores P and two averages of shape (r, K). Without a projection, the two averages have the shape (C_out, K).
 
 Parameter groups have the keys of galore-torch, with the defaults of Transformers:
 
@@ -71,24 +71,24 @@ class Basis(NamedTuple):
 
 
 def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
-    """Return the first `rank` singular vectors of `gradient`, (rows, columns). `proj_type` selects left, right or both.
+    """Return the first `rank` singular vectors of the matrix `gradient`: left, right or both, as `proj_type` selects.
 
     The SVD is exact if the shorter side of `gradient` is at most 256 or at most four times `rank`. Otherwise the SVD is
-    randomised, with its own generator and a fixed seed. In distributed training, all processes use the vectors of
-    process 0. The vectors have the dtype of `gradient`. The function returns None if the SVD fails or a vector is not
-    finite, for example because `gradient` contains NaN.
+    randomised. It then uses a new generator with a fixed seed, and leaves torch's global generator unchanged. In
+    distributed training, all processes use the vectors of process 0. The vectors have the dtype of `gradient`. The
+    function returns None if the SVD fails or a vector is not finite, for example because `gradient` contains NaN.
     """
     rows, columns = gradient.shape
     rank = min(rank, rows, columns)
     matrix = gradient.float()
     try:
         left, right = _singular_vectors(matrix, rank)
-    except torch.linalg.LinAlgError:  # NaN from process 0 makes the result None in all processes
+    except torch.linalg.LinAlgError:  # process 0 sends NaN to all processes, so all return None
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
-    # `copy=True`, because a slice would keep the whole decomposition in memory. Each singular vector is contiguous, as
-    # in the result of LAPACK, so that matrix products round as in galore-torch.
+    # `copy=True`, because a slice would keep the whole decomposition in memory. The matrices are stored in column-major
+    # order, as LAPACK returns them, so that matrix products round as in galore-torch.
     vectors = {
         name: matrix.t().to(gradient.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, matrix in (("left", left), ("right", right))
@@ -106,7 +106,7 @@ def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the first left singular vectors, (rows, rank), and the first right singular vectors, (rank, columns)."""
     if min(matrix.shape) > max(256, 4 * rank):
         # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with 8 more samples than the rank and two power
-        # iterations. `torch.svd_lowrank` does not accept a generator.
+        # iterations. `torch.svd_lowrank` is not used, because it does not accept a generator.
         generator = torch.Generator(matrix.device).manual_seed(0)
         size = (matrix.shape[1], rank + 8)
         samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)
@@ -149,9 +149,10 @@ class _GaLore(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        The basis of a projected weight is computed in the first step and then every `update_proj_gap` steps. If this
-        fails, for example because the gradient is not finite, the optimizer warns, leaves this weight and its state
-        unchanged, and tries again in the next step. `closure` computes the gradients and returns the loss.
+        The basis (the singular vectors) of a projected weight is computed in the first step and then every
+        `update_proj_gap` steps. If the computation fails, for example because the gradient is not finite, the optimizer
+        warns, and leaves this weight and its state unchanged. The next step then computes the basis again. `closure`
+        computes the gradients and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -175,9 +176,9 @@ class _GaLore(Optimizer):
         return loss
 
     def _step_projected(self, weight: Tensor, grad: Tensor, group: ParamGroup) -> bool:
-        """Update a projected weight.
+        """Update a projected weight, and return True.
 
-        If a new basis is due but `new_basis` returns None, change nothing and return False.
+        If a new basis must be computed and `new_basis` returns None, change nothing and return False.
         """
         state, gradient = self.state[weight], grad.flatten(1)
         step = int(state["step"]) if state else 0
@@ -186,21 +187,24 @@ class _GaLore(Optimizer):
             if basis is None:
                 return False
             state.update({f"basis_{side}": vectors for side, vectors in basis._asdict().items() if vectors is not None})
-        # `step` is a tensor, because `load_state_dict` of AdamW converts `step` to a tensor.
+        # Store `step` as a tensor: AdamW's `load_state_dict` would convert a number to a tensor.
         state["step"] = torch.tensor(step + 1.0)
         basis = Basis(state.get("basis_left"), state.get("basis_right"))
         self._update(weight, gradient, basis, state, group, step + 1)
         return True
 
     def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
-        """Update `weight` (C_out, C_in/g, *kernel) in place. `grad` has shape (C_out, K), and `step` starts at 1."""
+        """Update `weight` of shape (C_out, C_in/g, *kernel) in place.
+
+        `grad` is its gradient as a matrix (C_out, K). `step` is the number of this step, counted from 1.
+        """
         raise NotImplementedError
 
 
 class GaLoreAdamW(_GaLore, AdamW):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with the projected gradients of GaLore.
 
-    In groups with `rank`, `exp_avg` and `exp_avg_sq` are averages of the projected gradient R and of R^2. As in
+    In groups with `rank`, `exp_avg` and `exp_avg_sq` are running averages of the projected gradient R and of R^2. As in
     galore-torch, `eps` is added before bias correction, and weight decay is not projected. The arguments are the first
     five of `torch.optim.AdamW`; their defaults are those of galore-torch.
 

@@ -41,10 +41,11 @@ def galore_param_groups(
 ) -> list[ParamGroup]:
     """Return the trainable parameters in three groups: kernels to project, other weights, and vectors (biases, norms).
 
-    The first group has the keys `rank`, `update_proj_gap`, `scale` and `proj_type`, which `peft_edge.optim.galore`
-    explains. A kernel (C_out, C_in/g, kh, kw) is projected as a matrix (C_out, C_in/g * kh * kw). A kernel with at most
-    `rank` rows or columns is in the second group, because its projection would save no memory. The weights of linear
-    layers are never projected. An empty group is left out of the list.
+    The first group has the keys `rank`, `update_proj_gap`, `scale` and `proj_type`, which the module docstring of
+    `peft_edge.optim.galore` explains. A kernel (C_out, C_in/g, kh, kw) is projected as a matrix with C_out rows and
+    C_in/g * kh * kw columns. If this matrix has at most `rank` rows or at most `rank` columns, its projection would
+    save no memory, so the kernel is in the second group. The weights of linear layers are never projected. An empty
+    group is left out of the list.
 
     `target_modules` selects the convolutions to project: a role (see `peft_edge.roles`), a module name, or a list of
     roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The first two groups have
@@ -92,9 +93,10 @@ def galore_param_groups(
 def _groups(
     model: nn.Module, weight_decay: float, projected: frozenset[Tensor] = frozenset(), **galore: object
 ) -> list[ParamGroup]:
-    """Return the trainable parameters in three groups: `projected`, other weights, and vectors.
+    """Return the trainable parameters in three groups: those in `projected`, other weights, and vectors.
 
-    The first group has the keys of `galore`. The vectors have no weight decay. An empty group is left out of the list.
+    The first group also has the keys and values of `galore`. The weight decay of the vectors is 0. An empty group is
+    left out of the list.
     """
     groups: list[ParamGroup] = [
         {"params": [], "weight_decay": weight_decay, **galore},
@@ -103,7 +105,7 @@ def _groups(
     ]
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            # Check the name too, because PEFT stores DoRA's magnitude of a convolution with four dimensions.
+            # Check the name too: for a convolution, PEFT stores DoRA's magnitude vector as a tensor of four dimensions.
             is_vector = parameter.ndim < 2 or "lora_magnitude_vector" in name
             groups[0 if parameter in projected else 2 if is_vector else 1]["params"].append(parameter)
     return [group for group in groups if group["params"]]
