@@ -1,4 +1,4 @@
-"""Compute the cost of a training step from tensor shapes alone. This takes seconds and almost no memory."""
+"""Compute the cost of a training step from tensor shapes alone, in seconds and with no more memory than the weights."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Analysis:
     memory: MemoryProfile
     """Bytes of tensors. `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes` are None."""
     profile: list[StepProfile]
-    """FLOPs and memory as table rows: first a row for the whole step, then a row for each LoRA rank."""
+    """FLOPs and memory as `StepProfile` rows: first a row for the whole step, then a row for each LoRA rank."""
     num_trainable_params: int
     num_total_params: int
 
@@ -78,19 +78,21 @@ def analyse(
         backbone: The name of a timm model, or a model. The model is not changed and may be on the meta device.
         method: A key of `METHODS` (timm models only), or a PEFT configuration, such as `peft.LoraConfig`. None trains
             the parameters that require a gradient.
-        lora_rank: Rank of the adapter. None means the default of `train.py` for a method name, and `r` for a PEFT
-            configuration. If `method` is a name and `lora_rank` is given, `lora_alpha` is `2 * lora_rank`. Method names
-            without an adapter ignore this argument.
+        lora_rank: Rank of the adapter. If it is None, a method name gets the default rank of `train.py`, and a PEFT
+            configuration keeps its `r`. If `method` is a name and `lora_rank` is given, `lora_alpha` is
+            `2 * lora_rank`. This argument has no effect on methods whose options are not in the section `adapter` of
+            the configuration, such as `full`, `conv-adapter` and `galore`.
         batch_size: Images or sequences in the step.
         image_size: Height and width of the images in pixels.
         sequence_length: Tokens in a sequence, for text models of transformers.
         optimizer: A key of `OPTIMIZERS`, or a function that maps the list of trainable parameters to an optimizer. If
             it is None, the step ends without an update.
-        adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. Requires a method name.
-        lean: Arguments of `prepare_model_for_lean_training`. If it is None, the model is not prepared in this way.
-        inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments. Tensors may be on the
-            meta device. None means token ids of shape (batch_size, sequence_length) for text models of transformers,
-            and images of shape (batch_size, 3, image_size, image_size) for all other models.
+        adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. They require that
+            `method` is a name.
+        lean: Arguments of `prepare_model_for_lean_training`. If it is None, this function is not called.
+        inputs: The inputs of the model: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
+            Tensors may be on the meta device. None means token ids of shape (batch_size, sequence_length) for text
+            models of transformers, and images of shape (batch_size, 3, image_size, image_size) for all other models.
         accounting: See `FlopCounter`.
 
     Raises:
@@ -134,10 +136,10 @@ def analyse(
 def compare_methods(
     backbone: str | nn.Module, methods: Sequence[str], *, lora_ranks: Sequence[int], **options: Any
 ) -> dict[str, StepProfile]:
-    """Analyse a step of each method. Methods with adapters are analysed once for each rank in `lora_ranks`.
+    """Analyse a step of each method. Methods with a LoRA rank are analysed once for each rank in `lora_ranks`.
 
-    `options` are further arguments of `analyse`. Each value of the returned dict is the row for a whole step. The keys
-    are `<method>, rank <r>` for methods with adapters, and `<method>` for other methods.
+    `options` are further arguments of `analyse`. The keys of the returned dict are `<method>, rank <r>` for methods
+    with a LoRA rank, and `<method>` for other methods. The values are the rows (`StepProfile`) for the whole step.
 
     >>> costs = compare_methods("mobilenetv2_035", ["head", "lora"], lora_ranks=[2, 4], batch_size=2, image_size=32)
     >>> {name: cost.num_trainable_params for name, cost in costs.items()}
@@ -197,7 +199,10 @@ def classification_loss(output: object) -> Tensor:
 
 
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
-    """Return the options for `Method.prepare`. For a PEFT configuration, return the fields to replace, such as `r`."""
+    """Return the options for `Method.prepare` if `method` is a name.
+
+    If `method` is a PEFT configuration, return the values of its fields that must be replaced, such as `r`.
+    """
     if isinstance(method, str):
         section = find_method(method).section
         rank = {"r": lora_rank, "lora_alpha": 2 * lora_rank} if lora_rank and section == "adapter" else {}

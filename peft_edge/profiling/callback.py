@@ -54,18 +54,21 @@ _measuring = _Measuring()
 class ProfilingCallback(TrainerCallback):
     """Measure two of every `every_n_steps` training steps, on every process.
 
-    A sample is two consecutive steps: the first gives FLOPs and memory, the second gives times. The first sample is
-    steps 2 and 3 after the start or the resumption, because step 1 creates the optimizer's state. Other steps have no
-    hooks. The callback does not change the trained weights.
+    A sample consists of two consecutive steps: the first gives FLOPs and memory, the second gives times. The first
+    sample consists of steps 2 and 3 after the start or the resumption, because step 1 creates the optimizer's state. No
+    hooks run in steps that are not measured. The callback does not change the trained weights.
 
-    After each measured step, every process writes `<output_dir>/profile/<name>/process_<index>.json`. A resumed run
-    continues this file. At the end, the main process writes the step profiles of all processes to
-    `<output_dir>/profile/<name>.json`. Without a name, the files are `profile/process_<index>.json` and `profile.json`.
+    After each measured step, every process writes its measurements (step profiles) to the file
+    `<output_dir>/profile/<name>/process_<index>.json`. A resumed run continues this file. At the end, the main process
+    writes the step profiles of all processes to `<output_dir>/profile/<name>.json`. Without a name, the files are
+    `profile/process_<index>.json` and `profile.json`.
 
-    A compiled step is counted in its uncompiled form. `torch.compile(fullgraph=True)` needs `every_n_steps=0`.
+    A compiled step is counted in its uncompiled form. With `torch.compile(fullgraph=True)`, steps cannot be counted, so
+    `every_n_steps` must be 0.
 
     In `transformers.Trainer`, `trainer.add_callback(ProfilingCallback(log=trainer.log))` also sends the measurements to
-    the trackers. Your own training loop must call the events as `Trainer` does, and `close` if a step fails:
+    the trackers. A training loop of your own must call the `on_...` methods as `Trainer` does. If a step fails, it must
+    call `close`. For example:
 
     >>> import tempfile
     >>> model, state, control = nn.Linear(4, 2), TrainerState(), TrainerControl()
@@ -78,17 +81,18 @@ class ProfilingCallback(TrainerCallback):
     >>> callback.rows[0].flops_forward
     48
 
-    During the run, `rows` holds the step profiles of this process. After the run, `rows` holds the step profiles of all
-    processes.
+    During the run, the attribute `rows` contains the step profiles (`StepProfile`) of this process. After the run, it
+    contains the step profiles of all processes.
 
     Args:
-        every_n_steps: Optimizer steps from one sample to the next; 0 for no samples. A sample takes about as long as
-            five steps of a small network, so training takes about half a percent longer with the default.
+        every_n_steps: Number of optimizer steps from the start of one sample to the start of the next; 0 for no
+            samples. For a small network, a sample takes about as long as five steps, so training takes about half a
+            percent longer with the default.
         output_dir: Folder for the folders `profile` and `traces`. None means `output_dir` of the training arguments.
         name: A name that distinguishes training runs with the same `output_dir`.
         log: Function that the main process calls after each sample with a dict from names to measurements.
-        trace: Whether to trace the step after the first sample. The file, in the format of chrome://tracing and
-            Perfetto, is `<output_dir>/traces/<name>/process_<index>.json`.
+        trace: Whether to trace the step after the first sample. The trace is written to
+            `<output_dir>/traces/<name>/process_<index>.json`, in the format of chrome://tracing and Perfetto.
         show_table: Whether the main process prints the step profiles of all processes at the end.
 
     Raises:
@@ -132,7 +136,10 @@ class ProfilingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
-        """If `state.global_step` is 0, delete the profiles of an earlier run. Otherwise, continue the old profile."""
+        """End measurements that a failed run left open, and find the profile file.
+
+        If `state.global_step` is 0, delete the files of an earlier run. Otherwise, continue the file of this process.
+        """
         for callback in list(_measuring.callbacks):
             callback.close()
         self._begin([], [])
@@ -155,10 +162,10 @@ class ProfilingCallback(TrainerCallback):
     def on_step_begin(
         self, *arguments: object, model: nn.Module, optimizer: Optimizer | None = None, **kwargs: object
     ) -> None:
-        """Start to measure the step if it is planned.
+        """Start the measurement that is planned for this step, if there is one.
 
-        Every `every_n_steps` steps, plan two steps: one to count FLOPs and memory, then one to time. With `trace`,
-        also plan to trace the step after the first two measured steps.
+        Every `every_n_steps` steps, first plan two measurements: FLOPs and memory of this step, and times of the next.
+        With `trace`, the first plan has a third measurement: the trace of the step after these two steps.
         """
         is_due = self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0
         if is_due and not self._planned:
@@ -196,7 +203,10 @@ class ProfilingCallback(TrainerCallback):
             self._send([step_row, *self._counted[1:]], control)
 
     def on_train_end(self, *arguments: object, **kwargs: object) -> None:
-        """Gather the step profiles of all processes. The main process writes them and, if `show_table`, prints them."""
+        """Gather the step profiles of all processes.
+
+        The main process writes the gathered profiles to a file and, if `show_table` is True, prints them.
+        """
         self.close()
         if not self._every_n_steps:
             return
@@ -212,7 +222,10 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Keep `self.rows` or `counted`, whichever has the higher memory peak. Update the times, and write the file."""
+        """Set `self.rows` to `counted` if the memory peak of `counted` is higher. `counted` may be empty.
+
+        Then set the times in the first row to the medians of all timed steps, and write the profile file.
+        """
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
         self.rows = [StepProfile(**{**vars(row), "steps": steps}) for row in rows]
@@ -306,10 +319,10 @@ class StepTimes(NamedTuple):
 class TimedStep(ExitStack):
     """Measure the time of each phase of the step in a `with` block, with two hooks on the model.
 
-    The forward phase lasts from the call of the model until the first gradient reaches the model's output. Therefore
-    the forward phase includes the loss, even if the loss is computed outside the model. The hooks start the forward and
-    backward phases. The caller starts the optimizer phase with `enter`. With gradient accumulation, the times of all
-    micro-batches are added.
+    The forward phase lasts from the call of the model until the backward pass has computed the first gradient of a
+    model output. Therefore it includes the loss, even if the loss is computed outside the model. The hooks start the
+    forward and backward phases. The caller starts the optimizer phase with `enter`. With gradient accumulation, the
+    times of all micro-batches are added.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -24,24 +24,27 @@ _FLOPS = ("forward", "backward", "elementwise_forward", "elementwise_backward", 
 
 @dataclass(frozen=True, kw_only=True)
 class StackedBars:
-    """The data of one panel of a figure. The panel has one stacked bar for each name in `names` of `save_bars`."""
+    """The data of one panel of a figure. The panel has one stacked bar for each element of `names` in `save_bars`."""
 
     label: str
     """Label of the horizontal axis: the quantity with its unit."""
     parts: Mapping[str, Sequence[float]]
-    """The length of each part in each bar, by the label of the part. Only the first six parts are drawn."""
+    """For the label of each part: the lengths of this part, one for each bar. Only the first six parts are drawn."""
     spread: Sequence[tuple[float, float]] = ()
-    """The lowest and the highest measured length of each bar. If `spread` is empty, no ranges are drawn."""
+    """The lowest and the highest measured length of each bar, drawn as error bars. If it is empty, none are drawn."""
     line: float | None = None
     """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """For each label in the legend: the position of a diamond in each bar, or None for no diamond."""
+    """Diamonds on the bars. For each label in the legend: the position of a diamond on each bar, or None without one."""
     number_format: str = ""
     """The format of the total length that is printed at the end of each bar. If it is empty, no length is printed."""
 
 
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw peak memory by kind of tensor and FLOPs by phase, with a bar for each name in `costs`; see `save_bars`."""
+    """Save a figure with two panels: peak memory by kind of tensor, and FLOPs by phase.
+
+    Both panels have a bar for each name in `costs`. See `save_bars` for the file and the errors.
+    """
     steps = list(costs.values())
     flops = StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(steps, "flops_{}", _FLOPS, 1e9))
     save_bars(list(costs), [_memory_panel(steps), flops], path, title=title)
@@ -59,7 +62,9 @@ def _parts(costs: Sequence[StepProfile], name: str, parts: Sequence[str], unit: 
 
 
 def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | os.PathLike[str], *, title: str) -> None:
-    """Draw `panels` side by side, with the bar of the first name at the top. The same arguments give identical files.
+    """Draw `panels` side by side, and save the figure to `path`. The bar of the first name is at the top.
+
+    The same arguments give identical files.
 
     Raises:
         ValueError: If the path does not end in .png, .svg or .pdf.
@@ -94,7 +99,7 @@ def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     outer = list(ends)
     if panel.spread:
-        # Rounding can put the end of a bar outside its spread.
+        # Rounding can put the end of a bar outside its spread, but the lengths of error bars must not be negative.
         below = [max(end - low, 0) for end, (low, _) in zip(ends, panel.spread, strict=True)]
         above = [max(high - end, 0) for end, (_, high) in zip(ends, panel.spread, strict=True)]
         axes.errorbar(ends, names, xerr=(below, above), fmt="none", ecolor="black", elinewidth=1, capsize=2)

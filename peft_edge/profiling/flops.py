@@ -2,11 +2,12 @@
 
 A multiply-add is two operations. Convolutions, matrix products and attention use the formulas of
 `torch.utils.flop_counter`, except for the backward pass of a convolution: torch overcounts the gradient of a grouped
-kernel by the number of groups. Operators that torch tags as pointwise or reduction, and those in `_PER_ELEMENT`, are
-elementwise: each costs a number of operations for each element of its largest tensor. All other operators cost nothing:
-copies, views, indexing, selection, and untagged operators, such as the fused recurrent layers of the CPU.
+kernel by the number of groups. The operators in `_PER_ELEMENT`, and those that torch tags as pointwise or reduction,
+are elementwise. The FLOPs of an elementwise operator are a number of operations per element, times the number of
+elements of its largest tensor. All other operators cost nothing: copies, views, indexing, selection, and untagged
+operators, such as the fused recurrent layers of the CPU.
 
-Before torch 2.15, the derivatives of SiLU and Mish count as several operators.
+Before torch 2.15, the derivatives of SiLU and Mish run, and are counted, as several operators.
 """
 
 from __future__ import annotations
@@ -41,15 +42,18 @@ class Flops:
     """
 
     forward: int = 0
-    """Convolutions, matrix products and attention in the forward pass and the loss."""
+    """FLOPs of convolutions, matrix products and attention in the forward pass and the loss."""
     backward: int = 0
-    """Convolutions, matrix products and attention in the backward pass, including recomputation by checkpointing."""
+    """FLOPs of convolutions, matrix products and attention in the backward pass.
+
+    They include the forward passes that gradient checkpointing repeats there.
+    """
     optimizer: int = 0
-    """All operators of the update: the optimizer, and the clipping and scaling of gradients."""
+    """FLOPs of all operators of the update: the optimizer, and the clipping and scaling of gradients."""
     elementwise_forward: int = 0
-    """Elementwise operators in the forward pass and the loss: activations, normalisation, pooling, sums."""
+    """FLOPs of elementwise operators in the forward pass and the loss: activations, normalisation, pooling, sums."""
     elementwise_backward: int = 0
-    """Elementwise operators in the backward pass."""
+    """FLOPs of elementwise operators in the backward pass."""
 
 
 @dataclass(kw_only=True)
@@ -67,7 +71,7 @@ class FlopCount(Flops):
     by_module: dict[str, Flops] = field(default_factory=dict, repr=False)
     """The FLOPs of each module and its submodules, by module name. Modules without counted operators are missing.
 
-    `""` is the model, without the loss and the optimizer.
+    The entry `""` is the whole model, without the loss and the optimizer.
     """
     by_operator: dict[str, Flops] = field(default_factory=dict, repr=False)
     """The FLOPs of each operator, by names such as `aten.convolution_backward`."""
@@ -94,7 +98,7 @@ def count_flops(
 
     Args:
         model: The model, in train or eval mode. The backward pass is omitted if the loss requires no gradient.
-        inputs: A tensor or a tuple for positional arguments, or a mapping for keyword arguments.
+        inputs: The inputs of the model: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
         optimizer: The optimizer of the model's parameters. If it is None, the step ends without an update.
         loss_fn: Function that maps the model's output to a scalar. None means the default loss of `take_step`.
         accounting: See `FlopCounter`.
@@ -107,7 +111,7 @@ def count_flops(
     counter = FlopCounter(model, accounting)
     with mode:
         if optimizer is not None and not optimizer.state:
-            # In the first step, many optimizers have no state yet, so this step needs fewer operations.
+            # In the first step, many optimizers have no state yet, so this step needs fewer operations than later ones.
             take_step(model, inputs, optimizer, loss_fn)
         with counter:
             take_step(model, inputs, optimizer, loss_fn)
@@ -126,9 +130,9 @@ class FlopCounter(FlopCounterMode):
     Args:
         model: The model. `by_module` in the result has an entry for each module that ran operators. Operators outside
             the model count only in the totals and in `by_operator`.
-        accounting: `exact` or `source-study`. With `source-study`, the rules are those of arXiv 2507.23536: torch's
-            formula for the backward pass of convolutions, and normalisation counts in `forward` and `backward`
-            instead of the elementwise fields.
+        accounting: `exact` or `source-study`. `exact` follows the rules in the docstring of this module. `source-study`
+            follows arXiv 2507.23536, which differs in two rules: the backward pass of a convolution has torch's
+            formula, and normalisation counts in `forward` and `backward` instead of the elementwise fields.
 
     Raises:
         ValueError: If the accounting is unknown.
@@ -161,7 +165,7 @@ class FlopCounter(FlopCounterMode):
         return dataclasses.replace(total, by_module=dict(by_module), by_operator=dict(by_operator))
 
 
-# Formulas of convolutions and products. Their arguments are the arguments of the operator, with shapes for tensors.
+# Formulas of convolutions and products. A formula gets the operator's arguments, with a shape in place of each tensor.
 
 aten = torch.ops.aten
 Formula = Callable[..., int]
@@ -172,7 +176,7 @@ def convolution_backward(gradient: list[int], x: list[int], kernel: list[int], *
 
     The gradient of the input and the gradient of the kernel each cost as much as the forward pass, for any groups,
     stride, dilation and padding: each multiply-add of the forward pass occurs once in each gradient. Only the gradients
-    in `output_mask` count. The gradient of the bias is not counted.
+    that `output_mask` requests count. The gradient of the bias is not counted.
     """
     _bias_sizes, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = options
     return conv_flop_count(x, kernel, gradient, transposed) * (output_mask[0] + output_mask[1])
@@ -192,8 +196,8 @@ _PRODUCTS: dict[object, Formula] = {
     ),
 }
 
-# The values of the next tables are operations for each element: a number, or a function of the operator's arguments.
-# These functions receive tensors as arguments, whereas the formulas above receive shapes.
+# The values of the next dicts are operations per element: a number, or a function that computes this number from the
+# operator's arguments. The functions get tensors, whereas the formulas above get shapes.
 
 
 def _batch_norm(*arguments: object, **_: object) -> int:
@@ -202,7 +206,7 @@ def _batch_norm(*arguments: object, **_: object) -> int:
 
 def _batch_norm_backward(*arguments: Any, **_: object) -> int:
     is_training, (for_input, for_weight, for_bias) = arguments[7], arguments[9]
-    # With fixed statistics, the layer computes x * scale + shift.
+    # With fixed statistics, the layer computes x * scale + shift, so the input's gradient is a single product.
     return 10 if is_training else for_input + 4 * for_weight + for_bias
 
 
@@ -215,7 +219,7 @@ def _sgd(*_: object, weight_decay: float, momentum: float, nesterov: bool, **__:
 
 
 _NORMALISATIONS: dict[str, int | Formula] = {
-    # fvcore uses the same number: in training, mean, variance, shift and scale cost five operations for each element.
+    # In training, mean, variance, shift and scale take five operations per element. fvcore uses the same number.
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": 2,
@@ -271,9 +275,9 @@ def elementwise_formulas() -> dict[object, Formula]:
 
 
 def _operations(kind: str) -> int | Formula | None:
-    """Return the number of operations for each element, or a function that computes this number.
+    """Return the operations per element of the operator that is named `kind`, or a function that computes them.
 
-    Return None if the operator `kind` is not elementwise.
+    Return None if the operator is not elementwise.
     """
     if kind in _PER_ELEMENT:
         return _PER_ELEMENT[kind]
@@ -285,10 +289,10 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Return a formula that multiplies `operations` by a number of elements.
+    """Return a formula for the FLOPs of an operator: `operations` per element, times the number of elements.
 
-    If `is_list` is False, this is the number of elements of the largest tensor among the arguments. If `is_list` is
-    True, the first argument is a list, and this is the number of elements of all tensors in the list.
+    If `is_list` is False, the elements are those of the largest tensor among the operator's arguments and result. If
+    `is_list` is True, the first argument is a list of tensors, and the elements of all tensors in the list count.
     """
 
     def formula(*arguments: Any, out_val: object = None, **options: Any) -> int:

@@ -1,7 +1,8 @@
 """Measure the peak memory of a training step, by kind of tensor and by module.
 
 `track_memory` measures a step on copies, with real or fake tensors. `MemoryTracker` measures the steps inside a `with`
-block. Both add up the storages of live tensors. `ProcessPeak` reads the peaks of the process and the CUDA allocator.
+block. Both of them add up the bytes of the storages of live tensors. `ProcessPeak` reads the peak memory of the process
+and of the CUDA allocator.
 """
 
 from __future__ import annotations
@@ -41,21 +42,22 @@ ACTIVATIONS, TEMPORARIES, OPTIMIZER_STATE = "activations", "temporaries", "optim
 MEMORY_KINDS = (PARAMETERS, BUFFERS, GRADIENTS, ACTIVATIONS, TEMPORARIES, OPTIMIZER_STATE)
 
 KindBytes = dict[str, int]
+"""The bytes of tensors of each kind. The keys are `MEMORY_KINDS`, which `MemoryProfile` explains."""
 
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """Bytes of tensors by kind; tensors that share a storage count once.
+    """Bytes of tensors by kind. Tensors that share a storage count once. The kinds are:
 
     - `parameters`, `buffers`: trainable and frozen parameters, and all buffers of the model.
     - `gradients`: tensors that became the `grad` of a parameter.
-    - `activations`: the inputs, and tensors of the forward pass that are alive at its end. Without a backward pass, the
-      end of the `with` block counts as the end of the forward pass.
+    - `activations`: the inputs, and tensors that were created in the forward pass and are alive at its end. The forward
+      pass ends before the first operator of the backward pass. Without a backward pass, it ends with the `with` block.
     - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
     - `optimizer`: the state of the optimizer.
 
-    Only bytes of tensors count. The workspace of operators, and memory that an allocator rounds up or keeps, appear
-    only in `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes`.
+    Only bytes of tensors count. Other memory appears only in `cuda_peak_bytes`, `peak_rss_bytes` and
+    `rss_growth_bytes`: the workspaces of operators, and bytes that an allocator adds by rounding or keeps for later.
 
     >>> profile = track_memory(nn.Linear(4, 2), torch.ones(3, 4), fake=True)
     >>> profile.peak["parameters"], profile.peak["gradients"]
@@ -75,25 +77,31 @@ class MemoryProfile:
     forward_end: KindBytes
     """The live bytes of each kind, at the time of `forward_end_bytes`."""
     start_bytes: int
-    """Live bytes at the start: the model, its gradients, the optimizer's state and the inputs."""
+    """Live bytes before the first operator: the model, its gradients, the optimizer's state and the inputs."""
     peak_by_module: dict[str, KindBytes] = field(repr=False)
-    """Bytes of each module at the peak, including its submodules; `""` is the model.
+    """Bytes of each module at the peak, by module name. A module includes its submodules; `""` is the whole model.
 
     A parameter, its gradient and its optimizer state belong to the module that holds the parameter. A shared parameter
     belongs to the innermost module that contains all its holders. Other tensors belong to the module that created them.
-    Inputs, the loss and temporaries of the optimizer are only in the totals.
+    Inputs, the loss and temporaries of the optimizer belong to no module, so only `peak` includes them.
     """
     forward_end_by_module: dict[str, KindBytes] = field(repr=False)
     """Bytes of each module at the time of `forward_end_bytes`, assigned to modules by the rules of `peak_by_module`."""
     cuda_peak_bytes: int | None = None
-    """Peak of the CUDA allocator in bytes. None without CUDA, for a fake step, and in the result of `MemoryTracker`."""
+    """Peak of the CUDA allocator in bytes.
+
+    It is None without CUDA, for a fake step, and in the result of `MemoryTracker`.
+    """
     peak_rss_bytes: int | None = None
     """Peak of the physical memory of the process in bytes.
 
     It is None on Windows, for a fake step, and in the result of `MemoryTracker`.
     """
     rss_growth_bytes: int | None = None
-    """`peak_rss_bytes` minus the physical memory before the step. None if one of these two values was not measured."""
+    """`peak_rss_bytes` minus the physical memory of the process before the step.
+
+    It is None if `peak_rss_bytes` is None, or if the system cannot reset the peak before the step.
+    """
 
 
 def track_memory(
@@ -106,16 +114,16 @@ def track_memory(
 ) -> MemoryProfile:
     """Measure the memory of one training step, on copies of the model, the optimizer and the inputs.
 
-    Two steps run. The second step is measured, because the first step creates the optimizer's state. The CUDA peak
-    excludes memory that was allocated before the model was copied.
+    Two steps run, and only the second is measured, because the first creates the optimizer's state. `cuda_peak_bytes`
+    of the result excludes memory that was allocated before the model was copied.
 
     >>> model = nn.Sequential(nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 16))
     >>> profile = track_memory(model, torch.ones(32, 16), optimizer=torch.optim.AdamW(model.parameters()))
     >>> profile.forward_end["parameters"], profile.forward_end["optimizer"]  # two averages and four step counters
     (2176, 4368)
 
-    `fake=True` uses fake tensors, which need almost no memory, and does not measure the process. `count_flops`
-    describes `model`, `inputs`, `optimizer` and `loss_fn`.
+    `fake=True` uses fake tensors, which need almost no memory. The memory of the process and of CUDA is then not
+    measured. See `count_flops` for `model`, `inputs`, `optimizer` and `loss_fn`.
 
     Raises:
         ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, the model or the
@@ -148,7 +156,8 @@ class MemoryTracker(DispatchMode):
     """Track the memory of the training steps inside a `with` block.
 
     Parameters may be frozen, tied or views of one another. Tensors may be fake. Only tensors on the devices of the
-    parameters count. (`torch.distributed._tools.mem_tracker.MemTracker` raises an error for frozen parameters.)
+    parameters count. torch's own `torch.distributed._tools.mem_tracker.MemTracker` raises an error for frozen
+    parameters.
 
     >>> model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 2))
     >>> inputs = torch.ones(3, 4)
@@ -159,7 +168,8 @@ class MemoryTracker(DispatchMode):
 
     Args:
         model: The model, whose parameters, buffers and existing gradients count from the start.
-        optimizer: The optimizer whose state is measured. If it is None, optimizer state counts as temporaries.
+        optimizer: The optimizer whose state is measured. If it is None, the state of any optimizer counts as
+            temporaries.
         inputs: The inputs of the model, which also count from the start. Other tensors count from the first operator
             that uses or creates them.
     """
@@ -271,7 +281,7 @@ class LoggedStorage(weakref.ref[UntypedStorage]):
 
 
 class Event(NamedTuple):
-    """The creation, resizing or release of a storage in `phase`. The event adds `change` to the live bytes."""
+    """The creation, resizing or release of a storage in `phase`. The number of live bytes changes by `change`."""
 
     storage: LoggedStorage
     change: int
@@ -279,7 +289,7 @@ class Event(NamedTuple):
 
 
 class StorageLog:
-    """Log the storages of tensors as events that add or remove bytes. Views share one storage.
+    """Log the storages of tensors as events that add or remove bytes. A tensor and its views have one storage.
 
     The kind of a storage may change after its creation. For example, `end_forward` turns live temporaries of the
     forward pass into activations. Storages on devices outside `devices` are ignored, unless `devices` is empty.
@@ -296,7 +306,10 @@ class StorageLog:
         return [0, *accumulate(event.change for event in self.events)]
 
     def observe(self, value: object, module: str | None = None) -> None:
-        """Log new and resized storages of the tensors in nested lists and tuples. New storages belong to `module`."""
+        """Log the new and resized storages of all tensors in `value`: a tensor, or nested lists and tuples.
+
+        New storages belong to `module`.
+        """
         if isinstance(value, Tensor):
             self._observe_tensor(value, module)
         elif isinstance(value, (list, tuple)):
@@ -327,12 +340,12 @@ class StorageLog:
         try:
             storage = tensor.untyped_storage()
         except NotImplementedError:
-            # A sparse tensor has no storage; only its indices and values do.
+            # A sparse tensor has no storage of its own. Only its indices and its values have one.
             return None
         key, size = id(storage), storage.nbytes()
         entry = self._live.get(key)
         if entry is None:
-            # Compare the device of the tensor: the storage of a fake tensor is on the meta device.
+            # Compare the device of the tensor, because the storage of a fake tensor is always on the meta device.
             if self._devices and tensor.device not in self._devices:
                 return None
             entry = self._live[key] = LoggedStorage(storage, self._log_free)
@@ -370,9 +383,9 @@ class ProcessPeak:
     At its start, a block resets the peak counters of CUDA and, on Linux, of the process. The values below are None
     until the block ends or an inner block starts.
 
-    The process grows by more than the bytes of its tensors, because malloc cannot reuse all memory. With glibc we
-    measured up to 75 % more in a training step, and up to 5 % more with the environment variable
-    `MALLOC_MMAP_THRESHOLD_=65536`.
+    The process grows by more than the bytes of its tensors, because malloc cannot reuse all freed memory. In training
+    steps with glibc, the process grew by up to 75 % more than the bytes of the tensors, and with the environment
+    variable `MALLOC_MMAP_THRESHOLD_=65536` by up to 5 % more.
     """
 
     peak_rss_bytes: int | None = None
@@ -390,13 +403,13 @@ class ProcessPeak:
         self._rss_before: int | None = None
 
     def __enter__(self) -> ProcessPeak:
-        # Read the peak for the blocks around this block, because the reset below discards it.
+        # Store the current peaks in the outer blocks, because the reset below discards these peaks.
         for block in _open_peaks:
             block._read()
         _open_peaks.append(self)
         if self._device is not None:
             torch.cuda.reset_peak_memory_stats(self._device)
-        release_free_memory()  # if the block reused this memory, the process would not grow
+        release_free_memory()  # otherwise, the block would reuse freed memory, and the process would grow by less
         self._rss_before = psutil.Process().memory_info().rss if reset_peak_rss() else None
         return self
 
@@ -405,7 +418,7 @@ class ProcessPeak:
         self._read()
 
     def _read(self) -> None:
-        """Read the peaks since the last reset, and update the peaks of this block where the new values are higher."""
+        """Update the peaks of this block if the peaks since the last reset are higher."""
         peak = peak_rss_bytes()
         self.peak_rss_bytes = None if peak is None else max(peak, self.peak_rss_bytes or 0)
         if self._rss_before is not None and self.peak_rss_bytes is not None:
@@ -415,7 +428,7 @@ class ProcessPeak:
 
 
 def release_free_memory() -> None:
-    """Return freed memory, which malloc keeps for later, to the system. Only glibc on Linux can do this."""
+    """Give freed memory, which malloc keeps for later, back to the system. Only glibc on Linux can do this."""
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
 

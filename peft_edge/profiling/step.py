@@ -1,7 +1,8 @@
 """Take one training step, on real or on fake tensors, and find the phase and the module of each operator.
 
-`take_step` runs a step. `fake_copy` copies a model so that a step runs from shapes alone. `StepLocation` returns the
-phase and the module of the current operator. `count_flops` and `track_memory` use all three.
+`take_step` runs a step. `fake_copy` copies a model with fake tensors, so that a step needs shapes but no values.
+`StepLocation` returns the phase (`forward`, `backward` or `optimizer`) and the module of the current operator.
+`count_flops` and `track_memory` use all three.
 """
 
 from __future__ import annotations
@@ -32,15 +33,15 @@ LossFn = Callable[[Any], Tensor]
 def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, loss_fn: LossFn | None) -> None:
     """Take one step: clear the gradients, then run the forward pass, the backward pass and the update.
 
-    There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. The default loss
-    is `output.loss`. If `output.loss` is missing or None, the default is the mean of `output.logits`. Without logits,
-    the default is the mean of `output`.
+    There is no backward pass if the loss requires no gradient, and no update if `optimizer` is None. If `loss_fn` is
+    None, the loss is `output.loss`. If `output.loss` is missing or None, the loss is the mean of `output.logits`. If
+    `output.logits` is missing too, the loss is the mean of `output`.
 
     Raises:
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
     """
     model.zero_grad()
-    # No variable refers to the output, so its memory is freed as soon as the loss no longer needs the output.
+    # Do not assign the output to a variable, so that its memory is freed as soon as the loss does not need it.
     loss = (loss_fn or _default_loss)(_call(model, inputs))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -79,9 +80,11 @@ class StepLocation:
 
     In the forward pass, the module is the innermost running module. In the backward pass, the module is the one whose
     forward pass created the current autograd node. Autograd numbers the nodes in the order of creation, so this class
-    records which module was running at which number. (`torch.utils.module_tracker.ModuleTracker` uses tensor hooks. In
-    the backward pass, this tracker never leaves a module whose input requires no gradient. Many frozen layers have such
-    inputs.)
+    records which module was running when each node was created.
+
+    torch's own `torch.utils.module_tracker.ModuleTracker` cannot be used, because it detects the end of a module's
+    backward pass by the gradient of the module's input. The inputs of many frozen layers require no gradient, so the
+    tracker would never leave these layers.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -94,6 +97,7 @@ class StepLocation:
         # Module `_owners[i]` created the autograd nodes with the numbers from `_numbers[i]` to `_numbers[i + 1] - 1`.
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
+        # For each running `optimizer.step()`: the id of the backward pass in which the update began, or -1.
         self._updates: list[int] = []
         self._last_phase = FORWARD
         self._hooks = ExitStack()
@@ -112,7 +116,7 @@ class StepLocation:
         self._hooks.close()
 
     def locate(self) -> tuple[str, str | None]:
-        """Return the phase and the module name of the current operator. The name is None outside all modules."""
+        """Return the phase and the module name of the current operator. The name is None outside the model."""
         phase = self._phase()
         if self._running:
             # With gradient checkpointing, modules also run in the backward pass, and create autograd nodes there.
@@ -126,12 +130,15 @@ class StepLocation:
 
     @property
     def parents(self) -> set[tuple[str, str | None]]:
-        """A set with the result of `locate`. `FlopCounterMode` reads this attribute of its `mod_tracker`."""
+        """A set whose only element is the result of `locate`.
+
+        `FlopCounterMode` adds the FLOPs of an operator to each element of `mod_tracker.parents`.
+        """
         return {self.locate()}
 
     def _phase(self) -> str:
         backward_pass = _compat.backward_pass_id()
-        # A backward pass may contain updates (layer-wise updates). An update may contain a backward pass (a closure).
+        # An update may run inside a backward pass (layer-wise updates), and a backward pass inside an update (closure).
         if self._updates and self._updates[-1] == backward_pass and not self._running:
             self._last_phase = OPTIMIZER
         elif backward_pass != -1:
@@ -139,23 +146,24 @@ class StepLocation:
         elif self._running:
             self._last_phase = FORWARD
         elif self._last_phase == BACKWARD:
-            # After the backward pass, operators outside the model clip, scale or zero gradients.
+            # After the backward pass, operators outside the model clip, scale or zero gradients: part of the update.
             self._last_phase = OPTIMIZER
         return self._last_phase
 
     def _owner(self, node: Node) -> str | None:
         if isinstance(parameter := getattr(node, "variable", None), Tensor):
-            # The node that accumulates a parameter's gradient has no number.
+            # The node that accumulates a parameter's gradient has no number, but refers to the parameter.
             return self._holders.get(parameter)
         position = bisect_right(self._numbers, _compat.node_number(node)) - 1
         return self._owners[position] if position >= 0 else None
 
     def _note_owner(self, module: str | None) -> None:
-        # Each thread numbers its own autograd nodes. On CUDA, the backward pass, including recomputed forward passes,
-        # runs in another thread.
+        # On CUDA, the backward pass, including recomputed forward passes, runs in another thread. Each thread numbers
+        # its own autograd nodes, so the numbers of different threads cannot be compared.
         if threading.get_ident() != self._thread:
             return
-        # Autograd creates a node before it dispatches the operator. Without a new node, the number is unchanged.
+        # Autograd creates the node of an operator before the dispatch mode sees the operator. If the operator needs no
+        # node, the number is unchanged.
         number = _compat.last_node_number()
         if not self._numbers or number > self._numbers[-1]:
             self._numbers.append(number)
@@ -175,7 +183,10 @@ class StepLocation:
 
 
 def ancestors(module: str | None) -> Iterator[str]:
-    """Yield `module`, then the names of all modules that contain this module, up to `""`. Yield nothing for None."""
+    """Yield the name `module`, and then the names of all modules that contain this module, up to `""`, the model.
+
+    Yield nothing if `module` is None.
+    """
     while module is not None:
         yield module
         module = module.rpartition(".")[0] if module else None
@@ -187,10 +198,10 @@ def fake_copy(
     """Copy the model, the optimizer and the inputs with fake tensors, which have a shape but no memory.
 
     Tied parameters stay tied, and views stay views of one storage. Tensors on the meta device become fake CPU tensors,
-    so that they use the same operators as a real model.
+    so that the step runs the same operators as a real step on a CPU.
 
     Returns:
-        The mode in which the copies must run, and the copies of the model, the optimizer and the inputs.
+        The context manager in which the copies must run, and the copies of the model, the optimizer and the inputs.
 
     Raises:
         ValueError: See `copy_together`.
@@ -201,7 +212,7 @@ def fake_copy(
     memo: dict[int, object] = {id(leaf): _fake_state(leaf, mode) for leaf in state if isinstance(leaf, Tensor)}
     memo |= {id(tensor): _fake(tensor, mode) for tensor in [*model.parameters(), *model.buffers()]}
     model_copy, optimizer_copy = copy_together(model, optimizer, memo)
-    # A tokenizer returns a mapping that is not a dict, and `map_only` would treat it as a leaf.
+    # A tokenizer returns a mapping that is not a dict. `map_only` would treat such a mapping as a single leaf.
     inputs = dict(inputs) if isinstance(inputs, Mapping) else inputs
     return mode, model_copy, optimizer_copy, _compat.map_only(Tensor, lambda tensor: _fake(tensor, mode), inputs)
 
@@ -226,8 +237,8 @@ def copy_together(
     try:
         model_copy, optimizer_copy = copy.deepcopy((model, optimizer), memo)
         if optimizer_copy is not None:
-            # deepcopy of an optimizer drops attributes that subclasses add. A learning-rate scheduler replaces `step`.
-            # The replacement is not copied, because it would update the original optimizer.
+            # deepcopy of an optimizer drops attributes that subclasses add, so copy them here. Skip `step`, which a
+            # learning-rate scheduler replaces by a function that always calls the step of the original optimizer.
             missing = vars(optimizer).keys() - vars(optimizer_copy).keys() - {"step"}
             vars(optimizer_copy).update(copy.deepcopy({name: vars(optimizer)[name] for name in missing}, memo))
     except Exception as error:
@@ -241,7 +252,8 @@ def copy_together(
 class _FakeMode(_compat.FakeMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> object:
         if func is torch.ops.aten.rand.default and list(args[0]) == [1]:
-            # PEFT's LoHa and LoKr drop a module if a random number is below `module_dropout`. 1.0 drops no module.
+            # PEFT's LoHa and LoKr drop a module if a random number is below `module_dropout`. A fake random number has
+            # no value to compare, so return 1.0, which drops no module.
             with self:
                 return torch.tensor([1.0])
         return super().__torch_dispatch__(func, types, args, kwargs)
@@ -258,7 +270,7 @@ class _FakeMode(_compat.FakeMode):
 def _fake_state(tensor: Tensor, mode: _compat.FakeMode) -> Tensor:
     if tensor.dim() or not tensor.is_cpu:
         return _fake(tensor, mode)
-    # Optimizers read the value of their step counter. A fake tensor has a value only if it is created from a number.
+    # Optimizers read the value of their step counter. A fake tensor has a value only if it was created from a number.
     value = tensor.item()
     with mode:
         return torch.tensor(value, dtype=tensor.dtype)

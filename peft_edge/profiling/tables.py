@@ -1,4 +1,4 @@
-"""Convert FLOP and memory counts to `StepProfile` rows, and format such rows as text tables."""
+"""Convert FLOP and memory counts to rows of the type `StepProfile`, and format these rows as text tables."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from peft_edge.records import StepProfile
 
 
 def step_rows(model: nn.Module, flops: FlopCount, memory: MemoryProfile, *, process_index: int) -> list[StepProfile]:
-    """Return a row for the whole step and a row for each LoRA rank, without times.
+    """Return a row for the whole step, followed by a row for each LoRA rank. All fields for times are None.
 
     The row for a rank contains the sums over all layers with an active adapter of this rank. `model` is the measured
-    model without the wrapper of distributed training.
+    model, without the wrapper that distributed training adds.
     """
     layers_of, saved = _lora_layers(model), _saved_bytes(model)
     rows = [
@@ -80,7 +80,8 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
                 # PEFT wraps a module once for each of its adapted parameters. Only the outermost wrapper counts.
                 if not any(name.startswith(f"{layer}.") for layer in found[lora_rank]):
                     found[lora_rank].append(name)
-    # An adapter that adapts only normalisation layers has a rank in its configuration, but no matrix of that rank.
+    # Leave out the rank of an adapter that adapts only normalisation layers. The configuration of this adapter contains a
+    # rank, but no matrix has this rank.
     return {
         lora_rank: layers
         for lora_rank, layers in found.items()
@@ -100,11 +101,11 @@ def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
         active = model.active_adapters
         adapters = active() if callable(active) else active  # type: ignore[assignment]
         for adapter in adapters:
-            # Without the last argument, PEFT downloads the base model's vocabulary size from the Hub.
+            # By default (`save_embedding_layers="auto"`), PEFT would request the vocabulary size from the Hub.
             tensors += get_peft_model_state_dict(model, adapter_name=adapter, save_embedding_layers=False).items()
     saved = {name for name, _ in tensors}
     for name, parameter in model.named_parameters():
-        # The name of an adapter parameter contains the name of the adapter.
+        # In the model, the name of an adapter's parameter contains the name of the adapter. In `saved`, it does not.
         if parameter.requires_grad and name not in saved and not set(adapters) & set(name.split(".")):
             tensors.append((name, parameter))
     return [(name, tensor.numel() * tensor.element_size()) for name, tensor in tensors]
@@ -113,9 +114,10 @@ def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
 _FLOP_UNITS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
-# There are two tables because the lines of one table would be too long. All columns of a group have the same unit. This
-# is the largest unit in which the largest value of the group is at least 10, or the smallest unit if there is no such
-# unit. Groups without units contain text.
+# For each table, by caption: groups of columns. A group consists of the units to choose from, and of the columns: title
+# and the fields whose sum is shown. All columns of a group have the same unit. This is the largest unit in which the
+# largest value of the group is at least 10, or the smallest unit if there is no such unit. Groups without units contain
+# text. There are two tables, because the lines of a single table would be too long.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
         (
@@ -147,9 +149,10 @@ _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[
 
 
 def cost_table(costs: Mapping[str, StepProfile]) -> str:
-    """Return two text tables: FLOPs and times of steps, then peak memory and saved bytes.
+    """Return two text tables, with a line for each name in `costs`: FLOPs and times, then peak memory and saved bytes.
 
-    A dash marks a missing value. Groups of columns (see `_TABLES`) and tables without any value are omitted.
+    A dash marks a missing value. A group of columns (see `_TABLES`) without any value is omitted. A table without any
+    value is omitted too.
     """
     tables = []
     for caption, groups in _TABLES.items():
@@ -160,13 +163,17 @@ def cost_table(costs: Mapping[str, StepProfile]) -> str:
 
 
 def profile_table(rows: Sequence[StepProfile]) -> str:
-    """Return the tables of `cost_table` for `rows`. Labels contain the process and, for layers, the rank."""
+    """Return the tables of `cost_table` for `rows`.
+
+    The label of a line contains the number of the process. For a row with the scope `layers`, it also contains the LoRA
+    rank.
+    """
     layers = [f", layers of rank {row.lora_rank}" if row.scope == "layers" else "" for row in rows]
     return cost_table({f"process {row.process_index}{name}": row for row, name in zip(rows, layers, strict=True)})
 
 
 def text_table(rows: Sequence[Sequence[str]]) -> str:
-    """Return the cells as text, with right-aligned columns that are two spaces apart."""
+    """Return the rows of cells as lines of text, with right-aligned columns that are two spaces apart."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows)
 
@@ -174,7 +181,7 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
-    """Yield the columns of a group. A column is a list of its unit, its title and a cell for each step.
+    """Yield the columns of a group of `_TABLES`. A column is a list of its unit, its title and a cell for each step.
 
     Yield nothing if the group has no values.
     """
@@ -197,7 +204,10 @@ def _sum(cost: StepProfile, names: Sequence[str]) -> float | None:
 
 
 def _three_digits(value: float) -> str:
-    """Format `value` with three digits. Longer integer parts are kept, and values between 0 and 0.01 become `<0.01`."""
+    """Format `value` with three digits. A longer integer part keeps all its digits.
+
+    The result is `<0.01` for values between 0 and 0.01.
+    """
     if 0 < value < 0.01:
         return "<0.01"
     return f"{value:,.{max(0, 3 - len(str(int(value))))}f}" if value else "0"
