@@ -35,7 +35,7 @@ class StackedBars:
     line: float | None = None
     """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Diamonds on the bars. For each label in the legend: the position of a diamond on each bar, or None without one."""
+    """Diamonds on the bars. For each label in the legend: one position per bar, or None for a bar without a diamond."""
     number_format: str = ""
     """The format of the total length that is printed at the end of each bar. If it is empty, no length is printed."""
 

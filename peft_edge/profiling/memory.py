@@ -47,7 +47,9 @@ KindBytes = dict[str, int]
 
 @dataclass(frozen=True)
 class MemoryProfile:
-    """Bytes of tensors by kind. Tensors that share a storage count once. The kinds are:
+    """Bytes of tensors by kind; tensors that share a storage count once.
+
+    The kinds are:
 
     - `parameters`, `buffers`: trainable and frozen parameters, and all buffers of the model.
     - `gradients`: tensors that became the `grad` of a parameter.

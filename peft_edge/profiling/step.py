@@ -83,8 +83,8 @@ class StepLocation:
     records which module was running when each node was created.
 
     torch's own `torch.utils.module_tracker.ModuleTracker` cannot be used, because it detects the end of a module's
-    backward pass by the gradient of the module's input. The inputs of many frozen layers require no gradient, so the
-    tracker would never leave these layers.
+    backward pass by the gradient of the module's input. If all layers before a trainable layer are frozen, the input of
+    the trainable layer requires no gradient, and the tracker would never leave this layer.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -146,7 +146,7 @@ class StepLocation:
         elif self._running:
             self._last_phase = FORWARD
         elif self._last_phase == BACKWARD:
-            # After the backward pass, operators outside the model clip, scale or zero gradients: part of the update.
+            # After the backward pass, operators outside the model clip, scale or zero gradients. They count as update.
             self._last_phase = OPTIMIZER
         return self._last_phase
 

@@ -80,8 +80,8 @@ def _lora_layers(model: nn.Module) -> dict[int, list[str]]:
                 # PEFT wraps a module once for each of its adapted parameters. Only the outermost wrapper counts.
                 if not any(name.startswith(f"{layer}.") for layer in found[lora_rank]):
                     found[lora_rank].append(name)
-    # Leave out the rank of an adapter that adapts only normalisation layers. The configuration of this adapter contains a
-    # rank, but no matrix has this rank.
+    # Leave out the rank of an adapter that adapts only normalisation layers. The configuration of such an adapter
+    # contains a rank, but its layers have no matrices of this rank.
     return {
         lora_rank: layers
         for lora_rank, layers in found.items()
