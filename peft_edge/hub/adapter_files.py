@@ -71,7 +71,7 @@ def save_adapter(model: PeftModel, folder: str | os.PathLike[str]) -> None:
 
 
 def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name: str | None = None) -> None:
-    """Write the files of `save_adapter` to `folder`, with `card` as the model card.
+    """Write all files of an adapter (see `save_adapter`) to `folder`, with `card` as the model card.
 
     `base_name`, if given, replaces `base_model_name_or_path` in the configuration.
     """
@@ -226,7 +226,7 @@ def _matches(field: str, pattern: str, names: Sequence[str]) -> list[str]:
 
 
 def read_layout(path: Path) -> Layout:
-    """Read the names, shapes and dtypes of the tensors in a safetensors file from the header of the file.
+    """Return the names, shapes and dtypes of the tensors in a safetensors file. Only the header of the file is read.
 
     Raises:
         FileNotFoundError: If the file is missing.
@@ -263,7 +263,7 @@ def check_finite(path: Path) -> None:
 
 
 def read_json(path: Path) -> object:
-    """Read a JSON file.
+    """Read a JSON file, and return its content.
 
     Raises:
         FileNotFoundError: If the file is missing.

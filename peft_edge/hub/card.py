@@ -96,7 +96,7 @@ def _results(record: Record, folder: Path | None) -> dict[str, object]:
     picture = None
     steps = {f"process {row.process_index}": row for row in record.profile if row.scope == "step"}
     if steps and folder is not None:
-        with suppress(ImportError):  # matplotlib is an extra
+        with suppress(ImportError):  # matplotlib is an optional dependency
             save_cost_figure(steps, folder / PICTURE_NAME, title="a training step")
             picture = PICTURE_NAME
     return {

@@ -74,7 +74,7 @@ def load_pretrained(
         FileNotFoundError: If the folder or repository of the adapter, a required file in it, or the backbone is
             missing.
         ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone or with other base
-            weights. If `base` is None, and the adapter's configuration names no backbone of timm. The message names the
+            weights. If `base` is None, and the adapter's configuration names no timm backbone. The message names the
             file, the key or the first tensor that does not fit.
 
     Example:

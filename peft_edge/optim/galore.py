@@ -83,7 +83,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
     matrix = gradient.float()
     try:
         left, right = _singular_vectors(matrix, rank)
-    except torch.linalg.LinAlgError:  # process 0 sends NaN to all processes, so all return None
+    except torch.linalg.LinAlgError:  # if this is process 0, all processes receive NaN and return None
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)

@@ -263,7 +263,7 @@ _MOVES = {"clone", "masked_fill", "where"}
 
 @functools.cache
 def elementwise_formulas() -> dict[object, Formula]:
-    """Return the formula of each elementwise operator in `torch.ops.aten`, including in-place operators."""
+    """Return a dict from each elementwise operator in `torch.ops.aten`, in-place or not, to its formula."""
     formulas: dict[object, Formula] = {}
     for name in sorted({name.split(".")[0] for name in operator_names() if name.startswith("aten::")}):
         packet = getattr(aten, name.removeprefix("aten::"), None)

@@ -382,8 +382,8 @@ def cuda_device(model: nn.Module) -> torch.device | None:
 class ProcessPeak:
     """Measure the peak memory of this process inside a `with` block. Blocks may be nested.
 
-    At its start, a block resets the peak counters of CUDA and, on Linux, of the process. The values below are None
-    until the block ends or an inner block starts.
+    At its start, a block resets the peak counters of CUDA and, on Linux, of the process. The attributes below are
+    None until the block ends or an inner block starts.
 
     The process grows by more than the bytes of its tensors, because malloc cannot reuse all freed memory. In training
     steps with glibc, the process grew by up to 75 % more than the bytes of the tensors, and with the environment

@@ -41,7 +41,7 @@ def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, los
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
     """
     model.zero_grad()
-    # Do not assign the output to a variable, so that its memory is freed as soon as the loss does not need it.
+    # Do not assign the output to a variable: without one, its memory is freed when the loss no longer needs it.
     loss = (loss_fn or _default_loss)(_call(model, inputs))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -146,7 +146,8 @@ class StepLocation:
         elif self._running:
             self._last_phase = FORWARD
         elif self._last_phase == BACKWARD:
-            # After the backward pass, operators outside the model clip, scale or zero gradients. They count as update.
+            # Operators outside the model after the backward pass belong to the update. They clip, scale or zero
+            # gradients.
             self._last_phase = OPTIMIZER
         return self._last_phase
 
