@@ -243,8 +243,8 @@ class ProfilingCallback(TrainerCallback):
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
             names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in vars(row) if n not in _NOT_LOGGED]
             values |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
-        # `Trainer.log` sets `should_log` to False. Restore its old value: otherwise Trainer would not log the loss of this
-        # step.
+        # `Trainer.log` sets `should_log` to False. Restore the old value: otherwise, Trainer would not log the loss of
+        # this step.
         should_log = control.should_log
         self._log(values)
         control.should_log = should_log

@@ -29,9 +29,9 @@ class StackedBars:
     label: str
     """Label of the horizontal axis: the quantity with its unit."""
     parts: Mapping[str, Sequence[float]]
-    """For the label of each part: the lengths of this part, one for each bar. Only the first six parts are drawn."""
+    """A dict from the label of each part to its lengths, one for each bar. Only the first six parts are drawn."""
     spread: Sequence[tuple[float, float]] = ()
-    """The lowest and the highest measured length of each bar, drawn as error bars. If it is empty, none are drawn."""
+    """The lowest and the highest measured length of each bar, drawn as error bars. An empty `spread` draws none."""
     line: float | None = None
     """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
