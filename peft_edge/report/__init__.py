@@ -1,4 +1,4 @@
-"""Write the report, a Markdown page with figures and CSV files, from records alone."""
+"""Write the report: a Markdown page with figures and CSV files, computed only from JSON records."""
 
 from peft_edge.report.page import write_report
 

@@ -1,6 +1,6 @@
 """Draw the figures of the report. The figures are readable without colours, and the same data give identical files.
 
-Every `draw_...` function adds `.png` and `.svg` to its path and writes both files.
+Every `draw_...` function adds `.png` and `.svg` to its argument `path` and writes both files.
 """
 
 from __future__ import annotations
@@ -49,31 +49,33 @@ class Subplot:
 
 DrawSubplot = Callable[["Axes", DataFrame, Mapping[str, Style]], None]
 Grid = Sequence[Sequence[Subplot | None]]
-"""Rows of subplots, which must have equal lengths. None leaves the place of a subplot empty."""
+"""Rows of subplots. All rows must have the same length. None leaves the place of a subplot empty."""
 
 
 def draw_over_rank(grid: Grid, path: Path) -> None:
-    """Draw the column `middle` over `lora_rank`, with error bars from `low` to `high`.
+    """Draw a line for each method in each subplot: `middle` over `lora_rank`, with error bars from `low` to `high`.
 
-    Methods without a rank are on the left.
+    Methods without a rank are points on the left.
     """
     _draw_grid(grid, path, _draw_ranks, panel_width=3.6, legend_columns=min(6, 2 * len(grid[0])))
 
 
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
-    """Draw a point for each row of the data. Among the points of one method, markers grow in the order of the rows.
+    """Draw a point for each row of a subplot's data, and a thin line through the points of each method.
 
-    `with_front` adds the Pareto front: the points that no other point dominates. Small `x` and large `y` are better.
+    The markers of one method grow in the order of the rows. `with_front` adds the Pareto front: a stepped line through
+    the points that no other point dominates. A smaller `x` and a larger `y` are better.
     """
     draw = partial(_draw_points, with_front=with_front)
     _draw_grid(grid, path, draw, panel_width=4.6 if len(grid[0]) < 3 else 3.6, legend_columns=5)
 
 
 def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title: str, label: str) -> None:
-    """Draw a stacked bar for each row of `parts`, with the first row at the top, and a dashed line at 100.
+    """Draw a horizontal stacked bar for each row of `parts`, with the first row at the top.
 
-    `parts` holds the length of each part (column) of each bar (row). The columns `min` and `max` of `ranges` are the
-    range of the total length of each bar. `label` is the quantity with its unit.
+    Each column of `parts` is one part of the bars, and its values are the lengths of this part. `ranges` has a row for
+    each bar, in the same order. A black line on each bar shows the range of the total length, from the column `min` to
+    the column `max`. A dashed line marks 100. `label` is the quantity on the horizontal axis, with its unit.
     """
     with figure_file(path, size=(8, 1.5 + 0.27 * len(parts))) as figure:
         axes = figure.subplots()
@@ -92,11 +94,12 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
 
 
 def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str) -> None:
-    """Draw a panel of bars for each title in `panels`. `label` is the quantity with its unit.
+    """Draw a panel of horizontal bars for each title in `panels`.
 
-    Each frame in `panels` holds the lengths of the bars. It has a column for each group of bars, and a row for each
-    name, with the first row at the top. All frames must have the same rows. A group has the same style in every panel.
-    A missing length is shown as "no record".
+    Each frame in `panels` holds the lengths of the bars. It has a row for each name on the vertical axis, with the
+    first row at the top. All frames must have the same rows. Each column is a group of bars with the same style, which
+    is also the same in all panels. A missing length is shown as "no record". `label` is the quantity on the horizontal
+    axis, with its unit.
     """
     groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
     names = next(iter(panels.values())).index.tolist()
@@ -129,13 +132,13 @@ def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
         rcParams.update({"svg.hashsalt": "peft-edge", "font.size": 9})
         figure = Figure(figsize=size, layout="constrained")
         yield figure
-        # `with_suffix` would replace the part of the name after a dot.
+        # `with_suffix` is not used, because it would replace the part of the name after a dot.
         figure.savefig(path.with_name(f"{path.name}.png"), dpi=150)
         figure.savefig(path.with_name(f"{path.name}.svg"), dpi=150, metadata={"Date": None})
 
 
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
-    """Return colour, marker and line of each method. A key of `METHODS` has the same style in every figure."""
+    """Return a dict from method names to colour, marker and line. A key of `METHODS` looks the same in every figure."""
     order = [*METHODS, *(name for name in names if name not in METHODS)]
     return {
         name: {
@@ -187,7 +190,7 @@ def _draw_ranks(axes: Axes, data: DataFrame, styles: Mapping[str, Style]) -> Non
 
 def _draw_ranges(axes: Axes, places: Sequence[float], points: DataFrame, name: str, style: Style) -> None:
     low, middle, high = points[["low", "middle", "high"]].to_numpy().T
-    errors = [(middle - low).tolist(), (high - middle).tolist()]  # matplotlib 3.10 warns of arrays of one value
+    errors = [(middle - low).tolist(), (high - middle).tolist()]  # matplotlib 3.10 warns of arrays with one value
     axes.errorbar(places, middle, yerr=errors, label=name, markersize=6, linewidth=1.2, elinewidth=0.8, **style)
 
 
@@ -213,7 +216,7 @@ def _draw_bar_groups(axes: Axes, lengths: DataFrame, groups: Sequence[str]) -> N
         known = lengths[group].fillna(0).tolist()
         axes.barh(places, known, height=height, label=group, **_bar_style(groups.index(group)))
         for place, length, is_missing in zip(places, known, lengths[group].isna(), strict=True):
-            # Without the text, a missing bar would look like a saving of zero.
+            # Without the text, a missing bar would look like a bar of length 0.
             text = "no record" if is_missing else f"{round(length)}"
             point = (max(length, 0), place)
             axes.annotate(text, point, xytext=(3, 0), textcoords="offset points", va="center", fontsize=6.5)

@@ -1,10 +1,12 @@
-"""Compute the findings on analysed and timed steps, and define the classes and formats of all findings.
+"""Compare training steps with claims of the source study, and define the classes and formats of all claims.
 
-The source study is arXiv 2507.23536, whose measurements the page repeats. The template of the page contains the fixed
-text of each section. The functions in this module compute the parts that depend on the records: the verdict on a claim
-of the source study, the finding, the table, the data and the charts.
-If the required records are missing, each `..._claim` function here and in `run_claims` returns a claim from
-`not_measured`.
+The source study is arXiv 2507.23536. The report page repeats its measurements. The template of the page contains the
+fixed text of each section. The functions in this module compute the parts that depend on the records: the verdict on a
+claim of the source study, the finding, the table, the data and the charts. The module `run_claims` does the same for
+the records of training runs, with the classes and formats of this module.
+
+If the required records are missing, each `..._claim` function of both modules returns a claim with the verdict
+`NOT_MEASURED`.
 """
 
 from __future__ import annotations
@@ -24,16 +26,17 @@ from peft_edge.report.frames import AS_IS, LEAN, MEMORY_PARTS, NETWORK_KINDS, ST
 AGREED, IN_PART, NOT_AGREED, NOT_MEASURED = "Agreed", "In part", "Not agreed", "Not measured"
 
 STUDY_FAMILIES = ("lora", "dora", "galore")
-"""The methods of the source study."""
+"""The methods that the source study compares with full fine-tuning, as values of the column `family`."""
 
 ABOUT_HALF = (0.25, 0.75)
 """The smallest and the largest ratio that count as "about half". Ratios between them are nearer to 0.5 than to 0 or 1.
 
-The ratio is the saving of a method on depthwise-separable networks divided by its saving on language models.
+The ratio is the share of memory that a method saves on depthwise-separable networks, divided by the share that it saves
+on language models.
 """
 
 AGREEING_REDUCTION = 0.9
-"""The source study reports that FLOPs fall by 95 %. A reduction of at least this fraction agrees with the study."""
+"""The smallest reduction of FLOPs that agrees with the source study, as a fraction. The study reports up to 0.95."""
 
 NO_VALUE = "-"
 """Text of a table cell without a value."""
@@ -51,7 +54,7 @@ CSV_NAMES = {
     "file": "record",
     "full_file": "full_record",
 }
-"""The names of columns in CSV files, by their names in frames. All other columns have the same name in both."""
+"""A dict from names of columns in frames to their names in CSV files. All other columns keep their names there."""
 
 _GRID = "configs/study/costs.yaml"
 _LARGEST_REDUCTIONS = {
@@ -72,16 +75,16 @@ class Chart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The result of a comparison of the records with a claim of the source study (arXiv 2507.23536).
+    """The result of comparing the records with one claim of the source study (arXiv 2507.23536).
 
     Attributes:
         verdict: `AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`.
         finding: The main result as text.
         details: Further results as text.
-        setting: Ranks and input sizes of the measured steps.
-        table: The table on the page; see `markdown_table`.
-        data: The full table for the CSV file. Each row names its records.
-        charts: The figures, by file name without a suffix.
+        setting: Ranks and input sizes of the measured steps, as text.
+        table: The table on the report page, which `markdown_table` formats.
+        data: The full table for the CSV file. Each row names the files of its records.
+        charts: A dict from file names, without a suffix, to figures.
     """
 
     verdict: str
@@ -94,7 +97,11 @@ class Claim:
 
 
 def not_measured(lacking: str, grid: str) -> Claim:
-    """Return a claim without a result. Its `finding` names the missing records and a command that creates them."""
+    """Return a claim with the verdict `NOT_MEASURED`.
+
+    Its finding says which records are missing (`lacking`), and gives a command that creates them. The command runs the
+    study that the file `grid` describes.
+    """
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
     return Claim(verdict=NOT_MEASURED, finding=finding)
@@ -152,7 +159,11 @@ def memory_claim(costs: DataFrame) -> Claim:
 
 
 def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
-    """Return the mean `saved_memory` for each batch size and `label`, with columns for `NETWORK_KINDS` and `ratio`."""
+    """Return the mean of `saved_memory` for each batch size and each value of the column `label`.
+
+    The result has a column for each of `NETWORK_KINDS`, and the column `ratio`: the mean for depthwise-separable
+    networks divided by the mean for transformers.
+    """
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)
     means = means.reindex(columns=list(NETWORK_KINDS))
     # If a method saves no memory on transformers, the ratio has no meaning.
@@ -186,7 +197,8 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
     steps = steps[steps["family"].isin(STUDY_FAMILIES)]
     accounting = steps["accounting"].replace("source-study", "source study's accounting")
     steps = steps.assign(count=steps["form"] + ", " + accounting)
-    # FLOPs are proportional to the batch size, so one batch size is enough: the one with the most distinct counts.
+    # FLOPs are proportional to the batch size, so one batch size is enough. Take the one with the most pairs of form
+    # and accounting (`count`), and among several such batch sizes the one with the most steps.
     coverage = {size: (rows["count"].nunique(), len(rows)) for size, rows in steps.groupby("batch_size", sort=False)}
     steps = steps[steps["batch_size"] == max(coverage, key=lambda size: coverage[size], default=None)]
     adapters = steps[steps["family"] != "galore"]
@@ -224,7 +236,7 @@ def _draw_arithmetic(adapters: DataFrame, path: Path) -> None:
 
 
 def comparable_steps(costs: DataFrame) -> DataFrame:
-    """Return the rows of `costs` that have a reference, a step of full fine-tuning. The references are excluded."""
+    """Return the rows of `costs` that have a reference (a step of full fine-tuning). Leave out the references."""
     return costs[~costs["is_reference"] & costs["full_file"].notna()]
 
 
@@ -235,13 +247,13 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return a table of strings with a row for each method and a column for each network and size.
+    """Return a table of strings: a row for each method, and a column for each combination of network and input size.
 
-    Methods that were tried on fewer than half of the networks are left out.
+    A method that was tried on fewer than half of these combinations is left out.
 
     A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. A time ratio is
     the time of a step divided by the time of a step of full fine-tuning. If a network was not timed without huge pages,
-    its cells have only the first ratio. If a method failed, its cell is `NO_VALUE`.
+    its cells have only the first ratio. If a method failed or was not tried, its cell is `NO_VALUE`.
     """
     cells = []
     for row in timings.itertuples():
@@ -293,7 +305,7 @@ def interval(numbers: Iterable[int]) -> str:
 
 
 def markdown_table(frame: DataFrame) -> str:
-    """Return a frame of strings as a Markdown table. Index levels align left, columns align right."""
+    """Format a frame of strings as a Markdown table. The index is left-aligned, and columns are right-aligned."""
     heads = [*(name or "" for name in frame.index.names), *frame.columns]
     marks = ["---"] * frame.index.nlevels + ["---:"] * len(frame.columns)
     rows = frame.reset_index().itertuples(index=False)

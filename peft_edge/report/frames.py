@@ -2,10 +2,10 @@
 
 `run_frame` has one row for each run, `change_frame` for each changed kernel, `cost_frame` for each analysed step, and
 `timing_frame` for each timed step. Every row names the file of its record. `variant_frame` summarises the runs over
-their seeds. `archive_frame` holds every field of every record.
+their seeds. `archive_frame` has one row for each record, with its settings and results.
 
-Paths of files are relative to the page. So is the argument `folder`, the folder of the records. Without records, a
-frame is empty.
+Paths of files, and the argument `folder` (the folder of the records), are relative to the folder of the report page.
+Without records, a frame is empty.
 """
 
 from __future__ import annotations
@@ -32,8 +32,13 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 """The kinds of networks, in the order of tables."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
-"""The forms of a training step: without layers of this package; with its adapter layers, but without lean training;
-after `prepare_model_for_lean_training`; and on stored outputs of the frozen first layers."""
+"""The forms of a training step.
+
+- `AS_IS`: full fine-tuning, GaLore, PEFT's own adapters, and all methods for transformers, without lean training.
+- `NOT_LEAN`: the other methods of this package, without lean training.
+- `LEAN`: after `prepare_model_for_lean_training`.
+- `STORED`: on stored outputs of the frozen first layers.
+"""
 
 MEMORY_PARTS = ["activations", "temporaries", "parameters", "buffers", "gradients", "optimizer"]
 """The kinds of tensors that make up the peak memory of a step."""
@@ -42,18 +47,19 @@ CHANGE_MEASURES = ["relative_norm", "stable_rank"]
 """The measures of a changed kernel; see `KernelChange`."""
 
 COST_COLUMNS = ["memory", "flops", "shipped"]
-"""The costs of a run: peak bytes and FLOPs of a training step, and bytes of the saved adapter or model."""
+"""The costs of a run: peak bytes of a training step, FLOPs of a step, and bytes of the saved adapter or model."""
 
 CONTEST = ["task", "backbone"]
-"""The report compares variants that have the same values in these columns."""
+"""The report compares two variants (methods with a rank) only if they have the same values in these columns."""
 
 STANDARD_ERRORS = 2
-"""A paired difference is clear if its mean is more than this many standard errors from zero."""
+"""The mean of paired differences is clear if it is more than this many standard errors from zero."""
 
 _TASK_SETTINGS = ("backbone.", "data.", "source.")
-# These settings of the data belong to the training.
+# Settings that belong to the training, although their keys begin with `data.`.
 _TRAINING_SETTINGS = ("data.augment",)
-# Settings that do not change the result, and the seed, because the report averages over seeds.
+# Keys that do not distinguish methods: settings without effect on the result, and the seed, because the report
+# averages over seeds.
 _NOT_COMPARED = ("model_id", "output_dir", "cache_dir", "trackers", "num_workers", "profiling.", "seed")
 # The report compares analysed steps that have the same values in these columns.
 _STEP = ["network", "batch_size", "image_size", "sequence_length", "accounting"]
@@ -64,19 +70,22 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
 
     Columns:
         name, file: Path of the record. `name` is relative to the folder of the records, `file` to the report page.
-        task: Data set, and the name of the shift or `new classes`.
+        task: Names of the data set and of the shift, or `new classes` instead of the shift, followed by the settings
+            of the task that differ among runs with the same names and network.
         backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
-        method: Key of `METHODS`, followed by the settings that distinguish runs with the same key, task and network.
+        method: Key of `METHODS`, followed by the settings that differ among runs with the same key, rank, task and
+            network.
         family: Key of `METHODS` without `peft-`.
         lora_rank: Rank of the adapter or of GaLore's projection; missing for other methods.
         variant: Method and rank. The report compares variants.
-        order, seed, trains: Position in `METHODS`, seed, and whether the run has trainable parameters.
-        target, target_before: Test accuracy on the target domain after and before the update.
-        source, forgetting: Test accuracy on the source domain after the update, and how much the update lowered it.
-        score: `target`. With new classes, the harmonic mean of the accuracies on new and old classes.
+        order, seed, trains: Position of the method in `METHODS`, seed, and whether the run has trainable parameters.
+        target, target_before: Test accuracy on the target domain (the new images), after and before the update.
+        source, forgetting: Test accuracy on the source domain (the images from before) after the update, and how much
+            the update lowered it.
+        score: The column `target`. With new classes, the harmonic mean of the accuracies on new and old classes.
         score_label: Label of the score in figures, with its unit.
         memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
-        is_real: Whether the data set is outside the embedded benchmarks (`EMBEDDED`), which need no download.
+        is_real: False for the embedded benchmarks (`EMBEDDED`), which need no download. True for all other data sets.
         norm: Value of the configuration key `norm`.
         retained: Test accuracy on the source domain after the update, divided by the accuracy before the update.
         seconds, training_flops, process: Seconds and FLOPs of the whole training, and peak bytes of the process.
@@ -92,7 +101,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(numbers, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # Runs that train only the head record no convolutions, so the kind of a network is derived from all its runs.
+    # A run that trains only the head records no changed convolutions, so all runs of a network determine its kind.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -155,19 +164,22 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
 def variant_frame(runs: DataFrame) -> DataFrame:
     """Return one row for each task, network and variant, in the order of `run_frame`. A row summarises all seeds.
 
-    Columns, in addition to the columns of `run_frame` with one value for each variant:
-        seeds, records: Number of runs, and the files of their records.
+    The columns `task`, `backbone`, `kind`, `order`, `method`, `family`, `lora_rank`, `variant`, `score_label` and
+    `trains` are those of `run_frame`.
+
+    Further columns:
+        seeds, records: Number of runs, and the files of their records, separated by spaces.
         score, target, source: Means over the seeds.
         score_std, target_std, source_std: Sample standard deviations; missing for one seed.
-        gained_points, lost_points: Mean accuracy in percentage points that the update gains on the target domain, and
-            loses on the source domain.
+        gained_points, lost_points: How many percentage points of accuracy the update gains on the target domain, and
+            how many it loses on the source domain. Means over the seeds.
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
-        full_seeds: Largest number of seeds of any variant of the same task and network.
-        is_best: Whether the mean score is the highest of the variants with `full_seeds` seeds.
-        is_equal: Whether the paired difference from the best variant is not clear (see `paired_differences`). True with
-            fewer than two pairs.
+        full_seeds: Largest number of seeds that a variant of the same task and network has.
+        is_best: Whether the variant has the highest mean score of all variants with `full_seeds` seeds.
+        is_equal: Whether the mean difference from the best variant is not clear (see `paired_differences`). Also True
+            if fewer than two seeds were run with both variants.
         is_pareto: Whether no other variant dominates this variant in score and costs. False if the costs are missing.
-        to_full_..., to_head_...: `paired_differences` with the references `full` and `head`.
+        to_full_..., to_head_...: The columns of `paired_differences`, with the variant `full` or `head` as reference.
     """
     if runs.empty:
         return runs
@@ -199,7 +211,8 @@ def variant_frame(runs: DataFrame) -> DataFrame:
 def pooled_frame(runs: DataFrame) -> DataFrame:
     """Return one row for each task, kind of network and variant, with paired differences over all networks and seeds.
 
-    The frame has the columns of `variant_frame` that apply to several networks. Networks of unknown kind are omitted.
+    The columns `task`, `kind`, `variant`, `records`, `to_full_...` and `to_head_...` are those of `variant_frame`. The
+    column `backbone` has texts such as `all depthwise networks`. Networks of unknown kind are omitted.
     """
     frames = [DataFrame()]
     for (task, kind), members in runs[runs["kind"] != "unknown"].groupby(["task", "kind"]):
@@ -241,7 +254,8 @@ def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
 def pareto_front(points: np.ndarray) -> np.ndarray:
     """Return a mask of the points that no other point dominates.
 
-    `points` has shape (points, criteria). In every criterion, smaller is better.
+    `points` has shape (points, criteria). In every criterion, smaller is better. A point dominates another point if it
+    is at least as good in all criteria, and better in one.
     """
     no_worse = (points[:, None] <= points[None]).all(axis=2)
     better = (points[:, None] < points[None]).any(axis=2)
@@ -249,11 +263,12 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
 
 
 def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
-    """Return one row for each convolution whose kernel a run has changed, in the order of methods and ranks.
+    """Return one row for each run and each convolution whose kernel this run has changed, sorted by method and rank.
 
     Columns:
         file, order, method, lora_rank, variant: See `run_frame`.
-        layers: `dense` (including pointwise), `depthwise` or `grouped` layers, and the kind of the network.
+        layers: Kind of the convolution (`dense`, `depthwise` or `grouped`) and of the network, such as `dense layers,
+            standard networks`. Pointwise convolutions are `dense`.
         relative_norm, stable_rank: See `KernelChange`.
     """
     rows = []
@@ -274,13 +289,16 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
 
     Columns:
         file: Path of the record, relative to the report page.
-        kind, network, batch_size, image_size, sequence_length, accounting, lora_rank: Fields of the record.
+        kind, network: Fields of the record.
+        batch_size, image_size, sequence_length, accounting, lora_rank: Entries of the record's `setting`.
         family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
-        variant: Family, followed by the settings that distinguish steps with the same family and form.
-        method: Family and form, such as `lora (lean)`, followed by the settings that `variant` contains.
-        peak, flops: Bytes at the peak, and FLOPs of convolutions and products in the forward and backward pass.
-        activations, ... optimizer: Bytes of each of `MEMORY_PARTS` at the peak.
+        variant: Family, followed by the settings that differ among steps with the same family, form, network, batch
+            size and accounting.
+        method: Family and form, such as `lora (lean)`, followed by the same settings.
+        peak, flops: Bytes of all tensors at the peak of the step, and FLOPs of convolutions and matrix products in the
+            forward and backward pass.
+        activations, ... optimizer: Bytes of each kind of tensor in `MEMORY_PARTS` at the peak.
         is_reference: Whether the step is full fine-tuning in the form `AS_IS`.
         full_file, full_peak, full_flops: Record, peak and FLOPs of the reference with the same network, inputs and
             accounting; missing if this reference was not analysed.
@@ -344,16 +362,18 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
 
     The keys of `records` are paths.
 
-    Columns, in addition to the network, the setting, the processor, the method (the contender's label) and the record:
+    Columns:
+        network, batch_size, image_size, threads, processor: Values from the record.
+        method, record: Label of the contender, and path of the record.
         ratio: Time of a step divided by the time of full fine-tuning in the same round; the median over all rounds.
         lowest, highest: Smallest and largest ratio of all rounds.
-        peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step.
+        peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step, and if the contender failed.
         error: First line of the error; empty if the contender ran.
         process_bytes: Growth of the physical memory of the process in the timed steps.
         compile_s: Seconds of the first step of a compiled contender.
         ratio_without_huge_pages: The same quantity as `ratio`, measured without huge pages.
 
-    Each of the last three columns is omitted if no record has a value for it.
+    Each of the last three columns is omitted if it has no value in any row.
     """
     rows = [
         {
@@ -402,10 +422,10 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 
 
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
-    """Return one row with all settings and results for each record, including failed runs.
+    """Return one row with the settings and results of each record, including the records of failed runs.
 
-    The row of a run has its last metrics (the test results), the step profile of the first process, and the median
-    kernel changes for each kind of layer. `output_dir` and `cache_dir` are omitted.
+    The row of a run has its configuration without `output_dir` and `cache_dir`, the last entry of its metrics (the test
+    results), the step profile of its first process, and the median kernel changes for each kind of convolution.
     """
     found = {name: _all_of_run(record) for name, record in archive.runs.items()}
     found |= {name: _all_of_cost(record) for name, record in archive.costs.items()}
@@ -449,7 +469,9 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
 
 
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return a text for each row of `keys`: the settings that differ among rows with equal keys; empty if none differ.
+    """Return a text for each row of `keys`: the settings that differ among the rows with the same keys.
+
+    `settings` contains the settings of each row. If none of them differ, the text is empty.
 
     >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
     [', norm=stats', ', norm=frozen']

@@ -1,4 +1,4 @@
-"""Render the page from its template and write the report."""
+"""Render the pages of the report from their templates, and write them with the figures and CSV files."""
 
 from __future__ import annotations
 
@@ -32,20 +32,22 @@ TITLES = {
 def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list[Path]:
     """Write the report page with its figures and CSV files. The same records give identical files.
 
-    If the page, a figure or a table cannot be created, no file is written. Other files in `out` do not change.
+    If the page, a figure or a table cannot be created, no file is written. Files in `out` that do not belong to the
+    report do not change.
 
     Args:
         records: Folder with the records of runs and analyses.
-        out: Folder of the report. It receives `README.md`, `data.csv` with every record, `claims` with the full table
-            of each section, and `figures` as PNG and SVG. It also receives `photographs.md` if any run used a data set
-            that is not one of the embedded benchmarks (`EMBEDDED`).
+        out: The folder to write to. It receives the page `README.md`, the file `data.csv` with a row for each record,
+            the folder `claims` with the full table of each section, and the folder `figures` with PNG and SVG files. It
+            also receives `photographs.md` if any run used a data set that is not one of the embedded benchmarks
+            (`EMBEDDED`).
         bench: Folder with records of `peft-edge bench`. If it is None, the page contains no measured times.
 
     Returns:
         The paths of the written files.
 
     Raises:
-        ValueError: If there are no records, a record is damaged, or two records describe the same run.
+        ValueError: If a folder has no records, a record is damaged, or two records describe the same run.
         ImportError: If matplotlib is not installed.
         OSError: If a file cannot be written.
     """
@@ -65,7 +67,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
             (made / name).write_text(page, encoding="utf-8")
         frames.archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
         for name, table in tables.items():
-            # Sums in a different order differ by rounding errors, which six digits do not show.
+            # The order of a summation affects its rounding errors. Six digits do not show them.
             table.to_csv(made / "claims" / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
         for name, chart in charts.items():
             chart.draw(made / "figures" / name)
@@ -79,14 +81,16 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
 def make_report(
     archive: Archive, folder: str, measured: Mapping[str, BenchRecord], command: str
 ) -> tuple[dict[str, str], dict[str, DataFrame], dict[str, claims.Chart]]:
-    """Return three dicts whose keys are file names: the text of each page, the CSV tables and the figures.
+    """Return the pages, the CSV tables and the figures of the report as three dicts with file names as keys.
 
-    `measured` is a dict from paths to records of `peft-edge bench`. These paths and `folder` are relative to the page.
+    The names of tables and figures have no suffix. `measured` is a dict from paths to records of `peft-edge bench`.
+    These paths, and the folder of the records `folder`, are relative to the folder of the pages. `command` is the shell
+    command that creates the report, and the page shows this command.
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, real = frames.timing_frame(measured), photographs(archive, runs)
-    # Runs with `is_real` (on other data sets than the embedded benchmarks) have their own section. If all runs are such
-    # runs, the other sections contain them too.
+    # Runs with `is_real` (on other data sets than the embedded benchmarks) have their own section, so the other
+    # sections leave them out. If there are no other runs, the other sections contain them, too.
     if not runs.empty and not runs["is_real"].all():
         runs = runs[~runs["is_real"]]
     variants = frames.variant_frame(runs)
@@ -161,8 +165,8 @@ def _relative(folder: Path, out: Path) -> str:
 
 
 def _from_beside(out: Path, folder: str) -> str:
-    """Convert a path relative to `out` to a path relative to the parent of `out`.
+    """Convert `folder`, a path relative to `out`, to a path relative to the parent of `out`.
 
-    The report page shows a command with this path, which the user can run in the parent of `out`.
+    The report page shows a command that contains the converted path. Users run this command in the parent of `out`.
     """
     return Path(os.path.normpath(Path(out.resolve().name) / folder)).as_posix()

@@ -1,4 +1,7 @@
-"""Compute the section of the report on photographs: runs on data sets outside `EMBEDDED`, the embedded benchmarks."""
+"""Compute the section of the report on photographs.
+
+The section covers all runs whose data set is not one of the embedded benchmarks (`EMBEDDED`).
+"""
 
 from __future__ import annotations
 
@@ -27,11 +30,13 @@ class Photographs:
     """The section of the report on runs whose data set is not one of the embedded benchmarks (`EMBEDDED`).
 
     Attributes:
-        claims: The claims `accuracy`, `updates` and `choice` of the report, computed from these runs alone.
-        retention: A sentence that compares the accuracy retained on the source domain with `norm=frozen` and with
-            `norm=stats`. Empty if no method was run with both values of `norm`.
-        tables: Tables with a row for each variant. The keys have the form "<task>, <network>".
-        data: A row for each task, network and variant, with means, standard errors and the names of the records.
+        claims: A dict with the keys `accuracy`, `updates` and `choice`, which name sections of the report. The claims
+            are computed from these runs alone.
+        retention: A text that compares runs with `norm=frozen` and runs with `norm=stats`: how much of the accuracy on
+            the source domain they retain, and their accuracy on the target domain. Empty if no method was run with both
+            values of `norm`.
+        tables: Tables with a row for each variant (method and rank). The keys have the form "<task>, <network>".
+        data: A row for each task, network and variant, with means, standard errors and the files of the records.
     """
 
     claims: dict[str, Claim]
@@ -43,7 +48,7 @@ class Photographs:
 def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
     """Return the section on the runs for which `is_real` is True, or None if there are no such runs.
 
-    The data sets of these runs are not among the embedded benchmarks.
+    `runs` is the result of `run_frame`. If `is_real` is True, the data set is not one of the embedded benchmarks.
     """
     runs = runs[runs["is_real"]] if not runs.empty else runs
     if runs.empty:
@@ -64,8 +69,9 @@ def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
 def _with_one_reference(runs: DataFrame) -> DataFrame:
     """Return a copy of `runs` in which, for each task and network, one variant of full fine-tuning is named `full`.
 
-    `accuracy_claim` compares the other methods with the variant `full`. Of the variants with the most runs, the one
-    with the best mean score gets this name.
+    `accuracy_claim` compares the other methods with the variant `full`, so only one variant can have this name. The
+    function renames the variant of full fine-tuning with the most runs. If several have equally many runs, it renames
+    the one with the best mean score.
     """
     runs = runs.copy()
     for _, rows in runs[runs["family"] == "full"].groupby(CONTEST):
@@ -121,7 +127,7 @@ _SHORTER = {
 
 
 def short_labels(variants: list[str]) -> list[str]:
-    """Return shorter names of variants. If two short names are equal, return `variants`.
+    """Shorten the names of variants, which contain settings. If two short names are equal, return `variants` unchanged.
 
     >>> short_labels(["lora, lean.enabled=True, norm=frozen, training.learning_rate=[0.003], rank 4", "full"])
     ['lora, norm=frozen, lr 0.003, rank 4', 'full']
@@ -137,7 +143,7 @@ def short_labels(variants: list[str]) -> list[str]:
 
 
 def _retention(runs: DataFrame) -> str:
-    """Return a sentence that compares runs with `norm=frozen` to runs with `norm=stats`.
+    """Return a text that compares runs with `norm=frozen` to runs with `norm=stats`; see `Photographs.retention`.
 
     If no method has runs with both values, return `""`. Only variants with the largest number of seeds are compared.
     """

@@ -1,4 +1,4 @@
-"""Compute the findings on training runs: accuracy, changes of kernels, and the choice of a method."""
+"""Compare training runs with claims of the source study on accuracy, kernel changes and the choice of a method."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
 
 
 def _compare_with_full(variants: DataFrame) -> Claim:
-    """Compare full fine-tuning with the best variant of LoRA, DoRA and GaLore, on each task and network."""
+    """Compare full fine-tuning with the best of all variants of LoRA, DoRA and GaLore, on each task and network."""
     study = variants[variants["family"].isin(STUDY_FAMILIES)]
     best = study.loc[study.groupby(CONTEST)["score"].idxmax()].dropna(subset="to_full_error")
     if best.empty:
@@ -89,8 +89,8 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
     """Return a table of scores in %, with a row for each variant and a column for each pair of task and network.
 
-    Scores that cannot be distinguished from the best (`is_equal`) are bold. If a variant has fewer seeds than
-    `full_seeds`, the cell ends with the number of seeds in brackets.
+    Scores that cannot be distinguished from the best (`is_equal`) are bold. If a variant has fewer seeds than another
+    variant of the same task and network (`full_seeds`), the cell ends with the number of seeds in brackets.
     """
     cells = []
     for row in variants.itertuples():
@@ -117,7 +117,10 @@ def draw_forgetting(variants: DataFrame, path: Path) -> None:
 
 
 def _grid(variants: DataFrame, subplot: Callable[[DataFrame], Subplot]) -> Grid:
-    """Return a grid of subplots with a row for each task and a column for each network."""
+    """Return a grid of subplots with a row for each task and a column for each network.
+
+    `subplot` creates a subplot from the variants of one task and network.
+    """
     contests = {key: subplot(rows) for key, rows in variants.groupby(CONTEST)}
     backbones = variants["backbone"].unique()
     return [[contests.get((task, backbone)) for backbone in backbones] for task in variants["task"].unique()]
@@ -129,7 +132,7 @@ def _subplot(rows: DataFrame, x_label: str, y_label: str) -> Subplot:
 
 
 def updates_claim(changes: DataFrame) -> Claim:
-    """Compare the relative norm and the stable rank of the kernel changes between LoRA ranks."""
+    """Compare the relative norm and the stable rank of kernel changes across methods and ranks."""
     if changes.empty:
         return not_measured("the change of a kernel", _GRID)
     groups = changes.groupby(["variant", "layers"], sort=False)
@@ -245,9 +248,9 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 def decision_table(variants: DataFrame) -> DataFrame | None:
     """Return a row of recommended methods for each task and network, with a column for accuracy and for each cost.
 
-    The candidates are the profiled variants whose scores cannot be distinguished from the best (`is_equal`). The column
-    of a cost holds the candidate with the lowest cost. Pairs of task and network without candidates are omitted. Return
-    None if no pair remains.
+    The column of accuracy holds the variant with the best score. The column of a cost holds the cheapest candidate. The
+    candidates are the profiled variants whose scores cannot be distinguished from the best (`is_equal`). Pairs of task
+    and network without candidates are omitted. Return None if no pair remains.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():

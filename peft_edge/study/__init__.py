@@ -1,4 +1,7 @@
-"""Run studies: grids of training runs and cost analyses on one machine or on a cluster, with a table of results."""
+"""Run studies on one machine or on a cluster, and show the results as a table.
+
+A study consists of training runs, of cost analyses, or of both. A grid file describes them.
+"""
 
 from peft_edge.study.cluster import Cluster
 from peft_edge.study.grid import read_grid

@@ -1,4 +1,4 @@
-"""Cost analyses as jobs of a study. A cost analysis computes the cost of one training step from shapes alone."""
+"""Run cost analyses as jobs of a study. A cost analysis computes the cost of one training step from shapes alone."""
 
 from __future__ import annotations
 
@@ -34,9 +34,10 @@ NUM_CLASSES = 10
 """The number of classes of every timm model that is analysed."""
 
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
-"""Full fine-tuning, PEFT's LoRA and DoRA on all linear layers except the output layer, and GaLore.
+"""The methods for Transformers models.
 
-GaLore projects the gradient of a matrix if both sides exceed the rank and no side has the size of the vocabulary.
+They are full fine-tuning, PEFT's LoRA and DoRA on all linear layers except the output layer, and GaLore. GaLore
+projects the gradient of a matrix if both sides are longer than the rank, and no side has the size of the vocabulary.
 """
 
 
@@ -50,8 +51,9 @@ class CostSetting(Section):
         batch_size: The number of images or sequences.
         image_size: Height and width of the images in pixels.
         sequence_length: The number of tokens in a sequence.
-        target_modules: A role name such as `all-conv`, or a regular expression; null means the default of the method.
-        norm: How adapters treat BatchNorm layers; null means `stats`.
+        target_modules: The layers to adapt: a key of `ROLES` such as `all-conv`, or a regular expression for module
+            names; null means the default of the method.
+        norm: How the method treats BatchNorm layers; null means `stats`.
         lean: The argument `masks` of `prepare_model_for_lean_training`; null means training without lean layers.
         inplace_norm: The argument `inplace_norm` of `prepare_model_for_lean_training`. If `lean` is null, it has no
             effect.
@@ -94,24 +96,24 @@ class CostSetting(Section):
 
 @dataclass(frozen=True)
 class CostJob(Job):
-    """A job that analyses the cost of a network. `network` is a timm name or a JSON file; see `load_network`."""
+    """A job that analyses a training step of a network. `network` is a timm name or a JSON file; see `load_network`."""
 
     network: str
     options: CostSetting
 
     @property
     def result_name(self) -> str:
-        """`cost--` followed by the name of the job."""
+        """`cost--` followed by the name of the job. The copy of the record has this file name with `.json`."""
         return f"cost--{self.name}"
 
     @property
     def record(self) -> CostRecord | None:
-        """The record of the last analysis. None if there is no record, or if the record has other options."""
+        """The record of the last analysis. None if there is no record, or if the last analysis had other options."""
         record = read_record(self.folder / "record.json", CostRecord)
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def check_folder(self) -> None:
-        """Do nothing. The record is the only file in the folder, and a new analysis may replace the record."""
+        """Do nothing: a folder contains at most the record of an earlier analysis, which a new analysis may replace."""
 
     def train_source(self) -> None:
         """Do nothing, because an analysis needs no trained weights."""
@@ -208,7 +210,8 @@ def analyse_replay(
 ) -> Analysis:
     """Analyse a step that trains the later layers of `backbone` on cached outputs of the frozen first layers.
 
-    `FrozenPrefix` splits the network after the frozen layers. `backbone` is changed in place.
+    The function applies `method` to `backbone` in place. `FrozenPrefix` then splits the network after the frozen first
+    layers.
     """
     model, _ = prepare_step(backbone, method, adapter=adapter, lora_rank=lora_rank)
     images = torch.zeros(2, 3, image_size, image_size).to(memory_format=torch.channels_last)
@@ -224,7 +227,7 @@ def analyse_transformer(
 ) -> Analysis:
     """Analyse a step of a language model that is trained with one of `TRANSFORMER_METHODS` and AdamW or GaLoreAdamW.
 
-    `lora_rank` is the rank of the adapters or of GaLore's projection. `step` is passed on to `analyse`.
+    `lora_rank` is the rank of the adapters or of GaLore's projection. `step` contains further arguments of `analyse`.
 
     Raises:
         ValueError: If `method` is unknown, or if `lora_rank` is None and `method` is not `full`.

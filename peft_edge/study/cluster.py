@@ -46,10 +46,10 @@ _SOURCES = Path("cache") / "sources"
 class Cluster:
     """A Ray cluster, and the resources that each run needs.
 
-    Every node needs an installation of peft-edge, and needs data and weights at the paths in the configurations. If a
-    node or a worker process dies, Ray repeats the run up to three times. The repeated run continues from its last
-    checkpoint if its temporary folder still exists, for example in a `TMPDIR` that the nodes share. If the folder is
-    missing, the run starts from the beginning.
+    Every node needs an installation of peft-edge. Data and weights that a configuration names by a path must be at this
+    path on every node. If a node or a worker process dies, Ray repeats the run up to three times. The repeated run
+    continues from its last checkpoint if its temporary folder still exists, for example in a `TMPDIR` that the nodes
+    share. If the folder is missing, the run starts from the beginning.
 
     Attributes:
         address: `auto` for the cluster that this machine belongs to, `HOST:PORT` if this machine belongs to several
@@ -82,7 +82,7 @@ class Cluster:
             OSError: If the cluster cannot be reached, or `artifacts` or a file cannot be written.
         """
         # If Ray's memory monitor kills a task, Ray repeats the task. This variable limits the number of repetitions. It
-        # must be set before the import.
+        # must be set before Ray is imported.
         os.environ.setdefault("RAY_task_oom_retries", str(_MAX_RETRIES))
         with requires_extra("cluster"):
             import ray
@@ -164,9 +164,9 @@ class Cluster:
         return {**needs, "max_retries": _MAX_RETRIES}
 
     def _source(self, job: Job) -> ObjectRef:
-        """Return a Ray reference to the source model of `job` as a tar file.
+        """Return a Ray reference to a tar file with the source model of `job` (the network before adaptation).
 
-        If the output folder does not contain this model, start a task that trains it.
+        If the output folder does not contain this model, start a task that trains the model and returns the file.
         """
         import ray
 
@@ -229,7 +229,8 @@ def _source_name(job: Job) -> Path:
 def _keep_source(job: Job, packed: bytes) -> None:
     """Unpack the source model of `job` (the network before adaptation) into the output folder.
 
-    Saved adapters refer to this copy of the model. Write the name of its folder to the file `_source_name(job)`.
+    `packed` is a tar file with the folder of the model. Saved adapters refer to the unpacked folder. The name of this
+    folder is written to the file `_source_name(job)`, so that the next study finds the model.
     """
     for folder in _unpack(packed, job.folder.parent / _SOURCES, keep=True):
         with atomic_write(_source_name(job)) as unfinished:
@@ -247,10 +248,12 @@ def _train_source(job: Job, study: str) -> bytes:
 
 
 def _run_on_node(job: Job, study: str, source: bytes | None, artifacts: str | None) -> tuple[Path, str, bytes]:
-    """Run `job` on a node. Return the study's folder on the node, the text of the log, and the packed files of the job.
+    """Run `job` on a node. Return the study's folder on the node, the job's log as text, and its files as a tar file.
 
-    If the job did not finish, only its record is packed. The other files of the job stay on the node, and a new attempt
-    on this node continues from the last checkpoint.
+    `source` is a tar file with the source model (the network before adaptation). If `artifacts` is not None, the
+    subfolders of a finished job are uploaded to this address, and are not in the returned tar file. If the job did not
+    finish, the tar file contains only the record of the job. The other files of the job stay on the node, and a new
+    attempt on this node continues from the last checkpoint.
     """
     root = Path(tempfile.gettempdir(), study)
     moved = job.moved_to(root)
@@ -298,14 +301,14 @@ def _pack(folders: Sequence[Path]) -> bytes:
 def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: bool = False) -> list[Path]:
     """Unpack the folders in the tar file `packed` into `target`, and return their paths.
 
-    With `keep`, a folder that already exists is not replaced. `place` is the folder on another machine from which the
-    folders were packed. If it is given, JSON and YAML files are edited: paths inside `place` become paths inside
-    `target`.
+    With `keep`, a folder that already exists in `target` is not replaced. `place` is the folder that contained the
+    folders on another machine. If `place` is given, paths in JSON and YAML files are adapted to this machine: paths
+    inside `place` become paths inside `target`.
     """
     target.mkdir(parents=True, exist_ok=True)
     written = []
     with (
-        FileLock(target / ".unpack.lock"),  # several tasks of a node may receive the same source model
+        FileLock(target / ".unpack.lock"),  # tasks on one node may unpack the same source model
         tempfile.TemporaryDirectory(dir=target, prefix=".unpack-") as temporary,
         tarfile.open(fileobj=io.BytesIO(packed)) as archive,
     ):
@@ -323,7 +326,7 @@ def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: boo
 def _replace_paths(folder: Path, place: Path, target: Path) -> None:
     for file in (path for path in folder.rglob("*") if path.suffix in (".json", ".yaml")):
         text = file.read_text(encoding="utf-8")
-        # Adapters contain the path of their source model (the network before adaptation), which must be absolute. All
-        # other paths may be relative.
+        # An adapter contains the path of its source model (the network before adaptation). This path must be absolute.
+        # All other paths may be relative.
         text = text.replace(str(place / _SOURCES), str(target.absolute() / _SOURCES)).replace(str(place), str(target))
         file.write_text(text, encoding="utf-8")

@@ -1,8 +1,9 @@
 """Train adapters in ONNX Runtime and in PyTorch on the same batches, and record accuracy, time, memory and file sizes.
 
 `python -m peft_edge.study.device_study --out reports/device --work runs/device-study` writes one record for each case
-of `CASES` and each seed. A case whose record exists is not run again. `--guide FILE` replaces the table in a Markdown
-file. The case `photos to sketches` needs the data set PACS in the folders that `configs/tasks/pacs_sketch.yaml` names.
+of `CASES` and each seed. A case whose record exists is not run again. `--guide FILE` replaces the table of results in a
+Markdown file by a new table. The case `photos to sketches` needs the data set PACS and an imported network. Their paths
+are in `configs/tasks/pacs_sketch.yaml`.
 
 Both runtimes train on one thread, each in a process of its own, with the same options of the memory allocator.
 """
@@ -46,7 +47,8 @@ BATCH_SIZE, MOMENTUM, LORA_RANK = 8, 0.9, 4
 class DeviceCase(NamedTuple):
     """A network, its images and the layers to train.
 
-    If `task` is empty, the images are random, and no accuracy is measured.
+    If `task` is empty, the images are random, and no accuracy is measured. Otherwise the network comes from
+    the configuration that `task` describes, and `network` and `image_size` must match this configuration.
     """
 
     name: str
@@ -54,10 +56,13 @@ class DeviceCase(NamedTuple):
     network: str
     """The timm name of the network."""
     image_size: int
+    """Height and width of the images in pixels."""
     target_modules: str
+    """The convolutions to adapt, as a key of `ROLES`."""
     split: bool = False
+    """Whether ONNX Runtime trains on stored features: the outputs of the frozen layers before the adapted layers."""
     task: tuple[str, ...] = ()
-    """Arguments of `load_config`, which describe the network before adaptation and the target images."""
+    """Arguments of `load_config`, such as `--config FILE`. They describe the source model and the target images."""
     learning_rate: float = 0.01
     """The learning rate of the first step. It decreases linearly towards 0."""
     epochs: int = 3
@@ -96,7 +101,7 @@ class RuntimeResult(JsonModel):
     step_cpu_s: float
     """The median CPU time of a step in seconds, on one thread. The first step does not count."""
     peak_bytes: int
-    """The peak physical memory of the process, from its start."""
+    """The peak physical memory of the process in bytes, since the process started."""
 
 
 class DeviceRecord(JsonModel):
@@ -114,7 +119,7 @@ class DeviceRecord(JsonModel):
     images: int
     """The number of training images."""
     accuracy_before: float | None
-    """The accuracy of the initial adapter on the test images. None for random images."""
+    """The accuracy on the test images before training, with the initial adapter. None for random images."""
     onnx: RuntimeResult
     torch: RuntimeResult
     export_s: float
@@ -137,7 +142,7 @@ class _Data(NamedTuple):
 
 
 def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
-    """Train `case` in both runtimes, and return the record. `work` is the folder for source models and exported steps.
+    """Train `case` in both runtimes, and return the record. `work` is the folder for all files of the training.
 
     Raises:
         subprocess.CalledProcessError: If a training process fails.
@@ -301,7 +306,7 @@ def device_table(records: Sequence[DeviceRecord]) -> str:
     """Return a Markdown table with a row for each case.
 
     Accuracies and times are means over the seeds, and memory is the maximum over the seeds. The column `largest
-    difference` is the largest absolute difference between the accuracies of the two runtimes.
+    difference` has the largest absolute difference, over the seeds, between the accuracies of the two runtimes.
     """
     groups: dict[tuple[object, ...], list[DeviceRecord]] = defaultdict(list)
     for record in records:
@@ -341,7 +346,7 @@ def _largest_gap(pairs: Sequence[tuple[float | None, float | None]]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run all chosen cases that have no record in `--out`. Then print the table, or replace the table in `--guide`."""
+    """Run all chosen cases that have no record in `--out`. Then print the table, or write it to the file `--guide`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="folder of the records")
     parser.add_argument("--work", type=Path, required=True, help="folder for source models and exported steps")

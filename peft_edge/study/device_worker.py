@@ -17,23 +17,27 @@ from typing import Any
 import numpy as np
 
 Step = Callable[[dict[str, np.ndarray]], None]
-"""A function that takes a training step on a dict with `images` or `features`, `labels`, `mask` and `learning_rate`."""
+"""A function that takes one training step.
+
+Its argument is a dict with the keys `images` (or `features`), `labels`, `mask` (1 for samples, 0 for padding) and
+`learning_rate`.
+"""
 
 
 def read_rows(file: Path, shape: list[int], rows: list[int]) -> np.ndarray:
-    """Read rows of a binary file of float32 values.
+    """Read the rows with the numbers `rows` from a binary file of float32 values. A row has the shape `shape`.
 
     The function does not map the file into memory, because mapped pages would count as memory of the process.
 
     Returns:
-        The rows, of shape (len(rows), *shape).
+        An array of shape (len(rows), *shape).
     """
     size = int(np.prod(shape))
     return np.stack([np.fromfile(file, np.float32, size, offset=4 * size * row).reshape(shape) for row in rows])
 
 
 def prepare_onnx(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
-    """Return a function that takes a step in ONNX Runtime, and a function that saves the tensors that steps update."""
+    """Return a function that takes a step in ONNX Runtime, and a function that saves adapter and optimizer state."""
     from safetensors.numpy import load_file, save_file
 
     folder = Path(job["folder"])

@@ -50,7 +50,7 @@ def read_grid(file: Path, output_dir: Path) -> list[Job]:
     """Read a grid file, and return one configured job for each combination of its values.
 
     The YAML file is a block with the keys of `RunGrid` or of `CostGrid`, or a list of such blocks. Paths in the file
-    are relative to the folder of the file. The folder of a job is in `output_dir`.
+    are relative to the folder of the file. Each job has its own folder in `output_dir`.
 
     Raises:
         ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
@@ -112,7 +112,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
         if config.cache_dir is not None:
             errors.append(f"{setting}: the cache of a study is in its output folder: leave cache_dir out")
             continue
-        # A value such as the Hub id of a model can contain a slash.
+        # A value such as the Hub id of a model can contain a slash, but the name of a folder cannot.
         folder = Path("--".join([*parts, *varied.values()]).replace("/", "_"))
         jobs.append(RunJob(setting, folder, config).moved_to(output_dir))
     if errors:
@@ -121,7 +121,7 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
 
 
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return a job for each combination of a network and values from `block.grid`. Its folder is in `output_dir`."""
+    """Return a job, with a folder in `output_dir`, for each network and each combination of values in `block`."""
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))

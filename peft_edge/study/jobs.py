@@ -1,4 +1,4 @@
-"""`Job`, the base class of the training runs and cost analyses in a study, and `RunJob`, the class of training runs."""
+"""Define `Job`, the base class for the training runs and cost analyses of a study, and `RunJob` for training runs."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _FOLDER_KEYS = {"output_dir", "cache_dir"}
 class Job(ABC):
     """A training run or cost analysis of a study.
 
-    Another process can run a pickled job, because all state is in files inside `folder` and next to `folder`.
+    A job can be pickled and run in another process, because its whole state is in files in `folder` or next to it.
 
     Attributes:
         setting: A description of the job without its seed. The results of jobs with the same setting are averaged.
@@ -57,7 +57,7 @@ class Job(ABC):
     def failed_folder(self) -> Path:
         """The folder `<folder>.failed` for the record of a failure.
 
-        The record is not written to `folder`, because `folder` may contain the files of another run.
+        This record is not written to `folder`, because `folder` may contain a run with another configuration.
         """
         return self.folder.with_name(f"{self.name}.failed")
 
@@ -81,7 +81,7 @@ class Job(ABC):
 
     @property
     def status(self) -> str:
-        """The status in the record, or `not run` if there is no record."""
+        """The status in the record; `success` for a record of a cost analysis, and `not run` without a record."""
         record = self.record
         if record is None:
             return "not run"
@@ -97,9 +97,9 @@ class Job(ABC):
         return replace(self, folder=output_dir / self.name)
 
     def attempt(self) -> None:
-        """Run the job with its output in `log`. If the job raises an exception, log it and call `record_failure`.
+        """Run the job, and write its output to `log`. If the job fails, append the traceback, and record the failure.
 
-        `record_failure` is not called if `run` has already written a new record.
+        The failure is not recorded a second time if `run` has already written a new record.
 
         Raises:
             ValueError: If a record of the job is damaged.
@@ -126,11 +126,14 @@ class Job(ABC):
 
     @abstractmethod
     def train_source(self) -> None:
-        """Train the source model and write it to the cache. Do nothing if the cache has it, or if `source` is None."""
+        """Train the source model (the network before adaptation), and write it to the cache.
+
+        Do nothing if the cache contains the source model, or if the job has none.
+        """
 
     @abstractmethod
     def run(self) -> None:
-        """Run the job, from its last checkpoint if there is one, and write a record. Raise an exception on failure."""
+        """Start the job or continue it from its last checkpoint, and write its record. Raise an exception if it fails."""
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
@@ -145,7 +148,7 @@ class RunJob(Job):
 
     @property
     def result_name(self) -> str:
-        """The method and the name of the job, joined by `--`."""
+        """The method and the job's name, joined by `--`. The copy of the record has this file name with `.json`."""
         return f"{self.config.method}--{self.name}"
 
     @property
@@ -161,24 +164,24 @@ class RunJob(Job):
 
     @property
     def record(self) -> Record | None:
-        """The newest record of a run with this configuration, successful or failed. None if there is no such record."""
+        """The newest record of a run with this configuration, in `folder` or `failed_folder`; None without a record."""
         found = filter(
             None, (read_record(folder / "record.json", Record) for folder in (self.folder, self.failed_folder))
         )
         return max(filter(self.has_record, found), key=lambda record: record.run_info.created_at, default=None)
 
     def has_record(self, record: Record) -> bool:
-        """Return whether `record` is of a run with this configuration, in any folder.
+        """Return whether `record` is the record of a run with this configuration. The folders may be different.
 
-        A record has another configuration if, for example, a configuration file was edited after the run.
+        A record has another configuration, for example, if a configuration file was edited after the run.
         """
         return self._settings.items() <= record.run_info.train_config.items()
 
     def has_copy(self, copy: Record) -> bool:
-        """Return whether `copy`, the result of `shareable`, is of a run with this configuration.
+        """Return whether `copy`, a result of `shareable`, is the record of a run with this configuration.
 
-        Only the last components of local paths are compared, because a copy contains no more. Keys that the copy does
-        not have are newer than the copy, and are not compared.
+        Of each local path, only the last component is compared, because `shareable` has removed the rest. Keys that the
+        copy lacks are not compared, because the version of this package that wrote the copy may not have had them.
         """
         settings = self.config.model_dump(mode="json", exclude=_FOLDER_KEYS)
         found = copy.run_info.train_config
@@ -186,7 +189,7 @@ class RunJob(Job):
 
     @cached_property
     def _settings(self) -> dict[str, Any]:
-        """The configuration without folders, because these may have moved."""
+        """The configuration without `output_dir` and `cache_dir`, because these folders may be moved after a run."""
         return self.config.model_dump(exclude=_FOLDER_KEYS)
 
     def moved_to(self: R, output_dir: Path) -> R:
@@ -200,12 +203,15 @@ class RunJob(Job):
         training.is_started(self.config, self.folder)
 
     def train_source(self) -> None:
-        """Call `training.train_source`."""
+        """Train the source model (the network before adaptation), and write it to the cache.
+
+        If the cache contains the source model, only load it.
+        """
         reset_accelerator()
         training.train_source(self.config)
 
     def run(self) -> None:
-        """Call `training.run`, and delete the record of an earlier failure."""
+        """Run the training that `config` describes, and then delete the record of an earlier failure."""
         reset_accelerator()
         training.run(self.config)
         remove(self.failed_folder)

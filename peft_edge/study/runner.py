@@ -36,19 +36,20 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
     If a job fails or its process is killed, the reason is written to its log, and the other jobs continue. A failed
     training run also gets a record of the failure. The next call tries the failed job again. Ctrl-C kills the running
     jobs; the next call continues them from their last checkpoints. A run that has succeeded is not repeated, even if
-    its name has changed because the grid has more values.
+    its name has changed because values were added to the grid.
 
     Args:
         jobs: The result of `read_grid`. The log of a job is the file `<job.folder>.log`. It contains the output of the
             job, and the reason for a failure.
         processes: The maximum number of worker processes on this machine. Not used with `cluster`.
-        results: The folder to which all records are copied, including records of failures. The copies lack local paths.
+        results: The folder to which all records are copied, including records of failures. In the copies, local paths
+            are shortened to their last component.
         cluster: The Ray cluster that runs the jobs instead of processes on this machine.
 
     Raises:
-        ValueError: If another call is working in the same output folder, a record is damaged, or `results` is not
-            inside the output folder and contains finished runs of other configurations under the names of these jobs.
-            The message contains the path.
+        ValueError: If another call is working in the same output folder, or a record is damaged. Also if `results` is
+            not a subfolder of the output folder, and contains a finished run that has the name of a job, but another
+            configuration. The message contains the path.
         OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
@@ -86,7 +87,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
 
 def _check_results(jobs: Sequence[Job], results: Path) -> None:
-    """Raise a `ValueError` if `results` contains finished runs of other configurations under the names of the jobs."""
+    """Raise a `ValueError` if `results` contains a finished run with the name of a job, but another configuration."""
     others = []
     for job in jobs:
         if isinstance(job, RunJob):
@@ -101,11 +102,12 @@ def _check_results(jobs: Sequence[Job], results: Path) -> None:
 
 
 def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -> None:
-    """Rename the folders of successful runs that a job has under another name, so that they are not repeated.
+    """Find earlier successful runs with the configuration of a job but another name, and give them the job's name.
 
-    The name of a run contains the values of the keys that the grid varies. When a grid gets a second value for a key,
-    the names of its runs change, but not their configurations. Logs are renamed, too, and copies of records in
-    `results` are deleted.
+    The jobs then count as finished, and are not run again. The name of a run contains the values of the keys that the
+    grid varies. When a grid gets a second value for a key, the names of its runs change, but not their configurations.
+    The function renames the folder and the log of a run, and deletes the copy of its record under the earlier name from
+    `results`.
     """
     names = {job.name for job in jobs}
     waiting = [job for job in jobs if isinstance(job, RunJob) and not job.folder.exists()]
@@ -141,7 +143,10 @@ def _sources_first(jobs: Sequence[Job]) -> list[Job]:
 
 
 def _copy_record(job: Job, results: Path) -> None:
-    """Copy the record of `job`, without local paths, to `results`. Do nothing if there is no record or no change."""
+    """Copy the record of `job` to `results`, and shorten local paths in the copy to their last component.
+
+    Do nothing if there is no record, or if `results` already contains an equal copy.
+    """
     record = job.record
     if record is None:
         return
@@ -151,10 +156,10 @@ def _copy_record(job: Job, results: Path) -> None:
 
 
 def _read_copy(results: Path, job: Job, kind: type[C]) -> C | None:
-    """Read the record with the name of `job` in `results`. Return None if the record is missing or damaged."""
+    """Read the copy of the record of `job` in `results`. Return None if the copy is missing or cannot be read."""
     try:
         return read_record(results / f"{job.result_name}.json", kind)
-    except ValueError:  # a damaged copy is written again
+    except ValueError:  # a copy that cannot be read is replaced
         return None
 
 
@@ -195,9 +200,9 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
 
 
 def _begin_worker() -> None:
-    """Prepare this worker process: let it end together with the study's process, and set the lock of progress bars.
+    """Make this worker process end together with the study's process, and set the lock of progress bars.
 
-    Otherwise, the job of a killed study would continue, and disturb the next study.
+    If the study's process were killed and the worker did not end, its job would continue and disturb the next study.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -207,7 +212,8 @@ def _begin_worker() -> None:
         os._exit(1)
 
     threading.Thread(target=watch, daemon=True).start()
-    # The default lock of progress bars contains a semaphore. Python would warn of it after the worker is killed.
+    # The default lock of progress bars contains a semaphore. After a worker is killed, Python would warn of a leaked
+    # semaphore.
     std.tqdm.set_lock(threading.RLock())
 
 
@@ -228,14 +234,14 @@ _COST_COLUMNS = {"peak MiB": ",.1f", "forward GFLOP": ",.2f", "backward GFLOP": 
 
 
 def study_table(jobs: Sequence[Job]) -> str:
-    """Return a text table of training runs and a text table of cost analyses, each with one row per `setting`.
+    """Return a text table of training runs and a text table of cost analyses. A table without rows is left out.
 
-    A table without rows is left out. A cell contains the mean over the successful jobs ± its standard error, or only
-    the mean if all values are equal. The standard error is the sample standard deviation divided by the square root of
-    the number of values. The column `runs` or `analyses` contains the number of successful jobs and the statuses of
-    other jobs. `no update` is the accuracy of the source model on the target. `training seconds` is `seconds` of
-    `TrainInfo`. `tensors MiB` is the peak memory of the tensors in a step, and `process MiB` is the peak memory of the
-    process.
+    Each row summarises all jobs with the same `setting`. A cell contains the mean over the successful jobs ± its
+    standard error, or only the mean if all values are equal. The standard error is the sample standard deviation
+    divided by the square root of the number of values. The column `runs` or `analyses` contains the number of
+    successful jobs and the statuses of other jobs. `no update` is the accuracy of the source model on the target.
+    `training seconds` is the time of the whole training (`TrainInfo.seconds`). `tensors MiB` is the peak memory of the
+    tensors in a step, and `process MiB` is the peak memory of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
