@@ -74,8 +74,8 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
     """Draw a horizontal stacked bar for each row of `parts`, with the first row at the top.
 
     Each column of `parts` is one part of the bars, and its values are the lengths of this part. `ranges` has a row for
-    each bar, in the same order. A black line on each bar shows the range of the total length, from the column `min` to
-    the column `max`. A dashed line marks 100. `label` is the quantity on the horizontal axis, with its unit.
+    each bar, in the same order. Its columns `min` and `max` are the range of the total length of the bar. A black line
+    shows this range. A dashed line marks the length 100. `label` is the quantity on the horizontal axis, with its unit.
     """
     with figure_file(path, size=(8, 1.5 + 0.27 * len(parts))) as figure:
         axes = figure.subplots()
@@ -96,10 +96,10 @@ def draw_stacked_bars(parts: DataFrame, ranges: DataFrame, path: Path, *, title:
 def draw_grouped_bars(panels: Mapping[str, DataFrame], path: Path, *, label: str) -> None:
     """Draw a panel of horizontal bars for each title in `panels`.
 
-    Each frame in `panels` holds the lengths of the bars. It has a row for each name on the vertical axis, with the
-    first row at the top. All frames must have the same rows. Each column is a group of bars with the same style, which
-    is also the same in all panels. A missing length is shown as "no record". `label` is the quantity on the horizontal
-    axis, with its unit.
+    Each frame in `panels` holds the lengths of the bars in one panel. It has a row for each name on the vertical axis,
+    with the first row at the top, and a column for each style of bars. All frames must have the same rows. Columns with
+    the same name have the same style in all panels. A missing length is shown as "no record". `label` is the quantity
+    on the horizontal axis, with its unit.
     """
     groups = list(dict.fromkeys(group for panel in panels.values() for group in panel))
     names = next(iter(panels.values())).index.tolist()
@@ -138,7 +138,10 @@ def figure_file(path: Path, *, size: tuple[float, float]) -> Iterator[Figure]:
 
 
 def method_styles(names: Sequence[str]) -> dict[str, Style]:
-    """Return a dict from method names to colour, marker and line. A key of `METHODS` looks the same in every figure."""
+    """Return a dict from the names of methods to their colours, markers and lines.
+
+    A key of `METHODS` has the same style in every figure.
+    """
     order = [*METHODS, *(name for name in names if name not in METHODS)]
     return {
         name: {

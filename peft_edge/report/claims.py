@@ -26,7 +26,7 @@ from peft_edge.report.frames import AS_IS, LEAN, MEMORY_PARTS, NETWORK_KINDS, ST
 AGREED, IN_PART, NOT_AGREED, NOT_MEASURED = "Agreed", "In part", "Not agreed", "Not measured"
 
 STUDY_FAMILIES = ("lora", "dora", "galore")
-"""The methods that the source study compares with full fine-tuning, as values of the column `family`."""
+"""The methods that the source study compares with full fine-tuning. The column `family` contains these names."""
 
 ABOUT_HALF = (0.25, 0.75)
 """The smallest and the largest ratio that count as "about half". Ratios between them are nearer to 0.5 than to 0 or 1.
@@ -54,7 +54,7 @@ CSV_NAMES = {
     "file": "record",
     "full_file": "full_record",
 }
-"""A dict from names of columns in frames to their names in CSV files. All other columns keep their names there."""
+"""A dict from names of columns in frames to their names in CSV files. All other columns keep their names."""
 
 _GRID = "configs/study/costs.yaml"
 _LARGEST_REDUCTIONS = {
@@ -99,8 +99,8 @@ class Claim:
 def not_measured(lacking: str, grid: str) -> Claim:
     """Return a claim with the verdict `NOT_MEASURED`.
 
-    Its finding says which records are missing (`lacking`), and gives a command that creates them. The command runs the
-    study that the file `grid` describes.
+    The `finding` of the claim says which records are missing (`lacking`), and gives a command that creates them. The
+    command runs the study that the file `grid` describes.
     """
     command = f"peft-edge study --grid {grid} --output-dir runs"
     finding = f"There is no record of {lacking}; `{command}` makes them, in `runs/results`."
@@ -108,12 +108,15 @@ def not_measured(lacking: str, grid: str) -> Claim:
 
 
 def verdict_of(agreeing: int, total: int) -> str:
-    """Return "Agreed" if all cases agree, "Not agreed" if no case agrees, and "In part" otherwise."""
+    """Return "Agreed" if all `total` cases agree with the source study, "Not agreed" if none does, else "In part"."""
     return AGREED if agreeing == total else IN_PART if agreeing else NOT_AGREED
 
 
 def memory_claim(costs: DataFrame) -> Claim:
-    """Compare the memory savings of methods on depthwise-separable networks and on language models."""
+    """Compare the memory savings of methods on depthwise-separable networks and on language models.
+
+    `costs` is the result of `cost_frame`.
+    """
     kinds: set[str] = set()
     if not costs.empty:
         steps = comparable_steps(costs)
@@ -159,7 +162,7 @@ def memory_claim(costs: DataFrame) -> Claim:
 
 
 def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
-    """Return the mean of `saved_memory` for each batch size and each value of the column `label`.
+    """Return the mean of the column `saved_memory` for each batch size and each value of the column named `label`.
 
     The result has a column for each of `NETWORK_KINDS`, and the column `ratio`: the mean for depthwise-separable
     networks divided by the mean for transformers.
@@ -189,7 +192,10 @@ def _draw_memory(costs: DataFrame, steps: DataFrame, batch_size: int, path: Path
 
 
 def arithmetic_claim(costs: DataFrame) -> Claim:
-    """Compute how many FLOPs adapters save, by exact counts and by the rules of the source study (arXiv 2507.23536)."""
+    """Compute how many FLOPs adapters save, by exact counts and by the rules of the source study (arXiv 2507.23536).
+
+    `costs` is the result of `cost_frame`.
+    """
     lacking = not_measured("an adapter's step on a convolutional network", _GRID)
     if costs.empty:
         return lacking
@@ -252,8 +258,8 @@ def timing_table(timings: DataFrame) -> DataFrame:
     A method that was tried on fewer than half of these combinations is left out.
 
     A cell has the form `time ratio / time ratio without huge pages (peak memory of tensors in MiB)`. A time ratio is
-    the time of a step divided by the time of a step of full fine-tuning. If a network was not timed without huge pages,
-    its cells have only the first ratio. If a method failed or was not tried, its cell is `NO_VALUE`.
+    the time of a step divided by the time of a step of full fine-tuning. If there is no time without huge pages, the
+    cell has only the first ratio. If a method failed or was not tried, its cell is `NO_VALUE`.
     """
     cells = []
     for row in timings.itertuples():
@@ -281,7 +287,7 @@ def percent(fraction: float) -> str:
 
 
 def short(value: float) -> str:
-    """Format a number. Below 1, show two decimals. Otherwise show three digits, or more if the integer part is longer.
+    """Format a number with three digits, or with more if its integer part is longer. Numbers below 1 get two decimals.
 
     >>> short(1.234), short(12345.6)
     ('1.23', '12,346')

@@ -29,7 +29,7 @@ from peft_edge.records import Archive, CostRecord, Record
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
 
 NETWORK_KINDS = ("standard", "depthwise", "transformer")
-"""The kinds of networks, in the order of tables."""
+"""The kinds of networks, in the order in which tables list them."""
 
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
 """The forms of a training step.
@@ -69,7 +69,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row for each run that succeeded, sorted by task, network, method, rank and seed.
 
     Columns:
-        name, file: Path of the record. `name` is relative to the folder of the records, `file` to the report page.
+        name, file: Path of the record. `name` is relative to the folder of the records, and `file` is relative to the
+            folder of the report page.
         task: Names of the data set and of the shift, or `new classes` instead of the shift, followed by the settings
             of the task that differ among runs with the same names and network.
         backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
@@ -162,10 +163,10 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
 
 
 def variant_frame(runs: DataFrame) -> DataFrame:
-    """Return one row for each task, network and variant, in the order of `run_frame`. A row summarises all seeds.
+    """Return one row for each task, network and variant (method and rank). A row summarises the runs with all seeds.
 
-    The columns `task`, `backbone`, `kind`, `order`, `method`, `family`, `lora_rank`, `variant`, `score_label` and
-    `trains` are those of `run_frame`.
+    The rows have the order of `run_frame`. The columns `task`, `backbone`, `kind`, `order`, `method`, `family`,
+    `lora_rank`, `variant`, `score_label` and `trains` are those of `run_frame`.
 
     Further columns:
         seeds, records: Number of runs, and the files of their records, separated by spaces.
@@ -235,8 +236,9 @@ def score_table(runs: DataFrame) -> DataFrame:
 def paired_differences(scores: DataFrame, reference: str) -> DataFrame:
     """Subtract the row `reference` of a `score_table` from every row, and summarise the differences over the columns.
 
-    Runs with the same seed start from the same weights, so paired differences have less noise than differences between
-    independent runs.
+    `scores` has a row for each variant (method and rank), and a column for each pair of network and seed. Runs with the
+    same seed start from the same weights, so paired differences have less noise than differences between independent
+    runs.
 
     Returns:
         For each row the `mean` difference, its standard `error`, the number of `pairs`, and whether the difference is
@@ -288,19 +290,19 @@ def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row for each analysed step, sorted by kind, network, batch size, accounting, form and method.
 
     Columns:
-        file: Path of the record, relative to the report page.
+        file: Path of the record, relative to the folder of the report page.
         kind, network: Fields of the record.
         batch_size, image_size, sequence_length, accounting, lora_rank: Entries of the record's `setting`.
         family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
         variant: Family, followed by the settings that differ among steps with the same family, form, network, batch
             size and accounting.
-        method: Family and form, such as `lora (lean)`, followed by the same settings.
+        method: Family and form, such as `lora (lean)`, followed by the same settings as in `variant`.
         peak, flops: Bytes of all tensors at the peak of the step, and FLOPs of convolutions and matrix products in the
             forward and backward pass.
         activations, ... optimizer: Bytes of each kind of tensor in `MEMORY_PARTS` at the peak.
         is_reference: Whether the step is full fine-tuning in the form `AS_IS`.
-        full_file, full_peak, full_flops: Record, peak and FLOPs of the reference with the same network, inputs and
+        full_file, full_peak, full_flops: `file`, `peak` and `flops` of the reference with the same network, inputs and
             accounting; missing if this reference was not analysed.
         saved_memory, saved_flops: 1 - peak / full_peak and 1 - flops / full_flops.
 
@@ -471,7 +473,7 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
     """Return a text for each row of `keys`: the settings that differ among the rows with the same keys.
 
-    `settings` contains the settings of each row. If none of them differ, the text is empty.
+    `settings` contains the settings of each row. If no setting differs, the text is empty.
 
     >>> distinguishing_settings(DataFrame({"method": ["lora", "lora"]}), [{"norm": "stats"}, {"norm": "frozen"}])
     [', norm=stats', ', norm=frozen']

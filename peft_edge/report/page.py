@@ -67,7 +67,7 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
             (made / name).write_text(page, encoding="utf-8")
         frames.archive_frame(archive, folder).to_csv(made / "data.csv", index=False, lineterminator="\n")
         for name, table in tables.items():
-            # The order of a summation affects its rounding errors. Six digits do not show them.
+            # Six digits hide rounding errors, which depend on the order of summation.
             table.to_csv(made / "claims" / f"{name}.csv", index=False, float_format="%.6g", lineterminator="\n")
         for name, chart in charts.items():
             chart.draw(made / "figures" / name)
@@ -84,8 +84,8 @@ def make_report(
     """Return the pages, the CSV tables and the figures of the report as three dicts with file names as keys.
 
     The names of tables and figures have no suffix. `measured` is a dict from paths to records of `peft-edge bench`.
-    These paths, and the folder of the records `folder`, are relative to the folder of the pages. `command` is the shell
-    command that creates the report, and the page shows this command.
+    These paths and `folder`, the folder of the records, are relative to the folder of the pages. `command` is the shell
+    command that creates the report. The page shows this command.
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, real = frames.timing_frame(measured), photographs(archive, runs)

@@ -35,7 +35,8 @@ class Photographs:
         retention: A text that compares runs with `norm=frozen` and runs with `norm=stats`: how much of the accuracy on
             the source domain they retain, and their accuracy on the target domain. Empty if no method was run with both
             values of `norm`.
-        tables: Tables with a row for each variant (method and rank). The keys have the form "<task>, <network>".
+        tables: A dict of tables with a row for each variant (method and rank). The keys have the form
+            "<task>, <network>".
         data: A row for each task, network and variant, with means, standard errors and the files of the records.
     """
 
@@ -69,9 +70,9 @@ def photographs(archive: Archive, runs: DataFrame) -> Photographs | None:
 def _with_one_reference(runs: DataFrame) -> DataFrame:
     """Return a copy of `runs` in which, for each task and network, one variant of full fine-tuning is named `full`.
 
-    `accuracy_claim` compares the other methods with the variant `full`, so only one variant can have this name. The
-    function renames the variant of full fine-tuning with the most runs. If several have equally many runs, it renames
-    the one with the best mean score.
+    The variants of full fine-tuning differ in settings such as `norm`. `accuracy_claim` compares the other methods with
+    the variant `full`, so only one variant can have this name. The function gives the name to the variant with the most
+    runs. If several variants have equally many runs, the variant with the best mean score gets the name.
     """
     runs = runs.copy()
     for _, rows in runs[runs["family"] == "full"].groupby(CONTEST):
@@ -81,7 +82,7 @@ def _with_one_reference(runs: DataFrame) -> DataFrame:
 
 
 def _summary(runs: DataFrame) -> DataFrame:
-    """Return a row for each task, network and variant, with means and standard errors over the seeds.
+    """Return a row for each task, network and variant (method and rank), with means and standard errors over the seeds.
 
     The standard error is the sample standard deviation divided by the square root of the number of seeds; it is missing
     for a single seed.
@@ -134,7 +135,7 @@ def short_labels(variants: list[str]) -> list[str]:
     """
     labels = []
     for variant in variants:
-        # Without `training.replay`, `training.replay_views` has no effect.
+        # Without `training.replay`, `training.replay_views` has no effect, so it is left out.
         label = variant if "replay=True" in variant else re.sub(r", training\.replay_views=\d+", "", variant)
         for pattern, text in _SHORTER.items():
             label = re.sub(pattern, text, label)

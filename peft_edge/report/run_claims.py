@@ -39,7 +39,10 @@ _MEASURE_LABELS = {
 
 
 def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
-    """Compare the scores of all methods and ranks, by differences between runs with the same seed."""
+    """Compare the scores of all methods and ranks, by differences between runs with the same seed.
+
+    `runs` is the result of `run_frame`, and `variants` is the result of `variant_frame`.
+    """
     if runs.empty:
         return not_measured("a run that has succeeded", _GRID)
     trained, charts = variants[variants["trains"]], {}
@@ -132,7 +135,10 @@ def _subplot(rows: DataFrame, x_label: str, y_label: str) -> Subplot:
 
 
 def updates_claim(changes: DataFrame) -> Claim:
-    """Compare the relative norm and the stable rank of kernel changes across methods and ranks."""
+    """Compare the relative norm and the stable rank of kernel changes across methods and ranks.
+
+    `changes` is the result of `change_frame`.
+    """
     if changes.empty:
         return not_measured("the change of a kernel", _GRID)
     groups = changes.groupby(["variant", "layers"], sort=False)
@@ -201,7 +207,10 @@ def _draw_updates(changes: DataFrame, layers: list[str], path: Path) -> None:
 
 
 def choice_claim(variants: DataFrame) -> Claim:
-    """Find the methods and ranks that are Pareto-optimal in score, peak memory, FLOPs and saved bytes."""
+    """Find the methods and ranks that are Pareto-optimal in score, peak memory, FLOPs and saved bytes.
+
+    `variants` is the result of `variant_frame`.
+    """
     profiled = variants if variants.empty else variants.dropna(subset=COST_COLUMNS)
     if profiled.empty:
         return not_measured("a run whose steps were profiled", _GRID)
@@ -248,9 +257,9 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 def decision_table(variants: DataFrame) -> DataFrame | None:
     """Return a row of recommended methods for each task and network, with a column for accuracy and for each cost.
 
-    The column of accuracy holds the variant with the best score. The column of a cost holds the cheapest candidate. The
-    candidates are the profiled variants whose scores cannot be distinguished from the best (`is_equal`). Pairs of task
-    and network without candidates are omitted. Return None if no pair remains.
+    The column of accuracy holds the variant (method and rank) with the best score. The column of a cost holds the
+    cheapest candidate. A candidate is a variant whose costs were measured, and whose score cannot be distinguished from
+    the best (`is_equal`). Pairs of task and network without candidates are omitted. Return None if no pair remains.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():

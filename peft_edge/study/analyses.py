@@ -59,7 +59,7 @@ class CostSetting(Section):
             effect.
         replay: Whether the step trains on cached outputs of the frozen first layers. If true, `lean` and `inplace_norm`
             have no effect.
-        accounting: See `FlopCounter`.
+        accounting: The rules by which FLOPs are counted; see `FlopCounter`.
     """
 
     method: str
@@ -96,7 +96,7 @@ class CostSetting(Section):
 
 @dataclass(frozen=True)
 class CostJob(Job):
-    """A job that analyses a training step of a network. `network` is a timm name or a JSON file; see `load_network`."""
+    """A cost analysis as a job of a study. `network` is a timm name or a JSON file; see `load_network`."""
 
     network: str
     options: CostSetting

@@ -56,8 +56,8 @@ class Cluster:
             clusters, or `local` to start Ray on this machine alone.
         num_cpus: CPU cores for each run. None means `num_threads` of the run.
         num_gpus: GPUs for each run. With 0.5, two runs share a GPU.
-        memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory without a
-            reservation. If it is None, no memory is reserved.
+        memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory that is
+            not reserved for other runs. If `memory` is None, Ray reserves none.
         artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes upload the subfolders of each finished
             run (the saved update and the training curves) to this address. If it is None, the nodes send these folders
             back to the output folder.
@@ -238,7 +238,10 @@ def _keep_source(job: Job, packed: bytes) -> None:
 
 
 def _train_source(job: Job, study: str) -> bytes:
-    """Train the source model of `job` on a node. Return the model as a tar file, and delete the files on the node."""
+    """Train the source model of `job` (the network before adaptation) on a node.
+
+    Return the model as a tar file, and delete the files on the node.
+    """
     moved = job.moved_to(Path(tempfile.gettempdir(), study, "source", _source_name(job).stem))
     moved.train_source()
     folder = moved.folder.parent / _SOURCES
@@ -308,7 +311,7 @@ def _unpack(packed: bytes, target: Path, *, place: Path | None = None, keep: boo
     target.mkdir(parents=True, exist_ok=True)
     written = []
     with (
-        FileLock(target / ".unpack.lock"),  # tasks on one node may unpack the same source model
+        FileLock(target / ".unpack.lock"),  # tasks on one node may unpack the same source model at once
         tempfile.TemporaryDirectory(dir=target, prefix=".unpack-") as temporary,
         tarfile.open(fileobj=io.BytesIO(packed)) as archive,
     ):

@@ -47,8 +47,8 @@ BATCH_SIZE, MOMENTUM, LORA_RANK = 8, 0.9, 4
 class DeviceCase(NamedTuple):
     """A network, its images and the layers to train.
 
-    If `task` is empty, the images are random, and no accuracy is measured. Otherwise the network comes from
-    the configuration that `task` describes, and `network` and `image_size` must match this configuration.
+    If `task` is empty, the images are random, and no accuracy is measured. Otherwise the network comes from the
+    configuration that `task` describes, and `network` and `image_size` must match this configuration.
     """
 
     name: str
@@ -105,7 +105,7 @@ class RuntimeResult(JsonModel):
 
 
 class DeviceRecord(JsonModel):
-    """The record of one case and one seed."""
+    """The results of one `DeviceCase` with one seed, in ONNX Runtime and in PyTorch."""
 
     case: str
     network: str
@@ -142,7 +142,7 @@ class _Data(NamedTuple):
 
 
 def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
-    """Train `case` in both runtimes, and return the record. `work` is the folder for all files of the training.
+    """Train `case` in ONNX Runtime and in PyTorch, and return the record. Write the files of the training to `work`.
 
     Raises:
         subprocess.CalledProcessError: If a training process fails.
@@ -303,7 +303,7 @@ def read_device_records(folder: Path) -> list[DeviceRecord]:
 
 
 def device_table(records: Sequence[DeviceRecord]) -> str:
-    """Return a Markdown table with a row for each case.
+    """Return a Markdown table with a row for each `DeviceCase`.
 
     Accuracies and times are means over the seeds, and memory is the maximum over the seeds. The column `largest
     difference` has the largest absolute difference, over the seeds, between the accuracies of the two runtimes.

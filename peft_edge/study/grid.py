@@ -1,4 +1,4 @@
-"""Read the grid file of a study, and configure one job for each combination of its values."""
+"""Read a grid file, and configure a job (a training run or a cost analysis) for each combination of its values."""
 
 from __future__ import annotations
 

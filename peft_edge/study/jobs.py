@@ -133,7 +133,7 @@ class Job(ABC):
 
     @abstractmethod
     def run(self) -> None:
-        """Start the job or continue it from its last checkpoint, and write its record. Raise an exception if it fails."""
+        """Start the job or continue it from its last checkpoint. Write its record. On failure, raise an exception."""
 
     @abstractmethod
     def record_failure(self, reason: str) -> None:
@@ -142,7 +142,7 @@ class Job(ABC):
 
 @dataclass(frozen=True)
 class RunJob(Job):
-    """A job that runs a configuration of `train.py`. The `output_dir` of the configuration is the folder of the job."""
+    """A training run as a job of a study. `config` configures `train.py`, and its `output_dir` is the job's folder."""
 
     config: RunConfig
 
@@ -164,21 +164,24 @@ class RunJob(Job):
 
     @property
     def record(self) -> Record | None:
-        """The newest record of a run with this configuration, in `folder` or `failed_folder`; None without a record."""
+        """The newest record of a run with this job's configuration. None if there is no such record.
+
+        The record is in `folder` or in `failed_folder`.
+        """
         found = filter(
             None, (read_record(folder / "record.json", Record) for folder in (self.folder, self.failed_folder))
         )
         return max(filter(self.has_record, found), key=lambda record: record.run_info.created_at, default=None)
 
     def has_record(self, record: Record) -> bool:
-        """Return whether `record` is the record of a run with this configuration. The folders may be different.
+        """Return whether `record` is the record of a run with this job's configuration. Folders are not compared.
 
         A record has another configuration, for example, if a configuration file was edited after the run.
         """
         return self._settings.items() <= record.run_info.train_config.items()
 
     def has_copy(self, copy: Record) -> bool:
-        """Return whether `copy`, a result of `shareable`, is the record of a run with this configuration.
+        """Return whether `copy`, a result of `shareable`, is the record of a run with this job's configuration.
 
         Of each local path, only the last component is compared, because `shareable` has removed the rest. Keys that the
         copy lacks are not compared, because the version of this package that wrote the copy may not have had them.

@@ -202,7 +202,7 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
 def _begin_worker() -> None:
     """Make this worker process end together with the study's process, and set the lock of progress bars.
 
-    If the study's process were killed and the worker did not end, its job would continue and disturb the next study.
+    If only the study's process were killed, the worker would continue its job, and disturb the next study.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -239,9 +239,9 @@ def study_table(jobs: Sequence[Job]) -> str:
     Each row summarises all jobs with the same `setting`. A cell contains the mean over the successful jobs ± its
     standard error, or only the mean if all values are equal. The standard error is the sample standard deviation
     divided by the square root of the number of values. The column `runs` or `analyses` contains the number of
-    successful jobs and the statuses of other jobs. `no update` is the accuracy of the source model on the target.
-    `training seconds` is the time of the whole training (`TrainInfo.seconds`). `tensors MiB` is the peak memory of the
-    tensors in a step, and `process MiB` is the peak memory of the process.
+    successful jobs and the statuses of other jobs. `no update` is the accuracy of the source model on the target (the
+    new images). `training seconds` is the time of the whole training (`TrainInfo.seconds`). `tensors MiB` is the peak
+    memory of the tensors in a step, and `process MiB` is the peak memory of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
