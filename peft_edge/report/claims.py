@@ -273,7 +273,7 @@ def timing_table(timings: DataFrame) -> DataFrame:
 
 
 def fixed(value: float, digits: int) -> str:
-    """Format a number with `digits` decimals. Zero has no sign, and a missing value becomes `NO_VALUE`.
+    """Format a number with `digits` decimals. A zero has no minus sign, and a missing value becomes `NO_VALUE`.
 
     >>> fixed(1234.56, 1), fixed(-0.04, 1)
     ('1,234.6', '0.0')

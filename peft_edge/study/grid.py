@@ -54,7 +54,7 @@ def read_grid(file: Path, output_dir: Path) -> list[Job]:
 
     Raises:
         ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
-            be configured. The message lists the problems of all blocks.
+            be configured. If all blocks have the right keys, the message lists the problems of all blocks.
         OSError: If the file cannot be read.
     """
     jobs: list[Job] = []

@@ -81,7 +81,7 @@ class Job(ABC):
 
     @property
     def status(self) -> str:
-        """The status in the record; `success` for a record of a cost analysis, and `not run` without a record."""
+        """The status in the record, or `not run` without a record. A record of a cost analysis has the status `success`."""
         record = self.record
         if record is None:
             return "not run"
@@ -93,7 +93,7 @@ class Job(ABC):
         return self.status in (SUCCESS, DIVERGED)
 
     def moved_to(self: J, output_dir: Path) -> J:
-        """Return a copy of the job whose folder is in `output_dir`."""
+        """Return a copy of the job with a folder of the same name in `output_dir`. No files are moved."""
         return replace(self, folder=output_dir / self.name)
 
     def attempt(self) -> None:
@@ -196,7 +196,7 @@ class RunJob(Job):
         return self.config.model_dump(exclude=_FOLDER_KEYS)
 
     def moved_to(self: R, output_dir: Path) -> R:
-        """Return a copy of the job with its folder and its cache in `output_dir`."""
+        """Return a copy of the job with a folder of the same name and a cache in `output_dir`. No files are moved."""
         folder = output_dir / self.name
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         return replace(self, folder=folder, config=self.config.model_copy(update=folders))
