@@ -228,7 +228,7 @@ def _compare_with_references(scores: DataFrame) -> DataFrame:
 
 
 def score_table(runs: DataFrame) -> DataFrame:
-    """Return the scores: one row for each variant (method and rank), and one column for each pair of network and seed."""
+    """Return the scores: a row for each variant (method and rank), and a column for each pair of network and seed."""
     table = runs.pivot(index="variant", columns=["backbone", "seed"], values="score")
     return table.loc[runs["variant"].unique()]
 

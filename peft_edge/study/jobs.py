@@ -81,7 +81,7 @@ class Job(ABC):
 
     @property
     def status(self) -> str:
-        """The status in the record, or `not run` without a record. A record of a cost analysis has the status `success`."""
+        """The status in the record, or `not run` without a record. For a cost analysis, any record means `success`."""
         record = self.record
         if record is None:
             return "not run"

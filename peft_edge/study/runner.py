@@ -202,7 +202,7 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
 def _begin_worker() -> None:
     """Make this worker process end together with the study's process, and set the lock of progress bars.
 
-    If only the study's process were killed, the worker would continue its job, and disturb the next study.
+    Otherwise, if the study's process were killed, the worker would continue its job and disturb the next study.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
