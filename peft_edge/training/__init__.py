@@ -1,4 +1,4 @@
-"""Run a configuration: train or load the source model, adapt this model, test the saved update, write the record."""
+"""Run a configuration: train or load the source model, adapt it, test the saved adapter or model, write the record."""
 
 from peft_edge.training.pipeline import run, train_source
 from peft_edge.training.run_folder import is_started

@@ -1,8 +1,8 @@
 """Adapt the source model to one target. Train one candidate per learning rate, all for the same number of epochs.
 
 The source model is the network that was trained on the source domain. A candidate is a model that `Method.prepare`
-returned, trained with one learning rate. The saved part of a candidate is called its update. The update is an adapter,
-or the whole model if the method has `saves_full_model`.
+returned and that was then trained with one learning rate. The update of a candidate is what is saved of it: an adapter,
+or the whole model if `Method.saves_full_model` is True.
 """
 
 from __future__ import annotations
@@ -55,12 +55,14 @@ logger = logging.getLogger(__name__)
 
 
 def check_adaptation(config: RunConfig, task: Task) -> None:
-    """Check the configuration on an untrained backbone, before the source model is trained.
+    """Check that the configuration fits the targets and the backbone, before the source model is trained.
+
+    If the images of a target make too few steps for `training.warmup_steps`, log a warning.
 
     Raises:
         ValueError: If the method or `training.replay` does not fit the backbone. If a target has fewer training images
-            than `training.batch_size` (except for method none). If the method returns no PEFT model, but its
-            `saves_full_model` is False (except for method none).
+            than `training.batch_size` (except for method none). If `Method.prepare` returns no PEFT model, although
+            `Method.saves_full_model` is False (except for method none).
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -95,7 +97,7 @@ def _warmup_steps(config: RunConfig, total_steps: int) -> int:
 
 
 class TrainedCandidate(BaseModel):
-    """The results of training on one target with one learning rate, read from `candidate.json` in `folder`."""
+    """The results of training on one target with one learning rate, as stored in `candidate.json` in `folder`."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -106,12 +108,12 @@ class TrainedCandidate(BaseModel):
     train_time: float  # seconds in optimizer steps or, if `learning_rate` is None, in estimating statistics
     costs: TrainingCosts
     metrics: list[dict[str, int | float | None]]  # one dict per epoch: loss, accuracy and time
-    profile: list[StepProfile]  # for each process, rows for the step and for each rank; empty without profiling
+    profile: list[StepProfile]  # the step profiles of all processes; empty if no step was profiled
     replay: dict[str, object] | None  # size and cost of the stored features; None if `training.replay` is False
 
     @property
     def update(self) -> Path:
-        """The folder of the saved adapter or model: `adapter` or `model` in `folder`."""
+        """The folder with the saved adapter or model: `folder / "adapter"` or `folder / "model"`."""
         return next(path for path in (self.folder / "adapter", self.folder / "model") if path.exists())
 
     @property
@@ -126,16 +128,18 @@ def sweep(
     """Train a model (a candidate) for every learning rate of the configuration. `source` does not change.
 
     A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
-    `increment` is the number of `target`, starting at 1; otherwise it is None. `previous` is the folder of the adapter
-    or model that was saved for the target before, or None for the first target. Candidates that an interrupted run has
-    already finished are read, not trained again.
+    `increment` is the number of `target`, starting at 1; otherwise `increment` is None. `previous` is the folder of the
+    adapter or model that was saved for the previous target, or None for the first target. Candidates that an
+    interrupted run has already finished are read from their folders and not trained again.
 
     Returns:
-        The candidates that did not diverge, and one dict for each learning rate. The dict contains the validation
-        accuracy or the error of divergence. The record stores these dicts in `TrainInfo.sweep`.
+        The candidates that did not diverge, and one dict for each learning rate. Each dict contains the learning rate,
+        and the validation accuracy or the message of the `DivergedError`. The record stores the dicts in
+        `TrainInfo.sweep`.
 
     Raises:
-        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts.
+        DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts described
+            above.
         OSError: If a checkpoint or a result cannot be written.
     """
     method = find_method(run.config.method)
@@ -152,7 +156,7 @@ def sweep(
             candidate = _adapt(run, target, source, rate, name, previous)
         except DivergedError as diverged:
             error = diverged
-            # Without this call, Accelerate would save this candidate's objects in checkpoints of the next candidate.
+            # Without this call, checkpoints of the next candidate would also contain the objects of this candidate.
             run.accelerator.free_memory()
             if run.accelerator.is_main_process and (candidates or rate != rates[-1]):
                 logger.warning("\n%s", diverged)
@@ -169,10 +173,11 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train and save the candidate `name`: a model for one target and one learning rate. Return its results.
+    """Train a model for one target and one learning rate (a candidate), save the model, and return its results.
 
-    If the candidate has a checkpoint, training continues from the newest checkpoint. If the folder of the candidate
-    exists, the candidate is already trained, so its results are only read.
+    `name` is the name of the candidate's folder. If there is a checkpoint of this candidate, training continues from
+    the newest one. If the folder already exists, an earlier run has finished this candidate, so its results are read
+    from the folder and nothing is trained.
     """
     config, accelerator = run.config, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name
@@ -223,10 +228,11 @@ class _Trained:
         """Return the costs of this training run. All processes must call this method.
 
         The argument `process_peak_bytes` is the peak memory of the calling process, or None if it is unknown. In the
-        result, `process_peak_bytes` is the maximum over all processes, `flops` is the sum over all processes, and the
-        times are those of the calling process. `flops` includes the estimation of BatchNorm statistics and the storing
-        of features for latent replay. `flops` is None if optimizer steps were taken but none was profiled. It is also
-        None if a step profile has no FLOPs.
+        result, `process_peak_bytes` is the maximum over all processes, and `flops` is the sum over all processes. The
+        times are those of the calling process, except that `storing_s` is the time of the process that stored the
+        features for latent replay. `flops` includes the FLOPs of estimating BatchNorm statistics and of storing
+        features. `flops` is None if optimizer steps were taken but none was profiled, or if a step profile has no
+        FLOPs.
         """
         progress, step_flops = self.progress, [row.flops for row in self.profile if row.scope == "step"]
         measured = gather_object([(process_peak_bytes, self.statistics_flops)])
@@ -323,7 +329,8 @@ def new_learner(
 
     The model starts from the adapter or model that is saved in the folder `previous`, or from `source` if `previous` is
     None. `source` does not change. If the method uses gradients and `target` has more classes than the model, the head
-    gets rows for the new classes. If `data.rehearsal_size` is 0 as well, the head rows of earlier classes are frozen.
+    gets rows for the new classes. In this case, the head rows of earlier classes are frozen if `data.rehearsal_size`
+    is 0.
 
     Raises:
         ValueError: If the method does not fit the model.
@@ -349,8 +356,9 @@ def new_learner(
 def continue_update(folder: Path, source: nn.Module, method: Method, options: Options) -> nn.Module:
     """Return a trainable model that starts from the adapter or model saved in `folder`. `source` does not change.
 
-    If an adapter is saved, `Method.prepare` is called on a copy of `source`, and the adapter is loaded into the result.
-    If a whole model is saved, `Method.prepare` is called on this model.
+    If `folder` contains an adapter, `Method.prepare` is called on a copy of `source`, and the weights of the adapter
+    are loaded into the model that `Method.prepare` returns. If `folder` contains a whole model, `Method.prepare` is
+    called on this model.
     """
     updated = load_update(folder, next(source.parameters()).device)
     if not isinstance(updated, PeftModel):
@@ -366,7 +374,7 @@ def continue_update(folder: Path, source: nn.Module, method: Method, options: Op
 def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> None:
     """Write the adapter of `model` to `folder/adapter` or, if `saves_full_model`, the whole model to `folder/model`.
 
-    Before the whole model is written, the adapter of a PEFT model is merged in place.
+    If `saves_full_model` is True and `model` is a PEFT model, its adapter is first merged in place.
     """
     if saves_full_model:
         save_backbone(model.merge_and_unload() if isinstance(model, PeftModel) else model, folder / "model")
@@ -375,13 +383,16 @@ def save_update(model: nn.Module, folder: Path, *, saves_full_model: bool) -> No
 
 
 def load_update(folder: Path, device: torch.device) -> nn.Module:
-    """Load the model from a folder `adapter` or `model` that `save_update` wrote, and return it on `device`."""
+    """Load the adapted model from `folder`, and return it on `device`.
+
+    `folder` is the folder `adapter` or the folder `model` that `save_update` wrote.
+    """
     model = load_pretrained(folder) if (folder / CONFIG_NAME).exists() else load_backbone(str(folder))
     return model.to(device).to(memory_format=training_memory_format(model))
 
 
 def merged_copy(model: nn.Module) -> nn.Module | None:
-    """Return a copy of the model with its adapter merged, or `model` itself if it is not a PEFT model.
+    """Return a copy of `model` with the adapter merged. If `model` is not a PEFT model, return `model` itself.
 
     Return None if the adapter cannot be merged. Examples are a non-linear adapter, and PEFT's LoRA of a grouped
     convolution.

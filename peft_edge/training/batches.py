@@ -1,4 +1,7 @@
-"""Load batches of images, preprocessed for a backbone, and batches of stored features (latent replay)."""
+"""Load batches of images that are preprocessed for a backbone, and batches of stored features for latent replay.
+
+Latent replay stores the outputs of the frozen first layers once, and trains the later layers on the stored outputs.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +27,9 @@ from peft_edge.records import StepProfile
 from peft_edge.training.run_folder import ActiveRun, cache_folder, cache_key
 
 PHOTOGRAPH_SIZE = 128
-"""Images are treated as photographs if their median width and height are at least this number of pixels.
+"""Images are treated as photographs if their median width and their median height are at least this number of pixels.
 
-The images of `digits` and `shapes` are never treated as photographs.
+The images of the built-in datasets `digits` and `shapes` are never treated as photographs.
 """
 
 
@@ -55,10 +58,9 @@ def _batches(
 
 
 def augmentation_of(config: RunConfig, images: Dataset) -> Augmentation:
-    """Return the configured augmentation `data.augment`. If it is `auto`, return `photo` or `shift`.
+    """Return the augmentation that `data.augment` names. If `data.augment` is `auto`, choose `photo` or `shift`.
 
-    The result is `photo` if the median width and height are at least `PHOTOGRAPH_SIZE`. It is `shift` for smaller
-    images, and for `digits` and `shapes`.
+    With `auto`, the result is `photo` if the images are photographs (see `PHOTOGRAPH_SIZE`), otherwise `shift`.
     """
     if config.data.augment != "auto":
         return config.data.augment
@@ -70,13 +72,13 @@ def _are_photographs(config: RunConfig, images: Dataset) -> bool:
 
 
 def _num_workers(config: RunConfig, images: Dataset) -> int:
-    """Return `config.num_workers`. If it is None, choose a number from 0 to 4.
+    """Return the number of worker processes: `config.num_workers` or, if this is None, a default from 0 to 4.
 
     The default is the number of CPU cores for this process minus `config.num_threads`, at least 0 and at most 4. In
     each of the following cases, the default is 0:
 
     - The images are not photographs (see `PHOTOGRAPH_SIZE`). Decoding small images takes little time.
-    - A study started this process. The study uses the cores for other runs.
+    - This process is a child process of a study. The study uses the other cores for other runs.
     - Processes do not start by fork. Each worker process would first have to import torch.
     - The number of cores is unknown.
     """
@@ -91,9 +93,10 @@ def _num_workers(config: RunConfig, images: Dataset) -> int:
 
 
 def augmentation_key(config: RunConfig, images: Dataset) -> dict[str, object]:
-    """Return the part of a cache key that identifies the augmentation: an empty dict for the augmentation `shift`.
+    """Return the part of a cache key that identifies the augmentation. For the augmentation `shift`, return {}.
 
-    Earlier versions had only `shift`, and did not include it in the key. Their cache entries therefore remain valid.
+    Earlier versions had only the augmentation `shift`, and their cache keys did not contain it. Because `shift` still
+    adds nothing to the key, the cache entries of these versions remain valid.
     """
     augment = augmentation_of(config, images)
     return {} if augment == "shift" else {"augment": augment}
@@ -109,8 +112,9 @@ def set_run_preprocessing(config: RunConfig, backbone: nn.Module, task: Task) ->
     """Set `pretrained_cfg` of the backbone, in place, to the preprocessing with which the run tests models.
 
     Adapters and models are saved with this preprocessing, so that timm's `create_transform` prepares further images in
-    the same way. If no test image is both higher and wider than the input, `build_transform` crops none of them. timm
-    then needs the crop mode `squash`, because it would enlarge and crop even an image that has the size of the input.
+    the same way. If no test image is both higher and wider than the input, `build_transform` resizes the test images
+    without a crop. In this case, the crop mode is set to `squash`. With another crop mode, timm would enlarge and crop
+    even an image that already has the size of the input.
     """
     size = config.data.image_size
     set_preprocessing(backbone, image_size=size)
@@ -119,7 +123,10 @@ def set_run_preprocessing(config: RunConfig, backbone: nn.Module, task: Task) ->
 
 
 def set_epoch(batches: DataLoader, epoch: int) -> None:
-    """Set the epoch, which determines order and augmentation. `batches` must not have been prepared by Accelerate."""
+    """Set the epoch, which determines the order of the images and their augmentation.
+
+    `batches` must be a plain loader. For a loader that Accelerate has prepared, call its own method `set_epoch`.
+    """
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 
 
@@ -136,9 +143,9 @@ def frozen_prefix(config: RunConfig, model: nn.Module) -> FrozenPrefix:
     """Return the frozen layers of `model` before its first trainable layer.
 
     Raises:
-        ValueError: If the model has no trainable layer, or no frozen layer before the first trainable layer. If the
-            outputs or buffers of the frozen layers change in training mode. If later layers need more than the output
-            of the last frozen layer.
+        ValueError: If the model has no trainable layer, or no frozen layer before the first trainable layer. If
+            training mode changes the outputs or the buffers of the frozen layers. If the model cannot be split, because
+            later layers need more than one output of the frozen layers.
     """
     size, generator = config.data.image_size, torch.Generator().manual_seed(0)
     images = torch.randn(2, 3, size, size, generator=generator).to(next(model.parameters()).device)
@@ -152,11 +159,11 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
     """Prepare latent replay: store the outputs of the frozen first layers for the training images of `target`.
 
     The frozen first layers are the layers of `model` before its first trainable layer. If an earlier run has stored the
-    same outputs, these outputs are reused. If the key `norm` is recalibrate, call `recalibrate` on `model` first.
-    Images are preprocessed with the settings of the source model `source`.
+    same outputs, these outputs are reused. The images are preprocessed for the source model `source`. If the
+    configuration key `norm` is `recalibrate`, the caller must call `recalibrate` on `model` before this function.
 
     Raises:
-        ValueError: If `frozen_prefix` raises this error. If an output is not finite or too large for
+        ValueError: If `frozen_prefix` raises a ValueError. If an output is not finite, or too large for
             `training.replay_dtype`.
         OSError: If the outputs cannot be written, for example because the disk is full.
     """
@@ -186,11 +193,11 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return a copy of `profile` whose rows of scope `step` have the `adapter_bytes` of the whole adapter of `model`.
+    """Return a copy of `profile` in which `adapter_bytes` of a whole step is the size of the whole adapter of `model`.
 
     `profile` was measured on `Replay.tail`, the part of `model` after the frozen layers. The saved adapter also
-    contains BatchNorm statistics of the frozen layers, so `adapter_bytes` in `profile` is too small. If `model` is not
-    a PEFT model, return `profile`.
+    contains BatchNorm statistics of the frozen layers, so `adapter_bytes` in `profile` is too small. Only the profiles
+    of scope `step` are corrected. If `model` is not a PEFT model, return `profile` unchanged.
     """
     if not isinstance(model, PeftModel):
         return profile

@@ -54,8 +54,8 @@ class Predictions:
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator, *, stage: str) -> Predictions:
     """Predict the class of every image in eval mode, and gather the predictions of all processes.
 
-    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`. It is left in eval mode.
-    `stage` is the text of the progress bar.
+    `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`, and stays in eval mode
+    after the call. `stage` is the text of the progress bar.
     """
     model.eval()
     found = Predictions([], [])
@@ -83,10 +83,10 @@ def _predict_test(model: nn.Module, config: RunConfig, domain: Domain, accelerat
 def predict_source_tests(
     source: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator
 ) -> list[Predictions]:
-    """Return the result of `predict_tests` for the source model, using the shared cache.
+    """Return the same result as `predict_tests` for the source model. Read predictions from the cache if it has them.
 
-    Many runs have the same source model, so its predictions are computed once and stored in the cache. If the cache
-    folder cannot be written, the predictions are returned without being stored.
+    Many runs have the same source model, so its predictions are computed once and stored in the cache folder that the
+    runs share. If this folder cannot be written, the predictions are returned without being stored.
     """
     found = []
     for domain in (task.source, *task.targets):
@@ -115,9 +115,10 @@ def predict_source_tests(
 
 @contextmanager
 def _locked(file: Path) -> Iterator[bool]:
-    """Unless `file` contains predictions, lock it against other runs. Yield whether this run holds the lock.
+    """Lock `file` against other runs during the block, and yield whether the block may write `file`.
 
-    If the folder of `file` cannot be written, no lock is taken, and a warning is logged.
+    If `file` already contains predictions, take no lock and yield False. If the folder of `file` cannot be written, log
+    a warning and yield False.
     """
     with ExitStack() as stack:
         may_write = False
@@ -141,16 +142,17 @@ def _read_predictions(file: Path) -> Predictions | None:
 def results(predictions: list[list[Predictions]]) -> dict[str, object]:
     """Return the test results of a run as a dict: accuracies, retention, forgetting and a harmonic mean.
 
-    `predictions[0]` is the result of `predict_tests` for the source model, and `predictions[i]` is the result for the
-    model after target i. For method none, there is only `predictions[0]`. The entry `TARGET` is the accuracy on the
-    test images of all targets together. The entry `harmonic mean` is computed from the final accuracies on the targets
-    and on the source. If `predictions` has more than two elements, the dict also contains `accuracies`. Row i of this
-    list has the accuracies of the model after target i: on the source, then on the targets 1 to i.
+    `predictions[0]` is the result of `predict_tests` for the source model. `predictions[i]` is the result for the model
+    after adaptation to target i, where targets are counted from 1. For method none, there is only `predictions[0]`. The
+    entry with the key `TARGET` is the accuracy on the test images of all targets together. The entry `harmonic mean` is
+    computed from the final accuracies on the targets and on the source. If there are several targets, the dict also
+    contains the list `accuracies`. Row i of this list contains the accuracies of the model after target i: on the
+    source, then on the targets 1 to i.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
     # For method none, the source model is also the final model.
     rows = predictions if len(predictions) > 1 else predictions * 2
-    # Row i: the accuracies of the model after target i on the source (column 0) and on the targets 1 to i.
+    # Row i contains the accuracies of the model after target i: on the source (column 0), then on the targets 1 to i.
     accuracies = [[split.accuracy for split in row[: step + 1]] for step, row in enumerate(rows)]
     values: dict[str, object] = {
         TARGET: _pooled(targets_after).accuracy,
@@ -178,7 +180,7 @@ def first_images(config: RunConfig, backbone: nn.Module, target: Domain) -> Tens
 
 @torch.no_grad()
 def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
-    """Return float32 logits (B, num_classes) on the CPU for images (B, 3, H, W). The model is left in eval mode."""
+    """Return float32 logits (B, num_classes) on the CPU for images (B, 3, H, W). Put `model` into eval mode."""
     model.eval()
     device = next(model.parameters()).device
     return model(images.to(device)).float().cpu()
@@ -187,12 +189,12 @@ def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
 def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
     """Check that `reloaded` and `merged` compute the same logits for `images` as the trained model.
 
-    `trained` contains the logits (B, num_classes) of the trained model. `merged` is skipped if `merged` is None or the
-    same object as `reloaded`.
+    `trained` contains the logits (B, num_classes) of the trained model for `images`. If `merged` is None or the same
+    object as `reloaded`, only `reloaded` is checked.
 
     Returns:
-        A dict with the largest absolute difference from `trained` for each model: `reloaded_max_logit_difference` and,
-        unless `merged` is skipped, `merged_max_logit_difference`.
+        A dict with the largest absolute difference from `trained` for each checked model. The keys are
+        `reloaded_max_logit_difference` and `merged_max_logit_difference`.
 
     Raises:
         RuntimeError: If a difference is NaN, or exceeds the tolerance times `max(1, trained.abs().max())`. The
@@ -218,9 +220,9 @@ def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, t
 def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelChange]:
     """Return a dict from layer name to `KernelChange` for each convolution whose kernel differs in the two models.
 
-    `updated` is `source` after adaptation, with any adapter merged. Let `old` be a kernel of `source`, reshaped to
-    (C_out, -1). Let `change` be the same kernel of `updated`, also reshaped, minus `old`. Then relative_norm =
-    |change|_F / |old|_F and stable_rank = |change|_F² / |change|_2².
+    `updated` is `source` after adaptation, with any adapter merged. Let `old` and `new` be the kernels of a layer in
+    `source` and in `updated`, reshaped to (C_out, -1), and `change` = `new` - `old`. Then relative_norm = |change|_F /
+    |old|_F and stable_rank = |change|_F² / |change|_2², with the Frobenius norm |.|_F and the spectral norm |.|_2.
 
     >>> source = nn.Sequential(nn.Conv2d(3, 8, 1))
     >>> updated = nn.Sequential(nn.Conv2d(3, 8, 1))
@@ -235,7 +237,8 @@ def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelCha
         change = conv.weight.to(old).flatten(1) - old
         if change.any():
             kind = next((role for role in ("depthwise", "pointwise", "dense") if role in roles), "grouped")
-            # The squared singular values of `change` are the eigenvalues of `wide @ wide.T`, the smaller Gram matrix.
+            # The eigenvalues of `wide @ wide.T` are the squared singular values of `change`. `wide.T @ wide` has the
+            # same non-zero eigenvalues, but is larger.
             wide = change if change.shape[0] <= change.shape[1] else change.T
             squares = torch.linalg.eigvalsh(wide @ wide.T)
             norm, rank = change.norm() / old.norm(), squares.sum() / squares[-1]

@@ -35,7 +35,7 @@ DIVERGED_LOSS = 100.0
 class DivergedError(ValueError):
     """Raised if a loss is above `DIVERGED_LOSS`, or if a loss or a validation logit is not finite."""
 
-    tried: Sequence[dict[str, object]] = ()  # entries for `TrainInfo.sweep` of the record; set by the function `sweep`
+    tried: Sequence[dict[str, object]] = ()  # the function `sweep` sets this: one dict for each tried learning rate
 
 
 def train(
@@ -52,21 +52,21 @@ def train(
     """Train until `training.epochs` are done, starting from the newest checkpoint if there is one.
 
     An interrupted and resumed run gives the same weights, bit for bit, as an uninterrupted run. The accelerator must
-    have prepared the first five arguments. `evaluated` is the model to evaluate: the whole model if `model` is only the
-    part after the stored features (`Replay.tail`), otherwise `model`. `name` identifies this training run in folders,
-    trackers and the progress bar.
+    have prepared the first five arguments. `evaluated` is the model to evaluate, and normally the same object as
+    `model`. With latent replay, `model` is only the part that is trained on stored features (`Replay.tail`), and
+    `evaluated` is the whole model. `name` identifies this training run in folders, trackers and the progress bar.
 
     Returns:
-        The progress with the measurements of each epoch, and the step profiles of all processes. The list of profiles
-        is empty if no step was measured, for example because `profiling.every_n_steps` is 0.
+        The `Progress`, which contains the measurements of each epoch, and the step profiles of all processes. The list
+        of profiles is empty if no step was measured, for example because `profiling.every_n_steps` is 0.
 
     Raises:
         OSError: If a checkpoint or a step profile cannot be written.
         ValueError: If the newest checkpoint is damaged, or was written by a different number of processes.
         DivergedError: If a loss is above `DIVERGED_LOSS`, or a loss or a validation logit is not finite. Checkpoints
             whose weights may have diverged are deleted; earlier checkpoints are kept.
-        SystemExit: If the run has a single process and this process receives SIGTERM. A checkpoint of the current step
-            is written first. With several processes, the previous SIGTERM handler stays active.
+        SystemExit: If the run has a single process and this process receives SIGTERM. The process first finishes the
+            current step and writes a checkpoint. With several processes, the previous SIGTERM handler stays active.
     """
     settings, accelerator, checkpoints = run.config.training, run.accelerator, run.path / "checkpoints" / name
     progress = load_checkpoint(accelerator, checkpoints)
@@ -85,7 +85,7 @@ def train(
 
     options = run.config.profiling.model_dump()
     profiling = ProfilingCallback(**options, output_dir=run.path, name=name, log=log, show_table=False)
-    # The callback receives the same events as from `transformers.Trainer`.
+    # `send` calls the callback in the same way as `transformers.Trainer` does.
     state, control = TrainerState(global_step=progress.step), TrainerControl()
     unwrapped = accelerator.unwrap_model(model)
 
@@ -110,12 +110,12 @@ def train(
                 loss = _step(model, optimizer, schedule, batch, accelerator, settings.max_grad_norm, send)
                 seconds = time.perf_counter() - started
                 if profiling.is_measuring and progress.step:
-                    # Measuring slows this step down, so count the mean time of all earlier steps instead.
+                    # Measuring slows this step down, so add the mean time of the earlier steps instead.
                     seconds = progress.train_time / progress.step
                 progress.step = state.global_step = progress.step + 1
                 send("on_step_end")
-                # `item` waits for the device, so the waiting time belongs to the step. The time in which
-                # `on_step_end` writes a step profile does not belong to the step.
+                # `item` waits until the device has finished the step, so this waiting time is added to the time of the
+                # step. The time in which `on_step_end` writes a step profile is not added.
                 started = time.perf_counter()
                 mean_loss = accelerator.reduce(loss, reduction="mean").item()
                 progress.train_time += seconds + time.perf_counter() - started
@@ -185,9 +185,9 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Set `handler` for SIGTERM inside the block. Do nothing if the current thread is not the main thread.
+    """Set `handler` as the handler of SIGTERM inside the block. Outside the main thread, do nothing.
 
-    Python allows signal handlers only in the main thread.
+    Python allows only the main thread to set signal handlers.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -201,11 +201,12 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 
 @contextmanager
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
-    """Defer the first SIGTERM inside the block, and yield a function that returns whether SIGTERM has arrived.
+    """Ignore the first SIGTERM inside the block, and yield a function that returns whether SIGTERM has arrived.
 
-    A second SIGTERM calls the previous handler. If `is_alone` is False, SIGTERM is not deferred, and the function
-    always returns False. Pass False if the run has several processes: SIGTERM may mean that one of them has died, and
-    the other processes cannot write a checkpoint without the dead process.
+    The caller can thus finish the current step, write a checkpoint, and then exit. A second SIGTERM calls the handler
+    that was set before the block. `is_alone` is whether the run has a single process. If `is_alone` is False, SIGTERM
+    calls the previous handler at once, and the yielded function always returns False. In a run with several processes,
+    a launcher may send SIGTERM because a process has died, and without this process no checkpoint can be written.
     """
     if not is_alone:
         yield lambda: False

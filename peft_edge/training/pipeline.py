@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Record:
     """Train or load the source model, adapt it to each target in turn, and test the saved adapter.
 
-    Methods such as full fine-tuning save the whole model instead of an adapter. With `method="none"`, nothing is saved.
-    Afterwards, `config.output_dir` contains the adapter or model, and the record with the results. If `hub.repo_id` is
-    set, they are also uploaded to the Hub. An interrupted run continues from its newest checkpoint. If the run is
-    already finished, nothing is trained: the function returns the existing record, and uploads again if `hub.repo_id`
-    is set.
+    Methods such as full fine-tuning save the whole model instead of an adapter. Afterwards, `config.output_dir`
+    contains the adapter or model, and `record.json` with the results. With `method="none"`, there is no adapter and no
+    model, only `record.json`. If `hub.repo_id` is set, the files are also uploaded to the Hub. An interrupted run
+    continues from its newest checkpoint. If the run is already finished, nothing is trained: the function returns the
+    existing record, and uploads the files again if `hub.repo_id` is set.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
@@ -55,7 +55,7 @@ def run(config: RunConfig) -> Record:
         task = _checked_task(config, accelerator) if record is None else None
         with lock_output_dir(config, accelerator):
             opened = open_run(config, accelerator)
-            if task is not None:  # a run that was working in the folder may have finished in the meantime
+            if task is not None:  # if another command has just finished this run, `opened.record` is its record
                 record = opened.record or _run_stages(opened, task, started=started, clock=clock)
             else:
                 accelerator.print(f"{opened.path} holds this run, finished:")
@@ -68,7 +68,7 @@ def run(config: RunConfig) -> Record:
 
 @contextmanager
 def torch_settings(num_threads: int) -> Iterator[None]:
-    """Set torch's number of CPU threads and deterministic cuDNN inside the block, and restore both afterwards."""
+    """Set torch's number of CPU threads and make cuDNN deterministic inside the block, then restore both settings."""
     before = torch.get_num_threads(), torch.backends.cudnn.deterministic
     torch.set_num_threads(num_threads)
     # A resumed run equals an uninterrupted run bit for bit only if every operation is deterministic.
@@ -107,14 +107,18 @@ def _checked_task(config: RunConfig, accelerator: Accelerator) -> Task:
 
 
 def _run_stages(run: ActiveRun, task: Task, *, started: float, clock: float) -> Record:
-    """Run all stages after the checks. `started` and `clock` are the start of the run in two clocks of `time`."""
+    """Run all stages after the checks: source model, adaptation, tests and record. Return the record.
+
+    `started` and `clock` are the time at which the run started: `started` as returned by `time.time()`, and `clock` as
+    returned by `time.perf_counter()`.
+    """
     config, accelerator = run.config, run.accelerator
     with failure_recorded(run, started):
-        # The source model: trained once, and shared by all runs with the same source configuration.
+        # The source model is trained once, and all runs with the same source configuration share it.
         source = source_model(config, task, accelerator.device, say=accelerator.print)
         predictions = [predict_source_tests(source, config, task, accelerator)]
 
-        # Adaptation: the target's validation split chooses the learning rate.
+        # Adapt to one target after another. For each target, keep the candidate with the best validation accuracy.
         start_trackers(config, accelerator)
         chosen, tried, checks, changes, update = [], [], {}, {}, None
         for number, target in enumerate(task.targets if config.method != "none" else (), start=1):
@@ -124,7 +128,7 @@ def _run_stages(run: ActiveRun, task: Task, *, started: float, clock: float) -> 
             chosen.append(best)
             tried += entries
 
-            # Load the saved adapter or model again and test it, because users will load the same files.
+            # Test the reloaded model instead of the trained one, because users will load the same files.
             update = best.update
             reloaded = load_update(update, accelerator.device)
             merged = merged_copy(reloaded)
@@ -168,15 +172,16 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     """Create the run's `Accelerator`.
 
     Raises:
-        ValueError: If a tracker is not installed, the processes do not form one group, a training batch cannot be
-            divided among processes and accumulation steps, or an evaluation batch cannot be divided among processes.
+        ValueError: If a tracker is not installed. If Accelerate sees fewer processes than were started. If
+            `training.batch_size` is not a multiple of the number of processes times the number of accumulation steps.
+            If `training.eval_batch_size` is not a multiple of the number of processes.
     """
     if missing := set(config.trackers) - {tracker.value for tracker in get_available_trackers()}:
         names = " ".join(sorted(missing))
         raise ValueError(f"trackers: {names} is not installed: pip install {names}, or leave it out")
     training, num_steps = config.training, config.training.gradient_accumulation_steps
     accelerator = Accelerator(
-        # Without a GPU, several processes form a group only if the CPU is requested explicitly.
+        # Without a GPU, Accelerate connects several processes only if the CPU is requested explicitly.
         cpu=config.cpu or not torch.accelerator.is_available(),
         mixed_precision=training.mixed_precision,
         log_with=list(config.trackers) or None,
@@ -186,10 +191,10 @@ def start_accelerator(config: RunConfig) -> Accelerator:
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=num_steps, sync_with_dataloader=False),
     )
 
-    # In two cases, Accelerate silently uses fewer processes than the user requested.
+    # In the two cases below, Accelerate silently uses fewer processes than the user requested.
     num_processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != num_processes:
-        # Each process would run alone, and all would write to the same folder.
+        # Without this error, each process would do the whole run alone, and all would write to the same folder.
         raise ValueError(f"{started} processes were started and Accelerate sees {num_processes}: add --cpu")
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warnings.warn(

@@ -29,7 +29,7 @@ from peft_edge.data.domain import stratified_split
 from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.profiling.tables import text_table
 
-MEAN_SIZE, TEST_SIZE = 20, 200  # maximum numbers of images: training images per class, and test images
+MEAN_SIZE, TEST_SIZE = 20, 200  # maximum number of training images per class (on average), and of all test images
 SIGNIFICANCE = 0.05
 IMPORTED, RANDOM = "as imported", "random weights"
 NORMALISATIONS = {
@@ -40,14 +40,15 @@ NORMALISATIONS = {
 
 @dataclass(frozen=True)
 class WeightProbe:
-    """Which of the test images, which a network was not trained on, are classified correctly.
+    """The result of `probe_weights`: which of N test images a network classifies correctly.
 
     Attributes:
-        class_mean: For each setting, whether nearest-class-mean classification is correct: a boolean tensor (N,). The
-            settings are `IMPORTED` (the given weights and preprocessing), names of other input normalisations, and
-            `RANDOM` (random weights).
-        head: The same for the network's own head. None if the classes of the head are unknown or lack a class of the
-            images.
+        class_mean: A dict from the name of a setting to a boolean tensor (N,), which is True for each image that
+            nearest-class-mean classification assigns to the right class. The settings are `IMPORTED` (the given weights
+            and preprocessing), `RANDOM` (random weights), and the given weights with other input normalisations (keys
+            of `NORMALISATIONS`).
+        head: A boolean tensor (N,), which is True for each image that the network's own head classifies correctly. None
+            if the class names of the head are unknown, or if a class of the images is not among them.
     """
 
     class_mean: Mapping[str, Tensor]
@@ -81,12 +82,14 @@ def _accuracy(correct: Tensor) -> str:
 
 
 def is_better(correct: Tensor, other: Tensor) -> bool:
-    """Return whether a classifier is significantly better than another one on the same images (N,).
+    """Return whether one classifier is significantly better than another classifier on the same N images.
 
-    This is the exact one-sided sign test (McNemar 1947) at the level of 5 %: of the images on which only one of the two
-    is correct, how many are correct by the first? By chance it would be half of them.
+    `correct` and `other` are boolean tensors (N,): on which images the first and the second classifier are correct. The
+    function computes the exact one-sided sign test (McNemar 1947) at the level of 5 %. The test uses only images on
+    which exactly one classifier is correct. If both were equally good, each would be correct on half of these images
+    on average.
 
-    >>> is_better(torch.tensor([True] * 5), torch.tensor([False] * 5))  # the probability is 1 / 32
+    >>> is_better(torch.tensor([True] * 5), torch.tensor([False] * 5))  # by chance, this has the probability 1 / 32
     True
     >>> is_better(torch.tensor([True] * 5), torch.tensor([False] * 4 + [True]))
     False
@@ -102,13 +105,13 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
     Each test image gets the class whose mean feature has the largest cosine similarity with the image's feature, as in
     nearest-class-mean classification (Mensink et al. 2013). Features are the inputs of the head, minus their mean over
     the training images. The images are classified again with other input normalisations, and with random weights. If
-    a normalisation is significantly better, or random weights are not significantly worse, the weights of `model` or
-    their preprocessing are probably wrong.
+    another normalisation gives significantly better results, or if random weights do not give significantly worse
+    results, the weights of `model` or their preprocessing are probably wrong.
 
     Args:
         model: A timm model. It is not changed.
-        folder: A folder with one subfolder for each class, or a Hugging Face dataset. Class means are computed on its
-            training images, and accuracies on its test images.
+        folder: A folder with one subfolder for each class, or a Hugging Face dataset. Class means are computed on the
+            training images of this data, and accuracies on its test images.
 
     Raises:
         ValueError: If the images cannot be read, or there are too few.
@@ -139,7 +142,7 @@ def probe_weights(model: nn.Module, folder: str) -> WeightProbe:
 
 
 def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset, title: str) -> tuple[Tensor, Tensor]:
-    """Return the inputs of the head (N, F) and the logits (N, num_classes). `title` describes the progress bar."""
+    """Return the inputs of the head (N, F) and the logits (N, num_classes). `title` is the text of the progress bar."""
     network, transform = as_timm_model(model).eval(), build_transform(data_config, train=False)
     features, logits = [], []
     with torch.no_grad(), tqdm(total=len(images), desc=title, unit="image", leave=False, disable=None) as bar:
@@ -152,7 +155,11 @@ def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset, 
 
 
 def predict_by_class_mean(features: Tensor, labels: Tensor, test_features: Tensor) -> Tensor:
-    """Return for each of the test features (M, F) the label of the nearest class mean of `features` (N, F)."""
+    """Return the predicted labels (M,) for `test_features` (M, F).
+
+    The predicted label is the label of the class whose mean of `features` (N, F) has the largest cosine similarity.
+    `labels` (N,) are the labels of `features`. The mean over all `features` is first subtracted.
+    """
     centre = features.mean(0)
     means = torch.stack([(features[labels == label] - centre).mean(0) for label in labels.unique()])
     similarity = F.normalize(test_features - centre) @ F.normalize(means).T
@@ -160,10 +167,11 @@ def predict_by_class_mean(features: Tensor, labels: Tensor, test_features: Tenso
 
 
 def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
-    """Return the index of the output for each name in `names`, or None if a name is not a known class of the head.
+    """Return the index of the model's output for each class name in `names`.
 
-    If the model has no class names, timm infers from the number of classes whether the model was trained on ImageNet.
-    For an ImageNet model, a name is a WordNet id (`n02123045`) or a word (`tabby`).
+    Return None if the model has no output for one of the names. If the model has no class names, timm infers from the
+    number of classes whether the model was trained on ImageNet. The names of the outputs are then WordNet ids
+    (`n02123045`) and English words (`tabby`).
 
     Example:
         >>> head_outputs(load_backbone("mobilenetv2_035"), ["n02123045", "Tabby", "daisy"])
@@ -186,5 +194,5 @@ def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
 
 
 def _key(name: str) -> str:
-    # Folders often have an underscore in place of a space.
+    # The name of a folder often has an underscore in place of a space.
     return name.strip().lower().replace("_", " ")

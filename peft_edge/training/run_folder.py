@@ -25,7 +25,7 @@ from peft_edge.records import SUCCESS, Record, read_record
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """A run that owns the folder `config.output_dir`. Only the main process writes results into it."""
+    """A run and its folder `config.output_dir`. Only the main process writes results into this folder."""
 
     config: RunConfig
     accelerator: Accelerator
@@ -99,8 +99,9 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
 
     Some launchers do not end the other processes, which would then wait for the failed process forever. The failed
     process writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this
-    file once a second, and ends its process five seconds after it finds the file. If a collective operation of the
-    process fails in these five seconds, the process ends with that error instead, and can still write its record.
+    file once a second, and ends its process five seconds after it finds the file. If the process itself raises an error
+    in these five seconds, for example in a collective operation, it ends with this error instead. The main process can
+    then still write a record of the failure.
     """
     if accelerator.num_processes == 1:
         yield
@@ -135,10 +136,12 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
 
 
 def find_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
-    """Return the run of `config` without writing anything.
+    """Return the run of `config`, without writing anything.
 
     Raises:
-        ConfigError: If the folder contains results of a different run, unrelated files, or a damaged `config.yaml`.
+        ConfigError: If `config.output_dir` contains results of a different run, unrelated files, or a damaged
+            `config.yaml`.
+        ValueError: If `config.output_dir` contains a different run with a damaged `record.json`.
     """
     is_resumed = accelerator.is_main_process and is_started(config, Path(config.output_dir))
     return ActiveRun(config, accelerator, is_resumed)
@@ -147,10 +150,11 @@ def find_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
     """Create the folder of a run, or open the folder if an earlier command started the same run there.
 
-    If the folder contains a different run without checkpoints and results, the new run replaces the old run.
+    If the folder contains a different run that has no checkpoints and no results, the new run replaces that run.
 
     Raises:
-        ConfigError: If `find_run` raises it.
+        ConfigError: If `find_run` raises a ConfigError.
+        ValueError: If `find_run` raises a ValueError.
         OSError: If the folder cannot be written.
     """
     run = find_run(config, accelerator)
@@ -164,7 +168,7 @@ def open_run(config: RunConfig, accelerator: Accelerator) -> ActiveRun:
 def is_started(config: RunConfig, path: Path) -> bool:
     """Return whether `path` holds the run of `config`, finished or not.
 
-    The result is False if `path` holds a different run without checkpoints and results.
+    If `path` does not exist, is empty, or holds a different run that has no checkpoints and no results, return False.
 
     Raises:
         ConfigError: If `path` contains results of a different run, unrelated files, or a damaged `config.yaml`.
@@ -190,7 +194,7 @@ def is_started(config: RunConfig, path: Path) -> bool:
     ]
     if not differences:
         return True
-    # With `method="none"`, the record is the only result.
+    # A run with `method="none"` has none of these folders, only a record.
     names = ("checkpoints", "candidates", "adapter", "model")
     if _success_in(path) is not None or any((path / name).exists() for name in names):
         raise ConfigError(
@@ -207,15 +211,16 @@ def _success_in(folder: Path) -> Record | None:
 
 def cache_folder(config: RunConfig) -> Path:
     """Return the absolute path of the folder in which runs share source models, stored features and predictions."""
-    # The path is absolute, because a saved adapter contains the path of its source model. The adapter may be loaded
-    # from another working directory.
+    # The path is absolute, because a saved adapter contains the path of its source model, and may be loaded from
+    # another working directory.
     return Path(config.cache_dir or Path(config.output_dir).absolute().parent / "cache").absolute()
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 hash of `parts`, `device_type`, the seed and the number of threads.
+    """Return a SHA-256 hash of everything that a cached result depends on, as the name of the cached file or folder.
 
-    The hash also depends on the versions of torch, torchvision and timm.
+    The hash depends on `parts`, `device_type`, `config.seed`, `config.num_threads`, and the versions of torch,
+    torchvision and timm.
     """
     parts |= {
         "seed": config.seed,
@@ -243,9 +248,9 @@ class Progress:
 
 
 def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, *, keep: int) -> None:
-    """Write `folder/step_<n>` atomically, then delete all but the newest `keep` checkpoints.
+    """Write a checkpoint to `folder/step_<progress.step>` atomically, then delete old checkpoints.
 
-    All processes must call this function.
+    The newest `keep` checkpoints are kept. All processes must call this function.
 
     Raises:
         OSError: If the checkpoint cannot be written. Earlier checkpoints are kept.
@@ -253,7 +258,8 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
     path = folder / f"step_{progress.step:08d}"
     is_writer = accelerator.is_main_process
     with atomic_write(path) if is_writer else nullcontext(unfinished_path(path)) as unfinished:
-        # The main process clears the folder `unfinished` before other processes write there, and renames it at the end.
+        # In the main process, `atomic_write` deletes an old folder `unfinished` before the other processes write there,
+        # and renames the folder after the block.
         accelerator.wait_for_everyone()
         accelerator.save_state(str(unfinished))
         accelerator.wait_for_everyone()
@@ -297,8 +303,8 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
     """Delete the checkpoints of `step` and later steps. Return the newest remaining checkpoint, or None.
 
-    `step` is the first step after which the weights may be bad. If the loss of step n is bad, pass n - 1, because this
-    loss is computed with the weights after step n - 1. All processes must call this function.
+    `step` is the first step after which the weights may have diverged. If the loss of step n is too high, pass n - 1,
+    because this loss was computed with the weights after step n - 1. All processes must call this function.
     """
     good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:

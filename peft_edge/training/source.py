@@ -35,14 +35,14 @@ from peft_edge.training.run_folder import cache_folder, cache_key
 logger = logging.getLogger(__name__)
 
 Say = Callable[[str], object]
-"""A function that prints a message for the user."""
+"""A function that shows a message to the user, such as `print`."""
 
 
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
     """Set the random seed, and return the backbone with the initial weights of the source model.
 
-    If the loaded weights have a different number of classes than `num_classes`, the head is replaced. If
-    `backbone.pretrained` or `backbone.checkpoint` is set, `say` is called with a message about the replacement.
+    If the loaded weights have a different number of classes than `num_classes`, the head is replaced. `say` is then
+    called with a message, but only if `backbone.pretrained` or `backbone.checkpoint` is set.
     """
     set_seed(config.seed)
     options = config.backbone
@@ -58,12 +58,12 @@ def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda messa
 def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Say = lambda message: None) -> nn.Module:
     """Train the source model (the network before adaptation) or load it from the cache.
 
-    The returned model is on `device` in channels_last, and its `pretrained_cfg` has the preprocessing of the run.
+    The returned model is on `device` in channels_last, and its `pretrained_cfg` has the preprocessing of the run. If
+    `source.epochs` is 0, the model is the backbone with its initial weights.
 
-    One process trains the model, while all other processes that need the model wait, including processes of other runs.
-    Therefore the model does not depend on the number of processes. If `source.epochs` is 0, the model is the backbone
-    with its initial weights. Interrupted training continues from its newest checkpoint, and gives bit-identical weights
-    to uninterrupted training.
+    One process trains the model. All other processes that need the same model wait, including processes of other runs.
+    Therefore the model does not depend on the number of processes. Interrupted training continues from its newest
+    checkpoint, and gives the same weights, bit for bit, as uninterrupted training.
 
     Raises:
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
@@ -71,7 +71,7 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
     """
     model = new_backbone(config, task.source.num_classes, say=say)
     set_class_names(model, task.source.class_names)
-    # Unmodified weights from the Hub need no copy in the cache: a saved adapter refers to them by their Hub id.
+    # Unmodified weights from the Hub need no copy in the cache, because a saved adapter refers to them by their Hub id.
     is_unmodified = config.backbone == BackboneConfig(name=config.backbone.name, pretrained=True)
     if config.source.epochs > 0 or not is_unmodified:
         key = cache_key(
@@ -85,7 +85,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
-        # A folder that exists is complete, so it is read without a lock. Another user's cache may be read-only.
+        # A folder that exists is complete, so it is read without a lock. The cache may belong to another user and be
+        # read-only, so that no lock file could be created there.
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # The operating system releases this lock even if the process is killed.
@@ -103,10 +104,10 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
 
 
 def check_source(config: RunConfig, task: Task) -> int:
-    """Return the number of optimizer steps that train the source model: 0 if `source.epochs` is 0.
+    """Return the number of optimizer steps that train the source model. If `source.epochs` is 0, return 0.
 
     Raises:
-        ValueError: If the images do not fill one batch, or training has fewer than two steps.
+        ValueError: If `source.epochs` is not 0, and the training images make fewer than two steps.
     """
     settings, images = config.source, len(task.source.train)
     steps = settings.epochs * (images // settings.batch_size)
@@ -124,15 +125,16 @@ def _train(model: nn.Module, config: RunConfig, task: Task, device: torch.device
 
     Raises:
         ValueError: If the images do not fill one batch, or training has fewer than two steps. If the loss at the end of
-            an epoch is not finite; the checkpoint is then deleted.
+            an epoch is not finite. In the last case, the checkpoint is deleted.
+        SystemExit: If this is the only process and it receives SIGTERM. A checkpoint is written first.
     """
     settings, total_steps = config.source, check_source(config, task)
     batches = training_batches(config, model, task.source.train, batch_size=settings.batch_size)
     model.to(device).to(memory_format=torch.channels_last).train()
     momentum, groups = settings.momentum, decay_groups(model, settings.weight_decay)
     optimizer = SGD(groups, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0)
-    # OneCycleLR divides by the number of warm-up steps minus one. A schedule of five steps with pct_start=0.2 has
-    # exactly one warm-up step.
+    # OneCycleLR divides by the number of warm-up steps minus one. With pct_start=0.2, a schedule of five steps would
+    # have exactly one warm-up step, and OneCycleLR would divide by zero.
     pct_start = 0.4 if total_steps == 5 else 0.2
     schedule = OneCycleLR(optimizer, settings.learning_rate, total_steps, pct_start=pct_start, cycle_momentum=False)
     parts = {"model": model, "optimizer": optimizer, "schedule": schedule}

@@ -62,11 +62,11 @@ def build_record(
 ) -> Record:
     """Return the record of a run that has succeeded.
 
-    `started` is in seconds since 1970. `total_time` is in seconds, and None for a resumed run. `predictions` contains
-    the test predictions of the source model, then those of the model after each target. `chosen` contains the best
-    candidate for each target. `tried` contains one dict for each target and learning rate, as returned by `sweep`.
-    `update` is the folder of the saved adapter or model, or None for method none. `checks` and `changes` are the
-    results of `check_saved` and `kernel_changes` for the last target.
+    `started` is the start of the run in seconds since 1970. `total_time` is in seconds, and None for a resumed run.
+    `predictions` contains the test predictions of the source model, then those of the model after each target. `chosen`
+    contains the best candidate for each target. `tried` contains one dict for each target and learning rate, as
+    returned by `sweep`. `update` is the folder of the saved adapter or model, or None for method none. `checks` is the
+    result of `check_saved`, and `changes` is the result of `kernel_changes`, both for the last target.
     """
     config = run.config
     steps = sum(int(best.metrics[-1]["step"] or 0) for best in chosen)
@@ -97,7 +97,7 @@ def build_record(
     record.profile = last.profile if last else []
     if update is not None and (update / CONFIG_NAME).exists():
         saved = json.loads((update / CONFIG_NAME).read_text(encoding="utf-8"))
-        # PEFT writes a set of names in an order that differs from process to process.
+        # PEFT writes a set of names in a different order in each process, so sort the names.
         record.run_info.peft_config = {
             key: sorted(value) if isinstance(value, list) and all(isinstance(item, str) for item in value) else value
             for key, value in saved.items()
@@ -106,7 +106,7 @@ def build_record(
 
 
 def new_record(config: RunConfig, status: str, *, started: float, error_msg: str = "") -> Record:
-    """Return a record with `status` and without results. `started`, the start of the run, is in seconds since 1970."""
+    """Return a record with `status` and without results. `started` is the start of the run in seconds since 1970."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() and not config.cpu else "cpu"
     return Record(
         run_info=RunInfo(
@@ -131,8 +131,8 @@ def new_record(config: RunConfig, status: str, *, started: float, error_msg: str
 def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
     """Return the costs of all targets together, or None if `costs` is empty.
 
-    `process_peak_bytes` is the maximum over `costs`, and every other field is the sum. A field that is None in one
-    element of `costs` is None in the result.
+    In the result, `process_peak_bytes` is the maximum over `costs`, and every other field is the sum. If a field is
+    None in any element of `costs`, it is None in the result.
     """
     if not costs:
         return None
@@ -146,17 +146,18 @@ def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
 
 @contextmanager
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
-    """Write a record with the error if the block raises, and re-raise the error.
+    """If the block raises an error, write a record that contains the error, and raise the error again.
 
-    Only the main process writes the record. An existing record of success is kept. SIGTERM raises SystemExit in the
-    block, so that the record is also written if a launcher ends this process because another process died.
+    Only the main process writes the record. If `run` already has a record of success, that record is kept. Inside the
+    block, SIGTERM raises SystemExit. Therefore a record is also written if a launcher ends this process because another
+    process has died.
     """
     with on_termination(lambda number, frame: sys.exit(128 + number)):
         try:
             yield
         except BaseException as error:
             if run.is_finished:
-                # The record of success is already written, so keep it.
+                # Keep the record of success.
                 raise
             message = "".join(traceback.format_exception(error))
             # A full disk must not hide the original error, and a second SIGTERM must not interrupt `write_record`.
