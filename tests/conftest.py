@@ -1,4 +1,4 @@
-"""What every test shares: no network, one thread, a fixed seed, and a small backbone."""
+"""Set up every test without network, with one thread and a fixed seed. Define fixtures that several folders use."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-# Read once at import by the libraries below, so they are set first; child processes inherit them.
+# The libraries below read these variables once, when they are imported, so the variables are set first. Child
+# processes inherit the variables.
 _hf_home = tempfile.TemporaryDirectory(prefix="peft-edge-tests-")
 os.environ.update(
     HF_HOME=_hf_home.name,
@@ -34,7 +35,10 @@ torch.set_num_threads(1)
 
 
 def pytest_collection_finish() -> None:
-    """Exclude what the imports made from garbage collection, which would take half a second each time."""
+    """Exclude the objects that the imports created from garbage collection.
+
+    With these objects, each garbage collection would take half a second.
+    """
     gc.collect()
     gc.freeze()
 
@@ -45,13 +49,16 @@ def pytest_unconfigure() -> None:
 
 @pytest.fixture(autouse=True)
 def fixed_seed() -> None:
-    """Python, NumPy and torch start every test from the same state."""
+    """Set the random seeds of Python, NumPy and torch before every test."""
     set_seed(0)
 
 
 @pytest.fixture(autouse=True)
 def fresh_accelerator() -> Iterator[None]:
-    """Accelerate keeps the first run's settings for the whole process."""
+    """Reset Accelerate and torch's number of threads after every test.
+
+    Without the reset, Accelerate would keep the settings of the first run for the whole process.
+    """
     threads = torch.get_num_threads()
     yield
     AcceleratorState._reset_state(reset_partial_state=True)
@@ -60,25 +67,29 @@ def fresh_accelerator() -> Iterator[None]:
 
 @pytest.fixture
 def quick_workers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Fork the workers of a study or a benchmark. Without this fixture, each worker starts and imports torch."""
+    """Start the worker processes of a study or a benchmark as forks of a server that has already imported torch.
+
+    Without this fixture, each worker process would import torch, which takes seconds.
+    """
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORK_OF_SERVER)
 
 
 @pytest.fixture
 def tiny_backbone() -> nn.Module:
-    """A MobileNetV2 of 0.4 M parameters for ten classes, random weights, in eval mode."""
+    """Return a MobileNetV2 with 0.4 M random parameters and ten classes, in eval mode."""
     return timm.create_model("mobilenetv2_035", num_classes=10).eval()
 
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    """Four random 32-pixel images."""
+    """Return four random images of 32 x 32 pixels."""
     return torch.randn(4, 3, 32, 32)
 
 
 @pytest.fixture
 def trainer_arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
-    """Makes the arguments of a Trainer that takes three steps on the CPU and writes nothing of its own."""
+    """Return a function that creates arguments for a `Trainer`: three steps on the CPU, without checkpoints and logs.
+    """
 
     def make(**options: object) -> TrainingArguments:
         return TrainingArguments(
@@ -97,7 +108,7 @@ def trainer_arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
 
 @pytest.fixture
 def record() -> Callable[..., Record]:
-    """Makes the record of a run that has succeeded."""
+    """Return a function that creates the record of a run that has succeeded."""
     return _record
 
 

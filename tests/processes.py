@@ -1,4 +1,4 @@
-"""Child processes that start at once: a server process has imported everything, and each child is a fork of it."""
+"""Start child processes quickly: a server process has imported all packages, and each child is a fork of the server."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 
-# The server computes nothing, so its forks inherit neither threads nor locks.
+# The server only imports packages, so its forks inherit no threads and no locks.
 FORK_OF_SERVER = multiprocessing.get_context("forkserver")
 FORK_OF_SERVER.set_forkserver_preload(["train", "peft_edge.training.pipeline", "peft_edge.study"])
 
@@ -23,7 +23,10 @@ def start_process(target: Callable[..., object], *arguments: object, log: Path) 
 
 
 def run_program(program: str, folder: Path) -> str:
-    """Run Python code in a new process in `folder`. Expect success, and return what the code printed."""
+    """Run Python code in a new process whose working directory is `folder`, and return what the code printed.
+
+    Fail if the process does not end with exit code 0.
+    """
     process = start_process(_run_in, folder, program, log=folder / "printed.txt")
     process.join(200)
     printed = (folder / "printed.txt").read_text()
@@ -37,7 +40,7 @@ def _run_in(folder: Path, program: str) -> None:
 
 
 def _call(target: Callable[..., object], arguments: tuple[object, ...], log: Path) -> None:
-    gc.freeze()  # otherwise the garbage of all imports would be collected in each child
+    gc.freeze()  # otherwise each child would run a garbage collection over the objects of all imports
     with log.open("a") as output:
         os.dup2(output.fileno(), sys.stdout.fileno())
         os.dup2(output.fileno(), sys.stderr.fileno())

@@ -9,7 +9,7 @@ from peft_edge.config import ConfigError, load_config
 
 @pytest.fixture
 def errors_of() -> Callable[..., str]:
-    """Return the message with which `load_config` refuses the arguments."""
+    """Return a function that returns the error message of `load_config` for invalid arguments."""
 
     def errors_of(*arguments: str) -> str:
         with pytest.raises(ConfigError) as caught:

@@ -1,4 +1,4 @@
-"""Fixtures that make small image folders and datasets."""
+"""Fixtures that create small image folders and datasets."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ImageFolder = Callable[..., Path]
 
 
 def pixels_of(split: Dataset) -> np.ndarray:
-    """Return the pixels of all images, (N, H, W, 3)."""
+    """Return the pixels of all images in a split as an array (N, H, W, 3)."""
     return np.stack([np.asarray(image) for image in split["image"]]).astype(int)
 
 
 @pytest.fixture
 def image_folder(tmp_path: Path) -> ImageFolder:
-    """Make a folder of random 20 x 16 PNG images, with one subfolder for each class."""
+    """Return a function that creates a folder of random 20 x 16 PNG images, with one subfolder for each class."""
 
     def make(name: str, classes: list[str], *, count: int = 12, splits: tuple[str, ...] = ("",)) -> Path:
         rng = np.random.default_rng(len(name))
@@ -41,7 +41,8 @@ def image_folder(tmp_path: Path) -> ImageFolder:
 
 @pytest.fixture
 def random_images() -> Callable[..., Dataset]:
-    """Make a dataset of random 16-pixel images, of all classes in turn."""
+    """Return a function that creates a dataset of random 16 x 16 images. Image i has the class i % number of classes.
+    """
 
     def make(count: int, class_names: list[str], *, seed: int = 0) -> Dataset:
         generator = torch.Generator().manual_seed(seed)

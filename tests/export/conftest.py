@@ -1,4 +1,4 @@
-"""A small network trained on digits, an adapter for it, digits to compare both on, and an exported training step."""
+"""Fixtures for the tests of exports: a trained network, an adapter, digits to compare them on, and a training step."""
 
 from __future__ import annotations
 
@@ -22,7 +22,10 @@ from tests.export.support import IMAGE_SIZE, STEP_BATCH_SIZE, Saved, adapted, ra
 
 @pytest.fixture(scope="session")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """A trained base, and an adapter whose weights, head and BatchNorm statistics differ from the base's."""
+    """Save a trained base model and an adapter, and return their folders.
+
+    The weights, the head and the BatchNorm statistics of the adapter differ from those of the base model.
+    """
     folder = tmp_path_factory.mktemp("export")
     torch.manual_seed(0)
     base = load_backbone("test_efficientnet", 10)
@@ -66,7 +69,10 @@ def step_folder(step_model: PeftModel, tmp_path_factory: pytest.TempPathFactory)
 
 @pytest.fixture
 def trained(step_folder: Path) -> Callable[[int], dict[str, Tensor]]:
-    """Takes steps in ONNX Runtime on images of a seed, and returns the state."""
+    """Return a function that runs two training steps in ONNX Runtime and returns the state after them.
+
+    The argument of the function is the seed of the random images.
+    """
 
     def train_on_device(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)

@@ -1,7 +1,7 @@
-"""Export a training step of one network of each family. `python -m tests.export.families` prints the guide's table.
+"""Export a training step for networks of all families. `python -m tests.export.families` prints the guide's table.
 
-Each network has random weights, statistics of BatchNorm from random images, and 5 classes. Options after the command
-are names of timm models, by default one of each family.
+The networks are those in `FAMILIES`, or the timm models that are named on the command line. Each network has 5 classes,
+random weights, and BatchNorm statistics that were computed on random images.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ FAMILIES = {**EDGE_FAMILIES, **OTHERS}
 
 
 def adapted_network(name: str, target_modules: Literal["dense", "all-conv"]) -> PeftModel:
-    """Return a network with an adapter that is not zero."""
+    """Return a network with random BatchNorm statistics, and with an adapter that changes the output."""
     torch.manual_seed(0)
     network = load_backbone(name, 5)
     with torch.no_grad():
@@ -44,7 +44,7 @@ def adapted_network(name: str, target_modules: Literal["dense", "all-conv"]) -> 
 
 
 def export_family(name: str, target_modules: Literal["dense", "all-conv"] = "all-conv") -> StepReport | str:
-    """Return the report of the export, or the message of the error that refuses it."""
+    """Export a training step of the network `name`. Return the report, or the error message if the export fails."""
     with tempfile.TemporaryDirectory() as folder:
         try:
             model = adapted_network(name, target_modules)

@@ -1,4 +1,4 @@
-"""A saved base and adapter, and the training loop that makes them."""
+"""The training loop and the adapters that several tests of exports use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STEP_BATCH_SIZE = 4
 
 
 def require_onnx() -> None:
-    """Skip the test if a package for ONNX is missing."""
+    """Skip the test if a package for ONNX is not installed."""
     for module in ("onnx", "onnxruntime", "onnxscript"):
         pytest.importorskip(module)
 
@@ -51,7 +51,10 @@ def train(model: nn.Module, steps: int, learning_rate: float) -> None:
 
 
 def randomize(model: PeftModel, *, statistics: bool = True) -> PeftModel:
-    """Gives a model a low-rank update, and statistics of BatchNorm, that are not those of the start."""
+    """Give random values to the B matrices of the LoRA adapter, and return the model in eval mode.
+
+    If `statistics` is True, the running statistics of BatchNorm also get random values.
+    """
     generator = torch.Generator().manual_seed(7)
     for name, tensor in model.state_dict().items():
         if not statistics and "running_" in name:

@@ -1,4 +1,4 @@
-"""The shared cache of source models, and the undisturbed run to compare with."""
+"""Fixtures for the tests of faults: the cache of source models, and an undisturbed run for comparison."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="session")
 def whole(tmp_path_factory: pytest.TempPathFactory, cache: str) -> str:
-    """The digest of the adapter of an undisturbed run."""
+    """Return the digest of the adapter after a run without a fault."""
     folder = tmp_path_factory.mktemp("whole") / "run"
     completed(folder, cache)
     return digest(folder)

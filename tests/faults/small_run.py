@@ -1,4 +1,5 @@
-"""Short runs of train.py, each in its own process. This module also is a program with the arguments of train.py."""
+"""Start short runs of train.py, each in its own process. This module is also a program with the arguments of train.py.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def log_of(folder: Path) -> Path:
 
 
 def ended(process: BaseProcess) -> tuple[int | None, float]:
-    """Wait for the process to end, and return its exit code and the seconds this took."""
+    """Wait for `process` to end. Return its exit code, and the number of seconds until it ended."""
     started = time.monotonic()
     process.join(180)
     if process.is_alive():
@@ -68,7 +69,10 @@ def ended(process: BaseProcess) -> tuple[int | None, float]:
 
 
 def completed(folder: Path, *options: str) -> float:
-    """Run to the end, from the newest checkpoint if there is one, and return the seconds this took."""
+    """Run train.py in `folder` until it ends, and return the number of seconds. Fail if the exit code is not 0.
+
+    Also check that each training run continues from its newest checkpoint, if there is one.
+    """
     saved = {path.name: steps_saved(folder, path.name) for path in (folder / "checkpoints").glob("*")}
     process = begin(folder, *options)
     code, seconds = ended(process)
@@ -82,7 +86,7 @@ def completed(folder: Path, *options: str) -> float:
 
 
 def wait_for(step: int, folder: Path, process: BaseProcess, training: str = FIRST_TRAINING) -> None:
-    """Wait until the checkpoint of a step exists."""
+    """Wait until the checkpoint of the given step exists. Fail if the process ends before."""
     checkpoint = folder / "checkpoints" / training / f"step_{step:08d}"
     while not checkpoint.exists():
         assert process.is_alive(), log_of(folder).read_text()
@@ -107,7 +111,7 @@ def _run(options: list[str], prepare: Callable[[], object] | None) -> None:
 
 
 def main(options: list[str]) -> None:
-    """Run `train.py` with few images."""
+    """Run `train.py` with fewer images of digits than usual."""
     torch.set_num_threads(1)
     embedded.DIGITS_SPLIT_SIZES = {"adaptation": 100, "validation": 30, "test": 60}
     sys.argv = ["train.py", *options]

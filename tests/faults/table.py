@@ -1,4 +1,4 @@
-"""The table of faults in reports/: one record per fault, written by the test that causes the fault."""
+"""Write the table of faults in reports/. Each test that causes a fault writes one record."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ FOLDER = "PEFT_EDGE_FAULTS"
 
 @dataclass(frozen=True)
 class Fault:
-    """A fault, and the reaction of the program."""
+    """A fault, and how the program reacted to it."""
 
     fault: str
     answer: str
@@ -29,7 +29,10 @@ class Fault:
 
 
 def add(fault: Fault) -> None:
-    """Write the record of a fault and the page of all faults, if `PEFT_EDGE_FAULTS` is set."""
+    """Write the record of `fault`, and the page with all faults, to the folder in the variable `PEFT_EDGE_FAULTS`.
+
+    If this environment variable is not set, write nothing.
+    """
     folder = os.environ.get(FOLDER)
     if folder is None:
         return

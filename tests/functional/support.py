@@ -13,7 +13,7 @@ from peft_edge.functional.lowrank import GradientRoute, lowrank_conv2d
 
 
 class Case(NamedTuple):
-    """Tensors of a layer with four input channels; all but the weight train."""
+    """The tensors of an adapted layer with four input channels. All tensors but `weight` may be trained."""
 
     geometry: Geometry
     x: Tensor
@@ -31,7 +31,7 @@ class Case(NamedTuple):
         )  # fmt: skip
 
     def composed(self, *, dora: bool = False) -> Tensor:
-        """Return the same as `run`, with autograd's backward pass."""
+        """Return the same output as `run`, computed by torch functions, so that autograd derives the backward pass."""
         rows = self.weight.flatten(1) + 0.7 * self.lora_b.flatten(1) @ self.lora_a.flatten(1)
         if dora:
             rows = rows * (self.magnitude.flatten() / rows.detach().norm(dim=1)).unsqueeze(1)
@@ -40,7 +40,7 @@ class Case(NamedTuple):
 
 
 KINDS: dict[str, tuple[int, tuple[int, ...], Geometry]] = {
-    # channels out, kernel, geometry
+    # number of output channels, kernel size, geometry
     "dense": (6, (3, 3), Geometry((1, 1), (1, 1), (1, 1))),
     "strided": (6, (3, 3), Geometry((2, 2), (0, 1), (1, 1))),
     "dilated": (6, (3, 3), Geometry((1, 1), (1, 1), (2, 2))),
@@ -54,7 +54,10 @@ KINDS: dict[str, tuple[int, tuple[int, ...], Geometry]] = {
 
 
 def make_case(kind: str, dtype: torch.dtype = torch.float64, size: int = 6, **trained: bool) -> Case:
-    """Return random tensors of a kind of layer, with rank 3. Pass `name=False` to freeze a tensor."""
+    """Return random tensors for a layer of a kind in `KINDS`, with an adapter of rank 3.
+
+    All tensors but the weight require a gradient. To freeze the tensor `name`, pass `name=False`.
+    """
     channels, kernel, geometry = KINDS[kind]
 
     def tensor(*shape: int) -> Tensor:
@@ -76,6 +79,6 @@ def make_case(kind: str, dtype: torch.dtype = torch.float64, size: int = 6, **tr
 
 
 def gradients_of(y: Tensor, case: Case) -> list[Tensor | None]:
-    """Return the gradients of all trained tensors, in the order of the case."""
+    """Return the gradients of the sum of y² for all tensors of `case` that require one, in the order of `case`."""
     wanted = [value for value in case[1:] if value.requires_grad]
     return list(torch.autograd.grad(y.square().sum(), wanted, allow_unused=True))

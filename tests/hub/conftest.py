@@ -17,14 +17,14 @@ from tests.hub.support import adapted
 
 @pytest.fixture
 def hub(tmp_path: Path) -> Iterator[stand_in.StandIn]:
-    """A Hub on this machine."""
+    """Run a local stand-in for the Hub."""
     with stand_in.reachable(tmp_path / "hf_home") as server:
         yield server
 
 
 @pytest.fixture
 def small_model(tmp_path: Path) -> PeftModel:
-    """An adapted network of 0.36 M parameters whose backbone is a local folder."""
+    """Return an adapted network of 0.36 M parameters, whose backbone was loaded from a local folder."""
     base = load_backbone("test_efficientnet", num_classes=3)
     set_class_names(base, ["owl", "été", "9"])
     save_backbone(base, tmp_path / "base")

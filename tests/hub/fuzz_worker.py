@@ -1,7 +1,7 @@
 """Load damaged and hostile copies of an adapter, one per seed: `fuzz_worker.py ADAPTER FIRST LAST`.
 
-Prints one line of JSON per seed. A case that takes too long ends the process (SIGALRM). A case that takes too much
-memory may end it, too.
+The program prints one line of JSON for each seed from FIRST to LAST - 1. If a seed takes too long, SIGALRM ends the
+process. If a seed takes too much memory, the process may end, too.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ HOSTILE_VALUES: tuple[Any, ...] = (
 def flip_bits(files: Path, draw: random.Random) -> None:
     file = files / draw.choice(JSON_FILES + TENSOR_FILES)
     content = bytearray(file.read_bytes())
-    # Damage to the header reaches most of the code.
+    # Often damage only the start of the file: the header of a safetensors file is there.
     end = draw.choice([min(len(content), 300), min(len(content), 5000), len(content)])
     for _ in range(draw.choice([1, 1, 2, 10])):
         content[draw.randrange(end)] ^= 1 << draw.randrange(8)
@@ -180,7 +180,7 @@ def _write(file: Path, header: dict[str, Any], data: bytes) -> None:
 
 
 def run(adapter: Path, seed: int, base: torch.nn.Module, images: torch.Tensor) -> str:
-    """Load one case, and return whether it was loaded or refused."""
+    """Load the copy of the adapter that belongs to `seed`. Return `loaded`, or a text that starts with `refused`."""
     draw = random.Random(seed)
     with tempfile.TemporaryDirectory() as parent:
         files = Path(parent) / "adapter"

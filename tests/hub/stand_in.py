@@ -1,4 +1,4 @@
-"""A local Hub with the part of the HTTP interface that `huggingface_hub` uses to push and load models."""
+"""A local Hub. It implements the part of the HTTP interface that `huggingface_hub` uses to push and load models."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Repo:
 
 
 class StandIn(ThreadingHTTPServer):
-    """Stores the repositories and every received request, except for the Authorization headers."""
+    """A server that stores repositories, and every received request without its Authorization header."""
 
     daemon_threads = True
 
@@ -53,7 +53,7 @@ class StandIn(ThreadingHTTPServer):
         self.is_full = False
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        pass  # killed clients close their connections
+        pass  # a client that a test kills closes its connection, which is no error
 
     def files(self, repo: str, revision: str = "main") -> dict[str, bytes]:
         found = self.repos[repo]
@@ -75,7 +75,10 @@ def running() -> Iterator[StandIn]:
 
 @contextmanager
 def reachable(home: Path) -> Iterator[StandIn]:
-    """Run a Hub and point the client of this process and of its child processes at it."""
+    """Run a local Hub, and make `huggingface_hub` in this process and in its child processes use it.
+
+    `home` becomes HF_HOME, the folder of the local cache.
+    """
     with running() as server, pytest.MonkeyPatch.context() as patch:
         environment = {
             "HF_ENDPOINT": server.endpoint,
@@ -86,7 +89,7 @@ def reachable(home: Path) -> Iterator[StandIn]:
         }
         for name, value in environment.items():
             patch.setenv(name, value)
-        # The client reads its environment once, at import.
+        # `huggingface_hub` reads the environment variables only when it is imported.
         patch.setattr(constants, "ENDPOINT", server.endpoint)
         template = server.endpoint + "/{repo_id}/resolve/{revision}/{filename}"
         patch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
@@ -258,7 +261,7 @@ class _Handler(BaseHTTPRequestHandler):
             headers |= {
                 "X_Linked_Etag": f'"{oid}"',
                 "X_Linked_Size": str(len(content)),
-                # Another host, as on the real Hub, so that the client sends no token.
+                # The name of the host differs, as on the real Hub, so that the client sends no token.
                 "Location": f"http://localhost:{self.server.server_port}/lfs/{oid}",
             }
             return self._send(b"", 302, **headers)
@@ -285,5 +288,5 @@ class _Handler(BaseHTTPRequestHandler):
 
 
 def sha1(content: bytes) -> str:
-    """Return git's hash of a file."""
+    """Return the hash of a file's content as git computes it."""
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()

@@ -1,4 +1,4 @@
-"""A briefly trained adapter."""
+"""Create briefly trained adapters, and change JSON files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small frozen networks with random norms."""
+"""Fixtures that create small frozen networks whose BatchNorm layers have random statistics and weights."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 
 def backbone(name: str) -> nn.Module:
-    """Return a frozen network for ten classes with random norms."""
+    """Return a frozen network for ten classes, whose BatchNorm layers have random statistics and weights."""
     model = timm.create_model(name, num_classes=10, drop_rate=0.0)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -24,13 +24,13 @@ def backbone(name: str) -> nn.Module:
 
 @pytest.fixture
 def make_backbone() -> Callable[[str], nn.Module]:
-    """Return a function that creates a frozen network with random norms."""
+    """Return a function that creates a frozen timm network with random BatchNorm layers."""
     return backbone
 
 
 @pytest.fixture
 def chain() -> nn.Module:
-    """A frozen convolution, norm, activation, and second convolution."""
+    """Return a frozen network of a convolution, a BatchNorm, an activation and a second convolution."""
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU6(inplace=True), nn.Conv2d(8, 4, 1)]
     model = nn.Sequential(*layers)

@@ -1,4 +1,4 @@
-"""Adapted models, and comparison of outputs and gradients."""
+"""Add adapters to models, and compare outputs and gradients."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def with_adapter(model: nn.Module, config: Any = None, **options: Any) -> nn.Mod
 
 
 def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return the output and the gradient of every trained parameter."""
+    """Return a dict with the output and, by parameter name, the gradient of every trained parameter."""
     model.zero_grad()
     output = model(images)
     output.square().sum().backward()
@@ -33,6 +33,6 @@ def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
 def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
     assert found.keys() == expected.keys()
     for name, value in expected.items():
-        # Relative to the largest value of the tensor, because small sums have the rounding errors of large terms.
+        # Compare with the largest value of the tensor, because small sums have the rounding errors of large terms.
         error = (found[name] - value).abs().max() / value.abs().max().clamp_min(1e-30)
         assert error <= tolerance, f"{name}: {error:.1e}"

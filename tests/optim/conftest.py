@@ -1,4 +1,4 @@
-"""galore-torch, written by the authors of the paper, as the reference."""
+"""A fixture with galore-torch, the implementation by the authors of the GaLore paper, for comparison."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ import pytest
 
 @pytest.fixture
 def galore_torch(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-    """Import its optimizers and projector without its `__init__`, which imports bitsandbytes (125 MB)."""
+    """Return the optimizers and the projector of galore-torch.
+
+    The fixture does not run the package's `__init__`, which would import bitsandbytes (125 MB).
+    """
     package = ModuleType("galore_torch")
     package.__path__ = find_spec("galore_torch").submodule_search_locations
     monkeypatch.setitem(sys.modules, "galore_torch", package)

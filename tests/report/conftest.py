@@ -1,4 +1,4 @@
-"""Made-up archives, with figures that follow simple formulas."""
+"""Fixtures with invented records, whose numbers follow simple formulas."""
 
 from __future__ import annotations
 
@@ -147,7 +147,11 @@ def make_runs() -> dict[str, Record]:
 
 
 def make_costs() -> dict[str, CostRecord]:
-    """Peaks of 1 for full fine-tuning; of adapters 0.9 on depthwise, 0.8 on standard networks, 0.4 on transformers."""
+    """Return cost records of six networks: two depthwise networks, two standard networks and two transformers.
+
+    Full fine-tuning has the cost 1. Adapters and GaLore have the cost 0.9 on depthwise networks, 0.8 on standard
+    networks and 0.4 on transformers. Records with special settings have other costs.
+    """
     scales = {"depthwise": 0.9, "standard": 0.8, "transformer": 0.4}
     costs = {}
     for kind, scale in scales.items():
@@ -170,13 +174,13 @@ def make_costs() -> dict[str, CostRecord]:
 
 @pytest.fixture
 def archive() -> Archive:
-    """Runs of five methods on two networks and two tasks with three seeds, and analyses of six networks."""
+    """Return an archive with runs of five methods on two networks and two tasks with three seeds, and cost records."""
     return Archive(runs=make_runs(), costs=make_costs())
 
 
 @pytest.fixture(scope="module")
 def reports(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder `reports` whose `results` are those runs of `archive` that are on one network and task, and analyses."""
+    """Return a folder `reports`. Its subfolder `results` has the runs on one network and one task, and cost records."""
     reports = tmp_path_factory.mktemp("study") / "reports"
     runs = {name: run for name, run in make_runs().items() if name.startswith(f"{DEPTHWISE}-False")}
     for name, record in (runs | make_costs()).items():
@@ -196,7 +200,7 @@ def cost() -> Callable[..., CostRecord]:
 
 @pytest.fixture
 def bench() -> BenchRecord:
-    """A comparison of two contenders on one network, and a third that did not run."""
+    """Return a benchmark of two contenders on one network, and a third contender that failed."""
     profile = StepProfile(process_index=0, scope="step", memory_peak_bytes=3 * 2**20)
     rounds = [PhaseTimes(forward_s=1.0, backward_s=2.0, optimizer_s=0.0)]
     return BenchRecord(

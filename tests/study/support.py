@@ -1,4 +1,4 @@
-"""Jobs without training, whose outcome the test chooses, and a grid of short runs."""
+"""Jobs that train nothing and end as the test chooses, and a grid of short runs."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def record_of(config: RunConfig, status: str = SUCCESS, created_at: str = "") ->
 
 @dataclass(frozen=True)
 class FakeJob(RunJob):
-    """A run without training that takes `seconds` and then ends as `ending` says.
+    """A job of a study that trains nothing. It takes `seconds`, and `ending` chooses how it ends.
 
     `ending` is `success`, `diverged`, `error`, `exit`, `memory`, `killed` or `damaged` (an unreadable record).
     """
@@ -59,7 +59,7 @@ class FakeJob(RunJob):
         if self.ending == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if self.ending == "memory":
-            # The limit stands in for a machine without free memory.
+            # With this limit, the allocation fails as on a machine without free memory.
             resource.setrlimit(resource.RLIMIT_AS, (2**33, resource.RLIM_INFINITY))
             bytearray(2**34)
         if self.ending == "exit":
@@ -92,7 +92,10 @@ trackers: []
 
 
 def small_grid(folder: Path, seeds: str = "[0, 1]") -> Path:
-    """Write a grid of runs that take a second each, on 36 random images, and return its file."""
+    """Write the file of a grid of short runs and 36 random images, and return the path of the file.
+
+    Each run takes about a second.
+    """
     random = np.random.default_rng(0)
     for number in range(36):
         file = folder / "images" / "abc"[number % 3] / f"{number}.png"
@@ -104,10 +107,13 @@ def small_grid(folder: Path, seeds: str = "[0, 1]") -> Path:
 
 
 def reproducible(value: Any) -> Any:
-    """Drop what differs between equal runs: dates, times, folders, and the memory of processes and its allocator."""
+    """Return `value` without the entries that differ between equal runs.
+
+    These are dates, times, folders, the memory of processes, and the state of the allocator.
+    """
     if isinstance(value, dict):
         return {key: reproducible(entry) for key, entry in value.items() if not is_volatile(key)}
-    # PEFT keeps names of layers in a set, whose order varies.
+    # PEFT keeps the names of layers in a set, so their order in the record varies.
     is_set = isinstance(value, list) and all(isinstance(entry, str) for entry in value)
     return sorted(value) if is_set else list(map(reproducible, value)) if isinstance(value, list) else value
 
@@ -120,6 +126,6 @@ def is_volatile(key: str) -> bool:
 
 
 def done_in(folder: Path) -> Sequence[str]:
-    """Return the names of the jobs that were begun, in their order."""
+    """Return the names of the jobs that were started, in the order of their starts."""
     file = folder / "done.txt"
     return file.read_text().splitlines() if file.exists() else []

@@ -1,4 +1,4 @@
-"""Short runs of train.py that share one source model."""
+"""Fixtures for short runs of train.py that share one source model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SHORT = [
 
 @pytest.fixture(autouse=True)
 def few_images(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Shrink the splits, since evaluation takes most of the time of a short run."""
+    """Use fewer images of digits, because evaluation takes most of the time of a short run."""
     monkeypatch.setattr(embedded, "DIGITS_SPLIT_SIZES", {"adaptation": 100, "validation": 30, "test": 60})
 
 
@@ -49,7 +49,7 @@ def arguments(cache: Path) -> list[str]:
 
 @pytest.fixture
 def run(arguments: list[str]) -> RunTraining:
-    """Run train.py in this process, and return the record."""
+    """Return a function that runs train.py in this process and returns the record."""
 
     def run(output_dir: Path, *overrides: str) -> Record:
         AcceleratorState._reset_state(reset_partial_state=True)

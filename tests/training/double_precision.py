@@ -1,4 +1,7 @@
-"""Run train.py in double precision, where two equal runs differ by less than 1e-9. Each run has its own processes."""
+"""Run train.py in double precision, each time in new processes.
+
+In double precision, the results of two runs with the same arithmetic differ by less than 1e-9.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +23,10 @@ from tests.processes import start_process
 
 
 def run_in_double(arguments: list[str], output_dir: Path, num_processes: int = 1) -> None:
-    """Run train.py in `num_processes` processes, with the environment that `torchrun` sets. Expect success."""
+    """Run train.py in double precision in `num_processes` processes. Fail if an exit code is not 0.
+
+    The processes have the environment variables that `torchrun` sets.
+    """
     processes, log = start_processes(_run, arguments, output_dir, num_processes)
     for process in processes:
         process.join(500)
@@ -30,7 +36,10 @@ def run_in_double(arguments: list[str], output_dir: Path, num_processes: int = 1
 def start_processes(
     target: Callable[..., None], arguments: list[str], output_dir: Path, num_processes: int
 ) -> tuple[list[BaseProcess], Path]:
-    """Start processes that call `target`. Return the processes, and the file with their output."""
+    """Start processes that call `target` with the arguments and the environment of a run.
+
+    Return the processes, and the path of the file with their output.
+    """
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         port = listening.getsockname()[1]
@@ -50,7 +59,10 @@ def _in_double(module: nn.Module, inputs: tuple[object, ...]) -> tuple[object, .
 
 
 def fail_on_process_0(options: list[str], environment: dict[str, object]) -> None:
-    """Run train.py, whose process 0 fails in the source stage and lives on, as with a launcher that ends nobody."""
+    """Run train.py so that process 0 raises an error when it loads the source model.
+
+    Afterwards, process 0 sleeps. This is how a failed process behaves under a launcher that does not end the others.
+    """
 
     def fail(*arguments: object, **names: object) -> nn.Module:
         if environment["RANK"] == 0:

@@ -1,4 +1,4 @@
-"""What several tests of runs share."""
+"""Functions that read the results of a run, for several tests."""
 
 from __future__ import annotations
 

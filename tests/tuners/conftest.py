@@ -1,4 +1,4 @@
-"""Small networks and configurations for the tests of the tuners."""
+"""Fixtures with small networks and configurations, for the tests of the tuners."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from tests.tuners.support import adapter_config, lora_config
 
 @pytest.fixture
 def small() -> nn.Module:
-    """timm's smallest mobile network, for slow tests."""
+    """Return timm's smallest mobile network, for slow tests."""
     return timm.create_model("test_efficientnet", num_classes=10).eval()
 
 
 @pytest.fixture(params=[ConvLoraConfig, ConvAdapterConfig])
 def config_cls(request: pytest.FixtureRequest) -> type[PeftConfig]:
-    """The configuration class of each tuner."""
+    """Return a configuration class. Each test runs once for each tuner."""
     return request.param
 
 
 @pytest.fixture
 def config(config_cls: type[PeftConfig]) -> Callable[..., PeftConfig]:
-    """Makes configurations for all convolutions, initialised so that the adapter changes the output."""
+    """Return a function that creates a configuration for all convolutions, whose adapter changes the output."""
     return lora_config if config_cls is ConvLoraConfig else adapter_config

@@ -1,4 +1,4 @@
-"""Configurations for the tests of the tuners, and a model with changed statistics."""
+"""Create configurations for the tests of the tuners, and change BatchNorm statistics of models."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ from peft_edge.tuners.conv_adapter import ConvAdapterConfig
 
 
 def lora_config(**kwargs: object) -> ConvLoraConfig:
-    """ConvLoRA on every convolution, initialised so that it changes the output."""
+    """Return a configuration of ConvLoRA for every convolution. The initial adapter changes the output."""
     return ConvLoraConfig(
         **{"r": 2, "norm": "stats", "target_modules": "all-conv", "init_lora_weights": False, **kwargs}
     )
 
 
 def adapter_config(**kwargs: object) -> ConvAdapterConfig:
-    """ConvAdapter on every convolution, initialised so that it changes the output."""
+    """Return a configuration of ConvAdapter for every convolution. The initial adapter changes the output."""
     return ConvAdapterConfig(**{"norm": "stats", "target_modules": "all-conv", "init_weights": False, **kwargs})
 
 
 def shifted(model: nn.Module, images: Tensor, scale: float = 2.0) -> nn.Module:
-    """Move the running statistics to brighter or darker images, and return the model in eval mode."""
+    """Update the running statistics on images that are multiplied by `scale`. Return the model in eval mode."""
     model.train()
     for _ in range(3):
         model(images * scale)

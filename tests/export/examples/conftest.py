@@ -1,4 +1,4 @@
-"""An exported step and images, for the programs that train on a device."""
+"""An exported training step and images, for the tests of the example programs that train on a device."""
 
 from __future__ import annotations
 
@@ -19,13 +19,16 @@ COLOURS = {"blue": (30, 60, 200), "green": (40, 180, 60), "red": (200, 40, 30)}
 
 @pytest.fixture(scope="session")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with an exported step, and images of three colours, not all of one size."""
+    """Return a folder with an exported training step, and with images of three colours.
+
+    The class of an image is its colour. The images have different sizes.
+    """
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("device")
     network = load_backbone("test_efficientnet", 3)
     set_class_names(network, list(COLOURS))
     with torch.no_grad():
-        for _ in range(30):  # plausible statistics of BatchNorm
+        for _ in range(30):  # update the statistics of BatchNorm to plausible values
             network.train()(1.5 * torch.randn(16, 3, 1, 1) + torch.randn(16, 3, 32, 32))
     save_backbone(network.eval(), folder / "base")
     config = ConvLoraConfig(r=2, target_modules="dense", norm="frozen", modules_to_save=["classifier"])
