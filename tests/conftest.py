@@ -88,8 +88,7 @@ def images() -> torch.Tensor:
 
 @pytest.fixture
 def trainer_arguments(tmp_path: Path) -> Callable[..., TrainingArguments]:
-    """Return a function that creates arguments for a `Trainer`: three steps on the CPU, without checkpoints and logs.
-    """
+    """Return a function that creates `TrainingArguments`: three steps on the CPU, without checkpoints and trackers."""
 
     def make(**options: object) -> TrainingArguments:
         return TrainingArguments(

@@ -41,7 +41,9 @@ def image_folder(tmp_path: Path) -> ImageFolder:
 
 @pytest.fixture
 def random_images() -> Callable[..., Dataset]:
-    """Return a function that creates a dataset of random 16 x 16 images. Image i has the class i % number of classes.
+    """Return a function that creates a dataset of random 16 x 16 images.
+
+    The images belong to the classes in turn: image i has the class i modulo the number of classes.
     """
 
     def make(count: int, class_names: list[str], *, seed: int = 0) -> Dataset:

@@ -1,5 +1,4 @@
-"""Start short runs of train.py, each in its own process. This module is also a program with the arguments of train.py.
-"""
+"""Start short runs of train.py in their own processes. This module is also a program that is called like train.py."""
 
 from __future__ import annotations
 

@@ -28,5 +28,5 @@ def config_cls(request: pytest.FixtureRequest) -> type[PeftConfig]:
 
 @pytest.fixture
 def config(config_cls: type[PeftConfig]) -> Callable[..., PeftConfig]:
-    """Return a function that creates a configuration for all convolutions, whose adapter changes the output."""
+    """Return a function that creates a configuration for all convolutions. The initial adapter changes the output."""
     return lora_config if config_cls is ConvLoraConfig else adapter_config
