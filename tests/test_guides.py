@@ -81,13 +81,13 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the cache of all guides, so that equal source models are trained once."""
+    """Return a cache folder that all guides share, so that equal source models are trained only once."""
     return tmp_path_factory.mktemp("sources")
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sources: Path) -> Iterator[Path]:
-    """Return a folder like the repository's, with the photographs and models that the guides take for granted."""
+    """Return a folder like that of the repository. It has the photographs and models that the guides assume."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(embedded, "DIGITS_SPLIT_SIZES", {"adaptation": 64, "validation": 30, "test": 60})
@@ -269,7 +269,7 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _expect_success(run: Any) -> None:
-    """`--help` ends the process."""
+    """Call `run`, and fail if it exits with an error code. An exit without an error, as of `--help`, is accepted."""
     try:
         run()
     except SystemExit as ending:
@@ -278,6 +278,6 @@ def _expect_success(run: Any) -> None:
 
 
 def _deploy(folder: Path) -> None:
-    """The source model of the quickstart is what its devices have."""
+    """Copy the source model of the quickstart to `folder`, where the guide expects the base model of a device."""
     base = json.loads(Path("runs/quickstart/adapter/adapter_config.json").read_text())["base_model_name_or_path"]
     shutil.copytree(base, folder)

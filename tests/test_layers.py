@@ -68,12 +68,15 @@ def layer_of(source: str) -> int:
 
 
 def folder_of(source: str) -> str:
-    """Return the folder of the package that contains `source`; for a file directly under the package, the file."""
+    """Return the folder of the package that contains the file `source`.
+
+    If the file is directly in the package, return the file itself.
+    """
     return "/".join(source.split("/")[:2])
 
 
 def source_of(module: str) -> str | None:
-    """Return the file of a dotted module name, or None if it names an object inside a module."""
+    """Return the file of the module with this dotted name. If the name is not that of a module, return None."""
     path = ROOT.joinpath(*module.split("."))
     for candidate in (path.with_suffix(".py"), path / "__init__.py"):
         if candidate.is_file():
@@ -82,7 +85,10 @@ def source_of(module: str) -> str | None:
 
 
 def imported_sources(source: str, code: str) -> set[str]:
-    """Return the files of this project that `code` imports, in functions and TYPE_CHECKING blocks, too."""
+    """Return the files of this project that `code` imports, also inside functions and TYPE_CHECKING blocks.
+
+    `source` is the file that contains `code`.
+    """
     parents = source.removesuffix(".py").split("/")[:-1]
     modules: set[str] = set()
     for node in ast.walk(ast.parse(code)):
@@ -129,7 +135,7 @@ def test_every_module_has_a_test_file(source: str) -> None:
 
 
 def top_level_imports(source: str) -> set[str]:
-    """Return the files that `source` imports when it is imported."""
+    """Return the files of this project that `source` imports at its top level."""
     tree = ast.parse((ROOT / source).read_text(encoding="utf-8"))
     tree.body = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     return imported_sources(source, ast.unparse(tree)) - {source}
@@ -193,7 +199,10 @@ def test_a_file_without_a_layer_is_an_error() -> None:
 
 
 def silent_handlers(code: str) -> list[int]:
-    """Return the lines where an exception is passed over: not raised, not used, and without a comment that says why."""
+    """Return the lines at which `code` ignores an exception without saying why.
+
+    An exception is ignored if it is not raised again, not used and not logged. A comment counts as an explanation.
+    """
     lines, found = code.splitlines(), []
     for node in ast.walk(ast.parse(code)):
         if isinstance(node, ast.ExceptHandler):

@@ -21,7 +21,10 @@ def backbone() -> nn.Module:
 
 
 def prepared(model: nn.Module, name: str, **changes: Any) -> nn.Module:
-    """Use the defaults of train.py, but PEFT's own LoRA on dense convolutions only."""
+    """Return the model that the method `name` prepares with the default options of train.py and `norm="stats"`.
+
+    PEFT's own LoRA and DoRA adapt only dense convolutions.
+    """
     method = find_method(name)
     options = RunConfig(output_dir="").options(method.section)
     dense = {"target_modules": "dense"} if name in ("peft-lora", "peft-dora") else {}
@@ -33,7 +36,7 @@ def trained_names(model: nn.Module) -> set[str]:
 
 
 def unwrapped(names: set[str]) -> set[str]:
-    """Remove the parts that adapters add to a parameter's name."""
+    """Return the parameter names without the parts that adapters add."""
     parts = ("base_model", "base_layer", "modules_to_save", "default", "lora_norm")
     return {".".join(part for part in name.split(".") if part not in parts).removeprefix("model.") for name in names}
 

@@ -105,7 +105,7 @@ MIB = 2**20
 
 
 def measured_bytes(backbone: nn.Module, option: PlanOption, *, batch_size: int, image_size: int) -> int:
-    """Return the peak of a real step."""
+    """Return the peak memory of a real training step, in bytes."""
     place = {} if option.target_modules is None else {"target_modules": option.target_modules}
     model, optimizer = prepare_step(
         backbone,
@@ -208,7 +208,7 @@ def test_memory_of_a_real_process_is_predicted() -> None:
 
 
 class Costs:
-    """Stands in for `analyse`: computes the memory by a formula, and lists the calls."""
+    """A replacement for `analyse`. It computes the memory by a formula, and lists its calls in `asked`."""
 
     def __init__(self) -> None:
         self.asked: list[tuple[Any, ...]] = []

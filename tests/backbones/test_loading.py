@@ -30,7 +30,7 @@ from tests.processes import run_program
 
 
 def map_size(model: torch.nn.Module) -> int:
-    """Return the height of the last feature map for a 64-pixel image."""
+    """Return the width of the last feature map for an image of 64 x 64 pixels."""
     with torch.no_grad():
         return model.eval().forward_features(torch.zeros(1, 3, 64, 64)).shape[-1]
 
@@ -233,7 +233,10 @@ def test_saved_class_names_must_match_the_number_of_classes(tmp_path: Path, tiny
 
 
 def publish(repo_id: str, model: nn.Module) -> Path:
-    """Put a model into the local cache of the Hub (a temporary HF_HOME), as a download of the repository would."""
+    """Save `model` in the local cache of the Hub, as if the repository `repo_id` had been downloaded.
+
+    Return the folder of the model. The cache is in a temporary HF_HOME.
+    """
     repository = Path(HF_HUB_CACHE) / f"models--{repo_id.replace('/', '--')}"
     commit = "0" * 40
     save_backbone(model, repository / "snapshots" / commit)

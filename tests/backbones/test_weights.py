@@ -21,7 +21,7 @@ Weights = dict[str, Tensor]
 
 @pytest.fixture(scope="module")
 def trained() -> nn.Module:
-    """Return a network whose tensors all differ, also those that timm initialises with equal values."""
+    """Return a network whose tensors all have different values, including those that timm fills with a constant."""
     torch.manual_seed(1)
     model = timm.create_model(NAME, num_classes=3)
     for tensor in model.state_dict().values():
@@ -30,7 +30,7 @@ def trained() -> nn.Module:
 
 
 def renamed(weights: Weights) -> Weights:
-    """Give all tensors other names, in the style of another program."""
+    """Return the same tensors under other names, in the style of another program."""
     return {f"_{name.replace('blocks', 'layers')}": tensor for name, tensor in weights.items()}
 
 
@@ -105,7 +105,7 @@ def test_match_by_order_is_reported_once(trained: nn.Module, tmp_path: Path, cap
 
 
 def changed(weights: Weights, change: str) -> Weights:
-    """Return renamed weights with one mistake."""
+    """Return renamed weights that contain one mistake. `change` chooses the mistake."""
     found = renamed(weights)
     if change == "shape":
         found["_bn1.weight"] = torch.ones(5)
@@ -161,7 +161,7 @@ def test_weights_of_another_network_are_refused(name: str, trained: nn.Module, t
 
 
 class Harmful:
-    """An object whose unpickling creates a file."""
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, file: Path) -> None:
         self.file = file

@@ -22,7 +22,7 @@ def trained(model: nn.Module) -> int:
 
 
 def adapter_size(backbone: nn.Module, role: str, rank: int) -> int:
-    """Return the parameters of LoRA: A of shape (r, K) and B of shape (C_out, r) for each layer."""
+    """Return the number of LoRA parameters: A of shape (r, K) and B of shape (C_out, r) for each layer with `role`."""
     kernels = [backbone.get_submodule(name).weight.flatten(1) for name in modules_with_role(backbone, role)]
     return sum(rank * sum(kernel.shape) for kernel in kernels)
 

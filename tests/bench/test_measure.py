@@ -49,7 +49,7 @@ def test_each_process_measures_its_contender_with_and_without_huge_pages() -> No
 
 @contextmanager
 def contending(name: str, network: nn.Module) -> Iterator[Connection]:
-    """Answer requests for a contender in a thread instead of a process."""
+    """Run the worker of a contender in a thread instead of a process. Yield the connection to the worker."""
     ours, theirs = Pipe()
     setting = {"threads": torch.get_num_threads(), "lora_rank": 2}
     images = torch.randn(2, 3, 64, 64)

@@ -57,7 +57,7 @@ def test_json_is_written_to_a_device_and_through_a_link(tmp_path: Path) -> None:
 
 @pytest.fixture
 def known_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Measure no process that imports torch, which takes seconds."""
+    """Replace `library_memory` by a constant, because it starts a process that imports torch, which takes seconds."""
     monkeypatch.setattr(costs, "library_memory", lambda: 500 * 2**20)
 
 

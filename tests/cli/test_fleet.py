@@ -17,7 +17,7 @@ from tests.export.support import IMAGE_SIZE, Saved
 
 
 def digit_folder(folder: Path) -> Path:
-    """Write 60 test images of digits, and return the folder."""
+    """Write 60 test images of digits into one subfolder per class, and return `folder`."""
     domain, _ = load_digits_domain(image_size=IMAGE_SIZE, seed=0)
     for number, row in enumerate(domain.test.select(range(60))):
         file = folder / str(row["label"]) / f"{number}.png"

@@ -20,7 +20,11 @@ from peft_edge.data.sources import domain_from_splits, file_hashes, read_splits
 
 
 def make(folder: Path, *files: str) -> Path:
-    """Write empty folders, images of different colours, and text where the ending is that of something else."""
+    """Create files and folders in `folder`, and return `folder`.
+
+    A name that ends in `/` becomes an empty folder. Files with the ending .jpg, .png or none are images of different
+    colours. Files with any other ending contain text.
+    """
     folder.mkdir(exist_ok=True)
     for number, name in enumerate(files):
         path = folder / name
@@ -39,7 +43,7 @@ def paths_of(images: Dataset) -> list[str]:
 
 
 def found(folder: Path) -> dict[str, dict[str, int]]:
-    """Count the images of every class in every split."""
+    """Return the number of images for each split and class. Also check that each image is in the folder of its class."""
     splits = read_splits(str(folder))
     counts = {}
     for split, images in splits.items():

@@ -181,7 +181,7 @@ Batch = dict[str, Tensor]
 
 
 def noisy(image: Image.Image) -> Tensor:
-    """Stand in for a random augmentation."""
+    """Add a random number to the pixels, in place of a random augmentation."""
     return F.pil_to_tensor(read_rgb(image)) / 255 + torch.rand(())
 
 

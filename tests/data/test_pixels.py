@@ -37,7 +37,7 @@ def grey(values: np.ndarray) -> np.ndarray:
 
 
 def ramp(top: int) -> np.ndarray:
-    """Return the pixels of `deep(top)`."""
+    """Return the pixels that are expected when the image `deep(top)` is read: values from 0 to 255."""
     return grey(np.rint(RAMP * top) * 255 / top)
 
 
@@ -87,7 +87,7 @@ def chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def png_16_bit_colours(values: np.ndarray) -> bytes:
-    """Write RGB of 16 bits, which Pillow can only read."""
+    """Return a PNG file with 16-bit RGB colours. Pillow can read such files, but cannot write them."""
     height, width, _ = values.shape
     header = width.to_bytes(4, "big") + height.to_bytes(4, "big") + bytes([16, 2, 0, 0, 0])
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
@@ -238,7 +238,7 @@ def deep_float(top: float) -> Image.Image:
 
 
 def put(folder: Path, name: str, content: bytes) -> Path:
-    """Write the file into one of two classes."""
+    """Write `content` to a file of the class `dog`, next to a class `cat` with one image. Return the path of the file."""
     for label in ("cat", "dog"):
         (folder / label).mkdir(parents=True)
     Image.new("RGB", (8, 8), "green").save(folder / "cat" / "green.png")

@@ -18,7 +18,7 @@ from tests.data.conftest import ImageFolder
 
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch) -> Callable[[DatasetDict], None]:
-    """Serve the given dataset under every name on the Hub."""
+    """Return a function that makes every name of a dataset on the Hub stand for the given dataset."""
 
     def serve(splits: DatasetDict) -> None:
         monkeypatch.setattr(sources, "load_dataset", lambda name, subset: splits)

@@ -27,7 +27,10 @@ Increments = Callable[..., tuple[Domain, tuple[Domain, ...]]]
 
 
 def named(split: Dataset) -> dict[bytes, str]:
-    """Map the pixels of each image to the name of its class; the images of these tests are all different."""
+    """Return a dict from the pixels of each image to the name of its class.
+
+    In these tests, no two images have the same pixels.
+    """
     names = split.features["label"].names
     labels = [names[label] for label in split["label"]]
     return {np.asarray(image).tobytes(): label for image, label in zip(split["image"], labels, strict=True)}
@@ -211,9 +214,9 @@ def test_second_folder_as_target(image_folder: ImageFolder) -> None:
 
 @pytest.fixture
 def corrupted_parquet(tmp_path: Path) -> Path:
-    """Make a folder like CIFAR-10-C on the Hub: Parquet, numbers as labels, and all corruptions in one split.
+    """Return a folder like that of CIFAR-10-C on the Hub: a Parquet file with all corruptions, and numbers as labels.
 
-    An image of level n has a width of n; those of `fog` have a height of 1, those of `snow` of 2.
+    An image of level n is n pixels wide. Images of `fog` are 1 pixel high, and images of `snow` are 2 pixels high.
     """
     rows = []
     for index, corruption in enumerate(["fog", "snow"]):
@@ -233,7 +236,11 @@ def corrupted_parquet(tmp_path: Path) -> Path:
 def hub(
     monkeypatch: pytest.MonkeyPatch, random_images: Callable[..., Dataset], corrupted_parquet: Path
 ) -> dict[str, list[str]]:
-    """Map the names of datasets on the Hub to their classes; each has 40 images by day and 30 at dusk."""
+    """Replace the Hub. Return an empty dict, to which a test adds the name and the class names of each dataset.
+
+    Each dataset has the split `train` with 40 images and the split `dusk` with 30 images. The dataset `CORRUPTED` is
+    the folder of `corrupted_parquet`.
+    """
     classes: dict[str, list[str]] = {}
 
     def serve(name: str, subset: str | None, **options: object) -> DatasetDict:

@@ -25,7 +25,7 @@ SHAPE = (4, 3, 16, 16)
 
 @pytest.fixture(scope="module")
 def step() -> TrainStep:
-    """Two activations feed frozen depthwise convolutions: a ReLU6 and a ReLU."""
+    """Return the training step of a network in which a ReLU6 and a ReLU each feed a frozen depthwise convolution."""
     torch.manual_seed(0)
     network = nn.Sequential(
         *(nn.Conv2d(3, 8, 1), nn.ReLU6(), nn.Conv2d(8, 8, 3, 1, 1, groups=8), nn.Hardswish()),

@@ -47,7 +47,7 @@ def test_step_that_computes_something_else_is_not_kept(
 
 
 def _scale_largest(module: nn.Module) -> None:
-    """Changes the largest constant of a graph."""
+    """Multiply the largest constant of a graph by 3."""
     max(module.buffers(), key=Tensor.numel).mul_(3)
 
 

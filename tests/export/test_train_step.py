@@ -35,7 +35,7 @@ BATCH_SIZE = 4
 
 
 def adapted(network: nn.Module, head: str, **options: object) -> PeftModel:
-    """A network with random BatchNorm statistics, and an adapter that is not zero."""
+    """Return a network with random BatchNorm statistics, and with an adapter that changes the output."""
     config = {"r": 2, "target_modules": "dense", "norm": "frozen", "modules_to_save": [head], **options}
     model = get_peft_model(network, ConvLoraConfig(**config))
     return randomize(model)
@@ -59,7 +59,7 @@ def sequential() -> nn.Module:
 
 
 def batches(images: Tensor, count: int = 4) -> list[tuple[Tensor, Tensor]]:
-    """Batches of which the second is half full."""
+    """Return `count` random batches of images and labels. The second batch has only half of the images."""
     generator = torch.Generator().manual_seed(5)
     sizes = [len(images), len(images) // 2, *[len(images)] * (count - 2)]
     return [
@@ -94,7 +94,7 @@ def train_by_torch(
 
 
 def padded(step: TrainStep, images: Tensor, labels: Tensor, filling: float = 7.0) -> dict[str, Tensor]:
-    """A batch as the graph takes it, padded with nonsense."""
+    """Return the inputs of the exported graph for a batch that is padded to `BATCH_SIZE` images of value `filling`."""
     missing = BATCH_SIZE - len(images)
     return {
         IMAGES: torch.cat([images, images.new_full((missing, *images.shape[1:]), filling)]),

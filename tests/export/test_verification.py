@@ -59,7 +59,7 @@ def images_of(tensor: torch.Tensor) -> set[bytes]:
 
 @pytest.fixture
 def noise(tmp_path: Path) -> Callable[..., Path]:
-    """Make a folder of 60 different images of each class."""
+    """Return a function that creates a folder with 60 random images of each class."""
 
     def make(name: str, classes: str = "ab") -> Path:
         for label in classes:

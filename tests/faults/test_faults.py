@@ -46,7 +46,7 @@ def record_of(run: Path) -> Record:
 
 
 def error_of(text: str) -> str:
-    """Return the first line of the error message."""
+    """Return the first line of the error message in `text`."""
     return text[text.index("error: ") :].splitlines()[0]
 
 

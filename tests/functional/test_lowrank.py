@@ -32,7 +32,10 @@ def _chosen(c_in: int, c_out: int, size: int, kernel: int = 1, groups: int = 1, 
 
 @pytest.fixture(autouse=True)
 def meta_is_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors on the meta device stand for real layers on a CPU, without their memory."""
+    """Choose the routes of tensors on the meta device with the speeds of the CPU.
+
+    Tensors on the meta device can thus stand for large layers on a CPU, and take no memory.
+    """
     monkeypatch.setitem(lowrank._SPEEDS, "meta", lowrank._SPEEDS["cpu"])
 
 

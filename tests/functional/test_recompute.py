@@ -27,7 +27,7 @@ def _exp(x: Tensor, *, overwrite: bool) -> Tensor:
 
 
 def noted(x: Tensor, **options: bool) -> Tensor:
-    """Return exp(x) with a note how to recompute it from x."""
+    """Return exp(x), and store with the result that it can be recomputed from x."""
     return set_recompute(x.exp(), get_recompute(x).then(_exp, **options))
 
 
@@ -133,7 +133,10 @@ def test_chain_of_recomputed_convolutions_is_short() -> None:
 
 
 class _CheckOverwrite(torch.autograd.Function):
-    """The identity. Its backward pass notes whether it can overwrite the gradient, and does so if it can."""
+    """The identity function. Its backward pass appends to `results` whether it may overwrite the gradient.
+
+    If it may, the backward pass computes its result in place.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, results: list[bool]) -> Tensor:

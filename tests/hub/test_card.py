@@ -40,7 +40,7 @@ SUBJECT = CardSubject(
 
 @pytest.fixture
 def full_record(record: Callable[..., Record]) -> Record:
-    """The record of a run that adapted pretrained weights to a dataset on the Hub."""
+    """Return the record of a run that adapted pretrained weights to a dataset on the Hub."""
     made = record("dora", 0.75, num_trainable_params=1234, num_total_params=5678, file_size=99, train_time=1.5)
     made.run_info.train_config |= {
         "model_id": "mobilenetv2_100",

@@ -29,7 +29,7 @@ def base() -> nn.Module:
 
 
 def device(folder: Path, base: nn.Module, seed: int, count: int = 10, **options: Any) -> Path:
-    """Save an adapter whose tensors are random, and which has seen `count` batches."""
+    """Save an adapter with random tensors, as if a device had trained it on `count` batches. Return its folder."""
     settings = {"r": 2, "target_modules": "all-conv", "modules_to_save": ["classifier"], "norm": "affine", **options}
     model = get_peft_model(copy.deepcopy(base), ConvLoraConfig(**settings))
     generator = torch.Generator().manual_seed(seed)

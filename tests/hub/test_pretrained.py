@@ -22,7 +22,7 @@ NAME = "test_efficientnet"
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tensor]:
-    """A saved adapter, images, and the logits of the model."""
+    """Return the folder of a saved adapter, images, and the logits of the adapted model for these images."""
     folder = tmp_path_factory.mktemp("hub")
     torch.manual_seed(0)
     save_backbone(load_backbone(NAME, num_classes=7), folder / "base")
@@ -35,7 +35,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Tensor, Tenso
 
 @pytest.fixture
 def copied(saved: tuple[Path, Tensor, Tensor], tmp_path: Path) -> Path:
-    """A copy of the saved adapter that a test may change."""
+    """Return the folder of a copy of the saved adapter. A test may change the copy."""
     for file in saved[0].iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
     return tmp_path

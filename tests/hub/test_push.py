@@ -37,7 +37,7 @@ SOURCE = {"source_model/config.json", "source_model/model.safetensors"}
 
 @pytest.fixture
 def record_file(record: Callable[..., Record], tmp_path: Path) -> Path:
-    """The record of a run that contains local paths."""
+    """Return the path of a record that contains local paths."""
     made = record("lora", 0.75)
     made.train_info.metrics[-1] |= {
         "source test accuracy": 0.5,

@@ -31,7 +31,7 @@ SMALL = ["mobilenetv3_small_050", "resnet10t"]
 
 
 def _full(model: nn.Module) -> nn.Module:
-    """Train all parameters, as full fine-tuning and GaLore do."""
+    """Return `model` unchanged. All its parameters are trainable, as in full fine-tuning and GaLore."""
     return model
 
 
@@ -165,7 +165,10 @@ def test_networks_are_exact(name: str, method: str, setting: str, memory_format:
 
 
 def _kept_and_convolutions(model: nn.Module, **options: Any) -> tuple[int, int]:
-    """Return the bytes of activations at the end of the forward pass, and those of the outputs of all convolutions."""
+    """Return two numbers of bytes: of the activations at the end of the forward pass, and of all convolution outputs.
+
+    The activations are those of the model after `prepare_model_for_lean_training`.
+    """
     images = torch.empty(8, 3, 96, 96, device="meta")
     sizes: list[int] = []
     hooks = [

@@ -188,7 +188,7 @@ LABELS = torch.arange(10) % 4
 
 
 def views(number: int) -> Iterator[dict[str, Tensor]]:
-    """Three batches; each view is brighter than the one before."""
+    """Yield the batches of view `number`. Each view is brighter than the previous view."""
     for images, labels in zip(IMAGES.split(4), LABELS.split(4), strict=True):
         yield {"pixel_values": images + number, "labels": labels}
 

@@ -19,18 +19,18 @@ from peft_edge.lean.inplace_norm import ModuleRef, is_overwritable
 
 @pytest.fixture
 def lean(chain: nn.Module) -> nn.Module:
-    """The chain, prepared with `inplace_norm=True`."""
+    """Return the network of the fixture `chain`, prepared with `inplace_norm=True`."""
     return prepare_model_for_lean_training(chain.double(), inplace_norm=True)
 
 
 @pytest.fixture
 def images() -> Tensor:
-    """Input of the chain."""
+    """Return random inputs for the network of the fixture `chain`."""
     return torch.randn(2, 3, 9, 9, dtype=torch.float64)
 
 
 def plain(model: nn.Module) -> nn.Module:
-    """Return a copy that is not lean."""
+    """Return a copy of `model` without lean training."""
     from peft_edge.lean import undo_lean_training
 
     return undo_lean_training(copy.deepcopy(model))

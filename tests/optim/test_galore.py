@@ -155,7 +155,7 @@ KERNELS = {
 
 
 def matrices() -> list[nn.Parameter]:
-    """Return the weights of a network with two hidden layers: more rows than columns, square, more columns."""
+    """Return three weight matrices: with more rows than columns, square, and with more columns than rows."""
     generator = torch.Generator().manual_seed(1)
     shapes = [(24, 10), (24, 24), (6, 24)]
     return [nn.Parameter(torch.randn(shape, generator=generator) / shape[1] ** 0.5) for shape in shapes]

@@ -41,7 +41,7 @@ def batches() -> list[tuple[Tensor, Tensor]]:
 
 
 class Training:
-    """A training in bfloat16 with a schedule, clipping and gradient accumulation."""
+    """A training run in bfloat16 with a schedule, gradient clipping and gradient accumulation."""
 
     def __init__(self, model: nn.Module, optimizer: Callable[..., Optimizer]) -> None:
         self.accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=2)

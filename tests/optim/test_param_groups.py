@@ -135,7 +135,10 @@ def test_a_tied_parameter_is_in_one_group() -> None:
 
 @pytest.fixture
 def accelerator() -> Iterator[Accelerator]:
-    """Accelerate keeps the first accelerator's settings for the whole process."""
+    """Yield an `Accelerator`, and reset Accelerate after the test.
+
+    Without the reset, Accelerate would keep the settings of the first `Accelerator` for the whole process.
+    """
     yield Accelerator(cpu=True, gradient_accumulation_steps=2)
     AcceleratorState._reset_state(reset_partial_state=True)
 

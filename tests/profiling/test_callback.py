@@ -25,7 +25,7 @@ from peft_edge.records import StepProfile
 
 
 class Clock:
-    """A clock that only tests advance, by adding to `now`."""
+    """A replacement for the module `time`. Its clock advances only when a test adds to `now`."""
 
     now = 0.0
 
@@ -34,7 +34,7 @@ class Clock:
 
 
 class Slow(torch.autograd.Function):
-    """Take `seconds` in the forward pass, and ten times as long in the backward pass."""
+    """The identity function. It advances the clock by `seconds` in the forward pass, and by ten times as much backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clock: Clock, seconds: float) -> Tensor:
@@ -118,7 +118,10 @@ def train(
     done: int = 0,
     sizes: Sequence[int] = (6,),
 ) -> list[str]:
-    """Train as `Trainer` does, and return the kind of each step: `c`ounted, `t`imed or `-`."""
+    """Send the events that `Trainer` sends for a training run, and return one letter for each step.
+
+    The letter is `c` if the callback counted FLOPs in the step, `t` if it timed the step, and `-` otherwise.
+    """
     model = model or network()
     optimizer: Optimizer = SGD(model.parameters(), lr=0.1)
     state, control = TrainerState(global_step=done), TrainerControl()

@@ -24,7 +24,7 @@ from peft_edge.roles import meta_copy
 
 
 class Log(TorchDispatchMode):
-    """Log the location of each operator."""
+    """Log the phase and the module in which each operator runs."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -48,7 +48,7 @@ class Log(TorchDispatchMode):
 
 
 class Net(nn.Module):
-    """A frozen layer whose input needs no gradient, a branch beside a trained one, and a layer used twice."""
+    """A network with a frozen first layer, a shortcut around a trained layer, and a block that is called twice."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_ancestors_lists_all_modules_around_one() -> None:
 
 
 class Tied(nn.Module):
-    """Two layers with one weight, and a buffer that is a view of another."""
+    """Two layers that share a weight, and a buffer that is a view of another buffer."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -248,7 +248,7 @@ def test_fake_copy_keeps_views() -> None:
 
 
 class Slow(torch.optim.SGD):
-    """An optimizer with a tensor attribute that torch does not copy."""
+    """An SGD optimizer with a tensor attribute that is not part of its state dict."""
 
     def __init__(self, parameters: object, lr: float) -> None:
         super().__init__(parameters, lr=lr)

@@ -21,7 +21,7 @@ BATCH, WIDTHS, RANKS = 6, [(16, 32), (32, 8), (8, 4)], [2, 4, 2]
 
 @pytest.fixture
 def two_ranks() -> PeftModel:
-    """Three linear layers, the middle one with an adapter of rank 4."""
+    """Return three linear layers with LoRA: the middle layer has rank 4, and the others have rank 2."""
     network = nn.Sequential(*(nn.Linear(*widths) for widths in WIDTHS))
     return get_peft_model(network, LoraConfig(r=2, rank_pattern={"1": 4}, target_modules=["0", "1", "2"]))
 

@@ -31,7 +31,11 @@ MakeCost = Callable[..., CostRecord]
 
 
 def step_frame(cost: MakeCost, depthwise: float, transformer: float, **more: CostRecord) -> DataFrame:
-    """Steps of a depthwise network and a language model on which every method saves these shares."""
+    """Return a data frame of step costs for a depthwise network and a language model.
+
+    LoRA, DoRA and GaLore save the fraction `depthwise` of the cost of full fine-tuning on the depthwise network, and
+    the fraction `transformer` on the language model.
+    """
     costs = {"d": cost("full"), "t": cost("full", network="llm", kind="transformer"), **more}
     for method in ("lora", "dora", "galore"):
         ours = method if method == "galore" else f"peft-{method}"

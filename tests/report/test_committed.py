@@ -27,7 +27,7 @@ def records() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The report, made again from the records alone."""
+    """Write the report again from the committed records alone, and return its folder."""
     out = tmp_path_factory.mktemp("made") / "reports"
     for folder in ("results", "bench"):
         shutil.copytree(REPORTS / folder, out / folder)
@@ -36,7 +36,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells(first: str, table: str = PAGE) -> list[str]:
-    """The cells of the row of the page that starts with these."""
+    """Return the cells of the table row that starts with `first`, without the cells in `first`."""
     (row,) = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", table, re.MULTILINE)
     return [cell.strip(" *") for cell in row.split("|")]
 

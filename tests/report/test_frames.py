@@ -122,7 +122,7 @@ def test_costs_of_a_run_are_all_missing_if_one_was_not_measured(run: MakeRun, un
 
 @pytest.fixture
 def variants(run: MakeRun) -> DataFrame:
-    """Variants on one task and network: three with three seeds, and `bias` with one."""
+    """Return a data frame with four methods on one task and network: three with three seeds, and `bias` with one."""
     scores = {"full": [0.80, 0.90, 0.70], "lora": [0.81, 0.88, 0.70], "head": [0.60, 0.70, 0.50], "bias": [0.99]}
     runs = {f"{m}{s}": run(m, score=score, seed=s) for m, values in scores.items() for s, score in enumerate(values)}
     return variant_frame(run_frame(Archive(runs=runs))).set_index("variant")

@@ -116,7 +116,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def written(reports: Path) -> Path:
-    """The folder with its report, written beside another file."""
+    """Return a folder that contains a written report, and a file that does not belong to the report."""
     (reports / "other.txt").write_text("mine", encoding="utf-8")
     write_report(reports / "results", reports)
     return reports

@@ -194,7 +194,11 @@ def test_updates_claim_names_what_is_missing(run: MakeRun) -> None:
 
 @pytest.fixture
 def variants(run: MakeRun) -> DataFrame:
-    """Full is best and expensive, LoRA of rank 8 as good and cheaper, rank 1 worse and cheaper, the head in between."""
+    """Return a data frame of four variants of different accuracy and cost.
+
+    Full fine-tuning has the best accuracy and the highest cost. LoRA of rank 8 is as accurate and cheaper. LoRA of rank
+    1 is less accurate and the cheapest. The head is the least accurate, and costs more than LoRA of rank 1.
+    """
     scores = {("full", 100): [0.9, 0.8], ("lora", 8): [0.89, 0.81], ("lora", 1): [0.6, 0.5], ("head", 2): [0.5, 0.4]}
     runs = {
         f"{method}{rank}-{seed}": run(method, lora_rank=rank, seed=seed, score=score)

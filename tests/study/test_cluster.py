@@ -29,14 +29,14 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Return the folder for temporary files of a node, which is this process."""
+    """Return the folder for temporary files of a cluster node. In these tests, this process is the node."""
     (tmp_path / "node").mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "node"))
     return tmp_path / "node"
 
 
 def run_on_node(job: FakeJob, source: bytes | None = None, artifacts: str | None = None) -> None:
-    """Do what a task does on its node, and then what this machine does with the result."""
+    """Run a job as a task on a node does. Then read the result as the machine that started the study does."""
     place, log, files = cluster._run_on_node(job, "study", source, artifacts)
     job.folder.parent.mkdir(exist_ok=True)
     job.append_to_log(log)

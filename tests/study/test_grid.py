@@ -15,7 +15,7 @@ ROOT = Path(__file__).parents[2]
 
 @pytest.fixture
 def grid(tmp_path: Path) -> Path:
-    """Write a grid of two methods and two seeds."""
+    """Write the file of a grid of two methods and two seeds, and return its path."""
     (tmp_path / "task.yaml").write_text("data: {name: digits, shift: invert}\n")
     (tmp_path / "methods").mkdir()
     (tmp_path / "methods" / "head.yaml").write_text("method: head\n")

@@ -277,7 +277,7 @@ def test_interrupted_study_prints_one_line(tmp_path: Path) -> None:
 
 @dataclass(frozen=True)
 class KnownRun(RunJob):
-    """A run with a given record."""
+    """A job that is a run and whose record the test chooses."""
 
     known: Record | None
 
@@ -288,7 +288,7 @@ class KnownRun(RunJob):
 
 @dataclass(frozen=True)
 class KnownCost(Job):
-    """An analysis with a given record."""
+    """A job that is a cost analysis and whose record the test chooses."""
 
     known: CostRecord | None
 

@@ -37,7 +37,7 @@ def source(tmp_path: Path) -> nn.Module:
 
 
 def train_a_little(model: nn.Module) -> torch.Tensor:
-    """Take two steps, and return the logits afterwards."""
+    """Take two optimizer steps, and return the logits after them."""
     optimizer = torch.optim.SGD([parameter for parameter in model.parameters() if parameter.requires_grad], lr=0.01)
     for _ in range(2):
         optimizer.zero_grad()

@@ -42,7 +42,7 @@ REPLAY = ["adapter.target_modules=last-stage", "norm=recalibrate", "training.rep
 
 @pytest.fixture(autouse=True)
 def own_features(arguments: list[str], cache: Path, tmp_path: Path) -> None:
-    """Share the source model with other tests, but not its stored features."""
+    """Use a new cache folder that contains the source models of other tests, but none of their stored features."""
     (cache / "sources").mkdir(exist_ok=True)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "sources").symlink_to(cache / "sources")

@@ -88,7 +88,7 @@ def test_results_of_increments_are_pooled_and_forgetting_is_relative_to_the_best
 
 @pytest.fixture
 def source() -> nn.Module:
-    """A kernel of each kind, all ones."""
+    """Return a network with one convolution of each kind. All weights are 1."""
     model = nn.Sequential(
         nn.Conv2d(4, 8, 1), nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 4, 3), nn.Conv2d(4, 4, 3, groups=2)
     )

@@ -154,7 +154,7 @@ def test_gradient_accumulation_does_not_change_the_result(run: RunTraining, tmp_
 
 @pytest.fixture
 def network(tiny_backbone: nn.Module) -> nn.Module:
-    """With adapters of two ranks."""
+    """Return `tiny_backbone` with LoRA adapters of two ranks."""
     config = ConvLoraConfig(r=2, rank_pattern={"blocks.1.0.conv_pw": 4}, target_modules="pointwise")
     return get_peft_model(tiny_backbone, config)
 
@@ -163,7 +163,7 @@ DATA = [{"pixel_values": torch.zeros(3, 32, 32), "labels": label} for label in r
 
 
 def train_in_our_loop(network: nn.Module, folder: Path, *overrides: str) -> list[StepProfile]:
-    """Three steps of eight images."""
+    """Train `network` for three steps of eight images with `train`, and return the step profiles."""
     AcceleratorState._reset_state(reset_partial_state=True)
     given = ["training.epochs=1", "training.max_grad_norm=1.0", "training.batch_size=8", "trackers=[]", "--cpu"]
     config = load_config([f"output_dir={folder}", "data.shift=blend", *given, *overrides])

@@ -290,7 +290,10 @@ def test_without_rehearsal_the_old_rows_of_the_head_do_not_change(run: RunTraini
 
 @pytest.fixture
 def photograph_options(tmp_path: Path) -> list[str]:
-    """Options of a run on images of 44 x 36 pixels, whose backbone is a file with a preprocessing of its own."""
+    """Return the options of a run on images of 44 x 36 pixels.
+
+    The backbone is a saved model with its own preprocessing.
+    """
     generator = np.random.default_rng(0)
     for number in range(60):
         for folder in ("photos", "other"):

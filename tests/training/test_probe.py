@@ -74,7 +74,7 @@ def test_probe_of_separable_classes(tmp_path: Path) -> None:
 
 
 def first(correct: int, images: int) -> torch.Tensor:
-    """Return a tensor for a classifier that is correct on the first `correct` images."""
+    """Return a boolean tensor for `images` images, in which only the first `correct` values are True."""
     return torch.arange(images) < correct
 
 

@@ -23,7 +23,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def start_on_two_machines(script: str, arguments: list[str], output_dir: Path) -> list[subprocess.Popen[str]]:
-    """Start one launcher for each machine, as the guide says. Both machines are this machine."""
+    """Start one launcher for each of two machines, with the command of the guide. Both machines are this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

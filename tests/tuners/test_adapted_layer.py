@@ -19,7 +19,7 @@ Config = Callable[..., PeftConfig]
 
 @pytest.fixture
 def model(config: Config, small: nn.Module, images: Tensor) -> nn.Module:
-    """A model with two very different adapters, each with its own head."""
+    """Return a model with two very different adapters, each with its own head."""
     model = get_peft_model(small, config(modules_to_save=["classifier"]))
     model.add_adapter("dark", config(modules_to_save=["classifier"], target_modules="pointwise", norm="affine"))
     for name, scale in {"default": 2.0, "dark": 0.1}.items():

@@ -21,7 +21,7 @@ STEPS = ("merge", "unmerge", "disable", "reload", "copy", "second", "switch", "t
 
 
 class _Random(nn.Module):
-    """A chain of random convolutions and norms, some of them in two places or with hooks."""
+    """A chain of random convolutions and norms. Some blocks or convolutions are used in two places."""
 
     def __init__(self, rng: random.Random, kind: str) -> None:
         super().__init__()

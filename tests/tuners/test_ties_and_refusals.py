@@ -22,7 +22,7 @@ Config = Callable[..., PeftConfig]
 
 
 class _Shared(nn.Module):
-    """One convolution, one norm and one block in two places each."""
+    """A network that uses one convolution, one norm and one block in two places each."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -28,7 +28,7 @@ PLACES = [os.environ.get("ONNXRUNTIME_INCLUDE", ""), "/usr/local/include", "/usr
 
 @pytest.fixture(scope="module")
 def native(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The exported step, and the images as PPM files of the network's size."""
+    """Return a folder with the exported step, and with the images as PPM files in the size of the network's input."""
     folder = tmp_path_factory.mktemp("native")
     shutil.copytree(place / "step", folder / "step")
     for file in (place / "images").glob("*/*.png"):
@@ -39,7 +39,7 @@ def native(place: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_image(native: Path, tmp_path: Path) -> Path:
-    """A folder with one image: every run takes the same steps."""
+    """Return a folder with one image, so that every run of the program takes the same steps."""
     images = tmp_path / "one"
     for folder in (native / "images").iterdir():
         (images / folder.name).mkdir(parents=True)
@@ -129,7 +129,11 @@ def test_native_program_is_short() -> None:
 
 
 def kill_often(command: list[str], kills: int, folder: Path, *steps: str) -> None:
-    """Kill a program during its second step, or while it saves. The state is then one that a whole run would save."""
+    """Kill a program `kills` times, during its second step or while it saves.
+
+    After each kill, check that the saved state equals the state that an uninterrupted program has after the same number
+    of steps.
+    """
     chosen, known = random.Random(0), {}
     state, reference = folder / "state", folder / "reference"
     subprocess.run([*command, str(state), *steps], check=True, capture_output=True)  # the first old state

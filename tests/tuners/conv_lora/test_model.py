@@ -26,7 +26,7 @@ from tests.tuners.support import lora_config, shifted
 
 @pytest.fixture
 def adapted(tiny_backbone: nn.Module, images: Tensor) -> nn.Module:
-    """A copy of `tiny_backbone` with an adapter whose statistics have changed."""
+    """Return a copy of `tiny_backbone` with an adapter whose BatchNorm statistics differ from those of the backbone."""
     return shifted(get_peft_model(copy.deepcopy(tiny_backbone), lora_config()), images)
 
 
@@ -306,7 +306,7 @@ def _adapt_norms_and_head(model: nn.Module, norm: str, bias: str = "none") -> Pe
 
 
 def _moved(model: nn.Module, images: Tensor) -> nn.Module:
-    """The model after a change of all trainable parameters and statistics."""
+    """Change all trainable parameters and all BatchNorm statistics of the adapter. Return the model in eval mode."""
     model.train()(images).square().mean().backward()
     for parameter in model.parameters():
         if parameter.requires_grad:

@@ -18,7 +18,7 @@ from tests.tuners.support import lora_config
 
 
 def _pair(*layers: nn.Module, **options: object) -> list[nn.Module]:
-    """The same network with PEFT's LoRA and with ours, and the same weights."""
+    """Return two copies of a network with equal weights: one with PEFT's LoRA, and one with ours."""
     options = {"target_modules": ["0"], "init_lora_weights": False, "r": 2, **options}
     network = nn.Sequential(*layers)
     models = [get_peft_model(copy.deepcopy(network), cls(**options)) for cls in (LoraConfig, ConvLoraConfig)]
