@@ -43,7 +43,7 @@ def paths_of(images: Dataset) -> list[str]:
 
 
 def found(folder: Path) -> dict[str, dict[str, int]]:
-    """Return the number of images for each split and class. Also check that each image is in the folder of its class."""
+    """Return the number of images for each split and class. Check that each image is in the folder of its class."""
     splits = read_splits(str(folder))
     counts = {}
     for split, images in splits.items():

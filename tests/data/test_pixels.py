@@ -238,7 +238,8 @@ def deep_float(top: float) -> Image.Image:
 
 
 def put(folder: Path, name: str, content: bytes) -> Path:
-    """Write `content` to a file of the class `dog`, next to a class `cat` with one image. Return the path of the file."""
+    """Write `content` to the file `name` of the class `dog`, and an image of the class `cat`. Return the file's path.
+    """
     for label in ("cat", "dog"):
         (folder / label).mkdir(parents=True)
     Image.new("RGB", (8, 8), "green").save(folder / "cat" / "green.png")

@@ -155,7 +155,7 @@ class Awkward(nn.Module):
 
 
 def randomized(model: nn.Module) -> nn.Module:
-    """Return `model` in eval mode and double precision. The statistics and weights of its BatchNorm layers are random."""
+    """Return `model` in eval mode and double precision, with random tensors in its BatchNorm layers."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             for tensor in (module.running_mean, module.running_var, module.weight, module.bias):

@@ -34,7 +34,10 @@ class Clock:
 
 
 class Slow(torch.autograd.Function):
-    """The identity function. It advances the clock by `seconds` in the forward pass, and by ten times as much backward."""
+    """The identity function. It advances a clock by `seconds` in the forward pass.
+
+    In the backward pass, it advances the clock by ten times `seconds`.
+    """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, clock: Clock, seconds: float) -> Tensor:
