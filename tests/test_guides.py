@@ -269,7 +269,7 @@ def _run(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def _expect_success(run: Any) -> None:
-    """Call `run`, and fail if it exits with an error code. An exit without an error, as of `--help`, is accepted."""
+    """Call `run`, and fail if it exits with an error code. An exit with code 0, as after `--help`, is accepted."""
     try:
         run()
     except SystemExit as ending:

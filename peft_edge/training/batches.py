@@ -132,7 +132,10 @@ def set_epoch(batches: DataLoader, epoch: int) -> None:
 
 @dataclass(frozen=True)
 class Replay:
-    """The trainable part of a model, and batches of the stored outputs of the frozen layers before this part."""
+    """The trainable part of a model (the tail), and batches of stored features that are the inputs of the tail.
+
+    The features are the outputs of the frozen layers before the tail.
+    """
 
     tail: nn.Module  # maps stored features to logits; shares its modules with the model
     batches: DataLoader  # stored features under the key `pixel_values`, and `labels`
@@ -193,7 +196,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return a copy of `profile` in which `adapter_bytes` of a whole step is the size of the whole adapter of `model`.
+    """Return a copy of `profile` in which `adapter_bytes` of the step is the size of the whole adapter of `model`.
 
     `profile` was measured on `Replay.tail`, the part of `model` after the frozen layers. The saved adapter also
     contains BatchNorm statistics of the frozen layers, so `adapter_bytes` in `profile` is too small. Only the profiles

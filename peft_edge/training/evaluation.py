@@ -1,4 +1,4 @@
-"""Evaluation: compute predictions and accuracies, check a saved update, and measure the change of each kernel."""
+"""Compute predictions and accuracies, check the saved adapter or model, and measure the change of each kernel."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def _predict_test(model: nn.Module, config: RunConfig, domain: Domain, accelerat
 def predict_source_tests(
     source: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator
 ) -> list[Predictions]:
-    """Return the same result as `predict_tests` for the source model. Read predictions from the cache if it has them.
+    """Return the predictions of the source model for the test splits of the source and of each target.
 
     Many runs have the same source model, so its predictions are computed once and stored in the cache folder that the
     runs share. If this folder cannot be written, the predictions are returned without being stored.

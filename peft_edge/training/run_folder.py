@@ -1,4 +1,4 @@
-"""Read and write the folder of a run (configuration, record, update, checkpoints), and locate the shared cache."""
+"""Read and write the folder of a run: configuration, record, adapter or model, checkpoints. Locate the shared cache."""
 
 from __future__ import annotations
 
@@ -217,9 +217,9 @@ def cache_folder(config: RunConfig) -> Path:
 
 
 def cache_key(config: RunConfig, device_type: str, **parts: object) -> str:
-    """Return a SHA-256 hash of everything that a cached result depends on, as the name of the cached file or folder.
+    """Return the cache key of a result: a SHA-256 hash of everything that the result depends on.
 
-    The hash depends on `parts`, `device_type`, `config.seed`, `config.num_threads`, and the versions of torch,
+    The key depends on `parts`, `device_type`, `config.seed`, `config.num_threads`, and the versions of torch,
     torchvision and timm.
     """
     parts |= {
@@ -303,8 +303,9 @@ def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
 def last_good_checkpoint(accelerator: Accelerator, folder: Path, step: int) -> Path | None:
     """Delete the checkpoints of `step` and later steps. Return the newest remaining checkpoint, or None.
 
-    `step` is the first step after which the weights may have diverged. If the loss of step n is too high, pass n - 1,
-    because this loss was computed with the weights after step n - 1. All processes must call this function.
+    `step` is the first step after which the weights may have diverged. If the loss of step n is too high or
+    not finite, pass n - 1, because this loss was computed with the weights after step n - 1. All processes must call
+    this function.
     """
     good = [path for path in _checkpoints(folder) if int(path.name.removeprefix("step_")) < step]
     if accelerator.is_main_process:
@@ -319,7 +320,8 @@ def _checkpoints(folder: Path) -> list[Path]:
 
 
 def _is_intact(checkpoint: Path) -> bool:
-    # `accelerator.load_state` silently skips unreadable random states, and detects no flipped bit in the weights.
+    # Compare hashes, because `accelerator.load_state` silently skips random states that it cannot read, and does not
+    # detect flipped bits in the weights.
     try:
         written = json.loads((checkpoint / _DIGESTS).read_text(encoding="utf-8"))
         return all(_digest(checkpoint / name) == digest for name, digest in written.items())

@@ -238,8 +238,7 @@ def deep_float(top: float) -> Image.Image:
 
 
 def put(folder: Path, name: str, content: bytes) -> Path:
-    """Write `content` to the file `name` of the class `dog`, and an image of the class `cat`. Return the file's path.
-    """
+    """Write an image of the class `cat`, and `content` to the file `name` of the class `dog`. Return this file."""
     for label in ("cat", "dog"):
         (folder / label).mkdir(parents=True)
     Image.new("RGB", (8, 8), "green").save(folder / "cat" / "green.png")

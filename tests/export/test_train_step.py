@@ -94,7 +94,7 @@ def train_by_torch(
 
 
 def padded(step: TrainStep, images: Tensor, labels: Tensor, filling: float = 7.0) -> dict[str, Tensor]:
-    """Return the inputs of the exported graph for a batch that is padded to `BATCH_SIZE` images of value `filling`."""
+    """Return the inputs of the exported graph. Images of the value `filling` pad the batch to `BATCH_SIZE` images."""
     missing = BATCH_SIZE - len(images)
     return {
         IMAGES: torch.cat([images, images.new_full((missing, *images.shape[1:]), filling)]),

@@ -22,7 +22,7 @@ def with_adapter(model: nn.Module, config: Any = None, **options: Any) -> nn.Mod
 
 
 def outcome(model: nn.Module, images: Tensor) -> dict[str, Tensor]:
-    """Return a dict with the output and, by parameter name, the gradient of every trained parameter."""
+    """Return a dict with the output under `output`, and the gradient of each trained parameter under its name."""
     model.zero_grad()
     output = model(images)
     output.square().sum().backward()

@@ -36,7 +36,7 @@ def again(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def cells(first: str, table: str = PAGE) -> list[str]:
-    """Return the cells of the table row that starts with `first`, without the cells in `first`."""
+    """Return the cells that follow `first` in the table row that starts with `first`."""
     (row,) = re.findall(rf"^\| {re.escape(first)} \|(.*)\|$", table, re.MULTILINE)
     return [cell.strip(" *") for cell in row.split("|")]
 

@@ -109,7 +109,7 @@ def small_grid(folder: Path, seeds: str = "[0, 1]") -> Path:
 def reproducible(value: Any) -> Any:
     """Return `value` without the entries that differ between equal runs.
 
-    These are dates, times, folders, the memory of processes, and the state of the allocator.
+    These are dates, times, folders, the memory of processes, the number of sampled steps, and the state of huge pages.
     """
     if isinstance(value, dict):
         return {key: reproducible(entry) for key, entry in value.items() if not is_volatile(key)}

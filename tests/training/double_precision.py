@@ -25,7 +25,7 @@ from tests.processes import start_process
 def run_in_double(arguments: list[str], output_dir: Path, num_processes: int = 1) -> None:
     """Run train.py in double precision in `num_processes` processes. Fail if an exit code is not 0.
 
-    Several processes have the environment variables that `torchrun` sets.
+    If there are several processes, they have the environment variables that `torchrun` sets.
     """
     processes, log = start_processes(_run, arguments, output_dir, num_processes)
     for process in processes:
