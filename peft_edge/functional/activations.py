@@ -1,8 +1,8 @@
 """Activations, gates and max-pooling that save fewer bytes for the backward pass than torch's functions.
 
 - A clipped activation `min(max(x, 0), upper)`, such as ReLU or ReLU6, has the slope 0 or 1. The function
-  `clipped_activation` saves the slopes as a mask of one byte or one bit per element. If the next layer saves the output
-  anyway, `clipped_activation` also saves the output instead of a mask. This takes no further memory. If the input of
+  `clipped_activation` saves the slopes as a mask of one byte or one bit per element. With `keep="output"`, it saves the
+  output instead of a mask. This takes no further memory if the next layer saves the output anyway. If the input of
   `clipped_activation` can be recomputed from a tensor that another function saves, `clipped_activation` saves no
   further feature map. An example of such a tensor is the input of a BatchNorm in training mode.
 - `smooth_activation`, for example for SiLU, saves its input. If this input can be recomputed from other tensors, the
@@ -43,7 +43,7 @@ class Activation(Protocol):
 
 
 class Derivative(Protocol):
-    """Maps the output gradient dY, and the input x or the output y, to the input gradient dX."""
+    """A function that maps the output gradient dY and the input x (or the output y) to the input gradient dX."""
 
     def __call__(self, gradient: Tensor, value: Tensor, /, *, out: Tensor = ...) -> Tensor:
         """Return the gradient of the input.
@@ -65,8 +65,8 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
     `inplace`, the output overwrites x.
     """
     source = get_recompute(x)
-    # For example, x is the output of a norm in training mode. The norm saves its own input, from which x can be
-    # recomputed. The backward pass can compute the slopes from x instead of y.
+    # Recomputing x is cheap if it starts from a tensor that another function needs anyway. For example, x is the output
+    # of a norm in training mode, which saves its own input. The slopes can be computed from x instead of y.
     is_cheap = not source.is_identity and source.node.is_used
     y = _ClippedActivation.apply(x, forward, upper, keep, inplace, source if is_cheap else None)
     recompute = source.then(partial(_activate, forward=forward), is_pointwise=True)
@@ -245,7 +245,7 @@ class _GatedProduct(torch.autograd.Function):
 
 
 def max_pool2d(x: Tensor, *options: Any) -> Tensor:  # Any, because `F.max_pool2d` has overloads
-    """Return `F.max_pool2d(x, *options)`. Save x, but not the indices.
+    """Return `F.max_pool2d(x, *options)`. Save x, but not the indices of the maxima.
 
     If x can be recomputed from other tensors, the function saves these tensors instead of x.
     """
@@ -294,7 +294,7 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 
 
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
-    """Yield one-dimensional parts of x in memory order, each with its block of `mask` and the value of a bit.
+    """Yield one-dimensional parts of x in memory order, each with its block of `mask` and the value of its bit.
 
     Byte i of the block contains the mask of element i of the part. In a packed mask, eight parts share a block: each
     part uses one bit of every byte, with the value 1, 2, 4, ... or 128. In an unpacked mask, the value is always 1. One

@@ -1,18 +1,18 @@
-"""BatchNorm that saves only its input, or only one number per channel if it is frozen.
+"""BatchNorm that saves few bytes for the backward pass: its input or, if it is frozen, one number per channel.
 
-In formulas, m and v are the mean and the variance of each channel: those of the batch, or constants. n is the number of
-values per channel, w is `weight` and dY is the gradient of the output.
+In formulas, m and v are the mean and the variance of each channel. They are computed from the batch, or are constants.
+n is the number of values per channel, w is `weight` and dY is the gradient of the output.
 
     y = (x - m) / sqrt(v + eps) * w + bias,    xhat = (x - m) / sqrt(v + eps)
 
-The backward pass needs x, m and v, and sums over each channel (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3):
+The gradients are (Ioffe and Szegedy 2015, arXiv 1502.03167, section 3; each sum is over the values of one channel):
 
     dbias = sum(dY),    dw = sum(dY xhat)
     dX = w / sqrt(v + eps) * (dY - dbias / n - xhat dw / n)      with statistics of the batch
     dX = w / sqrt(v + eps) * dY                                  with constant statistics
 
-Usually x is the output of a convolution. The convolution, the norm and the activation after it then save only this
-feature map, because later functions recompute y from x (see `peft_edge.functional.recompute`).
+Usually x is the output of a convolution. If the norm saves x, the activation after the norm saves no further feature
+map, because the backward pass of the activation recomputes y from x (see `peft_edge.functional.recompute`).
 """
 
 from __future__ import annotations
@@ -97,7 +97,7 @@ class _FrozenBatchNorm(torch.autograd.Function):
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """Return `values`, of shape (C,), in the shape (1, C, 1, ...) with the number of dimensions of x."""
+    """Reshape `values` from (C,) to (1, C, 1, ...), with as many dimensions as x."""
     return values.view(1, -1, *[1] * (x.dim() - 2))
 
 
@@ -117,10 +117,10 @@ def batch_norm(
     """Normalise x like `F.batch_norm`. Save only x and values per channel for the backward pass.
 
     If x can be recomputed from other tensors, the function saves these tensors instead of x. With `inplace`, the output
-    overwrites x if x can be recomputed and `mean` is not None.
+    may overwrite x. This requires that x can be recomputed and that `mean` is not None.
 
     In training mode, x is normalised by the statistics of the batch, and the running statistics `mean` and `var` are
-    updated unless they are None. With `synchronise`, the statistics are those of the batches of all processes of
+    updated unless they are None. With `synchronise`, the statistics are computed over the batches of all processes of
     `torch.distributed`, also on CPUs (unlike `torch.nn.SyncBatchNorm`). Processes may then have different numbers of
     samples.
 
@@ -159,8 +159,8 @@ def _normalise_by_batch(
         # A second derivative also needs the derivatives of the statistics.
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     scale = invstd if weight is None else invstd * weight
-    # Both modes of torch's operator compute x * scale + (bias - mean * scale), so this result is bit-identical to that
-    # of training mode.
+    # In training mode and in eval mode, torch's operator computes x * scale + (bias - mean * scale). This result is
+    # therefore bit-identical to the output in training mode.
     shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
     return _scale_and_shift(x, scale, shift, overwrite=overwrite)
 
@@ -225,7 +225,8 @@ class _BatchNorm(torch.autograd.Function):
             # Pooling returns contiguous gradients even for channels-last maps.
             grad_y, overwrites = torch.empty_like(x, dtype=grad_y.dtype).copy_(grad_y), True
         if torch.is_grad_enabled() or (fits_cache(x) and not ctx.synchronises):
-            # For a small map, one operator is faster, and a second map does not matter.
+            # Autograd can differentiate this operator. For a small map, it is also faster than the loops below, and the
+            # new map that it allocates for dX is small.
             mask = wants_x, wants_weight, wants_bias
             return *torch_backward(grad_y, x, weight, *statistics, ctx.training, ctx.eps, mask), *[None] * 7
         # The gradients of the bias, sum(dY), and of the weight, sum(dY * normalised x).
@@ -258,9 +259,9 @@ class _BatchNorm(torch.autograd.Function):
 def _statistics_of_all_processes(
     x: Tensor, running_mean: Tensor, running_var: Tensor, momentum: float, eps: float
 ) -> tuple[Tensor, Tensor, float]:
-    """Return mean, 1 / sqrt(variance + eps) and number of values per channel, over the batches of all processes.
+    """Update the running statistics in place, and return statistics of each channel over the batches of all processes.
 
-    Also update the running statistics in place.
+    The result contains the mean, 1 / sqrt(variance + eps), and the number of values per channel.
     """
     dims = [0, *range(2, x.dim())]
     values = x.to(running_mean.dtype)

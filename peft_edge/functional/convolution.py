@@ -36,11 +36,10 @@ class Geometry(NamedTuple):
 
 
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return the (padded) input and the `Geometry` (stride, padding, dilation, groups) to pass to `convolution`.
+    """Return the two arguments x and `geometry` of `convolution` that give the output of the layer `conv` for x.
 
-    A `Geometry` can only add equally many zeros at both ends of a dimension. For all other padding of the layer `conv`,
-    the function pads x itself: other modes than zeros, unequal sides, timm's same-padding. Without such padding, it
-    returns x.
+    A `Geometry` can only add equally many zeros at both ends of a dimension. If `conv` pads in another way, the
+    returned x is already padded. This applies to modes other than zeros, unequal sides, and timm's same-padding.
     """
     padding, recompute = conv.padding, None
     if isinstance(conv, Conv2dSame):
@@ -135,7 +134,7 @@ def lean_convolution(
 
 
 def note_convolution(y: Tensor, x: Tensor, step: Step, *operands: Tensor | None) -> Tensor:
-    """Store on y, the output of a convolution of x, how to recompute y, and return y.
+    """Store on the output y of a convolution how to recompute y from the input x, and return y.
 
     Nothing is stored unless a function saves x or the tensors from which x can be recomputed. `step` and `operands` are
     the arguments of `Recompute.then`.

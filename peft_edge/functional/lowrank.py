@@ -11,17 +11,17 @@ The forward pass computes the kernel W' and runs one convolution, written as *:
 
     W' = f (W + s B A),    y = x * W' + bias
 
-The backward pass recomputes W' instead of saving W'. The gradient dX needs only W'. The gradients dA and dB have two
-exact forms, the routes `full_kernel` and `low_rank`. dW' is the gradient of W'. The map z = x * A and its gradient
-u = (s f B)^T dY have r channels:
+The backward pass recomputes W' instead of saving W'. dY and dW' are the gradients of y and W'. The gradient dX of x
+needs only dY and W'. There are two exact ways to compute the gradients dA and dB, called routes. The map z = x * A and
+its gradient u = (s f B)^T dY have r channels:
 
     full_kernel:   dA = (s f B)^T dW'                            dB = s f dW' A^T
     low_rank:      dA = kernel gradient of z = x * A, given u    dB = s f dY z^T
 
-`full_kernel` computes dW'. This takes many multiplications, but reads the maps only a few times. `low_rank` avoids dW'.
-Its four convolutions with r channels take few multiplications, but twice the memory traffic. `lowrank_keeps_input`
-returns whether x is saved. If only B is trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303), `low_rank` saves z
-instead of x.
+`full_kernel` computes dW'. This takes many multiplications, but reads x and dY only once. `low_rank` avoids dW'. It
+runs four convolutions with r channels instead, which take few multiplications, but read x and dY twice.
+`lowrank_keeps_input` returns whether x is saved. If only B is trainable (LoRA-FA, Zhang et al. 2023, arXiv 2308.03303),
+`low_rank` saves z instead of x.
 """
 
 from __future__ import annotations
@@ -83,8 +83,8 @@ def lowrank_conv2d(
         magnitude: DoRA's m, C_out elements in any shape, or None.
         route: How to compute the gradients of A and B: from the gradient of the whole kernel (`full_kernel`) or from
             maps with r channels (`low_rank`). None chooses `full_kernel` for a grouped kernel or a trainable magnitude.
-            For all other kernels, None chooses `low_rank` if A is frozen, and the estimate of `choose_gradient_route`
-            if A is trainable.
+            For all other kernels, None chooses `low_rank` if A is frozen. If A is trainable, `choose_gradient_route`
+            estimates which route is faster.
         recompute: Whether later functions recompute the output in their backward pass instead of saving the output.
             This applies only if x is saved anyway.
 
@@ -205,7 +205,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_a = as_kernel(scaled_b.mT @ rows, lora_a.shape, layout)
             if wants_b:  # dB = s f dW' A^T
                 grad_b = (rows @ as_matrix(lora_a, layout).mT * row_scaling).view(lora_b.shape)
-            if wants_magnitude and kernel is not None:  # dm = (row sums of dW' times V) / ||V||, V = W + s B A
+            if wants_magnitude and kernel is not None:  # dm = row_sum(dW' * V) / ||V||, V = W + s B A
                 inverse_norm = dora_scale(kernel, torch.ones_like(magnitude)).flatten()
                 products = torch.linalg.vecdot(rows, as_matrix(kernel, layout)) * inverse_norm
                 grad_magnitude = products.to(magnitude.dtype).view_as(magnitude)
@@ -265,7 +265,7 @@ def _updated_kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: flo
 
 
 def _scaled(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype, *, inplace: bool = False) -> Tensor:
-    """Return `tensor * factor` in `dtype`. With `inplace` and without gradients, the product may overwrite `tensor`."""
+    """Return `tensor * factor` in `dtype`. With `inplace`, it may overwrite `tensor` unless gradients are enabled."""
     if factor is None:
         return tensor.to(dtype)
     if inplace and factor.dtype == tensor.dtype and not torch.is_grad_enabled():
@@ -316,7 +316,7 @@ def as_matrix(kernel: Tensor, memory_format: torch.memory_format) -> Tensor:
 
 
 def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_format) -> Tensor:
-    """Return a view of `matrix`, (C_out, K), as a kernel of the given shape; the inverse of `as_matrix`."""
+    """Undo `as_matrix`: return `matrix`, (C_out, K), as a kernel of the given shape. The kernel is a view."""
     if memory_format == torch.contiguous_format:
         return matrix.view(shape)
     return matrix.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
@@ -341,7 +341,7 @@ def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, ra
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()
     if weight_size[1] != x.shape[1]:
-        # For a grouped kernel, no map with r channels gives the gradients of A and B.
+        # A grouped update is not a convolution with A followed by one with B, so `low_rank` has no map z.
         return "full_kernel"
     positions = grad_y.numel() // c_out
     saved_flops = 2 * positions * (columns * c_out - 2 * rank * (columns + c_out))

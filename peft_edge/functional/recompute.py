@@ -1,9 +1,10 @@
 """Save memory in backward passes: recompute tensors, and overwrite gradients.
 
-- **Recompute.** A convolutional network needs to keep one feature map per convolution: BatchNorm, activations and gates
-  are elementwise, so a backward pass can recompute their outputs. Each function of this package that computes such an
-  output notes on the tensor how to recompute it (`set_recompute`). A function whose backward pass needs its input reads
-  the note (`get_recompute`), and saves the inputs of the recomputation instead of its own input.
+- **Recompute.** A convolutional network needs to keep only one feature map per convolution: BatchNorm, activations and
+  gates are elementwise, so a backward pass can recompute their outputs. Each function of this package that computes
+  such an output stores on the output tensor how to recompute it (`set_recompute`). A later function that needs this
+  tensor in its backward pass reads this note (`get_recompute`). Instead of the tensor, the later function saves the
+  tensors from which it can be recomputed.
 - **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must normally not change a
   gradient in place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer.
   On a CPU, an elementwise operation in place also takes far less time, because new memory causes page faults.
@@ -33,7 +34,7 @@ CACHED_ELEMENTS = 1 << 19
 Step = Callable[..., Tensor]
 """One operation of a recomputation: `step(x, *operands, overwrite=...)`.
 
-The result must be bit-identical to the original on a CPU. With `overwrite`, the result may overwrite x.
+On a CPU, the result must be bit-identical to that of the forward pass. With `overwrite`, the result may overwrite x.
 """
 
 
@@ -69,7 +70,7 @@ class Recomputation:
         """The number of convolutions that the recomputation runs."""
         self._users = 0
         self._cached: Tensor | None = None
-        # Backward passes run without autocast, so restore the autocast settings of the forward pass.
+        # Store the autocast settings of the forward pass, because backward passes run without autocast.
         self._autocast = [
             (device, torch.get_autocast_dtype(device))
             for device in ("cpu", "cuda")
@@ -101,7 +102,7 @@ class Recomputation:
         return self._users > 0 if self.parent is None else self.parent.inputs_are_saved
 
     def add_user(self) -> Recomputation:
-        """Announce that `value` or `parts` will be called once more, and return this object."""
+        """Announce one more call of `value`, `parts` or `batches` in the backward pass, and return this object."""
         if torch.compiler.is_compiling():
             return self  # compilers cannot trace this change of an object, and need no cache
         if self.parent is not None and (self._users == 0 or not self.is_convolution):
@@ -133,7 +134,7 @@ class Recomputation:
             # If x was recomputed and is not cached, nothing else holds x, so `step` may overwrite x.
             is_owned = not (parent.is_identity or parent._cached is not None or torch.is_grad_enabled())
             return step(x, *operands, overwrite=is_owned)
-        # Convolve in batches, unless x is smaller than y.
+        # Recompute x in batches, so that the whole x is not in memory. This does not pay if x is smaller than y.
         y, start = None, 0
         for (x,) in parent.batches(inputs) if self.shrinks else [(parent.value(inputs),)]:
             with ExitStack() as stack:
@@ -150,18 +151,19 @@ class Recomputation:
         return cast(Tensor, y)
 
     def parts(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-        """Yield the recomputed tensor in parts that fit into the CPU's cache, each with the same part of `others`.
+        """Yield the recomputed tensor in parts that fit into the CPU's cache, each with the same part of all `others`.
 
         The pointwise steps at the end of the recomputation run on one part at a time. `others` must have the shape of
-        the tensor. `iter_parts` states when there is only one part.
+        the tensor. The docstring of `iter_parts` lists the cases in which there is only one part.
         """
         return self._parts(iter_parts, inputs, *others)
 
     def batches(self, inputs: Sequence[Tensor], *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """Yield the recomputed tensor in batches of samples, each with the same samples of `others`.
 
-        The pointwise steps at the end of the recomputation run on one batch at a time, so the whole tensor is never in
-        memory. `iter_sample_batches` states when there is only one batch.
+        The pointwise steps at the end of the recomputation run on one batch at a time, so the whole tensor need not be
+        in memory. There is only one batch if the last step is not pointwise, if gradients are enabled, or in the cases
+        that the docstring of `iter_sample_batches` lists.
         """
         if not self.is_pointwise or torch.is_grad_enabled() or torch.compiler.is_compiling():
             yield self.value(inputs), *others
@@ -215,7 +217,7 @@ class Recompute(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """A `Recompute`, stored on a tensor, with the state in which it was stored.
+    """A `Recompute` that is stored on a tensor, with the version of the tensor and the hooks at that time.
 
     If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor must not
     refer to itself.
@@ -226,7 +228,7 @@ class _Note(NamedTuple):
     version: int
     """The version of the tensor, which an operation in place increases."""
     hooks: weakref.ref[Callable[[Tensor], object]] | None
-    """The hook on saved tensors that was active, such as that of gradient checkpointing."""
+    """The active hook on saved tensors, for example that of gradient checkpointing. None if no hook was active."""
 
     def __reduce__(self) -> tuple[type, tuple[()]]:
         # In copies and pickles of the tensor, an empty set replaces this object. `torch.load` with `weights_only=True`
@@ -248,8 +250,8 @@ def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
     The result has no steps, and the tensor itself as its only input, in five cases: nothing is stored, the tensor was
-    changed in place since then, other hooks on saved tensors were active, the tensor was made in inference mode, or a
-    compiler is tracing.
+    changed in place after `set_recompute`, other hooks on saved tensors were active during `set_recompute`, the tensor
+    was made in inference mode, or a compiler is tracing.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))
@@ -310,11 +312,12 @@ def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def iter_sample_batches(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors of equally many samples, (B, ...), in batches of samples: views, of which that of x fits the cache.
+    """Yield tensors with the same number of samples, (B, ...), in batches of samples, which are views.
 
-    The tensors remain in one batch if x is small, not on a CPU, or smaller than one of `others`.
+    A batch of x has at most 2 * `CACHED_ELEMENTS` elements, unless a single sample has more. The tensors remain in one
+    batch if x is small, not on a CPU, or smaller than one of `others`.
     """
-    # A convolution takes longer for a small batch. Batches are faster only if they save memory traffic of a large x.
+    # A convolution takes longer per sample in small batches, so batches pay only if x is much larger than the cache.
     if x.device.type != "cpu" or x.numel() <= 4 * CACHED_ELEMENTS or any(x.numel() < each.numel() for each in others):
         yield x, *others
     else:
@@ -341,9 +344,9 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 @functools.cache
 def _counts_of_sole_holder() -> tuple[int, int, int] | None:
-    """Return the reference counts of a gradient that nothing else holds.
+    """Return the reference counts of a gradient in a backward pass if no other object holds the gradient.
 
-    Return None if a further reference to the gradient would not change these counts.
+    Return None if these counts vary, or if a further reference to the gradient does not change them.
     """
     held: list[Tensor] = []
 
@@ -388,5 +391,6 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # A call holds a reference to its argument, so this function counts as many references as `can_overwrite` does.
+    # The call of this function adds a reference to the gradient, as the call of `can_overwrite` does. The counts are
+    # therefore comparable.
     return _reference_counts(gradient)

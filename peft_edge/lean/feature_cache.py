@@ -2,7 +2,8 @@
 
 Backpropagation stops at the first trainable layer. All earlier layers are frozen, so their outputs for a training image
 are the same in every epoch (Pellegrini et al. 2019, arXiv 1912.01100, section III). `FrozenPrefix` splits a model at or
-before the first trainable layer. `FeatureCache` stores the features as a memory-mapped Hugging Face dataset.
+before the first trainable layer. `FeatureCache` stores the outputs of the first part (the features) as a memory-mapped
+Hugging Face dataset.
 """
 
 from __future__ import annotations
@@ -127,7 +128,8 @@ def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Mo
         The name of this module, the modules that run before this module, and the tail (the rest of the model).
 
     Raises:
-        ValueError: If the model has no trainable parameters, or if no layer with weights is before the split.
+        ValueError: If the model has no trainable parameters, if no layer with weights comes before the first trainable
+            layer, or if the model cannot be split at any module.
     """
     names = {module: name for name, module in model.named_modules()}
     with torch.no_grad():
@@ -224,7 +226,10 @@ def _input_of(start: nn.Module, model: nn.Module, images: Tensor) -> Tensor:
 
 
 def _without(module: nn.Module, skipped: set[nn.Module]) -> nn.Module:
-    """Return a copy of `module` with `nn.Identity` in place of `skipped`. Parts without skipped modules are shared."""
+    """Return a copy of `module` in which `nn.Identity` replaces the modules `skipped`.
+
+    The copy and `module` share all submodules that contain no skipped module.
+    """
     return nn.Identity() if module in skipped else map_children(module, lambda child: _without(child, skipped))
 
 
@@ -275,11 +280,11 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     def open(
         cls, root: Path, prefix: FrozenPrefix, images: Views, *, key: str, views: int = 1, dtype: StoredType = "float32"
     ) -> FeatureCache:
-        """Open the cache for a prefix and images in the folder `root`. Fill the cache if it is missing or incomplete.
+        """Open the cache for `prefix` and `images`. Fill the cache if it is missing or incomplete.
 
-        `images(view)` must return the training images, augmented as in training. `key` must identify everything on
-        which the images depend: data, transforms, seeds. If several processes open the same cache, one process fills
-        the cache and the others wait.
+        The cache is a subfolder of `root`. `images(view)` must return the training images, augmented as in training.
+        `key` must identify everything on which the images depend: data, transforms, seeds. If several processes open
+        the same cache, one process fills the cache and the others wait.
 
         Raises:
             ValueError: If `dtype` is unknown, there are no images, or views have different numbers of images. If a

@@ -73,7 +73,7 @@ class InplaceNorm(NamedTuple):
     norm: ModuleRef
 
     def layers(self) -> tuple[nn.Module, nn.Module] | None:
-        """Return the convolution and the norm. If PEFT adapts one of them, return PEFT's layer instead.
+        """Return the convolution and the norm. If PEFT adapts one of them, return its adapter layer instead.
 
         Return None if a layer is missing, or if other code may read the tensor that the convolution passes to the norm.
         """

@@ -127,7 +127,8 @@ class LeanBatchNorm(BatchNorm):
         trains = _trains(self)
         is_constant = not (self.training or trains or mean is None or var is None)
         has_backward = needs_backward() and (x.requires_grad or trains)
-        # In a repeated forward pass of checkpointing, do not count the batch again, even if no backward pass needs x.
+        # Checkpointing may repeat this forward pass in a backward pass. `super().forward` would then count the batch
+        # again.
         if not (is_constant or has_backward or is_in_backward()):
             return super().forward(x)
         inplace = is_overwritable(x, self)
@@ -155,7 +156,7 @@ class LeanBatchNorm(BatchNorm):
     def _count_batch(self) -> float:
         """Count a batch, and return the weight of the batch in the running statistics.
 
-        The weight is `momentum`. If `momentum` is None, it is 1 / (number of batches), or 0 if batches are not counted.
+        The weight is `momentum`. If `momentum` is None, the weight is 1 / (number of batches), or 0 without a counter.
         """
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -169,9 +170,9 @@ class LeanClippedActivation(nn.Module):
 
     masks: Masks = "byte"
     consumers: Sequence[ModuleRef] = ()
-    """The layers that receive the output."""
+    """References to the layers that receive the output."""
     feeds_product: bool = False
-    """Whether a product, such as that with a gate, receives the output and therefore saves it."""
+    """Whether the output is a factor of a product, for example with a gate. A product saves its factors."""
     inplace: bool
     function: Activation
     upper: float

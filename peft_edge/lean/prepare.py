@@ -68,8 +68,8 @@ def prepare_model_for_lean_training(
             no other layer receives this output, and if the norm is frozen or the output can be recomputed (see
             `recompute`). Both layers keep their weights, so trained adapters also fit the original model. If the model
             stores the convolution's output as an attribute, the attribute becomes the normalised tensor.
-        masks: The size of a mask per element: one "byte" or one "bit". Packing bits takes a little more time. With
-            "off", activations save their outputs instead of masks.
+        masks: The size of the masks that a ReLU or ReLU6 saves: one "byte" or one "bit" per element. Packing bits
+            takes a little more time. With "off", these activations save their outputs instead of masks.
         recompute: The convolutions whose outputs are not saved, but recomputed in the backward pass. "depthwise"
             selects the depthwise convolutions. True selects all convolutions with at most 100 products per output
             element.
@@ -160,7 +160,7 @@ def _switch_on_checkpointing(model: nn.Module) -> None:
 def _find_inplace_norms(
     model: nn.Module, consumers: Mapping[str, list[str]], refs: Mapping[str, ModuleRef]
 ) -> Iterator[tuple[LeanConvolution, InplaceNorm]]:
-    """Yield each convolution whose output only one norm receives, and the `InplaceNorm` of convolution and norm.
+    """Yield pairs (convolution, its `InplaceNorm`) for all convolutions whose output goes to one norm only.
 
     A norm with a second input is left out. Layers inside PEFT's wrappers (`modules_to_save`) are also left out.
     """
@@ -188,8 +188,8 @@ def lean_summary(model: nn.Module) -> str:
     """Return a table: the number of layers of each class, and what these layers save for the backward pass.
 
     If this package does not know what a layer saves, its row says "what torch keeps" and names the first such layer.
-    Layers after a BatchNorm that saves its input do not save the tensors in the table. The backward pass recomputes
-    these tensors from the input of the BatchNorm.
+    The table ignores recomputation: layers after a BatchNorm that saves its input do not save the tensors that the
+    table lists, because the backward pass recomputes these tensors from the input of the BatchNorm.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -244,11 +244,11 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
 
 
 PRODUCT = "*"
-"""The entry in the list of consumers for a product outside of all layers."""
+"""The consumer in a result of `find_consumers` if the model multiplies an output outside of all layers."""
 FUNCTION = ""
-"""The entry in the list of consumers for any other function outside of all layers, and for the caller of the model."""
-# The name of the model itself in `named_modules` is also "". An output with the consumer `FUNCTION` therefore counts as
-# saved if any parameter of the model is trainable.
+"""The consumer if any other function outside of all layers receives an output, or if the model returns the output."""
+# The name of the model itself in `named_modules` is also "", so `FUNCTION` refers to the whole model. An output with
+# this consumer therefore counts as saved if any parameter of the model is trainable.
 
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 
@@ -256,10 +256,11 @@ _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 def find_consumers(model: nn.Module, *, training: bool = False, intermediates: bool = False) -> Mapping[str, list[str]]:
     """Run a copy of the model on the meta device, and return the consumers of each layer's output.
 
-    The result maps the name of a layer to its consumers: for each use of the output, the name of a layer, `PRODUCT` or
-    `FUNCTION`. A layer is a module without children, a norm, or an adapted layer. If a norm contains an activation, the
-    output of the norm is listed under the activation. With `training`, the copy is in training mode, otherwise in eval
-    mode. With `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
+    The result maps the name of a layer to a list of its consumers. The list has an entry for each use of the output:
+    the name of the layer that receives the output, `PRODUCT` or `FUNCTION`. A layer is a module without children, a
+    norm, or an adapted layer. If a norm contains an activation, the output of the norm is listed under the activation.
+    With `training`, the copy is in training mode, otherwise in eval mode. With `intermediates`, timm's
+    `forward_intermediates` runs instead of `forward`.
     """
     traced = meta_copy(model).train(training)
     trace = _Trace()
