@@ -173,8 +173,8 @@ def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor
 def smooth_activation(x: Tensor, forward: Activation, backward: Derivative, *, inplace: bool = False) -> Tensor:
     """Return `forward(x)`. Save x or, if x can be recomputed from other tensors, these tensors.
 
-    `backward` must map the gradient of the output and x to the gradient of x, and must accept the keyword argument
-    `out`. With `inplace`, the output overwrites x, and a copy of x is saved if x cannot be recomputed.
+    `backward` must map two tensors, the output gradient and the input x, to the input gradient. It must accept the
+    keyword argument `out`. With `inplace`, the output overwrites x, and a copy of x is saved if x cannot be recomputed.
     """
     kept = x.clone() if inplace and get_recompute(x).is_identity else x
     source = get_recompute(kept)

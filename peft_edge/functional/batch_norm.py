@@ -126,7 +126,7 @@ def batch_norm(
 
     Raises:
         ValueError: In training mode, if there is at most one value per channel, because one value has no variance.
-        RuntimeError: In the backward pass, if `synchronise` is set and a second derivative is needed.
+        RuntimeError: In the backward pass, if the statistics were synchronised and a second derivative is needed.
     """
     trains = needs_backward() and any(value is not None and value.requires_grad for value in (x, weight, bias))
     if not synchronise and (torch.compiler.is_compiling() or not trains):

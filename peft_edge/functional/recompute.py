@@ -2,9 +2,9 @@
 
 - **Recompute.** A convolutional network needs to keep only one feature map per convolution: BatchNorm, activations and
   gates are elementwise, so a backward pass can recompute their outputs. Each function of this package that computes
-  such an output stores on the output tensor how to recompute it (`set_recompute`). A later function that needs this
-  tensor in its backward pass reads this note (`get_recompute`). Instead of the tensor, the later function saves the
-  tensors from which it can be recomputed.
+  such an output stores a note on the output tensor that says how to recompute the tensor (`set_recompute`). A later
+  function whose backward pass needs this tensor reads the note (`get_recompute`). Instead of this tensor, the later
+  function saves the inputs of the recomputation.
 - **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must normally not change a
   gradient in place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer.
   On a CPU, an elementwise operation in place also takes far less time, because new memory causes page faults.
@@ -219,8 +219,8 @@ class Recompute(NamedTuple):
 class _Note(NamedTuple):
     """A `Recompute` that is stored on a tensor, with the version of the tensor and the hooks at that time.
 
-    If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor must not
-    refer to itself.
+    If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor
+    holds this note and must not refer to itself.
     """
 
     node: Recomputation
