@@ -101,8 +101,8 @@ def problem_of_data(name: str) -> str | None:
 def problem_of_shift(shift: str, data: str) -> str | None:
     """Return an error message if `shift` cannot be a shift of `data`, otherwise None.
 
-    A shift is a corruption such as `fog`, the name of a split of `data`, an existing folder, or a dataset on the Hub.
-    The function sends no request to the Hub.
+    A shift is one of the following: a corruption (such as `fog`), a split of `data`, an existing folder, or a dataset
+    on the Hub. The function sends no request to the Hub.
 
     >>> problem_of_shift("blend", "digits"), problem_of_shift("night/photos", "digits")
     (None, None)

@@ -105,8 +105,8 @@ def load_backbone(
 
     Raises:
         ValueError: If an argument is invalid, the model is not a CNN, or the checkpoint is damaged or belongs to
-            another model. If `small_images` is True, but the stride of the first convolution is neither 1 nor 2, or
-            the model requires a fixed image size.
+            another model. With `small_images=True`: if the stride of the first convolution is neither 1 nor 2, or
+            if the model requires a fixed image size.
         FileNotFoundError: If `checkpoint` does not exist, or is a file whose suffix is not in `WEIGHTS_SUFFIXES`. If a
             folder or Hub repository has no ``config.json`` or no ``model.safetensors``.
         OSError: If the pretrained weights are not in the local cache and cannot be downloaded.

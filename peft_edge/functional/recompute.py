@@ -287,10 +287,11 @@ def fits_cache(x: Tensor) -> bool:
 
 
 def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors of the same shape, (B, C, *size), in parts: views that fit into the cache of a CPU.
+    """Split `tensors`, which all have the shape (B, C, *size), into parts that fit into the cache of a CPU.
 
-    A part has the channels in dimension 1. The tensors remain in one part if they are small or not on a CPU, if their
-    strides differ, or if they are neither contiguous nor channels-last.
+    Yield a tuple for each part, with a view of each tensor. A view has the channels in dimension 1. The tensors remain
+    in one part if they are small or not on a CPU, if their strides differ, or if they are neither contiguous nor
+    channels-last.
     """
     first = tensors[0]
     is_common = has_standard_layout(first) and all(tensor.stride() == first.stride() for tensor in tensors)

@@ -85,7 +85,7 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the layer may save its input: True if the weight or bias is trainable."""
+        """Whether the weight or bias is trainable. If not, the layer never saves its input."""
         return _trains(self)
 
     @property

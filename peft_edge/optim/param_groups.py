@@ -115,7 +115,7 @@ def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
     """Register hooks that update each parameter in the backward pass, and free its gradient after the update.
 
     The updates equal those of `optimizer.step()`, and only one gradient is in memory at a time. The training loop may
-    still call `step` and `zero_grad`, which then find no gradients. Two techniques stop working without an error:
+    still call `step` and `zero_grad`, which then find no gradients. Two techniques silently stop working:
     clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step. `optimizer`
     may be an `AcceleratedOptimizer`. To remove the hooks, call `remove()` on each returned handle.
 

@@ -35,7 +35,9 @@ class StackedBars:
     line: float | None = None
     """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Diamonds on the bars. For each label in the legend: one position per bar, or None for a bar without a diamond."""
+    """Diamonds on the bars. The dict maps the name of a kind of diamond, for the legend, to its position on each bar.
+
+    The position is None for a bar without this diamond."""
     number_format: str = ""
     """The format of the total length that is printed at the end of each bar. If it is empty, no length is printed."""
 

@@ -221,7 +221,7 @@ class MemoryTracker(DispatchMode):
         return result
 
     def result(self) -> MemoryProfile:
-        """Return the measurements. Call this after the block."""
+        """Return the measurements. Call this after the `with` block has ended."""
         totals = self._log.totals()
         peak_at = max(range(len(totals)), key=totals.__getitem__)
         forward_end_at = max(self._forward_ends, key=totals.__getitem__)

@@ -103,7 +103,7 @@ class CostJob(Job):
 
     @property
     def result_name(self) -> str:
-        """`cost--` followed by the name of the job. The copy of the record has this file name with `.json`."""
+        """The file name, without `.json`, under which the job's record is copied to the study's results folder."""
         return f"cost--{self.name}"
 
     @property
