@@ -5,8 +5,8 @@
   output instead of a mask. This takes no further memory if the next layer saves the output anyway. If the input of
   `clipped_activation` can be recomputed from a tensor that another function saves, `clipped_activation` saves no
   further feature map. An example of such a tensor is the input of a BatchNorm in training mode.
-- `smooth_activation`, for example for SiLU, saves its input. If this input can be recomputed from other tensors, the
-  function saves these tensors instead.
+- `smooth_activation`, which computes SiLU for example, saves its input. If this input can be recomputed from other
+  tensors, the function saves these tensors instead.
 - `gated_product` multiplies a feature map `x` by a `gate` per channel, as squeeze-excite does. The function saves
   `gate` and `x`. If `x` can be recomputed from other tensors, the function saves these tensors instead of `x`.
 - `max_pool2d` saves its input. If this input can be recomputed from other tensors, the function saves these tensors

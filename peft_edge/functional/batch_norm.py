@@ -1,4 +1,4 @@
-"""BatchNorm that saves few bytes for the backward pass: its input or, if it is frozen, one number per channel.
+"""BatchNorm that saves few bytes for the backward pass: the input or, if the norm is frozen, one number per channel.
 
 In formulas, m and v are the mean and the variance of each channel. They are computed from the batch, or are constants.
 n is the number of values per channel, w is `weight` and dY is the gradient of the output.
@@ -114,7 +114,7 @@ def batch_norm(
     synchronise: bool = False,
     inplace: bool = False,
 ) -> Tensor:
-    """Normalise x like `F.batch_norm`. Save only x and values per channel for the backward pass.
+    """Normalise x like `F.batch_norm`. For the backward pass, save only x and a few values per channel.
 
     If x can be recomputed from other tensors, the function saves these tensors instead of x. With `inplace`, the output
     may overwrite x. This requires that x can be recomputed and that `mean` is not None.
@@ -159,8 +159,8 @@ def _normalise_by_batch(
         # A second derivative also needs the derivatives of the statistics.
         return F.batch_norm(x, None, None, weight, bias, training=True, eps=eps)
     scale = invstd if weight is None else invstd * weight
-    # In training mode and in eval mode, torch's operator computes x * scale + (bias - mean * scale). This result is
-    # therefore bit-identical to the output in training mode.
+    # In training mode and in eval mode, torch's operator computes x * scale + (bias - mean * scale). The code below
+    # computes the same expression, so its result is bit-identical to the output in training mode.
     shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
     return _scale_and_shift(x, scale, shift, overwrite=overwrite)
 
@@ -168,7 +168,7 @@ def _normalise_by_batch(
 def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, overwrite: bool = False) -> Tensor:
     """Return x * scale + shift, where scale and shift have the shape (C,). With `overwrite`, overwrite x."""
     if x.dtype == scale.dtype and memory_format_of(x) != torch.contiguous_format:
-        # In channels-last format, this takes half the time of torch's BatchNorm, and rounds in the same way.
+        # In channels-last format, `addcmul` takes half the time of torch's BatchNorm, and rounds in the same way.
         return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x), out=x if overwrite else None)
     return _normalise(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0, overwrite=overwrite)
 

@@ -36,10 +36,10 @@ class Geometry(NamedTuple):
 
 
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
-    """Return the two arguments x and `geometry` of `convolution` that give the output of the layer `conv` for x.
+    """Return a tensor and a `Geometry` for which `convolution` computes the output of the layer `conv` for the input x.
 
     A `Geometry` can only add equally many zeros at both ends of a dimension. If `conv` pads in another way, the
-    returned x is already padded. This applies to modes other than zeros, unequal sides, and timm's same-padding.
+    returned tensor is already padded. Examples are reflection padding, unequal sides, and timm's same-padding.
     """
     padding, recompute = conv.padding, None
     if isinstance(conv, Conv2dSame):
@@ -175,7 +175,7 @@ class _LeanConvolution(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
-        if wants_x:  # dX is last, because the recomputed input is freed by now
+        if wants_x:  # dX is computed last, when the recomputed input is freed
             grad_x = input_gradient(grad_y, weight.to(grad_y.dtype), ctx.x_size, ctx.geometry)
         return grad_x, grad_weight, grad_bias, None
 

@@ -12,8 +12,8 @@ The forward pass computes the kernel W' and runs one convolution, written as *:
     W' = f (W + s B A),    y = x * W' + bias
 
 The backward pass recomputes W' instead of saving W'. dY and dW' are the gradients of y and W'. The gradient dX of x
-needs only dY and W'. There are two exact ways to compute the gradients dA and dB, called routes. The map z = x * A and
-its gradient u = (s f B)^T dY have r channels:
+needs only dY and W'. The map z = x * A and its gradient u = (s f B)^T dY have r channels. There are two exact ways to
+compute the gradients dA and dB, called routes:
 
     full_kernel:   dA = (s f B)^T dW'                            dB = s f dW' A^T
     low_rank:      dA = kernel gradient of z = x * A, given u    dB = s f dY z^T
@@ -237,7 +237,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_b = _scaled(grad_scaled_b * scaling, factor, lora_b.dtype)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
-        if wants_x:  # dX is last, because the temporaries of the other gradients are freed by now
+        if wants_x:  # dX is computed last, when the temporaries of the other gradients are freed
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling) if kernel is None else kernel
             grad_x = input_gradient(grad_y, _scaled(kernel, factor, dtype, inplace=True), ctx.x_size, geometry)
         return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None
@@ -265,7 +265,10 @@ def _updated_kernel(weight: Tensor, lora_a: Tensor, lora_b: Tensor, scaling: flo
 
 
 def _scaled(tensor: Tensor, factor: Tensor | None, dtype: torch.dtype, *, inplace: bool = False) -> Tensor:
-    """Return `tensor * factor` in `dtype`. With `inplace`, it may overwrite `tensor` unless gradients are enabled."""
+    """Return `tensor * factor` in `dtype`.
+
+    With `inplace`, the result may overwrite `tensor`, unless gradients are enabled.
+    """
     if factor is None:
         return tensor.to(dtype)
     if inplace and factor.dtype == tensor.dtype and not torch.is_grad_enabled():

@@ -104,7 +104,7 @@ class Recomputation:
     def add_user(self) -> Recomputation:
         """Announce one more call of `value`, `parts` or `batches` in the backward pass, and return this object."""
         if torch.compiler.is_compiling():
-            return self  # compilers cannot trace this change of an object, and need no cache
+            return self  # compilers cannot trace a change of `_users`, and need no cache
         if self.parent is not None and (self._users == 0 or not self.is_convolution):
             self.parent.add_user()
         self._users += 1
@@ -134,7 +134,7 @@ class Recomputation:
             # If x was recomputed and is not cached, nothing else holds x, so `step` may overwrite x.
             is_owned = not (parent.is_identity or parent._cached is not None or torch.is_grad_enabled())
             return step(x, *operands, overwrite=is_owned)
-        # Recompute x in batches, so that the whole x is not in memory. This does not pay if x is smaller than y.
+        # Recompute x in batches, so that the whole x need not be in memory. This does not pay if x is smaller than y.
         y, start = None, 0
         for (x,) in parent.batches(inputs) if self.shrinks else [(parent.value(inputs),)]:
             with ExitStack() as stack:
@@ -217,7 +217,7 @@ class Recompute(NamedTuple):
 
 
 class _Note(NamedTuple):
-    """A `Recompute` that is stored on a tensor, with the version of the tensor and the hooks at that time.
+    """A `Recompute` that is stored on a tensor, with the tensor's version and the active hook at the time of storing.
 
     If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor
     holds this note and must not refer to itself.
@@ -256,7 +256,7 @@ def get_recompute(tensor: Tensor) -> Recompute:
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))
     # Gradient checkpointing sets hooks, and repeats a forward pass. In the repeated pass, the inputs may be new tensors
-    # without notes. So that both passes save the same tensors, neither uses notes from outside the checkpointed part.
+    # without notes. Both passes must save the same tensors, so neither uses notes from outside the checkpointed part.
     state = version_of(tensor), saved_tensors_hook()
     note = getattr(tensor, "_recompute", None)
     if not isinstance(note, _Note) or (note.version, note.hooks) != state:
@@ -271,7 +271,7 @@ def has_standard_layout(x: Tensor) -> bool:
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the channels-last or the contiguous memory format, depending on the strides of x, (B, C, *size).
+    """Return the memory format of x, which has the shape (B, C, *size): channels-last or contiguous.
 
     If x has both formats or neither, the result is the contiguous format.
     """
@@ -313,7 +313,7 @@ def iter_parts(*tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 
 
 def iter_sample_batches(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ...]]:
-    """Yield tensors with the same number of samples, (B, ...), in batches of samples, which are views.
+    """Split tensors of shape (B, ...), with the same B, into batches of samples. Yield a tuple of views for each batch.
 
     A batch of x has at most 2 * `CACHED_ELEMENTS` elements, unless a single sample has more. The tensors remain in one
     batch if x is small, not on a CPU, or smaller than one of `others`.

@@ -87,8 +87,8 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
         left, right = matrix.new_full((rows, rank), torch.nan), matrix.new_full((rank, columns), torch.nan)
     shorter, longer = ("right", "left") if rows >= columns else ("left", "right")
     side = {"std": shorter, "reverse_std": longer}.get(proj_type, proj_type)
-    # `copy=True`, because a slice would keep the whole decomposition in memory. The matrices are stored in column-major
-    # order, as LAPACK returns them, so that matrix products round as in galore-torch.
+    # Copy the vectors (`copy=True`), because a slice would keep the whole decomposition in memory. The matrices are
+    # stored in column-major order, as LAPACK returns them, so that matrix products round as in galore-torch.
     vectors = {
         name: matrix.t().to(gradient.dtype, copy=True, memory_format=torch.contiguous_format)
         for name, matrix in (("left", left), ("right", right))
@@ -245,7 +245,7 @@ class GaLoreAdamW(_GaLore, AdamW):
 
 
 class GaLoreSGD(_GaLore, SGD):
-    """SGD with momentum, in the form of `torch.optim.SGD`, with the projected gradients of GaLore.
+    """SGD with the projected gradients of GaLore, and with momentum as in `torch.optim.SGD`.
 
     In groups with `rank`, one step computes
 

@@ -115,9 +115,10 @@ def update_in_backward(optimizer: Optimizer) -> list[RemovableHandle]:
     """Register hooks that update each parameter in the backward pass, and free its gradient after the update.
 
     The updates equal those of `optimizer.step()`, and only one gradient is in memory at a time. The training loop may
-    still call `step` and `zero_grad`, which then find no gradients. Two techniques silently stop working:
-    clipping by the norm of all gradients, and gradient accumulation, because every backward pass is a step. `optimizer`
-    may be an `AcceleratedOptimizer`. To remove the hooks, call `remove()` on each returned handle.
+    still call `step` and `zero_grad`, which then find no gradients. Two techniques silently stop working. Gradients are
+    not accumulated, because every backward pass is a step. Gradients cannot be clipped by their total norm, because
+    they are never in memory together. `optimizer` may be an `AcceleratedOptimizer`. To remove the hooks, call
+    `remove()` on each returned handle.
 
     Raises:
         ValueError: If training runs in several processes, because each process would update its parameters before the

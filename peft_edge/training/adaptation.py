@@ -1,8 +1,8 @@
 """Adapt the source model to one target. Train one candidate per learning rate, all for the same number of epochs.
 
 The source model is the network that was trained on the source domain. A candidate is a model that `Method.prepare`
-returned and that was then trained with one learning rate. The update of a candidate is what is saved of it: an adapter,
-or the whole model if `Method.saves_full_model` is True.
+returned and that was then trained with one learning rate. The part of a candidate that is saved is called its update.
+It is the whole model if `Method.saves_full_model` is True, otherwise an adapter.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ logger = logging.getLogger(__name__)
 def check_adaptation(config: RunConfig, task: Task) -> None:
     """Check that the configuration fits the targets and the backbone, before the source model is trained.
 
-    If the images of a target make too few steps for `training.warmup_steps`, log a warning.
+    If training on a target takes fewer than 2 * `training.warmup_steps` steps, log a warning that the warm-up will be
+    shorter than configured.
 
     Raises:
         ValueError: If the method or `training.replay` does not fit the backbone. If a target has fewer training images
@@ -127,8 +128,8 @@ def sweep(
 ) -> tuple[list[TrainedCandidate], list[dict[str, object]]]:
     """Train a model (a candidate) for every learning rate of the configuration. `source` does not change.
 
-    A method without gradients has a single candidate, whose learning rate is None. If there are several targets,
-    `increment` is the number of `target`, starting at 1; otherwise `increment` is None. `previous` is the folder of the
+    A method without gradients has a single candidate, whose learning rate is None. `increment` is the position of
+    `target` among several targets, counted from 1, or None if there is only one target. `previous` is the folder of the
     adapter or model that was saved for the previous target, or None for the first target. Candidates that an
     interrupted run has already finished are read from their folders and not trained again.
 

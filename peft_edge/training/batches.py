@@ -196,7 +196,7 @@ def open_replay(run: ActiveRun, model: nn.Module, source: nn.Module, target: Dom
 
 
 def with_whole_update(profile: list[StepProfile], model: nn.Module) -> list[StepProfile]:
-    """Return a copy of `profile` in which `adapter_bytes` of the step is the size of the whole adapter of `model`.
+    """Return a copy of `profile` in which `adapter_bytes` is the size of the whole adapter of `model`.
 
     `profile` was measured on `Replay.tail`, the part of `model` after the frozen layers. The saved adapter also
     contains BatchNorm statistics of the frozen layers, so `adapter_bytes` in `profile` is too small. Only the profiles

@@ -201,7 +201,7 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 
 @contextmanager
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
-    """Only record the first SIGTERM inside the block, and yield a function that returns whether it has arrived.
+    """Ignore the first SIGTERM inside the block, and yield a function that returns whether this signal has arrived.
 
     The caller can thus finish the current step, write a checkpoint, and then exit. A second SIGTERM calls the handler
     that was set before the block. `is_alone` is whether the run has a single process. If `is_alone` is False, SIGTERM

@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 def run(config: RunConfig) -> Record:
     """Train or load the source model, adapt it to each target in turn, and test the saved adapter.
 
-    Methods such as full fine-tuning save the whole model instead of an adapter. Afterwards, `config.output_dir`
+    Methods such as full fine-tuning save the whole model instead of an adapter. After the run, `config.output_dir`
     contains the adapter or model, and `record.json` with the results. With `method="none"`, there is no adapter and no
     model, only `record.json`. If `hub.repo_id` is set, the files are also uploaded to the Hub. An interrupted run
     continues from its newest checkpoint. If the run is already finished, nothing is trained: the function returns the

@@ -29,7 +29,7 @@ from peft_edge.data.domain import stratified_split
 from peft_edge.data.sources import domain_from_splits, read_splits
 from peft_edge.profiling.tables import text_table
 
-MEAN_SIZE, TEST_SIZE = 20, 200  # maximum number of training images per class (on average), and of all test images
+MEAN_SIZE, TEST_SIZE = 20, 200  # limits: training images per class (on average), and test images in total
 SIGNIFICANCE = 0.05
 IMPORTED, RANDOM = "as imported", "random weights"
 NORMALISATIONS = {
@@ -84,10 +84,10 @@ def _accuracy(correct: Tensor) -> str:
 def is_better(correct: Tensor, other: Tensor) -> bool:
     """Return whether one classifier is significantly better than another classifier on the same N images.
 
-    `correct` and `other` are boolean tensors (N,): on which images the first and the second classifier are correct. The
-    function computes the exact one-sided sign test (McNemar 1947) at the level of 5 %. The test uses only images on
-    which exactly one classifier is correct. If both were equally good, each would be correct on half of these images
-    on average.
+    The boolean tensors `correct` and `other`, both (N,), are True for the images that the first and the second
+    classifier, respectively, classify correctly. The function computes the exact one-sided sign test (McNemar 1947) at
+    the level of 5 %. The test uses only images on which exactly one classifier is correct. If the two classifiers were
+    equally good, each would be correct on half of these images on average.
 
     >>> is_better(torch.tensor([True] * 5), torch.tensor([False] * 5))  # by chance, this has the probability 1 / 32
     True
@@ -157,8 +157,9 @@ def _predict(model: nn.Module, data_config: Mapping[str, Any], images: Dataset, 
 def predict_by_class_mean(features: Tensor, labels: Tensor, test_features: Tensor) -> Tensor:
     """Return the predicted labels (M,) for `test_features` (M, F).
 
-    The predicted label is the label of the class whose mean of `features` (N, F) has the largest cosine similarity.
-    `labels` (N,) are the labels of `features`. The mean over all `features` is first subtracted.
+    The predicted label of a test feature is the label of the class whose mean feature has the largest cosine similarity
+    with the test feature. The class means are computed from `features` (N, F) and their `labels` (N,). Before the
+    comparison, the mean over all `features` is subtracted from the class means and from the test features.
     """
     centre = features.mean(0)
     means = torch.stack([(features[labels == label] - centre).mean(0) for label in labels.unique()])

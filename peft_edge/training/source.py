@@ -41,8 +41,8 @@ Say = Callable[[str], object]
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
     """Set the random seed, and return the backbone with the initial weights of the source model.
 
-    If the loaded weights have a different number of classes than `num_classes`, the head is replaced. `say` is then
-    called with a message, but only if `backbone.pretrained` or `backbone.checkpoint` is set.
+    If the loaded weights have a different number of classes than `num_classes`, the head is replaced. If
+    `backbone.pretrained` or `backbone.checkpoint` is set, a message about the new head is passed to `say`.
     """
     set_seed(config.seed)
     options = config.backbone
@@ -61,9 +61,9 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
     The returned model is on `device` in channels_last, and its `pretrained_cfg` has the preprocessing of the run. If
     `source.epochs` is 0, the model is the backbone with its initial weights.
 
-    One process trains the model. All other processes that need the same model wait, including processes of other runs.
-    Therefore the model does not depend on the number of processes. Interrupted training continues from its newest
-    checkpoint, and gives the same weights, bit for bit, as uninterrupted training.
+    One process trains the model, so the model does not depend on the number of processes. All other processes that need
+    the same model wait, including processes of other runs. Interrupted training continues from its newest checkpoint,
+    and gives the same weights, bit for bit, as uninterrupted training.
 
     Raises:
         ValueError: If the loss is not finite, training has fewer than two steps, or the images do not fill one batch.
@@ -85,8 +85,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
-        # A folder that exists is complete, so it is read without a lock. The cache may belong to another user and be
-        # read-only, so that no lock file could be created there.
+        # A folder that exists is complete, so it is read without a lock. If the cache belongs to another user and is
+        # read-only, no lock file can be created there.
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # The operating system releases this lock even if the process is killed.
@@ -107,7 +107,7 @@ def check_source(config: RunConfig, task: Task) -> int:
     """Return the number of optimizer steps that train the source model. If `source.epochs` is 0, return 0.
 
     Raises:
-        ValueError: If `source.epochs` is not 0, and the training images make fewer than two steps.
+        ValueError: If `source.epochs` is not 0, and training has fewer than two steps.
     """
     settings, images = config.source, len(task.source.train)
     steps = settings.epochs * (images // settings.batch_size)
