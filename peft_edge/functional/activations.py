@@ -160,7 +160,8 @@ def _map_parts(
 def _clip_gradient(gradient: Tensor, value: Tensor, *, upper: float, out: Tensor | None = None) -> Tensor:
     """Return `gradient` where 0 < value < upper, and 0 elsewhere. If `out` is given, write the result to `out`.
 
-    `value` may be the input or the output of the activation, because both are in these bounds at the same elements.
+    `value` may be the input or the output of the activation, because both lie between 0 and `upper` at the same
+    elements.
     """
     is_unbounded = upper == float("inf")
     operator = torch.ops.aten.threshold_backward if is_unbounded else torch.ops.aten.hardtanh_backward

@@ -229,7 +229,7 @@ class _BatchNorm(torch.autograd.Function):
             # new map that it allocates for dX is small.
             mask = wants_x, wants_weight, wants_bias
             return *torch_backward(grad_y, x, weight, *statistics, ctx.training, ctx.eps, mask), *[None] * 7
-        # The gradients of the bias, sum(dY), and of the weight, sum(dY * normalised x).
+        # Sum dY for the gradient of the bias, and dY * xhat for the gradient of the weight.
         sums = mean.new_zeros(2, len(mean))
         for x_part, part in iter_parts(x, grad_y):
             arguments = part, x_part, weight, *statistics, ctx.training, ctx.eps

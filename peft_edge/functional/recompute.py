@@ -2,9 +2,9 @@
 
 - **Recompute.** A convolutional network needs to keep only one feature map per convolution: BatchNorm, activations and
   gates are elementwise, so a backward pass can recompute their outputs. Each function of this package that computes
-  such an output stores a note on the output tensor that says how to recompute the tensor (`set_recompute`). A later
-  function whose backward pass needs this tensor reads the note (`get_recompute`). Instead of this tensor, the later
-  function saves the inputs of the recomputation.
+  such an output attaches a note to the output tensor (`set_recompute`). The note says how to recompute the tensor. A
+  later function whose backward pass needs this tensor reads the note (`get_recompute`). Instead of this tensor, the
+  later function saves the inputs of the recomputation.
 - **Overwrite.** Autograd may pass one gradient to several functions, so a backward pass must normally not change a
   gradient in place. If no other function holds the gradient (`can_overwrite`), overwriting the gradient saves a buffer.
   On a CPU, an elementwise operation in place also takes far less time, because new memory causes page faults.
@@ -249,7 +249,7 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
-    The result has no steps, and the tensor itself as its only input, in five cases: nothing is stored, the tensor was
+    In five cases, the result has no steps, and its only input is the tensor itself: nothing is stored, the tensor was
     changed in place after `set_recompute`, other hooks on saved tensors were active during `set_recompute`, the tensor
     was made in inference mode, or a compiler is tracing.
     """

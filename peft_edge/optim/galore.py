@@ -105,8 +105,8 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
 def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     """Return the first left singular vectors, (rows, rank), and the first right singular vectors, (rank, columns)."""
     if min(matrix.shape) > max(256, 4 * rank):
-        # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with 8 more samples than the rank and two power
-        # iterations. `torch.svd_lowrank` is not used, because it does not accept a generator.
+        # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with two power iterations, and with 8 more
+        # samples than the rank. `torch.svd_lowrank` is not used, because it does not accept a generator.
         generator = torch.Generator(matrix.device).manual_seed(0)
         size = (matrix.shape[1], rank + 8)
         samples = torch.randn(size, generator=generator, dtype=matrix.dtype, device=matrix.device)

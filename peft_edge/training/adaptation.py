@@ -102,7 +102,7 @@ class TrainedCandidate(BaseModel):
 
     model_config = ConfigDict(frozen=True)
 
-    folder: Path = Field(exclude=True)  # contains `adapter` or `model`, `logits.safetensors` and `candidate.json`
+    folder: Path = Field(exclude=True)  # with `logits.safetensors`, `candidate.json`, and either `adapter` or `model`
     learning_rate: float | None  # None if `Method.optimizer` is None
     validation_accuracy: float  # measured after the last optimizer step
     num_trainable_params: int

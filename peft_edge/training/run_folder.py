@@ -99,9 +99,9 @@ def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
 
     Some launchers do not end the other processes, which would then wait for the failed process forever. The failed
     process writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this
-    file once a second, and ends its process five seconds after it finds the file. If the process itself raises an error
-    in these five seconds, for example in a collective operation, it ends with this error instead. The main process can
-    then still write a record of the failure.
+    file once a second, and ends its process five seconds after it finds the file. A process that raises an error itself
+    in these five seconds, for example in a collective operation, ends with this error instead. If this is the main
+    process, it can therefore still write a record of the failure.
     """
     if accelerator.num_processes == 1:
         yield
