@@ -147,8 +147,8 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
             return (left @ right.transpose(1, 2)).sum(0).reshape(size)
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
     # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the input channels of a group. The
-    # channel dimension of `images` holds the samples of each group, so the convolution sums over the samples. `stride`
-    # of the forward pass becomes the dilation, and `dilation` becomes the stride.
+    # channel dimension of `images` holds all samples once for each group, so the convolution sums over the samples. The
+    # `stride` of the forward pass becomes the dilation, and its `dilation` becomes the stride.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups

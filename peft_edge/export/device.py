@@ -85,7 +85,7 @@ def export_train_step(
       images. The outputs are the features of the images. `train_step.onnx` then takes features instead of images.
     - `state.safetensors`: the initial adapter and optimizer state.
     - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files above, preprocessing,
-      class names, optimizer, name and fingerprint of the base model (a hash of its weights), the fields of
+      class names, optimizer, name and fingerprint (a hash of the weights) of the base model, the fields of
       `StepReport`, the machine, and package versions.
     - `adapter`: a folder with the adapter in PEFT's format. `import_state` needs it, but the device does not.
 
@@ -108,8 +108,8 @@ def export_train_step(
         weight_decay: Weight decay of SGD or AdamW.
         max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
             are not clipped.
-        classes: Names of the classes that the device learns; by default the classes of the model. The head keeps the
-            rows of classes that the model knows, and has new rows for the other classes.
+        classes: Names of the classes that the device learns; by default the classes of the model. For a class that the
+            model knows, the head keeps its row. For every other class in `classes`, the head gets a new row.
         split: Whether to write the frozen layers before the first trained layer as `prefix.onnx`, for latent replay:
             the device computes the features of an image only once.
         calibration: Preprocessed images (M, C, H, W), only with `split`. If given, `prefix.onnx` and the same layers in

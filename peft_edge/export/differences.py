@@ -1,4 +1,4 @@
-"""Write the tensors that an adaptation changed to a file, and apply this file to the base model on a device."""
+"""Write a file with the tensors that an adaptation changed, and apply this file to the base model on a device."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class _Header:
 def write_diff(
     base: nn.Module, model: nn.Module, file: str | os.PathLike[str], *, allow_other_base: bool = False
 ) -> dict[str, Tensor]:
-    """Compare `model`, with its adapters merged, with `base`, and write the tensors that differ to a file.
+    """Write a file with the tensors that differ between `base` and a copy of `model` with merged adapters.
 
-    Tensors are compared bit by bit. The adapters are merged in a copy of `model`.
+    Tensors are compared bit by bit. The file contains the tensors of the merged copy.
 
     Args:
         base: The timm model that is on the devices. It is not changed.

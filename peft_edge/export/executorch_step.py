@@ -272,10 +272,10 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
         batches: The tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`.
 
     Returns:
-        A dict with the `losses`, the `logits` of the first batch after the steps, `step_s` (the seconds of the fastest
-        step), and the results of three calls of `get_state`. The i-th tensor of each result is in the dict as `old.<i>`
-        for the call before the steps, `new.<i>` for the call after the steps, and `reset.<i>` for the call after
-        `set_state` has restored the old tensors.
+        A dict with the `losses`, the `logits` of the first batch (computed with the trained adapter), `step_s` (the
+        seconds of the fastest step), and the results of three calls of `get_state`. The i-th tensor of each result is
+        in the dict as `old.<i>` for the call before the steps, `new.<i>` for the call after the steps, and `reset.<i>`
+        for the call after `set_state` has restored the old tensors.
     """
     from executorch.runtime import Runtime
 

@@ -51,8 +51,8 @@ def export_model(
 
     In the copy, the active adapters are merged into the weights, and BatchNorm is fused into the convolutions where
     possible (see `fuse_batch_norms`). The file also contains a JSON text under the name `peft_edge`. This text has the
-    names of input and output, the preprocessing of the images, and the class names. An ONNX file contains the text as
-    metadata, a torch.export file as an extra file, and an ExecuTorch file as the constant result of a method.
+    names of input and output, the preprocessing of the images, and the class names. In an ONNX file, the text is stored
+    as metadata. In a torch.export file, it is an extra file. In an ExecuTorch file, it is the result of a method.
 
     Args:
         model: A timm model, or a PEFT model with a timm base. It is not changed.

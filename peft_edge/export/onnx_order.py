@@ -6,13 +6,13 @@ orders waste memory:
 
 - The mask is computed in the backward pass. Until then, the activation itself stays in memory, with four bytes for
   each element. ONNX Runtime's default order does this.
-- The forward pass already converts the mask to floating point (four bytes for each element), or computes another factor
-  of the backward pass. ONNX Runtime does this with `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced
-  nodes.
+- The forward pass already computes a factor, which is a tensor by which the backward pass multiplies a gradient. For
+  example, it converts the mask to floating point, with four bytes for each element. ONNX Runtime does this with
+  `ExecutionOrder.PRIORITY_BASED`, if its optimizations have replaced nodes.
 
 The added nodes make both orders invalid. They compute the number 1 (or True) from the size of a tensor, and multiply a
-number by this 1 (or combine a mask with this True). The product must then wait for the tensor. In this way, the number
-of correct predictions waits for the masks, and factors of the backward pass wait for the gradients that they multiply.
+number by this 1 (or combine a mask with this True). The result must then wait for the tensor. In this way, the number
+of correct predictions waits for the masks, and each factor waits for the gradient that it multiplies.
 The added nodes take almost no time and change no result.
 """
 
@@ -32,11 +32,11 @@ _BOOL, _FLOAT = 9, 1  # codes of onnx.TensorProto
 def schedule_masks(
     nodes: Sequence[NodeProto], initializers: Sequence[TensorProto], *, batch: str, labels: str, correct: str
 ) -> list[NodeProto]:
-    """Add nodes to an ONNX training step that restrict the order of its nodes, so that a runtime needs less memory.
+    """Restrict the order of the nodes in an ONNX training step, so that a runtime needs less memory.
 
-    With these nodes, the masks of activations, such as `x > 0`, must be computed in the forward pass. Other factors of
-    the backward pass can be computed only when the gradients that they multiply are known. Return all nodes in a valid
-    order.
+    The function adds nodes. With these nodes, the masks of activations, such as `x > 0`, must be computed in the
+    forward pass. A factor by which the backward pass multiplies a gradient, such as a mask in floating point, can be
+    computed only when this gradient is known. Return all nodes in a valid order.
 
     Args:
         nodes: The nodes in a valid order. Masks that the forward pass should compute must precede the loss.
@@ -50,7 +50,7 @@ def schedule_masks(
 
 
 class _Scheduler:
-    """Add nodes to an ONNX training step that restrict the order of its nodes.
+    """Restrict the order of the nodes in an ONNX training step by adding nodes.
 
     `keyed` contains the added nodes, each with the key (i, n): the n-th added node should run directly before node i.
     `late` contains the indices of the nodes that depend on the labels. `of_batch` contains the indices of the nodes
@@ -84,8 +84,8 @@ class _Scheduler:
         for index, node in enumerate(self.nodes):
             if index in forward or index in self.late or index not in self.of_batch:
                 continue
-            # This node computes a mask or another factor of the backward pass, but all its inputs are known in the
-            # forward pass. The value from `_gate` delays a factor until the gradient that it multiplies is known.
+            # This node computes a mask or a factor for the backward pass, but all its inputs are known in the forward
+            # pass. The value from `_gate` delays a factor until the gradient that it multiplies is known.
             if node.op_type == "Cast" and self._is_early_mask(node.input[0], loss):
                 masks.append(node.input[0])
                 node.input[0] = self._add(index, "And", [node.input[0], self._gate(index, _BOOL)])
@@ -152,8 +152,8 @@ class _Scheduler:
         """
         index = self.made[correct]
         self.nodes[index].output[0] = f"{correct}.counted"
-        # By default, ONNX Runtime computes the inputs of a node in descending order of their positions in the file. So
-        # the `Size` nodes are placed after the forward pass, in the order of the backward pass (last mask first).
+        # By default, ONNX Runtime computes the inputs of a node in descending order of their positions in the file. The
+        # `Size` nodes are placed with the last mask first, so that ONNX Runtime computes the first mask first.
         masks.sort(key=self.made.__getitem__, reverse=True)
         sizes = [self._add(index + 1, "Size", [mask]) for mask in masks]
         some = self._add(index + 1, "Cast", [self._add(index + 1, "Max", sizes)], to=_BOOL)

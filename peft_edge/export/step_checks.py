@@ -49,8 +49,8 @@ INPUT_CHANGE = 1e-6
 # size 2. AdamW divides by the size of the gradient, and so amplifies the rounding errors of gradients near 0.
 ALLOWED_RATIO = {"sgd": 3, "adamw": 5}
 # A rounding error that flips the sign of an activation near 0 has a large effect. A single random change of the images
-# may flip no sign, so its effect may be too small. The check therefore tries up to `INPUT_CHANGES` random changes, and
-# stops as soon as the effect of one change allows the difference.
+# may flip no sign. Its effect is then small, and sets too strict a limit. The check therefore tries up to
+# `INPUT_CHANGES` random changes, and stops as soon as the effect of one change allows the difference.
 INPUT_CHANGES = 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001

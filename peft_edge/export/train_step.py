@@ -233,7 +233,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 
     Raises:
         ValueError: If `check_exportable` or `trained_names` rejects the model, or a trained parameter has no effect on
-            the loss. If `split` is set, but `FrozenPrefix` cannot split the model.
+            the loss. If `split` is True and `FrozenPrefix` cannot split the model.
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
             padding, or of an average pool whose last window extends beyond the image (`ceil_mode`).
     """
@@ -390,7 +390,7 @@ def check_exportable(model: PeftModel) -> None:
 
 
 def _step_network(model: PeftModel) -> nn.Module:
-    """Return a copy of the base model in double precision and eval mode. Some layers get other forward functions.
+    """Return a copy of the base model in double precision and eval mode. In it, some forward functions are replaced.
 
     - LoRA runs as a branch parallel to the frozen convolution: y = conv(x; weight) + scaling * lora_B(lora_A(x)). The
       kernel `weight` is then a constant. Grouped convolutions and DoRA instead compute the adapted kernel in each step.

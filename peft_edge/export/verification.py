@@ -33,7 +33,7 @@ class Images(NamedTuple):
 
     Attributes:
         calibration: At most `CALIBRATION_SIZE` training images (N, C, H, W), to compute the quantisation scales.
-        comparison: Test images (M, C, H, W), at most as many as the argument `comparison_size` of `read_images`.
+        comparison: Test images (M, C, H, W). M is at most the argument `comparison_size` of `read_images`.
         labels: Class indices (M,) of `comparison`. An index is a position in the logits of the model. None if the model
             has no class names, or does not know all classes of the images.
     """
@@ -65,8 +65,8 @@ def read_images(
         model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
         run: The configuration of the run that trained the model. It is `run_info.train_config` in the run's record.
-        fingerprint: The hash of the run's images at the time of the run, `data_fingerprint` of the run's record. If the
-            images of the run are from a folder or a Hugging Face dataset and have another hash today, an error is
+        fingerprint: The hash of the run's images at the time of the run. It is `data_fingerprint` in the run's record.
+            If the images are from a folder or a Hugging Face dataset, and their hash is different today, an error is
             raised, because the split into training and test images may have changed.
         comparison_size: The maximum number of images in `comparison`.
 

@@ -111,7 +111,7 @@ int main(int argc, char **argv) {
   std::vector<const char *> names(inputs), results{"loss", "correct"};
   std::vector<OrtValue *> values(inputs);
   std::vector<std::pair<char *, size_t>> places(2);  // target and size of each result to copy; the first two are unused
-  for (size_t i = 0; i < inputs; i++) {  // make a tensor for each input, which shares the memory of this program
+  for (size_t i = 0; i < inputs; i++) {  // for each input, make a tensor in the memory of the variables above
     auto tensor = [&](void *start, size_t bytes, std::vector<int64_t> dims, auto type) {
       check(ort->CreateTensorWithDataAsOrtValue(memory, start, bytes, dims.data(), dims.size(), type, &values[i]));
     };
