@@ -43,10 +43,10 @@ def import_state(
     The states of several devices are averaged (FedAvg, McMahan et al. 2017, arXiv 1602.05629). The LoRA matrices A and
     B are averaged separately. Therefore the product of the averages is not exactly the average of the products.
 
-    The folder `out` also contains `device_training.json`. This file has an entry for each state file: name, SHA-256,
-    weight divided by the sum of all weights, and metadata. The metadata are texts that the device stored, such as the
-    name of the device and the number of steps. `device_training.json` also contains the time of the import, the name
-    and fingerprint (a hash of the weights) of the base model, the optimizer, and package versions.
+    The folder `out` also contains `device_training.json`. For each state file, it lists the name, the SHA-256, the
+    weight divided by the sum of all weights, and the metadata. The metadata are texts that the device stored, such as
+    the name of the device and the number of steps. `device_training.json` also contains the time of the import, the
+    name and fingerprint (a hash of the weights) of the base model, the optimizer, and package versions.
 
     Args:
         folder: The folder that `export_train_step` wrote.
@@ -57,8 +57,8 @@ def import_state(
 
     Raises:
         FileNotFoundError: If a file is missing.
-        ValueError: If `step.json` or a state file is damaged, a state file has other tensors than the step in `folder`,
-            an adapter value is not finite, or `weights` is invalid.
+        ValueError: If `step.json` or a state file is damaged, a state file does not fit the step in `folder`, an
+            adapter value is not finite, or `weights` is invalid.
         OSError: If the adapter cannot be written.
     """
     folder = Path(folder)

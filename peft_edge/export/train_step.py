@@ -328,10 +328,10 @@ def _capture_prefix(
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
-    """Return a dict that maps the name of each trained parameter in the saved adapter to its name in the base model.
+    """Return a dict over the trained parameters, from the name in the saved adapter to the name in the base model.
 
     Raises:
-        ValueError: If no parameter is trainable, or a trainable parameter is not saved, or is saved under two names.
+        ValueError: If no parameter is trainable, or if a trainable parameter is not saved or is saved under two names.
     """
     inner = {id(parameter): name for name, parameter in model.get_base_model().named_parameters()}
     trained = {id(parameter): name for name, parameter in model.named_parameters() if parameter.requires_grad}
