@@ -86,13 +86,13 @@ def replace_head(model: nn.Module, num_classes: int, *, generator: torch.Generat
 
 
 def grow_head(model: nn.Module, num_classes: int, *, generator: torch.Generator | None = None) -> None:
-    """Add rows for new classes to the weight and bias of the classifier (head) in place, up to `num_classes` rows.
+    """Add rows for new classes to the classifier (head) of a timm model in place, until it has `num_classes` rows.
 
-    The new rows are initialised as in :func:`replace_head`. The old rows are unchanged. The class names are removed, so
-    call :func:`set_class_names` afterwards. The parameters of the head are new objects, so create the optimizer after
-    this call. If the model already has `num_classes` classes, nothing changes, and the class names are kept. `model`
-    may also be a PEFT model. If the head of a PEFT model is one of the `modules_to_save`, the original head and its
-    copy in each adapter grow.
+    A row is the part of the head's weight and bias that belongs to one class. The new rows are initialised as in
+    :func:`replace_head`. The old rows are unchanged. The class names are removed, so call :func:`set_class_names`
+    afterwards. The parameters of the head are new objects, so create the optimizer after this call. If the model
+    already has `num_classes` classes, nothing changes, and the class names are kept. `model` may also be a PEFT model.
+    If the head of a PEFT model is one of the `modules_to_save`, the original head and its copy in each adapter grow.
 
     Raises:
         TypeError: If the model was not built by timm.

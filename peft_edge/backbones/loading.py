@@ -104,7 +104,7 @@ def load_backbone(
         **timm_kwargs: Arguments of :func:`timm.create_model` (``drop_rate``, ``in_chans``, ...).
 
     Raises:
-        ValueError: If an argument is invalid, the model is not a CNN, or the checkpoint is damaged or belongs to
+        ValueError: If an argument is invalid, if the model is not a CNN, or if the checkpoint is damaged or belongs to
             another model. With `small_images=True`: if the stride of the first convolution is neither 1 nor 2, or
             if the model requires a fixed image size.
         FileNotFoundError: If `checkpoint` does not exist, or is a file whose suffix is not in `WEIGHTS_SUFFIXES`. If a
@@ -246,8 +246,8 @@ def _from_hub(name: str, timm_kwargs: dict[str, object]) -> TimmModel:
             f"{', '.join(tagged) or 'none'}. timm.list_pretrained() lists all pretrained weights."
         )
     hub_id = get_pretrained_cfg(registry_name).hf_hub_id
-    # Pass the safetensors file. Given only a Hub id, timm would unpickle the weights if the repository had no such
-    # file.
+    # Pass the safetensors file. With only the Hub id, timm would unpickle the weights of a repository that has no
+    # safetensors file.
     weights = {"file": str(_download(hub_id, WEIGHTS_NAME))}
     model = _create(registry_name, timm_kwargs, pretrained=True, pretrained_cfg_overlay=weights)
     model.name_or_path = hub_id

@@ -42,11 +42,11 @@ class Contender:
 
     The returned model is in the mode (train or eval) of the measured step. If the returned optimizer is None, the step
     has no backward pass and no update. `build` may change the timm model in place. In eval mode, the returned model
-    must have the same output as the timm model, up to rounding. If `build` raises an exception, the table shows the
-    message.
+    must have the same output as the unchanged timm model, up to rounding. If `build` raises an exception, the table
+    shows the message.
     """
     is_compiled: bool = False
-    """Whether `torch.compile` compiles the built model before the first step."""
+    """Whether the bench compiles the built model with `torch.compile`."""
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:

@@ -61,8 +61,8 @@ def run_bench(
     counts the FLOPs and the memory of the tensors in a step that is not timed. Then follow the rounds. In each round,
     each contender takes two steps, and the second step is timed. The order of the contenders is reversed after each
     round. If `without_huge_pages` is True, the bench then ends these processes, and repeats the rounds in processes
-    without huge pages. If a contender cannot be built, its output differs from the network's output, or a step or its
-    process fails, the field `error` of its row contains the reason.
+    without huge pages. The field `error` of a row contains the reason if the contender cannot be built, if its output
+    differs from the network's output, or if a step or the process of the contender fails.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -197,7 +197,8 @@ class _Group:
     def finish(self) -> None:
         """Complete the row of each contender that has not failed.
 
-        Store the memory of the contender's process, and the ratios of its step times to those of `REFERENCE`.
+        Store the memory of the contender's process. Also store the ratios of the contender's step times to those of
+        `REFERENCE`.
         """
         for name, row in self.rows.items():
             reply = self._ask(name, "finish")
@@ -232,9 +233,9 @@ class _Group:
 def _host(names: Sequence[str], setting: Setting, connections: Sequence[Connection]) -> None:
     """Load the network, and start a process for each contender. This function is the main function of the host process.
 
-    The first of `connections` belongs to the host, and the others belong to the contenders. The host sends the result
-    of `huge_page_state`, or a `_Failure` if the network cannot be loaded. When the parent process closes its end of the
-    first connection, the host and the processes of the contenders end.
+    The first of `connections` belongs to the host, and the others belong to the contenders. The host sends the parent
+    process the result of `huge_page_state`, or a `_Failure` if the network cannot be loaded. When the parent process
+    closes its end of the first connection, the host and the processes of the contenders end.
     """
     # A terminal sends Ctrl-C to all processes. Only the parent process should react, because it prints the message.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -348,11 +349,11 @@ class _Steps:
         self._images = images.to(memory_format=training_memory_format(self._model))
 
     def begin(self, *, is_counted: bool) -> _Costs:
-        """Take the first step, and return its compile time. If `is_counted`, return a profile of a step, too.
+        """Take the first step, and return its time if it compiles the model. If `is_counted`, also return a profile.
 
-        The first step compiles the model if the contender uses `torch.compile`, and creates the optimizer's state. For
-        the profile, the contender takes a second step, whose FLOPs and memory of tensors are counted. A compiled step
-        cannot be counted: the counters are dispatch modes, in which torch runs the original model instead of the
+        The first step creates the optimizer's state. It also compiles the model if the contender uses `torch.compile`.
+        For the profile, the contender takes a second step, whose FLOPs and memory of tensors are counted. A compiled
+        step cannot be counted: the counters are dispatch modes, in which torch runs the original model instead of the
         compiled model. The profile of a compiled contender therefore contains only the number of trainable parameters.
         """
         if self._is_compiled:

@@ -182,9 +182,9 @@ def save_bench_figure(record: BenchRecord, path: str | os.PathLike[str]) -> None
     """Draw two panels of stacked bars: the peak memory of tensors by kind, and `ratio_median` by phase.
 
     In the first panel, diamonds show the memory growth of the process (`rss_growth_bytes`). In the second panel, error
-    bars show `ratio_lowest` and `ratio_highest`. Diamonds there show the median ratio without huge pages: the time of a
-    step without huge pages divided by the time of full fine-tuning with huge pages. At least one contender must have
-    run. For the format of the file and the errors, see `save_bars`.
+    bars show `ratio_lowest` and `ratio_highest`. The diamonds in this panel show the median of another ratio: the time
+    of a step without huge pages divided by the time of full fine-tuning with huge pages. At least one contender must
+    have run. For the format of the file and the errors, see `save_bars`.
     """
     rows, profiles = zip(*record.measured, strict=True)
     panels = [_memory_panel(rows, profiles), _time_panel(rows, record.rows_without_huge_pages)]

@@ -108,7 +108,7 @@ def _shot_noise(image: Tensor, photons: float) -> Tensor:
 
 
 def _impulse_noise(image: Tensor, fraction: float) -> Tensor:
-    """Set a random `fraction` of the channel values to 0 or 255 ("salt and pepper")."""
+    """Set a `fraction` of the channel values, chosen at random, to 0 or 255 ("salt and pepper")."""
     chance = torch.rand(image.shape)
     return image.masked_fill(chance < fraction / 2, 0).masked_fill(chance > 1 - fraction / 2, 255)
 
@@ -157,7 +157,7 @@ def _fog(image: Tensor, density: float) -> Tensor:
 
 
 def _snow(image: Tensor, fraction: float) -> Tensor:
-    """Blend the image with light grey. Then add motion-blurred white flakes at a random `fraction` of the pixels."""
+    """Blend the image with light grey. Then add motion-blurred white flakes at a `fraction` of the pixels."""
     flakes = (torch.rand(1, *image.shape[-2:]) < fraction) * torch.tensor(255, dtype=torch.uint8)
     falling = _as_float(_blur(flakes, _line_kernel(12 * _scale(image)))) * 2
     return _as_uint8(torch.lerp(_as_float(image), torch.tensor(0.8), 5 * fraction) + falling)
@@ -232,8 +232,8 @@ def _photographs() -> list[Tensor]:
     return [torch.tensor(photograph).permute(2, 0, 1) for photograph in load_sample_images().images]
 
 
-# Noise, Gaussian and defocus blur, JPEG and pixelate have the levels of ImageNet-C, and contrast has the levels of
-# CIFAR-10-C. The other levels are our choice.
+# The levels of the noise family, gaussian_blur, defocus_blur, jpeg and pixelate are those of ImageNet-C. The levels of
+# contrast are those of CIFAR-10-C. All other levels are our choice.
 CORRUPTIONS: dict[str, dict[str, Corruption]] = {
     "noise": {
         "gaussian_noise": Corruption(_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),

@@ -68,7 +68,9 @@ def load_digits_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
 
 
 def load_shapes_domain(*, image_size: int, seed: int) -> tuple[Domain, Dataset]:
-    """Render `shapes`. The same `seed` gives the same pixels. The classes of a split differ by at most one image.
+    """Render `shapes`. The same `seed` gives the same pixels.
+
+    In each split, the numbers of images of any two classes differ by at most one.
 
     Returns:
         The source domain (20,000 training, 500 validation and 2,000 test images), and a dataset of 512 images to adapt
@@ -133,7 +135,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
     """Return a tensor (N, 1, size, size) with the fraction of each pixel, from 0 to 1, that the drawn shape covers.
 
     Each point (u, v) of the shape is sheared to (u + shear * v, v), rotated by `angle`, multiplied by `scale` and moved
-    by `offset`. Lengths are in units of `size / 2`. The origin is the centre of the image.
+    by `offset`. Lengths are in units of `size / 2` pixels. The origin is the centre of the image.
 
     Args:
         fields: (N, 1, RESOLUTION, RESOLUTION), signed distances, which are negative inside the shape.

@@ -68,8 +68,8 @@ def read_image_folder(folder: Path) -> DatasetDict:
     and why.
 
     Raises:
-        ValueError: If there are no training images, an image is outside of the class folders, an image file is damaged,
-            or it is unclear which folders are splits. The message names the file or folder at fault.
+        ValueError: If there are no training images, if an image is outside of the class folders, if an image file is
+            damaged, or if it is unclear which folders are splits. The message names the file or folder at fault.
     """
     found = _Found(folder)
     roots = _split_folders(folder, found)
@@ -148,7 +148,7 @@ def domain_label(name: str, filters: Sequence[Filter]) -> str:
 def read_domain_folders(folder: Path, filters: Sequence[Filter]) -> DatasetDict:
     """Call `read_image_folder` for each subfolder that `choose_domains` returns, and concatenate the splits.
 
-    If only some of these subfolders have a split such as `test`, a warning names the others.
+    If only some of these subfolders have a split such as `test`, a warning names the subfolders without this split.
 
     Raises:
         ValueError: If `choose_domains` or `read_image_folder` raises a ValueError, or if two subfolders have different

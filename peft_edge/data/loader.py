@@ -40,10 +40,10 @@ def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Aug
     """Return a function that converts an image to the normalised input of a backbone.
 
     An image that is both higher and wider than `input_size` is resized, and its centre is cropped, as in timm's
-    transform for evaluation. If `crop_mode` in `data_config` is `"squash"`, this resizing ignores the aspect ratio.
-    Any other image is resized to `input_size` without a crop, because small images usually have no margin to crop. The
-    aspect ratio may change. With the augmentation `"photo"`, a random crop of every image is resized instead. A JPEG
-    whose sides are at least four times as long as needed is decoded at a reduced size.
+    transform for evaluation. If `crop_mode` in `data_config` is `"squash"`, this resizing ignores the aspect ratio. An
+    image that is not both higher and wider is resized to `input_size` without a crop, and its aspect ratio may change.
+    Such small images usually have no margin to crop. With the augmentation `"photo"`, a random crop of every image is
+    resized instead. A JPEG whose sides are at least four times as long as needed is decoded at a reduced size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -88,8 +88,8 @@ def _centre_view(
 
     An image that is both higher and wider than `size` is resized until it just covers `size / crop_pct`. Then its
     centre is cropped to `size`, as in timm's transform for evaluation. If `is_squashed`, the image is resized to
-    exactly `size / crop_pct` before the crop, and loses its aspect ratio. Any other image is resized to `size` without
-    a crop.
+    exactly `size / crop_pct` before the crop, and loses its aspect ratio. An image that is not both higher and wider
+    than `size` is resized to `size` without a crop.
     """
     height, width = size
     old_width, old_height = upright_size(image)
@@ -134,8 +134,8 @@ def _shifted(pixels: Tensor) -> Tensor:
     """
     sizes = pixels.shape[1:]
     for dim, (part, size) in enumerate(zip(((torch.rand(2) - 0.5) / 4).tolist(), sizes, strict=True), start=1):
-        # Call `roll` and then overwrite the pixels that come from the opposite side with copies of the edge. Indexing
-        # with clamped positions has the same result, but takes ten times as long.
+        # `roll` moves the pixels of one side to the opposite side. Overwrite them there with copies of the edge.
+        # Indexing with clamped positions has the same result, but takes ten times as long.
         if step := round(part * size):
             pixels = pixels.roll(-step, dim)
             edge, filled = (size - 1 - step, slice(size - step, size)) if step > 0 else (-step, slice(0, -step))

@@ -29,10 +29,10 @@ _JPEG_END = b"\xff\xd9"
 def to_rgb(image: Image.Image) -> Image.Image:
     """Convert an image of any mode to 8-bit RGB.
 
-    If the mode has more than 8 bits in a channel, values are multiplied by 255 / m. Here, m is the smallest of the
-    numbers 255, 1023, 4095, 16383 and 65535 (the largest values of 8 to 16 bits) that no value exceeds. In mode F
-    (floating-point numbers), m can also be 1. Transparent pixels are blended with white. An RGB image without
-    transparency is returned without a copy.
+    If the mode has more than 8 bits in a channel, values are multiplied by 255 / m. Here, m is the first of the numbers
+    255, 1023, 4095, 16383 and 65535 that is not less than the largest value in the image. These numbers are the largest
+    values of 8, 10, 12, 14 and 16 bits. In mode F (floating-point numbers), m can also be 1. Transparent pixels are
+    blended with white. An RGB image without transparency is returned without a copy.
 
     Raises:
         ValueError: If a value in a mode with more than 8 bits is negative, not finite or above 65535, or if Pillow
@@ -102,8 +102,8 @@ def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
 
     `shrink` is the factor by which the caller will reduce height and width afterwards. If `shrink` is at least 4, a
     JPEG is decoded at a half, a quarter or an eighth of its height and width. The decoded image is still at least twice
-    as high and wide as the caller needs, so that no detail is lost that the caller's resizing would keep. For a
-    photograph from a phone, decoding at the reduced size takes about a fifth of the time of decoding at full size.
+    as high and wide as the caller needs, so decoding at the reduced size removes no detail that the caller's resizing
+    would keep. For a photograph from a phone, it takes about a fifth of the time of decoding at full size.
     """
     if shrink >= 4:
         image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))
@@ -149,7 +149,7 @@ def check_image(content: bytes) -> None:
 
 
 def _is_whole(image: Image.Image, content: bytes) -> bool:
-    """Return whether an opened file need not be decoded to find out whether it is cut short.
+    """Return False if an opened file must be decoded to check that it is complete.
 
     A JPEG with an end marker counts as complete. For PNG and WebP, Pillow notices a missing end without decoding.
     """

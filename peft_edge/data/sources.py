@@ -47,8 +47,8 @@ def read_splits(
             such a column, the column `label` or `labels`.
 
     Raises:
-        ValueError: If the data cannot be loaded, a column is missing or ambiguous, an image file of a folder is
-            damaged, or there is only one class.
+        ValueError: If the data cannot be loaded, if a column is missing or ambiguous, if an image file of a folder is
+            damaged, or if there is only one class.
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
