@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
 # `SqueezeExcite` and `no_dispatch` are imported above. `SqueezeExcite` is a layer of timm's mobile networks, and no
-# public module of timm exports it. Inside `with no_dispatch()`, operators run unseen by the active dispatch modes.
+# public module of timm exports it. Inside `with no_dispatch()`, the active dispatch modes do not see the operators.
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch exports no common base class."""
@@ -95,9 +95,9 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
     count = torch._C._storage_Use_Count(address)
     if count > 1:
         # The Python object of a storage also holds a reference, and lives as long as the storage. `untyped_storage`
-        # creates this object if it does not exist yet, so exactly one reference is subtracted. With a count of 1, the
-        # object does not exist, and must not be created: autograd accumulates gradients in place only in storages with
-        # a single reference.
+        # creates this object if it does not exist yet. After this call, there is exactly one such reference, which is
+        # subtracted. With a count of 1, the object does not exist. It must not be created, because autograd accumulates
+        # gradients in place only in storages with a single reference.
         tensor.untyped_storage()
         count = torch._C._storage_Use_Count(address) - 1
     return tensor._use_count(), count  # type: ignore[attr-defined]
@@ -151,7 +151,10 @@ def has_plain_conv_forward(conv: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> bool:
 
 
 def is_in_backward() -> bool:
-    """Return whether autograd is running a backward pass, in which gradient checkpointing repeats forward passes."""
+    """Return whether autograd is running a backward pass.
+
+    The result is also True in a forward pass that gradient checkpointing repeats during the backward pass.
+    """
     return backward_pass_id() != -1
 
 
@@ -286,7 +289,7 @@ def current_node() -> Node | None:
 
 
 def node_number(node: Node) -> int:
-    """Return the number of an autograd node. Each thread numbers the nodes that it creates in order of creation."""
+    """Return the number of an autograd node. Each thread numbers its own nodes in the order of their creation."""
     return node._sequence_nr()
 
 
@@ -324,11 +327,10 @@ def reset_accelerator() -> None:
 
 
 def ray_address(address: str) -> str | None:
-    """Return the `HOST:PORT` to which `ray.init(address)` would connect.
+    """Return the `HOST:PORT` to which `ray.init(address)` would connect; Ray has no public function for this.
 
-    Return None if `ray.init` would start a new cluster on this machine. Ray has no public function for this. The
-    address `auto` means the address in the environment variable `RAY_ADDRESS` or, without this variable, the cluster
-    that was started last on this machine.
+    Return None if `ray.init` would start a new cluster on this machine. The address `auto` means the address in the
+    environment variable `RAY_ADDRESS` or, without this variable, the cluster that was started last on this machine.
 
     Raises:
         ConnectionError: If `address` is `auto`, and Ray finds no cluster.

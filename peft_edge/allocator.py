@@ -4,8 +4,7 @@ Linux gives memory to a process page by page, in a page fault at the first acces
 page faults take a quarter to a half of the time of a training step. A huge page of 2 MiB needs one page fault instead
 of 512.
 
-Importing this module does not import torch, because `HUGE_PAGES_SWITCH` must be set before torch allocates the first
-tensor.
+Importing this module does not import torch, so a program can call `use_huge_pages` before anything allocates a tensor.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ SHIFT_NAMES = (
     *("blend", "brightness", "contrast", "defocus_blur", "elastic", "fog", "gaussian_blur", "gaussian_noise"),
     *("grayscale", "impulse_noise", "invert", "jpeg", "motion_blur", "pixelate", "rotation", "shot_noise", "snow"),
 )
-# This cutoff for `nearest_name` is above the default, because a folder next to a missing folder often has a slightly
-# similar name by chance.
+# If a folder is missing, another folder in the same place often has a slightly similar name by chance. The cutoff for
+# folder names is therefore higher than the default of `nearest_name`.
 _FOLDER_CUTOFF = 0.75
 _OTHER_DATA = "a folder that exists, or a Hugging Face dataset with its owner, such as uoft-cs/cifar10"
 SPLIT_WORDS = {
@@ -56,9 +56,9 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 def nearest_folder(path: Path, *, cutoff: float = 0.6) -> Path | None:
     """Return the existing folder that the user probably meant by `path`, or None if no folder is similar.
 
-    The function assumes that one part of `path` is misspelled: the first part that does not exist. It replaces this
-    part by the most similar name of a folder at the same place that contains the rest of `path`. `cutoff` is passed to
-    `nearest_name`.
+    The function assumes that one part of `path` is misspelled: the first part that does not exist. The candidates are
+    the folders in the same place that contain the rest of `path`. The candidate with the most similar name replaces the
+    misspelled part. `cutoff` is passed to `nearest_name`.
     """
     for part in (path, *path.parents):
         if part.parent.is_dir():
@@ -114,7 +114,7 @@ def problem_of_shift(shift: str, data: str) -> str | None:
     splits: dict[str, str] = {} if data in DATA_NAMES else SPLIT_WORDS
     if splits and not _is_path(shift):
         # A dataset on the Hub may have splits of any name, such as "noise". `shift` therefore counts as a misspelled
-        # corruption only if the two names are very similar.
+        # corruption only if it is very similar to the name of a corruption.
         is_on_hub = not Path(data).expanduser().is_dir()
         if split_of(shift) or (is_on_hub and nearest_name(shift, SHIFT_NAMES, cutoff=0.8) is None):
             return None
@@ -125,7 +125,7 @@ def problem_of_shift(shift: str, data: str) -> str | None:
 def may_be_on_hub(name: str) -> bool:
     """Return whether `name` may be the id of a repository on the Hub, which has the form `owner/name`.
 
-    If there is a folder `PACS`, the name `PACS/sketch` counts as the path of a missing folder, and not as an id.
+    If there is a folder `PACS`, the name `PACS/sketch` counts as a path inside this folder, and not as an id.
     """
     return re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name) is not None and not Path(name).parent.is_dir()
 

@@ -1,7 +1,7 @@
 """Find the methods, layers and LoRA ranks whose training step fits a budget of memory, FLOPs and adapter size.
 
-Lean options save memory. For each method, layers and rank, the plan uses as few lean options as possible. Importing
-this module does not import torch, so that the command line starts quickly.
+Lean options save memory. For each combination of method, layers and rank, the plan uses as few lean options as
+possible. Importing this module does not import torch, so that the command line starts quickly.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Setting(NamedTuple):
         return ", ".join(texts) or "default"
 
 
-# `_LEAN` is the lean training of `train.py`. The other entries of `_LEAN_OPTIONS` save more memory, because the
-# backward pass repeats parts of the forward pass.
+# The first entry of `_LEAN_OPTIONS`, `_LEAN`, is the lean training of `train.py`. With the other entries, the backward
+# pass repeats parts of the forward pass, which saves more memory.
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
 _LEAN_OPTIONS = (_LEAN, {**_LEAN, "recompute": "depthwise"}, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
@@ -103,7 +103,7 @@ def step_flops(profile: StepProfile) -> int:
 
 
 # In measured steps of mobilenetv2_100, the process grew by 1.1 to 2.1 times the peak memory of the tensors, because
-# glibc cannot reuse all freed memory at once. With this factor, the predicted peak memory of the process was within
+# glibc cannot reuse all freed memory immediately. With this factor, the predicted peak memory of the process was within
 # 12 % of the measured peak.
 _PROCESS_GROWTH = 1.35
 
@@ -196,9 +196,9 @@ class Evidence(NamedTuple):
     runs: int
     """The number of runs with this combination."""
     advantage: float
-    """How much more accurate the runs with this combination are than other runs. On each task (a backbone with data),
-    the difference is the mean accuracy of these runs minus the mean accuracy of all runs. The value is the mean of
-    these differences over the tasks."""
+    """How much more accurate the runs with this combination are than the average run. For each task (a pair of backbone
+    and data), the difference is the mean accuracy of these runs minus the mean accuracy of all runs on the task. The
+    value is the mean of these differences over the tasks."""
 
 
 def evidence(records: Sequence[Record]) -> dict[Variant, Evidence]:
@@ -299,8 +299,8 @@ def find_plan(
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
     expressions. `norm` is a value of the key `norm` of `train.py`. Methods that train weights of norms always use
     "stats". `records` is a folder with records of runs. The accuracies in these records determine the order of the
-    fitting options. Only runs with this backbone count or, if there are none, all runs. `library_bytes` is stored in
-    the result.
+    fitting options. Runs with other backbones are used only if there are no runs with this backbone. `library_bytes` is
+    stored in the result.
 
     Raises:
         ValueError: If `analyse` rejects a combination, or if the folder `records` contains no records.
@@ -414,7 +414,7 @@ def _order(option: PlanOption) -> tuple[bool, float, int]:
 
 
 def plan_table(plan: Plan) -> str:
-    """Return the plan as text: a table of the options that fit, and the limits that each other option exceeds."""
+    """Return a text: a table of the options that fit, and then a line for each option that exceeds a limit."""
     from peft_edge.profiling.tables import text_table
 
     where = "this backbone" if plan.is_same_backbone else "other backbones"

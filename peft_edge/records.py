@@ -107,10 +107,10 @@ class KernelChange(JsonModel):
 
 
 class TrainingCosts(JsonModel):
-    """The costs of training, summed over the targets (the domains to which the run adapts the model in turn).
+    """The costs of training on all targets (the domains to which the run adapts the model in turn).
 
-    For each target, only the training with the selected learning rate counts. `total_s` is the sum of `step_s`,
-    `loading_s`, `storing_s` and `statistics_s`.
+    Times and FLOPs are summed over the targets. For each target, only the training with the selected learning rate
+    counts. `total_s` is the sum of `step_s`, `loading_s`, `storing_s` and `statistics_s`.
     """
 
     total_s: float
@@ -132,7 +132,8 @@ class TrainingCosts(JsonModel):
     only convolutions and matrix products."""
     process_peak_bytes: int | None
     """Peak physical memory of a training process since the start or the resumption of training, including validation
-    and storing. It includes Python and its libraries, but not worker processes that load images. Null on Windows."""
+    and storing; the maximum over processes and targets. It includes Python and its libraries, but not worker processes
+    that load images. Null on Windows."""
 
 
 class TrainInfo(JsonModel):
@@ -145,7 +146,7 @@ class TrainInfo(JsonModel):
     estimates statistics. The times of all targets are added. If several learning rates were tried for a target, only
     the time with the selected learning rate is included."""
     costs: TrainingCosts | None = Field(default=None, exclude_if=lambda value: value is None)
-    """The costs of training. This field is absent from records of earlier versions, and if nothing was trained."""
+    """The costs of training. This field is absent if nothing was trained, and in records of earlier versions."""
     file_size: int | None = None
     """Bytes of the saved adapter, or of the saved model for a method without an adapter."""
 
@@ -163,7 +164,7 @@ class TrainInfo(JsonModel):
     metrics: list[JsonObject] = []
     """One entry per epoch and target, followed by one entry with the test results before and after adaptation."""
     sweep: list[JsonObject] = []
-    """One entry per tried learning rate, with its validation accuracy; the accuracy is null if training diverged."""
+    """One entry per target and tried learning rate. Its validation accuracy is null if training diverged."""
     replay: JsonObject | None = None
     """The size and cost of the stored features for the last target; null if training did not use latent replay."""
     checks: dict[str, float] = {}
@@ -191,7 +192,7 @@ class MetaInfo(JsonModel):
 
 
 class StepProfile(JsonModel):
-    """The cost of a training step in one process: of the whole step, or only of all layers with the same LoRA rank.
+    """The cost of a training step in one process: either of the whole step, or of all layers with the same LoRA rank.
 
     FLOPs and memory come from the sampled step with the highest memory peak. Times are medians over the sampled steps.
     Fields that only a whole step has are null in a profile with the scope `layers`.
@@ -246,8 +247,8 @@ class StepProfile(JsonModel):
     cuda_peak_bytes: int | None = None
     """Peak bytes of CUDA's allocator in the step; null for layers, without CUDA, and for analyses on fake tensors."""
     peak_rss_bytes: int | None = None
-    """Peak physical memory of the process in the step. If the system cannot reset the peak, it is the peak since the
-    process started.
+    """Peak physical memory of the process in the step. If the system cannot reset its counter of the peak, the value is
+    the peak since the process started.
 
     Null for layers, on Windows, and for analyses on fake tensors.
     """

@@ -81,8 +81,8 @@ def one_of(names: Collection[str]) -> Callable[[str], str]:
 def role_or_regex(text: str) -> str:
     """Return `text` if it is a layer role or a regular expression. Otherwise raise BadParameter.
 
-    A role is the name of a group of layers, one of `ROLE_NAMES`. A text of lower-case words joined by hyphens, such as
-    `last-stage`, must be a role.
+    A role is the name of a group of layers. `ROLE_NAMES` contains all roles. A text of lower-case words joined by
+    hyphens, such as `last-stage`, must be a role.
     """
     if re.fullmatch("[a-z]+(-[a-z]+)+", text):
         return one_of(ROLE_NAMES)(text)

@@ -87,9 +87,8 @@ def check_grid_keys(file: Path) -> None:
     `read_grid` later checks all other parts of the file.
 
     Raises:
-        ConfigError: If the `grid` of a block contains an unknown key: in a block of training runs, a key that no
-            configuration has; in a block of cost analyses, a key that is not in `COST_KEYS`. The message names all such
-            keys.
+        ConfigError: If the `grid` of a block contains an unknown key. The known keys are `COST_KEYS` in a block of cost
+            analyses, and the configuration keys in a block of training runs. The message names all unknown keys.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -166,7 +165,11 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
 
 
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
-    """Yield (key, text of the value, argument) for each argument. The text is None if the argument has no value."""
+    """Yield (key, text of the value, argument) for each configuration file and each override.
+
+    The text is `true` for a `--key` without a value. It is None for `--config` without a file, and for any other
+    argument that has no value.
+    """
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)

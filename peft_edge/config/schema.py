@@ -146,14 +146,15 @@ class DataConfig(Section):
     increments: PositiveCount = 1
     """Number of increments, which are groups of new classes. The model is adapted to one increment after another."""
     rehearsal_size: Count = 0
-    """Maximum number of images of all earlier classes together among the training images of an increment. 0: use no
-    images of earlier classes, and freeze the rows of the head that belong to these classes."""
+    """Maximum number of images of earlier classes that are added to the training images of each increment. The maximum
+    applies to all earlier classes together. 0: use no images of earlier classes, and freeze the rows of the head that
+    belong to these classes."""
     image_size: PositiveCount = 48
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount | None = None
     """Maximum number of training images of the target. By default, all are used. With new classes, the maximum applies
-    to each increment, without rehearsal images. If `shift` is a corruption, and `name` is a dataset or a folder, the
-    target gets at most a quarter of the source's training images, even without this key."""
+    to each increment, and does not count rehearsal images. If `shift` is a corruption, and `name` is a dataset or a
+    folder, the target gets at most a quarter of the source's training images, even without this key."""
     augment: Literal["none", "shift", "photo", "auto"] = "auto"
     """Augmentation of training images. none: no change. shift: move the image by up to an eighth of its sides. photo:
     random crop, flip and colour changes. auto: shift for `digits`, `shapes`, and images whose median width or height is
@@ -352,7 +353,7 @@ class RunConfig(Section):
     share a source model."""
     num_workers: Count | None = None
     """Number of worker processes that load images, for each training process. 0: the training process loads the images.
-    The number does not change the batches. By default, the number is that of the CPU cores per training process minus
+    The number does not change the batches. The default is the number of CPU cores per training process minus
     num_threads, but at least 0 and at most 4. The default is always 0 in a study, for `digits` and `shapes`, for images
     whose median width or height is below 128 pixels, and on systems where Python does not start processes by fork."""
     trackers: list[Literal["tensorboard", "wandb", "trackio"]] = ["tensorboard"]
