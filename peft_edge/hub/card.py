@@ -61,7 +61,7 @@ class CardSubject:
 def adapter_card(subject: CardSubject, record: Record | None = None, folder: Path | None = None) -> ModelCard:
     """Build the model card of an adapter or of a whole model.
 
-    If `record` is given, the card also shows the accuracy and the cost of this run. The record must come from
+    If `record` is given, the card also shows the accuracy and the cost of the recorded run. The record must come from
     `shareable`, which shortens local paths. If `folder` is given, a plot of the cost is saved there as `PICTURE_NAME`.
     No plot is saved if matplotlib is missing, or if the record contains no profile of a training step.
     """
@@ -157,8 +157,8 @@ def _label(name: object, filters: Any) -> str:
 def _shift(data: Mapping[str, Any]) -> str:
     """Return a text that describes what a run adapted to. `data` is the section `data` of the run's configuration.
 
-    If there are new classes, the text lists them. Otherwise, it is the name of the shift, or the name of the dataset if
-    there is no shift, followed by the severity if it is not None.
+    If there are new classes, the text lists them. Otherwise, the text starts with the name of the shift. If there is no
+    shift, it starts with the name of the dataset. The severity follows, unless it is None.
     """
     if data["new_classes"]:
         return f"new classes {', '.join(map(str, data['new_classes']))}"

@@ -52,8 +52,8 @@ def load_pretrained(
     """Load an adapter together with the backbone that it was trained on.
 
     The files may come from an untrusted source. Only JSON and safetensors files are read. Before the adapter is
-    added to the backbone, both are built on torch's meta device, which takes no memory. The names and shapes of the
-    adapter's tensors must equal those in the file.
+    added to the backbone, both are built on torch's meta device, which takes no memory. The tensors of the adapter on
+    this device must have the same names and shapes as the tensors in the adapter's file.
 
     Args:
         adapter: A folder written by `save_adapter` or by PEFT's `save_pretrained`, or the id of an adapter on the Hub.
@@ -246,7 +246,8 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
 
     `layout` contains the names, shapes and dtypes of the tensors in the adapter's file. The check adds an adapter with
     the configuration `config` to a copy of `model` on the meta device. The tensors of this adapter must have the names
-    and shapes in `layout`. A tensor with a floating-point dtype must have one in `layout` too, and vice versa.
+    and shapes in `layout`. If a tensor has a floating-point dtype, its dtype in `layout` must also be floating-point,
+    and vice versa.
     """
     trial, config = _without_values(model), copy.deepcopy(config)
     if hasattr(config, "init_lora_weights"):

@@ -121,7 +121,7 @@ def _upload(
     revision: str | None = None,
     token: str | bool | None = None,
 ) -> str:
-    """Push all files in `folder` and, unless it is None, the record in one commit. Return the URL of the commit.
+    """Push all files in `folder`, and `record` if it is not None, in one commit. Return the URL of the commit.
 
     The repository and the branch `revision` are created if they do not exist. If the push fails, raise an OSError.
     """

@@ -80,8 +80,8 @@ def analyse(
             the parameters that require a gradient.
         lora_rank: Rank of the adapter. If it is None, a method name gets the default rank of `train.py`, and a PEFT
             configuration keeps its `r`. If `method` is a name and `lora_rank` is given, `lora_alpha` is
-            `2 * lora_rank`. This argument has no effect on methods whose options are not in the section `adapter` of
-            the configuration, such as `full`, `conv-adapter` and `galore`.
+            `2 * lora_rank`. This argument has no effect on methods such as `full`, `conv-adapter` and `galore`, whose
+            options are not in the section `adapter` of the configuration.
         batch_size: Images or sequences in the step.
         image_size: Height and width of the images in pixels.
         sequence_length: Tokens in a sequence, for text models of transformers.

@@ -222,7 +222,7 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Set `self.rows` to `counted` if the memory peak of `counted` is higher. `counted` may be empty.
+        """Set `self.rows` to `counted` if `counted` has the higher memory peak of the two. `counted` may be empty.
 
         Then set the times in the first row to the medians of all timed steps, and write the profile file.
         """

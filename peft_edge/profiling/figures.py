@@ -35,7 +35,7 @@ class StackedBars:
     line: float | None = None
     """Position of a dashed reference line. If it is None, no line is drawn."""
     marks: Mapping[str, Sequence[float | None]] = field(default_factory=dict)
-    """Diamonds on the bars. The dict maps the name of a kind of diamond, for the legend, to its position on each bar.
+    """Diamonds on the bars. Each key is a label in the legend. Its value lists the position of a diamond on each bar.
 
     The position is None for a bar without this diamond."""
     number_format: str = ""
@@ -96,7 +96,7 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
 def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
     ends = [0.0] * len(names)
     for (part, widths), colour, hatch in zip(panel.parts.items(), _COLOURS, _HATCHES, strict=False):
-        # The edge colour is also the colour of the hatch. The edge has no width, because it would cover thin parts.
+        # The edge colour is also the colour of the hatch. The edge has no width: a visible edge would cover thin parts.
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     outer = list(ends)

@@ -219,7 +219,8 @@ def _sgd(*_: object, weight_decay: float, momentum: float, nesterov: bool, **__:
 
 
 _NORMALISATIONS: dict[str, int | Formula] = {
-    # In training, mean, variance, shift and scale take five operations per element. fvcore uses the same number.
+    # In training mode, the layer computes the mean and the variance, and shifts and scales. Together, these operations
+    # are five per element. fvcore uses the same number.
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": 2,

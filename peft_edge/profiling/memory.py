@@ -58,8 +58,8 @@ class MemoryProfile:
     - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
     - `optimizer`: the state of the optimizer.
 
-    Only bytes of tensors count. Other memory appears only in `cuda_peak_bytes`, `peak_rss_bytes` and
-    `rss_growth_bytes`: the workspaces of operators, and bytes that an allocator adds by rounding or keeps for later.
+    Only bytes of tensors count. The workspaces of operators, and bytes that an allocator adds by rounding or keeps for
+    later, appear only in `cuda_peak_bytes`, `peak_rss_bytes` and `rss_growth_bytes`.
 
     >>> profile = track_memory(nn.Linear(4, 2), torch.ones(3, 4), fake=True)
     >>> profile.peak["parameters"], profile.peak["gradients"]

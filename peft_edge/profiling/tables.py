@@ -114,11 +114,10 @@ def _saved_bytes(model: nn.Module) -> list[tuple[str, int]]:
 _FLOP_UNITS = {"TFLOP": 1e12, "GFLOP": 1e9, "MFLOP": 1e6, "FLOP": 1}
 _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
-# Each table has a caption and groups of columns. A group consists of the units to choose from and of its columns. For
-# the title of each column, it lists the fields whose sum the column shows. All columns of a group have the same unit.
-# This is the largest unit in which the largest value of the group is at least 10, or the smallest unit if there is no
-# such unit. A group without units contains text. There are two tables, because the lines of a single table would be too
-# long.
+# Each table has a caption and groups of columns. A group is a pair: the units to choose from, and a dict from the title
+# of each column to the fields whose sum the column shows. All columns of a group have the same unit: the largest one in
+# which the largest value of the group is at least 10. If there is no such unit, it is the smallest unit. A group
+# without units contains text. There are two tables, because the lines of a single table would be too long.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
         (

@@ -156,7 +156,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if name in ("weight", "bias") and "base_layer" in self._modules:
                 self._effective_tensor(
                     "weight" if name == "weight" else "bias"
-                )  # raises the error of the property `weight` or `bias` again, which `nn.Module` has replaced
+                )  # nn.Module has replaced the error of the property `weight` or `bias`: raise that error again
             if name in _READ_BY_FUSING and "base_layer" in self._modules:
                 # Do not return the base layer's attribute: code that fuses layers would then ignore the adapter.
                 raise AttributeError(
@@ -182,7 +182,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """Register a parameter whose name does not start with `weight` or `bias`.
 
-        Other names, such as the `weight_orig` of torch's pruning, are rejected: an adapted layer cannot be pruned.
+        Names with these prefixes, such as the `weight_orig` of torch's pruning, are rejected, because an adapted layer
+        cannot be pruned.
 
         Raises:
             AttributeError: If the name starts with `weight` or `bias`.
@@ -269,7 +270,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         if isinstance(self, LoraLayer):
             LoraLayer.__init__(self, base_layer)  # sets the attributes of LoRA layers that PEFT reads
 
-    def get_base_layer(self) -> Any:  # Any, as in PEFT: each tuner adapts other types
+    def get_base_layer(self) -> Any:  # Any, as in PEFT: the layer's type depends on the tuner
         """Return the layer of the base model, without the layers that PEFT tuners have put around it."""
         return innermost_layer(self.base_layer)
 
@@ -327,7 +328,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return
         merged = self.check_merge(names, safe_merge=safe_merge)
         base = self.get_base_layer()
-        # Keep the values from before the first merge. Add tensors, such as the bias, that only this merge changes.
+        # Keep the values from before the first merge. A tensor that only this merge changes, such as a bias, is added.
         self._unmerged = {name: getattr(base, name).data for name in merged} | self._unmerged
         for name, value in merged.items():
             tensor = getattr(base, name)

@@ -1,7 +1,7 @@
 """Inject adapters into a network, with two additions to PEFT's injection.
 
-`target_modules` may contain role names such as `all-conv`, which are replaced by the names of the modules with this
-role. The BatchNorm layers are adapted, too.
+A role name in `target_modules`, such as `all-conv`, is replaced by the names of the modules with this role. The
+BatchNorm layers are adapted, too.
 """
 
 from __future__ import annotations
@@ -77,8 +77,9 @@ def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetMo
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
     """Replace role names such as `all-conv` in `config.target_modules` by the names of the modules with these roles.
 
-    PEFT may match other modules by these names, too. In this case, `target_modules` becomes a regular expression that
-    matches only the modules with the roles, and the modules that the user has named.
+    PEFT compares a name with the ends of module names, so these names may also match other modules. In this case,
+    `target_modules` becomes a regular expression that matches only the modules with the roles, and the modules that the
+    user has named.
 
     Raises:
         NoMatchingPeftModuleError: If all entries of `target_modules` are role names, and no module has any of these
@@ -202,11 +203,11 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
 
     PEFT matches the ends of module names. The entry `classifier` therefore matches both the module `classifier` and its
     submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. The
-    entry is therefore replaced by the names of all submodules of `classifier`.
+    entry is therefore replaced by the names of the child modules of `classifier`.
 
     Raises:
-        ValueError: If the outer module has tensors outside its submodules, or if the names of its submodules match
-            further modules.
+        ValueError: If a module that must be replaced by its child modules has tensors of its own, or if the names of
+            its child modules match further modules.
     """
     ends = tuple(getattr(config, "modules_to_save", None) or ())
     bases = {name: base for name, *_, base in iter_target_modules(model)}
@@ -376,8 +377,8 @@ class Injection(BaseTuner):
             raise NoMatchingPeftModuleError(f"{error} {_suggest_targets(config, model)}") from error
         # The norms are not added to target_modules, so the saved configuration contains only the targets of the user.
         for name, parent, child_name, *_ in norms:
-            # `layer` is the norm itself. If the norm has an older adapter, or `target_modules` matches the norm, then
-            # `layer` is an adapted layer.
+            # Usually, `layer` is the norm itself. It is an adapted layer if the norm already has an adapter, or if
+            # `target_modules` matches the norm.
             layer = getattr(parent, child_name)
             self._create_and_replace(config, adapter_name, layer, child_name, parent, current_key=name)
             if not isinstance(layer, BatchNormLayer):
@@ -461,8 +462,8 @@ class Injection(BaseTuner):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter from all layers.
 
-        PEFT's method skips each layer whose module path contains `self.prefix`. So that no layer is skipped, `prefix`
-        is a string that is in no path while this method runs.
+        PEFT's method skips each layer whose module path contains `self.prefix`. To skip no layer, this method
+        temporarily sets `prefix` to a string that no path contains.
         """
         self.prefix = "\0"
         try:
@@ -570,8 +571,8 @@ def base_fingerprint(model: PeftModel) -> dict[str, str] | None:
     `norm="frozen"`. If no BatchNorm layer is frozen, the key `statistics` is missing. All other statistics are not
     hashed, because an adapter replaces them, or training may change them.
 
-    The result is None if an adapter is merged, or if the initialisation of an adapter may change base parameters, such
-    as PiSSA. In both cases, the base parameters may differ from those that were loaded.
+    The result is None if an adapter is merged, or if the initialisation of an adapter may change base parameters, as
+    PiSSA does. In both cases, the base parameters may differ from those that were loaded.
     """
     layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
     initial = {getattr(config, "init_lora_weights", True) for config in model.peft_config.values()}

@@ -231,10 +231,11 @@ class BatchNormLayer(AdaptedLayer):
     def _by_state(
         self, x: Tensor, adapter_names: list[str] | None, function: Callable[[Tensor, NormState], Tensor]
     ) -> Tensor:
-        """Return `function(x, self.current_state())`, or, if `adapter_names` is given, use one adapter for each sample.
+        """Apply `function` to `x` with the current state, or with one state for each sample.
 
-        Sample i then uses the state of `adapter_names[i]`. `function` is called once for each of these adapters, with
-        the samples and the state of this adapter. The outputs are in the order of `x`.
+        If `adapter_names` is None, return `function(x, self.current_state())`. Otherwise, sample i uses the state of
+        `adapter_names[i]`: `function` is called once for each of these adapters, with the samples and the state of this
+        adapter. The outputs are in the order of `x`.
         """
         if adapter_names is None:
             return function(x, self.current_state())
@@ -398,10 +399,11 @@ def _requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 def recalibrate(model: nn.Module, batches: Iterable[Tensor], *, synchronise: bool = False) -> None:
     """Estimate the BatchNorm statistics of the active adapters on target images. No backward pass is needed.
 
-    The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. Meanwhile, all other
-    layers run in eval mode. Afterwards, each module has its old mode. The statistics of the base layers do not change.
-    If a batch raises an error, the old statistics are restored. With `norm="recalibrate"`, later training does not
-    change the new statistics. Norms that timm's `freeze` has converted keep their statistics.
+    The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. During the estimation,
+    all layers except the adapted BatchNorm layers run in eval mode. Afterwards, each module has its old mode. The
+    statistics of the base layers do not change. If a batch raises an error, the old statistics are restored. With
+    `norm="recalibrate"`, later training does not change the new statistics. Norms that timm's `freeze` has converted
+    keep their statistics.
 
     Args:
         model: A model with ConvLoRA or ConvAdapter adapters.

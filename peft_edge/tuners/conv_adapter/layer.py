@@ -156,7 +156,8 @@ class ConvAdapterLayer(AdaptedLayer):
     - `conv_adapter_up[name].weight`: (C_out, w, 1, 1), initialised to zero.
 
     A parallel adapter has the stride, dilation and padding of the base layer. `adapter_name` and `config` are those of
-    the first adapter; `update_layer` adds others. Error messages contain `target_name`, the name of the layer.
+    the first adapter; `update_layer` adds further adapters. Error messages contain `target_name`, the name of the
+    layer.
 
     Raises:
         ValueError: If `base_layer` is a block that contains no convolution, or a block that does not map (B, C_in,

@@ -71,8 +71,8 @@ class ConvLoraConfig(LoraConfig):
     def init_weights(self) -> bool | str:
         """An alias of `init_lora_weights`.
 
-        When PEFT converts a PiSSA adapter to save it, PEFT sets this attribute of any configuration whose type is not
-        LORA.
+        When PEFT saves a PiSSA adapter as a plain LoRA adapter, it sets `init_lora_weights` only if the type of the
+        configuration is LORA. For all other types, it sets `init_weights`.
         """
         return self.init_lora_weights
 

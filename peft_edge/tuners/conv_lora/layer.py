@@ -79,12 +79,12 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     `base_layer` is a `Conv1d`, `Conv2d`, `Conv3d` or timm's `Conv2dSame`, or another PEFT tuner's layer around such a
     convolution. With `use_rslora=True`, the scale is alpha / sqrt(r). `adapter_name`, `config`, `r` and `lora_alpha`
-    are those of the first adapter; `update_layer` adds others. Error messages contain `target_name`, the name of the
-    layer.
+    are those of the first adapter; `update_layer` adds further adapters. Error messages contain `target_name`, the name
+    of the layer.
 
     Raises:
-        ValueError: If the rank is not a positive integer, or if the base layer computes more than a plain convolution,
-            such as weight standardisation.
+        ValueError: If the rank is not a positive integer, or if the base layer is not a plain convolution, for example
+            because it standardises its weight.
 
     Example:
         >>> import torch
@@ -179,7 +179,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
                 for adapter, rows in rows_by_adapter(adapter_names).items():
                     y[rows] = self._add_branches(x[rows], y[rows], [adapter] if adapter in self.lora_A else [])
                 return y
-            # If the base layer has hooks or a replaced forward pass, call the base layer. Only then do they run.
+            # Hooks and a replaced forward pass of the base layer run only if the base layer itself is called.
             conv = self.base_layer
             if replaces_forward(conv) and not hasattr(conv, "_hf_hook"):
                 return self._by_rows(self._call_replaced_forward, x, adapters, adapter_names)
@@ -201,10 +201,11 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         adapters: list[str],
         adapter_names: list[str] | None,
     ) -> Tensor:
-        """Return `function(x, adapters)`, or, if `adapter_names` is given, apply one adapter to each sample.
+        """Apply `function` to `x` with `adapters`, or with one adapter for each sample.
 
-        Sample i then uses `adapter_names[i]` instead of `adapters`. `function` is called once for each of these
-        adapters, with the samples of this adapter. The outputs are in the order of `x`.
+        If `adapter_names` is None, return `function(x, adapters)`. Otherwise, sample i uses only `adapter_names[i]`:
+        `function` is called once for each of these adapters, with the samples of this adapter. The outputs are in the
+        order of `x`.
         """
         if adapter_names is None:
             return function(x, adapters)

@@ -160,8 +160,8 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], into: str) -> None:
     """Complete the adapter `into`: rescale its A, and combine the biases of B and DoRA's magnitudes of `adapters`.
 
-    PEFT has already combined A and B, but for a scale of 1. The scale of `into` may differ, so A is divided by it. Some
-    of `adapters` may not adapt this layer.
+    PEFT has already combined A and B, as if the scale of `into` were 1. The scale may differ from 1, so A is divided by
+    it. Some of `adapters` may not adapt this layer.
     """
     scale, found = (
         layer.scaling[into],
