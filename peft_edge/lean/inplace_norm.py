@@ -1,7 +1,7 @@
 """Let a BatchNorm overwrite the output of the convolution before it.
 
 1. `prepare_model_for_lean_training(model, inplace_norm=True)` finds each convolution whose output goes to one norm
-   only, and stores the pair on the convolution as an `InplaceNorm`.
+   only. It stores references to both layers on the convolution, as an `InplaceNorm`.
 2. In a forward pass the convolution marks its output as overwritable by this norm (`mark_overwritable`), unless a hook,
    a compiler or a function transform may read the output.
 3. The norm overwrites an input with this mark (`is_overwritable`), unless the norm must save the input. In all other

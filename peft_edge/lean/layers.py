@@ -109,7 +109,9 @@ class LeanConvolution(ConvolutionBase):
 
 
 class LeanBatchNorm(BatchNorm):
-    """A BatchNorm that lets later layers recompute its output from its input. A frozen BatchNorm saves no input.
+    """A BatchNorm that lets later layers recompute its output from its input.
+
+    A frozen BatchNorm in eval mode saves no input.
 
     If gradient checkpointing repeats a forward pass in training mode, only the first pass updates the statistics.
     """
@@ -244,7 +246,7 @@ class LeanGate(nn.Module):
 
 
 class _GatedProducts(TorchFunctionMode):
-    """In a `with` block, replaces a product of x and another tensor, the gate, by `gated_product`."""
+    """In a `with` block, replaces a product of x and another tensor (the gate) by `gated_product`."""
 
     def __init__(self, x: Tensor) -> None:
         super().__init__()

@@ -188,8 +188,8 @@ def lean_summary(model: nn.Module) -> str:
     """Return a table: the number of layers of each class, and what these layers save for the backward pass.
 
     If this package does not know what a layer saves, its row says "what torch keeps" and names the first such layer.
-    The table ignores recomputation: layers after a BatchNorm that saves its input do not save the tensors that the
-    table lists, because the backward pass recomputes these tensors from the input of the BatchNorm.
+    The table ignores recomputation. If a BatchNorm saves its input, the layers after it save less than the table says,
+    because the backward pass recomputes the listed tensors from the input of the BatchNorm.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.ReLU(), nn.Flatten()).requires_grad_(False)
     >>> print(lean_summary(prepare_model_for_lean_training(model)))
@@ -244,9 +244,9 @@ def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
 
 
 PRODUCT = "*"
-"""The consumer in a result of `find_consumers` if the model multiplies an output outside of all layers."""
+"""The consumer in a result of `find_consumers` if code outside of all layers multiplies an output."""
 FUNCTION = ""
-"""The consumer if any other function outside of all layers receives an output, or if the model returns the output."""
+"""The consumer if code outside of all layers passes an output to any other function, or if the model returns it."""
 # The name of the model itself in `named_modules` is also "", so `FUNCTION` refers to the whole model. An output with
 # this consumer therefore counts as saved if any parameter of the model is trainable.
 

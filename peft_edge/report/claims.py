@@ -1,9 +1,9 @@
-"""Compare training steps with claims of the source study, and define the classes and formats of all claims.
+"""Compare training steps with claims of the source study. Define `Claim`, and functions that format numbers and tables.
 
 The source study is arXiv 2507.23536. The report page repeats its measurements. The template of the page contains the
 fixed text of each section. The functions in this module compute the parts that depend on the records: the verdict on a
-claim of the source study, the finding, the table, the data and the charts. The module `run_claims` does the same for
-the records of training runs, with the classes and formats of this module.
+claim of the source study, the finding, the table, the data and the charts. The module `run_claims` computes these parts
+from the records of training runs, and uses the classes and functions of this module.
 
 If the required records are missing, each `..._claim` function of both modules returns a claim with the verdict
 `NOT_MEASURED`.
@@ -26,7 +26,7 @@ from peft_edge.report.frames import AS_IS, LEAN, MEMORY_PARTS, NETWORK_KINDS, ST
 AGREED, IN_PART, NOT_AGREED, NOT_MEASURED = "Agreed", "In part", "Not agreed", "Not measured"
 
 STUDY_FAMILIES = ("lora", "dora", "galore")
-"""The methods that the source study compares with full fine-tuning. The column `family` contains these names."""
+"""The methods that the source study compares with full fine-tuning, as named in the column `family` of frames."""
 
 ABOUT_HALF = (0.25, 0.75)
 """The smallest and the largest ratio that count as "about half". Ratios between them are nearer to 0.5 than to 0 or 1.
@@ -203,8 +203,9 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
     steps = steps[steps["family"].isin(STUDY_FAMILIES)]
     accounting = steps["accounting"].replace("source-study", "source study's accounting")
     steps = steps.assign(count=steps["form"] + ", " + accounting)
-    # FLOPs are proportional to the batch size, so one batch size is enough. Take the one with the most pairs of form
-    # and accounting (`count`), and among several such batch sizes the one with the most steps.
+    # FLOPs are proportional to the batch size, so one batch size is enough. Take the batch size with the most values of
+    # `count` (pairs of form and accounting). If several batch sizes have equally many values, take the one
+    # with the most steps.
     coverage = {size: (rows["count"].nunique(), len(rows)) for size, rows in steps.groupby("batch_size", sort=False)}
     steps = steps[steps["batch_size"] == max(coverage, key=lambda size: coverage[size], default=None)]
     adapters = steps[steps["family"] != "galore"]

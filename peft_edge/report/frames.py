@@ -34,8 +34,8 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
 """The forms of a training step.
 
-- `AS_IS`: full fine-tuning, GaLore, PEFT's own adapters, and all methods for transformers, without lean training.
-- `NOT_LEAN`: the other methods of this package, without lean training.
+- `AS_IS`: without lean training. Full fine-tuning, GaLore, PEFT's own adapters, and all methods for transformers.
+- `NOT_LEAN`: without lean training. The other methods of this package.
 - `LEAN`: after `prepare_model_for_lean_training`.
 - `STORED`: on stored outputs of the frozen first layers.
 """
@@ -50,7 +50,7 @@ COST_COLUMNS = ["memory", "flops", "shipped"]
 """The costs of a run: peak bytes of a training step, FLOPs of a step, and bytes of the saved adapter or model."""
 
 CONTEST = ["task", "backbone"]
-"""The report compares two variants (methods with a rank) only if they have the same values in these columns."""
+"""The report compares two variants (method and rank) only if they have the same values in these columns."""
 
 STANDARD_ERRORS = 2
 """The mean of paired differences is clear if it is more than this many standard errors from zero."""
@@ -71,8 +71,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     Columns:
         name, file: Path of the record. `name` is relative to the folder of the records, and `file` is relative to the
             folder of the report page.
-        task: Names of the data set and of the shift, or `new classes` instead of the shift, followed by the settings
-            of the task that differ among runs with the same names and network.
+        task: Name of the data set, and name of the shift or `new classes`. Then follow the settings of the task that
+            differ among runs with the same two names and the same network.
         backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
         method: Key of `METHODS`, followed by the settings that differ among runs with the same key, rank, task and
             network.
@@ -102,7 +102,7 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(numbers, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # A run that trains only the head records no changed convolutions, so all runs of a network determine its kind.
+    # A run that trains only the head records no changed convolutions, so use all runs of a network to find its kind.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -163,7 +163,7 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
 
 
 def variant_frame(runs: DataFrame) -> DataFrame:
-    """Return one row for each task, network and variant (method and rank). A row summarises the runs with all seeds.
+    """Return one row for each task, network and variant (method and rank). A row summarises the runs over their seeds.
 
     The rows have the order of `run_frame`. The columns `task`, `backbone`, `kind`, `order`, `method`, `family`,
     `lora_rank`, `variant`, `score_label` and `trains` are those of `run_frame`.
@@ -426,8 +426,9 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row with the settings and results of each record, including the records of failed runs.
 
-    The row of a run has its configuration without `output_dir` and `cache_dir`, the last entry of its metrics (the test
-    results), the step profile of its first process, and the median kernel changes for each kind of convolution.
+    The row of a run has its configuration, except `output_dir` and `cache_dir`. It also has the last entry of its
+    metrics (the test results), the step profile of its first process, and the median kernel changes for each kind of
+    convolution.
     """
     found = {name: _all_of_run(record) for name, record in archive.runs.items()}
     found |= {name: _all_of_cost(record) for name, record in archive.costs.items()}

@@ -90,7 +90,7 @@ def make_report(
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, real = frames.timing_frame(measured), photographs(archive, runs)
     # Runs with `is_real` (on other data sets than the embedded benchmarks) have their own section, so the other
-    # sections leave them out. If there are no other runs, the other sections contain them, too.
+    # sections leave them out. If all runs have `is_real`, the other sections contain them, too.
     if not runs.empty and not runs["is_real"].all():
         runs = runs[~runs["is_real"]]
     variants = frames.variant_frame(runs)

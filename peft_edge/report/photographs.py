@@ -30,8 +30,8 @@ class Photographs:
     """The section of the report on runs whose data set is not one of the embedded benchmarks (`EMBEDDED`).
 
     Attributes:
-        claims: A dict with the keys `accuracy`, `updates` and `choice`, which name sections of the report. The claims
-            are computed from these runs alone.
+        claims: A dict from the names of the sections `accuracy`, `updates` and `choice` to their claims. These claims
+            are computed only from the runs of this section.
         retention: A text that compares runs with `norm=frozen` and runs with `norm=stats`: how much of the accuracy on
             the source domain they retain, and their accuracy on the target domain. Empty if no method was run with both
             values of `norm`.

@@ -93,7 +93,7 @@ def _scores_of_variants(variants: DataFrame) -> DataFrame:
     """Return a table of scores in %, with a row for each variant and a column for each pair of task and network.
 
     Scores that cannot be distinguished from the best (`is_equal`) are bold. If a variant has fewer seeds than another
-    variant of the same task and network (`full_seeds`), the cell ends with the number of seeds in brackets.
+    variant of the same task and network, its cell ends with the number of seeds in brackets.
     """
     cells = []
     for row in variants.itertuples():
@@ -255,7 +255,7 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 
 
 def decision_table(variants: DataFrame) -> DataFrame | None:
-    """Return a row of recommended methods for each task and network, with a column for accuracy and for each cost.
+    """Return a table of recommended methods: a row for each task and network, a column for accuracy and for each cost.
 
     The column of accuracy holds the variant (method and rank) with the best score. The column of a cost holds the
     cheapest candidate. A candidate is a variant whose costs were measured, and whose score cannot be distinguished from

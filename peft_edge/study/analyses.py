@@ -36,7 +36,7 @@ NUM_CLASSES = 10
 TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
 """The methods for Transformers models.
 
-They are full fine-tuning, PEFT's LoRA and DoRA on all linear layers except the output layer, and GaLore. GaLore
+`full` is full fine-tuning. `lora` and `dora` are PEFT's adapters on all linear layers except the output layer. `galore`
 projects the gradient of a matrix if both sides are longer than the rank, and no side has the size of the vocabulary.
 """
 

@@ -28,7 +28,8 @@ _FOLDER_KEYS = {"output_dir", "cache_dir"}
 class Job(ABC):
     """A training run or cost analysis of a study.
 
-    A job can be pickled and run in another process, because its whole state is in files in `folder` or next to it.
+    A job can be pickled and run in another process, because it keeps its state in files. These files are in
+    `folder` or next to it.
 
     Attributes:
         setting: A description of the job without its seed. The results of jobs with the same setting are averaged.
@@ -184,7 +185,8 @@ class RunJob(Job):
         """Return whether `copy`, a result of `shareable`, is the record of a run with this job's configuration.
 
         Of each local path, only the last component is compared, because `shareable` has removed the rest. Keys that the
-        copy lacks are not compared, because the version of this package that wrote the copy may not have had them.
+        copy lacks are not compared, because an older version of this package, without these keys, may have written the
+        copy.
         """
         settings = self.config.model_dump(mode="json", exclude=_FOLDER_KEYS)
         found = copy.run_info.train_config

@@ -47,9 +47,9 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
         cluster: The Ray cluster that runs the jobs instead of processes on this machine.
 
     Raises:
-        ValueError: If another call is working in the same output folder, or a record is damaged. Also if `results` is
-            not a subfolder of the output folder, and contains a finished run that has the name of a job, but another
-            configuration. The message contains the path.
+        ValueError: If another call is working in the same output folder, or a record is damaged. Also if `results`
+            contains a finished run that has the name of a job, but another configuration. This last check is skipped if
+            `results` is a direct subfolder of the output folder. The message contains the path.
         OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
@@ -202,7 +202,7 @@ def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, st
 def _begin_worker() -> None:
     """Make this worker process end together with the study's process, and set the lock of progress bars.
 
-    Otherwise, if the study's process were killed, the worker would continue its job and disturb the next study.
+    If a worker did not end when the study's process was killed, it would continue its job and disturb the next study.
     """
     parent = multiprocessing.parent_process()
     assert parent is not None
