@@ -72,7 +72,7 @@ class Cluster:
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Generator[tuple[Job, str | None]]:
         """Run the jobs, and yield (job, cause) for each job that ends.
 
-        `cause` is an error message if the job's Ray task failed, for example because its node died, or if
+        `cause` is an error message in two cases: the job's Ray task failed, for example because its node died, or
         `job.check_folder` rejects the job's folder. Otherwise `cause` is None. If the job itself failed, `cause` is
         also None, and the job's log contains the reason. The description of `bar` shows the number of nodes.
 
@@ -219,8 +219,8 @@ def _study_id(job: Job) -> str:
 def _source_name(job: Job) -> Path:
     """Return the path of a text file for the job's source model (the network before adaptation).
 
-    The file contains the name of the folder that holds the model. `_keep_source` writes the file after a task of this
-    study or an earlier study has trained the model.
+    The file contains the name of the folder that holds the model. `_keep_source` writes the file after a task has
+    trained the model, in this study or in an earlier one.
     """
     key = hashlib.sha256(repr((job.source, package_info())).encode()).hexdigest()[:16]
     return job.folder.parent / _SOURCES / f"{key}.txt"

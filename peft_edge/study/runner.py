@@ -44,7 +44,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
         processes: The maximum number of worker processes on this machine. Not used with `cluster`.
         results: The folder to which all records are copied, including records of failures. In the copies, local paths
             are shortened to their last component.
-        cluster: The Ray cluster that runs the jobs instead of processes on this machine.
+        cluster: A Ray cluster that runs the jobs. If it is None, processes on this machine run them.
 
     Raises:
         ValueError: If another call is working in the same output folder, or a record is damaged. Also if `results`
