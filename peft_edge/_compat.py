@@ -20,7 +20,10 @@ from peft import PeftConfig, PeftType
 from peft.tuners.mixed import MixedModel
 from peft.tuners.tuners_utils import _ExcludedModule, check_target_module_exists
 from peft.utils import hotswap
+from timm.models._efficientnet_blocks import EdgeResidual as EdgeResidual
+from timm.models._efficientnet_blocks import InvertedResidual as InvertedResidual
 from timm.models._efficientnet_blocks import SqueezeExcite as SqueezeExcite
+from timm.models._efficientnet_blocks import UniversalInvertedResidual as UniversalInvertedResidual
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTensor, FakeTensorMode
 from torch.autograd import forward_ad
@@ -35,8 +38,9 @@ if TYPE_CHECKING:
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
-# `SqueezeExcite` and `no_dispatch` are imported above. `SqueezeExcite` is a layer of timm's mobile networks, and no
-# public module of timm exports it. Inside `with no_dispatch()`, the active dispatch modes do not see the operators.
+# `SqueezeExcite`, the inverted residual blocks and `no_dispatch` are imported above. The first four are layers of timm's
+# mobile networks, and no public module of timm exports them. Inside `with no_dispatch()`, the active dispatch modes do
+# not see the operators.
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch exports no common base class."""

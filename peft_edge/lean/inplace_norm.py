@@ -79,7 +79,7 @@ class InplaceNorm(NamedTuple):
         """
         convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
         found = [module for module in (*convs, *norms) if module is not None]
-        if len(found) < len(convs) + len(norms) or any(_is_observed(m) or _is_observed(base_layer(m)) for m in found):
+        if len(found) < len(convs) + len(norms) or any(is_observed(m) or is_observed(base_layer(m)) for m in found):
             return None
         return found[len(convs) - 1], found[-1]
 
@@ -127,7 +127,7 @@ def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hook()
 
 
-def _is_observed(layer: nn.Module) -> bool:
+def is_observed(layer: nn.Module) -> bool:
     """Return whether other code, such as a hook, may read the input or output of a layer."""
     # PEFT's `AuxiliaryTrainingWrapper` forwards attributes to one copy of a layer, but may run another copy.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -16,7 +16,15 @@ from timm.layers import BatchNormAct2d, Conv2dSame, SEModule
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from peft_edge._compat import BatchNorm, ConvolutionBase, SqueezeExcite, is_in_backward
+from peft_edge._compat import (
+    BatchNorm,
+    ConvolutionBase,
+    EdgeResidual,
+    InvertedResidual,
+    SqueezeExcite,
+    UniversalInvertedResidual,
+    is_in_backward,
+)
 from peft_edge.functional.activations import (
     Activation,
     Derivative,
@@ -30,7 +38,7 @@ from peft_edge.functional.activations import (
 from peft_edge.functional.batch_norm import batch_norm, frozen_batch_norm
 from peft_edge.functional.convolution import lean_convolution, needs_backward, pad
 from peft_edge.functional.recompute import get_recompute
-from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_overwritable, mark_overwritable
+from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_observed, is_overwritable, mark_overwritable
 from peft_edge.roles import is_depthwise
 
 Function = Callable[..., object]
@@ -43,6 +51,11 @@ Recomputed = bool | Literal["depthwise"]
 
 # The output of a convolution is recomputed only if the convolution takes at most this many products per output element.
 _MAX_RECOMPUTED_PRODUCTS = 100
+
+# With `recompute`, the largest feature map inside a block has about this many elements, or belongs to this many samples.
+# On the measured CPUs, smaller parts were not faster. With one or two samples, some convolutions rounded differently.
+_MAX_BLOCK_ELEMENTS = 1 << 22
+_MIN_BLOCK_SAMPLES = 4
 
 # torch's pooling layers save their input, even if they need only its shape.
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -231,6 +244,55 @@ class LeanMaxPool(nn.MaxPool2d):
         return max_pool2d(x, *([size] * 2 if isinstance(size, int) else size for size in sizes), self.ceil_mode)
 
 
+class LeanBlock(nn.Module):
+    """An inverted residual block that runs on a few samples at a time, if its feature maps are large.
+
+    The block expands its input to several times as many channels. If no layer of the block mixes samples, the block may
+    run on a part of the batch, and then on the next part. Only one part of the expanded feature map is then in memory,
+    in the forward pass and in the backward pass. The outputs of the parts are concatenated.
+
+    BatchNorm in training mode mixes samples. With dropout, the parts would draw other random numbers than the batch.
+    In both cases, and if a hook of a layer would see the parts, the block runs on the whole batch.
+    """
+
+    recompute: Recomputed = False
+    """The argument `recompute` of `prepare_model_for_lean_training`. If False, the block runs on the whole batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the same output as `super().forward(x)`, but with less memory for temporary tensors, if possible."""
+        forward = super().forward
+        num_parts = self._num_parts(x)
+        if num_parts <= 1:
+            return forward(x)
+        samples, larger = divmod(len(x), num_parts)
+        sizes = [samples + 1] * larger + [samples] * (num_parts - larger)
+        return torch.cat([forward(part) for part in x.split(sizes)])
+
+    def _num_parts(self, x: Tensor) -> int:
+        """Return the number of parts into which `forward` splits the batch x; 1 or less if it does not split x."""
+        # On other devices, small parts do not use all cores, and the layers may use other algorithms for them.
+        if not self.recompute or torch.compiler.is_compiling() or not needs_backward() or x.device.type != "cpu":
+            return 1
+        channels = max(conv.out_channels for conv in self.modules() if isinstance(conv, nn.Conv2d))
+        samples = max(_MAX_BLOCK_ELEMENTS // (channels * x[0, 0].numel()), _MIN_BLOCK_SAMPLES)
+        if len(x) < 2 * samples or any(map(_needs_whole_batch, self.children())):
+            return 1
+        return len(x) // samples
+
+
+def _needs_whole_batch(module: nn.Module) -> bool:
+    """Return whether a module mixes samples, draws random numbers, or is observed by code that expects whole batches."""
+    if is_observed(module):
+        return True
+    # The BatchNorm layers of this package's adapters state which statistics they use.
+    if (uses_batch_statistics := getattr(module, "uses_batch_statistics", None)) is not None:
+        return uses_batch_statistics or any(map(is_observed, module.modules()))
+    # All layers with running statistics have `running_var`. Dropout layers have `p`, and drop path has `drop_prob`.
+    mixes = hasattr(module, "running_var") and (module.training or module.running_var is None)
+    is_random = module.training and (getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
+    return bool(mixes or is_random) or any(map(_needs_whole_batch, module.children()))
+
+
 class LeanGate(nn.Module):
     """A squeeze-excite layer that saves its gate, and its input x.
 
@@ -288,6 +350,9 @@ LeanSiLU = _lean_class(LeanSmoothActivation, nn.SiLU, function=F.silu, derivativ
 LeanMaxPool2d = _lean_class(LeanMaxPool, nn.MaxPool2d)
 LeanSqueezeExcite = _lean_class(LeanGate, SqueezeExcite)
 LeanSEModule = _lean_class(LeanGate, SEModule)
+LeanInvertedResidual = _lean_class(LeanBlock, InvertedResidual)
+LeanUniversalInvertedResidual = _lean_class(LeanBlock, UniversalInvertedResidual)
+LeanEdgeResidual = _lean_class(LeanBlock, EdgeResidual)
 
 PLAIN = {lean: plain for plain, lean in LEAN.items()}
 """A dict from lean classes to original classes."""

@@ -21,6 +21,7 @@ from peft_edge.lean.layers import (
     PLAIN,
     Function,
     LeanBatchNorm,
+    LeanBlock,
     LeanClippedActivation,
     LeanConvolution,
     Masks,
@@ -109,7 +110,7 @@ def prepare_model_for_lean_training(
             module.masks = masks
             module.consumers = tuple(refs[consumer] for consumer in consumers.get(name, ()) if consumer in refs)
             module.feeds_product = PRODUCT in consumers.get(name, ())
-        elif isinstance(module, LeanConvolution):
+        elif isinstance(module, (LeanConvolution, LeanBlock)):
             module.recompute = recompute
     if inplace_norm:
         for conv, pair in _find_inplace_norms(model, consumers, refs):
