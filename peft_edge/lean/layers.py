@@ -7,6 +7,7 @@ original forward pass.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -274,10 +275,9 @@ class LeanBlock(nn.Module):
         if not self.recompute or torch.compiler.is_compiling() or not needs_backward() or x.device.type != "cpu":
             return 1
         channels = max(conv.out_channels for conv in self.modules() if isinstance(conv, nn.Conv2d))
-        samples = max(_MAX_BLOCK_ELEMENTS // (channels * x[0, 0].numel()), _MIN_BLOCK_SAMPLES)
-        if len(x) < 2 * samples or any(map(_needs_whole_batch, self.children())):
-            return 1
-        return len(x) // samples
+        elements = len(x) * channels * x[0, 0].numel()
+        num_parts = min(math.ceil(elements / _MAX_BLOCK_ELEMENTS), len(x) // _MIN_BLOCK_SAMPLES)
+        return 1 if num_parts > 1 and any(map(_needs_whole_batch, self.children())) else num_parts
 
 
 def _needs_whole_batch(module: nn.Module) -> bool:
