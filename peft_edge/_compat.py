@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
-# `SqueezeExcite`, the inverted residual blocks and `no_dispatch` are imported above. The first four are layers of timm's
-# mobile networks, and no public module of timm exports them. Inside `with no_dispatch()`, the active dispatch modes do
-# not see the operators.
+# `SqueezeExcite`, the inverted residual blocks and `no_dispatch` are imported above. The first four are layers of
+# timm's mobile networks, and no public module of timm exports them. Inside `with no_dispatch()`, the active dispatch
+# modes do not see the operators.
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch exports no common base class."""

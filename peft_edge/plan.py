@@ -46,20 +46,17 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """A text with those of the options `recompute` and `checkpoint` that are on, or `default` if both are off.
+        """A text with those options of `recompute`, `split_blocks` and `checkpoint` that are on, or `default`.
 
-        An example is `recompute=depthwise, checkpoint`.
+        An example is `recompute=depthwise, checkpoint`. The text is `default` if all three options are off.
         """
-        values = {name: self.lean.get(name, False) for name in ("recompute", "checkpoint")}
+        values = {name: self.lean.get(name, False) for name in ("recompute", "split_blocks", "checkpoint")}
         texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value]
         return ", ".join(texts) or "default"
 
 
-# The first entry of `_LEAN_OPTIONS`, `_LEAN`, is the lean training of `train.py`. With the other entries, the backward
-# pass repeats parts of the forward pass, which saves more memory.
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
-_LEAN_OPTIONS = (_LEAN, {**_LEAN, "recompute": "depthwise"}, _RECOMPUTE, {**_RECOMPUTE, "checkpoint": True})
 # These methods train the weights of the norms, so they are always planned with the norm mode "stats".
 _NEVER_FROZEN = ("norm-affine", "galore", "full")
 
@@ -290,10 +287,11 @@ def find_plan(
 
     Costs are computed from tensor shapes, without running the step.
 
-    Each combination is analysed with up to four settings, until the step fits. The first setting is the lean training
+    Each combination is analysed with up to five settings, until the step fits. The first setting is the lean training
     of `train.py`. The second setting also recomputes the outputs of depthwise convolutions in the backward pass. The
-    third setting recomputes the outputs of all cheap convolutions. The fourth setting adds timm's gradient
-    checkpointing, if the network supports it. If the step does not fit with a rank, higher ranks are skipped.
+    third setting recomputes the outputs of all cheap convolutions. If the norms are frozen, the fourth setting adds
+    `split_blocks`. The last setting adds timm's gradient checkpointing, if the network supports it. If the step does
+    not fit with a rank, higher ranks are skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
@@ -323,10 +321,9 @@ def find_plan(
         # placement contains all of these layers, its step needs at least as much memory. Its search therefore starts at
         # this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
-        lean_options = [lean for lean in _LEAN_OPTIONS if can_checkpoint or not lean.get("checkpoint")]
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
-            settings = [Setting("stats" if method in _NEVER_FROZEN else norm, lean) for lean in lean_options]
+            settings = _settings("stats" if method in _NEVER_FROZEN else norm, can_checkpoint=can_checkpoint)
             first = max((last for other, fewer, last in needed if other == method and fewer <= layers), default=0)
             for lora_rank in [None] if place is None else sorted(set(lora_ranks)):
                 option = _first_fitting(backbone, budget, method, place, lora_rank, settings[first:], step)
@@ -345,6 +342,17 @@ def find_plan(
         is_same_backbone=bool(same),
         library_bytes=library_bytes,
     )
+
+
+def _settings(norm: str, *, can_checkpoint: bool) -> list[Setting]:
+    """Return the settings that `find_plan` tries with a norm mode. Each saves more memory and takes more time."""
+    splits = {"split_blocks": True} if norm in ("frozen", "recalibrate") else {}
+    options = [_LEAN, {**_LEAN, "recompute": "depthwise"}, _RECOMPUTE]
+    if splits:
+        options.append({**_RECOMPUTE, **splits})
+    if can_checkpoint:
+        options.append({**_RECOMPUTE, **splits, "checkpoint": True})
+    return [Setting(norm, lean) for lean in options]
 
 
 def _can_checkpoint(backbone: nn.Module) -> bool:

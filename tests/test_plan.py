@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from peft_edge.backbones import load_backbone
+from peft_edge.lean import layers
 from peft_edge.plan import (
     Budget,
     Evidence,
@@ -135,10 +136,14 @@ def test_options_that_fit_have_that_peak_in_a_real_step() -> None:
         ("galore", Setting("stats", {"masks": "bit", "inplace_norm": True, "recompute": "depthwise"})),
         ("conv-adapter", Setting("frozen", {"masks": "bit", "inplace_norm": True})),
         ("lora", Setting("frozen", {"masks": "bit", "inplace_norm": True, "recompute": True, "checkpoint": True})),
+        ("lora", Setting("frozen", {"masks": "bit", "inplace_norm": True, "recompute": True, "split_blocks": True})),
         ("peft-lora", Setting("stats", {"masks": "bit"})),
     ],
 )
-def test_each_lean_setting_has_the_predicted_peak_in_a_real_step(method: str, setting: Setting) -> None:
+def test_each_lean_setting_has_the_predicted_peak_in_a_real_step(
+    method: str, setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layers, "_MAX_BLOCK_ELEMENTS", 1 << 15)  # so that blocks are split
     step = {"batch_size": 4, "image_size": 64}
     place = {"target_modules": "dense"} if method.endswith("lora") else {}
     cost = analysis.analyse(
@@ -219,7 +224,8 @@ class Costs:
         place, lean = adapter.get("target_modules"), options["lean"]
         self.asked.append((method, place, lora_rank, str(Setting(adapter["norm"], lean))))
         layers = {None: 2, "project": 2, "dense": 3, "all-conv": 4}[place]
-        saved = {False: 0, "depthwise": 1, True: 3}[lean.get("recompute", False)] + 3 * lean.get("checkpoint", 0)
+        saved = {False: 0, "depthwise": 1, True: 3}[lean.get("recompute", False)]
+        saved += lean.get("split_blocks", 0) + 2 * lean.get("checkpoint", 0)
         mib = 10 * layers + (lora_rank or 0) - saved
         profile = StepProfile(
             process_index=0,
@@ -251,7 +257,7 @@ def test_each_option_has_the_fewest_lean_options_that_fit(tiny_backbone: nn.Modu
         "head": ("frozen", "default"),
         "lora, project, rank 1": ("frozen", "default"),
         "lora, project, rank 8": ("frozen", "recompute=depthwise"),
-        "lora, dense, rank 1": ("frozen", "recompute, checkpoint"),
+        "lora, dense, rank 1": ("frozen", "recompute, split_blocks"),
     }
     # No accuracy is known, so most trained parameters come first.
     assert [option.name for option in plan.fitting][:2] == ["lora, project, rank 8", "lora, dense, rank 1"]
@@ -261,15 +267,15 @@ def test_each_option_has_the_fewest_lean_options_that_fit(tiny_backbone: nn.Modu
     ]
     asked = [entry[1:] for entry in costs.asked if entry[0] == "lora"]
     # The search starts from the setting that a part of the layers, or a lower rank, needed.
-    default, depthwise, recompute, checkpoint = (
-        f"norm frozen, lean {text}" for text in ("default", "recompute=depthwise", "recompute", "recompute, checkpoint")
-    )
+    texts = ("default", "recompute=depthwise", "recompute", "recompute, split_blocks")
+    default, depthwise, recompute, split = (f"norm frozen, lean {text}" for text in texts)
+    checkpoint = f"{split}, checkpoint"
     assert asked == [
         ("project", 1, default),
         *(("project", 8, setting) for setting in (default, depthwise)),
-        *(("dense", 1, setting) for setting in (default, depthwise, recompute, checkpoint)),
-        ("dense", 8, checkpoint),
-        ("all-conv", 1, checkpoint),
+        *(("dense", 1, setting) for setting in (default, depthwise, recompute, split)),
+        *(("dense", 8, setting) for setting in (split, checkpoint)),
+        *(("all-conv", 1, setting) for setting in (split, checkpoint)),
     ]
 
 
@@ -292,7 +298,7 @@ def test_networks_without_checkpointing_are_planned_without_it(
 ) -> None:
     monkeypatch.delattr(type(tiny_backbone), "set_grad_checkpointing")
     find_plan(tiny_backbone, Budget(memory_bytes=0), methods=["head"])
-    tried = ("default", "recompute=depthwise", "recompute")
+    tried = ("default", "recompute=depthwise", "recompute", "recompute, split_blocks")
     assert [entry[3] for entry in costs.asked] == [f"norm frozen, lean {options}" for options in tried]
 
 

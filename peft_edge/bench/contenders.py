@@ -26,6 +26,8 @@ LEAN_FROZEN = {**LEAN, "inplace_norm": True}
 LEAN_RECOMPUTE = {**LEAN_FROZEN, "recompute": True}
 """Arguments of `prepare_model_for_lean_training` for any network. Outputs of cheap convolutions are also recomputed in
 the backward pass."""
+LEAN_SPLIT = {**LEAN_RECOMPUTE, "split_blocks": True}
+"""Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm. Needs the least memory."""
 
 
 @dataclass(frozen=True)
@@ -184,9 +186,15 @@ CONTENDERS: dict[str, Contender] = {
     "lora-stats-recompute": Contender("our LoRA, dense, lean, recompute", _stats("lora", LEAN_RECOMPUTE)),
     "lora-stats-checkpoint": Contender("our LoRA, dense, lean, checkpointed", _checkpointed(_stats("lora"))),
     "lora-plain": Contender("our LoRA, dense, frozen norms, not lean", _frozen("lora", "dense", None)),
+    "lora-compile": Contender(
+        "our LoRA, dense, frozen norms, compiled", _frozen("lora", "dense", None), is_compiled=True
+    ),
     "lora-dense": Contender("our LoRA, dense, frozen norms, lean", _frozen("lora", "dense")),
     "lora-recompute": Contender(
         "our LoRA, dense, frozen norms, lean, recompute", _frozen("lora", "dense", LEAN_RECOMPUTE)
+    ),
+    "lora-split": Contender(
+        "our LoRA, dense, frozen norms, lean, recompute, split", _frozen("lora", "dense", LEAN_SPLIT)
     ),
     "lora-checkpoint": Contender(
         "our LoRA, dense, frozen norms, lean, checkpointed", _checkpointed(_frozen("lora", "dense"))
@@ -196,6 +204,9 @@ CONTENDERS: dict[str, Contender] = {
         "our LoRA, all convolutions, frozen norms, lean, recompute=depthwise",
         _frozen("lora", "all-conv", {**LEAN_FROZEN, "recompute": "depthwise"}),
     ),
+    "lora-all-conv-split": Contender(
+        "our LoRA, all convolutions, frozen norms, lean, recompute, split", _frozen("lora", "all-conv", LEAN_SPLIT)
+    ),
     "lora-project": Contender("our LoRA, project, frozen norms, lean", _frozen("lora", "project")),
     "lora-fa-project": Contender("our LoRA-FA, project, frozen norms, lean", _frozen("lora-fa", "project")),
     "dora-dense": Contender("our DoRA, dense, frozen norms, lean", _frozen("dora", "dense")),
@@ -203,5 +214,5 @@ CONTENDERS: dict[str, Contender] = {
 """A dict from names to contenders. Contenders that do not use this package come first.
 
 In training, BatchNorm uses the statistics of the batch unless the label says otherwise. In labels, `checkpointed` means
-timm's gradient checkpointing, `compiled` means `torch.compile`, and `eval norms` means that BatchNorm layers are in
-eval mode."""
+timm's gradient checkpointing, `compiled` means `torch.compile`, `split` means
+`split_blocks` of lean training, and `eval norms` means that BatchNorm layers are in eval mode."""

@@ -50,8 +50,8 @@ CONTENDERS = [
     *("peft-dora", "lycoris-locon", "loralib"),
     *("full-lean", "full-recompute", "galore", "galore-lean", "galore-recompute", "peft-lora-lean"),
     *("lora-stats", "lora-stats-recompute", "lora-stats-checkpoint"),
-    *("lora-plain", "lora-dense", "lora-recompute", "lora-checkpoint", "lora-all-conv"),
-    "lora-all-conv-depthwise",
+    *("lora-plain", "lora-compile", "lora-dense", "lora-recompute", "lora-split", "lora-checkpoint"),
+    *("lora-all-conv", "lora-all-conv-depthwise", "lora-all-conv-split"),
     *("lora-project", "lora-fa-project", "dora-dense"),
 ]
 NORMS = ("frozen", "recalibrate", "stats", "affine")

@@ -296,6 +296,9 @@ class LeanConfig(Section):
     """Convolutions whose outputs are not saved in the forward pass, but recomputed in the backward pass. true: all
     cheap convolutions, which have at most 100 products per output element. depthwise: only depthwise convolutions.
     false: no convolutions."""
+    split_blocks: bool = False
+    """Run inverted residual blocks with large feature maps on a few samples at a time. Requires that `norm` is frozen
+    or recalibrate. Saves memory, often also time, but changes outputs by rounding."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 
@@ -412,6 +415,9 @@ def conflicts(config: RunConfig) -> Iterator[tuple[str, str]]:
     if lean.enabled and lean.inplace_norm and not lean.recompute and config.norm in ("stats", "affine"):
         advice = "set it to frozen or recalibrate, or set lean.recompute"
         yield "lean.inplace_norm", f"needs frozen BatchNorm, and norm is {config.norm}: {advice}"
+    if lean.enabled and lean.split_blocks and config.norm in ("stats", "affine"):
+        advice = "set it to frozen or recalibrate, or unset lean.split_blocks"
+        yield "lean.split_blocks", f"needs frozen BatchNorm, and norm is {config.norm}: {advice}"
     if config.hub.repo_id is not None and config.method == "none":
         yield "hub.repo_id", "is set, and method none produces nothing to push: unset it, or choose a method"
 

@@ -53,10 +53,9 @@ Recomputed = bool | Literal["depthwise"]
 # The output of a convolution is recomputed only if the convolution takes at most this many products per output element.
 _MAX_RECOMPUTED_PRODUCTS = 100
 
-# With `recompute`, the largest feature map inside a block has about this many elements, or belongs to this many samples.
-# On the measured CPUs, smaller parts were not faster. With one or two samples, some convolutions rounded differently.
+# With `split_blocks`, the largest feature map inside a block has about this many elements. On the measured CPUs,
+# smaller parts of the batch were not faster.
 _MAX_BLOCK_ELEMENTS = 1 << 22
-_MIN_BLOCK_SAMPLES = 4
 
 # torch's pooling layers save their input, even if they need only its shape.
 _POOLS = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d)
@@ -248,40 +247,37 @@ class LeanMaxPool(nn.MaxPool2d):
 class LeanBlock(nn.Module):
     """An inverted residual block that runs on a few samples at a time, if its feature maps are large.
 
-    The block expands its input to several times as many channels. If no layer of the block mixes samples, the block may
-    run on a part of the batch, and then on the next part. Only one part of the expanded feature map is then in memory,
-    in the forward pass and in the backward pass. The outputs of the parts are concatenated.
+    The block expands its input to several times as many channels. If no layer of the block mixes samples, the block can
+    run on one part of the batch after another. Only one part of the expanded feature map is then in memory, in the
+    forward pass and in the backward pass. The outputs of the parts are concatenated.
 
-    BatchNorm in training mode mixes samples. With dropout, the parts would draw other random numbers than the batch.
-    In both cases, and if a hook of a layer would see the parts, the block runs on the whole batch.
+    BatchNorm in training mode mixes samples, and dropout draws other random numbers for parts than for the whole batch.
+    In these cases, or if the hook of a layer would see only a part, the block runs on the whole batch.
     """
 
-    recompute: Recomputed = False
-    """The argument `recompute` of `prepare_model_for_lean_training`. If False, the block runs on the whole batch."""
+    split_blocks: bool = False
+    """The argument `split_blocks` of `prepare_model_for_lean_training`."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the same output as `super().forward(x)`, but with less memory for temporary tensors, if possible."""
+        """Return `super().forward(x)`, computed for one part of the batch after another, if possible."""
         forward = super().forward
-        num_parts = self._num_parts(x)
-        if num_parts <= 1:
+        if (num_parts := self._num_parts(x)) <= 1:
             return forward(x)
         samples, larger = divmod(len(x), num_parts)
         sizes = [samples + 1] * larger + [samples] * (num_parts - larger)
         return torch.cat([forward(part) for part in x.split(sizes)])
 
     def _num_parts(self, x: Tensor) -> int:
-        """Return the number of parts into which `forward` splits the batch x; 1 or less if it does not split x."""
-        # On other devices, small parts do not use all cores, and the layers may use other algorithms for them.
-        if not self.recompute or torch.compiler.is_compiling() or not needs_backward() or x.device.type != "cpu":
+        """Return the number of parts into which `forward` splits the batch x."""
+        if not self.split_blocks or torch.compiler.is_compiling() or not needs_backward():
             return 1
         channels = max(conv.out_channels for conv in self.modules() if isinstance(conv, nn.Conv2d))
-        elements = len(x) * channels * x[0, 0].numel()
-        num_parts = min(math.ceil(elements / _MAX_BLOCK_ELEMENTS), len(x) // _MIN_BLOCK_SAMPLES)
-        return 1 if num_parts > 1 and any(map(_needs_whole_batch, self.children())) else num_parts
+        num_parts = min(math.ceil(channels * x[:, 0].numel() / _MAX_BLOCK_ELEMENTS), len(x))
+        return 1 if any(map(_needs_whole_batch, self.children())) else num_parts
 
 
 def _needs_whole_batch(module: nn.Module) -> bool:
-    """Return whether a module mixes samples, draws random numbers, or is observed by code that expects whole batches."""
+    """Return whether a module mixes samples or draws random numbers, or a hook observes its inputs or outputs."""
     if is_observed(module):
         return True
     # The BatchNorm layers of this package's adapters state which statistics they use.
@@ -289,7 +285,7 @@ def _needs_whole_batch(module: nn.Module) -> bool:
         return uses_batch_statistics or any(map(is_observed, module.modules()))
     # All layers with running statistics have `running_var`. Dropout layers have `p`, and drop path has `drop_prob`.
     mixes = hasattr(module, "running_var") and (module.training or module.running_var is None)
-    is_random = module.training and (getattr(module, "p", 0) or getattr(module, "drop_prob", 0))
+    is_random = module.training and (getattr(module, "p", 0.0) or getattr(module, "drop_prob", 0.0))
     return bool(mixes or is_random) or any(map(_needs_whole_batch, module.children()))
 
 

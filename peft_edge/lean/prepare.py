@@ -32,7 +32,7 @@ from peft_edge.roles import meta_copy
 Model = TypeVar("Model", bound=nn.Module)
 
 # Attributes that `prepare_model_for_lean_training` sets on lean layers.
-_LEAN_ATTRIBUTES = ("inplace_norm", "recompute", "masks", "consumers", "feeds_product")
+_LEAN_ATTRIBUTES = ("inplace_norm", "recompute", "masks", "consumers", "feeds_product", "split_blocks")
 
 
 def prepare_model_for_lean_training(
@@ -41,6 +41,7 @@ def prepare_model_for_lean_training(
     inplace_norm: bool = False,
     masks: Masks = "byte",
     recompute: Recomputed = False,
+    split_blocks: bool = False,
     checkpoint: bool = False,
 ) -> Model:
     """Make the layers of a convolutional network save only what the backward pass needs.
@@ -74,6 +75,9 @@ def prepare_model_for_lean_training(
         recompute: The convolutions whose outputs are not saved, but recomputed in the backward pass. "depthwise"
             selects the depthwise convolutions. True selects all convolutions with at most 100 products per output
             element.
+        split_blocks: Whether timm's inverted residual blocks run on a few samples at a time if their feature maps are
+            large. Only blocks whose norms are frozen can do this. Outputs are then equal up to rounding, because the
+            convolutions of torch may add in another order for a smaller batch.
         checkpoint: Whether to switch on timm's gradient checkpointing, which runs the forward pass of each block again
             in the backward pass. The running statistics of BatchNorm still count each batch once.
 
@@ -110,7 +114,9 @@ def prepare_model_for_lean_training(
             module.masks = masks
             module.consumers = tuple(refs[consumer] for consumer in consumers.get(name, ()) if consumer in refs)
             module.feeds_product = PRODUCT in consumers.get(name, ())
-        elif isinstance(module, (LeanConvolution, LeanBlock)):
+        elif isinstance(module, LeanBlock):
+            module.split_blocks = split_blocks
+        elif isinstance(module, LeanConvolution):
             module.recompute = recompute
     if inplace_norm:
         for conv, pair in _find_inplace_norms(model, consumers, refs):

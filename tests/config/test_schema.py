@@ -74,6 +74,10 @@ def test_an_untrained_source_is_refused_but_a_pretrained_one_is_not(errors_of: E
             "training.max_grad_norm: needs all gradients at once",
         ),
         (
+            ["data.shift=blend", "norm=stats", "lean.split_blocks=true"],
+            "lean.split_blocks: needs frozen BatchNorm, and norm is stats",
+        ),
+        (
             ["data.shift=blend", "norm=stats", "lean.inplace_norm=true"],
             "lean.inplace_norm: needs frozen BatchNorm, and norm is stats",
         ),

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from peft_edge import ConvAdapterConfig, ConvLoraConfig
 from peft_edge.functional import lowrank, recompute
-from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean import layers, prepare_model_for_lean_training, undo_lean_training
 from peft_edge.profiling import track_memory
 from tests.lean.support import outcome
 
@@ -81,9 +81,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "recompute": {"recompute": True, "inplace_norm": True},
     "depthwise": {"recompute": "depthwise", "inplace_norm": True},
     "checkpoint": {"checkpoint": True},
-    "all": {"recompute": True, "inplace_norm": True, "checkpoint": True, "masks": "bit"},
+    "split": {"recompute": True, "inplace_norm": True, "split_blocks": True},
+    "all": {"recompute": True, "inplace_norm": True, "split_blocks": True, "checkpoint": True, "masks": "bit"},
 }
 FORMATS = {"channels_last": torch.channels_last, "contiguous": torch.contiguous_format}
+
+
+@pytest.fixture(autouse=True)
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let `split_blocks` split the small feature maps of these tests."""
+    monkeypatch.setattr(layers, "_MAX_BLOCK_ELEMENTS", 1 << 14)
 
 
 def network(name: str) -> nn.Module:
@@ -121,7 +128,7 @@ def check_exact(name: str, method: str, setting: str, memory_format: torch.memor
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_exact(method: str) -> None:
     index = list(METHODS).index(method)
-    # Each method meets two of the settings, and every setting both memory formats.
+    # Each method meets three of the settings, and every setting both memory formats.
     for number, setting in enumerate(list(SETTINGS)[index % 2 :: 2]):
         memory_format = list(FORMATS.values())[(index // 2 + number) % 2]
         check_exact(SMALL[(index + number) % 2], method, setting, memory_format)
