@@ -285,8 +285,8 @@ def _needs_whole_batch(module: nn.Module) -> bool:
         return uses_batch_statistics or any(map(is_observed, module.modules()))
     # All layers with running statistics have `running_var`. Dropout layers have `p`, and drop path has `drop_prob`.
     mixes = hasattr(module, "running_var") and (module.training or module.running_var is None)
-    is_random = module.training and (getattr(module, "p", 0.0) or getattr(module, "drop_prob", 0.0))
-    return bool(mixes or is_random) or any(map(_needs_whole_batch, module.children()))
+    is_random = module.training and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
+    return mixes or is_random or any(map(_needs_whole_batch, module.children()))
 
 
 class LeanGate(nn.Module):
