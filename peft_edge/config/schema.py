@@ -287,8 +287,8 @@ class LeanConfig(Section):
     """Use lean layers during training. The format of the saved adapter or model does not depend on this key."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
-    that `norm` is frozen or recalibrate, or that `recompute` is set. The default is true if `norm` is frozen or
-    recalibrate, and the model can run on torch's meta device, which is needed to find the layers that use an output.
+    `norm=frozen`, `norm=recalibrate` or `recompute`. The default is true if two conditions hold: `norm` is `frozen` or
+    `recalibrate`, and the model can run on torch's meta device, where the layers that use an output are found.
     Otherwise, the default is false."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
@@ -297,8 +297,8 @@ class LeanConfig(Section):
     cheap convolutions, which have at most 100 products per output element. depthwise: only depthwise convolutions.
     false: no convolutions."""
     split_blocks: bool = False
-    """Run inverted residual blocks with large feature maps on a few samples at a time. Requires that `norm` is frozen
-    or recalibrate. Saves memory, often also time, but changes outputs by rounding."""
+    """Run inverted residual blocks with large feature maps on a few samples at a time. Requires `norm=frozen` or
+    `norm=recalibrate`. Saves memory, often also time, but changes outputs by rounding."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
 

@@ -141,7 +141,8 @@ def read_configuration(path: Path) -> PeftConfig:
 def _check_values(path: Path, config_class: type[PeftConfig], found: dict[str, object]) -> None:
     """Raise a ValueError if `found` has an unknown or unsafe key or value.
 
-    `found` is the JSON object in the file `path`. `config_class` is PEFT's class for such a configuration.
+    `found` is the configuration of an adapter, read from the JSON file `path`. `config_class` is the PEFT class of this
+    configuration.
     """
     # Imported here to keep the import of the package fast.
     from pydantic import TypeAdapter, ValidationError

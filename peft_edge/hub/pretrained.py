@@ -175,9 +175,9 @@ def _download(
 
 
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
-    """Load the backbone of the adapter in `folder`: from `source_model`, from a local folder, or from the Hub.
+    """Load the backbone of the adapter in `folder`.
 
-    `is_local` is False if `folder` was downloaded from the Hub. If the configuration names only a timm architecture,
+    The backbone is in the subfolder `source_model`, in another local folder, or on the Hub. `is_local` is False if `folder` was downloaded from the Hub. If the configuration names only a timm architecture,
     the adapter was trained on random weights that were not saved. In this case, warn, and return a model with other
     random weights.
     """

@@ -79,7 +79,9 @@ class InplaceNorm(NamedTuple):
         """
         convs, norms = self.conv.path_below(self.norm), self.norm.path_below(self.conv)
         found = [module for module in (*convs, *norms) if module is not None]
-        if len(found) < len(convs) + len(norms) or any(is_observed(m) or is_observed(base_layer(m)) for m in found):
+        if len(found) < len(convs) + len(norms) or any(
+            exposes_tensors(m) or exposes_tensors(base_layer(m)) for m in found
+        ):
             return None
         return found[len(convs) - 1], found[-1]
 
@@ -122,12 +124,12 @@ def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
 def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
     """Return the mark that allows `norm` to overwrite y: id of `norm`, version of y, grad mode, saved-tensor hooks."""
     # Gradient checkpointing that starts between the convolution and the norm saves y, so the norm must not overwrite y.
-    # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark contains only the id of
-    # the norm, because the norm itself would be pickled with the tensor.
+    # Checkpointing changes the hooks or the grad mode, which makes the mark invalid. The mark is an attribute of y and
+    # is pickled with y. It therefore contains the id of the norm instead of the norm.
     return id(norm), version_of(y), torch.is_grad_enabled(), saved_tensors_hook()
 
 
-def is_observed(layer: nn.Module) -> bool:
+def exposes_tensors(layer: nn.Module) -> bool:
     """Return whether other code, such as a hook, may read the input or output of a layer."""
     # PEFT's `AuxiliaryTrainingWrapper` forwards attributes to one copy of a layer, but may run another copy.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -39,7 +39,7 @@ from peft_edge.functional.activations import (
 from peft_edge.functional.batch_norm import batch_norm, frozen_batch_norm
 from peft_edge.functional.convolution import lean_convolution, needs_backward, pad
 from peft_edge.functional.recompute import get_recompute
-from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, is_observed, is_overwritable, mark_overwritable
+from peft_edge.lean.inplace_norm import InplaceNorm, ModuleRef, exposes_tensors, is_overwritable, mark_overwritable
 from peft_edge.roles import is_depthwise
 
 Function = Callable[..., object]
@@ -202,8 +202,8 @@ class LeanClippedActivation(nn.Module):
         """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x):
             return super().forward(x)
-        # If x can be recomputed, so can the output of this layer. The next layers then do not save the output, so a
-        # mask takes less memory than the output.
+        # If x can be recomputed, so can the output of this layer, and the next layers do not save the output. Saving
+        # the output here would then take memory that a mask does not.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, type(self).function, upper=self.upper, keep=keep, inplace=self.inplace)
@@ -278,11 +278,11 @@ class LeanBlock(nn.Module):
 
 def _needs_whole_batch(module: nn.Module) -> bool:
     """Return whether a module mixes samples or draws random numbers, or a hook observes its inputs or outputs."""
-    if is_observed(module):
+    if exposes_tensors(module):
         return True
     # The BatchNorm layers of this package's adapters state which statistics they use.
     if (uses_batch_statistics := getattr(module, "uses_batch_statistics", None)) is not None:
-        return uses_batch_statistics or any(map(is_observed, module.modules()))
+        return uses_batch_statistics or any(map(exposes_tensors, module.modules()))
     # All layers with running statistics have `running_var`. Dropout layers have `p`, and drop path has `drop_prob`.
     mixes = hasattr(module, "running_var") and (module.training or module.running_var is None)
     is_random = module.training and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
