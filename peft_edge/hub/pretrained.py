@@ -177,9 +177,9 @@ def _download(
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
     """Load the backbone of the adapter in `folder`.
 
-    The backbone is in the subfolder `source_model`, in another local folder, or on the Hub. `is_local` is False if `folder` was downloaded from the Hub. If the configuration names only a timm architecture,
-    the adapter was trained on random weights that were not saved. In this case, warn, and return a model with other
-    random weights.
+    The backbone is in the subfolder `source_model`, in another local folder, or on the Hub. `is_local` is False if
+    `folder` was downloaded from the Hub. If the configuration names only a timm architecture, the adapter was trained
+    on random weights that were not saved. In this case, warn, and return a model with other random weights.
     """
     name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
