@@ -24,10 +24,11 @@ LEAN = {"masks": "bit"}
 LEAN_FROZEN = {**LEAN, "inplace_norm": True}
 """Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm."""
 LEAN_RECOMPUTE = {**LEAN_FROZEN, "recompute": True}
-"""Arguments of `prepare_model_for_lean_training` for any network. Outputs of cheap convolutions are also recomputed in
-the backward pass."""
+"""Arguments of `prepare_model_for_lean_training` for any network. With these arguments, the backward pass recomputes
+the outputs of cheap convolutions."""
 LEAN_SPLIT = {**LEAN_RECOMPUTE, "split_blocks": True}
-"""Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm. Needs the least memory."""
+"""Arguments of `prepare_model_for_lean_training` for a network with frozen BatchNorm. A step takes less memory
+than with any of the arguments above."""
 
 
 @dataclass(frozen=True)
@@ -214,5 +215,5 @@ CONTENDERS: dict[str, Contender] = {
 """A dict from names to contenders. Contenders that do not use this package come first.
 
 In training, BatchNorm uses the statistics of the batch unless the label says otherwise. In labels, `checkpointed` means
-timm's gradient checkpointing, `compiled` means `torch.compile`, `split` means
-`split_blocks` of lean training, and `eval norms` means that BatchNorm layers are in eval mode."""
+timm's gradient checkpointing, `compiled` means `torch.compile`, and `eval norms` means that BatchNorm layers are in
+eval mode. `lean` means lean training. `recompute` and `split` mean its options `recompute` and `split_blocks`."""

@@ -61,8 +61,8 @@ def run_bench(
     counts the FLOPs and the memory of the tensors in a step that is not timed. Then follow the rounds. In each round,
     each contender takes two steps, and the second step is timed. The order of the contenders is reversed after each
     round. If `without_huge_pages` is True, the bench then ends these processes, and repeats the rounds in processes
-    without huge pages. The field `error` of a row contains the reason if the contender cannot be built, if its output
-    differs from the network's output, or if a step or the process of the contender fails.
+    without huge pages. A contender fails if it cannot be built, if its output differs from the network's output, or if
+    one of its steps or its process fails. The field `error` of its row then contains the reason.
 
     Raises:
         ValueError: If the network is unknown, or cannot be trained on images of this size.
@@ -116,7 +116,7 @@ class _Costs(NamedTuple):
     """The measurements of a contender before the first round."""
 
     profile: StepProfile | None
-    """The costs of a step. None if the request was only to build the contender."""
+    """The costs of a step. None if the costs were not requested."""
     compile_s: float | None
     """Seconds of the first step if `torch.compile` compiles the model; otherwise None."""
 
@@ -212,8 +212,8 @@ class _Group:
         """Send a request to a contender's process, and return the reply.
 
         If the contender fails, store the error message in its row, and remove the row's measurements. For a contender
-        that fails or has failed in an earlier call, the reply is a `_Failure`. If the reference fails, raise a
-        RuntimeError.
+        that fails or has failed in an earlier call, the reply is a `_Failure`. If `REFERENCE` (full fine-tuning) fails,
+        raise a RuntimeError.
         """
         row = self.rows[name]
         if row.error:
@@ -314,7 +314,7 @@ def _contend(
                 if steps is None:
                     steps = _Steps(CONTENDERS[name], network, images, int(setting["lora_rank"]))
                     reply = steps.begin(is_counted=request == "build and count")
-                    memory.__enter__()  # also releases free memory
+                    memory.__enter__()  # returns free memory to the system, and starts to measure
                 elif request == "step":
                     gc.collect()  # otherwise Python may collect garbage during the timed step
                     steps.time()  # an untimed step allocates the memory that the timed step reuses

@@ -42,7 +42,7 @@ class BenchRow(JsonModel):
     """FLOPs and memory of a step, and the median times of its phases.
 
     The profile of a compiled step contains only the number of trainable parameters, the times and the memory of the
-    process. `profile` is None if the contender did not run, and in `rows_without_huge_pages`."""
+    process. `profile` is None if the contender did not run, and in rows of `BenchRecord.rows_without_huge_pages`."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
     """The times of the timed steps, one for each round. Empty if the contender did not run."""
     ratio_best: float | None = None
@@ -61,8 +61,9 @@ class BenchRow(JsonModel):
     rss_growth_bytes: int | None = Field(default=None, exclude_if=lambda value: value is None)
     """Peak memory of the process during all rounds, minus the memory of the process before the first round.
 
-    The model and the optimizer's state exist before the first round, so the growth does not include their memory. None
-    in records of earlier versions, if the contender did not run, or if the system cannot reset the peak.
+    The model and the optimizer's state exist before the first round, so the growth does not include their memory. The
+    value is None if the contender did not run, if the system cannot reset its peak counter, or if the row is from
+    an earlier version of this package.
     """
     compile_s: float | None = Field(default=None, exclude_if=lambda value: value is None)
     """Seconds of the first step, in which `torch.compile` compiles the model.

@@ -75,7 +75,7 @@ class Chart(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class Claim:
-    """The result of comparing the records with one claim of the source study (arXiv 2507.23536).
+    """The result of comparing the records of runs or steps with one claim of the source study (arXiv 2507.23536).
 
     Attributes:
         verdict: `AGREED`, `IN_PART`, `NOT_AGREED` or `NOT_MEASURED`.
@@ -203,9 +203,9 @@ def arithmetic_claim(costs: DataFrame) -> Claim:
     steps = steps[steps["family"].isin(STUDY_FAMILIES)]
     accounting = steps["accounting"].replace("source-study", "source study's accounting")
     steps = steps.assign(count=steps["form"] + ", " + accounting)
-    # FLOPs are proportional to the batch size, so one batch size is enough. Take the batch size with the most values of
-    # `count` (pairs of form and accounting). If several batch sizes have equally many values, take the one
-    # with the most steps.
+    # FLOPs are proportional to the batch size, so one batch size is enough. Take the batch size with the most different
+    # values of `count` (pairs of form and accounting). If several batch sizes have equally many different values, take
+    # the one with the most steps.
     coverage = {size: (rows["count"].nunique(), len(rows)) for size, rows in steps.groupby("batch_size", sort=False)}
     steps = steps[steps["batch_size"] == max(coverage, key=lambda size: coverage[size], default=None)]
     adapters = steps[steps["family"] != "galore"]
@@ -243,7 +243,10 @@ def _draw_arithmetic(adapters: DataFrame, path: Path) -> None:
 
 
 def comparable_steps(costs: DataFrame) -> DataFrame:
-    """Return the rows of `costs` that have a reference (a step of full fine-tuning). Leave out the references."""
+    """Return the rows of `costs` that can be compared with a reference, without the references themselves.
+
+    `costs` is the result of `cost_frame`. A reference is a step of full fine-tuning.
+    """
     return costs[~costs["is_reference"] & costs["full_file"].notna()]
 
 

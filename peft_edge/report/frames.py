@@ -1,8 +1,8 @@
 """Convert records to pandas frames, and compute the statistics of the report.
 
-`run_frame` has one row for each run, `change_frame` for each changed kernel, `cost_frame` for each analysed step, and
-`timing_frame` for each timed step. Every row names the file of its record. `variant_frame` summarises the runs over
-their seeds. `archive_frame` has one row for each record, with its settings and results.
+`run_frame` returns one row for each run, `change_frame` one for each changed kernel, `cost_frame` one for each analysed
+step, and `timing_frame` one for each timed step. Every row names the file of its record. `variant_frame` summarises the
+runs over their seeds. `archive_frame` returns one row for each record, with its settings and results.
 
 Paths of files, and the argument `folder` (the folder of the records), are relative to the folder of the report page.
 Without records, a frame is empty.
@@ -34,8 +34,9 @@ NETWORK_KINDS = ("standard", "depthwise", "transformer")
 AS_IS, NOT_LEAN, LEAN, STORED = TRAINING_FORMS = ("as it is", "ours, not lean", "lean", "on stored features")
 """The forms of a training step.
 
-- `AS_IS`: without lean training. Full fine-tuning, GaLore, PEFT's own adapters, and all methods for transformers.
-- `NOT_LEAN`: without lean training. The other methods of this package.
+- `AS_IS`: without lean training, if the method is full fine-tuning, GaLore or one of PEFT's own adapters, or if the
+  network is a transformer.
+- `NOT_LEAN`: without lean training, in all other cases.
 - `LEAN`: after `prepare_model_for_lean_training`.
 - `STORED`: on stored outputs of the frozen first layers.
 """
@@ -53,7 +54,7 @@ CONTEST = ["task", "backbone"]
 """The report compares two variants (method and rank) only if they have the same values in these columns."""
 
 STANDARD_ERRORS = 2
-"""The mean of paired differences is clear if it is more than this many standard errors from zero."""
+"""The mean of paired differences counts as clear if it is more than this many standard errors from zero."""
 
 _TASK_SETTINGS = ("backbone.", "data.", "source.")
 # Settings that belong to the training, although their keys begin with `data.`.
@@ -71,8 +72,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     Columns:
         name, file: Path of the record. `name` is relative to the folder of the records, and `file` is relative to the
             folder of the report page.
-        task: Name of the data set, and name of the shift or `new classes`. Then follow the settings of the task that
-            differ among runs with the same two names and the same network.
+        task: Name of the data set, and what changes in the target domain: the name of the shift, or `new classes`. Then
+            follow the settings of the task that differ among runs with the same two names and the same network.
         backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
         method: Key of `METHODS`, followed by the settings that differ among runs with the same key, rank, task and
             network.
@@ -102,7 +103,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     frame = DataFrame(rows).astype({"lora_rank": "Int64", **dict.fromkeys(numbers, float)})
     frame["name"] = list(archive.finished)
     frame["file"] = [posixpath.join(folder, name) for name in archive.finished]
-    # A run that trains only the head records no changed convolutions, so use all runs of a network to find its kind.
+    # If a run trains only the head, its record does not contain the kinds of the convolutions. Therefore the kind of a
+    # network is found from the records of all its runs.
     kinds = frame.groupby("backbone")["kinds"].agg(lambda of_runs: set().union(*of_runs)).to_dict()
     frame["kind"] = [
         "depthwise" if "depthwise" in kinds[name] else "standard" if kinds[name] else "unknown"
@@ -210,10 +212,11 @@ def variant_frame(runs: DataFrame) -> DataFrame:
 
 
 def pooled_frame(runs: DataFrame) -> DataFrame:
-    """Return one row for each task, kind of network and variant, with paired differences over all networks and seeds.
+    """Return one row for each task, kind of network and variant (method and rank).
 
-    The columns `task`, `kind`, `variant`, `records`, `to_full_...` and `to_head_...` are those of `variant_frame`. The
-    column `backbone` has texts such as `all depthwise networks`. Networks of unknown kind are omitted.
+    A row summarises paired differences over all networks of this kind and all seeds. The columns `task`, `kind`,
+    `variant`, `records`, `to_full_...` and `to_head_...` are those of `variant_frame`. The column `backbone` has texts
+    such as `all depthwise networks`. Networks of unknown kind are omitted.
     """
     frames = [DataFrame()]
     for (task, kind), members in runs[runs["kind"] != "unknown"].groupby(["task", "kind"]):
@@ -287,12 +290,15 @@ def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
 
 
 def cost_frame(archive: Archive, folder: str = "") -> DataFrame:
-    """Return one row for each analysed step, sorted by kind, network, batch size, accounting, form and method.
+    """Return one row for each analysed training step, sorted by kind, network, batch size, accounting, form and method.
+
+    The memory and the FLOPs of an analysed step were computed from tensor shapes.
 
     Columns:
         file: Path of the record, relative to the folder of the report page.
         kind, network: Fields of the record.
-        batch_size, image_size, sequence_length, accounting, lora_rank: Entries of the record's `setting`.
+        batch_size, image_size, sequence_length, accounting, lora_rank: Entries of the record's `setting`. The
+            accounting is the rule by which FLOPs were counted.
         family: Method without `peft-`, because PEFT's LoRA and our LoRA are the same method.
         form: One of `TRAINING_FORMS`.
         variant: Family, followed by the settings that differ among steps with the same family, form, network, batch
@@ -371,7 +377,7 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
         lowest, highest: Smallest and largest ratio of all rounds.
         peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step, and if the contender failed.
         error: First line of the error; empty if the contender ran.
-        process_bytes: Growth of the physical memory of the process in the timed steps.
+        process_bytes: Growth of the physical memory of the contender's process in the timed steps.
         compile_s: Seconds of the first step of a compiled contender.
         ratio_without_huge_pages: The same quantity as `ratio`, measured without huge pages.
 
@@ -426,9 +432,9 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
     """Return one row with the settings and results of each record, including the records of failed runs.
 
-    The row of a run has its configuration, except `output_dir` and `cache_dir`. It also has the last entry of its
-    metrics (the test results), the step profile of its first process, and the median kernel changes for each kind of
-    convolution.
+    The row of a training run has the configuration of the run, except `output_dir` and `cache_dir`. It also has the
+    test results (the last entry of the run's metrics), the step profile of the run's first process, and the median
+    kernel changes for each kind of convolution.
     """
     found = {name: _all_of_run(record) for name, record in archive.runs.items()}
     found |= {name: _all_of_cost(record) for name, record in archive.costs.items()}

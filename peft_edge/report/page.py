@@ -36,12 +36,13 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
     report do not change.
 
     Args:
-        records: Folder with the records of runs and analyses.
+        records: Folder with records: JSON files with the results of training runs or of analysed training steps.
         out: The folder to write to. It receives the page `README.md`, the file `data.csv` with a row for each record,
-            the folder `claims` with the full table of each section, and the folder `figures` with PNG and SVG files. It
+            the folder `claims` with a CSV file for each section, and the folder `figures` with PNG and SVG files. It
             also receives `photographs.md` if any run used a data set that is not one of the embedded benchmarks
             (`EMBEDDED`).
-        bench: Folder with records of `peft-edge bench`. If it is None, the page contains no measured times.
+        bench: Folder with records of `peft-edge bench`, which times training steps. If `bench` is None, the page
+            contains no measured times.
 
     Returns:
         The paths of the written files.
@@ -83,14 +84,15 @@ def make_report(
 ) -> tuple[dict[str, str], dict[str, DataFrame], dict[str, claims.Chart]]:
     """Return the pages, the CSV tables and the figures of the report as three dicts with file names as keys.
 
-    The names of tables and figures have no suffix. `measured` is a dict from paths to records of `peft-edge bench`.
-    These paths and `folder`, the folder of the records, are relative to the folder of the pages. `command` is the shell
-    command that creates the report. The page shows this command.
+    The names of tables and figures have no suffix. `archive` contains the records of runs and analysed steps, and
+    `folder` is their folder. `measured` is a dict from paths to records of `peft-edge bench`. `folder` and these paths
+    are relative to the folder of the pages. `command` is the shell command that creates the report. The page shows this
+    command.
     """
     runs, costs = frames.run_frame(archive, folder), frames.cost_frame(archive, folder)
     timings, real = frames.timing_frame(measured), photographs(archive, runs)
-    # Runs with `is_real` (on other data sets than the embedded benchmarks) have their own section, so the other
-    # sections leave them out. If all runs have `is_real`, the other sections contain them, too.
+    # If `is_real` is True, the data set of the run is not one of the embedded benchmarks. Such runs have their own
+    # section, so the other sections leave them out. If there are no other runs, all sections contain them.
     if not runs.empty and not runs["is_real"].all():
         runs = runs[~runs["is_real"]]
     variants = frames.variant_frame(runs)

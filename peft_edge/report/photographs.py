@@ -33,8 +33,8 @@ class Photographs:
         claims: A dict from the names of the sections `accuracy`, `updates` and `choice` to their claims. These claims
             are computed only from the runs of this section.
         retention: A text that compares runs with `norm=frozen` and runs with `norm=stats`: how much of the accuracy on
-            the source domain they retain, and their accuracy on the target domain. Empty if no method was run with both
-            values of `norm`.
+            the source domain their updates retain, and how accurate they are on the target domain. Empty if no method
+            was run with both values of `norm`.
         tables: A dict of tables with a row for each variant (method and rank). The keys have the form
             "<task>, <network>".
         data: A row for each task, network and variant, with means, standard errors and the files of the records.
@@ -128,7 +128,9 @@ _SHORTER = {
 
 
 def short_labels(variants: list[str]) -> list[str]:
-    """Shorten the names of variants, which contain settings. If two short names are equal, return `variants` unchanged.
+    """Shorten the names of variants. Such a name contains the method, some settings and the rank.
+
+    If two shortened names would be equal, return `variants` unchanged.
 
     >>> short_labels(["lora, lean.enabled=True, norm=frozen, training.learning_rate=[0.003], rank 4", "full"])
     ['lora, norm=frozen, lr 0.003, rank 4', 'full']

@@ -1,4 +1,7 @@
-"""Compare training runs with claims of the source study on accuracy, kernel changes and the choice of a method."""
+"""Compare training runs with claims of the source study (arXiv 2507.23536).
+
+The claims are about accuracy, kernel changes and the choice of a method.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +67,7 @@ def accuracy_claim(runs: DataFrame, variants: DataFrame) -> Claim:
 
 
 def _compare_with_full(variants: DataFrame) -> Claim:
-    """Compare full fine-tuning with the best of all variants of LoRA, DoRA and GaLore, on each task and network."""
+    """Compare full fine-tuning with the best of LoRA, DoRA and GaLore at any rank, on each task and network."""
     study = variants[variants["family"].isin(STUDY_FAMILIES)]
     best = study.loc[study.groupby(CONTEST)["score"].idxmax()].dropna(subset="to_full_error")
     if best.empty:
@@ -90,10 +93,10 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return a table of scores in %, with a row for each variant and a column for each pair of task and network.
+    """Return a table of scores in %: a row for each variant (method and rank), a column for each task and network.
 
-    Scores that cannot be distinguished from the best (`is_equal`) are bold. If a variant has fewer seeds than another
-    variant of the same task and network, its cell ends with the number of seeds in brackets.
+    In each column, the scores that cannot be distinguished from the best score (`is_equal`) are bold. If a variant has
+    fewer seeds than another variant of the same task and network, its cell ends with the number of seeds in brackets.
     """
     cells = []
     for row in variants.itertuples():
@@ -255,11 +258,12 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 
 
 def decision_table(variants: DataFrame) -> DataFrame | None:
-    """Return a table of recommended methods: a row for each task and network, a column for accuracy and for each cost.
+    """Return a table of recommended methods, with a row for each task and network.
 
-    The column of accuracy holds the variant (method and rank) with the best score. The column of a cost holds the
-    cheapest candidate. A candidate is a variant whose costs were measured, and whose score cannot be distinguished from
-    the best (`is_equal`). Pairs of task and network without candidates are omitted. Return None if no pair remains.
+    The table has a column for accuracy and one column for each cost: peak memory, FLOPs and saved bytes. The
+    column of accuracy holds the variant (method and rank) with the best score. The column of a cost holds the cheapest
+    candidate. A candidate is a variant whose costs were measured, and whose score cannot be distinguished from the best
+    score (`is_equal`). Pairs of task and network without candidates are omitted. Return None if no pair remains.
     """
     rows = []
     for (task, backbone), contest in variants.groupby(CONTEST) if not variants.empty else ():

@@ -62,8 +62,8 @@ def check_adaptation(config: RunConfig, task: Task) -> None:
 
     Raises:
         ValueError: If the method or `training.replay` does not fit the backbone. If a target has fewer training images
-            than `training.batch_size` (except for method none). If `Method.prepare` returns no PEFT model, although
-            `Method.saves_full_model` is False (except for method none).
+            than `training.batch_size`. If `Method.prepare` returns no PEFT model, although `Method.saves_full_model` is
+            False. The last two errors are not raised for `method="none"`.
     """
     method, settings = find_method(config.method), config.training
     backbone = new_backbone(config, task.source.num_classes)
@@ -106,7 +106,7 @@ class TrainedCandidate(BaseModel):
     learning_rate: float | None  # None if `Method.optimizer` is None
     validation_accuracy: float  # measured after the last optimizer step
     num_trainable_params: int
-    train_time: float  # seconds in optimizer steps or, if `learning_rate` is None, in estimating statistics
+    train_time: float  # seconds in optimizer steps; if `learning_rate` is None, in estimating BatchNorm statistics
     costs: TrainingCosts
     metrics: list[dict[str, int | float | None]]  # one dict per epoch: loss, accuracy and time
     profile: list[StepProfile]  # the step profiles of all processes; empty if no step was profiled
@@ -126,16 +126,17 @@ class TrainedCandidate(BaseModel):
 def sweep(
     run: ActiveRun, target: Domain, source: nn.Module, *, increment: int | None = None, previous: Path | None = None
 ) -> tuple[list[TrainedCandidate], list[dict[str, object]]]:
-    """Train a model (a candidate) for every learning rate of the configuration. `source` does not change.
+    """Train a model (a candidate) for every learning rate of the configuration.
 
-    A method without gradients has a single candidate, whose learning rate is None. `increment` is the position of
-    `target` among several targets, counted from 1, or None if there is only one target. `previous` is the folder of the
-    adapter or model that was saved for the previous target, or None for the first target. Candidates that an
-    interrupted run has already finished are read from their folders and not trained again.
+    `source` is the network before adaptation. It does not change. A method without gradients has a single candidate,
+    whose learning rate is None. `increment` is the position of `target` among several targets, counted from 1, or None
+    if there is only one target. `previous` is the folder of the adapter or model that was saved for the previous
+    target, or None for the first target. Candidates that an interrupted run has already finished are read from their
+    folders and not trained again.
 
     Returns:
         The candidates that did not diverge, and one dict for each learning rate. Each dict contains the learning rate,
-        and the validation accuracy or the message of the `DivergedError`. The record stores the dicts in
+        and the validation accuracy or the message of the `DivergedError`. The record of the run contains these dicts in
         `TrainInfo.sweep`.
 
     Raises:
@@ -174,11 +175,11 @@ def sweep(
 def _adapt(
     run: ActiveRun, target: Domain, source: nn.Module, learning_rate: float | None, name: str, previous: Path | None
 ) -> TrainedCandidate:
-    """Train a model for one target and one learning rate (a candidate), save the model, and return its results.
+    """Train a candidate (a model for one target and one learning rate), save its update, and return its results.
 
-    `name` is the name of the candidate's folder. If there is a checkpoint of this candidate, training continues from
-    the newest one. If the folder already exists, an earlier run has finished this candidate, so its results are read
-    from the folder and nothing is trained.
+    The update is the adapter or the whole model. `name` is the name of the candidate's folder. If there are checkpoints
+    of this candidate, training continues from the newest one. If the candidate's folder already exists, an interrupted
+    run has finished this candidate, so its results are read from the folder and nothing is trained.
     """
     config, accelerator = run.config, run.accelerator
     method, folder = find_method(config.method), run.path / "candidates" / name

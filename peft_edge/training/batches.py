@@ -125,7 +125,8 @@ def set_run_preprocessing(config: RunConfig, backbone: nn.Module, task: Task) ->
 def set_epoch(batches: DataLoader, epoch: int) -> None:
     """Set the epoch, which determines the order of the images and their augmentation.
 
-    `batches` must be a plain loader. For a loader that Accelerate has prepared, call its own method `set_epoch`.
+    `batches` must be a plain `DataLoader`. If Accelerate has prepared a loader, call the loader's method `set_epoch`
+    instead.
     """
     cast(EpochSampler, batches.sampler).set_epoch(epoch)
 

@@ -39,7 +39,10 @@ TARGET_BEFORE, SOURCE_BEFORE = f"{TARGET} without update", f"{SOURCE} without up
 
 @dataclass(frozen=True)
 class Predictions:
-    """Predicted and true classes of a split, in the order of the images, gathered from all processes."""
+    """The predicted and the true class of each image of a split, such as the test images of a domain.
+
+    The classes are in the order of the images, and were gathered from all processes.
+    """
 
     predictions: list[int]  # the class with the largest logit; -1 if a logit is not finite
     references: list[int]
@@ -52,7 +55,7 @@ class Predictions:
 
 @torch.no_grad()
 def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator, *, stage: str) -> Predictions:
-    """Predict the class of every image in eval mode, and gather the predictions of all processes.
+    """Predict the class of every image with `model` in eval mode, and gather the predictions of all processes.
 
     `accelerator` must have prepared `batches`. `model` must be on the device of `accelerator`, and stays in eval mode
     after the call. `stage` is the text of the progress bar.
@@ -71,7 +74,7 @@ def predict(model: nn.Module, batches: DataLoader, accelerator: Accelerator, *, 
 
 
 def predict_tests(model: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator) -> list[Predictions]:
-    """Return the predictions for the test split of the source, then for the test split of each target."""
+    """Return the predictions for the test images of the source domain, then for those of each target domain."""
     return [_predict_test(model, config, domain, accelerator) for domain in (task.source, *task.targets)]
 
 
@@ -83,10 +86,11 @@ def _predict_test(model: nn.Module, config: RunConfig, domain: Domain, accelerat
 def predict_source_tests(
     source: nn.Module, config: RunConfig, task: Task, accelerator: Accelerator
 ) -> list[Predictions]:
-    """Return the predictions of the source model for the test splits of the source and of each target.
+    """Return the predictions of the source model for the test images of the source domain and of each target domain.
 
-    Many runs have the same source model, so its predictions are computed once and stored in the cache folder that the
-    runs share. If this folder cannot be written, the predictions are returned without being stored.
+    The source model is the network before adaptation. Many runs have the same source model, so its predictions are
+    computed once and stored in the cache folder that the runs share. If this folder cannot be written, the predictions
+    are returned without being stored.
     """
     found = []
     for domain in (task.source, *task.targets):
@@ -115,7 +119,7 @@ def predict_source_tests(
 
 @contextmanager
 def _locked(file: Path) -> Iterator[bool]:
-    """Lock `file` against other runs during the block, and yield whether the block may write `file`.
+    """Lock `file` against other runs during the `with` block, and yield whether the block may write `file`.
 
     If `file` already contains predictions, take no lock and yield False. If the folder of `file` cannot be written, log
     a warning and yield False.
@@ -143,16 +147,18 @@ def results(predictions: list[list[Predictions]]) -> dict[str, object]:
     """Return the test results of a run as a dict: accuracies, retention, forgetting and a harmonic mean.
 
     `predictions[0]` is the result of `predict_tests` for the source model. `predictions[i]` is the result for the model
-    after adaptation to target i, where targets are counted from 1. For method none, there is only `predictions[0]`. The
-    entry with the key `TARGET` is the accuracy on the test images of all targets together. The entry `harmonic mean` is
-    computed from the final accuracies on the targets and on the source. If there are several targets, the dict also
-    contains the list `accuracies`. Row i of this list contains the accuracies of the model after target i: on the
-    source, then on the targets 1 to i.
+    after adaptation to target i, where targets are counted from 1. With `method="none"`, nothing is adapted, and there
+    is only `predictions[0]`. The entry with the key `TARGET` is the accuracy on the test images of all targets
+    together. The entry `harmonic mean` is computed from the final accuracies on the targets and on the source. If the
+    model was adapted to several targets, the dict also contains the list `accuracies`. Its row 0 contains the accuracy
+    of the source model on the source. Its row i contains the accuracies of the model after adaptation to target i: on
+    the source, then on the targets 1 to i.
     """
     (source_before, *targets_before), (source_after, *targets_after) = predictions[0], predictions[-1]
-    # For method none, the source model is also the final model.
+    # With `method="none"`, the source model is also the final model.
     rows = predictions if len(predictions) > 1 else predictions * 2
-    # Row i contains the accuracies of the model after target i: on the source (column 0), then on the targets 1 to i.
+    # Row i contains the accuracies of the model after adaptation to target i: on the source (column 0), then on the
+    # targets 1 to i.
     accuracies = [[split.accuracy for split in row[: step + 1]] for step, row in enumerate(rows)]
     values: dict[str, object] = {
         TARGET: _pooled(targets_after).accuracy,
@@ -189,6 +195,7 @@ def eval_logits(model: nn.Module, images: Tensor) -> Tensor:
 def check_saved(reloaded: nn.Module, merged: nn.Module | None, images: Tensor, trained: Tensor) -> dict[str, float]:
     """Check that `reloaded` and `merged` compute the same logits for `images` as the trained model.
 
+    `reloaded` was loaded from the files that the run saved. `merged` is a copy of `reloaded` with the adapter merged.
     `trained` contains the logits (B, num_classes) of the trained model for `images`. If `merged` is None or the same
     object as `reloaded`, only `reloaded` is checked.
 
@@ -242,7 +249,7 @@ def kernel_changes(source: nn.Module, updated: nn.Module) -> dict[str, KernelCha
             wide = change if change.shape[0] <= change.shape[1] else change.T
             squares = torch.linalg.eigvalsh(wide @ wide.T)
             norm, rank = change.norm() / old.norm(), squares.sum() / squares[-1]
-            # The record contains two values for every layer, so four digits keep the record small.
+            # The JSON record of the run contains these two values for every changed layer. Four digits keep it small.
             changes[name] = KernelChange(
                 kind=kind, relative_norm=float(f"{norm:.4g}"), stable_rank=float(f"{rank:.4g}")
             )

@@ -51,10 +51,10 @@ def train(
 ) -> tuple[Progress, list[StepProfile]]:
     """Train until `training.epochs` are done, starting from the newest checkpoint if there is one.
 
-    An interrupted and resumed run gives the same weights, bit for bit, as an uninterrupted run. The accelerator must
-    have prepared the first five arguments. `evaluated` is the model to evaluate, and normally the same object as
-    `model`. With latent replay, `model` is only the part that is trained on stored features (`Replay.tail`), and
-    `evaluated` is the whole model. `name` identifies this training run in folders, trackers and the progress bar.
+    An interrupted and resumed run gives the same weights, bit for bit, as an uninterrupted run. The accelerator of
+    `run` must have prepared the first five arguments. `evaluated` is the model to evaluate, and normally the same
+    object as `model`. With latent replay, `model` is only the part that is trained on stored features (`Replay.tail`),
+    and `evaluated` is the whole model. `name` identifies this training run in folders, trackers and the progress bar.
 
     Returns:
         The `Progress`, which contains the measurements of each epoch, and the step profiles of all processes. The list
@@ -185,7 +185,7 @@ def _step(
 
 @contextmanager
 def on_termination(handler: Callable[[int, FrameType | None], object] | signal.Handlers) -> Iterator[None]:
-    """Set `handler` as the handler of SIGTERM inside the block. Outside the main thread, do nothing.
+    """Set `handler` as the handler of SIGTERM inside the `with` block. If called outside the main thread, do nothing.
 
     Python allows only the main thread to set signal handlers.
     """
@@ -201,7 +201,7 @@ def on_termination(handler: Callable[[int, FrameType | None], object] | signal.H
 
 @contextmanager
 def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
-    """Ignore the first SIGTERM inside the block, and yield a function that returns whether this signal has arrived.
+    """Catch the first SIGTERM inside the `with` block. Yield a function that returns whether this signal has arrived.
 
     The caller can thus finish the current step, write a checkpoint, and then exit. A second SIGTERM calls the handler
     that was set before the block. `is_alone` is whether the run has a single process. If `is_alone` is False, SIGTERM

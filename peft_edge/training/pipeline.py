@@ -68,7 +68,7 @@ def run(config: RunConfig) -> Record:
 
 @contextmanager
 def torch_settings(num_threads: int) -> Iterator[None]:
-    """Set torch's number of CPU threads and make cuDNN deterministic inside the block, then restore both settings."""
+    """Set torch's number of CPU threads and make cuDNN deterministic in a `with` block, then restore both settings."""
     before = torch.get_num_threads(), torch.backends.cudnn.deterministic
     torch.set_num_threads(num_threads)
     # A resumed run equals an uninterrupted run bit for bit only if every operation is deterministic.
@@ -81,7 +81,7 @@ def torch_settings(num_threads: int) -> Iterator[None]:
 
 
 def _checked_task(config: RunConfig, accelerator: Accelerator) -> Task:
-    """Load the source and the targets, print their sizes, and check everything that can be checked before training.
+    """Load the source and target images, print a summary, and check everything that can be checked before training.
 
     Raises:
         ValueError: If a file does not exist, or the configuration does not fit the data or the network.
@@ -118,7 +118,8 @@ def _run_stages(run: ActiveRun, task: Task, *, started: float, clock: float) -> 
         source = source_model(config, task, accelerator.device, say=accelerator.print)
         predictions = [predict_source_tests(source, config, task, accelerator)]
 
-        # Adapt to one target after another. For each target, keep the candidate with the best validation accuracy.
+        # Adapt to one target after another. For each target, `sweep` trains one candidate for each learning rate. Keep
+        # the candidate with the best validation accuracy.
         start_trackers(config, accelerator)
         chosen, tried, checks, changes, update = [], [], {}, {}, None
         for number, target in enumerate(task.targets if config.method != "none" else (), start=1):

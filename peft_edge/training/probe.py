@@ -171,8 +171,8 @@ def head_outputs(model: nn.Module, names: list[str]) -> list[int] | None:
     """Return the index of the model's output for each class name in `names`.
 
     Return None if the model has no output for one of the names. If the model has no class names, timm infers from the
-    number of classes whether the model was trained on ImageNet. The names of the outputs are then WordNet ids
-    (`n02123045`) and English words (`tabby`).
+    number of classes whether the model was trained on ImageNet. If so, the names of the outputs are WordNet ids
+    (`n02123045`) and English words (`tabby`). If not, return None.
 
     Example:
         >>> head_outputs(load_backbone("mobilenetv2_035"), ["n02123045", "Tabby", "daisy"])

@@ -38,7 +38,7 @@ class ActiveRun:
 
     @property
     def record(self) -> Record | None:
-        """The record if the run has succeeded, otherwise None. Raises a ValueError if `record.json` is damaged."""
+        """The content of `record.json` if the run has succeeded, otherwise None. A damaged file raises a ValueError."""
         return _success_in(self.path)
 
     @property
@@ -95,13 +95,13 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
 
 @contextmanager
 def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """If a process fails inside the block, end all other processes of the run with exit code 1, and print the reason.
+    """If a process fails in the `with` block, end the other processes of the run with exit code 1. Print the reason.
 
     Some launchers do not end the other processes, which would then wait for the failed process forever. The failed
     process writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this
     file once a second, and ends its process five seconds after it finds the file. A process that raises an error itself
-    in these five seconds, for example in a collective operation, ends with this error instead. If this is the main
-    process, it can therefore still write a record of the failure.
+    in these five seconds, for example in a collective operation, ends with its own error instead. In this case, the
+    main process can still write a record of the failure.
     """
     if accelerator.num_processes == 1:
         yield
@@ -200,7 +200,7 @@ def is_started(config: RunConfig, path: Path) -> bool:
         raise ConfigError(
             "\n  ".join([f"output_dir: {path} holds another run. Choose another folder, or delete it:", *differences])
         )
-    # The different run failed before it had results, for example because of an error in its configuration.
+    # `path` holds a different run, which failed before it had results, for example because its configuration was wrong.
     return False
 
 
@@ -240,7 +240,7 @@ class Progress:
 
     num_processes: int
     step: int = 0  # number of finished optimizer steps
-    train_time: float = 0.0  # seconds in the finished steps or, without gradients, in estimating BatchNorm statistics
+    train_time: float = 0.0  # seconds in the finished steps, or in estimating BatchNorm statistics if there are none
     loading_time: float = 0.0  # seconds in which the finished steps waited for their batches
     validation_time: float = 0.0  # seconds of the validation after finished epochs
     loss_sum: float = 0.0  # sum of the losses of the finished steps in the current epoch
@@ -274,9 +274,9 @@ def save_checkpoint(accelerator: Accelerator, folder: Path, progress: Progress, 
 
 
 def load_checkpoint(accelerator: Accelerator, folder: Path) -> Progress:
-    """Load the newest checkpoint into the objects that `accelerator` prepared, and return the checkpoint's progress.
+    """Load the newest checkpoint in `folder` into the objects that `accelerator` prepared, and return the `Progress`.
 
-    Without a checkpoint, load nothing and return the progress of step 0.
+    If there is no checkpoint, load nothing and return the `Progress` of step 0.
 
     Raises:
         ValueError: If the newest checkpoint is damaged, or was written by a different number of processes.

@@ -1,4 +1,4 @@
-"""Train the source model once, and share it among all runs with the same source configuration."""
+"""Train the source model (the network before adaptation) once, and share it among runs with equal source settings."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ Say = Callable[[str], object]
 
 
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
-    """Set the random seed, and return the backbone with the initial weights of the source model.
+    """Set the random seed, and return the backbone with the weights from which the source model is trained.
 
     If the loaded weights have a different number of classes than `num_classes`, the head is replaced. If
     `backbone.pretrained` or `backbone.checkpoint` is set, a message about the new head is passed to `say`.
@@ -85,8 +85,8 @@ def source_model(config: RunConfig, task: Task, device: torch.device, *, say: Sa
             source=config.source.model_dump(),
         )
         folder = cache_folder(config) / "sources" / key[:16]
-        # A folder that exists is complete, so it is read without a lock. If the cache belongs to another user and is
-        # read-only, no lock file can be created there.
+        # A folder that exists is complete, so it is read without a lock. This also works if the cache is a read-only
+        # folder of another user, where no lock file can be created.
         if not folder.exists():
             folder.parent.mkdir(parents=True, exist_ok=True)
             # The operating system releases this lock even if the process is killed.
@@ -183,7 +183,8 @@ def _save_checkpoint(file: Path, parts: Mapping[str, Any], step: int, device: to
 def _load_checkpoint(file: Path, parts: Mapping[str, Any], device: torch.device) -> int:
     """Load the state dict of each part from `file`, and return the number of finished steps.
 
-    If the file does not exist or cannot be read, load nothing and return 0.
+    `parts` contains the model, the optimizer and the learning rate schedule. If the file does not exist or cannot be
+    read, load nothing and return 0.
     """
     if not file.exists():
         return 0

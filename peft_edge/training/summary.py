@@ -63,10 +63,10 @@ def build_record(
     """Return the record of a run that has succeeded.
 
     `started` is the start of the run in seconds since 1970. `total_time` is in seconds, and None for a resumed run.
-    `predictions` contains the test predictions of the source model, then those of the model after each target. `chosen`
-    contains the best candidate for each target. `tried` contains one dict for each target and learning rate, as
-    returned by `sweep`. `update` is the folder of the saved adapter or model, or None for method none. `checks` is the
-    result of `check_saved`, and `changes` is the result of `kernel_changes`, both for the last target.
+    `predictions` contains the test predictions of the source model, then those of the model after adaptation to each
+    target. `chosen` contains the best candidate for each target. `tried` contains one dict for each target and learning
+    rate, as returned by `sweep`. `update` is the folder of the saved adapter or model, or None for `method="none"`.
+    `checks` is the result of `check_saved`, and `changes` is the result of `kernel_changes`, both for the last target.
     """
     config = run.config
     steps = sum(int(best.metrics[-1]["step"] or 0) for best in chosen)
@@ -146,11 +146,11 @@ def _sum_of(costs: list[TrainingCosts]) -> TrainingCosts | None:
 
 @contextmanager
 def failure_recorded(run: ActiveRun, started: float) -> Iterator[None]:
-    """If the block raises an error, write a record that contains the error, and raise the error again.
+    """If the `with` block raises an error, write a record that contains the error, and raise the error again.
 
     Only the main process writes the record. If `run` already has a record of success, that record is kept. Inside the
-    block, SIGTERM raises SystemExit. Therefore a record is also written if a launcher ends this process because another
-    process has died.
+    block, SIGTERM raises SystemExit. Therefore a record is also written if a launcher sends SIGTERM to this process
+    because another process has died.
     """
     with on_termination(lambda number, frame: sys.exit(128 + number)):
         try:
