@@ -86,7 +86,7 @@ def export_train_step(
     - `state.safetensors`: the initial adapter and optimizer state.
     - `step.json`: names, shapes and dtypes of inputs and outputs, size and SHA-256 of the files above, preprocessing,
       class names, optimizer, name and fingerprint (a hash of the weights) of the base model, the fields of
-      `StepReport`, the machine, and package versions.
+      `StepReport`, a description of the machine that ran the export, and package versions.
     - `adapter`: a folder with the adapter in PEFT's format. `import_state` needs it, but the device does not.
 
     With `format="executorch"` (experimental), the program `train.pte` replaces the ONNX files. Its methods are
@@ -108,8 +108,8 @@ def export_train_step(
         weight_decay: Weight decay of SGD or AdamW.
         max_grad_norm: The gradients are clipped so that their total norm is at most this value. With None, gradients
             are not clipped.
-        classes: Names of the classes that the device learns; by default the classes of the model. For a class that the
-            model knows, the head keeps its row. For every other class in `classes`, the head gets a new row.
+        classes: Names of the classes that the device learns; by default the classes of the model. If a listed class is
+            a class of the model, the head keeps the row of this class. All other listed classes get new rows.
         split: Whether to write the frozen layers before the first trained layer as `prefix.onnx`, for latent replay:
             the device computes the features of an image only once.
         calibration: Preprocessed images (M, C, H, W), only with `split`. If given, `prefix.onnx` and the same layers in
@@ -259,7 +259,8 @@ def _describe_step(
     """Return the contents of `step.json`, except `versions`, `base` and `files`, which `export_train_step` adds."""
     shapes = step.step.input_shapes
     images = {IMAGES: (step.prefix or step.predict).input_shapes[IMAGES]}
-    any_batch_size = report.arena_bytes is None  # ExecuTorch plans its memory for a fixed batch size
+    # `arena_bytes` is None for ONNX, but not for ExecuTorch, which plans its memory for a fixed batch size.
+    any_batch_size = report.arena_bytes is None
     prefix = None
     if step.prefix is not None:
         prefix = {
@@ -290,7 +291,7 @@ def _describe_step(
 
 
 def _batch_shapes(shapes: Mapping[str, Sequence[int]], any_batch_size: bool) -> dict[str, list[int | str]]:
-    """Return `shapes`, with the text "batch" as the first dimension of each shape if `any_batch_size` is set."""
+    """Return `shapes`. If `any_batch_size` is True, the text "batch" replaces the first dimension of each shape."""
     return {name: ["batch" if any_batch_size else shape[0], *shape[1:]] for name, shape in shapes.items()}
 
 

@@ -127,7 +127,8 @@ def read_step_description(folder: Path) -> dict[str, Any]:
 def read_state(file: Path, description: Mapping[str, Any]) -> dict[str, Tensor]:
     """Return the adapter's tensors from a state file, in which a device saved the adapter and the optimizer state.
 
-    `description` is the content of `step.json`. Tensors of the optimizer state may be missing in the state file.
+    `description` is the content of `step.json`, which lists the names and shapes of these tensors. Tensors of the
+    optimizer state may be missing in the state file.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -52,7 +52,7 @@ def write_diff(
     Tensors are compared bit by bit. The file contains the tensors of the merged copy.
 
     Args:
-        base: The timm model that is on the devices. It is not changed.
+        base: The timm model to which `apply_diff` will later apply the file, on a device. It is not changed.
         model: The adapted or fully trained network. It is not changed. Its head may have another number of classes than
             the head of `base`.
         file: The safetensors file to write or replace. Its metadata contains the fingerprints (hashes) of `base` and
@@ -98,7 +98,7 @@ def apply_diff(base: nn.Module, file: str | os.PathLike[str]) -> nn.Module:
 
     Args:
         base: A timm model with the same tensors as the argument `base` of `write_diff`. It is not changed.
-        file: A file that `write_diff` wrote. Damage is detected by the checksum and the fingerprints (hashes) in it.
+        file: A file that `write_diff` wrote. It contains a checksum and fingerprints (hashes), which reveal damage.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -122,7 +122,8 @@ def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], 
 class _Method(nn.Module):
     """A module that becomes one method of the ExecuTorch program. It calls `function(body, buffers, inputs)`.
 
-    All these modules have the same buffers `state_0`, `state_1`, ..., which hold the adapter and the optimizer state.
+    The modules of all methods have the same buffers: `state_0`, `state_1`, ... hold the adapter and the optimizer
+    state.
     """
 
     def __init__(self, values: list[Tensor], function: Callable[..., Any], body: nn.Module | None = None) -> None:
@@ -210,7 +211,7 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
     def replace(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         for buffer, value in zip(buffers, inputs, strict=True):
             buffer.copy_(value)
-        return inputs[0].sum()  # an ExecuTorch method must return a result, which is not used
+        return inputs[0].sum()  # an ExecuTorch method must return a result: callers ignore this sum
 
     network = nn.ModuleList(_single_precision(graph.module) for graph in (step.prefix, step.predict) if graph)
     images = (torch.zeros((step.prefix or step.predict).input_shapes[IMAGES]),)
@@ -310,7 +311,8 @@ def _compare(
 
     Raises:
         RuntimeError: If `difference` exceeds `allowed_difference`, or the logits differ from those of the captured
-            graph. If `get_state` does not return the initial state, before the steps or after `set_state`.
+            graph. If `get_state` returned another state than the initial one, either before the steps or after
+            `set_state` had restored the initial state.
     """
     state = {**step.adapter, **step.state}
     for place, value in enumerate(state.values()):

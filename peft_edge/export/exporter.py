@@ -102,8 +102,8 @@ def export_model(
     except RuntimeError as error:
         raise ValueError(f"the model does not run on images of {tuple(images.shape[1:])}: {error}") from error
 
-    # A torch.export file contains `example`. Use zeros, so that no image of the user gets into the file. From a batch
-    # of one image, torch.export would infer that the batch size is always one.
+    # A torch.export file contains `example`. Use zeros, so that no image of the user gets into the file. If any batch
+    # size must work, use two images: from one image, torch.export would infer that the batch size is always one.
     example = torch.zeros(batch_size or 2, *images.shape[1:])
     program = torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
     with tempfile.TemporaryDirectory() as scratch:

@@ -133,7 +133,8 @@ def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
 def innermost_layer(layer: nn.Module) -> nn.Module:
     """Return the layer inside the nested tuner layers of `layer`, or `layer` itself if it is not a tuner layer.
 
-    If a block has a child that is called `base_layer`, PEFT's `get_base_layer` returns this child instead of the block.
+    PEFT's `get_base_layer` is not used, because it would not stop at a block that has a child called `base_layer`, but
+    return this child.
     """
     inner: Any = layer
     while isinstance(inner, BaseTunerLayer):
@@ -149,7 +150,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     `base_layer` may be a layer of another PEFT tuner, which contains the layer of the base model.
     """
 
-    def __getattr__(self, name: str) -> Any:  # nn.Module declares Tensor or Module, but PEFT adds dictionaries
+    def __getattr__(self, name: str) -> Any:  # Any, because PEFT stores dictionaries in some attributes
         try:
             return super().__getattr__(name)
         except AttributeError as error:
@@ -220,7 +221,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         """Raise a `ValueError` if the base layer is no longer an ordinary convolution or batch normalisation."""
         base = self.get_base_layer()
         if type(base).forward not in _PLAIN_FORWARDS:
-            # torch's quantisation replaces base layers without calling `add_module`.
+            # `add_module` rejects such base layers, but torch's quantisation does not call it to replace a layer.
             found = f"{type(base).__module__}.{type(base).__name__}"
             raise ValueError(
                 f"The base layer of {self.target_name!r} was replaced by {found}, which the adapter does not fit. Call "
@@ -257,7 +258,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
         return tensor if changed is None else changed.to(tensor)
 
     def _changed_tensor(self, name: Literal["weight", "bias"], adapters: list[str]) -> Tensor | None:
-        """Return the base layer's tensor `name` as `adapters` change it, or None if they do not change this tensor."""
+        """Return the base layer's weight or bias, changed by `adapters`, or None if they do not change this tensor."""
         raise NotImplementedError
 
     def __init__(self, base_layer: nn.Module, target_name: str = "") -> None:
@@ -291,7 +292,7 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def _applied_adapters(self) -> list[str]:
         """Return the names of the adapters that `forward` applies, in the order of application.
 
-        If adapters are merged or disabled, there are none.
+        The list is empty if adapters are merged or disabled.
         """
         if self.disable_adapters or self.merged:
             return []
@@ -328,7 +329,8 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             return
         merged = self.check_merge(names, safe_merge=safe_merge)
         base = self.get_base_layer()
-        # Keep the values from before the first merge. A tensor that only this merge changes, such as a bias, is added.
+        # If an earlier merge has already stored the original values of a tensor, keep these. Store the values of the
+        # tensors that no earlier merge has changed.
         self._unmerged = {name: getattr(base, name).data for name in merged} | self._unmerged
         for name, value in merged.items():
             tensor = getattr(base, name)

@@ -75,9 +75,10 @@ def iter_target_norms(config: PeftConfig, model: nn.Module) -> Iterator[TargetMo
 
 
 def resolve_roles(config: PeftConfig, model: nn.Module) -> None:
-    """Replace role names such as `all-conv` in `config.target_modules` by the names of the modules with these roles.
+    """Replace role names in `config.target_modules` by the names of the modules with these roles.
 
-    PEFT compares a name with the ends of module names, so these names may also match other modules. In this case,
+    A role selects convolutions by their shape or place. For example, `all-conv` selects all convolutions. PEFT compares
+    a name with the ends of module names, so a name may also match modules without the role. In this case,
     `target_modules` becomes a regular expression that matches only the modules with the roles, and the modules that the
     user has named.
 
@@ -391,7 +392,7 @@ class Injection(BaseTuner):
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         is_unwrapped = isinstance(child, AdaptedLayer) and new_module is child.base_layer
-        # A module may be in several places of the network. PEFT replaces it only in the first place.
+        # A module may be in several places of the network. PEFT replaces it in only one of them.
         places = self._shared.get(child, {(parent, child_name)})
         if is_unwrapped and isinstance(child, BatchNormLayer):
             child.release_base_layer()
@@ -505,9 +506,9 @@ def _rename_child(parents: list[nn.Module], old: str, new: str) -> None:
 def pass_adapter_names(model: nn.Module, adapter_names: list[str] | None) -> Iterator[None]:
     """Within the context, use one adapter per sample: sample i of a batch uses the adapter `adapter_names[i]`.
 
-    All adapted layers and the modules in `modules_to_save` receive the list as an argument. The name `"__base__"`
-    selects the base model. If `adapter_names` is None, nothing changes. PEFT's own implementation in `peft.LoraModel`
-    leaves out BatchNorm layers.
+    All adapted layers and the modules in `modules_to_save` receive `adapter_names` as an argument. In this list,
+    `"__base__"` selects the base model. If `adapter_names` is None, nothing changes. PEFT's own implementation in
+    `peft.LoraModel` leaves out BatchNorm layers.
 
     Raises:
         ValueError: If the model is in training mode or has merged adapters, if a name is unknown, or if the number of

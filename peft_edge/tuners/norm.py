@@ -71,8 +71,9 @@ class NormState(nn.Module):
         count = getattr(base, "num_batches_tracked", None)  # the frozen norms of timm and torchvision have no count
         if count is None:
             count = torch.zeros((), dtype=torch.long, device=copies["running_mean"].device)
-        # Start with the count of the base layer. If the momentum is None, a batch has the weight 1 / count, so with a
-        # count of 0 the first batch would replace the statistics that are copied from the base layer.
+        # Start with the count of the base layer. If the momentum is None, a batch has the weight 1 / count after it has
+        # been counted. If the count started with 0, the first batch would have the weight 1, and would replace the
+        # statistics that are copied from the base layer.
         self.register_buffer("num_batches_tracked", count.detach().clone() if has_statistics else None)
         for name in ("weight", "bias"):
             is_trained = norm == "affine" and name in copies
@@ -198,7 +199,7 @@ class BatchNormLayer(AdaptedLayer):
         """Add an adapter with the values of the base layer, or reset an existing adapter to these values."""
         with loaded(self.get_base_layer()):
             state = NormState(self.get_base_layer(), config.norm)
-        # Do not set `requires_grad` of the other states, because the user may have changed it.
+        # Do not set `requires_grad` of the states of other adapters, because the user may have changed it.
         state.requires_grad_(adapter_name in self.active_adapters and not config.inference_mode)
         if state.bias is not None and state.bias.requires_grad:
             # PEFT's `bias="all"` makes the bias of the base layer trainable. The layer uses the bias of the state
@@ -267,7 +268,8 @@ class BatchNormLayer(AdaptedLayer):
     def current_state(self) -> NormState:
         """Return the state of the last active adapter.
 
-        If no adapter is active, or the adapters are disabled or merged, return a state without tensors.
+        If no adapter is active, or the adapters are disabled or merged, return a state without tensors. With this
+        state, the layer uses the tensors of the base layer.
         """
         adapters = self._applied_adapters()
         return self._state(adapters[-1]) if adapters else _BASE_STATE
@@ -330,7 +332,7 @@ class BatchNormLayer(AdaptedLayer):
         if not (self.estimating or self.get_base_layer().track_running_stats):
             return 0.0
         if not torch.compiler.is_compiling() and is_in_backward():
-            # Gradient checkpointing repeats the forward pass of a batch that has already been counted.
+            # In the backward pass, gradient checkpointing repeats the forward pass of a batch that was counted before.
             return 0.0
         state.num_batches_tracked.add_(1)
         momentum = None if self.estimating else self.get_base_layer().momentum
@@ -340,7 +342,7 @@ class BatchNormLayer(AdaptedLayer):
 
     @torch.no_grad()
     def combine(self, adapter_names: list[str], weights: list[float], into: str) -> None:
-        """Set the state of adapter `into` by task arithmetic (arXiv 2212.04089).
+        """Set the BatchNorm tensors of the adapter `into` by task arithmetic (arXiv 2212.04089).
 
         Each tensor becomes base + the sum of weights[i] * (tensor of adapter_names[i] - base). Here, base is the tensor
         of the base layer. Negative variances are set to 0.
@@ -381,7 +383,7 @@ class BatchNormLayer(AdaptedLayer):
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
         """Return the tensors of the last adapter in `adapters`. If the adapter lacks a tensor, use the base layer's.
 
-        Only the last adapter is merged, because the states of several adapters cannot be added.
+        Only the last adapter is merged, because the BatchNorm tensors of several adapters cannot be added.
         """
         state = self._state(adapters[-1])
         # A base layer that timm's `freeze` has converted has no `num_batches_tracked`.
@@ -397,7 +399,7 @@ def _requires_grad(tensors: Iterable[Tensor | None]) -> bool:
 
 @torch.no_grad()
 def recalibrate(model: nn.Module, batches: Iterable[Tensor], *, synchronise: bool = False) -> None:
-    """Estimate the BatchNorm statistics of the active adapters on target images. No backward pass is needed.
+    """Estimate the BatchNorm statistics of the active adapters on the images in `batches`. No backward pass is needed.
 
     The statistics become the averages over `batches`, as with `torch.optim.swa_utils.update_bn`. During the estimation,
     all layers except the adapted BatchNorm layers run in eval mode. Afterwards, each module has its old mode. The

@@ -48,7 +48,7 @@ def check_rank(r: int, name: str) -> None:
 def _runs_in_half(weight: Tensor) -> bool:
     """Return whether a convolution with `weight` runs in half precision, because of the weight's dtype or autocast."""
     device = weight.device.type
-    # Lean training traces the model on the meta device, for which torch has no autocast.
+    # Lean training (`peft_edge.lean`) traces the model on the meta device, for which torch has no autocast.
     is_cast = weight.dtype == torch.float32 and is_autocast_available(device) and torch.is_autocast_enabled(device)
     runs_in = torch.get_autocast_dtype(device) if is_cast else weight.dtype
     return runs_in in _HALF
@@ -113,7 +113,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
 
     @property
     def lora_variants(self) -> dict[tuple[str, ...], type | None]:
-        """The class of the LoRA variant for each set of flags: None (plain LoRA) without flags, DoRA for `use_dora`."""
+        """The class of the LoRA variant for each combination of enabled options. None means plain LoRA."""
         return {(): None, ("use_dora",): _DORA_VARIANTS[len(self.get_base_layer().kernel_size)]}
 
     def update_layer(
@@ -223,8 +223,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return self._fused_forward(x, adapters[0])
         if not adapters or self._has_two_branches(adapters) or _runs_in_half(conv.weight):
             return self._add_branches(x, type(conv).forward(conv, x), adapters)
-        # These are the cases that `_fused_forward` does not support: several adapters, a trainable or complex base
-        # kernel, cached DoRA norms, or an `x` without a batch dimension.
+        # The remaining cases are those that `_fused_forward` does not support: several adapters, a trainable or complex
+        # base kernel, cached DoRA norms, or an `x` without a batch dimension.
         return self._convolve(x, *self._compose(adapters))
 
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
@@ -375,7 +375,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         kernel, bias = self._compose(adapters)
         if name == "weight":
             return kernel
-        # Detach the bias: with `bias="lora_only"`, PEFT sets `requires_grad` of the result, which must be a leaf.
+        # Detach the bias: with `bias="lora_only"`, PEFT sets `requires_grad` of the result. torch allows this only for
+        # leaf tensors.
         return None if bias is None else bias.detach()
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:

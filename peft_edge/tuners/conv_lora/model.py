@@ -99,8 +99,8 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
         base), where base is the tensor of the base model. If `adapter_name` already exists, nothing changes.
 
         Raises:
-            ValueError: If PEFT rejects the arguments, or if a module in `modules_to_save` does not have the same shapes
-                in all these adapters.
+            ValueError: If PEFT rejects the arguments, or if the tensors of a module in `modules_to_save` have different
+                shapes in different adapters.
         """
         if adapter_name in self.peft_config:
             return
@@ -158,10 +158,10 @@ class ConvLoraModel(_ConvLoraInjection, LoraModel):
 
 @torch.no_grad()
 def _combine_rest(layer: LoraLayer, adapters: list[str], weights: list[float], into: str) -> None:
-    """Complete the adapter `into`: rescale its A, and combine the biases of B and DoRA's magnitudes of `adapters`.
+    """Complete the adapter `into`, in which PEFT has already combined A and B of `adapters`.
 
-    PEFT has already combined A and B, as if the scale of `into` were 1. The scale may differ from 1, so A is divided by
-    it. Some of `adapters` may not adapt this layer.
+    PEFT has combined A and B as if the scale of `into` were 1. The scale may differ from 1, so this function divides A
+    by the scale. It also combines the biases of B and DoRA's magnitudes. Some of `adapters` may not adapt this layer.
     """
     scale, found = (
         layer.scaling[into],
