@@ -233,8 +233,8 @@ def _join_prefix(folder: Path, tail: Path) -> None:
 def _quantize_prefix(step: TrainStep, folder: Path, calibration: Tensor) -> float:
     """Quantise `prefix.onnx` and the same layers in `predict.onnx` to 8 bits. Return the error of the features.
 
-    The features are the outputs of `prefix.onnx`. Their error is ||int8 - float|| / ||float||, over all images in
-    `calibration`.
+    The features are the outputs of `prefix.onnx`. Their error is ||int8 - float|| / ||float||, where int8 and float are
+    the features of all images in `calibration`, with and without quantisation.
     """
     import onnxruntime
 

@@ -80,7 +80,7 @@ class TrainProgram:
 
 
 def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], learning_rate: float) -> TrainProgram:
-    """Write the step as an ExecuTorch program in single precision, run it, and compare it with the captured graph.
+    """Write a training step as an ExecuTorch program in single precision, run it, and compare the result with PyTorch.
 
     The program runs in a separate process, because it may crash. The function first writes a program that uses XNNPACK.
     If this program cannot be written, crashes, or differs from the captured graph, the function writes and checks a

@@ -203,8 +203,8 @@ def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
     """Rewrite `config.modules_to_save` so that it matches no module inside another matched module.
 
     PEFT matches the ends of module names. The entry `classifier` therefore matches both the module `classifier` and its
-    submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. The
-    entry is therefore replaced by the names of the child modules of `classifier`.
+    submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. To
+    avoid this, the names of the child modules of `classifier` replace the entry.
 
     Raises:
         ValueError: If a module that must be replaced by its child modules has tensors of its own, or if the names of
