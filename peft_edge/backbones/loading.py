@@ -57,7 +57,7 @@ EDGE_FAMILIES = {
 """For each supported family of edge networks, the name of a small timm model. The tests use these models."""
 
 # timm's default `bn_eps` of this model depends on `pretrained`, and timm does not save `bn_eps`. With a fixed value, a
-# saved and reloaded model has the same outputs.
+# model has the same outputs after it is saved and reloaded.
 _FIXED_ARGUMENTS: dict[str, dict[str, object]] = {"fbnetc_100": {"bn_eps": 1e-3}}
 
 

@@ -109,14 +109,14 @@ def match_weights(
     the number of classes in the head. The last components of the two names, such as `weight` or `running_mean`, must
     also be equal. A match by order may exchange two tensors of the same shape and kind. Therefore, after a match by
     order, check the accuracy on images. `weights` may lack the head and the counters `num_batches_tracked`. `source` is
-    the name of the file in messages. Pass `is_ordered=False` if the order of `weights` is not that of the model's state
-    dict. In this case, tensors are matched only by name.
+    the name of the file, for messages. Pass `is_ordered=False` if the order of `weights` is not that of the model's
+    state dict. In this case, tensors are matched only by name.
 
     Raises:
         TypeError: If the model was not built by timm.
         ValueError: If a tensor has no counterpart, except for the tensors that `weights` may lack. If the two tensors
-            of a pair do not fit each other. If names differ, and a match by order is not allowed: `is_ordered` is
-            False, or more than half of the model's names are in `weights`.
+            of a pair do not fit each other. If names differ, and a match by order is not allowed. It is not allowed if
+            `is_ordered` is False, or if more than half of the model's names are in `weights`.
     """
     architecture = as_timm_model(model).pretrained_cfg["architecture"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -162,7 +162,7 @@ def match_weights(
 
 
 def import_weights(model: nn.Module, file: str | os.PathLike[str]) -> WeightMatch:
-    """Load the weights in a file that another program wrote into a timm model in place.
+    """Replace the weights of a timm model in place by those in a file that another program wrote.
 
     If the file has a head with another number of classes, the model first gets a new head with this number. If the file
     has no head, the model keeps its head. If an error is raised, the model is unchanged. See :func:`read_weights` for

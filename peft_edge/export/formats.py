@@ -70,7 +70,7 @@ def _load_executorch(file: Path) -> Network:
     with requires_extra("executorch"):
         from executorch.runtime import Runtime
     method = Runtime.get().load_program(file).load_method("forward")
-    # Clone the output, because the next call of `execute` overwrites its memory.
+    # Clone the output, because the next call of `execute` overwrites the memory of the output.
     return lambda images: method.execute([images])[0].clone()
 
 

@@ -36,13 +36,13 @@ def write_onnx_graph(
     """Return a captured graph as an ONNX model. Floating-point values are in single precision.
 
     Args:
-        graph: The graph.
+        graph: The graph of ATen operators.
         any_batch_size: Whether to declare the first dimension of the first input and of the first output as dynamic.
             If True, no operator in `graph` except reshapes may have the batch size as an argument. This is not checked.
         metadata: A dict from names to texts, which are stored in the model.
 
     Raises:
-        ValueError: If no conversion to ONNX is known for an operator of the graph, or an average pool has
+        ValueError: If an operator of the graph has no conversion to ONNX in `_OPERATORS`, or if an average pool has
             `divisor_override`.
         ImportError: If onnx is not installed.
     """
@@ -91,8 +91,8 @@ class _Writer:
                 self.names[node] = _OPERATORS[node.target](self, node)
             else:
                 for name, result in zip(self.graph.outputs, node.args[0], strict=True):
-                    # An `Identity` node gives a value the name of an output. A value may need several names: it may be
-                    # returned as several outputs, or also be an input.
+                    # An `Identity` node gives a value the name of an output. A value may need several names, because
+                    # it may be returned as several outputs, or it may be both an input and an output.
                     self.nodes.append(self.onnx.helper.make_node("Identity", [self.names[result]], [name]))
                     outputs.append(self._value_info(name, result, any_batch_size and not outputs))
         self._rename_outputs()
@@ -146,7 +146,11 @@ class _Writer:
         return self.constant(list(values), torch.int64)
 
     def operand(self, value: Any, like: _Node) -> str:
-        """Return the ONNX name of `value`, a node or a number. A number becomes a constant with the dtype of `like`."""
+        """Return the ONNX name of `value`.
+
+        If `value` is an fx node, this is the name of its result. If it is a number, this is the name of a constant with
+        the dtype of the node `like`.
+        """
         return self.names[value] if isinstance(value, fx.Node) else self.constant(value, _type(like))
 
     def cast(self, node: _Node, dtype: torch.dtype) -> str:
@@ -184,8 +188,8 @@ class _Writer:
     def _rename_outputs(self) -> None:
         """Remove `Identity` nodes that only give a value the name of an output, and rename the value itself instead.
 
-        An `Identity` node remains if its value is an input of the graph or an initializer, or if its value already has
-        the name of another output.
+        An `Identity` node remains if the value that it copies is an input of the graph or an initializer, or already
+        has the name of another output.
         """
         made = {name: (node, index) for node in self.nodes for index, name in enumerate(node.output)}
         copies = [node for node in self.nodes if node.op_type == "Identity" and node.output[0] in self.graph.outputs]
@@ -226,11 +230,11 @@ def _axes(node: _Node, index: int, rank: int) -> list[int]:
 # --- the table ----------------------------------------------------------------------------------------------------
 
 Entry = Callable[[_Writer, _Node], str]
-"""A function that appends the ONNX nodes for an fx node to the writer, and returns the name of the result."""
+"""A converter: it appends the ONNX nodes for an fx node to the writer, and returns the name of the result."""
 
 
 def _unary(*kinds: str, **attributes: Any) -> Entry:
-    """Return a converter that applies the ONNX operators `kinds`, in this order, to an fx node's first argument."""
+    """Return a converter for fx nodes. It applies the ONNX operators `kinds` to the first argument, in this order."""
 
     def write(writer: _Writer, node: _Node) -> str:
         name = writer.names[node.args[0]]
@@ -265,9 +269,10 @@ def _binary(kind: str, *after: str) -> Entry:
 
 
 def _reduction(kind: str) -> Entry:
-    """Return a converter that reduces the first argument of an fx node over `dim` with the ONNX operator `kind`.
+    """Return a converter for fx nodes such as `sum`. It applies the ONNX operator `kind`, such as `ReduceSum`.
 
-    If the first argument is a scalar, the converter returns it unchanged.
+    The first argument of the fx node is reduced over the dimensions in its argument `dim`. If the first argument is a
+    scalar, the converter adds no ONNX node.
     """
 
     def write(writer: _Writer, node: _Node) -> str:

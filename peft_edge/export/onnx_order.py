@@ -34,9 +34,10 @@ def schedule_masks(
 ) -> list[NodeProto]:
     """Restrict the order of the nodes in an ONNX training step, so that a runtime needs less memory.
 
-    The function adds nodes. With these nodes, the masks of activations, such as `x > 0`, must be computed in the
-    forward pass. A factor by which the backward pass multiplies a gradient, such as a mask in floating point, can be
-    computed only when this gradient is known. Return all nodes in a valid order.
+    The function adds nodes. They force the runtime to compute the masks of activations, such as `x > 0`, in the forward
+    pass. They also delay each factor by which the backward pass multiplies a gradient, such as a mask in floating
+    point, until this gradient is known. Return all nodes in a valid order: each node follows the nodes that compute its
+    inputs.
 
     Args:
         nodes: The nodes in a valid order. Masks that the forward pass should compute must precede the loss.
@@ -54,7 +55,7 @@ class _Scheduler:
 
     `keyed` contains the added nodes, each with the key (i, n): the n-th added node should run directly before node i.
     `late` contains the indices of the nodes that depend on the labels. `of_batch` contains the indices of the nodes
-    that depend on the batch.
+    that depend on the images or features of the batch.
     """
 
     def __init__(
@@ -125,8 +126,8 @@ class _Scheduler:
     def _gate(self, index: int, code: int) -> str:
         """Return the name of a scalar 1 (True if `code` is `_BOOL`) that is computed from the size of a gradient.
 
-        The result of node `index` is a factor of the backward pass, and this gradient is multiplied by the factor. A
-        node that uses the scalar cannot run before the gradient is known.
+        The backward pass multiplies this gradient by the result of node `index`. A node that uses the scalar cannot run
+        before the gradient is known. `code` is the ONNX code of the scalar's type.
         """
         seen, pending = set(), [index]
         while pending:
@@ -147,8 +148,8 @@ class _Scheduler:
     def _tie(self, correct: str, masks: list[str]) -> None:
         """Multiply the output `correct` by a 1 that is computed from the sizes of all `masks`.
 
-        The output, which belongs to the forward pass, then depends on the masks. A runtime therefore computes the masks
-        in the forward pass, too.
+        This output is the number of correct predictions, which the forward pass computes. It now depends on the masks,
+        so a runtime must compute the masks in the forward pass, too.
         """
         index = self.made[correct]
         self.nodes[index].output[0] = f"{correct}.counted"

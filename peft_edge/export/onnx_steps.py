@@ -49,14 +49,16 @@ def process_peak_bytes() -> int:
 
 
 def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
-    """Take `count` training steps from the initial state in `folder`, then predict with the trained adapter.
+    """Take `count` training steps with the ONNX files in `folder`, then predict with the trained adapter.
+
+    The first step starts from the adapter and the optimizer state in `state.safetensors`, a file in `folder`.
 
     Returns:
-        A dict with the tensors of the new adapter and optimizer state under their own names, and with these entries:
-        `losses` and `correct` are the loss and the number of correct predictions of each step. `logits.batch` are the
-        logits of the first batch, and `logits.single` are the logits of its first image, computed alone. `step_s` is
-        the time of the fastest step in seconds. `peak_rss_bytes` is the peak memory of the process at the end of the
-        last step.
+        A dict. It contains the tensors of the new adapter and optimizer state, under the same names as in
+        `state.safetensors`. `losses` and `correct` are the loss and the number of correct predictions of each step.
+        `logits.batch` are the logits of the first batch. `logits.single` are the logits of the first image in this
+        batch, computed in a batch of one image. `step_s` is the time of the fastest step in seconds. `peak_rss_bytes`
+        is the peak memory of the process at the end of the last step.
     """
     session = open_session(folder / "train_step.onnx")
     data = "features" if "features" in {each.name for each in session.get_inputs()} else "images"

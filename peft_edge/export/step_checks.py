@@ -54,8 +54,8 @@ ALLOWED_RATIO = {"sgd": 3, "adamw": 5}
 INPUT_CHANGES = 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
-# With this `mmap_threshold`, glibc returns freed blocks of at least 64 KiB to the system at once. `hugetlb=1` switches
-# on huge pages, which halve the time of a step.
+# With this `mmap_threshold`, glibc immediately returns freed blocks of at least 64 KiB to the system. `hugetlb=1`
+# switches on huge pages, which halve the time of a step.
 MALLOC_TUNABLES = "glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=65536"
 
 Batch = dict[str, Tensor]
@@ -163,7 +163,7 @@ def train_eagerly(
 
 
 def proof_rate(step: TrainStep, batch: Batch) -> float:
-    """Return a learning rate for the comparison with eager training. It is at most `PROOF_RATE`.
+    """Return a learning rate for comparing `step` with eager training. It is at most `PROOF_RATE`.
 
     With this learning rate, the first step changes the adapter by at most `PROOF_CHANGE` times the norm of the adapter.
     With a larger learning rate, some networks would amplify rounding errors from step to step.
@@ -176,7 +176,7 @@ def proof_rate(step: TrainStep, batch: Batch) -> float:
 
 
 def _double(step: TrainStep, batch: Batch) -> Batch:
-    """Return `batch` in double precision. If `step` takes features instead of images, add the features."""
+    """Return `batch` in double precision. If `step` takes features instead of images, add those of the images."""
     double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     return {**double, step.data: step.features(double[IMAGES])}
 
@@ -227,12 +227,12 @@ def check_single(
 ) -> StepReport:
     """Run the ONNX files in `folder` in new processes. Compare the results with eager training in single precision.
 
-    Return the report with `prefix_error=None`. `double_difference` is the result of `check_double`, which this function
-    only copies into the report.
+    Return a report in which `prefix_error` is None. `double_difference` is the result of `check_double`. It is copied
+    into the report.
 
     Raises:
         ValueError: If ONNX Runtime cannot run a file, or a result differs from eager training by more than rounding
-            errors.
+            errors can explain.
     """
     losses, expected = train_eagerly(model, optimizer, batches, rate, torch.float32)
     if step.prefix is not None:
@@ -294,6 +294,9 @@ def run_onnx_steps(
     folder: Path, batches: Sequence[Batch], learning_rate: float, *, mode: Literal["train", "features"] = "train"
 ) -> dict[str, Tensor]:
     """Run the script `onnx_steps.py` in a new process on the ONNX files in `folder`. Return the tensors that it writes.
+
+    With the mode `train`, the script takes one training step for each batch. With the mode `features`, it computes the
+    features of the images: the outputs of the frozen layers before the first trained layer.
 
     Raises:
         ValueError: If the process fails.

@@ -94,7 +94,7 @@ class StepOptimizer:
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state before the first step, in which all values are 0.
 
-        The state has a tensor `<slot>:<name>` for each slot and each name in `adapter`, and for AdamW a counter `step`.
+        It has a tensor `<slot>:<name>` for each slot in `slots` and name in `adapter`, and for AdamW a counter `step`.
         """
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
@@ -187,9 +187,9 @@ class TrainStep:
     """The graphs that `capture_train_step` returns.
 
     Attributes:
-        step: The graph of a training step. It maps images (features if `prefix` is not None), labels, mask, learning
-            rate, adapter and optimizer state to the loss, the number of correct predictions and the new adapter and
-            optimizer state.
+        step: The graph of a training step. Its inputs are the images (or the features, if `prefix` is not None), the
+            labels, the mask, the learning rate, the adapter and the optimizer state. Its outputs are the loss, the
+            number of correct predictions, the new adapter and the new optimizer state.
         predict: The graph that computes the logits from images (features if `prefix` is not None) and the adapter.
         prefix: The graph from images to features: the frozen layers before the first trained layer. None if not split.
         start: The name of the first module after the prefix. None if `prefix` is None.
@@ -356,7 +356,7 @@ def check_exportable(model: PeftModel) -> None:
 
     The exported step always uses the stored statistics of BatchNorm, and no dropout. This function therefore rejects a
     model whose forward pass uses batch statistics or dropout. An adapter that trains with batch statistics
-    (`norm="stats"` or `"affine"`) must be in eval mode. Training on the device does not change its statistics.
+    (`norm="stats"` or `"affine"`) must be in eval mode. Training on the device does not change the stored statistics.
 
     Raises:
         ValueError: If a layer uses batch statistics or dropout, the adapter of a convolution is merged, or the number

@@ -61,12 +61,13 @@ def read_images(
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
-            `source` or `target`: the source or target images of the run.
+            `source` (the data that the run's network learned first) or `target` (the new data to which it was adapted).
         model: A timm model, or a PEFT model with a timm base.
         image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
-        run: The configuration of the run that trained the model. It is `run_info.train_config` in the run's record.
-        fingerprint: The hash of the run's images at the time of the run. It is `data_fingerprint` in the run's record.
-            If the images are from a folder or a Hugging Face dataset, and their hash is different today, an error is
+        run: The configuration of the run that trained the model. It is `run_info.train_config` in the run's
+            `record.json`.
+        fingerprint: The hash of the run's images at the time of the run: `data_fingerprint` of the run's `Record`. If
+            the images are from a folder or a Hugging Face dataset, and their hash is different today, an error is
             raised, because the split into training and test images may have changed.
         comparison_size: The maximum number of images in `comparison`.
 
@@ -109,10 +110,10 @@ def _read_domain(name: str, image_size: int) -> Domain:
 def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], fingerprint: str | None) -> Domain:
     """Return the splits of the dataset `name`. The test split contains no image that the run trained on.
 
-    `name` may also be `source` or `target`, which stand for the datasets of the run itself. If the run did not use the
-    dataset `name`, copies of images that the run trained on are removed from the test split. If the run used an
-    embedded benchmark (`digits` or `shapes`), nothing is removed, because other datasets contain no copies of its
-    images.
+    `name` may also be `source` (the data that the run's network learned first) or `target` (the new data to which it
+    was adapted last). If the run did not use the dataset `name`, copies of images that the run trained on are removed
+    from the test split. If the run used an embedded benchmark (`digits` or `shapes`), nothing is removed, because other
+    datasets contain no copies of its images.
     """
     data, seed = {**run["data"], "image_size": image_size}, run["seed"]
     known = {"source": data["name"], "target": data.get("shift")}
@@ -124,8 +125,9 @@ def _untrained_domain(name: str, image_size: int, run: Mapping[str, Any], finger
         return _read_domain(name, image_size)
     task = _run_task(name, data, seed, fingerprint)
     if role == "source" and data.get("new_classes"):
-        # The run has divided the classes of this dataset between the source and the targets. Join their splits, so that
-        # the result contains all classes. Only the `features` of the last target list all classes.
+        # The run has divided the classes of this dataset between `task.source` and `task.targets`. Join the splits of
+        # all these domains, so that the result contains all classes. Only the `features` of the last target list all
+        # classes.
         features = task.targets[-1].test.features
         domains = (task.source, *task.targets)
         train, test = (
@@ -180,7 +182,7 @@ def _sample(images: Dataset, size: int) -> Dataset:
 
 
 def predict_logits(network: Network, images: Tensor, batch_size: int | None) -> Tensor:
-    """Return the logits (N, num_classes) for images (N, C, H, W), computed with the batches of `iter_batches`."""
+    """Return the logits (N, num_classes) for images (N, C, H, W). `iter_batches` divides the images into batches."""
     with torch.no_grad():
         return torch.cat([network(batch) for batch in iter_batches(images, batch_size)])[: len(images)]
 
@@ -207,8 +209,8 @@ class Comparison:
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
-        accuracies: A dict from the name of each folder or dataset to the accuracy of the file on its images. The dict
-            is empty if `compare_logits` got no `folders` or no `labels`.
+        accuracies: A dict from the name of each folder or dataset that contains some of the images to the accuracy of
+            the file on these images. The dict is empty if `compare_logits` got no `folders` or no `labels`.
         model_accuracies: The same dict as `accuracies`, but with the accuracy of the model.
     """
 
@@ -238,9 +240,9 @@ def compare_logits(
 ) -> Comparison:
     """Compare `found`, the logits (N, num_classes) of an exported file, with the logits `expected` of its model.
 
-    If `labels`, the class indices (N,), are given, the accuracies of the file and the model are computed. If `folders`
-    is also given, accuracies are also computed for each name in it. `folders` lists, for each image, the name of its
-    folder or dataset.
+    `labels` are the class indices (N,). If they are given, the accuracies of the file and the model are computed.
+    `folders` lists, for each image, the name of its folder or dataset. If both are given, the accuracies are computed
+    for each folder or dataset, too. `name` and `size_bytes` describe the file, and are copied into the result.
     """
 
     def accuracy(logits: Tensor, classes: Tensor) -> float:

@@ -126,7 +126,12 @@ class _GaLore(Optimizer):
     """
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a group. Raise a `ValueError` if a GaLore key is invalid, or if a group with `rank` contains a vector."""
+        """Add a parameter group. If it has the key `rank`, its parameters will be projected.
+
+        Raises:
+            ValueError: If the group has `rank`, and the value of a key for GaLore is invalid, or a parameter has fewer
+                than two dimensions.
+        """
         if "rank" not in param_group:
             super().add_param_group(param_group)
             return
@@ -149,10 +154,10 @@ class _GaLore(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        The basis (the singular vectors) of a projected weight is computed in the first step and then every
-        `update_proj_gap` steps. If the computation fails, for example because the gradient is not finite, the optimizer
-        warns, and leaves this weight and its state unchanged. The next step then computes the basis again. `closure`
-        computes the gradients and returns the loss.
+        Weights in groups with `rank` are projected. The basis (the singular vectors) of a projected weight is computed
+        in the first step and then every `update_proj_gap` steps. If the computation fails, for example because the
+        gradient is not finite, the optimizer warns, and leaves this weight and its state unchanged. The next step then
+        computes the basis again. `closure` computes the gradients and returns the loss.
         """
         loss = None
         if closure is not None:
@@ -196,7 +201,8 @@ class _GaLore(Optimizer):
     def _update(self, weight: Tensor, grad: Tensor, basis: Basis, state: State, group: ParamGroup, step: int) -> None:
         """Update `weight` of shape (C_out, C_in/g, *kernel) in place.
 
-        `grad` is its gradient as a matrix (C_out, K). `step` is the number of this step, counted from 1.
+        `grad` is its gradient as a matrix (C_out, K), where K is the number of weights per output channel. `step` is
+        the number of this step, counted from 1.
         """
         raise NotImplementedError
 
@@ -251,9 +257,9 @@ class GaLoreSGD(_GaLore, SGD):
 
         R = P^T (G + weight_decay W),    V <- momentum V + R,    W <- W - lr * scale * P V,
 
-    where R is the projected gradient. The state `momentum_buffer` is V and has the shape of R. Unlike
-    `torch.optim.SGD`, this class has no `dampening`, no `nesterov` and no keyword-only arguments, and the default of
-    `momentum` is 0.9.
+    where G is the gradient of the weight W, the columns of P are singular vectors of a recent gradient, and R is the
+    projected gradient. The state `momentum_buffer` is V and has the shape of R. Unlike `torch.optim.SGD`, this class
+    has no `dampening`, no `nesterov` and no keyword-only arguments, and the default of `momentum` is 0.9.
 
     Raises:
         ValueError: If an argument is out of range, or `add_param_group` rejects a group.
