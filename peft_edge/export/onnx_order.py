@@ -126,8 +126,8 @@ class _Scheduler:
     def _gate(self, index: int, code: int) -> str:
         """Return the name of a scalar 1 (True if `code` is `_BOOL`) that is computed from the size of a gradient.
 
-        The backward pass multiplies this gradient by the result of node `index`. A node that uses the scalar cannot run
-        before the gradient is known. `code` is the ONNX code of the scalar's type.
+        The backward pass multiplies this gradient by the result of node `index`, or by a value computed from it. A node
+        that uses the scalar cannot run before the gradient is known. `code` is the ONNX code of the scalar's type.
         """
         seen, pending = set(), [index]
         while pending:

@@ -209,8 +209,8 @@ class Comparison:
         same_top1: Fraction of images for which the file and the model predict the same class.
         accuracy: Fraction of images that the file classifies correctly; None without labels.
         model_accuracy: Fraction of images that the model classifies correctly; None without labels.
-        accuracies: A dict from the name of each folder or dataset that contains some of the images to the accuracy of
-            the file on these images. The dict is empty if `compare_logits` got no `folders` or no `labels`.
+        accuracies: The accuracy of the file on the images of each folder or dataset. The keys of this dict are the
+            names of the folders and datasets. It is empty if `compare_logits` got no `folders` or no `labels`.
         model_accuracies: The same dict as `accuracies`, but with the accuracy of the model.
     """
 

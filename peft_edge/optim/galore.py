@@ -126,10 +126,10 @@ class _GaLore(Optimizer):
     """
 
     def add_param_group(self, param_group: ParamGroup) -> None:
-        """Add a parameter group. If it has the key `rank`, its parameters will be projected.
+        """Add a parameter group. If it has the key `rank`, the gradients of its parameters are projected.
 
         Raises:
-            ValueError: If the group has `rank`, and the value of a key for GaLore is invalid, or a parameter has fewer
+            ValueError: If a group with `rank` has an invalid value of a GaLore key, or contains a parameter with fewer
                 than two dimensions.
         """
         if "rank" not in param_group:
@@ -154,10 +154,10 @@ class _GaLore(Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient.
 
-        Weights in groups with `rank` are projected. The basis (the singular vectors) of a projected weight is computed
-        in the first step and then every `update_proj_gap` steps. If the computation fails, for example because the
-        gradient is not finite, the optimizer warns, and leaves this weight and its state unchanged. The next step then
-        computes the basis again. `closure` computes the gradients and returns the loss.
+        For each weight in a group with `rank`, a basis (the singular vectors of a gradient) is computed in the first
+        step and then every `update_proj_gap` steps. If the computation fails, for example because the gradient is not
+        finite, the optimizer warns, and leaves this weight and its state unchanged. The next step then computes the
+        basis again. `closure` computes the gradients and returns the loss.
         """
         loss = None
         if closure is not None:
