@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 
 # --- functional and lean: tensors, autograd ---------------------------------------------------------------------------
 
-# `SqueezeExcite`, the inverted residual blocks and `no_dispatch` are imported above. The first four are layers of
-# timm's mobile networks, and no public module of timm exports them. Inside `with no_dispatch()`, the active dispatch
-# modes do not see the operators.
+# `SqueezeExcite`, three inverted residual blocks and `no_dispatch` are imported above. `SqueezeExcite` and the blocks
+# are layers of timm's mobile networks, and no public module of timm exports them. Inside `with no_dispatch()`, the
+# active dispatch modes do not see the operators.
 
 BatchNorm = nn.modules.batchnorm._BatchNorm
 """Base class of `nn.BatchNorm1d`, `2d`, `3d` and `nn.SyncBatchNorm`; torch exports no common base class."""
@@ -98,10 +98,10 @@ def use_counts(tensor: Tensor) -> tuple[int, int]:
     address = torch._C._storage_address(tensor)  # type: ignore[attr-defined]
     count = torch._C._storage_Use_Count(address)
     if count > 1:
-        # The Python object of a storage also holds a reference, and lives as long as the storage. `untyped_storage`
-        # creates this object if it does not exist yet. After this call, there is exactly one such reference, which is
-        # subtracted. With a count of 1, the object does not exist. It must not be created, because autograd accumulates
-        # gradients in place only in storages with a single reference.
+        # A storage may have a Python object, which holds one reference and lives as long as the storage.
+        # `untyped_storage` creates this object if it does not exist yet. After this call, the object's reference is
+        # always in the count, and is subtracted. If the count was 1, the object does not exist. It must not be created,
+        # because autograd accumulates gradients in place only in storages with a single reference.
         tensor.untyped_storage()
         count = torch._C._storage_Use_Count(address) - 1
     return tensor._use_count(), count  # type: ignore[attr-defined]

@@ -77,8 +77,8 @@ class Method:
     in place."""
 
     section: str | None = "adapter"
-    """The configuration section whose keys are options of the method. `norm` is an option of every method. If `section`
-    is None, `norm` is the only option."""
+    """The configuration section whose keys are options of the method. Every method also has the option `norm`: how
+    BatchNorm layers are treated. If `section` is None, `norm` is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
     """A function that takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and

@@ -67,8 +67,9 @@ def _accuracy(predictions: Sequence[int], references: Sequence[int]) -> float:
 def average_forgetting(accuracies: Sequence[Sequence[float]]) -> float | None:
     """Return how far the accuracies on earlier domains have dropped from their best values, averaged over the domains.
 
-    Return None if there is only one step. `accuracies[l][j]` is the accuracy on domain j after step l, and k is the
-    last step. The result is the mean over j < k of max(accuracies[l][j] for j <= l < k) - accuracies[k][j]. This is
+    A model learns one domain in each step: domain 0 in step 0, domain 1 in step 1, and so on. `accuracies[l][j]` is the
+    accuracy on domain j after step l, and k is the last step. Return None if there is only one step. Otherwise, the
+    result is the mean over j < k of max(accuracies[l][j] for j <= l < k) - accuracies[k][j]. This is
     equation 3 of Chaudhry et al. 2018, "Riemannian Walk for Incremental Learning", except that their maximum also
     includes l < j. Row l of `accuracies` needs only the domains 0 to l. With two steps, the result equals `Forgetting`
     on the first domain.

@@ -84,9 +84,9 @@ def split_of(name: str) -> str | None:
 def problem_of_data(name: str) -> str | None:
     """Return an error message if `name` cannot be the name of data, otherwise None.
 
-    Data are an embedded benchmark such as `digits`, an existing folder, or a dataset on the Hub. The function checks
-    only the form of a dataset's id. It sends no request to the Hub, because without network a request takes half a
-    minute to fail.
+    Data are one of the following: an embedded benchmark (such as `digits`), an existing folder, or a dataset on the
+    Hub. For a dataset on the Hub, the function checks only the form of the id. It sends no request to the Hub, because
+    without network a request takes half a minute to fail.
 
     >>> [problem_of_data(name) for name in ("digits", "uoft-cs/cifar10")]
     [None, None]

@@ -57,7 +57,7 @@ class Setting(NamedTuple):
 
 _LEAN = {"masks": "bit", "inplace_norm": True}
 _RECOMPUTE = {**_LEAN, "recompute": True}
-# These methods train the weights of the norms, so they are always planned with the norm mode "stats".
+# These methods train the weights of the norms. They are always planned with the norm mode "stats".
 _NEVER_FROZEN = ("norm-affine", "galore", "full")
 
 
@@ -174,7 +174,7 @@ def _parse(text: str, units: Mapping[str, int], example: str) -> int:
 
 
 class Variant(NamedTuple):
-    """The options of a run that `evidence` compares. The accuracies of runs with the same four values are averaged.
+    """The four options by which `evidence` groups runs. The accuracies of the runs in a group are averaged.
 
     `target_modules` and `lora_rank` are None if the method does not use the configuration section `adapter`.
     """
@@ -186,7 +186,7 @@ class Variant(NamedTuple):
 
 
 class Evidence(NamedTuple):
-    """The accuracy of one combination of method, target modules, rank and norm, according to the records."""
+    """The accuracy of one combination of method, target modules, rank and norm, according to records of runs."""
 
     accuracy: float
     """The mean test accuracy of the runs with this combination."""
@@ -236,7 +236,7 @@ class PlanOption:
     lora_rank: int | None
     """The rank of the adapters. None if the method has no section `adapter`."""
     setting: Setting
-    """The first setting with which the step fits. If the step fits with no setting, the last analysed setting."""
+    """The first setting with which the step fits the budget. If there is none, the last analysed setting."""
     profile: StepProfile
     """The cost of the step with `setting`."""
     excess: list[str]
@@ -287,11 +287,11 @@ def find_plan(
 
     Costs are computed from tensor shapes, without running the step.
 
-    Each combination is analysed with up to five settings, until the step fits. The first setting is the lean training
-    of `train.py`. The second setting also recomputes the outputs of depthwise convolutions in the backward pass. The
-    third setting recomputes the outputs of all cheap convolutions. If the norms are frozen, the fourth setting adds
-    `split_blocks`. The last setting adds timm's gradient checkpointing, if the network supports it. If the step does
-    not fit with a rank, higher ranks are skipped.
+    Each combination is analysed with up to five settings of the memory-saving options, until the step fits. The first
+    setting is the lean training of `train.py`. The second setting also recomputes the outputs of depthwise convolutions
+    in the backward pass. The third setting recomputes the outputs of all cheap convolutions. If the norm mode is
+    "frozen" or "recalibrate", the fourth setting adds `split_blocks`. The last setting adds timm's gradient
+    checkpointing, if the network supports it. If the step does not fit with a rank, higher ranks are skipped.
 
     `backbone` is a timm model with the head to be trained. This model is not changed. `methods` are keys of `METHODS`,
     and `optimizer` is a key of `OPTIMIZERS`. `target_modules` are role names such as `all-conv`, or regular
@@ -318,8 +318,8 @@ def find_plan(
     interval = 0.1 if sys.stderr.isatty() else 10
     with tqdm(placements, unit="placement", leave=False, mininterval=interval) as bar:
         # Each entry has a method, its adapted layers, and the index of the setting that was found for them. If a later
-        # placement contains all of these layers, its step needs at least as much memory. Its search therefore starts at
-        # this setting.
+        # step of the same method adapts all of these layers, it needs at least as much memory. The search for that step
+        # therefore starts at this setting.
         needed: list[tuple[str, frozenset[str], int]] = []
         for method, (place, layers) in bar:
             bar.set_description(f"analysing {method}")
@@ -345,7 +345,7 @@ def find_plan(
 
 
 def _settings(norm: str, *, can_checkpoint: bool) -> list[Setting]:
-    """Return the settings that `find_plan` tries with a norm mode. Each saves more memory and takes more time."""
+    """Return the settings that `find_plan` tries with a norm mode. Later ones save more memory and take more time."""
     splits = {"split_blocks": True} if norm in ("frozen", "recalibrate") else {}
     options = [_LEAN, {**_LEAN, "recompute": "depthwise"}, _RECOMPUTE]
     if splits:
@@ -399,7 +399,8 @@ def _first_fitting(
 ) -> PlanOption:
     """Analyse the step with each of `settings` until the step fits. Return the option with the last analysed setting.
 
-    The search also ends if the step exceeds `flops` or `adapter_bytes`, because lean options save only memory.
+    The search also ends if the step exceeds the limit `flops` or `adapter_bytes` of the budget, because the settings
+    differ in their lean options, which save only memory.
     """
     from peft_edge.profiling import analysis
 

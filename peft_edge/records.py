@@ -33,7 +33,7 @@ M = TypeVar("M", bound="JsonModel")
 
 
 class UnknownFieldError(ValueError):
-    """Raised for JSON whose only mistakes are unknown fields; a newer version has probably written this JSON."""
+    """Raised for JSON whose only mistakes are unknown fields; a newer peft-edge has probably written this JSON."""
 
 
 class JsonModel(BaseModel):
@@ -120,8 +120,8 @@ class TrainingCosts(JsonModel):
     loading_s: float
     """Time in which training waited for batches of images or of stored features."""
     storing_s: float
-    """Time to load the images and store their features for latent replay. If an earlier run has stored the features,
-    the time that the earlier run took."""
+    """Time to load the images and store their features (outputs of the frozen layers) for latent replay. If an earlier
+    run has stored the features, the time that the earlier run took."""
     statistics_s: float
     """Time to load the images and estimate BatchNorm statistics."""
     validation_s: float
@@ -162,11 +162,13 @@ class TrainInfo(JsonModel):
     allocator reserved. `train.py` does not set these fields, so they are null."""
 
     metrics: list[JsonObject] = []
-    """One entry per epoch and target, followed by one entry with the test results before and after adaptation."""
+    """One entry per epoch and target (a domain that the run adapts to), followed by one entry with the test results
+    before and after adaptation."""
     sweep: list[JsonObject] = []
     """One entry per target and tried learning rate. Its validation accuracy is null if training diverged."""
     replay: JsonObject | None = None
-    """The size and cost of the stored features for the last target; null if training did not use latent replay."""
+    """The size and cost of the features (outputs of the frozen layers) that were stored for the last target; null if
+    training did not use latent replay."""
     checks: dict[str, float] = {}
     """Results of comparing logits. `reloaded_max_logit_difference` is the largest absolute difference between the
     logits of the trained model and those of the saved and reloaded model. `merged_max_logit_difference`, if present, is
@@ -271,8 +273,8 @@ class Record(JsonModel):
     meta_info: MetaInfo
 
     profile: list[StepProfile] = []
-    """For each process, one profile of the whole step and one profile for each LoRA rank. The steps are those of
-    training on the last target. For a failed run, profiles may be missing."""
+    """For each process, one profile of the whole step and one profile for each LoRA rank. The profiled steps belong to
+    the training on the last target. For a failed run, profiles may be missing."""
 
     @property
     def data_fingerprint(self) -> str | None:
@@ -307,7 +309,7 @@ class CostRecord(JsonModel):
 
 
 def read_record(file: Path, kind: type[M]) -> M | None:
-    """Read the record in `file`, or return None if `file` does not exist.
+    """Read the record in `file` as an object of the class `kind`, or return None if `file` does not exist.
 
     Raises:
         ValueError: If the file is damaged, or a newer version of this package has written it. The message names the
@@ -354,9 +356,9 @@ class Archive:
 
 
 def read_archive(folder: Path) -> Archive:
-    """Read all records in a folder and its subfolders. If there are copies of a record, only the first copy is read.
+    """Read all records of runs and cost analyses in a folder and its subfolders. Of equal records, read only one.
 
-    The function ignores other JSON files, such as configurations.
+    JSON files that are not records, such as configurations, are ignored, too.
 
     Raises:
         ValueError: If there is no record, or if a record is damaged or was written by a newer version.

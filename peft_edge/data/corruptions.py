@@ -37,8 +37,8 @@ class Shift:
 
     Args:
         name: One of `SHIFTS`.
-        severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. For any other corruption,
-            None.
+        severity: For a corruption with severities, a number from 1 (mild) to 5 (strong); None means 5. For any other
+            corruption, None.
 
     Raises:
         ValueError: If `name` is unknown, or the corruption does not have this severity.
@@ -103,7 +103,7 @@ def _gaussian_noise(image: Tensor, deviation: float) -> Tensor:
 
 
 def _shot_noise(image: Tensor, photons: float) -> Tensor:
-    """Replace each value v, from 0 to 1, by a random Poisson count of mean v * photons, divided by `photons`."""
+    """Replace each value v in [0, 1] by c / photons, where c is a random Poisson count of mean v * photons."""
     return _as_uint8(torch.poisson(_as_float(image) * photons) / photons)
 
 
@@ -190,7 +190,7 @@ def _elastic(image: Tensor, distance: float) -> Tensor:
     """Stretch the image like a rubber sheet. Neighbouring points move similarly, by about `distance` pixels."""
 
     def stretch(padded: Tensor) -> Tensor:
-        # v2.ElasticTransform makes smooth noise by a blur, which takes two seconds for an image of 224 x 224 pixels.
+        # Do not use v2.ElasticTransform: its blur takes two seconds for an image of 224 x 224 pixels.
         height, width = padded.shape[-2:]
         moves = torch.stack([_smooth_noise(height, width, 12) for _ in range(2)], dim=-1)
         pixels = (moves - moves.mean()) / moves.std() * distance * _scale(image)
@@ -232,8 +232,8 @@ def _photographs() -> list[Tensor]:
     return [torch.tensor(photograph).permute(2, 0, 1) for photograph in load_sample_images().images]
 
 
-# The levels of the noise family, gaussian_blur, defocus_blur, jpeg and pixelate are those of ImageNet-C. The levels of
-# contrast are those of CIFAR-10-C. All other levels are our choice.
+# The levels of the three kinds of noise are those of ImageNet-C, as are the levels of gaussian_blur, defocus_blur, jpeg
+# and pixelate. The levels of contrast are those of CIFAR-10-C. All other levels are our choice.
 CORRUPTIONS: dict[str, dict[str, Corruption]] = {
     "noise": {
         "gaussian_noise": Corruption(_gaussian_noise, (0.08, 0.12, 0.18, 0.26, 0.38)),

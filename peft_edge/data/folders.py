@@ -98,9 +98,9 @@ def read_image_folder(folder: Path) -> DatasetDict:
 
 
 def class_folders(folder: Path, names: Sequence[str]) -> list[Path]:
-    """Return the existing folders of the classes `names`, both in `folder` and in its split folders.
+    """Return the existing folders of the classes `names`, both in `folder` and in its split folders such as `train`.
 
-    A class folder without images is also returned.
+    The result includes class folders without images.
     """
     folder = folder.expanduser()
     children = [path for path in _entries(folder) if path.is_dir()] if folder.is_dir() else []

@@ -103,7 +103,8 @@ def read_rgb(image: Image.Image, *, shrink: float = 1.0) -> Image.Image:
     `shrink` is the factor by which the caller will reduce height and width afterwards. If `shrink` is at least 4, a
     JPEG is decoded at a half, a quarter or an eighth of its height and width. The decoded image is still at least twice
     as high and wide as the caller needs, so decoding at the reduced size removes no detail that the caller's resizing
-    would keep. For a photograph from a phone, it takes about a fifth of the time of decoding at full size.
+    would keep. For a photograph from a phone, decoding at the reduced size takes about a fifth of the time of decoding
+    at full size.
     """
     if shrink >= 4:
         image.draft(None, (int(image.width * 2 / shrink), int(image.height * 2 / shrink)))

@@ -57,10 +57,12 @@ def load_task(
     `new_classes` are given, the source contains only the other classes. `class_increments` describes the targets.
 
     Args:
-        name: `digits`, `shapes`, a folder with one subfolder for each class, or a Hugging Face dataset.
-        shift: A corruption (one of `peft_edge.data.SHIFTS`), another split of the same dataset, or another folder or
-            Hugging Face dataset with the same classes.
-        severity: For a corruption with severities, 1 (mild) to 5 (strong), or None for 5. In all other cases, None.
+        name: An embedded benchmark (`digits` or `shapes`), or a folder with one subfolder for each class, or the name
+            of a Hugging Face dataset.
+        shift: One of the following: a corruption (one of `peft_edge.data.SHIFTS`), the name of another split of the
+            same dataset, or another folder or Hugging Face dataset with the same classes.
+        severity: For a corruption with severities, a number from 1 (mild) to 5 (strong); None means 5. In all other
+            cases, None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
             `[("domain", "==", "photo")]`. If there are conditions, `name` must be a Hugging Face dataset or a folder
             with one subfolder per domain. The only column of such a folder is `domain`, the name of a subfolder.
@@ -149,7 +151,7 @@ def load_task(
         )
     else:
         try:
-            if problem := problem_of_data(shift):  # for example, the dataset on the Hub has no split of this name
+            if problem := problem_of_data(shift):  # for example, a split that the dataset on the Hub does not have
                 raise ValueError(problem)
             other = read_splits(
                 shift, subset=subset, filters=shift_filters, image_column=image_column, label_column=label_column
