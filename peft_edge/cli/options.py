@@ -1,8 +1,8 @@
 """Helpers of all commands: parse arguments, declare options, and load models.
 
 Arguments are checked before torch is imported, so that mistakes are reported quickly. Modules that need torch are
-therefore imported inside the functions of the commands. Constants in this folder repeat names that those modules
-define, and a test checks that the names agree.
+therefore imported inside the functions of the commands. Some constants in this folder repeat names from modules that
+need torch, and a test checks that the names agree.
 """
 
 from __future__ import annotations

@@ -53,7 +53,7 @@ class Domain:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the rows and transforms of all splits. Cached models are reused only for data with the same hash."""
+        """A hash of the rows and transforms of all splits. Cached models are used only for data with the same hash."""
         return _hash(*(dataset_fingerprint(split) for split in (self.train, self.validation, self.test)))
 
 

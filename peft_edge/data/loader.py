@@ -205,8 +205,8 @@ def load_batches(
         collate_fn=_as_is,
         drop_last=shuffle,
         # Each new iterator of the loader draws a seed for its workers from `generator`. By default, it would draw from
-        # torch's global generator. A run that resumes in the middle of an epoch creates one more iterator, and would
-        # then continue with other random numbers than an uninterrupted run.
+        # torch's global generator. A run that resumes in the middle of an epoch creates one more iterator. With the
+        # global generator, its later random numbers would therefore differ from those of an uninterrupted run.
         generator=torch.Generator(),
     )
 
