@@ -51,8 +51,8 @@ def load_config(arguments: Sequence[str], *, check_files: bool = False) -> RunCo
             Keys of a section are dotted (`training.epochs=3`). Values are read as YAML. A `--key` without a value
             sets the key to true. Overrides take precedence over all files, and a later file over an earlier file.
         check_files: Whether the folders and files that the configuration names must exist on this machine. If
-            `output_dir` already contains a record, they are not checked, because a finished run only prints its
-            summary.
+            `output_dir` already contains `record.json`, they are not checked, because a finished run reads none of
+            them, and only prints its summary.
 
     Raises:
         ConfigError: If a file or argument is unreadable, a key is unknown, a value has the wrong type or range, or
@@ -106,7 +106,7 @@ def check_grid_keys(file: Path) -> None:
 
 
 def to_yaml(config: RunConfig) -> str:
-    """Return a YAML text with all keys and their values, including defaults. `load_config` can read such a file."""
+    """Return a YAML text with all keys and their values, including defaults. `load_config` can read it from a file."""
     return yaml.safe_dump(config.model_dump(), sort_keys=False)
 
 

@@ -1,8 +1,9 @@
 """Define the configuration keys of a run (types, ranges, defaults, descriptions), and check their combinations.
 
-This module does not import torch, so that errors in a configuration are reported in a fraction of a second. Therefore
-it repeats the names of methods, optimizers, groups of layers (roles, such as `all-conv`) and keys of cost analyses.
-Tests compare these names with `METHODS`, `OPTIMIZERS`, `ROLES` and `CostSetting`.
+This module does not import torch, so that errors in a configuration are reported in a fraction of a second. The
+methods, the optimizers, the roles (groups of layers, such as `all-conv`) and the keys of cost analyses are defined in
+modules that import torch, so their names are repeated here. Tests compare the names with `METHODS`, `OPTIMIZERS`,
+`ROLES` and `CostSetting`.
 """
 
 from __future__ import annotations
@@ -90,7 +91,10 @@ Targets = Annotated[str | list[str], AfterValidator(_check_targets)]
 
 
 class Section(BaseModel):
-    """A group of keys. Unknown keys are errors. Values must have the declared type; an int is also a valid float."""
+    """A group of configuration keys. Unknown keys are errors.
+
+    Values must have the declared type; an int is also a valid float.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True, use_attribute_docstrings=True)
 
@@ -272,8 +276,8 @@ class TrainingConfig(Section):
     keep_checkpoints: Annotated[int, Field(ge=2)] = 2
     """Number of newest checkpoints to keep. At least 2, because the newest may contain weights that have diverged."""
     replay: bool = False
-    """Use latent replay: store the outputs of the frozen layers before the first trainable layer, and train the other
-    layers on these outputs. Requires that the key `norm` is frozen or recalibrate."""
+    """Use latent replay: store the outputs of the frozen layers before the first trainable layer, and train the later
+    layers on these outputs. Requires `norm=frozen` or `norm=recalibrate`."""
     replay_views: PositiveCount = 1
     """Number of augmented views that are stored for each image with `replay`. Each epoch uses the next view."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
@@ -304,7 +308,7 @@ class LeanConfig(Section):
 
 
 class ProfilingConfig(Section):
-    """Measurement of the FLOPs, memory and time of some training steps, for the record and the trackers."""
+    """Measurement of the FLOPs, memory and time of some training steps, for `record.json` and the trackers."""
 
     every_n_steps: Count = 1000
     """Number of optimizer steps from one measurement to the next. The first measurement covers steps 2 and 3. 0: no
@@ -334,7 +338,7 @@ class RunConfig(Section):
     """
 
     output_dir: str
-    """Folder of the adapter, the record, checkpoints and logs."""
+    """Folder of the adapter, the results (record.json), checkpoints and logs."""
     method: Annotated[str, _registered("METHODS", METHOD_NAMES)] = "lora"
     """Adaptation method: none, head, norm-stats, norm-affine, bias, full, lora, lora-fa, dora, conv-adapter or
     galore; or PEFT's peft-lora, peft-dora, peft-loha or peft-lokr."""
@@ -374,7 +378,7 @@ class RunConfig(Section):
     hub: HubConfig = HubConfig()
 
     def options(self, section: str | None) -> dict[str, object]:
-        """Return the options for `Method.prepare`: `norm`, and the keys of `section` if `section` is not None.
+        """Return the options for `Method.prepare`: `norm`, and the keys of the section that `section` names, if any.
 
         >>> RunConfig(output_dir="runs/a").options("adapter")
         {'norm': 'frozen', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}

@@ -106,7 +106,7 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Read the file `adapter_config.json` at `path`, and return the configuration as an object of PEFT's class.
+    """Read the file `adapter_config.json` at `path`. Return an object of the PEFT class for the adapter's type.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -39,8 +39,8 @@ class CardSubject:
         architecture: The name of the timm architecture, or of the Python class if the base is not from timm.
         peft_type: The adapter's `peft_type`, such as `CONV_LORA`; None for a whole model.
         source: The Hub id from which the code examples of the card load the adapter or model.
-        license: The Hub's identifier of a license. None means the license of timm's pretrained weights if the run
-            used these weights, and otherwise no license.
+        license: The Hub's identifier of a license. None means the license of timm's pretrained weights if the
+            training run used these weights, and otherwise no license.
     """
 
     base: str
@@ -129,7 +129,10 @@ def _metadata(subject: CardSubject, record: Record | None) -> ModelCardData:
 
 
 def _eval_results(record: Record) -> list[EvalResult]:
-    """Return the test accuracies after training, on target and source images. Accuracies that are None are left out."""
+    """Return the test accuracies after training, on target (new) images and on source (earlier) images.
+
+    Accuracies that are None are left out.
+    """
     data, measured = record.run_info.train_config["data"], record.train_info.metrics[-1]
     source = _label(data["name"], data.get("source_filters", []))
     domains = {"test accuracy": f"{source}, {_shift(data)}", "source test accuracy": f"{source}, source"}

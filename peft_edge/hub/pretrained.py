@@ -177,9 +177,9 @@ def _download(
 def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module:
     """Load the backbone of the adapter in `folder`.
 
-    The backbone is in the subfolder `source_model`, in another local folder, or on the Hub. `is_local` is False if
-    `folder` was downloaded from the Hub. If the configuration names only a timm architecture, the adapter was trained
-    on random weights that were not saved. In this case, warn, and return a model with other random weights.
+    The backbone is in the subfolder `source_model` of `folder`, in another local folder, or on the Hub. `is_local` is
+    False if `folder` was downloaded from the Hub. If the configuration names only a timm architecture, the adapter was
+    trained on random weights that were not saved. In this case, warn, and return a model with other random weights.
     """
     name, mapping = config.base_model_name_or_path, config.auto_mapping or {}
     if str(mapping.get("parent_library")).startswith("transformers."):
@@ -213,8 +213,8 @@ def _load_untrusted(folder: Path, name: str | None = None) -> nn.Module:
     """Load a backbone from a folder with files that may be hostile.
 
     The backbone is first built on the meta device, which takes no memory. This fails if the tensors in the weights
-    file and in the configured network differ in shape, so a small file cannot request a huge model. If `name` is given,
-    the attribute `name_or_path` of the model is set to `name`.
+    file and in the configured network differ in shape. Therefore the configuration cannot request a model with
+    more weights than the file contains. If `name` is given, the attribute `name_or_path` of the model is set to `name`.
     """
     config, weights = (folder / file for file in BACKBONE_FILES)
     try:

@@ -103,7 +103,7 @@ class CostJob(Job):
 
     @property
     def result_name(self) -> str:
-        """The file name, without `.json`, under which the job's record is copied to the study's results folder."""
+        """The file name, without `.json`, under which the job's results are copied to the study's results folder."""
         return f"cost--{self.name}"
 
     @property
@@ -113,7 +113,7 @@ class CostJob(Job):
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def check_folder(self) -> None:
-        """Do nothing: a folder contains at most the record of an earlier analysis, which a new analysis may replace."""
+        """Do nothing, because `folder` contains at most the result of an earlier analysis, and this may be replaced."""
 
     def train_source(self) -> None:
         """Do nothing, because an analysis needs no trained weights."""
@@ -123,7 +123,7 @@ class CostJob(Job):
         add_record(self.folder, "record", analyse_cost(self.network, self.options))
 
     def record_failure(self, reason: str) -> None:
-        """Do nothing, because a failed analysis has no record. The log contains the reason."""
+        """Do nothing, because a failed analysis has no record. The job's log contains the reason for the failure."""
 
 
 def is_transformer(network: str) -> bool:

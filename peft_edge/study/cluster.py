@@ -59,8 +59,8 @@ class Cluster:
         memory: Bytes of memory that Ray reserves for each run. A run waits until a node has this much memory that is
             not reserved for other runs. If `memory` is None, Ray reserves none.
         artifacts: An address for fsspec, such as `s3://bucket/runs`. The nodes upload the subfolders of each finished
-            run (the saved update and the training curves) to this address. If it is None, the nodes send these folders
-            back to the output folder.
+            run (the saved adapter or model, and the training curves) to this address. If it is None, the nodes send
+            these folders back to the output folder.
     """
 
     address: str = "auto"
@@ -74,7 +74,7 @@ class Cluster:
 
         `cause` is an error message in two cases: the job's Ray task failed, for example because its node died, or
         `job.check_folder` rejects the job's folder. Otherwise `cause` is None. If the job itself failed, `cause` is
-        also None, and the job's log contains the reason. The description of `bar` shows the number of nodes.
+        also None, and the job's log contains the reason. The progress bar `bar` shows the number of nodes.
 
         Raises:
             ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
@@ -286,8 +286,8 @@ def _upload(folder: Path, artifacts: str) -> None:
 
     system, path = fsspec.url_to_fs(artifacts)
     for subfolder in (entry for entry in folder.iterdir() if entry.is_dir()):
-        # With the slashes, fsspec copies the contents of the subfolder, even if the target exists after an earlier
-        # attempt.
+        # Because of the final slashes, fsspec copies the contents of the subfolder. Without them, fsspec would create
+        # the subfolder inside the target if an earlier attempt has left a target.
         system.put(f"{subfolder}/", f"{path}/{folder.name}/{subfolder.name}/", recursive=True)
         remove(subfolder)
 

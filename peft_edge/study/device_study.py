@@ -94,10 +94,10 @@ RANDOM_STEPS = 6
 
 
 class RuntimeResult(JsonModel):
-    """Accuracy, time and memory of the training in one runtime."""
+    """Accuracy, time and memory of the training in one runtime: ONNX Runtime or PyTorch."""
 
     accuracy: float | None
-    """The fraction of the target domain's test images that are classified correctly. None for random images."""
+    """The fraction of the test images that are classified correctly after the training. None for random images."""
     step_cpu_s: float
     """The median CPU time of a step in seconds, on one thread. The first step does not count."""
     peak_bytes: int
@@ -142,7 +142,7 @@ class _Data(NamedTuple):
 
 
 def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
-    """Train `case` in ONNX Runtime and in PyTorch, and return the record. Write the files of the training to `work`.
+    """Train the network of `case` in ONNX Runtime and in PyTorch, and return the results. Write files to `work`.
 
     Raises:
         subprocess.CalledProcessError: If a training process fails.
@@ -235,7 +235,7 @@ def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
 
 
 def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]:
-    """Return the base model and the images of the first target domain, or random images if `case.task` is empty."""
+    """Return the base model and its images: the first images to adapt to, or random images without `case.task`."""
     if not case.task:
         torch.manual_seed(seed)
         base = load_backbone(case.network, 10)
@@ -306,7 +306,8 @@ def device_table(records: Sequence[DeviceRecord]) -> str:
     """Return a Markdown table with a row for each `DeviceCase`.
 
     Accuracies and times are means over the seeds, and memory is the maximum over the seeds. The column `largest
-    difference` has the largest absolute difference, over the seeds, between the accuracies of the two runtimes.
+    difference` has the largest absolute difference, over the seeds, between the accuracies in ONNX Runtime and in
+    PyTorch.
     """
     groups: dict[tuple[object, ...], list[DeviceRecord]] = defaultdict(list)
     for record in records:

@@ -79,7 +79,7 @@ def prepare_torch(job: dict[str, Any]) -> tuple[Step, Callable[[], None]]:
 
 
 def train_job(runtime: str, job: dict[str, Any]) -> dict[str, Any]:
-    """Take the training steps of `job`, and save the result.
+    """Take the training steps that `job` describes, and save the result. `device_study` has created `job`.
 
     Returns:
         A dict with the CPU seconds of each step (`seconds`) and the peak memory of this process (`peak_bytes`).

@@ -47,14 +47,14 @@ class CostGrid(Section):
 
 
 def read_grid(file: Path, output_dir: Path) -> list[Job]:
-    """Read a grid file, and return one configured job for each combination of its values.
+    """Read a grid file, and return one job (a training run or a cost analysis) for each combination of its values.
 
     The YAML file is a block with the keys of `RunGrid` or of `CostGrid`, or a list of such blocks. Paths in the file
     are relative to the folder of the file. Each job has its own folder in `output_dir`.
 
     Raises:
-        ValueError: If the file is not a grid, a pattern matches no file, two jobs have the same name, or a job cannot
-            be configured. If all blocks have the right keys, the message lists the problems of all blocks.
+        ValueError: If the file is not a grid, a path in it matches no file, two jobs have the same name, or a job
+            cannot be configured. If all blocks have the right keys, the message lists the problems of all blocks.
         OSError: If the file cannot be read.
     """
     jobs: list[Job] = []
@@ -121,7 +121,10 @@ def _run_jobs(block: RunGrid, file: Path, output_dir: Path) -> list[RunJob]:
 
 
 def cost_jobs(block: CostGrid, file: Path, output_dir: Path) -> list[CostJob]:
-    """Return a job, with a folder in `output_dir`, for each network and each combination of values in `block`."""
+    """Return one job for each network in `block` and each combination of the values in its `grid`.
+
+    The folders of the jobs are in `output_dir`. `file` is the grid file; paths in `block` are relative to its folder.
+    """
     settings, errors = [], []
     for values in itertools.product(*block.grid.values()):
         chosen = dict(zip(block.grid, values, strict=True))

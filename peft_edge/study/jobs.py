@@ -28,8 +28,8 @@ _FOLDER_KEYS = {"output_dir", "cache_dir"}
 class Job(ABC):
     """A training run or cost analysis of a study.
 
-    A job can be pickled and run in another process, because it keeps its state in files. These files are in
-    `folder` or next to it.
+    A job can be pickled and run in another process, because it keeps its progress and its results in files. These
+    files are in `folder` or next to it.
 
     Attributes:
         setting: A description of the job without its seed. The results of jobs with the same setting are averaged.
@@ -52,13 +52,14 @@ class Job(ABC):
     @property
     @abstractmethod
     def result_name(self) -> str:
-        """The file name, without `.json`, under which the job's record is copied to the study's results folder."""
+        """The file name, without `.json`, under which the job's results are copied to the study's results folder."""
 
     @property
     def failed_folder(self) -> Path:
-        """The folder `<folder>.failed` for the record of a failure.
+        """The folder `<folder>.failed`, to which a record of the failure is written if the job fails.
 
-        This record is not written to `folder`, because `folder` may contain a run with another configuration.
+        This record is not written to `folder`, because `folder` may contain the results of a run with another
+        configuration, and these must not be overwritten.
         """
         return self.folder.with_name(f"{self.name}.failed")
 
@@ -78,11 +79,14 @@ class Job(ABC):
     @property
     @abstractmethod
     def record(self) -> Record | CostRecord | None:
-        """The newest record of the job, or None if there is no record. A damaged record raises a `ValueError`."""
+        """The newest record (results) of the job, or None if there is none. A damaged record raises a `ValueError`."""
 
     @property
     def status(self) -> str:
-        """The status in the record, or `not run` without a record. For a cost analysis, any record means `success`."""
+        """The status in `record`, or `not run` if there is no record.
+
+        The record of a cost analysis contains no status; if there is one, the status is `success`.
+        """
         record = self.record
         if record is None:
             return "not run"
@@ -98,9 +102,9 @@ class Job(ABC):
         return replace(self, folder=output_dir / self.name)
 
     def attempt(self) -> None:
-        """Run the job, and write its output to `log`. If the job fails, append the traceback, and record the failure.
+        """Run the job, and write its output to `log`. If the job fails, append the traceback to `log`.
 
-        The failure is not recorded a second time if `run` has already written a new record.
+        After a failure, also call `record_failure`, unless `run` itself has already written a new record.
 
         Raises:
             ValueError: If a record of the job is damaged.
@@ -127,9 +131,9 @@ class Job(ABC):
 
     @abstractmethod
     def train_source(self) -> None:
-        """Train the source model (the network before adaptation), and write it to the cache.
+        """Train the source model (the network before adaptation), and write it to the study's folder `cache`.
 
-        Do nothing if the cache contains the source model, or if the job has none.
+        Do nothing if this folder contains the source model, or if the job has none.
         """
 
     @abstractmethod
@@ -143,13 +147,16 @@ class Job(ABC):
 
 @dataclass(frozen=True)
 class RunJob(Job):
-    """A training run as a job of a study. `config` configures `train.py`, and its `output_dir` is the job's folder."""
+    """A training run as a job of a study. `config` is the configuration of the run; `config.output_dir` is `folder`."""
 
     config: RunConfig
 
     @property
     def result_name(self) -> str:
-        """The method and the job's name, joined by `--`. The copy of the record has this file name with `.json`."""
+        """The method and the job's name, joined by `--`.
+
+        The record (results) of the job is copied to the study's results folder as `<result_name>.json`.
+        """
         return f"{self.config.method}--{self.name}"
 
     @property
@@ -165,7 +172,7 @@ class RunJob(Job):
 
     @property
     def record(self) -> Record | None:
-        """The newest record of a run with this job's configuration. None if there is no such record.
+        """The newest record (results) of a run with this job's configuration. None if there is no such record.
 
         The record is in `folder` or in `failed_folder`.
         """
@@ -175,9 +182,10 @@ class RunJob(Job):
         return max(filter(self.has_record, found), key=lambda record: record.run_info.created_at, default=None)
 
     def has_record(self, record: Record) -> bool:
-        """Return whether `record` is the record of a run with this job's configuration. Folders are not compared.
+        """Return whether `record` is the record of a run with this job's configuration.
 
-        A record has another configuration, for example, if a configuration file was edited after the run.
+        `output_dir` and `cache_dir` are not compared. A record has another configuration, for example, if a
+        configuration file was edited after the run.
         """
         return self._settings.items() <= record.run_info.train_config.items()
 
@@ -198,7 +206,7 @@ class RunJob(Job):
         return self.config.model_dump(exclude=_FOLDER_KEYS)
 
     def moved_to(self: R, output_dir: Path) -> R:
-        """Return a copy of the job with a folder of the same name and a cache in `output_dir`. No files are moved."""
+        """Return a copy of the job with folder and cache in `output_dir`. The folder keeps its name. No files move."""
         folder = output_dir / self.name
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         return replace(self, folder=folder, config=self.config.model_copy(update=folders))
@@ -208,9 +216,9 @@ class RunJob(Job):
         training.is_started(self.config, self.folder)
 
     def train_source(self) -> None:
-        """Train the source model (the network before adaptation), and write it to the cache.
+        """Train the source model (the network before adaptation), and write it to `cache_dir` of the configuration.
 
-        If the cache contains the source model, only load it.
+        If this folder contains the source model already, only load it.
         """
         reset_accelerator()
         training.train_source(self.config)

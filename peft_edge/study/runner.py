@@ -31,7 +31,7 @@ C = TypeVar("C", bound=Record | CostRecord)
 
 
 def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster: Cluster | None = None) -> None:
-    """Run the jobs that are not finished, and copy all records into one folder.
+    """Run the jobs that are not finished, and copy the records (results) of all jobs into one folder.
 
     If a job fails or its process is killed, the reason is written to its log, and the other jobs continue. A failed
     training run also gets a record of the failure. The next call tries the failed job again. Ctrl-C kills the running
@@ -47,9 +47,10 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
         cluster: A Ray cluster that runs the jobs. If it is None, processes on this machine run them.
 
     Raises:
-        ValueError: If another call is working in the same output folder, or a record is damaged. Also if `results`
-            contains a finished run that has the name of a job, but another configuration. This last check is skipped if
-            `results` is a direct subfolder of the output folder. The message contains the path.
+        ValueError: If another call is working in the output folder, which is the parent of the jobs' folders. If a
+            record is damaged. If `results` contains the record of a finished run that has the name of a job, but
+            another configuration. This last check is skipped if `results` is a direct subfolder of the output folder.
+            The message names the folder or file.
         OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
@@ -72,7 +73,8 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
         num_failed = 0
         with tqdm(total=len(jobs), initial=len(jobs) - len(unfinished), desc="study", unit="job", smoothing=0) as bar:
             if unfinished and cluster is None:
-                # The first runs also train their source models, so the bar may not move for a long time.
+                # The first runs also train their source models. The bar does not move until the first run has ended,
+                # which may take long.
                 bar.set_postfix_str(f"output of the first job: {unfinished[0].log}")
             ended = _run_in_pool(unfinished, processes) if cluster is None else cluster.run(unfinished, bar)
             with closing(ended):
@@ -87,7 +89,7 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
 
 def _check_results(jobs: Sequence[Job], results: Path) -> None:
-    """Raise a `ValueError` if `results` contains a finished run with the name of a job, but another configuration."""
+    """Raise a `ValueError` if a finished run in `results` has the name of a job, but another configuration."""
     others = []
     for job in jobs:
         if isinstance(job, RunJob):
@@ -106,8 +108,8 @@ def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -
 
     The jobs then count as finished, and are not run again. The name of a run contains the values of the keys that the
     grid varies. When a grid gets a second value for a key, the names of its runs change, but not their configurations.
-    The function renames the folder and the log of a run, and deletes the copy of its record under the earlier name from
-    `results`.
+    The function renames the folder and the log of a run. If `results` contains a copy of the run's record under the
+    earlier name, the function deletes this copy.
     """
     names = {job.name for job in jobs}
     waiting = [job for job in jobs if isinstance(job, RunJob) and not job.folder.exists()]
@@ -135,7 +137,10 @@ def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Reorder the jobs: first one job for each source model (the network before adaptation), then all other jobs."""
+    """Reorder the jobs: first one job for each source model (the network before adaptation), then all other jobs.
+
+    Jobs without a source model are among the first.
+    """
     groups: dict[str, list[Job]] = {}
     for job in jobs:
         groups.setdefault(job.source or job.name, []).append(job)
@@ -239,9 +244,10 @@ def study_table(jobs: Sequence[Job]) -> str:
     Each row summarises all jobs with the same `setting`. A cell contains the mean over the successful jobs ± its
     standard error, or only the mean if all values are equal. The standard error is the sample standard deviation
     divided by the square root of the number of values. The column `runs` or `analyses` contains the number of
-    successful jobs and the statuses of other jobs. `no update` is the accuracy of the source model on the target (the
-    new images). `training seconds` is the time of the whole training (`TrainInfo.seconds`). `tensors MiB` is the peak
-    memory of the tensors in a step, and `process MiB` is the peak memory of the process.
+    successful jobs, and the statuses of the jobs that did not succeed. `no update` is the accuracy of the source model
+    (the network before adaptation) on the target (the new images). `training seconds` is the time of the whole training
+    (`TrainInfo.seconds`). `tensors MiB` is the peak memory of the tensors in a step, and `process MiB` is the peak
+    memory of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
