@@ -235,7 +235,10 @@ def run_case(case: DeviceCase, seed: int, work: Path) -> DeviceRecord:
 
 
 def _prepare(case: DeviceCase, seed: int, work: Path) -> tuple[nn.Module, _Data]:
-    """Return the base model and its images: the first images to adapt to, or random images without `case.task`."""
+    """Return the base model and the images of the first target, or random images if `case.task` is empty.
+
+    A target is a set of images to which the model is adapted.
+    """
     if not case.task:
         torch.manual_seed(seed)
         base = load_backbone(case.network, 10)
