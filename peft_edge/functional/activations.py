@@ -76,7 +76,7 @@ def clipped_activation(x: Tensor, forward: Activation, *, upper: float, keep: Ke
 def _activate(x: Tensor, *, forward: Activation, overwrite: bool) -> Tensor:
     """Return `forward(x)`, in place if `overwrite` is set.
 
-    A recomputation calls its steps, such as this one, with the keyword `overwrite`.
+    This function is a step of a `Recomputation`, which calls its steps with the keyword `overwrite`.
     """
     return forward(x, inplace=overwrite)
 
@@ -297,9 +297,9 @@ def mask_gradient(gradient: Tensor, mask: Tensor, out: Tensor) -> Tensor:
 def _iter_parts(x: Tensor, mask: Tensor) -> Iterator[tuple[Tensor, Tensor, int]]:
     """Yield one-dimensional parts of x in memory order, each with its block of `mask` and the value of its bit.
 
-    Byte i of the block contains the mask of element i of the part. In a packed mask, eight parts share a block: each
-    part uses one bit of every byte, with the value 1, 2, 4, ... or 128. In an unpacked mask, the value is always 1. One
-    operation can therefore read or set the mask of a whole part.
+    Byte i of the block contains the mask of element i of the part, so one elementwise operation can read or set the
+    mask of a whole part. In a packed mask, eight parts share a block: each part uses one bit of every byte, with the
+    value 1, 2, 4, ... or 128. In an unpacked mask, the value is always 1.
     """
     elements, start = x.as_strided((x.numel(),), (1,)), 0
     bits = range(8 if len(mask) < len(elements) else 1)

@@ -117,7 +117,7 @@ def batch_norm(
     """Normalise x like `F.batch_norm`. For the backward pass, save only x and a few values per channel.
 
     If x can be recomputed from other tensors, the function saves these tensors instead of x. With `inplace`, the output
-    may overwrite x. This requires that x can be recomputed and that `mean` is not None.
+    may overwrite x, but only if x can be recomputed and `mean` is not None.
 
     In training mode, x is normalised by the statistics of the batch, and the running statistics `mean` and `var` are
     updated unless they are None. With `synchronise`, the statistics are computed over the batches of all processes of

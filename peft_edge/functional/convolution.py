@@ -90,8 +90,8 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return the gradient of the kernel, of shape `weight_size`, for y = conv(x; weight)."""
     stride, padding, dilation, groups = geometry
-    # The operator reads only the shape and memory format of `weight`, so the values need not be set. An expanded scalar
-    # would not save memory, because the operator would copy it.
+    # `convolution_backward` reads only the shape and memory format of `weight`, so the values need not be set. An
+    # expanded scalar would not save memory, because `convolution_backward` would copy it.
     weight = torch.empty(weight_size, dtype=x.dtype, device=x.device, memory_format=memory_format_of(x))
     return torch.ops.aten.convolution_backward(
         grad_y, x, weight, None, stride, padding, dilation, False, (0,) * len(stride), groups, (False, True, False)

@@ -80,7 +80,7 @@ def lowrank_conv2d(
         scaling: The factor s of the update.
         geometry: Stride, padding, dilation and groups.
         bias: (C_out,) or None.
-        magnitude: DoRA's m, C_out elements in any shape, or None.
+        magnitude: DoRA's m, with C_out elements in any shape. None for LoRA.
         route: How to compute the gradients of A and B: from the gradient of the whole kernel (`full_kernel`) or from
             maps with r channels (`low_rank`). None chooses `full_kernel` for a grouped kernel or a trainable magnitude.
             For all other kernels, None chooses `low_rank` if A is frozen. If A is trainable, `choose_gradient_route`
@@ -127,7 +127,8 @@ def lowrank_keeps_input(
     """Return whether the backward pass of `lowrank_conv2d` needs x.
 
     If so, the forward pass saves x or, if x can be recomputed from other tensors, these tensors. The gradients of A and
-    of the magnitude need x. The gradient of B needs x only for a grouped kernel or the route `full_kernel`.
+    of the magnitude need x. The gradient of B needs x only if the kernel is grouped, or if the route is `full_kernel`,
+    which computes the gradient of the whole kernel.
     """
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "full_kernel"))
 
@@ -286,7 +287,8 @@ def lowrank_kernel(
     """Return the kernel update `scaling * lora_b @ lora_a` in `shape`, (C_out, C_in/g, *kernel).
 
     `lora_a` has the shape (r, C_in/g, *kernel). `lora_b` has the shape (C_out, r) or (C_out, r, 1, ...). The result has
-    the given `memory_format`. If this is the memory format of the kernel W, adding the update to W needs no copy.
+    the given `memory_format`. If the kernel of the convolution has the same memory format, adding the update to this
+    kernel needs no copy.
 
     >>> lora_a, lora_b = torch.ones(2, 3, 1, 1), torch.ones(4, 2, 1, 1)
     >>> lowrank_kernel(lora_a, lora_b, 0.5, torch.Size([4, 3, 1, 1])).flatten(1)[0]
@@ -327,8 +329,9 @@ def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_for
 
 # Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of feature maps read per
 # second, and seconds per call of a tiny convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
-# with torch 2.15. The CUDA speeds are a guess for a large GPU. The speeds are not measured at run time: the two routes
-# round differently, and a resumed run must choose the same routes.
+# with torch 2.15. The CUDA speeds are a guess for a large GPU. The speeds are not measured at run time, because
+# measured speeds vary. A resumed run could then compute gradients by another route than before, and the two routes
+# round differently.
 _SPEEDS = {
     "cpu": {"channels_last": (60e9, 8e9, 20e-6), "contiguous": (60e9, 5e9, 20e-6)},
     "cuda": {"channels_last": (20e12, 1e12, 30e-6), "contiguous": (20e12, 1e12, 30e-6)},
@@ -344,7 +347,7 @@ def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, ra
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()
     if weight_size[1] != x.shape[1]:
-        # A grouped update is not a convolution with A followed by one with B, so `low_rank` has no map z.
+        # A grouped update is not a convolution with A followed by one with B, so `low_rank` cannot be used.
         return "full_kernel"
     positions = grad_y.numel() // c_out
     saved_flops = 2 * positions * (columns * c_out - 2 * rank * (columns + c_out))

@@ -24,7 +24,8 @@ from torch import Tensor
 
 from peft_edge._compat import AutogradContext, no_dispatch, saved_tensors_hook, use_counts, version_of
 
-# A recomputation runs at most this many convolutions. One inverted residual block has two cheap convolutions.
+# A recomputation runs at most this many convolutions. Two are enough for an inverted residual block, which has two
+# cheap convolutions.
 _MAX_CONVOLUTIONS = 2
 
 # On a CPU, elementwise operations process at most this many elements at once, so that temporaries stay in the cache.
@@ -42,8 +43,8 @@ class Recomputation:
     """Recomputes a tensor in the backward pass: recomputes the tensor of `parent`, and applies `step` to this tensor.
 
     Without `parent`, the object is the identity: the only input is the tensor itself. The object holds no tensors of
-    the forward pass. Each function that uses the object saves the inputs with `ctx.save_for_backward`. Checkpointing,
-    hooks and autograd's checks of in-place changes therefore also apply to the inputs.
+    the forward pass. Each function that uses the object saves the inputs with `ctx.save_for_backward`. Therefore,
+    checkpointing, hooks on saved tensors, and autograd's checks of in-place changes apply to the inputs.
     The output of a recomputed convolution stays in memory until the last function that called `add_user` has used it.
     All other steps are cheap, and run again for each function that uses the object.
     """
@@ -62,7 +63,7 @@ class Recomputation:
         self.num_inputs = num_inputs
         """The number of inputs: the inputs of `parent`, and the operands of `step`."""
         self.is_pointwise = is_pointwise
-        """Whether `step` is elementwise, with operands per channel, so that it may run on parts of a feature map."""
+        """Whether `step` may run on parts of a feature map: it is elementwise, with one operand value per channel."""
         self.is_convolution = is_convolution
         self.shrinks = shrinks
         """Whether `step` is a convolution whose output has at most as many elements as its input."""
@@ -131,7 +132,7 @@ class Recomputation:
         inputs, operands = inputs[: parent.num_inputs], inputs[parent.num_inputs :]
         if not self.is_convolution:
             x = parent.value(inputs)
-            # If x was recomputed and is not cached, nothing else holds x, so `step` may overwrite x.
+            # If x was recomputed and is not cached, no other object holds x, so `step` may overwrite x.
             is_owned = not (parent.is_identity or parent._cached is not None or torch.is_grad_enabled())
             return step(x, *operands, overwrite=is_owned)
         # Recompute x in batches, so that the whole x need not be in memory. This does not pay if x is smaller than y.
@@ -154,7 +155,7 @@ class Recomputation:
         """Yield the recomputed tensor in parts that fit into the CPU's cache, each with the same part of all `others`.
 
         The pointwise steps at the end of the recomputation run on one part at a time. `others` must have the shape of
-        the tensor. The docstring of `iter_parts` lists the cases in which there is only one part.
+        the recomputed tensor. The docstring of `iter_parts` lists the cases in which there is only one part.
         """
         return self._parts(iter_parts, inputs, *others)
 
@@ -162,8 +163,8 @@ class Recomputation:
         """Yield the recomputed tensor in batches of samples, each with the same samples of `others`.
 
         The pointwise steps at the end of the recomputation run on one batch at a time, so the whole tensor need not be
-        in memory. There is only one batch if the last step is not pointwise, if gradients are enabled, or in the cases
-        that the docstring of `iter_sample_batches` lists.
+        in memory. There is only one batch if the last step is not pointwise, if gradients are enabled, if a compiler is
+        tracing, or in the cases that the docstring of `iter_sample_batches` lists.
         """
         if not self.is_pointwise or torch.is_grad_enabled() or torch.compiler.is_compiling():
             yield self.value(inputs), *others
@@ -203,7 +204,7 @@ class Recompute(NamedTuple):
         is_convolution: bool = False,
         shrinks: bool = False,
     ) -> Recompute:
-        """Return a `Recompute` that recomputes the tensor, and then applies `step` to the tensor and `operands`."""
+        """Return a `Recompute` that runs this recomputation, and then applies `step` to the result and `operands`."""
         inputs = (*self.inputs, *operands)
         node = Recomputation(
             step,
@@ -250,8 +251,8 @@ def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
     In five cases, the result has no steps, and its only input is the tensor itself: nothing is stored, the tensor was
-    changed in place after `set_recompute`, other hooks on saved tensors were active during `set_recompute`, the tensor
-    was made in inference mode, or a compiler is tracing.
+    changed in place after `set_recompute`, the hooks on saved tensors are not those that were active during
+    `set_recompute`, the tensor was made in inference mode, or a compiler is tracing.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))
@@ -260,7 +261,7 @@ def get_recompute(tensor: Tensor) -> Recompute:
     state = version_of(tensor), saved_tensors_hook()
     note = getattr(tensor, "_recompute", None)
     if not isinstance(note, _Note) or (note.version, note.hooks) != state:
-        # Store the identity as well, because it counts the functions that save the tensor.
+        # Also store a `Recomputation` without steps, because it counts the functions that save the tensor.
         note = tensor._recompute = _Note(Recomputation(), (), *state)  # type: ignore[attr-defined]
     return Recompute(note.node, note.inputs or (tensor,))
 
@@ -271,9 +272,9 @@ def has_standard_layout(x: Tensor) -> bool:
 
 
 def memory_format_of(x: Tensor) -> torch.memory_format:
-    """Return the memory format of x, which has the shape (B, C, *size): channels-last or contiguous.
+    """Return the memory format of x: channels-last or contiguous.
 
-    If x has both formats or neither, the result is the contiguous format.
+    x has the shape (B, C, *size). If x has both formats or neither, the result is the contiguous format.
     """
     channels_last = {4: torch.channels_last, 5: torch.channels_last_3d}.get(x.dim())
     if channels_last is None or x.is_contiguous() or not x.is_contiguous(memory_format=channels_last):
@@ -345,7 +346,7 @@ def _reference_counts(gradient: Tensor) -> tuple[int, int, int]:
 
 @functools.cache
 def _counts_of_sole_holder() -> tuple[int, int, int] | None:
-    """Return the reference counts of a gradient in a backward pass if no other object holds the gradient.
+    """Return the reference counts of a gradient that is held only by the `backward` function that receives it.
 
     Return None if these counts vary, or if a further reference to the gradient does not change them.
     """
@@ -377,7 +378,7 @@ def _first_counts(function: Callable[[Tensor], Tensor]) -> tuple[int, int, int]:
 
 
 class _Probe(torch.autograd.Function):
-    """Copies its input. The backward pass records the reference counts of its gradient."""
+    """Copies its input. `backward` records the reference counts of the gradient that it receives."""
 
     counts: ClassVar[list[tuple[int, int, int]]] = []
 
@@ -392,6 +393,6 @@ class _Probe(torch.autograd.Function):
 
 
 def _probe(gradient: Tensor) -> tuple[int, int, int]:
-    # The call of this function adds a reference to the gradient, as the call of `can_overwrite` does. The counts are
-    # therefore comparable.
+    # The call of this function adds a reference to the gradient, as the call of `can_overwrite` does. The counts in
+    # both functions are therefore comparable.
     return _reference_counts(gradient)

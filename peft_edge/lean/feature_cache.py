@@ -125,7 +125,7 @@ def _split(model: nn.Module, images: Tensor) -> tuple[str, set[nn.Module], nn.Mo
     the model.
 
     Returns:
-        The name of this module, the modules that run before this module, and the tail (the rest of the model).
+        Three values: the name of this module, a set of all modules that run before it, and the rest of the model.
 
     Raises:
         ValueError: If the model has no trainable parameters, if no layer with weights comes before the first trainable
@@ -244,7 +244,7 @@ A view is one augmented version of all training images. All views must contain t
 
 
 class FeatureCache(Dataset[dict[str, Tensor]]):
-    """The stored features of all training images, in one or several augmented views. Use `open` to get a cache.
+    """The stored features of all training images, in one or more augmented versions (views). `open` returns a cache.
 
     Features are outputs of a `FrozenPrefix`. `__getitems__` takes pairs (epoch, image) and returns a batch of `labels`
     and `pixel_values`. The `pixel_values` are inputs for `FrozenPrefix.tail`, in the dtype and memory format of the
@@ -282,13 +282,13 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     ) -> FeatureCache:
         """Open the cache for `prefix` and `images`. Fill the cache if it is missing or incomplete.
 
-        The cache is a subfolder of `root`. `images(view)` must return the training images, augmented as in training.
-        `key` must identify everything on which the images depend: data, transforms, seeds. If several processes open
-        the same cache, one process fills the cache and the others wait.
+        The cache is a subfolder of `root`. `images(view)` must return the training images, augmented as in training,
+        for each number `view` from 0 to `views - 1`. `key` must identify everything on which the images depend: data,
+        transforms, seeds. If several processes open the same cache, one process fills the cache and the others wait.
 
         Raises:
-            ValueError: If `dtype` is unknown, there are no images, or views have different numbers of images. If a
-                feature is infinite or NaN, or if `dtype` is float16 and a feature exceeds the range of float16.
+            ValueError: If `dtype` is unknown, if there are no images, or if views have different numbers of images. If
+                a feature is infinite or NaN, or if `dtype` is float16 and a feature exceeds the range of float16.
             OSError: If the disk is full.
         """
         if dtype not in get_args(StoredType):

@@ -34,7 +34,8 @@ class ModuleRef:
     """A reference by name to the module `path` of the model `root`.
 
     If PEFT replaces the module, the reference leads to the new module. In a `copy.deepcopy` of the model, the reference
-    points into the copy. In a copy of a single layer and in a pickle, the reference is empty, so `module` is None.
+    points into the copy. If only a layer that stores the reference is copied, or if the reference is pickled, the new
+    reference is empty, so its `module` is None.
     """
 
     def __init__(self, root: nn.Module | None, path: str) -> None:
@@ -131,5 +132,6 @@ def _mark(y: Tensor, norm: nn.Module) -> tuple[int, int, bool, object]:
 
 def exposes_tensors(layer: nn.Module) -> bool:
     """Return whether other code, such as a hook, may read the input or output of a layer."""
-    # PEFT's `AuxiliaryTrainingWrapper` forwards attributes to one copy of a layer, but may run another copy.
+    # PEFT's `AuxiliaryTrainingWrapper` holds several copies of a layer. Its attributes are those of one copy, but
+    # another copy may run. Therefore, treat the wrapper like a layer with hooks.
     return has_hooks(layer) or "forward" in vars(layer) or isinstance(layer, AuxiliaryTrainingWrapper)

@@ -98,7 +98,7 @@ class LeanConvolution(ConvolutionBase):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the weight or bias is trainable. If not, the layer never saves its input."""
+        """Whether the layer may save its input. It may do so if its weight or bias is trainable."""
         return _trains(self)
 
     @property
@@ -171,7 +171,8 @@ class LeanBatchNorm(BatchNorm):
     def _count_batch(self) -> float:
         """Count a batch, and return the weight of the batch in the running statistics.
 
-        The weight is `momentum`. If `momentum` is None, the weight is 1 / (number of batches), or 0 without a counter.
+        The weight is `momentum`. If `momentum` is None, the weight is 1 / (number of batches). If
+        `num_batches_tracked` is also None, the weight is 0.
         """
         if self.num_batches_tracked is not None:
             self.num_batches_tracked.add_(1)
@@ -202,8 +203,8 @@ class LeanClippedActivation(nn.Module):
         """Return the same output as `super().forward(x)`, but save less for the backward pass, if possible."""
         if _runs_plain(x):
             return super().forward(x)
-        # If x can be recomputed, so can the output of this layer, and the next layers do not save the output. Saving
-        # the output here would then take memory that a mask does not.
+        # If x can be recomputed, the next layers recompute the output of this layer instead of saving it. The output
+        # would then be saved only for the backward pass of this layer, which can use a mask. A mask takes less memory.
         is_recomputed = not get_recompute(x).is_identity
         keep = self.masks if is_recomputed and self.masks != "off" else self.kept()
         return clipped_activation(x, type(self).function, upper=self.upper, keep=keep, inplace=self.inplace)
@@ -251,8 +252,8 @@ class LeanBlock(nn.Module):
     run on one part of the batch after another. Only one part of the expanded feature map is then in memory, in the
     forward pass and in the backward pass. The outputs of the parts are concatenated.
 
-    BatchNorm in training mode mixes samples, and dropout draws other random numbers for parts than for the whole batch.
-    In these cases, or if the hook of a layer would see only a part, the block runs on the whole batch.
+    BatchNorm in training mode mixes samples, and dropout draws different random numbers for parts than for the whole
+    batch. In these cases, or if the hook of a layer would see only a part, the block runs on the whole batch.
     """
 
     split_blocks: bool = False
@@ -277,7 +278,7 @@ class LeanBlock(nn.Module):
 
 
 def _needs_whole_batch(module: nn.Module) -> bool:
-    """Return whether a module mixes samples or draws random numbers, or a hook observes its inputs or outputs."""
+    """Return whether a module mixes samples, or draws random numbers, or has a hook that observes its tensors."""
     if exposes_tensors(module):
         return True
     # The BatchNorm layers of this package's adapters state which statistics they use.

@@ -65,7 +65,8 @@ def prepare_model_for_lean_training(
         1  ReLU         its output
 
     Args:
-        model: A model of `Conv1d`, `2d` or `3d`, BatchNorm and activations, as in timm. The model is changed in place.
+        model: A model of convolutions (1d to 3d), BatchNorm and activations, such as timm's CNNs. It is changed in
+            place.
         inplace_norm: Whether a BatchNorm overwrites the output of the convolution before it. The norm does this only if
             no other layer receives this output, and if the norm is frozen or the output can be recomputed (see
             `recompute`). Both layers keep their weights, so trained adapters also fit the original model. If the model
@@ -76,8 +77,8 @@ def prepare_model_for_lean_training(
             selects the depthwise convolutions. True selects all convolutions with at most 100 products per output
             element.
         split_blocks: Whether timm's inverted residual blocks run on a few samples at a time if their feature maps are
-            large. Only blocks whose norms are frozen can do this. Outputs are then equal up to rounding, because the
-            convolutions of torch may add in another order for a smaller batch.
+            large. Only blocks whose norms are frozen can do this. Outputs then equal those of the original blocks only
+            up to rounding, because the convolutions of torch may add in another order for a smaller batch.
         checkpoint: Whether to switch on timm's gradient checkpointing, which runs the forward pass of each block again
             in the backward pass. The running statistics of BatchNorm still count each batch once.
 
@@ -85,7 +86,7 @@ def prepare_model_for_lean_training(
         The model. `undo_lean_training` restores the original layers.
 
     Raises:
-        ValueError: If `masks` or `recompute` is unknown, if `inplace_norm` is set and the model does not run on the
+        ValueError: If `masks` or `recompute` is invalid, if `inplace_norm` is set and the model does not run on the
             meta device, or if `checkpoint` is set and the model does not support timm's gradient checkpointing.
     """
     if masks not in get_args(Masks):
@@ -100,7 +101,8 @@ def prepare_model_for_lean_training(
                 f"inplace_norm=True needs to see which layer receives which output, but {type(model).__name__} does "
                 f"not run on the meta device ({type(error).__name__}: {error}): leave inplace_norm out"
             ) from error
-        # Without known consumers, activations save a mask even if the next layer saves their output.
+        # If it is unknown which layers receive an output, activations save a mask even if the next layer saves their
+        # output.
         consumers = {}
     undo_lean_training(model)
     if checkpoint:
@@ -254,8 +256,9 @@ PRODUCT = "*"
 """The consumer in a result of `find_consumers` if code outside of all layers multiplies an output."""
 FUNCTION = ""
 """The consumer if code outside of all layers passes an output to any other function, or if the model returns it."""
-# The name of the model itself in `named_modules` is also "", so `FUNCTION` refers to the whole model. An output with
-# this consumer therefore counts as saved if any parameter of the model is trainable.
+# The name of the model itself in `named_modules` is also "", so `FUNCTION` refers to the whole model. The function
+# `layer_keeps_input` returns True for a model with a trainable parameter. An output with the consumer `FUNCTION` then
+# counts as saved.
 
 _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 
@@ -263,18 +266,18 @@ _PRODUCTS = {"mul", "mul_", "__mul__", "__imul__", "__rmul__"}
 def find_consumers(model: nn.Module, *, training: bool = False, intermediates: bool = False) -> Mapping[str, list[str]]:
     """Run a copy of the model on the meta device, and return the consumers of each layer's output.
 
-    The result maps the name of a layer to a list of its consumers. The list has an entry for each use of the output:
-    the name of the layer that receives the output, `PRODUCT` or `FUNCTION`. A layer is a module without children, a
-    norm, or an adapted layer. If a norm contains an activation, the output of the norm is listed under the activation.
-    With `training`, the copy is in training mode, otherwise in eval mode. With `intermediates`, timm's
-    `forward_intermediates` runs instead of `forward`.
+    The result maps the name of a layer to a list of its consumers. The list has an entry for each use of the output. If
+    a layer receives the output, the entry is the name of this layer. Otherwise, it is `PRODUCT` or `FUNCTION`. A layer
+    is either a module without children, or a norm, or an adapted layer. If a norm contains an activation, the output of
+    the norm is listed under the activation. With `training`, the copy is in training mode, otherwise in eval mode. With
+    `intermediates`, timm's `forward_intermediates` runs instead of `forward`.
     """
     traced = meta_copy(model).train(training)
     trace = _Trace()
     for name, module in traced.named_modules():
         if isinstance(module, BatchNorm) and module.momentum is None:
             module.momentum = 0.1  # with None, the norm would read the number of batches from a meta tensor
-        # An identity gets no hooks, because its output must keep the mark of the layer that computed the tensor.
+        # An identity gets no hooks, because its output must keep the name of the layer that computed the tensor.
         is_leaf = not any(True for _ in module.children()) and not isinstance(module, nn.Identity)
         # A base layer gets no hooks, because it counts together with its adapter as one adapted layer.
         is_inner = isinstance(traced.get_submodule(name.rpartition(".")[0]), BaseTunerLayer)

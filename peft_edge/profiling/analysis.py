@@ -78,10 +78,10 @@ def analyse(
         backbone: The name of a timm model, or a model. The model is not changed and may be on the meta device.
         method: A key of `METHODS` (timm models only), or a PEFT configuration, such as `peft.LoraConfig`. None trains
             the parameters that require a gradient.
-        lora_rank: Rank of the adapter. If it is None, a method name gets the default rank of `train.py`, and a PEFT
-            configuration keeps its `r`. If `method` is a name and `lora_rank` is given, `lora_alpha` is
+        lora_rank: Rank of the adapter. If it is None, a method given by name has the default rank of `train.py`, and a
+            PEFT configuration keeps its `r`. If `method` is a name and `lora_rank` is given, `lora_alpha` is
             `2 * lora_rank`. This argument has no effect on methods such as `full`, `conv-adapter` and `galore`, whose
-            options are not in the section `adapter` of the configuration.
+            options are not in the section `adapter` of the configuration of `train.py`.
         batch_size: Images or sequences in the step.
         image_size: Height and width of the images in pixels.
         sequence_length: Tokens in a sequence, for text models of transformers.
@@ -89,16 +89,16 @@ def analyse(
             it is None, the step ends without an update.
         adapter: Options of the method, such as `norm`, that replace the defaults of `train.py`. They require that
             `method` is a name.
-        lean: Arguments of `prepare_model_for_lean_training`. If it is None, this function is not called.
+        lean: Arguments of `prepare_model_for_lean_training`. If it is None, the layers stay as they are.
         inputs: The inputs of the model: a tensor, a tuple of positional arguments, or a mapping of keyword arguments.
             Tensors may be on the meta device. None means token ids of shape (batch_size, sequence_length) for text
             models of transformers, and images of shape (batch_size, 3, image_size, image_size) for all other models.
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: If an argument is invalid, the adapter does not fit the network, the network does not run on the
-            inputs, or the step reads the value of a tensor.
-        TypeError: If `method` is a name that needs the classifier, and timm did not create the model.
+        ValueError: If an argument is invalid, if the adapter does not fit the network, if the network does not run on
+            the inputs, or if the step reads the value of a tensor.
+        TypeError: If `method` names a method that needs the classifier, and timm did not create the model.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}, expected at least 1")
@@ -169,8 +169,8 @@ def prepare_step(
 ) -> tuple[nn.Module, Optimizer | None]:
     """Apply `method` to `model`, and return the resulting model in train mode and its optimizer.
 
-    `model` may be changed in place. The returned optimizer is None if no parameter is trainable, the argument
-    `optimizer` is None, or the method uses no gradients. See `analyse` for the arguments and errors.
+    `model` may be changed in place. The returned optimizer is None if no parameter is trainable, if the argument
+    `optimizer` is None, or if the method uses no gradients. See `analyse` for the arguments and errors.
     """
     options = _options(method, lora_rank, adapter or {})
     model = _apply_method(model, method, options).train()
@@ -201,7 +201,7 @@ def classification_loss(output: object) -> Tensor:
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
     """Return the options for `Method.prepare` if `method` is a name.
 
-    If `method` is a PEFT configuration, return the values of its fields that must be replaced, such as `r`.
+    If `method` is a PEFT configuration, return new values for some of its fields, such as `r`.
     """
     if isinstance(method, str):
         section = find_method(method).section

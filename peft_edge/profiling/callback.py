@@ -136,9 +136,9 @@ class ProfilingCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments | None, state: TrainerState, *arguments: object, **kwargs: object
     ) -> None:
-        """End measurements that a failed run left open, and find the profile file.
+        """End measurements that a failed run left open, and prepare the file for the measurements of this process.
 
-        If `state.global_step` is 0, delete the files of an earlier run. Otherwise, continue the file of this process.
+        If `state.global_step` is 0, delete the files of an earlier run. Otherwise, continue the existing file.
         """
         for callback in list(_measuring.callbacks):
             callback.close()
@@ -164,8 +164,8 @@ class ProfilingCallback(TrainerCallback):
     ) -> None:
         """Start the measurement that is planned for this step, if there is one.
 
-        Every `every_n_steps` steps, first plan two measurements: FLOPs and memory of this step, and times of the next.
-        With `trace`, the first plan has a third measurement: the trace of the step after these two steps.
+        Before that, plan two measurements every `every_n_steps` steps: FLOPs and memory of this step, and times of the
+        next step. The first time, `trace` adds a third measurement: the trace of the step after these two steps.
         """
         is_due = self._steps_begun and self._every_n_steps and (self._steps_begun - 1) % self._every_n_steps == 0
         if is_due and not self._planned:
@@ -191,7 +191,7 @@ class ProfilingCallback(TrainerCallback):
     on_substep_end = on_optimizer_step
 
     def on_step_end(self, args: object, state: object, control: TrainerControl, **kwargs: object) -> None:
-        """If the step was measured, end the measurement and update the profile file of this process."""
+        """If the step was measured, end the measurement, and write the results to the file of this process."""
         step = self._end_step()
         if isinstance(step, CountedStep):
             self._counted = step.rows(self._process_index)
@@ -203,7 +203,7 @@ class ProfilingCallback(TrainerCallback):
             self._send([step_row, *self._counted[1:]], control)
 
     def on_train_end(self, *arguments: object, **kwargs: object) -> None:
-        """Gather the step profiles of all processes.
+        """Gather the measurements (step profiles) of all processes.
 
         The main process writes the gathered profiles to a file and, if `show_table` is True, prints them.
         """
@@ -222,9 +222,10 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Set `self.rows` to `counted` if `counted` has the higher memory peak of the two. `counted` may be empty.
+        """Set `self.rows` to the new rows `counted` if these rows have the higher memory peak. `counted` may be empty.
 
-        Then set the times in the first row to the medians of all timed steps, and write the profile file.
+        Afterwards, set the times in the first row to the medians of all timed steps. Write the rows and the times of
+        all timed steps to the file of this process.
         """
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
@@ -296,7 +297,7 @@ class CountedStep(ExitStack):
         return self
 
     def rows(self, process_index: int) -> list[StepProfile]:
-        """Return a row for the whole step and a row for each LoRA rank, without times; see `step_rows`."""
+        """Return the results, without times: a row for the whole step, and a row for each LoRA rank."""
         process = self._process
         memory = replace(
             self._memory.result(), cuda_peak_bytes=process.cuda_peak_bytes, peak_rss_bytes=process.peak_rss_bytes

@@ -104,8 +104,8 @@ def count_flops(
         accounting: See `FlopCounter`.
 
     Raises:
-        ValueError: If the accounting is unknown, the loss is not a scalar, the default loss finds no tensor in the
-            output, the step reads the value of a tensor, or the model or the optimizer cannot be copied.
+        ValueError: If the accounting is unknown, if the loss is not a scalar, if the default loss finds no tensor in
+            the output, if the step reads the value of a tensor, or if the model or the optimizer cannot be copied.
     """
     mode, model, optimizer, inputs = fake_copy(model, optimizer, inputs)
     counter = FlopCounter(model, accounting)

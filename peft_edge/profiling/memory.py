@@ -128,8 +128,8 @@ def track_memory(
     measured. See `count_flops` for `model`, `inputs`, `optimizer` and `loss_fn`.
 
     Raises:
-        ValueError: If the loss is not a scalar, the default loss finds no tensor in the output, the model or the
-            optimizer cannot be copied, or a fake step reads the value of a tensor.
+        ValueError: If the loss is not a scalar, if the default loss finds no tensor in the output, if the model or the
+            optimizer cannot be copied, or if a fake step reads the value of a tensor.
     """
     device = cuda_device(model)
     allocated_before = 0 if device is None else torch.cuda.memory_allocated(device)
@@ -460,7 +460,7 @@ def peak_rss_bytes() -> int | None:
 def reset_peak_rss() -> bool:
     """Reset the peak of the process's physical memory to the current value. Return whether the reset succeeded.
 
-    The reset succeeds only on Linux. It also fails in containers that do not allow it.
+    The reset fails on all systems except Linux. On Linux, it fails in containers that do not allow it.
     """
     try:
         # According to proc(5), the value 5 resets only the peak.

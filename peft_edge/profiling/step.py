@@ -41,7 +41,7 @@ def take_step(model: nn.Module, inputs: Inputs, optimizer: Optimizer | None, los
         ValueError: If the loss is not a scalar, or the default loss finds no tensor in the output.
     """
     model.zero_grad()
-    # Do not assign the output to a variable: without one, its memory is freed when the loss no longer needs it.
+    # Do not assign the output to a variable, so that its memory is freed when the loss no longer needs it.
     loss = (loss_fn or _default_loss)(_call(model, inputs))
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         found = tuple(loss.shape) if isinstance(loss, Tensor) else type(loss).__name__
@@ -79,8 +79,8 @@ class StepLocation:
     """Find the phase and the module of each operator that a dispatch mode sees inside a `with` block.
 
     In the forward pass, the module is the innermost running module. In the backward pass, the module is the one whose
-    forward pass created the current autograd node. Autograd numbers the nodes in the order of creation, so this class
-    records which module was running when each node was created.
+    forward pass created the current autograd node. Autograd numbers the nodes in the order of creation. This class
+    records which module was running when each number was assigned, and looks up the module by the number of the node.
 
     torch's own `torch.utils.module_tracker.ModuleTracker` cannot be used, because it detects the end of a module's
     backward pass by the gradient of the module's input. If all layers before a trainable layer are frozen, the input of
@@ -97,7 +97,8 @@ class StepLocation:
         # Module `_owners[i]` created the autograd nodes with the numbers from `_numbers[i]` to `_numbers[i + 1] - 1`.
         self._numbers: list[int] = []
         self._owners: list[str | None] = []
-        # For each running `optimizer.step()`: the id of the backward pass in which the update began, or -1.
+        # For each running `optimizer.step()`: the id of the backward pass in which the update began, or -1 if it began
+        # outside a backward pass.
         self._updates: list[int] = []
         self._last_phase = FORWARD
         self._hooks = ExitStack()
@@ -164,7 +165,7 @@ class StepLocation:
         if threading.get_ident() != self._thread:
             return
         # Autograd creates the node of an operator before the dispatch mode sees the operator. If the operator needs no
-        # node, the number is unchanged.
+        # node, the number of the last node is unchanged.
         number = _compat.last_node_number()
         if not self._numbers or number > self._numbers[-1]:
             self._numbers.append(number)
@@ -226,7 +227,7 @@ def copy_together(
     `memo` is the second argument of `copy.deepcopy`.
 
     Raises:
-        ValueError: If the optimizer updates parameters outside the model, or the model or optimizer cannot be copied.
+        ValueError: If the optimizer updates parameters outside the model, or if one of the two cannot be copied.
     """
     parameters = set(model.parameters())
     groups = [] if optimizer is None else optimizer.param_groups

@@ -116,7 +116,7 @@ _BYTE_UNITS = {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "B": 1}
 _COUNT_UNITS = {"M": 1e6, "k": 1e3, "": 1}
 # Each table has a caption and groups of columns. A group is a pair: the units to choose from, and a dict from the title
 # of each column to the fields whose sum the column shows. All columns of a group have the same unit: the largest one in
-# which the largest value of the group is at least 10. If there is no such unit, it is the smallest unit. A group
+# which the largest value of the group is at least 10. If there is no such unit, they have the smallest unit. A group
 # without units contains text. There are two tables, because the lines of a single table would be too long.
 _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[str]]]]] = {
     "arithmetic and time of a training step": (
@@ -149,10 +149,10 @@ _TABLES: Mapping[str, Sequence[tuple[Mapping[str, float], Mapping[str, Sequence[
 
 
 def cost_table(costs: Mapping[str, StepProfile]) -> str:
-    """Return two text tables, with a line for each name in `costs`: FLOPs and times, then peak memory and saved bytes.
+    """Return two text tables with a line for each name in `costs`.
 
-    A dash marks a missing value. A group of columns (see `_TABLES`) without any value is omitted. A table without any
-    value is omitted too.
+    The first table has FLOPs and times. The second has the peak memory and the saved bytes. A dash marks a missing
+    value. A group of columns (see `_TABLES`) without any value is omitted. A table without any value is omitted too.
     """
     tables = []
     for caption, groups in _TABLES.items():
