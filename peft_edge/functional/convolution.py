@@ -175,7 +175,7 @@ class _LeanConvolution(torch.autograd.Function):
             grad_weight = grad_weight.to(weight.dtype)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
-        if wants_x:  # dX is computed last, when the recomputed input is freed
+        if wants_x:  # compute dX last, because the recomputed input is freed by now
             grad_x = input_gradient(grad_y, weight.to(grad_y.dtype), ctx.x_size, ctx.geometry)
         return grad_x, grad_weight, grad_bias, None
 

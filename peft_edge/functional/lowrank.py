@@ -238,7 +238,7 @@ class _LowRankConvolution(torch.autograd.Function):
                 grad_b = _scaled(grad_scaled_b * scaling, factor, lora_b.dtype)
         if wants_bias:
             grad_bias = grad_y.sum([0, *range(2, grad_y.dim())])
-        if wants_x:  # dX is computed last, when the temporaries of the other gradients are freed
+        if wants_x:  # compute dX last, because the temporaries of the other gradients are freed by now
             kernel = _updated_kernel(weight, lora_a, lora_b, scaling) if kernel is None else kernel
             grad_x = input_gradient(grad_y, _scaled(kernel, factor, dtype, inplace=True), ctx.x_size, geometry)
         return grad_x, None, grad_a, grad_b, grad_magnitude, grad_bias, None, None, None

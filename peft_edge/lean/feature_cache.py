@@ -86,7 +86,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of `start` and of the layers of the prefix with their weights and buffers."""
+        """A hash of the name `start`, and of the frozen layers before it with their weights and buffers."""
         digest = hashlib.sha256(self.start.encode())
         for name, module in self._modules.items():
             digest.update(f"{name} {module}\n".encode())

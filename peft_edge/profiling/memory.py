@@ -92,12 +92,12 @@ class MemoryProfile:
     cuda_peak_bytes: int | None = None
     """Peak of the CUDA allocator in bytes.
 
-    It is None without CUDA, for a fake step, and in the result of `MemoryTracker`.
+    It is None without CUDA, for a step on fake tensors, and in the result of `MemoryTracker`.
     """
     peak_rss_bytes: int | None = None
     """Peak of the physical memory of the process in bytes.
 
-    It is None on Windows, for a fake step, and in the result of `MemoryTracker`.
+    It is None on Windows, for a step on fake tensors, and in the result of `MemoryTracker`.
     """
     rss_growth_bytes: int | None = None
     """`peak_rss_bytes` minus the physical memory of the process before the step.
@@ -129,7 +129,7 @@ def track_memory(
 
     Raises:
         ValueError: If the loss is not a scalar, if the default loss finds no tensor in the output, if the model or the
-            optimizer cannot be copied, or if a fake step reads the value of a tensor.
+            optimizer cannot be copied, or if a step on fake tensors reads a tensor's value.
     """
     device = cuda_device(model)
     allocated_before = 0 if device is None else torch.cuda.memory_allocated(device)
