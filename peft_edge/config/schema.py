@@ -291,9 +291,8 @@ class LeanConfig(Section):
     """Use lean layers during training. The format of the saved adapter or model does not depend on this key."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
-    `norm=frozen`, `norm=recalibrate` or `recompute`. The default is true if two conditions hold: `norm` is `frozen` or
-    `recalibrate`, and the model can run on torch's meta device, where the layers that use an output are found.
-    Otherwise, the default is false."""
+    `norm=frozen`, `norm=recalibrate` or `recompute`. The default is true if the model can run on torch's meta device,
+    where the layers that use an output are found. Otherwise, the default is false."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool | Literal["depthwise"] = False

@@ -153,15 +153,15 @@ def fuse_batch_norms(model: nn.Module) -> None:
     """Fuse each BatchNorm into the convolution before it, in place, if no other layer uses the convolution's output.
 
     Outputs are unchanged up to rounding. A BatchNorm remains if its input is a sum, a concatenation, or a convolution
-    output that another layer also uses. `model` must be in eval mode, without adapters and without trainable
-    parameters.
-
-    Raises:
-        ValueError: If the model does not run on torch's meta device. The function runs it there to find out which
-            layers use which outputs.
+    output that another layer also uses. All of them remain if the model does not run on torch's meta device, where the
+    function finds out which layers use which outputs. `model` must be in eval mode, without adapters and without
+    trainable parameters.
     """
     # `inplace_norms` returns (convolution, BatchNorm) pairs in which no other layer uses the convolution's output.
-    prepare_model_for_lean_training(model, inplace_norm=True)
+    try:
+        prepare_model_for_lean_training(model, inplace_norm=True)
+    except ValueError:
+        return
     pairs = inplace_norms(model)
     undo_lean_training(model)
     names = {module: name for name, module in model.named_modules()}

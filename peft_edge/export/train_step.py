@@ -237,8 +237,8 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
         NotImplementedError: If the step needs the gradient of a transposed convolution, of an average pool with
             padding, or of an average pool whose last window extends beyond the image (`ceil_mode`).
     """
-    names = trained_names(model)
     check_exportable(model)
+    names = trained_names(model)
     network = _step_network(model)
     tensors = dict(network.named_parameters()) | dict(network.named_buffers())
     adapter = {name: tensors[parameter].detach().clone() for name, parameter in names.items()}

@@ -298,10 +298,18 @@ def read_device_records(folder: Path) -> list[DeviceRecord]:
     """Read all records in `folder`, in the order of their cases in `CASES`.
 
     Raises:
-        ValueError: If a `.json` file in `folder` is not a record.
+        ValueError: If a `.json` file in `folder` is not a record, or the record of a case that is not in `CASES`.
     """
-    records = [DeviceRecord.from_json(file.read_bytes()) for file in sorted(folder.glob("*.json"))]
     order = {(case.name, case.network, case.target_modules): index for index, case in enumerate(CASES)}
+    records: list[DeviceRecord] = []
+    for file in sorted(folder.glob("*.json")):
+        record = DeviceRecord.from_json(file.read_bytes())
+        case = record.case, record.network, record.target_modules
+        if case not in order:
+            raise ValueError(
+                f"{file} is the record of {', '.join(case)}, which is not in the study: move the file away"
+            )
+        records.append(record)
     return sorted(records, key=lambda record: (order[record.case, record.network, record.target_modules], record.seed))
 
 

@@ -22,7 +22,7 @@ from tqdm.auto import tqdm
 
 from peft_edge.hub.card import shareable
 from peft_edge.profiling.tables import text_table
-from peft_edge.records import DIVERGED, SUCCESS, CostRecord, Record, add_record, read_record
+from peft_edge.records import DIVERGED, SUCCESS, CostRecord, Record, UnknownFieldError, add_record, read_record
 from peft_edge.study.cluster import Cluster
 from peft_edge.study.jobs import Job, RunJob
 from peft_edge.training.evaluation import SOURCE, TARGET, TARGET_BEFORE
@@ -161,11 +161,17 @@ def _copy_record(job: Job, results: Path) -> None:
 
 
 def _read_copy(results: Path, job: Job, kind: type[C]) -> C | None:
-    """Read the copy of the record of `job` in `results`. Return None if the copy is missing or cannot be read."""
+    """Read the copy of the record of `job` in `results`. Return None if the copy is missing or damaged.
+
+    Raises:
+        ValueError: If a newer version of this package has written the copy.
+    """
     try:
         return read_record(results / f"{job.result_name}.json", kind)
-    except ValueError:  # a copy that cannot be read is replaced
-        return None
+    except ValueError as error:
+        if isinstance(error.__cause__, UnknownFieldError):
+            raise
+        return None  # a damaged copy is replaced
 
 
 def _run_in_pool(jobs: Sequence[Job], processes: int) -> Generator[tuple[Job, str | None]]:

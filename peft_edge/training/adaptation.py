@@ -310,7 +310,7 @@ def _train_candidate(
 def _make_lean(model: nn.Module, config: RunConfig) -> None:
     options = config.lean.model_dump(exclude={"enabled", "inplace_norm"})
     inplace_norm = config.lean.inplace_norm
-    if inplace_norm is None and config.norm in ("frozen", "recalibrate"):
+    if inplace_norm is None:
         with suppress(ValueError):  # if the model does not run on the meta device, leave out `inplace_norm`
             prepare_model_for_lean_training(model, inplace_norm=True, **options)
             return

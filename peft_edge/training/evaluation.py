@@ -131,7 +131,7 @@ def _locked(file: Path) -> Iterator[bool]:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 stack.enter_context(FileLock(file.with_name(f"{file.name}.lock")))
                 may_write = True
-            except PermissionError:
+            except OSError:  # no permission, or a read-only file system
                 logger.warning("%s cannot be written, so the next run tests the source model again", file)
         yield may_write
 

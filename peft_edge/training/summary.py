@@ -178,7 +178,7 @@ def retention_warning(record: Record) -> str | None:
     config, results = record.run_info.train_config, record.train_info.metrics[-1]
     if results["retention"] is None or results["retention"] >= 0.5:
         return None
-    if config["method"].startswith(("norm-", "peft-")):
+    if config["method"].startswith("norm-"):
         remedy = f"use another method with norm=frozen: {config['method']} replaces the source's BatchNorm statistics"
     elif config["method"] == "full":
         remedy = "use an adapter such as lora with norm=frozen, which changes less than all weights"

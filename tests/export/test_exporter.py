@@ -175,6 +175,22 @@ def test_fused_network_has_no_norms_and_the_same_logits(name: str, images: Tenso
     assert not any(isinstance(module, _BatchNorm) for module in model.modules())
 
 
+class _ReadsValues(nn.Module):
+    """A layer that reads a value of its input, so it does not run on the meta device."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if bool(x[0, 0, 0, 0] < 1e9) else -x
+
+
+@torch.no_grad()
+def test_norms_remain_if_the_order_of_the_layers_is_unknown(images: Tensor) -> None:
+    model = randomized(nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), _ReadsValues()))
+    expected = model(images.double())
+    fuse_batch_norms(model)
+    assert type(model[1]) is nn.BatchNorm2d
+    assert torch.equal(model(images.double()), expected)
+
+
 @torch.no_grad()
 def test_norms_with_a_cumulative_average_are_fused(tiny_backbone: nn.Module, images: Tensor) -> None:
     """With `momentum=None`, norms in training mode read the number of batches, which has no value while tracing."""

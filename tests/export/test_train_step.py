@@ -313,6 +313,11 @@ def test_adapters_that_cannot_be_trained_are_refused() -> None:
     model.merge_adapter()
     with pytest.raises(ValueError, match="0: the adapter is merged"):
         capture_train_step(model, torch.zeros(BATCH_SIZE, 3, 32, 32), SGD)
+    model = adapted(sequential(), "15", modules_to_save=None)
+    model.add_adapter("second", model.peft_config["default"])
+    model.base_model.set_adapter(["default", "second"])
+    with pytest.raises(ValueError, match="one active adapter"):
+        capture_train_step(model, torch.zeros(BATCH_SIZE, 3, 32, 32), SGD)
     model = adapted(sequential(), "15").requires_grad_(False)
     with pytest.raises(ValueError, match="has nothing to train"):
         capture_train_step(model, torch.zeros(BATCH_SIZE, 3, 32, 32), SGD)

@@ -66,6 +66,13 @@ def test_records_keep_what_the_guide_promises() -> None:
             assert each.onnx.peak_bytes <= (80 if each.split else 150) * 2**20
 
 
+def test_record_of_a_case_that_left_the_study_is_named(tmp_path: Path) -> None:
+    other = record(0, None, None, 2**20).model_copy(update={"case": "letters"})
+    (tmp_path / "letters.json").write_text(other.to_json())
+    with pytest.raises(ValueError, match=r"letters\.json is the record of letters, test_efficientnet, .*: move"):
+        read_device_records(tmp_path)
+
+
 @pytest.mark.slow
 def test_case_is_trained_in_both_runtimes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]

@@ -178,6 +178,17 @@ def test_missing_old_and_damaged_copies_are_replaced(tmp_path: Path, found: str)
     assert done_in(tmp_path / "runs") == []
 
 
+def test_copy_of_a_newer_version_is_not_replaced(tmp_path: Path) -> None:
+    job = fake_job(tmp_path / "runs" / "a")
+    add_record(job.folder, "record", record_of(job.config))
+    copy = add_record(tmp_path / "results", "lora--a", record_of(job.config))
+    newer = copy.read_text().replace("{", '{"added_in_a_newer_version": 1, ', 1)
+    copy.write_text(newer)
+    with pytest.raises(ValueError, match="a newer one has written it: upgrade"):
+        run_grid([job], results=copy.parent)
+    assert copy.read_text() == newer
+
+
 def finished_run(folder: Path, epochs: int, status: str = SUCCESS) -> RunJob:
     config = RunConfig(output_dir=str(folder), data={"name": f"{folder}/photos"}, training={"epochs": epochs})
     job = RunJob("a", folder, config)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -189,7 +190,7 @@ def test_the_source_model_is_tested_once(
     assert len(tested) == 5
 
     def denied(path: Path) -> None:
-        raise PermissionError(f"{path}: a file in a read-only folder")
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
 
     monkeypatch.setattr(evaluation, "FileLock", denied)
     run(tmp_path / "read-only", *options, "data.shift=grayscale")

@@ -132,6 +132,8 @@ def test_the_summary_table_shows_gain_loss_and_cost() -> None:
     [
         ({}, r"keeps only 13% of .*\(0.925 before, 0.119 after\)\. .*: set norm=frozen.*\(norm is stats\)"),
         ({"method": "norm-stats"}, "use another method with norm=frozen: norm-stats replaces"),
+        ({"method": "peft-lora"}, r"set norm=frozen.*\(norm is stats\)"),
+        ({"method": "peft-lora", "norm": "frozen"}, "lower training.learning_rate or"),
         ({"norm": "frozen"}, "lower training.learning_rate or"),
         ({"method": "full"}, "use an adapter such as lora with norm=frozen"),
         ({"norm": "frozen", "data": {"new_classes": ["a"]}}, "raise data.rehearsal_size"),
