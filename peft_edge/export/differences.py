@@ -40,7 +40,10 @@ class _Header:
     class_names: list[str] | None
 
     def checksum(self) -> str:
-        """Return the SHA-256 of the metadata. The tensors are not included: `apply_diff` checks them with `result`."""
+        """Return the SHA-256 of the metadata, which are all fields of this object.
+
+        The tensors of the file are not included: `apply_diff` compares the patched model with `result`.
+        """
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
 

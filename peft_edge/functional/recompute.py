@@ -87,8 +87,8 @@ class Recomputation:
     def is_used(self) -> bool:
         """Whether the recomputation can start from a tensor that another function needs anyway.
 
-        This tensor is the output of the last recomputed convolution or, without a recomputed convolution, the first
-        input.
+        If the recomputation runs convolutions, this tensor is the output of its last convolution. Otherwise, this
+        tensor is the first input of the recomputation.
         """
         if self.parent is None or self.is_convolution:
             return self._users > 0

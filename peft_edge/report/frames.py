@@ -430,7 +430,7 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 
 
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
-    """Return one row with the settings and results of each record, including the records of failed runs.
+    """Return a table with one row for each record, also for those of failed runs: its settings and results.
 
     The row of a training run has the configuration of the run, except `output_dir` and `cache_dir`. It also has the
     test results (the last entry of the run's metrics), the step profile of the run's first process, and the median
