@@ -148,8 +148,8 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
     # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the input channels of a group. The
     # channel dimension of `images` has a block for each group: the values of this group in each sample. A convolution
-    # sums over the channels of a group, which are the samples here. The `stride` of the forward pass becomes the dilation of this convolution, and
-    # the `dilation` of the forward pass becomes the stride.
+    # sums over the channels of a group, which are the samples here. The `stride` of the forward pass becomes the
+    # dilation of this convolution, and the `dilation` of the forward pass becomes the stride.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups

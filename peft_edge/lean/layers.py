@@ -131,7 +131,7 @@ class LeanBatchNorm(BatchNorm):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the norm saves its input. It does if it is trainable, or normalises by the statistics of the batch."""
+        """Whether the norm saves its input. It does if it is trainable, or normalises by the batch statistics."""
         return self.training or self.running_mean is None or _trains(self)
 
     def forward(self, x: Tensor) -> Tensor:
