@@ -269,10 +269,10 @@ class _MaxPool(torch.autograd.Function):
 
 
 def make_mask(x: Tensor, condition: Callable[[Tensor], Tensor], *, packed: bool) -> Tensor:
-    """Return a uint8 mask of the elements of x that satisfy `condition`: one bit (`packed`) or one byte per element.
+    """Return a uint8 mask of the elements of x that satisfy `condition`.
 
-    x must be contiguous or channels-last. The mask follows the memory order of x. `condition` must map a
-    one-dimensional part of x to booleans.
+    The mask has one bit per element if `packed` is True, and one byte per element otherwise. It follows the memory
+    order of x, which must be contiguous or channels-last. `condition` must map a one-dimensional part of x to booleans.
     """
     mask = torch.zeros(-(-x.numel() // 8) if packed else x.numel(), dtype=torch.uint8, device=x.device)
     for part, block, bit in _iter_parts(x, mask):

@@ -174,7 +174,10 @@ def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, overwrite: bool
 
 
 class _BatchNorm(torch.autograd.Function):
-    """Returns y, the mean m, and a third tensor: 1 / sqrt(v + eps) in training mode, otherwise the variance v."""
+    """Returns the output, the mean and a third tensor.
+
+    In training mode, the third tensor is 1 / sqrt(variance + eps). In eval mode, it is the variance.
+    """
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
 """Convolutions in one to three dimensions, and separate functions for their gradients.
 
-Autograd's convolution always saves its input. `lean_convolution` saves only the kernel if the kernel is frozen. If the
+Autograd's convolution always saves its input. If the kernel is frozen, `lean_convolution` saves only the kernel. If the
 kernel is trainable, `lean_convolution` also saves the input or, if the input can be recomputed from other tensors,
 these tensors.
 

@@ -82,9 +82,9 @@ def lowrank_conv2d(
         bias: (C_out,) or None.
         magnitude: DoRA's m, with C_out elements in any shape. None for LoRA.
         route: How to compute the gradients of A and B: from the gradient of the whole kernel (`full_kernel`) or from
-            maps with r channels (`low_rank`). None chooses `full_kernel` for a grouped kernel or a trainable magnitude.
-            For all other kernels, None chooses `low_rank` if A is frozen. If A is trainable, `choose_gradient_route`
-            estimates which route is faster.
+            feature maps with r channels (`low_rank`). None chooses `full_kernel` for a grouped kernel or a trainable
+            magnitude. For all other kernels, None chooses `low_rank` if A is frozen. If A is trainable,
+            `choose_gradient_route` estimates which route is faster.
         recompute: Whether later functions recompute the output in their backward pass instead of saving the output.
             This applies only if x is saved anyway.
 
@@ -330,8 +330,8 @@ def as_kernel(matrix: Tensor, shape: torch.Size, memory_format: torch.memory_for
 # Speeds of convolutions in the backward pass: FLOPs per second (a multiply-add is two), bytes of feature maps read per
 # second, and seconds per call of a tiny convolution. The CPU speeds were measured on one core of an AMD EPYC (AVX2)
 # with torch 2.15. The CUDA speeds are a guess for a large GPU. The speeds are not measured at run time, because
-# measured speeds vary. A resumed run could then compute gradients by another route than before, and the two routes
-# round differently.
+# measured speeds vary. With measured speeds, a resumed run could compute gradients by another route than before, and
+# the two routes round differently.
 _SPEEDS = {
     "cpu": {"channels_last": (60e9, 8e9, 20e-6), "contiguous": (60e9, 5e9, 20e-6)},
     "cuda": {"channels_last": (20e12, 1e12, 30e-6), "contiguous": (20e12, 1e12, 30e-6)},
@@ -342,8 +342,8 @@ def choose_gradient_route(x: Tensor, grad_y: Tensor, weight_size: torch.Size, ra
     """Return the route (way to compute the gradients of A and B) with the shorter estimated time.
 
     `full_kernel` computes the gradient of the whole kernel, and is the only route for a grouped kernel. `low_rank`
-    computes maps with r channels instead. It is faster if the FLOPs that it saves take longer than the memory traffic
-    and the calls that it adds. The result depends only on shapes, dtype, memory format and device.
+    computes feature maps with r channels instead. It is faster if the FLOPs that it saves take longer than the memory
+    traffic and the calls that it adds. The result depends only on shapes, dtype, memory format and device.
     """
     c_out, columns = weight_size[0], weight_size[1:].numel()
     if weight_size[1] != x.shape[1]:

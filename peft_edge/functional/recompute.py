@@ -1,6 +1,6 @@
 """Save memory in backward passes: recompute tensors, and overwrite gradients.
 
-- **Recompute.** A convolutional network needs to keep only one feature map per convolution: BatchNorm, activations and
+- **Recompute.** A convolutional network needs to keep only one feature map per convolution. BatchNorm, activations and
   gates are elementwise, so a backward pass can recompute their outputs. Each function of this package that computes
   such an output attaches a note to the output tensor (`set_recompute`). The note says how to recompute the tensor. A
   later function whose backward pass needs this tensor reads the note (`get_recompute`). Instead of this tensor, the
@@ -40,11 +40,15 @@ On a CPU, the result must be bit-identical to that of the forward pass. With `ov
 
 
 class Recomputation:
-    """Recomputes a tensor in the backward pass: recomputes the tensor of `parent`, and applies `step` to this tensor.
+    """Recomputes a tensor in the backward pass.
 
-    Without `parent`, the object is the identity: the only input is the tensor itself. The object holds no tensors of
-    the forward pass. Each function that uses the object saves the inputs with `ctx.save_for_backward`. Therefore,
-    checkpointing, hooks on saved tensors, and autograd's checks of in-place changes apply to the inputs.
+    The object first recomputes the tensor of `parent`, and then applies `step` to that tensor. Without `parent`,
+    nothing is recomputed, and the only input is the tensor itself.
+
+    The object holds no tensors of the forward pass. Each function that uses the object saves the inputs with
+    `ctx.save_for_backward`. Therefore, checkpointing, hooks on saved tensors, and autograd's checks of in-place changes
+    apply to the inputs.
+
     The output of a recomputed convolution stays in memory until the last function that called `add_user` has used it.
     All other steps are cheap, and run again for each function that uses the object.
     """
@@ -61,9 +65,12 @@ class Recomputation:
     ) -> None:
         self.step, self.parent = step, parent
         self.num_inputs = num_inputs
-        """The number of inputs: the inputs of `parent`, and the operands of `step`."""
+        """The number of input tensors, which are the inputs of `parent` and the operands of `step`."""
         self.is_pointwise = is_pointwise
-        """Whether `step` may run on parts of a feature map: it is elementwise, with one operand value per channel."""
+        """Whether `step` may run on parts of a feature map.
+
+        Such a step must be elementwise, and its operands must have one value per channel.
+        """
         self.is_convolution = is_convolution
         self.shrinks = shrinks
         """Whether `step` is a convolution whose output has at most as many elements as its input."""
@@ -220,8 +227,8 @@ class Recompute(NamedTuple):
 class _Note(NamedTuple):
     """A `Recompute` that is stored on a tensor, with the tensor's version and the active hook at the time of storing.
 
-    If nothing is recomputed, the only input is the tensor itself. Then `inputs` is empty, because the tensor
-    holds this note and must not refer to itself.
+    If nothing is recomputed, the only input would be the tensor itself. In this case, `inputs` is left empty, because
+    the tensor holds this note and must not refer to itself.
     """
 
     node: Recomputation
@@ -250,9 +257,9 @@ def set_recompute(tensor: Tensor, recompute: Recompute) -> Tensor:
 def get_recompute(tensor: Tensor) -> Recompute:
     """Return the `Recompute` that `set_recompute` stored on a tensor.
 
-    In five cases, the result has no steps, and its only input is the tensor itself: nothing is stored, the tensor was
-    changed in place after `set_recompute`, the hooks on saved tensors are not those that were active during
-    `set_recompute`, the tensor was made in inference mode, or a compiler is tracing.
+    If nothing is stored, the result has no steps, and its only input is the tensor itself. The same applies if the
+    tensor was made in inference mode, if a compiler is tracing, if the tensor was changed in place after
+    `set_recompute`, or if the active hooks on saved tensors have changed since `set_recompute`.
     """
     if torch.compiler.is_compiling() or tensor.is_inference():
         return Recompute(Recomputation(), (tensor,))

@@ -133,8 +133,8 @@ def sum_of_bits(tensor: Tensor) -> tuple[torch.dtype, int]:
 def innermost_layer(layer: nn.Module) -> nn.Module:
     """Return the layer inside the nested tuner layers of `layer`, or `layer` itself if it is not a tuner layer.
 
-    PEFT's `get_base_layer` is not used, because it would not stop at a block that has a child called `base_layer`, but
-    return this child.
+    PEFT's `get_base_layer` is not used, because of blocks that have a child called `base_layer`. For such a block, it
+    would return the child instead of the block.
     """
     inner: Any = layer
     while isinstance(inner, BaseTunerLayer):
@@ -157,9 +157,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
             if name in ("weight", "bias") and "base_layer" in self._modules:
                 self._effective_tensor(
                     "weight" if name == "weight" else "bias"
-                )  # nn.Module has replaced the error of the property `weight` or `bias`: raise that error again
+                )  # nn.Module has replaced the error of the property `weight` or `bias`, so raise that error again
             if name in _READ_BY_FUSING and "base_layer" in self._modules:
-                # Do not return the base layer's attribute: code that fuses layers would then ignore the adapter.
+                # Do not return the base layer's attribute, because code that fuses layers would ignore the adapter.
                 raise AttributeError(
                     f"layer {self.target_name!r} is adapted and has no {name!r}: fusing or reparametrising it would "
                     "lose the adapter. Call merge_and_unload() first, or read it from get_base_layer()."
@@ -370,9 +370,9 @@ class AdaptedLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Restore the tensors of the base layer to their exact values before the merge.
 
-        If a tensor was changed after the merge, for example by an optimizer step, this change is kept: the changes of
-        the adapters are subtracted from the tensor. If the dtype of a tensor was changed, the old values are restored
-        in the new dtype.
+        If a tensor was changed after the merge, for example by an optimizer step, the method keeps that change, and
+        subtracts only the changes of the adapters from the tensor. If the dtype of a tensor was changed, the old values
+        are restored in the new dtype.
 
         Raises:
             ValueError: If the base layer computes its weight in each forward pass, as with pruning or a

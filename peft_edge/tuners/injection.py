@@ -169,7 +169,7 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 
     Raises:
         ValueError: If a convolution or norm that will be adapted shares a tensor. If a module in `modules_to_save` is
-            registered more than once, and `config.ensure_weight_tying` is not set.
+            registered more than once and `config.ensure_weight_tying` is not set.
     """
     owners: dict[int, list[str]] = defaultdict(list)
     places = places_of_modules(model)
@@ -339,7 +339,7 @@ class Injection(BaseTuner):
 
         Raises:
             NoMatchingPeftModuleError: If no module matches `target_modules`.
-            ValueError: If a matching module cannot be adapted, or `adapter_name` is empty or contains a dot.
+            ValueError: If a matching module cannot be adapted, or if `adapter_name` is empty or contains a dot.
         """
         config = self.peft_config[adapter_name]
         if not isinstance(config, self.config_class):
@@ -399,7 +399,8 @@ class Injection(BaseTuner):
         if not (isinstance(new_module, AdaptedLayer) or is_unwrapped):
             super()._replace_module(parent, child_name, new_module, child)
         # PEFT's method moves a new layer to the device of the old layer's weight. It is not called for the layers of
-        # this package: they create their adapters on the right device, and a BatchNorm or a block may have no weight.
+        # this package, because they create their adapters on the right device, and because a BatchNorm or a block may
+        # have no weight.
         for module, name in places:
             setattr(module, name, new_module)
         # A new layer starts in training mode. If the model is in eval mode, the layer must not use dropout or batch

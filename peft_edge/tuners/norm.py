@@ -159,7 +159,7 @@ class BatchNormLayer(AdaptedLayer):
 
         Raises:
             ValueError: If no adapter is active, or if `norm` of the last active adapter is neither `"stats"` nor
-                `"affine"`. If training is distributed, and the momentum of the base layer is None.
+                `"affine"`. If training is distributed and the momentum of the base layer is None.
         """
         if not self.get_base_layer().track_running_stats:
             return  # torch's method resets nothing in this case either
@@ -416,7 +416,7 @@ def recalibrate(model: nn.Module, batches: Iterable[Tensor], *, synchronise: boo
             process.
 
     Raises:
-        ValueError: If no active adapter has its own statistics, or `batches` is empty.
+        ValueError: If no active adapter has its own statistics, or if `batches` is empty.
 
     Example:
         >>> import torch

@@ -67,8 +67,8 @@ class ConvSpec:
         """Return the options of a convolution with kernel size 3 and with the channels and the stride of `block`.
 
         The number of input channels, C_in, is that of the first convolution in the block. The number of output
-        channels, C_out, and the stride are measured: the block runs on inputs of two sizes on the meta device. Error
-        messages refer to the block as `name`.
+        channels, C_out, and the stride are measured by running the block on inputs of two sizes on the meta device.
+        Error messages refer to the block as `name`.
 
         Raises:
             ValueError: If the block contains no convolution, or does not map (B, C_in, *size) to
@@ -264,8 +264,8 @@ class ConvAdapterLayer(AdaptedLayer):
         if isinstance(depthwise, nn.Identity):
             z = down(spec.pad(z, down.kernel_size))
         else:
-            # Pad the output of `down`, which has fewer channels than the input. The result is the same, because `down`
-            # has no bias and maps padded zeros to zeros.
+            # Pad the output of `down`, which has fewer channels than the input. Padding the input would give the same
+            # result, because `down` has no bias and maps padded zeros to zeros.
             z = depthwise(spec.pad(down(z), depthwise.kernel_size))
         return up(activation(z))
 

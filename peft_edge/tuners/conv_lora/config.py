@@ -29,7 +29,8 @@ class ConvLoraConfig(LoraConfig):
             switched and deleted with the adapter.
 
             - `"frozen"`: Normalise with the statistics of the base model, also after `model.train()`. The adapter has
-              no BatchNorm tensors. The base model must be trained: the statistics of random weights normalise badly.
+              no BatchNorm tensors. The base model must be pretrained, because the statistics of an untrained
+              model normalise badly.
             - `"recalibrate"`: Normalise with statistics of the adapter, which only `peft_edge.recalibrate` changes.
             - `"stats"`: Normalise with the batch statistics in training mode, and with running statistics of the
               adapter in eval mode.
@@ -38,7 +39,7 @@ class ConvLoraConfig(LoraConfig):
             ungrouped convolution, autograd then saves the output of A (r channels) instead of the layer's input.
 
     Raises:
-        ValueError: If `norm` is unknown, or `peft.LoraConfig` rejects an argument.
+        ValueError: If `norm` is unknown, or if `peft.LoraConfig` rejects an argument.
 
     Example:
         >>> import timm

@@ -187,7 +187,7 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
             return call_with_forward(conv, forward, x) if is_observed(conv) else forward(x)
 
     def _is_observed(self, adapter: str) -> bool:
-        """Return whether the base layer has hooks or a replaced forward pass, or Accelerate has offloaded `adapter`."""
+        """Return True if the base layer has hooks or a replaced forward pass, or if Accelerate offloads `adapter`."""
         return is_observed(self.base_layer) or any("_hf_hook" in vars(m) for m in self._adapter_modules(adapter))
 
     def _adapter_modules(self, adapter: str) -> list[nn.Module]:
@@ -308,7 +308,10 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         return not (self.use_dora[adapters[0]] and self._caches_dora())
 
     def _caches_dora(self) -> bool:
-        """Return whether to use cached norms ||W'|| for DoRA: in eval mode, while `peft.helpers.DoraCaching` is on."""
+        """Return whether to use cached norms ||W'|| for DoRA.
+
+        They are used in eval mode while `peft.helpers.DoraCaching` is on.
+        """
         return dora.ENABLE_DORA_CACHING and not self.training
 
     def _add_branches(self, x: Tensor, y: Tensor, adapters: list[str]) -> Tensor:

@@ -40,8 +40,8 @@ class _ConvLoraInjection(Injection):
 
     def _mark_only_adapters_as_trainable(self, model: nn.Module) -> None:
         super()._mark_only_adapters_as_trainable(model)
-        # PEFT unfreezes `layer.bias`. If the adapter has `lora_bias=True`, this is a computed copy. Unfreeze the bias
-        # of the base layer itself.
+        # PEFT unfreezes `layer.bias`. If the adapter has `lora_bias=True`, `layer.bias` is a computed copy. Therefore,
+        # also unfreeze the bias of the base layer itself.
         if any(getattr(self.peft_config[name], "bias", "none") == "lora_only" for name in self.active_adapters):
             for layer in model.modules():
                 if isinstance(layer, ConvLoraLayer) and layer.get_base_layer().bias is not None:
