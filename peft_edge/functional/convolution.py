@@ -38,8 +38,8 @@ class Geometry(NamedTuple):
 def pad(conv: ConvolutionBase, x: Tensor) -> tuple[Tensor, Geometry]:
     """Return a tensor and a `Geometry` for which `convolution` computes the output of the layer `conv` for the input x.
 
-    A `Geometry` can only add equally many zeros at both ends of a dimension. If `conv` pads in another way, the
-    returned tensor is already padded. Examples are reflection padding, unequal sides, and timm's same-padding.
+    The padding of a `Geometry` adds the same number of zeros at both ends of a dimension. If `conv` pads in another
+    way, the returned tensor is already padded. Examples are reflection padding, unequal sides, and timm's same-padding.
     """
     padding, recompute = conv.padding, None
     if isinstance(conv, Conv2dSame):

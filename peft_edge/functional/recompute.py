@@ -94,8 +94,8 @@ class Recomputation:
     def is_used(self) -> bool:
         """Whether the recomputation can start from a tensor that another function needs anyway.
 
-        If the recomputation runs convolutions, this tensor is the output of its last convolution. Otherwise, this
-        tensor is the first input of the recomputation.
+        If the recomputation runs convolutions, this tensor is the output of its last convolution. Otherwise, it is the
+        first input, from which all steps of the recomputation start.
         """
         if self.parent is None or self.is_convolution:
             return self._users > 0
@@ -337,8 +337,8 @@ def iter_sample_batches(x: Tensor, *others: Tensor) -> Iterator[tuple[Tensor, ..
 def can_overwrite(gradient: Tensor) -> bool:
     """Return whether only the caller holds the gradient; False if a compiler is tracing or gradients are enabled.
 
-    The caller must be the `backward` of an autograd function. Any other holder of the gradient increases one of three
-    counts: references to the Python object, to the C++ tensor, or to the storage. The function compares these counts
+    The caller must be the `backward` of an autograd function. Any other holder of the gradient increases the
+    number of references to the Python object, to the C++ tensor, or to the storage. The function compares these counts
     with the counts in a backward pass without another holder. In versions of torch or Python whose counts do not show
     other holders, the result is always False.
     """

@@ -202,8 +202,8 @@ def check_ties(config: PeftConfig, model: nn.Module) -> None:
 def resolve_modules_to_save(config: PeftConfig, model: nn.Module) -> None:
     """Rewrite `config.modules_to_save` so that it matches no module inside another matched module.
 
-    PEFT matches the ends of module names. The entry `classifier` therefore matches both the module `classifier` and its
-    submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. To
+    PEFT matches the ends of module names. For example, the entry `classifier` matches both a module `classifier` and
+    its submodule `classifier.low_classifier`. PEFT would save this submodule twice, and could not load the adapter. To
     avoid this, the names of the child modules of `classifier` replace the entry.
 
     Raises:

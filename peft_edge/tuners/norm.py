@@ -326,8 +326,8 @@ class BatchNormLayer(AdaptedLayer):
     def _count_batch(self, state: NormState) -> float:
         """Count a batch, and return the weight of the batch in the running averages.
 
-        In two cases, return 0 and do not count the batch: in the backward pass, and if `track_running_stats` of the
-        base layer is False. During `recalibrate`, the batch is counted even if `track_running_stats` is False.
+        In the backward pass, or if `track_running_stats` of the base layer is False, return 0 and do not count the
+        batch. During `recalibrate`, the batch is counted even if `track_running_stats` is False.
         """
         if not (self.estimating or self.get_base_layer().track_running_stats):
             return 0.0

@@ -230,8 +230,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
     def _call_replaced_forward(self, x: Tensor, adapters: list[str]) -> Tensor:
         """Call the base layer, whose `forward` was replaced on the instance, with the adapted kernel.
 
-        In two cases, call the base layer with its own kernel instead, and add the outputs of the adapters: if the base
-        layer computes its weight (pruning, parametrisation), and if `_has_two_branches` returns True.
+        If the base layer computes its weight (pruning, parametrisation), or if `_has_two_branches` returns True, call
+        the base layer with its own kernel instead, and add the outputs of the adapters.
         """
         conv = self.get_base_layer()
         if not adapters or self._has_two_branches(adapters) or "weight" not in conv._parameters:
@@ -378,8 +378,8 @@ class ConvLoraLayer(AdaptedLayer, LoraLayer):
         kernel, bias = self._compose(adapters)
         if name == "weight":
             return kernel
-        # Detach the bias: with `bias="lora_only"`, PEFT sets `requires_grad` of the result. torch allows this only for
-        # leaf tensors.
+        # With `bias="lora_only"`, PEFT sets `requires_grad` of the result. torch allows this only for leaf tensors, so
+        # detach the bias.
         return None if bias is None else bias.detach()
 
     def _merged_tensors(self, adapters: list[str]) -> dict[str, Tensor]:
