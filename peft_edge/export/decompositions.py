@@ -81,7 +81,8 @@ def _frozen_batch_norm(
 
     Return the normalised tensor and two empty tensors. In place of the empty tensors, `native_batch_norm` returns the
     statistics of the batch if `training` is True. This function always uses the stored statistics, and ignores
-    `training`: before the capture, `check_exportable` has rejected layers that use batch statistics.
+    `training`. It may do so, because `check_exportable` has rejected layers that use batch statistics before the
+    capture.
     """
     scale = torch.rsqrt(var + eps)
     scale = scale if weight is None else scale * weight
@@ -147,9 +148,9 @@ def _kernel_gradient(grad: Tensor, x: Tensor, size: torch.Size, geometry: Geomet
             return (left @ right.transpose(1, 2)).sum(0).reshape(size)
         return (right @ left.transpose(1, 2)).sum(0).t().reshape(size)
     # Convolve `images` with the kernel `grad`. The batch dimension of `images` holds the input channels of a group. The
-    # channel dimension of `images` has a block for each group: the values of this group in each sample. A convolution
-    # sums over the channels of a group, which are the samples here. The `stride` of the forward pass becomes the
-    # dilation of this convolution, and the `dilation` of the forward pass becomes the stride.
+    # channel dimension of `images` has one block for each group, and each block has one channel for each sample. The
+    # convolution sums over the channels of a block, and so over the samples. The `stride` of the forward pass becomes
+    # the dilation of this convolution, and the `dilation` of the forward pass becomes the stride.
     images = x.reshape(batch, groups, columns, *x.shape[2:]).transpose(0, 2).reshape(columns, -1, *x.shape[2:])
     found = aten.convolution.default(
         images, grad.transpose(0, 1), None, dilation, padding, stride, False, [0] * len(stride), groups

@@ -90,7 +90,8 @@ def export_train_step(
     - `adapter`: a folder with the adapter in PEFT's format. `import_state` needs it, but the device does not.
 
     With `format="executorch"` (experimental), the program `train.pte` replaces the ONNX files. Its methods are
-    `train_step`, `predict`, `get_state`, `set_state` and, with `split`, `prefix`; see `executorch_step`.
+    `train_step`, `predict`, `get_state`, `set_state` and, with `split`, `prefix`. The module `executorch_step`
+    describes them.
 
     BatchNorm uses its stored statistics, on the device and in the comparison. Training on the device therefore does not
     change the statistics, not even those of an adapter with `norm="stats"`. If the model is in training mode and its
@@ -110,8 +111,8 @@ def export_train_step(
             are not clipped.
         classes: Names of the classes that the device learns; by default the classes of the model. If a listed class is
             a class of the model, the head keeps the row of this class. All other listed classes get new rows.
-        split: Whether to write the frozen layers before the first trained layer as `prefix.onnx`, for latent replay:
-            the device computes the features of an image only once.
+        split: Whether to write the frozen layers before the first trained layer as a separate file, `prefix.onnx`. The
+            device then computes the features of an image only once, and trains on the stored features (latent replay).
         calibration: Preprocessed images (M, C, H, W), only with `split`. If given, `prefix.onnx` and the same layers in
             `predict.onnx` are quantised to 8 bits. The images determine the quantisation scales, and the error
             `StepReport.prefix_error` is measured on them.

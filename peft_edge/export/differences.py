@@ -42,7 +42,8 @@ class _Header:
     def checksum(self) -> str:
         """Return the SHA-256 of the metadata, which are all fields of this object.
 
-        The tensors of the file are not included: `apply_diff` compares the patched model with `result`.
+        The tensors of the diff file are not included. `apply_diff` detects damaged tensors in another way: it compares
+        the fingerprint of the patched model with the field `result`.
         """
         return hashlib.sha256(json.dumps(asdict(self)).encode()).hexdigest()
 
@@ -52,7 +53,7 @@ def write_diff(
 ) -> dict[str, Tensor]:
     """Write a file with the tensors that differ between `base` and a copy of `model` with merged adapters.
 
-    Tensors are compared bit by bit. The file contains the tensors of the merged copy.
+    Tensors are compared bit by bit. If a tensor differs, the file contains the version of the merged copy.
 
     Args:
         base: The timm model to which `apply_diff` will later apply the file, on a device. It is not changed.
@@ -164,7 +165,8 @@ def _apply_tensors(base: nn.Module, tensors: Mapping[str, Tensor], what: str, ad
     """Return a copy of `base` in which `tensors` replace the tensors of the same names.
 
     If `tensors` contains a head with another number of classes, the head of the copy first gets this number of classes.
-    If a tensor does not fit or is not finite, raise a ValueError that starts with `what` and ends with `advice`.
+    If a tensor does not fit or is not finite, raise a ValueError. Its message starts with `what` and ends with
+    `advice`.
     """
     result = copy.deepcopy(base)
     for name, layer in head_layers(result):

@@ -122,8 +122,8 @@ def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], 
 class _Method(nn.Module):
     """A module that becomes one method of the ExecuTorch program. It calls `function(body, buffers, inputs)`.
 
-    The modules of all methods have the same buffers: `state_0`, `state_1`, ... hold the adapter and the optimizer
-    state.
+    The modules of all methods have the same buffers `state_0`, `state_1`, ..., which hold the adapter and the
+    optimizer state.
     """
 
     def __init__(self, values: list[Tensor], function: Callable[..., Any], body: nn.Module | None = None) -> None:
@@ -211,7 +211,7 @@ def _methods(step: TrainStep) -> dict[str, tuple[_Method, tuple[Tensor, ...]]]:
     def replace(_: None, buffers: list[Tensor], inputs: tuple[Tensor, ...]) -> Tensor:
         for buffer, value in zip(buffers, inputs, strict=True):
             buffer.copy_(value)
-        return inputs[0].sum()  # an ExecuTorch method must return a result: callers ignore this sum
+        return inputs[0].sum()  # callers ignore this sum, but an ExecuTorch method must return a result
 
     network = nn.ModuleList(_single_precision(graph.module) for graph in (step.prefix, step.predict) if graph)
     images = (torch.zeros((step.prefix or step.predict).input_shapes[IMAGES]),)
@@ -274,9 +274,9 @@ def run_program(file: Path, batches: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
     Returns:
         A dict with the `losses`, the `logits` of the first batch (computed with the trained adapter), `step_s` (the
-        seconds of the fastest step), and the results of three calls of `get_state`. The i-th tensor of each result is
-        in the dict as `old.<i>` for the call before the steps, `new.<i>` for the call after the steps, and `reset.<i>`
-        for the call after `set_state` has restored the old tensors.
+        seconds of the fastest step), and the results of three calls of the program's method `get_state`. The i-th
+        tensor of each result is in the dict as `old.<i>` for the call before the steps, `new.<i>` for the call after
+        the steps, and `reset.<i>` for the call after the method `set_state` has restored the old tensors.
     """
     from executorch.runtime import Runtime
 
@@ -311,8 +311,8 @@ def _compare(
 
     Raises:
         RuntimeError: If `difference` exceeds `allowed_difference`, or the logits differ from those of the captured
-            graph. If `get_state` returned another state than the initial one, either before the steps or after
-            `set_state` had restored the initial state.
+            graph. If the program's method `get_state` returned another state than the initial one, either before the
+            steps or after its method `set_state` was called with the initial state.
     """
     state = {**step.adapter, **step.state}
     for place, value in enumerate(state.values()):

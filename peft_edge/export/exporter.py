@@ -75,9 +75,9 @@ def export_model(
 
     Raises:
         ValueError: If the format is unknown, does not match the suffix of `file`, or cannot be quantised; if the batch
-            size is less than 1; if an adapter cannot be merged; if the model does not run on the images or on the meta
-            device; if a logit is not finite; or if a logit of the floating-point network differs from that of `model`
-            by more than `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
+            size is less than 1; if an adapter cannot be merged; if the model does not run on the images; if a logit is
+            not finite; or if a logit of the floating-point network differs from that of `model` by more than
+            `LOGIT_TOLERANCE * max(1, largest absolute logit)`.
         ImportError: If the format needs a package that is not installed. The message names the extra of peft-edge that
             installs this package.
         OSError: If the file cannot be written.
@@ -103,7 +103,7 @@ def export_model(
         raise ValueError(f"the model does not run on images of {tuple(images.shape[1:])}: {error}") from error
 
     # A torch.export file contains `example`. Use zeros, so that no image of the user gets into the file. If any batch
-    # size must work, use two images: from one image, torch.export would infer that the batch size is always one.
+    # size must work, use two images, because from one image torch.export would infer that the batch size is always one.
     example = torch.zeros(batch_size or 2, *images.shape[1:])
     program = torch.export.export(network, (example,), dynamic_shapes=None if batch_size else ({0: Dim("batch")},))
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,8 +1,8 @@
 """Convert a captured graph to ONNX, with the standard operators of opset 20 and floating-point values in float32.
 
-The ONNX nodes have the order of the fx nodes, except where `onnx_order` adds or moves nodes. `_OPERATORS` maps PyTorch
-operators to functions. Each function appends the ONNX nodes for one fx node, and returns the name of the result.
-Operators that are missing in `_OPERATORS` cause an error.
+The ONNX nodes have the order of the fx nodes, except where the module `onnx_order` adds or moves nodes. The dict
+`_OPERATORS` maps PyTorch operators to functions. Each function appends the ONNX nodes for one fx node, and returns the
+name of the result. Operators that are missing in `_OPERATORS` cause an error.
 """
 
 from __future__ import annotations
@@ -271,8 +271,8 @@ def _binary(kind: str, *after: str) -> Entry:
 def _reduction(kind: str) -> Entry:
     """Return a converter for fx nodes such as `sum`. It applies the ONNX operator `kind`, such as `ReduceSum`.
 
-    The first argument of the fx node is reduced over the dimensions in its argument `dim`. If the first argument is a
-    scalar, the converter adds no ONNX node.
+    The ONNX operator reduces the first argument of the fx node over the dimensions that the node's argument `dim`
+    lists. If the first argument is a scalar, the converter adds no ONNX node.
     """
 
     def write(writer: _Writer, node: _Node) -> str:

@@ -53,9 +53,9 @@ def schedule_masks(
 class _Scheduler:
     """Restrict the order of the nodes in an ONNX training step by adding nodes.
 
-    `keyed` contains the added nodes, each with the key (i, n): the n-th added node should run directly before node i.
-    `late` contains the indices of the nodes that depend on the labels. `of_batch` contains the indices of the nodes
-    that depend on the images or features of the batch.
+    `keyed` contains a pair (key, node) for each added node. The key of the n-th added node is (i, n) if it should run
+    directly before node i. `late` contains the indices of the nodes that depend on the labels. `of_batch` contains the
+    indices of the nodes that depend on the images or features of the batch.
     """
 
     def __init__(

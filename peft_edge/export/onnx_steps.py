@@ -1,9 +1,10 @@
 """Run the files of an exported training step. `export_train_step` starts this script in a process without PyTorch.
 
-`python onnx_steps.py train FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES. This file
-contains the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and `learning_rate`, and also `features.0`, ...
-if the step takes features instead of images. Then the script computes the logits of `images.0` with the trained
-adapter. The script writes the dict that `run_steps` returns to the safetensors file OUT.
+`python onnx_steps.py train FOLDER BATCHES OUT` takes one step for each batch in the safetensors file BATCHES. FOLDER
+contains the ONNX files. BATCHES contains the tensors `images.0`, `labels.0`, `mask.0`, `images.1`, ... and
+`learning_rate`. If the step takes features (outputs of the frozen first layers) instead of images, BATCHES also
+contains `features.0`, `features.1`, ... After the steps, the script computes the logits of `images.0` with the trained
+adapter. It writes the dict that `run_steps` returns to the safetensors file OUT.
 
 `python onnx_steps.py features FOLDER BATCHES OUT` writes the features of `images.0`, ... to OUT, as `features.0`, ...
 """

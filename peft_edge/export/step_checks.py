@@ -50,7 +50,7 @@ INPUT_CHANGE = 1e-6
 ALLOWED_RATIO = {"sgd": 3, "adamw": 5}
 # A rounding error that flips the sign of an activation near 0 has a large effect. A single random change of the images
 # may flip no sign. Its effect is then small, and sets too strict a limit. The check therefore tries up to
-# `INPUT_CHANGES` random changes, and stops as soon as the effect of one change allows the difference.
+# `INPUT_CHANGES` random changes, and stops at a change whose effect is large enough to allow the difference.
 INPUT_CHANGES = 8
 # `PROOF_STEPS` is the number of steps of the check. `proof_rate` explains the other two constants.
 PROOF_STEPS, PROOF_RATE, PROOF_CHANGE = 4, 0.01, 0.001
@@ -70,18 +70,19 @@ class StepReport:
             precision, over the losses and all elements of the trained adapter.
         single_difference: Relative difference between two trained adapters: ||exported - eager|| / ||eager - initial||.
             `initial` is the adapter before training. `exported` is the adapter that the runtime has trained in single
-            precision. `eager` is the adapter that PyTorch has trained: for ONNX, eagerly in single precision; for
-            ExecuTorch, with the captured graph in double precision.
+            precision. `eager` is the adapter that PyTorch has trained. For ONNX, PyTorch trains eagerly in single
+            precision. For ExecuTorch, PyTorch trains with the captured graph in double precision.
         allowed_difference: The largest accepted `single_difference`.
         step_s: Seconds of the fastest step in the runtime on this machine. ONNX Runtime uses one thread.
         peak_rss_bytes: Peak physical memory in bytes of the process that trained in ONNX Runtime. None for ExecuTorch.
         parameters: Number of trained parameters.
-        prefix_error: If the frozen layers before the first trained layer are quantised to 8 bits: the relative error of
-            their outputs (the norm of the error, divided by the norm of the outputs). None if they are not quantised.
-        arena_bytes: For ExecuTorch: a dict from the name of each method to the sizes of its memory arenas in bytes. An
+        prefix_error: If the prefix (the frozen layers before the first trained layer) is quantised to 8 bits, the
+            relative error of its outputs, that is, the norm of the error divided by the norm of the outputs. None if
+            the prefix is not quantised.
+        arena_bytes: For ExecuTorch, a dict from the name of each method to the sizes of its memory arenas in bytes. An
             arena is memory that the program plans in advance. All methods share the last arena, which contains the
             adapter and the optimizer state. None for ONNX.
-        xnnpack: For ExecuTorch: whether XNNPACK, a CPU library, computes the operators that it supports. None for ONNX.
+        xnnpack: For ExecuTorch, whether XNNPACK, a CPU library, computes the operators that it supports. None for ONNX.
     """
 
     double_difference: float
@@ -176,7 +177,7 @@ def proof_rate(step: TrainStep, batch: Batch) -> float:
 
 
 def _double(step: TrainStep, batch: Batch) -> Batch:
-    """Return `batch` in double precision. If `step` takes features instead of images, add those of the images."""
+    """Return `batch` in double precision. If `step` takes features instead of images, add the features to the batch."""
     double = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
     return {**double, step.data: step.features(double[IMAGES])}
 
@@ -296,7 +297,7 @@ def run_onnx_steps(
     """Run the script `onnx_steps.py` in a new process on the ONNX files in `folder`. Return the tensors that it writes.
 
     With the mode `train`, the script takes one training step for each batch. With the mode `features`, it computes the
-    features of the images: the outputs of the frozen layers before the first trained layer.
+    features of the images, which are the outputs of the frozen layers before the first trained layer.
 
     Raises:
         ValueError: If the process fails.

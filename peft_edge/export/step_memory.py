@@ -31,8 +31,8 @@ def step_memory(graph: CapturedGraph) -> tuple[int, int]:
     """Return the bytes of the constants in a graph, and the peak bytes of all other tensors while the graph runs.
 
     The function assumes that the nodes run in the order of the graph, and that a tensor is freed after its last use.
-    It also assumes that an elementwise operator or a reshape overwrites an operand if the operand has the size of the
-    result, and no later node uses the operand. The inputs and outputs of the graph stay in memory until the end of the
+    It also assumes that an elementwise operator or a reshape overwrites an operand if this operand has the size of the
+    result and no later node uses it. The inputs and outputs of the graph stay in memory until the end of the
     step, because the caller holds them.
     """
     nodes = list(graph.module.graph.nodes)

@@ -94,7 +94,7 @@ class StepOptimizer:
     def initial_state(self, adapter: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the state before the first step, in which all values are 0.
 
-        It has a tensor `<slot>:<name>` for each slot in `slots` and name in `adapter`, and for AdamW a counter `step`.
+        It has tensors `<slot>:<name>` for all `slots` and all names in `adapter`. AdamW also has the counter `step`.
         """
         state = {f"{slot}:{name}": torch.zeros_like(value) for name, value in adapter.items() for slot in self.slots}
         if self.name == "adamw":
@@ -191,7 +191,7 @@ class TrainStep:
             labels, the mask, the learning rate, the adapter and the optimizer state. Its outputs are the loss, the
             number of correct predictions, the new adapter and the new optimizer state.
         predict: The graph that computes the logits from images (features if `prefix` is not None) and the adapter.
-        prefix: The graph from images to features: the frozen layers before the first trained layer. None if not split.
+        prefix: The graph that computes features from images by the frozen first layers. None if the step is not split.
         start: The name of the first module after the prefix. None if `prefix` is None.
         adapter: A dict from the names in the saved adapter to the initial tensors.
         state: The initial state of the optimizer; see `StepOptimizer.initial_state`.
@@ -210,7 +210,7 @@ class TrainStep:
         return IMAGES if self.prefix is None else FEATURES
 
     def features(self, images: Tensor) -> Tensor:
-        """Return the first input of `step`: `images` itself if `prefix` is None, otherwise the features of `images`."""
+        """Return the features of `images`, or `images` if `prefix` is None. The graph `step` takes them as input."""
         return images if self.prefix is None else self.prefix.run({IMAGES: images})[FEATURES]
 
     def initial_tensors(self) -> dict[str, Tensor]:
@@ -227,7 +227,7 @@ def capture_train_step(model: PeftModel, images: Tensor, optimizer: StepOptimize
 
     Args:
         model: A PEFT model with one active adapter. It is not changed.
-        images: Example images (B, C, H, W). Only their shape matters: B becomes the batch size of the step.
+        images: Example images (B, C, H, W). Only their shape matters. B becomes the batch size of the step.
         optimizer: The optimizer, whose update is a part of the step.
         split: Whether to capture the frozen layers before the first trained layer as a third graph, the prefix.
 
@@ -328,7 +328,7 @@ def _capture_prefix(
 
 
 def trained_names(model: PeftModel) -> dict[str, str]:
-    """Return a dict over the trained parameters, from the name in the saved adapter to the name in the base model.
+    """Return a dict from the name of each trained parameter in the saved adapter to its name in the base model.
 
     Raises:
         ValueError: If no parameter is trainable, or if a trainable parameter is not saved or is saved under two names.
@@ -394,8 +394,8 @@ def _step_network(model: PeftModel) -> nn.Module:
 
     - LoRA runs as a branch parallel to the frozen convolution: y = conv(x; weight) + scaling * lora_B(lora_A(x)). The
       kernel `weight` is then a constant. Grouped convolutions and DoRA instead compute the adapted kernel in each step.
-    - A frozen BatchNorm is fused into the convolution before it: the norm scales the kernel and `lora_B`, and changes
-      the bias. If another layer also uses the output of the convolution, the BatchNorm is not fused.
+    - A frozen BatchNorm is fused into the convolution before it. This scales the kernel and `lora_B`, and changes the
+      bias. If another layer also uses the output of the convolution, the BatchNorm is not fused.
     """
     network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
     network.to(memory_format=torch.contiguous_format)
@@ -464,13 +464,13 @@ def _scale_rows(kernel: Tensor, scale: Tensor) -> Tensor:
 
 
 def _convolve(conv: Any, norm: nn.Module | None, x: Tensor) -> Tensor:
-    """Return the output of `conv`, a convolution without an adapter, with `norm` fused. Used as `conv.forward`."""
+    """Compute `conv.forward` of a convolution without an adapter. The BatchNorm `norm` is fused into `conv`."""
     x, geometry = pad(conv, x)
     return convolution(x, *_scaled(conv.weight, conv.bias, _affine(norm)), geometry)
 
 
 def _lora_convolve(layer: Any, norm: nn.Module | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Return the output of a `ConvLoraLayer`, with `norm` fused unless it is None. Used as the layer's `forward`."""
+    """Compute `layer.forward` of a `ConvLoraLayer`. If `norm` is not None, this BatchNorm is fused into the layer."""
     conv, affine = layer.get_base_layer(), _affine(norm)
     (adapter,) = layer.active_adapters
     x, geometry = pad(conv, x)

@@ -54,10 +54,10 @@ def read_images(
 ) -> Images:
     """Read images for 8-bit calibration and for comparison, and preprocess them as `model` needs for evaluation.
 
-    If `run` is given, `comparison` contains no image on which this run trained. If the dataset `name` was used in the
-    run, it is split into training and test images as in the run. From any other dataset, copies of the run's training
-    images are left out. If the run used `digits` or `shapes`, nothing is left out, because other datasets contain no
-    copies of these images.
+    If `run` is given, the images for comparison contain none on which this run trained. If the dataset `name` was used
+    in the run, it is split into training and test images as in the run. From any other dataset, copies of the run's
+    training images are left out. If the run used `digits` or `shapes`, nothing is left out, because other datasets
+    contain no copies of these images.
 
     Args:
         name: `digits`, `shapes`, a folder with one subfolder per class, or a Hugging Face dataset. With `run`, also
@@ -66,10 +66,10 @@ def read_images(
         image_size: Height and width in pixels. By default, `input_size` in timm's data configuration of the model.
         run: The configuration of the run that trained the model. It is `run_info.train_config` in the run's
             `record.json`.
-        fingerprint: The hash of the run's images at the time of the run: `data_fingerprint` of the run's `Record`. If
-            the images are from a folder or a Hugging Face dataset, and their hash is different today, an error is
-            raised, because the split into training and test images may have changed.
-        comparison_size: The maximum number of images in `comparison`.
+        fingerprint: The hash of the run's images at the time of the run. It is the field `data_fingerprint` of the
+            run's `Record`. If the images are from a folder or a Hugging Face dataset and their hash is different today,
+            an error is raised, because the split into training and test images may have changed.
+        comparison_size: The maximum number of images for comparison.
 
     Raises:
         ValueError: If `name` or `image_size` is invalid, an image is unreadable, there are too few images, the run
@@ -160,8 +160,8 @@ def _load_task(data: str, seed: int) -> Task:
 def _run_task(name: str, data: Mapping[str, Any], seed: int, fingerprint: str | None) -> Task:
     try:
         task = _load_task(json.dumps(dict(data)), seed)
-        # Do not check data sets that are part of this package: their images never change, but their fingerprint depends
-        # on the image size.
+        # Do not check data sets that are part of this package, because their images never change. Their fingerprint
+        # depends on the image size, which may be another one here than in the run.
         is_embedded = {data["name"], data.get("shift")} & EMBEDDED.keys()
         if fingerprint is not None and task.fingerprint != fingerprint and not is_embedded:
             raise ValueError(
@@ -241,8 +241,9 @@ def compare_logits(
     """Compare `found`, the logits (N, num_classes) of an exported file, with the logits `expected` of its model.
 
     `labels` are the class indices (N,). If they are given, the accuracies of the file and the model are computed.
-    `folders` lists, for each image, the name of its folder or dataset. If both are given, the accuracies are computed
-    for each folder or dataset, too. `name` and `size_bytes` describe the file, and are copied into the result.
+    `folders` lists, for each image, the name of its folder or dataset. If `labels` and `folders` are given, the
+    accuracies are computed for each folder or dataset, too. `name` and `size_bytes` describe the file, and are copied
+    into the result.
     """
 
     def accuracy(logits: Tensor, classes: Tensor) -> float:
@@ -268,10 +269,11 @@ def compare_logits(
 
 
 def comparison_table(comparisons: Sequence[Comparison]) -> str:
-    """Return a text table with a row for each file, and a first row for the PyTorch model if its accuracy is known.
+    """Return a text table with a row for each file.
 
-    If the images are from several folders or datasets, the table has one accuracy column for each of them. Otherwise,
-    it has a single accuracy column.
+    If the accuracy of the PyTorch model is known, a row above those of the files shows it. If the images are from
+    several folders or datasets, the table has one accuracy column for each of them. Otherwise, it has a single accuracy
+    column.
     """
     folders = list(comparisons[0].accuracies)
     titles = [f"accuracy on {folder}" for folder in folders] if len(folders) > 1 else ["accuracy"]
