@@ -62,7 +62,7 @@ def write_diff(
         file: The safetensors file to write or replace. Its metadata contains the fingerprints (hashes) of `base` and
             of the merged copy of `model`.
         allow_other_base: Whether to accept a PEFT model whose base model has other weights than `base`. The diff file
-            then also contains the base weights that differ.
+            then also contains the weights of this base model that differ from those of `base`.
 
     Returns:
         A dict from the names of the written tensors to these tensors.

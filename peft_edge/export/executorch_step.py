@@ -83,8 +83,8 @@ def export_train_program(step: TrainStep, file: Path, batches: Sequence[Batch], 
     """Write a training step as an ExecuTorch program in single precision, run it, and compare the result with PyTorch.
 
     The program runs in a separate process, because it may crash. The function first writes a program that uses XNNPACK.
-    If this program cannot be written, crashes, or differs from the captured graph, the function writes and checks a
-    program without XNNPACK instead.
+    If this program cannot be written, crashes, or computes other results than the captured graph, the function writes
+    and checks a program without XNNPACK instead.
 
     Args:
         step: The captured step.

@@ -153,9 +153,9 @@ def fuse_batch_norms(model: nn.Module) -> None:
     """Fuse each BatchNorm into the convolution before it, in place, if no other layer uses the convolution's output.
 
     Outputs are unchanged up to rounding. A BatchNorm remains if its input is a sum, a concatenation, or a convolution
-    output that another layer also uses. All of them remain if the model does not run on torch's meta device, where the
-    function finds out which layers use which outputs. `model` must be in eval mode, without adapters and without
-    trainable parameters.
+    output that another layer also uses. All BatchNorms remain if the model does not run on torch's meta device, because
+    the function runs it there to find out which layers use which outputs. `model` must be in eval mode, without
+    adapters and without trainable parameters.
     """
     # `inplace_norms` returns (convolution, BatchNorm) pairs in which no other layer uses the convolution's output.
     try:

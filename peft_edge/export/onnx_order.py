@@ -35,9 +35,9 @@ def schedule_masks(
     """Restrict the order of the nodes in an ONNX training step, so that a runtime needs less memory.
 
     The function adds nodes. They force the runtime to compute the masks of activations, such as `x > 0`, in the forward
-    pass. They also delay each factor by which the backward pass multiplies a gradient, such as a mask in floating
-    point, until this gradient is known. Return all nodes in a valid order: each node follows the nodes that compute its
-    inputs.
+    pass. They also delay each factor by which the backward pass multiplies a gradient until this gradient is known. An
+    example of a factor is a mask in floating point. Return all nodes in a valid order, in which each node follows the
+    nodes that compute its inputs.
 
     Args:
         nodes: The nodes in a valid order. Masks that the forward pass should compute must precede the loss.

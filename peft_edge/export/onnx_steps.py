@@ -55,7 +55,7 @@ def run_steps(folder: Path, read: Read, count: int) -> dict[str, np.ndarray]:
     The first step starts from the adapter and the optimizer state in `state.safetensors`, a file in `folder`.
 
     Returns:
-        A dict. It contains the tensors of the new adapter and optimizer state, under the same names as in
+        A dict from names to arrays. The tensors of the new adapter and optimizer state have the same names as in
         `state.safetensors`. `losses` and `correct` are the loss and the number of correct predictions of each step.
         `logits.batch` are the logits of the first batch. `logits.single` are the logits of the first image in this
         batch, computed in a batch of one image. `step_s` is the time of the fastest step in seconds. `peak_rss_bytes`

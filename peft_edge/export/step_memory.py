@@ -32,8 +32,8 @@ def step_memory(graph: CapturedGraph) -> tuple[int, int]:
 
     The function assumes that the nodes run in the order of the graph, and that a tensor is freed after its last use.
     It also assumes that an elementwise operator or a reshape overwrites an operand if this operand has the size of the
-    result and no later node uses it. The inputs and outputs of the graph stay in memory until the end of the
-    step, because the caller holds them.
+    result and no later node uses it. The inputs and outputs of the graph stay in memory until the end of the step,
+    because the caller holds them.
     """
     nodes = list(graph.module.graph.nodes)
     outputs: Any = graph.module.graph.output_node().args[0]
