@@ -57,7 +57,7 @@ class StepOptimizer:
             `lr * weight_decay * parameter` from the parameter.
         betas: Decay rates of AdamW's averages of the gradient and of the squared gradient.
         eps: A small number that AdamW adds to the denominator.
-        max_grad_norm: The gradients are clipped so that their total norm is at most this value. None: no clipping.
+        max_grad_norm: The gradients are clipped to a total norm of at most this value. With None, they are not clipped.
     """
 
     name: Literal["sgd", "adamw"] = "sgd"
