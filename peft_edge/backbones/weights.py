@@ -114,9 +114,9 @@ def match_weights(
 
     Raises:
         TypeError: If the model was not built by timm.
-        ValueError: If a tensor has no counterpart, except for the tensors that `weights` may lack. If the two tensors
-            of a pair do not fit each other. If names differ, and a match by order is not allowed. It is not allowed if
-            `is_ordered` is False, or if more than half of the model's names are in `weights`.
+        ValueError: If a tensor has no counterpart and is not one of those that `weights` may lack. If the two tensors
+            of a pair do not fit each other. If names differ and a match by order is not allowed. A match by order is
+            not allowed if `is_ordered` is False, or if more than half of the model's names are in `weights`.
     """
     architecture = as_timm_model(model).pretrained_cfg["architecture"]
     expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Measure the training steps of the contenders, which are the methods to compare. Each runs in its own process."""
+"""Measure the training steps of the contenders (the methods to compare). Each contender runs in its own process."""
 
 from __future__ import annotations
 
@@ -211,9 +211,9 @@ class _Group:
     def _ask(self, name: str, request: Request) -> Reply:
         """Send a request to a contender's process, and return the reply.
 
-        If the contender fails, store the error message in its row, and remove the row's measurements. For a contender
-        that fails or has failed in an earlier call, the reply is a `_Failure`. If `REFERENCE` (full fine-tuning) fails,
-        raise a RuntimeError.
+        If the contender fails, store the error message in its row, and remove the row's measurements. The reply is a
+        `_Failure` if the contender fails in this call, or if it failed in an earlier call. If `REFERENCE` (full
+        fine-tuning) fails, raise a RuntimeError.
         """
         row = self.rows[name]
         if row.error:
@@ -353,8 +353,9 @@ class _Steps:
 
         The first step creates the optimizer's state. It also compiles the model if the contender uses `torch.compile`.
         For the profile, the contender takes a second step, whose FLOPs and memory of tensors are counted. A compiled
-        step cannot be counted: the counters are dispatch modes, in which torch runs the original model instead of the
-        compiled model. The profile of a compiled contender therefore contains only the number of trainable parameters.
+        step cannot be counted, because the counters are dispatch modes. In a dispatch mode, torch runs the original
+        model instead of the compiled model. The profile of a compiled contender therefore contains only the number of
+        trainable parameters.
         """
         if self._is_compiled:
             self._model.compile()

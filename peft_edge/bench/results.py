@@ -92,7 +92,10 @@ class BenchRecord(JsonModel):
     created_at: str
     """Start of the comparison: ISO 8601, UTC."""
     setting: dict[str, str | int]
-    """Name of the backbone, number of classes, batch size, image size, LoRA rank, number of rounds and of threads."""
+    """The settings of the comparison.
+
+    They are the name of the backbone, the number of classes, the batch size, the image size, the LoRA rank, the number
+    of rounds and the number of threads."""
     rows: list[BenchRow]
     """One row for each contender. The first row is the reference."""
     rows_without_huge_pages: list[BenchRow] = Field(default=[], exclude_if=lambda rows: not rows)
@@ -144,7 +147,10 @@ def bench_table(record: BenchRecord) -> str:
 
 
 def _comparison(record: BenchRecord) -> str:
-    """Return a table with the memory and time of each contender that ran, also relative to full fine-tuning."""
+    """Return a table with the memory and time of each contender that ran.
+
+    The table also compares the memory and the time with those of full fine-tuning, as ratios.
+    """
     reference = record.measured[0][1].memory_peak_bytes
     rows = [["", "MiB", "times", "MiB", "ms", "time", "time", "time", "s to"]]
     rows.append(["", "tensors", "less", "process", "best", "best", "median", "spread", "compile"])

@@ -87,8 +87,9 @@ def check_grid_keys(file: Path) -> None:
     `read_grid` later checks all other parts of the file.
 
     Raises:
-        ConfigError: If the `grid` of a block contains an unknown key. The known keys are `COST_KEYS` in a block of cost
-            analyses, and the configuration keys in a block of training runs. The message names all unknown keys.
+        ConfigError: If the section `grid` of a block in the file contains an unknown key. The known keys are
+            `COST_KEYS` in a block of cost analyses, and the configuration keys in a block of training runs. The message
+            names all unknown keys.
     """
     try:
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
@@ -167,8 +168,8 @@ def _collect(arguments: Sequence[str]) -> tuple[dict[str, object], dict[str, str
 def _split(arguments: Sequence[str]) -> Iterator[tuple[str, str | None, str]]:
     """Yield (key, text of the value, argument) for each configuration file and each override.
 
-    The text is `true` for a `--key` without a value. It is None for `--config` without a file, and for any other
-    argument that has no value.
+    The text is `true` for a `--key` without a value. It is None for `--config` without a file, and for an argument that
+    neither begins with `--` nor contains `=`.
     """
     rest = list(arguments)
     while rest:

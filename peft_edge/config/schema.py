@@ -157,7 +157,7 @@ class DataConfig(Section):
     """Height and width of the network's input, in pixels."""
     adaptation_size: PositiveCount | None = None
     """Maximum number of training images of the target. By default, all are used. With new classes, the maximum applies
-    to each increment, and does not count rehearsal images. If `shift` is a corruption, and `name` is a dataset or a
+    to each increment, and does not count rehearsal images. If `shift` is a corruption and `name` is a dataset or a
     folder, the target gets at most a quarter of the source's training images, even without this key."""
     augment: Literal["none", "shift", "photo", "auto"] = "auto"
     """Augmentation of training images. none: no change. shift: move the image by up to an eighth of its sides. photo:
@@ -233,7 +233,7 @@ class SourceConfig(Section):
     batch_size: PositiveCount = 32
     """Images per optimizer step."""
     learning_rate: Positive = 0.1
-    """Peak learning rate of the one-cycle schedule: 0.1 suits random weights, 0.01 suits pretrained weights."""
+    """Peak learning rate of the one-cycle schedule. 0.1 suits random weights, 0.01 suits pretrained weights."""
     momentum: Fraction = 0.9
     """Nesterov momentum of SGD. 0: SGD without momentum."""
     weight_decay: NonNegative = 5e-4
@@ -279,7 +279,7 @@ class TrainingConfig(Section):
     """Use latent replay: store the outputs of the frozen layers before the first trainable layer, and train the later
     layers on these outputs. Requires `norm=frozen` or `norm=recalibrate`."""
     replay_views: PositiveCount = 1
-    """Number of augmented views that are stored for each image with `replay`. Each epoch uses the next view."""
+    """With `replay`, the number of augmented views that are stored for each image. Each epoch uses the next view."""
     replay_dtype: Literal["float32", "float16", "int8"] = "float32"
     """Dtype of the outputs that `replay` stores: float32, float16, or int8 with one scale per image."""
 
@@ -291,8 +291,8 @@ class LeanConfig(Section):
     """Use lean layers during training. The format of the saved adapter or model does not depend on this key."""
     inplace_norm: bool | None = None
     """Let a BatchNorm overwrite the output of the convolution before it, if no other layer uses this output. Requires
-    `norm=frozen`, `norm=recalibrate` or `recompute`. The default is true if the model can run on torch's meta device,
-    where the layers that use an output are found. Otherwise, the default is false."""
+    `norm=frozen`, `norm=recalibrate` or `recompute`. A run on torch's meta device finds the layers that use an output.
+    The default is true if the model can run on this device. Otherwise, the default is false."""
     masks: Literal["byte", "bit", "off"] = "bit"
     """What ReLU and similar activations save for the backward pass: a mask of bytes or bits, or the output (off)."""
     recompute: bool | Literal["depthwise"] = False
@@ -377,7 +377,9 @@ class RunConfig(Section):
     hub: HubConfig = HubConfig()
 
     def options(self, section: str | None) -> dict[str, object]:
-        """Return the options for `Method.prepare`: `norm`, and the keys of the section that `section` names, if any.
+        """Return the options for `Method.prepare`.
+
+        The options are `norm` and, if `section` is not None, all keys of the section with this name.
 
         >>> RunConfig(output_dir="runs/a").options("adapter")
         {'norm': 'frozen', 'r': 4, 'lora_alpha': 8, 'lora_dropout': 0.0, 'target_modules': 'all-conv'}

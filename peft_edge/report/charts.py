@@ -53,9 +53,10 @@ Grid = Sequence[Sequence[Subplot | None]]
 
 
 def draw_over_rank(grid: Grid, path: Path) -> None:
-    """Draw a line for each method in each subplot: `middle` over `lora_rank`, with error bars from `low` to `high`.
+    """Draw a line with error bars for each method in each subplot.
 
-    Methods without a rank are points on the left.
+    The line shows the column `middle` of the subplot's data over the column `lora_rank`. The error bars extend from the
+    column `low` to the column `high`. Methods without a rank are points on the left.
     """
     _draw_grid(grid, path, _draw_ranks, panel_width=3.6, legend_columns=min(6, 2 * len(grid[0])))
 

@@ -1,9 +1,9 @@
 """Compare training steps with claims of the source study. Define `Claim`, and functions that format numbers and tables.
 
-The source study is arXiv 2507.23536. The report page repeats its measurements. The template of the page contains the
-fixed text of each section. The functions in this module compute the parts that depend on the records: the verdict on a
-claim of the source study, the finding, the table, the data and the charts. The module `run_claims` computes these parts
-from the records of training runs, and uses the classes and functions of this module.
+The source study is arXiv 2507.23536. The report page repeats the measurements of this study. The template of the page
+contains the fixed text of each section. The functions in this module compute the parts that depend on the records: the
+verdict on a claim of the source study, the finding, the table, the data and the charts. The module `run_claims`
+computes these parts from the records of training runs, and uses the classes and functions of this module.
 
 If the required records are missing, each `..._claim` function of both modules returns a claim with the verdict
 `NOT_MEASURED`.
@@ -164,7 +164,7 @@ def memory_claim(costs: DataFrame) -> Claim:
 def _mean_savings(steps: DataFrame, label: str) -> DataFrame:
     """Return the mean of the column `saved_memory` for each batch size and each value of the column named `label`.
 
-    The result has a column for each of `NETWORK_KINDS`, and the column `ratio`: the mean for depthwise-separable
+    The result has a column for each of `NETWORK_KINDS`. Its column `ratio` contains the mean for depthwise-separable
     networks divided by the mean for transformers.
     """
     means = steps.pivot_table(index=["batch_size", label], columns="kind", values="saved_memory", sort=False)

@@ -72,8 +72,8 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
     Columns:
         name, file: Path of the record. `name` is relative to the folder of the records, and `file` is relative to the
             folder of the report page.
-        task: Name of the data set, and what changes in the target domain: the name of the shift, or `new classes`. Then
-            follow the settings of the task that differ among runs with the same two names and the same network.
+        task: Name of the data set, and what changes in the target domain (the name of the shift, or `new classes`).
+            Then follow the settings of the task that differ among runs with the same data set, change and network.
         backbone, kind: Name of the network, and its kind: `depthwise`, `standard` or `unknown`.
         method: Key of `METHODS`, followed by the settings that differ among runs with the same key, rank, task and
             network.
@@ -82,11 +82,12 @@ def run_frame(archive: Archive, folder: str = "") -> DataFrame:
         variant: Method and rank. The report compares variants.
         order, seed, trains: Position of the method in `METHODS`, seed, and whether the run has trainable parameters.
         target, target_before: Test accuracy on the target domain (the new images), after and before the update.
-        source, forgetting: Test accuracy on the source domain (the images from before) after the update, and how much
-            the update lowered it.
-        score: The column `target`. With new classes, the harmonic mean of the accuracies on new and old classes.
+        source, forgetting: Test accuracy on the source domain (the old images) after the update, and how much the
+            update lowered this accuracy.
+        score: With a shift, the same as `target`. With new classes, the harmonic mean of the accuracies on new and old
+            classes.
         score_label: Label of the score in figures, with its unit.
-        memory, flops, shipped: See `COST_COLUMNS`. If one cost was not measured, all three are missing.
+        memory, flops, shipped: See `COST_COLUMNS`. If any of these costs was not measured, all three are missing.
         is_real: False for the embedded benchmarks (`EMBEDDED`), which need no download. True for all other data sets.
         norm: Value of the configuration key `norm`.
         retained: Test accuracy on the source domain after the update, divided by the accuracy before the update.
@@ -165,7 +166,9 @@ def _run_row(record: Record, config: Mapping[str, object]) -> dict[str, object]:
 
 
 def variant_frame(runs: DataFrame) -> DataFrame:
-    """Return one row for each task, network and variant (method and rank). A row summarises the runs over their seeds.
+    """Return one row for each combination of task, network and variant (method and rank).
+
+    A row summarises the runs of this combination over their seeds.
 
     The rows have the order of `run_frame`. The columns `task`, `backbone`, `kind`, `order`, `method`, `family`,
     `lora_rank`, `variant`, `score_label` and `trains` are those of `run_frame`.
@@ -173,14 +176,14 @@ def variant_frame(runs: DataFrame) -> DataFrame:
     Further columns:
         seeds, records: Number of runs, and the files of their records, separated by spaces.
         score, target, source: Means over the seeds.
-        score_std, target_std, source_std: Sample standard deviations; missing for one seed.
+        score_std, target_std, source_std: Sample standard deviations; missing if there is only one seed.
         gained_points, lost_points: How many percentage points of accuracy the update gains on the target domain, and
             how many it loses on the source domain. Means over the seeds.
         memory, flops, shipped: Mean costs; missing if no run of the variant was profiled.
         full_seeds: Largest number of seeds that a variant of the same task and network has.
         is_best: Whether the variant has the highest mean score of all variants with `full_seeds` seeds.
         is_equal: Whether the mean difference from the best variant is not clear (see `paired_differences`). Also True
-            if fewer than two seeds were run with both variants.
+            if this variant and the best variant have fewer than two seeds in common.
         is_pareto: Whether no other variant dominates this variant in score and costs. False if the costs are missing.
         to_full_..., to_head_...: The columns of `paired_differences`, with the variant `full` or `head` as reference.
     """
@@ -231,7 +234,10 @@ def _compare_with_references(scores: DataFrame) -> DataFrame:
 
 
 def score_table(runs: DataFrame) -> DataFrame:
-    """Return the scores: a row for each variant (method and rank), and a column for each pair of network and seed."""
+    """Return a table of scores.
+
+    It has a row for each variant (method and rank), and a column for each pair of network and seed.
+    """
     table = runs.pivot(index="variant", columns=["backbone", "seed"], values="score")
     return table.loc[runs["variant"].unique()]
 
@@ -377,7 +383,7 @@ def timing_frame(records: Mapping[str, BenchRecord]) -> DataFrame:
         lowest, highest: Smallest and largest ratio of all rounds.
         peak_bytes: Memory of tensors at the peak of a step; missing for a compiled step, and if the contender failed.
         error: First line of the error; empty if the contender ran.
-        process_bytes: Growth of the physical memory of the contender's process in the timed steps.
+        process_bytes: Growth of the physical memory of the contender's process during all rounds.
         compile_s: Seconds of the first step of a compiled contender.
         ratio_without_huge_pages: The same quantity as `ratio`, measured without huge pages.
 
@@ -430,7 +436,7 @@ def read_bench(folder: Path) -> dict[str, BenchRecord]:
 
 
 def archive_frame(archive: Archive, folder: str = "") -> DataFrame:
-    """Return a table with one row for each record, also for those of failed runs: its settings and results.
+    """Return a table of settings and results with one row for each record. Records of failed runs are included.
 
     The row of a training run has the configuration of the run, except `output_dir` and `cache_dir`. It also has the
     test results (the last entry of the run's metrics), the step profile of the run's first process, and the median
@@ -478,7 +484,7 @@ def _all_of_cost(record: CostRecord) -> dict[str, object]:
 
 
 def distinguishing_settings(keys: DataFrame, settings: Sequence[Mapping[str, object]]) -> list[str]:
-    """Return a text for each row of `keys`: the settings that differ among the rows with the same keys.
+    """Return a text for each row of `keys`. It lists the settings that differ among the rows with the same keys.
 
     `settings` contains the settings of each row. If no setting differs, the text is empty.
 

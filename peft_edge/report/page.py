@@ -36,7 +36,8 @@ def write_report(records: Path, out: Path, *, bench: Path | None = None) -> list
     report do not change.
 
     Args:
-        records: Folder with records: JSON files with the results of training runs or of analysed training steps.
+        records: Folder with records, which are JSON files with the results of training runs or of analysed training
+            steps.
         out: The folder to write to. It receives the page `README.md`, the file `data.csv` with a row for each record,
             the folder `claims` with a CSV file for each section, and the folder `figures` with PNG and SVG files. It
             also receives `photographs.md` if any run used a data set that is not one of the embedded benchmarks

@@ -32,9 +32,9 @@ class Photographs:
     Attributes:
         claims: A dict from the names of the sections `accuracy`, `updates` and `choice` to their claims. These claims
             are computed only from the runs of this section.
-        retention: A text that compares runs with `norm=frozen` and runs with `norm=stats`: how much of the accuracy on
-            the source domain their updates retain, and how accurate they are on the target domain. Empty if no method
-            was run with both values of `norm`.
+        retention: A text that compares runs with `norm=frozen` and runs with `norm=stats`. It says how much of the
+            accuracy on the source domain their updates retain, and how accurate they are on the target domain. The text
+            is empty if no method was run with both values of `norm`.
         tables: A dict of tables with a row for each variant (method and rank). The keys have the form
             "<task>, <network>".
         data: A row for each task, network and variant, with means, standard errors and the files of the records.
@@ -82,7 +82,9 @@ def _with_one_reference(runs: DataFrame) -> DataFrame:
 
 
 def _summary(runs: DataFrame) -> DataFrame:
-    """Return a row for each task, network and variant (method and rank), with means and standard errors over the seeds.
+    """Return a row for each combination of task, network and variant (method and rank).
+
+    The row contains means and standard errors over the seeds.
 
     The standard error is the sample standard deviation divided by the square root of the number of seeds; it is missing
     for a single seed.

@@ -93,7 +93,9 @@ def _compare_with_full(variants: DataFrame) -> Claim:
 
 
 def _scores_of_variants(variants: DataFrame) -> DataFrame:
-    """Return a table of scores in %: a row for each variant (method and rank), a column for each task and network.
+    """Return a table of scores in %. It has a row for each variant, and a column for each pair of task and network.
+
+    A variant is a method together with its rank, if it has one.
 
     In each column, the scores that cannot be distinguished from the best score (`is_equal`) are bold. If a variant has
     fewer seeds than another variant of the same task and network, its cell ends with the number of seeds in brackets.
@@ -258,7 +260,7 @@ def _draw_tradeoff(variants: DataFrame, path: Path) -> None:
 
 
 def decision_table(variants: DataFrame) -> DataFrame | None:
-    """Return a table of recommended methods, with a row for each task and network.
+    """Return a table of recommended methods, with a row for each pair of task and network.
 
     The table has a column for accuracy and one column for each cost: peak memory, FLOPs and saved bytes. The
     column of accuracy holds the variant (method and rank) with the best score. The column of a cost holds the cheapest
