@@ -42,7 +42,8 @@ class BenchRow(JsonModel):
     """FLOPs and memory of a step, and the median times of its phases.
 
     The profile of a compiled step contains only the number of trainable parameters, the times and the memory of the
-    process. `profile` is None if the contender did not run, and in rows of `BenchRecord.rows_without_huge_pages`."""
+    process. `profile` is None if the contender did not run. In the rows of `BenchRecord.rows_without_huge_pages`,
+    it is always None."""
     rounds: list[PhaseTimes] = Field(default_factory=list)
     """The times of the timed steps, one for each round. Empty if the contender did not run."""
     ratio_best: float | None = None
@@ -68,7 +69,7 @@ class BenchRow(JsonModel):
     compile_s: float | None = Field(default=None, exclude_if=lambda value: value is None)
     """Seconds of the first step, in which `torch.compile` compiles the model.
 
-    None if the contender does not use `torch.compile`, or if it failed before the first round."""
+    None if the contender does not use `torch.compile`, or if the contender failed before the first round."""
 
     def compare(self, reference: Sequence[PhaseTimes]) -> None:
         """Set the four fields `ratio_...` from the step times in `rounds` and in `reference`.

@@ -28,7 +28,7 @@ COST_KEYS = (
     *("method", "lora_rank", "batch_size", "image_size", "sequence_length", "target_modules", "norm", "lean"),
     *("inplace_norm", "replay", "accounting"),
 )
-"""The keys of a cost analysis in the grid file of a study: the attributes of `CostSetting`."""
+"""The keys of a cost analysis in the grid file of a study. They are the attributes of `CostSetting`."""
 ROLE_NAMES = ("all-conv", "dense", "depthwise", "pointwise", "expand", "project", "last-stage")
 
 
@@ -285,7 +285,7 @@ class TrainingConfig(Section):
 
 
 class LeanConfig(Section):
-    """Lean training: layers save only what the backward pass needs. Gradients change only by rounding."""
+    """Lean training, in which layers save only what the backward pass needs. Gradients change only by rounding."""
 
     enabled: bool = True
     """Use lean layers during training. The format of the saved adapter or model does not depend on this key."""
@@ -301,9 +301,9 @@ class LeanConfig(Section):
     false: no convolutions."""
     split_blocks: bool = False
     """Run inverted residual blocks with large feature maps on a few samples at a time. Requires `norm=frozen` or
-    `norm=recalibrate`. Saves memory, often also time, but changes outputs by rounding."""
+    `norm=recalibrate`. It saves memory and often also time, but changes outputs by rounding."""
     checkpoint: bool = False
-    """Switch on timm's gradient checkpointing: the backward pass runs the forward pass of each block again."""
+    """Switch on timm's gradient checkpointing. The backward pass then runs the forward pass of each block again."""
 
 
 class ProfilingConfig(Section):

@@ -64,7 +64,7 @@ def draw_over_rank(grid: Grid, path: Path) -> None:
 def draw_scatter(grid: Grid, path: Path, *, with_front: bool = False) -> None:
     """Draw a point for each row of a subplot's data, and a thin line through the points of each method.
 
-    The markers of one method grow in the order of the rows. `with_front` adds the Pareto front: a stepped line through
+    The markers of one method grow in the order of the rows. `with_front` adds the Pareto front, a stepped line through
     the points that no other point dominates. A smaller `x` and a larger `y` are better.
     """
     draw = partial(_draw_points, with_front=with_front)

@@ -257,7 +257,7 @@ def _setting_text(steps: DataFrame) -> str:
 
 
 def timing_table(timings: DataFrame) -> DataFrame:
-    """Return a table of strings: a row for each method, and a column for each combination of network and input size.
+    """Return a table of strings with a row for each method and a column for each combination of network and input size.
 
     A method that was tried on fewer than half of these combinations is left out.
 

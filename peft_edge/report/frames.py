@@ -215,7 +215,7 @@ def variant_frame(runs: DataFrame) -> DataFrame:
 
 
 def pooled_frame(runs: DataFrame) -> DataFrame:
-    """Return one row for each task, kind of network and variant (method and rank).
+    """Return one row for each combination of task, kind of network and variant (method and rank).
 
     A row summarises paired differences over all networks of this kind and all seeds. The columns `task`, `kind`,
     `variant`, `records`, `to_full_...` and `to_head_...` are those of `variant_frame`. The column `backbone` has texts
@@ -266,7 +266,7 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
     """Return a mask of the points that no other point dominates.
 
     `points` has shape (points, criteria). In every criterion, smaller is better. A point dominates another point if it
-    is at least as good in all criteria, and better in one.
+    is at least as good in all criteria and better in at least one.
     """
     no_worse = (points[:, None] <= points[None]).all(axis=2)
     better = (points[:, None] < points[None]).any(axis=2)
@@ -274,7 +274,9 @@ def pareto_front(points: np.ndarray) -> np.ndarray:
 
 
 def change_frame(archive: Archive, runs: DataFrame) -> DataFrame:
-    """Return one row for each run and each convolution whose kernel this run has changed, sorted by method and rank.
+    """Return one row for each pair of a run and a convolution whose kernel the run has changed.
+
+    The rows are sorted by method and rank.
 
     Columns:
         file, order, method, lora_rank, variant: See `run_frame`.

@@ -37,7 +37,8 @@ class Photographs:
             is empty if no method was run with both values of `norm`.
         tables: A dict of tables with a row for each variant (method and rank). The keys have the form
             "<task>, <network>".
-        data: A row for each task, network and variant, with means, standard errors and the files of the records.
+        data: A row for each combination of task, network and variant, with means, standard errors and the files of the
+            records.
     """
 
     claims: dict[str, Claim]
