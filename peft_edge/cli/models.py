@@ -341,7 +341,7 @@ def diff(
 
 
 def _base_of(adapter: Path) -> str:
-    """Return the base model of an adapter in a local folder: the path of a folder, or the name of a timm model.
+    """Return the base model of an adapter in a local folder, as the path of a folder or the name of a timm model.
 
     If the adapter's folder has a subfolder `source_model`, this subfolder is the base. Otherwise, the configuration of
     the adapter names the base.

@@ -106,7 +106,9 @@ def write_adapter(model: PeftModel, folder: Path, card: ModelCard, *, base_name:
 
 
 def read_configuration(path: Path) -> PeftConfig:
-    """Read the file `adapter_config.json` at `path`. Return an object of the PEFT class for the adapter's type.
+    """Read the configuration of an adapter from the JSON file `path`.
+
+    The result is an instance of the PEFT configuration class that belongs to the value of the key `peft_type`.
 
     Raises:
         FileNotFoundError: If the file is missing.

@@ -73,9 +73,9 @@ def load_pretrained(
     Raises:
         FileNotFoundError: If the folder or repository of the adapter, a required file in it, or the backbone is
             missing.
-        ValueError: If a file is damaged or unsafe, or the adapter was trained on another backbone or with other base
-            weights. If `base` is None, and the adapter's configuration names no timm backbone. The message names the
-            file, the key or the first tensor that does not fit.
+        ValueError: If a file is damaged or unsafe, or if the adapter was trained on another backbone or with other
+            base weights. If `base` is None and the adapter's configuration names no timm backbone. The message names
+            the file, the key or the first tensor that does not fit.
 
     Example:
         >>> import copy, tempfile
@@ -192,7 +192,7 @@ def _load_base(config: PeftConfig, folder: Path, *, is_local: bool) -> nn.Module
         return _load_untrusted(folder / SOURCE_NAME)
     if not name:
         raise ValueError(f"{folder / CONFIG_NAME} names no base model: pass the backbone as base=")
-    # Only a local adapter may name a path: a file from the Hub must not determine which local files are read.
+    # Only a local adapter may name a path, because a file from the Hub must not determine which local files are read.
     if is_local and Path(name).is_dir():
         return load_backbone(name)
     if is_local and Path(name).is_absolute():
@@ -269,7 +269,7 @@ def _check_fit(model: nn.Module, config: PeftConfig, layout: Layout) -> None:
 
 
 def _without_values(model: nn.Module) -> nn.Module:
-    """Return a copy of a model on the meta device. To save memory, only shapes and dtypes are copied, not values."""
+    """Copy a model to the meta device. To save memory, only shapes and dtypes are copied, not values."""
     memo: dict[int, object] = {}
     for tensor in (*model.parameters(), *model.buffers()):
         values = tensor.detach().to("meta")

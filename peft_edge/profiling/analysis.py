@@ -1,4 +1,7 @@
-"""Compute the cost of a training step from tensor shapes alone, in seconds and with no more memory than the weights."""
+"""Compute the cost of a training step from tensor shapes alone.
+
+The computation takes seconds, and needs memory only for the weights.
+"""
 
 from __future__ import annotations
 
@@ -139,7 +142,7 @@ def compare_methods(
     """Analyse a step of each method. Methods with a LoRA rank are analysed once for each rank in `lora_ranks`.
 
     `options` are further arguments of `analyse`. The keys of the returned dict are `<method>, rank <r>` for methods
-    with a LoRA rank, and `<method>` for other methods. The values are the rows (`StepProfile`) for the whole step.
+    with a LoRA rank, and `<method>` for other methods. Each value is a `StepProfile` with the cost of the whole step.
 
     >>> costs = compare_methods("mobilenetv2_035", ["head", "lora"], lora_ranks=[2, 4], batch_size=2, image_size=32)
     >>> {name: cost.num_trainable_params for name, cost in costs.items()}
@@ -201,7 +204,8 @@ def classification_loss(output: object) -> Tensor:
 def _options(method: str | PeftConfig | None, lora_rank: int | None, adapter: Mapping[str, object]) -> dict[str, Any]:
     """Return the options for `Method.prepare` if `method` is a name.
 
-    If `method` is a PEFT configuration, return new values for some of its fields, such as `r`.
+    If `method` is a PEFT configuration, return the fields to replace in it. This is `r` if `lora_rank` is given, and
+    otherwise no field.
     """
     if isinstance(method, str):
         section = find_method(method).section

@@ -222,10 +222,10 @@ class ProfilingCallback(TrainerCallback):
         return self._step is not None
 
     def _add(self, counted: list[StepProfile]) -> None:
-        """Set `self.rows` to the new rows `counted` if these rows have the higher memory peak. `counted` may be empty.
+        """Replace `self.rows` by the new rows `counted` if the new rows have a higher memory peak than the old rows.
 
-        Afterwards, set the times in the first row to the medians of all timed steps. Write the rows and the times of
-        all timed steps to the file of this process.
+        `counted` may be empty. Afterwards, set the times in the first row to the medians of all timed steps. Write the
+        rows and the times of all timed steps to the file of this process.
         """
         steps = (self.rows[0].steps if self.rows else 0) + bool(counted)
         rows = max(filter(None, (self.rows, counted)), key=lambda rows: rows[0].memory_peak_bytes or 0)
@@ -244,8 +244,8 @@ class ProfilingCallback(TrainerCallback):
             prefix = "profile" if row.scope == "step" else f"profile/lora_rank_{row.lora_rank}"
             names = _LOGGED_OF_LAYERS if row.scope == "layers" else [n for n in vars(row) if n not in _NOT_LOGGED]
             values |= {f"{prefix}/{name}": value for name in names if (value := getattr(row, name)) is not None}
-        # `Trainer.log` sets `should_log` to False. Restore the old value: otherwise, Trainer would not log the loss of
-        # this step.
+        # `Trainer.log` sets `should_log` to False. Restore the old value, because Trainer would otherwise not log the
+        # loss of this step.
         should_log = control.should_log
         self._log(values)
         control.should_log = should_log

@@ -45,7 +45,7 @@ class StackedBars:
 def save_cost_figure(costs: Mapping[str, StepProfile], path: str | os.PathLike[str], *, title: str) -> None:
     """Save a figure with two panels: peak memory by kind of tensor, and FLOPs by phase.
 
-    Both panels have a bar for each name in `costs`. See `save_bars` for the file and the errors.
+    Both panels have a bar for each name in `costs`. See `save_bars` for the file formats and the errors.
     """
     steps = list(costs.values())
     flops = StackedBars(label="arithmetic of a step [GFLOP]", parts=_parts(steps, "flops_{}", _FLOPS, 1e9))
@@ -96,7 +96,8 @@ def save_bars(names: Sequence[str], panels: Sequence[StackedBars], path: str | o
 def _draw(axes: Axes, names: Sequence[str], panel: StackedBars) -> None:
     ends = [0.0] * len(names)
     for (part, widths), colour, hatch in zip(panel.parts.items(), _COLOURS, _HATCHES, strict=False):
-        # The edge colour is also the colour of the hatch. The edge has no width: a visible edge would cover thin parts.
+        # The edge colour is also the colour of the hatch. The edge has no width, because a visible edge would cover
+        # thin parts.
         axes.barh(names, widths, left=ends, color=colour, hatch=hatch, edgecolor="white", linewidth=0, label=part)
         ends = [end + width for end, width in zip(ends, widths, strict=True)]
     outer = list(ends)

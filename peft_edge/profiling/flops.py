@@ -1,11 +1,11 @@
 """Count the floating-point operations of a training step.
 
 A multiply-add is two operations. Convolutions, matrix products and attention use the formulas of
-`torch.utils.flop_counter`, except for the backward pass of a convolution: torch overcounts the gradient of a grouped
-kernel by the number of groups. The operators in `_PER_ELEMENT`, and those that torch tags as pointwise or reduction,
-are elementwise. The FLOPs of an elementwise operator are a number of operations per element, times the number of
-elements of its largest tensor. All other operators cost nothing: copies, views, indexing, selection, and untagged
-operators, such as the fused recurrent layers of the CPU.
+`torch.utils.flop_counter`, except for the backward pass of a convolution, because torch overcounts the gradient of a
+grouped kernel by the number of groups. The operators in `_PER_ELEMENT`, and those that torch tags as pointwise or
+reduction, are elementwise. The FLOPs of an elementwise operator are a number of operations per element, times the
+number of elements of its largest tensor. All other operators count as zero FLOPs. Examples are copies, views, indexing,
+selection, and the fused recurrent layers of the CPU, because torch does not tag these layers.
 
 Before torch 2.15, the derivatives of SiLU and Mish run, and are counted, as several operators.
 """
@@ -51,7 +51,7 @@ class Flops:
     optimizer: int = 0
     """FLOPs of all operators of the update: the optimizer, and the clipping and scaling of gradients."""
     elementwise_forward: int = 0
-    """FLOPs of elementwise operators in the forward pass and the loss: activations, normalisation, pooling, sums."""
+    """FLOPs of elementwise operators, such as activations, pooling and sums, in the forward pass and the loss."""
     elementwise_backward: int = 0
     """FLOPs of elementwise operators in the backward pass."""
 
@@ -175,8 +175,8 @@ def convolution_backward(gradient: list[int], x: list[int], kernel: list[int], *
     """Return the FLOPs of the backward pass of a convolution.
 
     The gradient of the input and the gradient of the kernel each cost as much as the forward pass, for any groups,
-    stride, dilation and padding: each multiply-add of the forward pass occurs once in each gradient. Only the gradients
-    that `output_mask` requests count. The gradient of the bias is not counted.
+    stride, dilation and padding, because each multiply-add of the forward pass occurs once in each gradient. Only the
+    gradients that `output_mask` requests count. The gradient of the bias is not counted.
     """
     _bias_sizes, _stride, _padding, _dilation, transposed, _output_padding, _groups, output_mask = options
     return conv_flop_count(x, kernel, gradient, transposed) * (output_mask[0] + output_mask[1])
@@ -290,7 +290,7 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Return a formula for the FLOPs of an operator: `operations` per element, times the number of elements.
+    """Return a formula for an operator. It multiplies `operations` per element by the number of elements.
 
     If `is_list` is False, the elements are those of the largest tensor among the operator's arguments and result. If
     `is_list` is True, the first argument is a list of tensors, and the elements of all tensors in the list count.

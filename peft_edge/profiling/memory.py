@@ -51,11 +51,12 @@ class MemoryProfile:
 
     The kinds are:
 
-    - `parameters`, `buffers`: trainable and frozen parameters, and all buffers of the model.
+    - `parameters`: trainable and frozen parameters of the model.
+    - `buffers`: all buffers of the model.
     - `gradients`: tensors that became the `grad` of a parameter.
     - `activations`: the inputs, and tensors that were created in the forward pass and are alive at its end. The forward
       pass ends before the first operator of the backward pass. Without a backward pass, it ends with the `with` block.
-    - `temporaries`: all other tensors, such as gradients of activations, and recomputed activations.
+    - `temporaries`: all other tensors, such as recomputed activations and gradients of activations.
     - `optimizer`: the state of the optimizer.
 
     Only bytes of tensors count. The workspaces of operators, and bytes that an allocator adds by rounding or keeps for
@@ -75,7 +76,7 @@ class MemoryProfile:
     peak_phase: str
     """The phase in which the peak occurs: `forward`, `backward` or `optimizer`."""
     forward_end_bytes: int
-    """Live bytes at the end of the forward pass. With several forward passes, the highest of these values."""
+    """Live bytes at the end of the forward pass. If several forward passes run, the maximum over these passes."""
     forward_end: KindBytes
     """The live bytes of each kind, at the time of `forward_end_bytes`."""
     start_bytes: int
@@ -308,9 +309,9 @@ class StorageLog:
         return [0, *accumulate(event.change for event in self.events)]
 
     def observe(self, value: object, module: str | None = None) -> None:
-        """Log the new and resized storages of all tensors in `value`: a tensor, or nested lists and tuples.
+        """Log the new and resized storages of all tensors in `value`.
 
-        New storages belong to `module`.
+        `value` is a tensor, or a list or tuple that may be nested. New storages belong to `module`.
         """
         if isinstance(value, Tensor):
             self._observe_tensor(value, module)

@@ -199,8 +199,8 @@ def fake_copy(
 ) -> tuple[_compat.FakeMode, nn.Module, Optimizer | None, Inputs]:
     """Copy the model, the optimizer and the inputs with fake tensors, which have a shape but no memory.
 
-    Tied parameters stay tied, and views stay views of one storage. Tensors on the meta device become fake CPU tensors,
-    so that the step runs the same operators as a real step on a CPU.
+    Tied parameters stay tied. Tensors that share a storage still share it in the copies, except tensors on the meta
+    device. These become fake CPU tensors, so that the step runs the same operators as a real step on a CPU.
 
     Returns:
         The context manager in which the copies must run, and the copies of the model, the optimizer and the inputs.
@@ -227,7 +227,8 @@ def copy_together(
     `memo` is the second argument of `copy.deepcopy`.
 
     Raises:
-        ValueError: If the optimizer updates parameters outside the model, or if one of the two cannot be copied.
+        ValueError: If the optimizer updates parameters outside the model, or if the model or the optimizer cannot be
+            copied.
     """
     parameters = set(model.parameters())
     groups = [] if optimizer is None else optimizer.param_groups

@@ -181,9 +181,9 @@ def text_table(rows: Sequence[Sequence[str]]) -> str:
 def _columns(
     costs: Collection[StepProfile], units: Mapping[str, float], group: Mapping[str, Sequence[str]]
 ) -> Iterator[list[str]]:
-    """Yield the columns of a group of `_TABLES`. A column is a list of its unit, its title and a cell for each step.
+    """Yield the columns of `group`, a group of columns in the table definitions `_TABLES`.
 
-    Yield nothing if the group has no values.
+    A column is a list of its unit, its title and a cell for each step. Yield nothing if the group has no values.
     """
     if not units:
         words = {title: [getattr(cost, name) for cost in costs] for title, (name,) in group.items()}
