@@ -76,7 +76,7 @@ class FrozenPrefix:
 
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Return the outputs of the prefix (the frozen layers) in eval mode, (B, *shape), for images (B, 3, H, W)."""
+        """Run the frozen layers in eval mode on `images` of shape (B, 3, H, W), and return their output."""
         training = self._model.training
         try:
             device = next(self._model.parameters()).device
@@ -86,7 +86,7 @@ class FrozenPrefix:
 
     @property
     def fingerprint(self) -> str:
-        """A hash of the name `start`, and of the frozen layers before it with their weights and buffers."""
+        """A hash of the frozen layers, of their weights and buffers, and of the attribute `start`."""
         digest = hashlib.sha256(self.start.encode())
         for name, module in self._modules.items():
             digest.update(f"{name} {module}\n".encode())
@@ -261,8 +261,8 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
     (torch.Size([2, 8, 6, 6]), tensor([4, 2]))
 
     Attributes:
-        info: A dict with facts about the cache. `start` is the attribute of `FrozenPrefix`. `images` and `views` are
-            the numbers of images and views. `dtype` is the dtype of the stored features. `shape`, `computed_dtype` and
+        info: A dict with facts about the cache. `start` is `FrozenPrefix.start`. `images` and `views` are the numbers
+            of images and views. `dtype` is the dtype of the stored features. `shape`, `computed_dtype` and
             `channels_last` describe the features of one image before they are stored. `relative_error` is the norm of
             the rounding error divided by the norm of the features. `size_bytes` is the size of the file with the
             features. `fill_s` is the number of seconds that filling the cache took. `fill_flops` is the number of FLOPs
@@ -338,7 +338,7 @@ def _is_whole(folder: Path) -> bool:
     try:
         info = json.loads((folder / "info.json").read_text(encoding="utf-8"))
         return (folder / "features.arrow").stat().st_size == info["size_bytes"]
-    except (OSError, ValueError, KeyError):  # an interrupted run left an incomplete folder: it is filled again
+    except (OSError, ValueError, KeyError):  # a file is missing or damaged, so the folder must be filled again
         return False
 
 
@@ -349,7 +349,7 @@ def _as_tensor(column: pa.ChunkedArray) -> Tensor:
 
 
 def _fill(path: Path, prefix: FrozenPrefix, images: Views, *, views: int, dtype: StoredType) -> dict[str, object]:
-    """Write one row per view and image to `path`, one view after the other, and return `FeatureCache.info`."""
+    """Write one row per view and image to `path`, one view after the other. Return the dict for `FeatureCache.info`."""
     import pyarrow as pa
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter

@@ -26,7 +26,7 @@ from peft_edge._compat import has_hooks, is_transformed, is_view, saved_tensors_
 
 
 def base_layer(layer: nn.Module) -> nn.Module:
-    """Return the base layer of a PEFT adapter, or the layer itself."""
+    """Return the base layer if `layer` is a PEFT adapter, otherwise `layer` itself."""
     return layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
 
 
@@ -43,7 +43,7 @@ class ModuleRef:
 
     @property
     def module(self) -> Any:
-        """The module that currently has this name; None if there is no such module or the reference is empty."""
+        """The module to which this reference leads. None if the reference is empty or the module does not exist."""
         return self._get(self._path)
 
     def path_below(self, other: ModuleRef) -> list[nn.Module | None]:

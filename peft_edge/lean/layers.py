@@ -80,7 +80,7 @@ def _trains(layer: ConvolutionBase | BatchNorm) -> bool:
 
 
 def _runs_plain(x: Tensor) -> bool:
-    """Return whether to run the original forward pass: no backward pass reaches x, or a compiler is tracing."""
+    """Return whether the original forward pass runs. It runs if a compiler is tracing or no backward pass reaches x."""
     return torch.compiler.is_compiling() or not (needs_backward() and x.requires_grad)
 
 
@@ -131,7 +131,7 @@ class LeanBatchNorm(BatchNorm):
 
     @property
     def keeps_input(self) -> bool:
-        """Whether the norm saves its input. It does if it is trainable, or normalises by the batch statistics."""
+        """Whether the norm saves its input. It does if it is trainable or normalises by the statistics of the batch."""
         return self.training or self.running_mean is None or _trains(self)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -325,7 +325,7 @@ LEAN: dict[type[nn.Module], type[nn.Module]] = {}
 
 def _lean_class(lean: type[nn.Module], plain: type[nn.Module], **attributes: object) -> type[nn.Module]:
     """Return a new subclass of `lean` and `plain`, and register it in `LEAN` as the lean class of `plain`."""
-    # Pickle finds a class by its module and name, so the caller must assign the class to this name in this module.
+    # Pickle looks up the class by name in this module, so the caller must assign the class to a variable of this name.
     LEAN[plain] = type(f"Lean{plain.__name__}", (lean, plain), {"__module__": __name__, **attributes})
     return LEAN[plain]
 

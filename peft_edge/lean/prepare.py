@@ -51,9 +51,9 @@ def prepare_model_for_lean_training(
     save no further feature maps: the backward pass recomputes their inputs. A frozen convolution saves only its kernel.
     A frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its
     output if the next layer saves this output anyway. Layers of classes without a lean version save the same tensors as
-    before. `get_peft_model` may run before or after this function. With PEFT's own tuners, call `get_peft_model` first:
-    adapter layers that they add later do not become lean. Weights, statistics, adapters and training modes may change
-    after the call. The keys and values of the `state_dict` are unchanged.
+    before. `get_peft_model` may run before or after this function. With PEFT's own tuners, call `get_peft_model` first,
+    because layers that these tuners add later do not become lean. Weights, statistics, adapters and training modes may
+    change after the call. The keys and values of the `state_dict` are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -226,7 +226,7 @@ _UNKNOWN = "what torch keeps"
 
 
 def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
-    """Yield the names and layers of a model: adapted layers, norms, and other modules without children."""
+    """Yield the name and module of each layer. A layer is an adapted layer, a norm, or a module without children."""
     for name, child in module.named_children():
         path = f"{prefix}{name}"
         base = base_layer(child)
@@ -239,7 +239,7 @@ def _summary_layers(module: nn.Module, prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _kept(layer: nn.Module, inplace: Collection[nn.Module]) -> str:
-    """Return the last column of `lean_summary` for a layer. `inplace` contains the norms that work in place."""
+    """Return the text of `lean_summary` for what a layer saves. `inplace` contains the norms that work in place."""
     base = base_layer(layer)
     if isinstance(base, LeanClippedActivation):
         kept = base.kept()

@@ -49,9 +49,10 @@ _DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
 
 
 class Basis(NamedTuple):
-    """The singular vectors that project a matrix: `left` is P of shape (rows, r), `right` is Q^T of shape (r, columns).
+    """The singular vectors that project a matrix.
 
-    `left` is None if the rows are not projected. `right` is None if the columns are not projected.
+    The columns of `left` (rows, r) are left singular vectors, and the rows of `right` (r, columns) are right singular
+    vectors. `left` is None if the rows are not projected. `right` is None if the columns are not projected.
     """
 
     left: Tensor | None = None
@@ -103,7 +104,7 @@ def new_basis(gradient: Tensor, rank: int, proj_type: str) -> Basis | None:
 
 
 def _singular_vectors(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """Return the first left singular vectors, (rows, rank), and the first right singular vectors, (rank, columns)."""
+    """Return the first `rank` left and right singular vectors, of shape (rows, rank) and (rank, columns)."""
     if min(matrix.shape) > max(256, 4 * rank):
         # Algorithms 4.4 and 5.1 of Halko et al. 2011 (arXiv 0909.4061), with two power iterations, and with 8 more
         # samples than the rank. `torch.svd_lowrank` is not used, because it does not accept a generator.
@@ -192,7 +193,7 @@ class _GaLore(Optimizer):
             if basis is None:
                 return False
             state.update({f"basis_{side}": vectors for side, vectors in basis._asdict().items() if vectors is not None})
-        # Store `step` as a tensor: AdamW's `load_state_dict` would convert a number to a tensor.
+        # Store `step` as a tensor, because AdamW's `load_state_dict` would convert a number to a tensor anyway.
         state["step"] = torch.tensor(step + 1.0)
         basis = Basis(state.get("basis_left"), state.get("basis_right"))
         self._update(weight, gradient, basis, state, group, step + 1)

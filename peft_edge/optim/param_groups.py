@@ -47,9 +47,9 @@ def galore_param_groups(
     save no memory, so the kernel is in the second group. The weights of linear layers are never projected. An empty
     group is left out of the list.
 
-    `target_modules` selects the convolutions to project. It is a role (a key of `peft_edge.roles.ROLES`), the name of a
-    module, or a list of roles and names. The default, `"dense"`, leaves out grouped and depthwise convolutions. The
-    first two groups have the given `weight_decay`, and the third group has a weight decay of 0.
+    `target_modules` selects the convolutions to project. It is a list of roles (keys of `peft_edge.roles.ROLES`) and
+    names of convolutions, or a single role or name. The default, `"dense"`, leaves out grouped and depthwise
+    convolutions. The first two groups have the given `weight_decay`, and the third group has a weight decay of 0.
 
     Raises:
         ValueError: If an entry of `target_modules` is neither a role nor the name of a convolution, or if there is no

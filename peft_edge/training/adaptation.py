@@ -349,7 +349,8 @@ def new_learner(
         grow_head(model, target.num_classes)
         set_class_names(base, target.class_names)
         if not config.data.rehearsal_size:
-            # Freeze the head rows of earlier classes: without images of these classes, training would degrade the rows.
+            # Freeze the head rows of earlier classes, because training without images of these classes would degrade
+            # the rows.
             for parameter in (p for _, layer in head_layers(base) for p in layer.parameters() if p.requires_grad):
                 parameter.register_hook(lambda grad: torch.cat([torch.zeros_like(grad[:known]), grad[known:]]))
     return model

@@ -204,7 +204,7 @@ def termination_deferred(*, is_alone: bool) -> Iterator[Callable[[], bool]]:
     """Catch the first SIGTERM inside the `with` block. Yield a function that returns whether this signal has arrived.
 
     The caller can thus finish the current step, write a checkpoint, and then exit. A second SIGTERM calls the handler
-    that was set before the block. `is_alone` is whether the run has a single process. If `is_alone` is False, SIGTERM
+    that was set before the block. `is_alone` says whether the run has a single process. If `is_alone` is False, SIGTERM
     calls the previous handler at once, and the yielded function always returns False. In a run with several processes,
     a launcher may send SIGTERM because a process has died, and without this process no checkpoint can be written.
     """

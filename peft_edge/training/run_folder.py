@@ -43,7 +43,7 @@ class ActiveRun:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the record says that the run has succeeded. False if the record cannot be read."""
+        """Whether `record.json` says that the run has succeeded. False if this file cannot be read."""
         try:
             return self.record is not None
         except (ValueError, OSError):  # a caller that needs the reason can read `record`, which raises the error
@@ -95,7 +95,7 @@ def lock_output_dir(config: RunConfig, accelerator: Accelerator) -> Iterator[Non
 
 @contextmanager
 def end_together(config: RunConfig, accelerator: Accelerator) -> Iterator[None]:
-    """If a process fails in the `with` block, end the other processes of the run with exit code 1. Print the reason.
+    """If a process fails in the `with` block, print the reason in all other processes, and end them with exit code 1.
 
     Some launchers do not end the other processes, which would then wait for the failed process forever. The failed
     process writes the reason to a file next to `output_dir`. A thread in each of the other processes looks for this

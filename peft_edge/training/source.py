@@ -41,8 +41,8 @@ Say = Callable[[str], object]
 def new_backbone(config: RunConfig, num_classes: int, *, say: Say = lambda message: None) -> nn.Module:
     """Set the random seed, and return the backbone with the weights from which the source model is trained.
 
-    If the loaded weights have a different number of classes than `num_classes`, the head is replaced. If
-    `backbone.pretrained` or `backbone.checkpoint` is set, a message about the new head is passed to `say`.
+    Weights are loaded if `backbone.pretrained` or `backbone.checkpoint` is set. If the loaded weights have a different
+    number of classes than `num_classes`, the head is replaced, and `say` is called with a message about the new head.
     """
     set_seed(config.seed)
     options = config.backbone
