@@ -248,7 +248,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
 
     Features are outputs of a `FrozenPrefix`. `__getitems__` takes pairs (epoch, image) and returns a batch of `labels`
     and `pixel_values`. The `pixel_values` are inputs for `FrozenPrefix.tail`, in the dtype and memory format of the
-    original features. Epoch e reads the view e % views.
+    original features. Epoch e uses view e % `views`, counted from 0.
 
     >>> from tempfile import TemporaryDirectory
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3).requires_grad_(False), nn.ReLU(), nn.Conv2d(8, 4, 1))
@@ -266,7 +266,7 @@ class FeatureCache(Dataset[dict[str, Tensor]]):
             `channels_last` describe the features of one image before they are stored. `relative_error` is the norm of
             the rounding error divided by the norm of the features. `size_bytes` is the size of the file with the
             features. `fill_s` is the number of seconds that filling the cache took. `fill_flops` is the number of FLOPs
-            of computing the features: only convolutions and matrix products count, and a multiply-add is two FLOPs.
+            of computing the features. It covers only convolutions and matrix products. A multiply-add is two FLOPs.
     """
 
     def __init__(self, folder: Path) -> None:

@@ -112,7 +112,7 @@ def mark_overwritable(y: Tensor, layer: nn.Module) -> Tensor:
 
 
 def is_overwritable(x: Tensor, norm: nn.Module) -> bool:
-    """Return whether `norm` may overwrite x, and remove the mark of `mark_overwritable` from x.
+    """Return whether `norm` may overwrite x, and remove the mark that `mark_overwritable` set on x.
 
     `norm` is a normalisation layer or its adapter.
     """

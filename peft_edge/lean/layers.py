@@ -1,7 +1,7 @@
 """Layers that save only what their backward pass needs.
 
 Each lean class extends one class of torch or timm. `prepare_model_for_lean_training` changes the class of a module, and
-`undo_lean_training` restores the class. In compiled models, only frozen convolutions are lean: all other layers run the
+`undo_lean_training` restores the class. In compiled models, only frozen convolutions are lean. All other layers run the
 original forward pass.
 """
 

@@ -48,12 +48,12 @@ def prepare_model_for_lean_training(
 
     Outputs are unchanged (bit-identical on a CPU), and gradients are equal up to rounding. BatchNorm in training mode
     or with trainable weights saves its input. The activations, gates and trained convolutions after such a BatchNorm
-    save no further feature maps: the backward pass recomputes their inputs. A frozen convolution saves only its kernel.
-    A frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or its
-    output if the next layer saves this output anyway. Layers of classes without a lean version save the same tensors as
-    before. `get_peft_model` may run before or after this function. With PEFT's own tuners, call `get_peft_model` first,
-    because layers that these tuners add later do not become lean. Weights, statistics, adapters and training modes may
-    change after the call. The keys and values of the `state_dict` are unchanged.
+    save no further feature maps, because the backward pass recomputes their inputs. A frozen convolution saves only its
+    kernel. A frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or
+    its output if the next layer saves this output anyway. Layers of classes without a lean version save the same
+    tensors as before. `get_peft_model` may run before or after this function. With PEFT's own tuners, call
+    `get_peft_model` first, because layers that these tuners add later do not become lean. Weights, statistics, adapters
+    and training modes may change after the call. The keys and values of the `state_dict` are unchanged.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()
@@ -310,7 +310,7 @@ class _Trace(TorchFunctionMode):
     def consume(self, values: object, consumer: str) -> None:
         """Record `consumer` for each layer whose output is in `values`.
 
-        The attribute `_made_by` of an output names its layer.
+        The attribute `_made_by` of a tensor is the name of the layer that computed this tensor.
         """
         for value in leaves(values):
             if isinstance(value, Tensor) and (producer := getattr(value, "_made_by", None)) is not None:

@@ -135,9 +135,9 @@ def sweep(
     folders and not trained again.
 
     Returns:
-        The candidates that did not diverge, and one dict for each learning rate. Each dict contains the learning rate,
-        and the validation accuracy or the message of the `DivergedError`. The record of the run contains these dicts in
-        `TrainInfo.sweep`.
+        The candidates that did not diverge, and one dict for each learning rate. Each dict contains the learning rate.
+        It also contains the validation accuracy or, if training diverged, the message of the `DivergedError`. The
+        record of the run contains these dicts in `TrainInfo.sweep`.
 
     Raises:
         DivergedError: If every candidate diverges. The attribute `tried` of the error contains the dicts described

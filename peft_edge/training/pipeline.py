@@ -37,8 +37,8 @@ def run(config: RunConfig) -> Record:
     Methods such as full fine-tuning save the whole model instead of an adapter. After the run, `config.output_dir`
     contains the adapter or model, and `record.json` with the results. With `method="none"`, there is no adapter and no
     model, only `record.json`. If `hub.repo_id` is set, the files are also uploaded to the Hub. An interrupted run
-    continues from its newest checkpoint. If the run is already finished, nothing is trained: the function returns the
-    existing record, and uploads the files again if `hub.repo_id` is set.
+    continues from its newest checkpoint. If the run is already finished, nothing is trained. The function then returns
+    the existing record, and uploads the files again if `hub.repo_id` is set.
 
     Raises:
         ValueError: If the configuration does not fit the data or the network. The message says what to change.
@@ -109,8 +109,8 @@ def _checked_task(config: RunConfig, accelerator: Accelerator) -> Task:
 def _run_stages(run: ActiveRun, task: Task, *, started: float, clock: float) -> Record:
     """Run all stages after the checks: source model, adaptation, tests and record. Return the record.
 
-    `started` and `clock` are the time at which the run started: `started` as returned by `time.time()`, and `clock` as
-    returned by `time.perf_counter()`.
+    `started` is the result of `time.time()` at the start of the run, and `clock` is the result of `time.perf_counter()`
+    at the start of the run.
     """
     config, accelerator = run.config, run.accelerator
     with failure_recorded(run, started):

@@ -40,7 +40,7 @@ NORMALISATIONS = {
 
 @dataclass(frozen=True)
 class WeightProbe:
-    """The result of `probe_weights`: which of N test images a network classifies correctly.
+    """The result of `probe_weights`. It says which of N test images a network classifies correctly.
 
     Attributes:
         class_mean: A dict from the name of a setting to a boolean tensor (N,), which is True for each image that
