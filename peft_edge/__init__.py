@@ -47,8 +47,8 @@ _imported: set[str] = set()  # names of modules whose import is complete: `peft`
 def _register_with_peft(module: ModuleType) -> None:
     """Import `tuners` and `hub` once PEFT is imported and no module of this package is still being imported.
 
-    The import of `tuners` registers the tuners with PEFT. The hooks below call this function after the import of PEFT
-    and of each direct submodule of this package, perhaps in several threads at once.
+    The import of `tuners` registers the tuners with PEFT. The import hooks at the end of this file call this function
+    after the import of PEFT and of each direct submodule of this package, perhaps in several threads at once.
     """
     _imported.add(module.__name__)
     if "peft" in _imported and not any(map(_is_half_imported, {*sys.modules})):

@@ -245,7 +245,7 @@ OVERRIDDEN_TUNERS = (
     ("peft.tuners.lora.LoraModel", "_check_add_weighted_adapter", "PEFT refuses to combine trained heads"),
     ("peft.tuners.lora.LoraModel", "_svd_generalized_task_arithmetic_weighted_adapter", "SVD needs matrices"),
 )
-"""Private methods of PEFT that the tuners override: class, method, and reason."""
+"""Private methods of PEFT that the tuners override. Each entry has the class, the method and the reason."""
 
 CALLED_TUNERS = (
     ("peft.tuners.tuners_utils.BaseTuner", "_prepare_adapter_config", "fills in PEFT's default target_modules"),
@@ -256,7 +256,7 @@ CALLED_TUNERS = (
     ("peft.tuners.lora.LoraLayer", "_check_forward_args", "checks adapter_names"),
     ("peft.LoraConfig", "_register_custom_module", "maps layer classes to adapter classes"),
 )
-"""Private methods of PEFT that the tuners call: class, method, and purpose."""
+"""Private methods of PEFT that the tuners call. Each entry has the class, the method and the purpose."""
 
 
 # --- profiling: dispatch modes, pytrees, autograd's graph -------------------------------------------------------------
@@ -337,7 +337,7 @@ def ray_address(address: str) -> str | None:
     environment variable `RAY_ADDRESS` or, without this variable, the cluster that was started last on this machine.
 
     Raises:
-        ConnectionError: If `address` is `auto`, and Ray finds no cluster.
+        ConnectionError: If `address` is `auto` and Ray finds no cluster.
         ValueError: If `address` is neither `HOST:PORT` nor `auto` nor `local`.
     """
     from ray._private.services import canonicalize_bootstrap_address

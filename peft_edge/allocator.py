@@ -14,8 +14,8 @@ import re
 from pathlib import Path
 
 HUGE_PAGES_SWITCH = "THP_MEM_ALLOC_ENABLE"
-"""Torch's environment variable: with the value 1, tensors of at least 2 MiB use huge pages. Torch reads the variable at
-the first allocation, and child processes inherit it."""
+"""The name of torch's environment variable for huge pages. If its value is 1, tensors of at least 2 MiB use huge pages.
+Torch reads the variable at the first allocation, and child processes inherit it."""
 
 _MAPPINGS = Path("/proc/self/smaps")
 
@@ -23,8 +23,8 @@ _MAPPINGS = Path("/proc/self/smaps")
 def use_huge_pages() -> None:
     """Let torch use huge pages in this process and its children, unless the user has set `HUGE_PAGES_SWITCH`.
 
-    Call this function before torch allocates the first tensor. The call has no effect on memory on systems other than
-    Linux, or if Linux's setting `transparent_hugepage` is `never`.
+    Call this function before torch allocates the first tensor. The pages stay small on systems other than Linux,
+    and if Linux's setting `transparent_hugepage` is `never`.
     """
     os.environ.setdefault(HUGE_PAGES_SWITCH, "1")
 

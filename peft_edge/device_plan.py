@@ -30,7 +30,7 @@ class DeviceOption:
     lora_rank: int
     """The rank of the adapters."""
     split: bool
-    """Whether the step takes stored outputs of the frozen first layers (features) instead of images."""
+    """Whether the step takes features (stored outputs of the frozen first layers) instead of images."""
     process_bytes: int
     """The predicted peak memory of the process that trains in ONNX Runtime."""
     parameters: int
@@ -51,7 +51,7 @@ def find_device_options(
 
     Return the options in order of decreasing number of trained parameters. BatchNorm is frozen, and the head is always
     trained. If the model can be split before the first trained layer, the list has two options for a combination: one
-    that trains on images, and one that trains on stored outputs of the frozen layers (`split`).
+    that trains on images, and one that trains on stored outputs of the frozen layers (with `split=True`).
 
     Args:
         backbone: A timm model with the head to be trained. It is not changed.
@@ -64,7 +64,7 @@ def find_device_options(
         optimizer: `sgd` or `adamw`.
 
     Raises:
-        ValueError: If a method is not one of `DEVICE_METHODS`, or a step cannot be exported.
+        ValueError: If a method is not one of `DEVICE_METHODS`, or if a step cannot be exported.
         NotImplementedError: If a step needs a gradient that cannot be exported; see `capture_train_step`.
         ImportError: If onnx or onnxruntime is not installed.
     """

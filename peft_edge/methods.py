@@ -77,8 +77,8 @@ class Method:
     in place."""
 
     section: str | None = "adapter"
-    """The configuration section whose keys are options of the method. Every method also has the option `norm`: how
-    BatchNorm layers are treated. If `section` is None, `norm` is the only option."""
+    """The configuration section whose keys are options of the method. Every method also has the option `norm`, which
+    states how BatchNorm layers are treated. If `section` is None, `norm` is the only option."""
 
     optimizer: OptimizerFactory | None = _plain_optimizer
     """A function that takes the prepared model, a key of `OPTIMIZERS`, the options, and the keywords `lr` and
@@ -99,7 +99,7 @@ def _adapter(config: type[PeftConfig], **fixed: object) -> Prepare:
 def _no_layers(*, saves_head: bool = True, **fixed: object) -> Prepare:
     """Return a `prepare` function that adapts no convolution. It adapts BatchNorm according to the option `norm`.
 
-    If `saves_head` is True, the head is trained, and saved with the adapter. `fixed` are further arguments of
+    If `saves_head` is True, the head is trained and saved with the adapter. `fixed` are further arguments of
     `ConvLoraConfig`. If `fixed` contains `norm`, its value replaces the option `norm`.
     """
 

@@ -37,7 +37,7 @@ class Setting(NamedTuple):
     """The norm mode and the lean (memory-saving) options of a training step."""
 
     norm: str
-    """The value of the configuration key `norm`, such as `frozen`: how BatchNorm layers are treated in training."""
+    """The value of the configuration key `norm`, such as `frozen`. It states how BatchNorm layers are treated."""
     lean: Mapping[str, Any]
     """Arguments of `prepare_model_for_lean_training`."""
 
@@ -46,9 +46,9 @@ class Setting(NamedTuple):
 
     @property
     def lean_text(self) -> str:
-        """A text with those options of `recompute`, `split_blocks` and `checkpoint` that are on, or `default`.
+        """A text that lists which of the options `recompute`, `split_blocks` and `checkpoint` are on.
 
-        An example is `recompute=depthwise, checkpoint`. The text is `default` if all three options are off.
+        An example is `recompute=depthwise, checkpoint`. If all three options are off, the text is `default`.
         """
         values = {name: self.lean.get(name, False) for name in ("recompute", "split_blocks", "checkpoint")}
         texts = [name if value is True else f"{name}={value}" for name, value in values.items() if value]
@@ -94,7 +94,7 @@ class Budget:
 
 
 def step_flops(profile: StepProfile) -> int:
-    """Return the FLOPs of a step: forward pass, backward pass (both with elementwise operations) and optimizer."""
+    """Return the FLOPs of forward pass, backward pass (both with elementwise operations) and optimizer step."""
     parts = ("forward", "backward", "elementwise_forward", "elementwise_backward", "optimizer")
     return sum(getattr(profile, f"flops_{part}") or 0 for part in parts)
 
@@ -236,7 +236,10 @@ class PlanOption:
     lora_rank: int | None
     """The rank of the adapters. None if the method has no section `adapter`."""
     setting: Setting
-    """The first setting with which the step fits the budget. If there is none, the last analysed setting."""
+    """The first of the settings in `find_plan` with which the step fits the budget.
+
+    If the step fits with none of these settings, this is the last analysed setting.
+    """
     profile: StepProfile
     """The cost of the step with `setting`."""
     excess: list[str]
@@ -256,8 +259,8 @@ class Plan:
     """The options that fit a budget, and the options that exceed the budget."""
 
     fitting: list[PlanOption]
-    """The options that fit. Options whose accuracy is known from runs come first, in order of decreasing `advantage`.
-    All other options follow, in order of decreasing number of trainable parameters."""
+    """The options that fit. Options whose accuracy is known from runs come first, in order of decreasing
+    `Evidence.advantage`. All other options follow, in order of decreasing number of trainable parameters."""
     exceeding: list[PlanOption]
     """The options that exceed the budget, whatever lean options are used. If several ranks of a method with the same
     target modules exceed the budget, only the lowest of these ranks is listed."""
@@ -373,7 +376,7 @@ def _placements(
 
     The pair with the fewest layers comes first. Entries that select no layer are left out. If several entries select
     the same layers, only the first of them is returned. If the method does not use the configuration section `adapter`,
-    the only pair is None with an empty set.
+    the result has a single pair: None, and an empty set.
     """
     from peft_edge.methods import find_method
     from peft_edge.roles import ROLES, modules_with_role

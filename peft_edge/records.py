@@ -128,8 +128,8 @@ class TrainingCosts(JsonModel):
     """Time of validation after epochs, which `total_s` does not include."""
     flops: int | None
     """FLOPs of all optimizer steps, of storing features and of estimating statistics, summed over all processes. Null
-    if steps were taken and none was profiled, or if a profile has no FLOPs. The FLOPs of storing and estimating include
-    only convolutions and matrix products."""
+    in two cases: steps were taken but none of them was profiled, or a profile has no FLOPs. The FLOPs of storing and
+    estimating include only convolutions and matrix products."""
     process_peak_bytes: int | None
     """Peak physical memory of a training process since the start or the resumption of training, including validation
     and storing; the maximum over processes and targets. It includes Python and its libraries, but not worker processes
@@ -293,14 +293,14 @@ class CostRecord(JsonModel):
     created_at: str
     """When the step was analysed: ISO 8601, UTC."""
     network: str
-    """A timm model, or the name of a Transformers configuration."""
+    """The name of a timm model or of a Transformers configuration."""
     kind: str
     """`standard`, `depthwise` (a network with depthwise convolutions) or `transformer`."""
     method: str
     """A key of `METHODS`, such as `full`, `lora` or `dora`."""
     setting: JsonObject
-    """LoRA rank, batch size, image size or sequence length, optimizer, FLOP accounting, norm, target modules and lean
-    options; an option that does not apply is null."""
+    """The options of the analysis, such as the LoRA rank: all fields of `CostSetting` except `method`. An option that
+    does not apply is null."""
     num_total_params: int
     """The number of parameters of the network with its adapters."""
 
@@ -358,7 +358,7 @@ class Archive:
 def read_archive(folder: Path) -> Archive:
     """Read all records of runs and cost analyses in a folder and its subfolders. Of equal records, read only one.
 
-    JSON files that are not records, such as configurations, are ignored, too.
+    JSON files that are not records, such as configurations, are ignored.
 
     Raises:
         ValueError: If there is no record, or if a record is damaged or was written by a newer version.
@@ -367,7 +367,7 @@ def read_archive(folder: Path) -> Archive:
     seen: set[str] = set()
     for file in sorted(folder.rglob("*.json")):
         record = None if file.is_dir() else _find_record(file)
-        # A study stores each record twice: in the folder of the run, and, without local paths, in its results folder.
+        # A study stores each record twice: in the folder of the run and, without local paths, in the results folder.
         if record is None or (key := _identity(record)) in seen:
             continue
         seen.add(key)
@@ -394,7 +394,7 @@ def _identity(record: Record | CostRecord) -> str:
 def _find_record(file: Path) -> Record | CostRecord | None:
     """Return the record in a file, or None if the file contains no record.
 
-    If the file is not valid JSON, and does not look like a damaged record, log a warning and return None.
+    If the file is not valid JSON and does not look like a damaged record, log a warning and return None.
 
     Raises:
         ValueError: If the file is a damaged or incomplete record, or was written by a newer version of this package.

@@ -128,9 +128,9 @@ def _last_stage(model: nn.Module, convolutions: list[str]) -> str | None:
     """Return the name of the last stage, or None if timm's `feature_info` is missing or lists no stages.
 
     timm lists only stages after which the resolution changes, so stages that are not listed may follow the last listed
-    stage. In GhostNet, `blocks.9` follows `blocks.7`. If the last listed stage is inside another module, such as
-    `blocks`, the result is the last child of that module that contains convolutions. Otherwise, the result is the last
-    listed stage itself.
+    stage. In GhostNet, for example, the last listed stage is `blocks.7`, and `blocks.8` and `blocks.9` follow. If the
+    last listed stage is inside another module, such as `blocks`, the result is the last child of that module that
+    contains convolutions. Otherwise, the result is the last listed stage itself.
     """
     found = ((path, getattr(module, "feature_info", None)) for path, module in model.named_modules())
     # timm's blocks have a method `feature_info`, whereas networks have an attribute of this name.

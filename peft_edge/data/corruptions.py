@@ -38,7 +38,7 @@ class Shift:
     Args:
         name: One of `SHIFTS`.
         severity: For a corruption with severities, a number from 1 (mild) to 5 (strong); None means 5. For any other
-            corruption, None.
+            corruption, it must be None.
 
     Raises:
         ValueError: If `name` is unknown, or the corruption does not have this severity.
@@ -190,7 +190,7 @@ def _elastic(image: Tensor, distance: float) -> Tensor:
     """Stretch the image like a rubber sheet. Neighbouring points move similarly, by about `distance` pixels."""
 
     def stretch(padded: Tensor) -> Tensor:
-        # Do not use v2.ElasticTransform: its blur takes two seconds for an image of 224 x 224 pixels.
+        # Do not use v2.ElasticTransform, because its blur takes two seconds for an image of 224 x 224 pixels.
         height, width = padded.shape[-2:]
         moves = torch.stack([_smooth_noise(height, width, 12) for _ in range(2)], dim=-1)
         pixels = (moves - moves.mean()) / moves.std() * distance * _scale(image)

@@ -140,7 +140,7 @@ def coverage(fields: Tensor, scale: Tensor, offset: Tensor, angle: Tensor, shear
     Args:
         fields: (N, 1, RESOLUTION, RESOLUTION), signed distances, which are negative inside the shape.
         scale: (N,), the factor by which the shape is enlarged.
-        offset: (N, 2), the movement from the centre: to the right, and downwards.
+        offset: (N, 2), the distances by which the shape is moved from the centre to the right and downwards.
         angle: (N,), the clockwise rotation in radians.
         shear: (N,), the shift of u per unit of v.
         size: Height and width of the image in pixels.

@@ -38,7 +38,7 @@ class _Found:
 
     `images` is a dict from split to a list of (path, class name). `left_out` counts the left-out files and folders for
     each reason, and `first` has the first path for each reason. A reason is a phrase in the singular, such as `hidden
-    file`. `summary` forms the plural.
+    file`. The method `summary` forms the plural.
     """
 
     folder: Path

@@ -39,11 +39,12 @@ class BatchDataset(Protocol):
 def build_transform(data_config: Mapping[str, Any], *, train: bool, augment: Augmentation = "shift") -> Transform:
     """Return a function that converts an image to the normalised input of a backbone.
 
-    An image that is both higher and wider than `input_size` is resized, and its centre is cropped, as in timm's
-    transform for evaluation. If `crop_mode` in `data_config` is `"squash"`, this resizing ignores the aspect ratio. An
-    image that is not both higher and wider is resized to `input_size` without a crop, and its aspect ratio may change.
-    Such small images usually have no margin to crop. With the augmentation `"photo"`, a random crop of every image is
-    resized instead. A JPEG whose sides are at least four times as long as needed is decoded at a reduced size.
+    An image that is both higher and wider than `input_size` in `data_config` is resized, and its centre is cropped, as
+    in timm's transform for evaluation. If `crop_mode` in `data_config` is `"squash"`, this resizing ignores the aspect
+    ratio. An image that is not both higher and wider is resized to `input_size` without a crop, and its aspect ratio
+    may change. Such small images usually have no margin to crop. With the augmentation `"photo"`, a random crop of
+    every image is resized instead. A JPEG whose sides are at least four times as long as needed is decoded at a reduced
+    size.
 
     Args:
         data_config: The result of `timm.data.resolve_model_data_config`.
@@ -171,7 +172,7 @@ def build_loader(
 
     With Accelerate, set `split_batches=True` in the `DataLoaderConfiguration`, so that batches are the same for any
     number of processes. Before each epoch, call `set_epoch(epoch)` on the loader that Accelerate's `prepare` returned.
-    If you call `skip_first_batches`, call `set_epoch` first. Without Accelerate, call
+    If you call Accelerate's `skip_first_batches`, call `set_epoch` before it. Without Accelerate, call
     `loader.sampler.set_epoch(epoch)` before each epoch.
 
     Args:

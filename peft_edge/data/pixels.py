@@ -77,8 +77,8 @@ def open_image(value: dict[str, Any]) -> Image.Image:
     """Open the image in `value`, a dict with the keys `bytes` (the content of the file, or None) and `path`.
 
     A column of type `datasets.Image(decode=False)` has such a dict in each row. If `bytes` is None, the file at `path`
-    is read. A JPEG is opened, but not decoded: `read_rgb` decodes the pixels later. All other formats are decoded at
-    once.
+    is read. A JPEG is opened, but not decoded, because `read_rgb` decodes the pixels later. All other formats are
+    decoded at once.
     """
     content = Path(value["path"]).read_bytes() if value["bytes"] is None else value["bytes"]
     image = Image.open(io.BytesIO(content))
@@ -126,7 +126,7 @@ def check_image(content: bytes) -> None:
 
     Raises:
         ValueError: If the content is not an image, is cut short or otherwise damaged, or has too many pixels. If a
-            channel has more than 8 bits, and the image cannot be converted to RGB correctly.
+            channel has more than 8 bits and the image cannot be converted to RGB correctly.
     """
     try:
         image = Image.open(io.BytesIO(content))

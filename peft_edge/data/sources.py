@@ -82,9 +82,10 @@ def read_splits(
 
 
 def _with_contents(split: Dataset, contents: list[str] | None) -> Dataset:
-    """Return `split` with the column `content`, which is computed by `file_hashes` if `contents` is None.
+    """Return `split` with an added column `content`.
 
-    The fingerprint of the result depends only on `content`, `label` and the class names.
+    The values of the column are `contents` or, if `contents` is None, the result of `file_hashes(split)`. The
+    fingerprint of the result depends only on `content`, `label` and the class names.
     """
     contents = file_hashes(split) if contents is None else contents
     parts = json.dumps([split.features["label"].names, split["label"][:], contents])
@@ -145,7 +146,7 @@ def domain_from_splits(
 def _draw_validation(train: Dataset, size: int, *, seed: int) -> tuple[Dataset, Dataset]:
     """Draw validation images from `train`. Return (remaining images, drawn images).
 
-    Unlike `stratified_split`, do not fail for a class with a single image: keep this image for training.
+    If a class has a single image, keep this image for training. `stratified_split` would raise an error instead.
     """
     labels = train["label"][:]
     counts = Counter(labels)
@@ -213,7 +214,7 @@ def _without_copies(
 
 
 def _read_from_hub(name: str, subset: str | None, filters: Sequence[Filter]) -> DatasetDict:
-    # With filters, do not verify the number of rows: the dataset card states the number of rows without filters.
+    # With filters, do not verify the number of rows, because the dataset card states the number without filters.
     options = {"filters": [tuple(part) for part in filters], "verification_mode": "no_checks"} if filters else {}
     try:
         return load_dataset(name, subset, **options)

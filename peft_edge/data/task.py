@@ -62,13 +62,15 @@ def load_task(
         shift: One of the following: a corruption (one of `peft_edge.data.SHIFTS`), the name of another split of the
             same dataset, or another folder or Hugging Face dataset with the same classes.
         severity: For a corruption with severities, a number from 1 (mild) to 5 (strong); None means 5. In all other
-            cases, None.
+            cases, it must be None.
         source_filters: Conditions (column, operator, value) that rows of the source must meet, such as
             `[("domain", "==", "photo")]`. If there are conditions, `name` must be a Hugging Face dataset or a folder
-            with one subfolder per domain. The only column of such a folder is `domain`, the name of a subfolder.
+            with one subfolder per domain. The only column of such a folder is `domain`, which contains the
+            name of the subfolder.
         shift_filters: Conditions that rows of the target must meet, such as `[("corruption_name", "==", "fog"),
-            ("corruption_level", "==", 3)]`. If there are conditions, `shift` must be a Hugging Face dataset or a folder
-            with one subfolder per domain, not the name of a split. If `shift` is None, the target is read from `name`.
+            ("corruption_level", "==", 3)]`. If there are conditions, the target is read from `shift` or, if `shift` is
+            None, from `name`. The conditions apply to a Hugging Face dataset or to a folder with one subfolder per
+            domain, but not to a split.
         new_classes: The names of the classes that are not in the source. Must be empty if `shift` is given.
         increments: The number of targets with new classes. `new_classes` are divided among these targets.
         rehearsal_size: The maximum number of images that are added to the training images of each target, to rehearse
@@ -85,8 +87,8 @@ def load_task(
 
     Raises:
         ValueError: If a name, shift, severity, class, split or column does not exist. If both or neither of `shift` and
-            `new_classes` are given, or another argument does not apply to this kind of task. If source and target of a
-            shift have different classes. If an image file is damaged, or there are too few images.
+            `new_classes` are given, or if another argument does not apply to this kind of task. If source and target of
+            a shift have different classes. If an image file is damaged, or if there are too few images.
 
     Example:
         >>> task = load_task("digits", shift="invert", image_size=16)
@@ -97,7 +99,7 @@ def load_task(
     if shift is None and shift_filters:
         shift = name
     if Path(name).expanduser().is_dir():
-        # `read_splits` renames the splits of a folder: val/ becomes `validation`.
+        # `read_splits` renames the splits of a folder. For example, val/ becomes `validation`.
         train_split, shift = split_of(train_split) or train_split, split_of(shift or "") or shift
     if shift == train_split and not shift_filters:
         raise ValueError(f"shift: {shift!r} is the split that the source is trained on: name another one")
@@ -321,8 +323,9 @@ def _renumber(dataset: Dataset, names: list[str]) -> Dataset:
 def _with_classes_of(source: Domain, splits: DatasetDict, *, names: tuple[str, str]) -> DatasetDict:
     """Return the `splits` of a target with labels in the class order of `source`.
 
-    `names` are the names or folders of source and target. If the target is a Hugging Face dataset whose labels are only
-    the numbers 0, 1, ..., and the source has class names, the numbers are read as indices of the source's classes.
+    `names` are the names or folders of source and target. The labels of a Hugging Face dataset may be only the numbers
+    0, 1, ... If the target is such a dataset but the classes of the source have names, the numbers are read as indices
+    of the source's classes.
 
     Raises:
         ValueError: If source and target have different class names.

@@ -37,7 +37,8 @@ TRANSFORMER_METHODS = ("full", "lora", "dora", "galore")
 """The methods for Transformers models.
 
 `full` is full fine-tuning. `lora` and `dora` are PEFT's adapters on all linear layers except the output layer. `galore`
-projects the gradient of a matrix if both sides are longer than the rank, and no side has the size of the vocabulary.
+projects the gradient of a matrix if both sides of the matrix are longer than the rank and neither side has the size of
+the vocabulary.
 """
 
 
@@ -78,7 +79,7 @@ class CostSetting(Section):
         """Return a copy in which options that do not apply to `network` or `method` are None.
 
         Raises:
-            ValueError: If `lora_rank` is None, and `method` has no default rank on this network.
+            ValueError: If `lora_rank` is None and `method` has no default rank on this network.
         """
         is_language_model = is_transformer(network)
         if self.lora_rank is None and (self.method == "galore" or (is_language_model and self.method != "full")):
@@ -137,7 +138,7 @@ def load_network(network: str) -> nn.Module:
     A timm model is on the default device, and a Transformers model on the meta device.
 
     Raises:
-        ValueError: If timm has no model of this name, or the file is not the configuration of a Transformers model.
+        ValueError: If timm has no model of this name, or if the file is not the configuration of a Transformers model.
         OSError: If the file cannot be read.
     """
     if not is_transformer(network):

@@ -72,14 +72,14 @@ class Cluster:
     def run(self, jobs: Sequence[Job], bar: tqdm) -> Generator[tuple[Job, str | None]]:
         """Run the jobs, and yield (job, cause) for each job that ends.
 
-        `cause` is an error message in two cases: the job's Ray task failed, for example because its node died, or
+        `cause` is an error message if the job's Ray task failed (for example, because its node died), or if
         `job.check_folder` rejects the job's folder. Otherwise `cause` is None. If the job itself failed, `cause` is
         also None, and the job's log contains the reason. The progress bar `bar` shows the number of nodes.
 
         Raises:
             ImportError: If Ray or the package for the protocol of `artifacts` is not installed.
-            ValueError: If `address` is not `auto`, `local` or `HOST:PORT`, or the protocol of `artifacts` is unknown.
-            OSError: If the cluster cannot be reached, or `artifacts` or a file cannot be written.
+            ValueError: If `address` is not `auto`, `local` or `HOST:PORT`, or if `artifacts` has an unknown protocol.
+            OSError: If the cluster cannot be reached, or if `artifacts` or a file cannot be written.
         """
         # If Ray's memory monitor kills a task, Ray repeats the task. This variable limits the number of repetitions. It
         # must be set before Ray is imported.
@@ -227,7 +227,7 @@ def _source_name(job: Job) -> Path:
 
 
 def _keep_source(job: Job, packed: bytes) -> None:
-    """Unpack the source model of `job` (the network before adaptation) into the output folder.
+    """Unpack the source model of `job` (the network before adaptation) into the study's output folder.
 
     `packed` is a tar file with the folder of the model. Saved adapters refer to the unpacked folder. The name of this
     folder is written to the file `_source_name(job)`, so that the next study finds the model.

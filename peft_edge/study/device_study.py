@@ -60,7 +60,8 @@ class DeviceCase(NamedTuple):
     target_modules: str
     """The convolutions to adapt, as a key of `ROLES`."""
     split: bool = False
-    """Whether ONNX Runtime trains on stored features: the outputs of the frozen layers before the adapted layers."""
+    """Whether ONNX Runtime trains on stored features, which are the outputs of the frozen layers before the adapted
+    layers."""
     task: tuple[str, ...] = ()
     """Arguments of `load_config`, such as `--config FILE`. They describe the source model and the target images."""
     learning_rate: float = 0.01
@@ -298,7 +299,7 @@ def read_device_records(folder: Path) -> list[DeviceRecord]:
     """Read all records in `folder`, in the order of their cases in `CASES`.
 
     Raises:
-        ValueError: If a `.json` file in `folder` is not a record, or the record of a case that is not in `CASES`.
+        ValueError: If a `.json` file in `folder` is not a record, or is the record of a case that `CASES` lacks.
     """
     order = {(case.name, case.network, case.target_modules): index for index, case in enumerate(CASES)}
     records: list[DeviceRecord] = []

@@ -85,7 +85,7 @@ class Job(ABC):
     def status(self) -> str:
         """The status in `record`, or `not run` if there is no record.
 
-        The record of a cost analysis contains no status; if there is one, the status is `success`.
+        The record of a cost analysis contains no status. If there is such a record, the status of the job is `success`.
         """
         record = self.record
         if record is None:
@@ -133,7 +133,7 @@ class Job(ABC):
     def train_source(self) -> None:
         """Train the source model (the network before adaptation), and write it to the study's folder `cache`.
 
-        Do nothing if this folder contains the source model, or if the job has none.
+        Do nothing if this folder contains the source model, or if the job has no source model.
         """
 
     @abstractmethod

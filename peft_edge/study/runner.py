@@ -137,9 +137,9 @@ def _rename_earlier_runs(jobs: Sequence[Job], output_dir: Path, results: Path) -
 
 
 def _sources_first(jobs: Sequence[Job]) -> list[Job]:
-    """Reorder the jobs: first one job for each source model (the network before adaptation), then all other jobs.
+    """Return the jobs in a new order, in which one job for each source model comes before all other jobs.
 
-    Jobs without a source model are among the first.
+    The source model is the network before adaptation. Jobs that have no source model also come before the others.
     """
     groups: dict[str, list[Job]] = {}
     for job in jobs:
@@ -250,10 +250,10 @@ def study_table(jobs: Sequence[Job]) -> str:
     Each row summarises all jobs with the same `setting`. A cell contains the mean over the successful jobs ± its
     standard error, or only the mean if all values are equal. The standard error is the sample standard deviation
     divided by the square root of the number of values. The column `runs` or `analyses` contains the number of
-    successful jobs, and the statuses of the jobs that did not succeed. `no update` is the accuracy of the source model
-    (the network before adaptation) on the target (the new images). `training seconds` is the time of the whole training
-    (`TrainInfo.seconds`). `tensors MiB` is the peak memory of the tensors in a step, and `process MiB` is the peak
-    memory of the process.
+    successful jobs, and the statuses of the jobs that did not succeed. The column `no update` has the accuracy of the
+    source model (the network before adaptation) on the target (the new images). `training seconds` is the time of the
+    whole training (`TrainInfo.seconds`). `tensors MiB` is the peak memory of the tensors in a step, and `process MiB`
+    is the peak memory of the process.
     """
     runs = [job for job in jobs if isinstance(job, RunJob)]
     analyses = [job for job in jobs if not isinstance(job, RunJob)]
