@@ -132,8 +132,8 @@ class TrainingCosts(JsonModel):
     estimating include only convolutions and matrix products."""
     process_peak_bytes: int | None
     """Peak physical memory of a training process since the start or the resumption of training, including validation
-    and storing; the maximum over processes and targets. It includes Python and its libraries, but not worker processes
-    that load images. Null on Windows."""
+    and the storing of features; the maximum over processes and targets. It includes Python and its libraries, but not
+    worker processes that load images. Null on Windows."""
 
 
 class TrainInfo(JsonModel):

@@ -114,7 +114,7 @@ class CostJob(Job):
         return record if record is not None and record.setting == self.options.model_dump(exclude={"method"}) else None
 
     def check_folder(self) -> None:
-        """Do nothing, because `folder` contains at most the result of an earlier analysis, and this may be replaced."""
+        """Do nothing, because `folder` contains at most the result of an earlier analysis, which may be replaced."""
 
     def train_source(self) -> None:
         """Do nothing, because an analysis needs no trained weights."""

@@ -251,7 +251,7 @@ def _train_source(job: Job, study: str) -> bytes:
 
 
 def _run_on_node(job: Job, study: str, source: bytes | None, artifacts: str | None) -> tuple[Path, str, bytes]:
-    """Run `job` on a node. Return the study's folder on the node, the job's log as text, and its files as a tar file.
+    """Run `job` on a node. Return the study's folder on the node, the log as text, and the job's files as a tar file.
 
     `source` is a tar file with the source model (the network before adaptation). If `artifacts` is not None, the
     subfolders of a finished job are uploaded to this address, and are not in the returned tar file. If the job did not

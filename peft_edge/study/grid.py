@@ -53,8 +53,9 @@ def read_grid(file: Path, output_dir: Path) -> list[Job]:
     are relative to the folder of the file. Each job has its own folder in `output_dir`.
 
     Raises:
-        ValueError: If the file is not a grid, if a path in the file matches no file, if two jobs have the same name, or if
-            a job cannot be configured. If all blocks have the right keys, the message lists the problems of all blocks.
+        ValueError: If the file is not a grid, if a path in the file matches no file, if two jobs have the same name, or
+            if a job cannot be configured. If all blocks have the right keys, the message lists the problems of all
+            blocks.
         OSError: If the file cannot be read.
     """
     jobs: list[Job] = []

@@ -206,7 +206,7 @@ class RunJob(Job):
         return self.config.model_dump(exclude=_FOLDER_KEYS)
 
     def moved_to(self: R, output_dir: Path) -> R:
-        """Return a copy of the job with folder and cache in `output_dir`. The folder keeps its name. No files move."""
+        """Return a copy of the job with folder and cache in `output_dir`. Keep the folder's name, and move no files."""
         folder = output_dir / self.name
         folders = {"output_dir": str(folder), "cache_dir": str(output_dir / "cache")}
         return replace(self, folder=folder, config=self.config.model_copy(update=folders))
