@@ -53,7 +53,10 @@ class Contender:
 
 
 def _train(model: nn.Module, lora_rank: int, config: LoraConfig | None = None) -> Step:
-    """Build a step that trains all parameters that require a gradient. If `config` is given, train a PEFT adapter."""
+    """Build a step that trains all parameters that require a gradient.
+
+    If `config` is given, the model first gets a PEFT adapter with this configuration, and only the adapter is trained.
+    """
     model, optimizer = prepare_step(model, config)
     return model.to(memory_format=training_memory_format(model)), optimizer
 

@@ -290,7 +290,7 @@ def _operations(kind: str) -> int | Formula | None:
 
 
 def _formula(operations: int | Formula, is_list: bool) -> Formula:
-    """Return a formula for an operator. It multiplies `operations` per element by the number of elements.
+    """Return a formula for an operator. Its result is the number of elements times `operations`.
 
     If `is_list` is False, the elements are those of the largest tensor among the operator's arguments and result. If
     `is_list` is True, the first argument is a list of tensors, and the elements of all tensors in the list count.

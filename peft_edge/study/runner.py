@@ -48,9 +48,9 @@ def run_grid(jobs: Sequence[Job], *, processes: int = 1, results: Path, cluster:
 
     Raises:
         ValueError: If another call is working in the output folder, which is the parent of the jobs' folders. If a
-            record is damaged. If `results` contains the record of a finished run that has the name of a job, but
-            another configuration. This last check is skipped if `results` is a direct subfolder of the output folder.
-            The message names the folder or file.
+            record is damaged. If `results` contains the record of a finished run that has the name of one of `jobs`,
+            but a configuration that differs from that of the job. This last check is skipped if `results` is a direct
+            subfolder of the output folder. The message names the folder or file.
         OSError: If a file cannot be read or written, a worker process cannot start, or the cluster cannot be reached.
     """
     if not jobs:
