@@ -118,9 +118,9 @@ def lean_convolution(
 ) -> Tensor:
     """Convolve x, and save x only if the kernel is trainable.
 
-    If x can be recomputed from other tensors, the function saves these tensors instead of x. With `recompute`, later
-    functions recompute the output instead of saving the output. This applies only if x, or the tensors from which x can
-    be recomputed, are saved anyway.
+    If x can be recomputed from other tensors, the function saves these tensors instead of x. With `recompute`, the
+    functions that receive the output do not save the output, but recompute it in their backward pass. This applies only
+    if x, or the tensors from which x can be recomputed, are saved anyway.
 
     >>> x, weight = torch.randn(1, 3, 8, 8, requires_grad=True), torch.randn(4, 3, 3, 3)
     >>> y = lean_convolution(x, weight, None, Geometry(stride=(1, 1), padding=(1, 1), dilation=(1, 1)))

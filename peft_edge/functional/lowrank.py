@@ -85,7 +85,7 @@ def lowrank_conv2d(
             feature maps with r channels (`low_rank`). None chooses `full_kernel` for a grouped kernel or a trainable
             magnitude. For all other kernels, None chooses `low_rank` if A is frozen. If A is trainable,
             `choose_gradient_route` estimates which route is faster.
-        recompute: Whether later functions recompute the output in their backward pass instead of saving the output.
+        recompute: Whether the functions that receive y do not save y, but recompute it in their backward pass.
             This applies only if x is saved anyway.
 
     Raises:
@@ -126,9 +126,9 @@ def lowrank_keeps_input(
 ) -> bool:
     """Return whether the backward pass of `lowrank_conv2d` needs x.
 
-    If so, the forward pass saves x or, if x can be recomputed from other tensors, these tensors. The gradients of A and
-    of the magnitude need x. The gradient of B needs x only if the kernel is grouped, or if the route is `full_kernel`,
-    which computes the gradient of the whole kernel.
+    If so, the forward pass saves x. If x can be recomputed from other tensors, it saves these tensors instead. The
+    gradients of A and of the magnitude need x. The gradient of B needs x only if the kernel is grouped, or if the route
+    is `full_kernel`, which computes the gradient of the whole kernel.
     """
     return trains_a or trains_magnitude or (trains_b and (groups > 1 or route == "full_kernel"))
 

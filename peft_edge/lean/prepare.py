@@ -51,9 +51,11 @@ def prepare_model_for_lean_training(
     save no further feature maps, because the backward pass recomputes their inputs. A frozen convolution saves only its
     kernel. A frozen BatchNorm in eval mode saves one number per channel. A ReLU after such a BatchNorm saves a mask, or
     its output if the next layer saves this output anyway. Layers of classes without a lean version save the same
-    tensors as before. `get_peft_model` may run before or after this function. With PEFT's own tuners, call
-    `get_peft_model` first, because layers that these tuners add later do not become lean. Weights, statistics, adapters
-    and training modes may change after the call. The keys and values of the `state_dict` are unchanged.
+    tensors as before. The keys and values of the `state_dict` are unchanged.
+
+    After the call, you may still change weights, statistics, adapters and training modes. With the tuners of this
+    package, you may call `get_peft_model` before or after this function. With PEFT's own tuners, call it before,
+    because layers that these tuners add later do not become lean.
 
     >>> model = nn.Sequential(nn.Conv2d(3, 8, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 4, 1))
     >>> frozen = model[:3].requires_grad_(False).eval()

@@ -297,7 +297,7 @@ class CountedStep(ExitStack):
         return self
 
     def rows(self, process_index: int) -> list[StepProfile]:
-        """Return the results, without times: a row for the whole step, and a row for each LoRA rank."""
+        """Return a row for the whole step, and a row for the layers of each LoRA rank in the model. Times are None."""
         process = self._process
         memory = replace(
             self._memory.result(), cuda_peak_bytes=process.cuda_peak_bytes, peak_rss_bytes=process.peak_rss_bytes
