@@ -301,7 +301,7 @@ class LeanConfig(Section):
     false: no convolutions."""
     split_blocks: bool = False
     """Run inverted residual blocks with large feature maps on a few samples at a time. Requires `norm=frozen` or
-    `norm=recalibrate`. It saves memory and often also time, but changes outputs by rounding."""
+    `norm=recalibrate`. This saves memory. Outputs change by rounding."""
     checkpoint: bool = False
     """Switch on timm's gradient checkpointing. The backward pass then runs the forward pass of each block again."""
 
