@@ -253,7 +253,7 @@ class LeanBlock(nn.Module):
     forward pass and in the backward pass. The outputs of the parts are concatenated.
 
     BatchNorm in training mode mixes samples, and dropout draws different random numbers for parts than for the whole
-    batch. In these cases, or if the hook of a layer would see only a part, the block runs on the whole batch.
+    batch. In these cases, or if a layer has a hook, which would see only a part, the block runs on the whole batch.
     """
 
     split_blocks: bool = False
@@ -272,22 +272,32 @@ class LeanBlock(nn.Module):
         """Return the number of parts into which `forward` splits the batch x."""
         if not self.split_blocks or torch.compiler.is_compiling() or not needs_backward():
             return 1
-        channels = max(conv.out_channels for conv in self.modules() if isinstance(conv, nn.Conv2d))
+        channels = max((conv.out_channels for conv in self.modules() if isinstance(conv, nn.Conv2d)), default=0)
         num_parts = min(math.ceil(channels * x[:, 0].numel() / _MAX_BLOCK_ELEMENTS), len(x))
         return 1 if any(map(_needs_whole_batch, self.children())) else num_parts
 
 
 def _needs_whole_batch(module: nn.Module) -> bool:
     """Return whether a module mixes samples, or draws random numbers, or has a hook that observes its tensors."""
-    if exposes_tensors(module):
+    if exposes_tensors(module) or _is_random(module):
         return True
     # The BatchNorm layers of this package's adapters state which statistics they use.
     if (uses_batch_statistics := getattr(module, "uses_batch_statistics", None)) is not None:
-        return uses_batch_statistics or any(map(exposes_tensors, module.modules()))
-    # All layers with running statistics have `running_var`. Dropout layers have `p`, and drop path has `drop_prob`.
+        return uses_batch_statistics or any(exposes_tensors(each) or _is_random(each) for each in module.modules())
+    # All layers with running statistics have `running_var`.
     mixes = hasattr(module, "running_var") and (module.training or module.running_var is None)
-    is_random = module.training and any(getattr(module, name, 0) for name in ("p", "drop_prob"))
-    return mixes or is_random or any(map(_needs_whole_batch, module.children()))
+    return mixes or any(map(_needs_whole_batch, module.children()))
+
+
+def _is_random(module: nn.Module) -> bool:
+    """Return whether a module draws random numbers in its current mode."""
+    # These are the attributes for probabilities in the layers of torch and timm, and in PEFT's LoHa and LoKr. PEFT's
+    # layers have dicts from adapter to probability.
+    names = ("p", "drop_prob", "dropout", "rank_dropout", "module_dropout")
+    values = [value for value in (getattr(module, name, None) for name in names) if value is not None]
+    numbers = [number for value in values for number in (value.values() if isinstance(value, dict) else [value])]
+    has_probability = any(isinstance(number, (int, float)) and number > 0 for number in numbers)
+    return module.training and (has_probability or isinstance(module, nn.RReLU))
 
 
 class LeanGate(nn.Module):

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import LoKrConfig, get_peft_model
 from timm.layers import BatchNormAct2d, Conv2dSame, DropPath, SEModule
 from timm.models._efficientnet_blocks import EdgeResidual, InvertedResidual, SqueezeExcite, UniversalInvertedResidual
 from torch import Tensor, nn
@@ -221,6 +221,22 @@ def _drop_path(block: nn.Module) -> None:
     block.drop_path = DropPath(0.5).train()
 
 
+def _random_activation(block: nn.Module) -> None:
+    block.bn1.act = nn.RReLU().train()
+
+
+def _random_adapter(block: nn.Module) -> None:
+    config = LoKrConfig(target_modules=["conv_pw"], module_dropout=0.5, init_weights=False)
+    get_peft_model(nn.Sequential(block), config).eval()
+    block.conv_pw.train()
+
+
+def _random_norm_with_adapter(block: nn.Module) -> None:
+    block.bn1.drop = nn.Dropout(0.5)
+    get_peft_model(nn.Sequential(block), ConvLoraConfig(target_modules=["conv_pw"], norm="frozen")).train()
+    assert not block.bn1.uses_batch_statistics
+
+
 def _hook(block: nn.Module) -> None:
     block.conv_pw.register_forward_hook(lambda *arguments: None)
 
@@ -233,7 +249,13 @@ def _without_the_setting(block: nn.Module) -> None:
     prepare_model_for_lean_training(block, recompute=True)
 
 
-@pytest.mark.parametrize("change", [_train_norms, _drop_path, _hook, _batch_statistics, _without_the_setting])
+CHANGES = [
+    *(_train_norms, _drop_path, _random_activation, _random_adapter, _random_norm_with_adapter),
+    *(_hook, _batch_statistics, _without_the_setting),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES)
 def test_block_runs_on_the_whole_batch_if_parts_could_differ(
     change: Callable[[nn.Module], object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -241,6 +263,14 @@ def test_block_runs_on_the_whole_batch_if_parts_could_differ(
     change(block)
 
     assert batch_sizes(block, torch.randn(SIZE), monkeypatch) == [9]
+
+
+def test_parameter_named_p_is_no_probability(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = large_block()
+    block.se.p = nn.Parameter(torch.ones(3))
+    block.se.train()
+
+    assert batch_sizes(block, torch.randn(SIZE), monkeypatch) == [5, 4]
 
 
 def test_block_runs_on_the_whole_batch_if_it_is_small_or_without_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
