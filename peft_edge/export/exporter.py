@@ -160,7 +160,7 @@ def fuse_batch_norms(model: nn.Module) -> None:
     # `inplace_norms` returns (convolution, BatchNorm) pairs in which no other layer uses the convolution's output.
     try:
         prepare_model_for_lean_training(model, inplace_norm=True)
-    except ValueError:
+    except ValueError:  # the order of the layers cannot be determined, so no BatchNorm is fused
         return
     pairs = inplace_norms(model)
     undo_lean_training(model)
