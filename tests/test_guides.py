@@ -201,6 +201,21 @@ def test_the_table_of_the_lean_guide_is_the_record() -> None:
     assert rows == [[measured.get(name, "") for name in names] for names in CONTENDERS_OF_LEAN_TABLE]
 
 
+def test_the_table_of_allocators_is_of_the_records() -> None:
+    wanted: dict[str, list[str]] = {}
+    for allocator in ("glibc", "jemalloc"):
+        record = json.loads((ROOT / f"reports/bench/allocators/{allocator}.json").read_text())
+        for key in ("rows_without_huge_pages", "rows"):
+            for row in record[key]:
+                fastest = min(sum(phases.values()) for phases in row["rounds"])
+                growth = row["rss_growth_bytes"] / 2**20
+                wanted.setdefault(row["label"], []).append(f"{1e3 * fastest:,.0f}, {growth:,.0f}")
+    table = (ROOT / "peft_edge/lean/README.md").read_text().split("| jemalloc, huge pages |\n")[1].split("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.splitlines()[1:]]
+    assert len(rows) == 7
+    assert {label: cells for label, *cells in rows} == wanted
+
+
 def test_the_table_of_photographs_is_of_the_records() -> None:
     table = (ROOT / "README.md").read_text().split("| peak memory [MiB] |\n")[1].split("\n\n")[0].splitlines()[1:]
     assert len(table) == len(ROWS_OF_PHOTOGRAPHS)
