@@ -30,7 +30,7 @@ def merge_adapters_of_fleet(
     lora_rank: Annotated[
         int | None, count("The rank of the combined adapter, for combinations with svd; by default the largest rank.")
     ] = None,
-    density: Annotated[float | None, Option(help="The fraction of values that ties, dare and pruning keep.")] = None,
+    density: Annotated[float | None, Option(help="Fraction of values to keep (for ties, dare, pruning).")] = None,
     base: Annotated[str | None, Option(help="The base model; by default the base of the first adapter.")] = None,
     test: Annotated[
         list[str] | None,

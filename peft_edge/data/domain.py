@@ -111,7 +111,7 @@ def stratified_split(dataset: Dataset, size: int, *, seed: int) -> tuple[Dataset
         )
     if not len(counts) <= size <= len(dataset) - len(counts):
         raise ValueError(
-            f"cannot split {size} images off {len(dataset)} with all {len(counts)} classes on both sides: "
+            f"cannot take {size} of {len(dataset)} images so that both parts have all {len(counts)} classes: "
             "add images, or choose another number"
         )
     parts = dataset.train_test_split(test_size=size, stratify_by_column="label", seed=seed)

@@ -304,7 +304,7 @@ def _class_images(root: Path, found: _Found) -> Iterator[tuple[Path, str]]:
                 raise ValueError(
                     f"{child} contains the split folders {' and '.join(sorted(filter(None, inner)))}: expected split "
                     f"folders that contain class folders, as in train/cat and test/cat. If {child} is the data set, "
-                    "name this folder"
+                    "pass its path"
                 )
             before = found.left_out.total()
             # Do not follow links to the folders above this class, which contain images of other classes.

@@ -72,7 +72,7 @@ def read_splits(
         raise ValueError(
             f"{name!r} has one class, {class_names[0]!r}; expected at least two. "
             "A folder needs one subfolder for each class, with that class's images inside"
-            + (f"; if the classes are inside {inner}, name {inner} instead" if is_wrapper else "")
+            + (f"; if the classes are inside {inner}, pass that path instead" if is_wrapper else "")
         )
     # Many published test splits have the label -1 for every image.
     labelled = {key: split for key, split in splits.items() if min(split["label"][:]) >= 0}

@@ -94,10 +94,12 @@ def lowrank_conv2d(
     """
     if not needs_backward():
         return convolution(x, _composed_kernel(weight, lora_a, lora_b, magnitude, scaling), bias, geometry)
-    if route == "low_rank" and (geometry.groups > 1 or (magnitude is not None and magnitude.requires_grad)):
+    trains_magnitude = magnitude is not None and magnitude.requires_grad
+    if route == "low_rank" and (geometry.groups > 1 or trains_magnitude):
         raise ValueError(
-            f"lowrank_conv2d: route is 'low_rank', which requires one group and no trainable magnitude; found "
-            f"{geometry.groups} groups and {'no' if magnitude is None else 'a'} magnitude. Use 'full_kernel' or None."
+            "lowrank_conv2d: route is 'low_rank', which requires one group and no trainable magnitude; found "
+            f"{geometry.groups} groups and {'a' if trains_magnitude else 'no'} trainable magnitude. Use 'full_kernel' "
+            "or None."
         )
     y = _LowRankConvolution.apply(x, weight, lora_a, lora_b, magnitude, bias, scaling, geometry, route)
     if not recompute:

@@ -196,7 +196,10 @@ def start_accelerator(config: RunConfig) -> Accelerator:
     num_processes, started = accelerator.num_processes, int(os.environ.get("WORLD_SIZE", "1"))
     if started != num_processes:
         # Without this error, each process would do the whole run alone, and all would write to the same folder.
-        raise ValueError(f"{started} processes were started and Accelerate sees {num_processes}: add --cpu")
+        raise ValueError(
+            f"{started} processes were started and Accelerate sees {num_processes}: add --cpu, which "
+            "connects processes that have no GPU each"
+        )
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ:
         warnings.warn(
             "`accelerate launch --cpu` ignores --num_processes and starts one process. For several processes on the "

@@ -95,7 +95,7 @@ def test_split_has_a_small_class_in_both_parts(case: str, random_images: Callabl
 
 @pytest.mark.parametrize("size", [2, 10])
 def test_split_refuses_too_few_images_for_both_sides(size: int, random_images: Callable[..., Dataset]) -> None:
-    with pytest.raises(ValueError, match=f"cannot split {size} images off 12 with all 3 classes"):
+    with pytest.raises(ValueError, match=f"cannot take {size} of 12 images so that both parts have all 3 classes"):
         stratified_split(random_images(12, ["a", "b", "c"]), size, seed=0)
 
 

@@ -152,7 +152,7 @@ REFUSED: dict[str, tuple[tuple[str, ...], str]] = {
     ),
     "folder around the classes": (
         tuple(f"pets/{name}" for name in PETS),
-        "one class, 'pets'.* name .*/pets instead",
+        "one class, 'pets'.*inside .*/pets, pass that path instead",
     ),
     "folder around the splits": (
         tuple(f"pets/{name}" for name in SPLITS),
