@@ -10,6 +10,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -29,8 +30,8 @@ from peft_edge.export.verification import (
     predict_logits,
 )
 from peft_edge.files import atomic_write
-from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
-from peft_edge.lean.inplace_norm import inplace_norms
+from peft_edge.lean import undo_lean_training
+from peft_edge.lean.prepare import fusable_norms
 
 LOGIT_TOLERANCE = 1e-4
 METADATA_KEY = "peft_edge"
@@ -157,16 +158,9 @@ def fuse_batch_norms(model: nn.Module) -> None:
     the function runs it there to find out which layers use which outputs. `model` must be in eval mode, without
     adapters and without trainable parameters.
     """
-    # `inplace_norms` returns (convolution, BatchNorm) pairs in which no other layer uses the convolution's output.
-    try:
-        prepare_model_for_lean_training(model, inplace_norm=True)
-    except ValueError:  # the order of the layers cannot be determined, so no BatchNorm is fused
-        return
-    pairs = inplace_norms(model)
-    undo_lean_training(model)
+    pairs: list[tuple[Any, Any]] = [*fusable_norms(model)]
     names = {module: name for name, module in model.named_modules()}
-    for pair in pairs:
-        conv, norm = pair.conv.module, pair.norm.module
+    for conv, norm in pairs:
         conv.weight, conv.bias = fuse_conv_bn_weights(
             conv.weight, conv.bias, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
         )

@@ -30,9 +30,9 @@ from torch.nn import functional as F
 
 from peft_edge.export.decompositions import decompositions
 from peft_edge.functional.convolution import Geometry, convolution, pad
-from peft_edge.lean import prepare_model_for_lean_training, undo_lean_training
+from peft_edge.lean import undo_lean_training
 from peft_edge.lean.feature_cache import FrozenPrefix
-from peft_edge.lean.inplace_norm import inplace_norms
+from peft_edge.lean.prepare import fusable_norms
 from peft_edge.tuners.conv_lora.layer import ConvLoraLayer
 from peft_edge.tuners.norm import BatchNormLayer
 
@@ -399,16 +399,9 @@ def _step_network(model: PeftModel) -> nn.Module:
     """
     network = copy.deepcopy(undo_lean_training(copy.deepcopy(model)).get_base_model()).cpu().double().eval()
     network.to(memory_format=torch.contiguous_format)
-    try:
-        prepare_model_for_lean_training(network, inplace_norm=True)
-    except ValueError:  # the order of the layers cannot be determined, so no BatchNorm is fused
-        pairs = []
-    else:
-        pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(network)]
-        undo_lean_training(network)
     norm_of: dict[Any, Any] = {
         conv: norm
-        for conv, norm in pairs
+        for conv, norm in fusable_norms(network)
         if isinstance(conv, ConvLoraLayer | nn.Conv1d | nn.Conv2d | nn.Conv3d)
         and not any(value.requires_grad for value in norm.parameters())
     }

@@ -274,7 +274,7 @@ class LeanBlock(nn.Module):
             return 1
         channels = max((conv.out_channels for conv in self.modules() if isinstance(conv, nn.Conv2d)), default=0)
         num_parts = min(math.ceil(channels * x[:, 0].numel() / _MAX_BLOCK_ELEMENTS), len(x))
-        return 1 if any(map(_needs_whole_batch, self.children())) else num_parts
+        return 1 if num_parts > 1 and any(map(_needs_whole_batch, self.children())) else num_parts
 
 
 def _needs_whole_batch(module: nn.Module) -> bool:

@@ -195,6 +195,22 @@ def _find_inplace_norms(
             yield conv, pair
 
 
+def fusable_norms(model: nn.Module) -> list[tuple[nn.Module, nn.Module]]:
+    """Return pairs of a convolution and a norm that is the only layer that receives the convolution's output.
+
+    For an adapted layer, the pair contains PEFT's layer. If the model does not run on the meta device, where the
+    function finds the consumers of each output, the result is empty. `model` must not be lean, and is not lean
+    afterwards.
+    """
+    try:
+        prepare_model_for_lean_training(model, inplace_norm=True)
+    except ValueError:  # the model does not run on the meta device
+        return []
+    pairs = [(pair.conv.module, pair.norm.module) for pair in inplace_norms(model)]
+    undo_lean_training(model)
+    return pairs
+
+
 def lean_summary(model: nn.Module) -> str:
     """Return a table: the number of layers of each class, and what these layers save for the backward pass.
 
