@@ -61,12 +61,18 @@ def _normalise(
     x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, *, eps: float, overwrite: bool
 ) -> Tensor:
     """Return the output of BatchNorm in eval mode, computed by torch's operator. With `overwrite`, overwrite x."""
-    if not overwrite:
+    return _normalise_to(x if overwrite else None, x, mean, var, weight, bias, eps)
+
+
+def _normalise_to(
+    out: Tensor | None, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> Tensor:
+    if out is None:
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     # The second and the third output are the statistics of the batch, which are empty in eval mode.
-    out = x, mean.new_empty(0), mean.new_empty(0)
-    torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=out)
-    return x
+    outputs = out, mean.new_empty(0), mean.new_empty(0)
+    torch.native_batch_norm(x, weight, bias, mean, var, False, 0.0, eps, out=outputs)
+    return out
 
 
 class _FrozenBatchNorm(torch.autograd.Function):
@@ -162,15 +168,15 @@ def _normalise_by_batch(
     # In training mode and in eval mode, torch's operator computes x * scale + (bias - mean * scale). The code below
     # computes the same expression, so its result is bit-identical to the output in training mode.
     shift = torch.addcmul(torch.zeros_like(mean) if bias is None else bias, mean, scale, value=-1)
-    return _scale_and_shift(x, scale, shift, overwrite=overwrite)
+    return _scale_and_shift(x, scale, shift, out=x if overwrite else None)
 
 
-def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, overwrite: bool = False) -> Tensor:
-    """Return x * scale + shift, where scale and shift have the shape (C,). With `overwrite`, overwrite x."""
+def _scale_and_shift(x: Tensor, scale: Tensor, shift: Tensor, *, out: Tensor | None) -> Tensor:
+    """Return x * scale + shift, where scale and shift have the shape (C,). Unless `out` is None, write to `out`."""
     if x.dtype == scale.dtype and memory_format_of(x) != torch.contiguous_format:
         # In channels-last format, `addcmul` takes half the time of torch's BatchNorm, and rounds in the same way.
-        return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x), out=x if overwrite else None)
-    return _normalise(x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0, overwrite=overwrite)
+        return torch.addcmul(_per_channel(shift, x), x, _per_channel(scale, x), out=out)
+    return _normalise_to(out, x, torch.zeros_like(scale), torch.ones_like(scale), scale, shift, eps=0.0)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -233,20 +239,16 @@ class _BatchNorm(torch.autograd.Function):
             mask = wants_x, wants_weight, wants_bias
             return *torch_backward(grad_y, x, weight, *statistics, ctx.training, ctx.eps, mask), *[None] * 7
         # Sum dY for the gradient of the bias, and dY * xhat for the gradient of the weight.
-        sums = mean.new_zeros(2, len(mean))
-        for x_part, part in iter_parts(x, grad_y):
-            arguments = part, x_part, weight, *statistics, ctx.training, ctx.eps
-            _, product_sum, part_sum = torch_backward(*arguments, (False, True, True))
-            sums += torch.stack([part_sum, product_sum])
-        grad_bias, grad_weight = sums if weight is None else sums.to(weight.dtype)
+        arguments = grad_y, x, weight, *statistics, ctx.training, ctx.eps
+        _, product_sum, grad_sum = torch_backward(*arguments, (False, True, True))
         grad_x = None
         if wants_x:
-            # dX = scale * dY + slope * x + offset
+            # dX = scale * dY + offset + slope * x
             invstd = spread if ctx.training else torch.rsqrt(spread + ctx.eps)
             scale = invstd if weight is None else invstd * weight
             slope = offset = torch.zeros_like(mean)
             if ctx.training:
-                sums = sums.clone()
+                sums = torch.stack([grad_sum, product_sum])
                 if ctx.synchronises:
                     dist.all_reduce(sums)
                 offset, slope = -scale * sums / ctx.count
@@ -254,9 +256,14 @@ class _BatchNorm(torch.autograd.Function):
                 offset = offset - slope * mean
             grad_x = grad_y if overwrites else torch.empty_like(grad_y)
             for x_part, part, out in iter_parts(x, grad_y, grad_x):
-                rest = _scale_and_shift(x_part.to(mean.dtype), slope, offset)
-                torch.addcmul(rest, part.to(mean.dtype), _per_channel(scale, part), out=out)
-        return grad_x, grad_weight if wants_weight else None, grad_bias if wants_bias else None, *[None] * 7
+                # Compute in the precision of the statistics, which may be higher than that of the feature maps.
+                is_exact = out.dtype == mean.dtype
+                result = _scale_and_shift(part.to(mean.dtype), scale, offset, out=out if is_exact else None)
+                if ctx.training:
+                    result.addcmul_(x_part.to(mean.dtype), _per_channel(slope, part))
+                if not is_exact:
+                    out.copy_(result)
+        return grad_x, product_sum if wants_weight else None, grad_sum if wants_bias else None, *[None] * 7
 
 
 def _statistics_of_all_processes(
