@@ -99,7 +99,7 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
     if not _is_slow_if_contiguous(x, weight_size, geometry):
         return _kernel_gradient(grad_y, x, weight_size, geometry)
     # Convert small batches of samples, so that the converted tensors stay in the cache.
-    samples = max(1, CACHED_ELEMENTS // x[0].numel())
+    samples = max(1, CACHED_ELEMENTS // x.shape[1:].numel())
     total = None
     for parts in zip(grad_y.split(samples), x.split(samples), strict=True):
         grad, values = (part.contiguous(memory_format=torch.channels_last) for part in parts)
