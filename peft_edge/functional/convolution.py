@@ -105,7 +105,8 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
         grad, values = (part.contiguous(memory_format=torch.channels_last) for part in parts)
         part = _kernel_gradient(grad, values, weight_size, geometry)
         total = part if total is None else total.add_(part)
-    return cast(Tensor, total).contiguous()
+    # Give the gradient the strides of the kernel, also in dimensions of size 1.
+    return cast(Tensor, total).clone(memory_format=torch.contiguous_format)
 
 
 def _is_slow_if_contiguous(x: Tensor, weight_size: torch.Size, geometry: Geometry) -> bool:

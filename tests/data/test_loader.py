@@ -266,6 +266,7 @@ def test_signals_to_the_process_group_do_not_reach_the_workers(loader: Callable[
     assert os.getpgid(worker.pid) == worker.pid != own
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes")  # on a single core
 def test_worker_processes_do_not_change_batches(loader: Callable[..., DataLoader]) -> None:
     assert_same(epochs(loader(num_workers=2)), epochs(loader()))
 
