@@ -67,6 +67,7 @@ def _normalise(
 def _normalise_to(
     out: Tensor | None, x: Tensor, mean: Tensor, var: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 ) -> Tensor:
+    """Return the output of BatchNorm in eval mode. Unless `out` is None, write to `out`, which may be x."""
     if out is None:
         return F.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)
     # The second and the third output are the statistics of the batch, which are empty in eval mode.
@@ -234,7 +235,7 @@ class _BatchNorm(torch.autograd.Function):
             # Pooling returns contiguous gradients even for channels-last maps.
             grad_y, overwrites = torch.empty_like(x, dtype=grad_y.dtype).copy_(grad_y), True
         if torch.is_grad_enabled() or (fits_cache(x) and not ctx.synchronises):
-            # Autograd can differentiate this operator. For a small map, it is also faster than the loops below, and the
+            # Autograd can differentiate this operator. For a small map, it is also faster than the code below, and the
             # new map that it allocates for dX is small.
             mask = wants_x, wants_weight, wants_bias
             return *torch_backward(grad_y, x, weight, *statistics, ctx.training, ctx.eps, mask), *[None] * 7

@@ -21,10 +21,10 @@ from torch import Tensor
 
 from peft_edge._compat import AutogradContext, ConvolutionBase, f_pad_sides, is_transforming
 from peft_edge.functional.recompute import (
-    CACHED_ELEMENTS,
     Recomputation,
     Step,
     get_recompute,
+    iter_sample_batches,
     memory_format_of,
     set_recompute,
 )
@@ -98,11 +98,9 @@ def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry
     """Return the gradient of the kernel, of shape `weight_size`, for y = conv(x; weight)."""
     if not _is_slow_if_contiguous(x, weight_size, geometry):
         return _kernel_gradient(grad_y, x, weight_size, geometry)
-    # Convert small batches of samples, so that the converted tensors stay in the cache.
-    samples = max(1, CACHED_ELEMENTS // x.shape[1:].numel())
     total = None
-    for parts in zip(grad_y.split(samples), x.split(samples), strict=True):
-        grad, values = (part.contiguous(memory_format=torch.channels_last) for part in parts)
+    for parts in iter_sample_batches(x, grad_y):
+        values, grad = (part.contiguous(memory_format=torch.channels_last) for part in parts)
         part = _kernel_gradient(grad, values, weight_size, geometry)
         total = part if total is None else total.add_(part)
     # Give the gradient the strides of the kernel, also in dimensions of size 1.
@@ -114,7 +112,8 @@ def _is_slow_if_contiguous(x: Tensor, weight_size: torch.Size, geometry: Geometr
 
     This applies to grouped and depthwise convolutions on x86 CPUs without AVX-512. If the kernel is wider than 3, they
     have a fast routine only for channels-last format. For depthwise 5x5 convolutions, both conversions together with
-    this routine take a third to two thirds of the time of the contiguous format (torch 2.14).
+    this routine take a third to two thirds of the time of the contiguous format (torch 2.14). `train.py` and the bench
+    train in channels-last format anyway.
     """
     return (
         weight_size[-1] > 3
