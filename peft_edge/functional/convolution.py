@@ -24,7 +24,6 @@ from peft_edge.functional.recompute import (
     Recomputation,
     Step,
     get_recompute,
-    iter_sample_batches,
     memory_format_of,
     set_recompute,
 )
@@ -96,40 +95,6 @@ def input_gradient(grad_y: Tensor, weight: Tensor, x_size: torch.Size, geometry:
 
 def kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
     """Return the gradient of the kernel, of shape `weight_size`, for y = conv(x; weight)."""
-    if not _is_slow_if_contiguous(x, weight_size, geometry):
-        return _kernel_gradient(grad_y, x, weight_size, geometry)
-    total = None
-    for parts in iter_sample_batches(x, grad_y):
-        values, grad = (part.contiguous(memory_format=torch.channels_last) for part in parts)
-        part = _kernel_gradient(grad, values, weight_size, geometry)
-        total = part if total is None else total.add_(part)
-    # Give the gradient the strides of the kernel, also in dimensions of size 1.
-    return cast(Tensor, total).clone(memory_format=torch.contiguous_format)
-
-
-def _is_slow_if_contiguous(x: Tensor, weight_size: torch.Size, geometry: Geometry) -> bool:
-    """Return whether x is contiguous, and torch needs far less time for the kernel's gradient in channels-last format.
-
-    This applies to grouped and depthwise convolutions on x86 CPUs without AVX-512. If the kernel is wider than 3, they
-    have a fast routine only for channels-last format. For depthwise 5x5 convolutions, both conversions together with
-    this routine take a third to two thirds of the time of the contiguous format (torch 2.14). `train.py` and the bench
-    train in channels-last format anyway.
-    """
-    return (
-        weight_size[-1] > 3
-        and geometry.groups > 1
-        and x.dim() == 4
-        and x.device.type == "cpu"
-        and x.dtype == torch.float32
-        and max(geometry.dilation) == 1
-        and memory_format_of(x) == torch.contiguous_format
-        and not torch.compiler.is_compiling()
-        and torch.backends.cpu.get_cpu_capability() == "AVX2"
-        and bool(torch.backends.mkldnn.enabled)
-    )
-
-
-def _kernel_gradient(grad_y: Tensor, x: Tensor, weight_size: torch.Size, geometry: Geometry) -> Tensor:
     stride, padding, dilation, groups = geometry
     # `convolution_backward` reads only the shape and memory format of `weight`, so the values need not be set. An
     # expanded scalar would not save memory, because `convolution_backward` would copy it.

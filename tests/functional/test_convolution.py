@@ -80,26 +80,6 @@ def test_gradients_equal_autograd(kind: str) -> None:
     torch.testing.assert_close(kernel_gradient(grad_output, x, weight.shape, geometry), expected_weight)
 
 
-@pytest.mark.parametrize("groups", [6, 3])
-@pytest.mark.parametrize("kernel", [(5, 5), (3, 4)])
-def test_wide_kernels_are_processed_in_channels_last_batches(
-    groups: int, kernel: tuple[int, int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")
-    x = torch.randn(5, 6, 9, 8)
-    monkeypatch.setattr("peft_edge.functional.recompute.CACHED_ELEMENTS", x[0].numel())
-    conv = nn.Conv2d(6, 12, kernel, groups=groups, stride=2, padding=2, bias=False)
-    grad_output = torch.randn_like(conv(x))
-    with torch.profiler.profile(record_shapes=True) as profile:
-        gradient = kernel_gradient(grad_output, x, conv.weight.shape, _arguments(conv, x)[3])
-
-    (expected,) = torch.autograd.grad(conv.double()(x.double()), conv.weight, grad_output.double())
-    torch.testing.assert_close(gradient, expected.float())
-    assert gradient.stride() == conv.weight.stride()
-    calls = [event for event in profile.events() if event.name == "aten::convolution_backward"]
-    assert [call.input_shapes[1][0] for call in calls] == [2, 2, 1]
-
-
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel")
 @pytest.mark.parametrize("kind", CONVS)
 @pytest.mark.parametrize("trained", [False, True])
