@@ -89,6 +89,11 @@ def test_measured_times_are_shown(archive: Archive, bench: BenchRecord) -> None:
     assert "Time and memory of a step, measured" not in page_of(archive)
 
 
+def test_errors_of_methods_that_are_only_in_the_csv_file_are_not_shown(archive: Archive, bench: BenchRecord) -> None:
+    bench.rows[2].label = "plain inference"
+    assert "it is not installed" not in page_of(archive, **{"bench/net.json": bench})
+
+
 def test_machines_and_versions_are_counted(archive: Archive) -> None:
     archive.runs[next(iter(archive.runs))].meta_info.package_info = {"torch-version": "3.0.0"}
     lines = page_of(archive).splitlines()
