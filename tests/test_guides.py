@@ -201,6 +201,28 @@ def test_the_table_of_the_lean_guide_is_the_record() -> None:
     assert rows == [[measured.get(name, "") for name in names] for names in CONTENDERS_OF_LEAN_TABLE]
 
 
+def test_the_times_in_sentences_are_of_the_records() -> None:
+    records = [json.loads(file.read_text()) for file in (ROOT / "reports/bench").glob("*.json")]
+    (record,) = [record for record in records if record["setting"]["backbone"] == "mobilenetv2_100"]
+    rows = {row["name"]: row for row in record["rows"]}
+    (plain,) = [row for row in record["rows_without_huge_pages"] if row["name"] == "full-lean"]
+    seconds = [sum(phases.values()) for phases in rows["full"]["rounds"]]
+    names = ("full-lean", "full-recompute", "galore-lean", "galore-recompute", "peft-lora-lean")
+    trained = [
+        row["ratio_median"]
+        for each in records
+        for row in each["rows"]
+        if row["name"] in (*names, "lora-stats", "lora-stats-recompute")
+    ]
+
+    guide = " ".join((ROOT / "peft_edge/lean/README.md").read_text().split())
+    assert f"took from {min(seconds):.1f} to {max(seconds):.1f} s in this record" in guide
+    assert f"takes {rows['full-lean']['ratio_best']:.2f} of the time if the fastest steps are compared" in guide
+    assert f"and {plain['ratio_median']:.2f} without huge pages" in guide
+    assert f"lean training took {min(trained):.2f} to {max(trained):.2f} times as long as full fine-tuning" in guide
+    assert f"without them, `full, lean` takes {plain['ratio_median']:.2f}" in (ROOT / "README.md").read_text()
+
+
 def test_the_table_of_allocators_is_of_the_records() -> None:
     wanted: dict[str, list[str]] = {}
     for allocator in ("glibc", "jemalloc"):
